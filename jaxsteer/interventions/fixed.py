@@ -1,0 +1,27 @@
+"""Fixed steering: one vector a layer and site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+
+from jaxsteer.types import Array, Context, Intervention, Kind, ParamSpec, SiteDims
+
+
+@dataclass(frozen=True)
+class Fixed(Intervention):
+    """y' = y + v, the same shift for every token (the paper's fixed steering vector). v starts at zero."""
+
+    kind: ClassVar[Kind] = "activation"
+
+    def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
+        """V, in the shape of the site's output: [D], or [N, H] at `attn.heads`."""
+        axes = ("width",) if len(dims.y) == 1 else ("heads", "head_dim")
+        return {"v": ParamSpec(dims.y, axes, jax.nn.initializers.zeros)}
+
+    def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
+        """y + v."""
+        return y + p["v"].reshape((1,) * (y.ndim - p["v"].ndim) + p["v"].shape)

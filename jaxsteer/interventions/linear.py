@@ -1,0 +1,42 @@
+"""Linear low-rank steering."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxsteer.interventions.low_rank import check_rank, kaiming_uniform, site_width
+from jaxsteer.types import Array, Context, Intervention, Kind, ParamSpec, SiteDims
+
+
+@dataclass(frozen=True)
+class Linear(Intervention):
+    """y' = y + α · U D y, the linear variant of the paper's steering. D starts small, U at zero.
+
+    rank        R
+    alpha       α, a factor on the shift
+    init_scale  D is uniform in ±init_scale/√width
+    """
+
+    kind: ClassVar[Kind] = "activation"
+    rank: int = 8
+    alpha: float = 1.0
+    init_scale: float = 1e-3
+
+    def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
+        """D [R, D] reads, U [D, R] writes."""
+        width = site_width(dims, "linear steering")
+        check_rank(self.rank, width, width)
+        return {
+            "D": ParamSpec((self.rank, width), ("rank", "width"), kaiming_uniform(self.init_scale)),
+            "U": ParamSpec((width, self.rank), ("width", "rank"), jax.nn.initializers.zeros),
+        }
+
+    def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
+        """y + α · U D y."""
+        read = jnp.einsum("...d,rd->...r", y, p["D"])
+        return y + self.alpha * jnp.einsum("...r,dr->...d", read, p["U"])

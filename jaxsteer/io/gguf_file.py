@@ -1,0 +1,169 @@
+"""The GGUF format: a checked header and tensors that are dequantised one at a time.
+
+Layout (ggml, docs/gguf.md): magic, version, counts, typed key/value pairs, tensor infos, padding, tensor
+data. The header is read here and not by `gguf.GGUFReader`, which trusts counts and lengths (a file that lies
+can exhaust the memory) and takes seconds over a large vocabulary; the block formats are the package's.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxsteer.io.stored import Stored, size
+
+SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+STRING, ARRAY = 8, 9
+VERSIONS = (2, 3)
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """An opened GGUF file: its key/value pairs and its tensors."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Stored]
+
+
+class _Cursor:
+    """Reads forward through bytes; every length is held against what is left before anything is allocated."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise ValueError(f"{count} bytes are due at byte {self.at} of {len(self.data)}")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def scalar(self, form: str) -> Any:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def text(self) -> str:
+        # Vocabularies may hold pieces of characters; they must come back as the bytes they are.
+        return self.take(self.scalar("<Q")).decode("utf-8", "surrogateescape")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY or depth > 4:
+            raise ValueError(f"value type {kind} at byte {self.at}")
+        inner, count = self.scalar("<I"), self.scalar("<Q")
+        if inner in SCALARS:
+            form = np.dtype(SCALARS[inner])
+            return np.frombuffer(self.take(count * form.itemsize), form).tolist()
+        if count * 8 > len(self.data) - self.at:  # a string or an array takes at least its length
+            raise ValueError(f"{count} values are due at byte {self.at} of {len(self.data)}")
+        return [self.value(inner, depth + 1) for _ in range(count)]
+
+
+def open_gguf(path: Path) -> Gguf:
+    """Read the header of a GGUF file.
+
+    Raises:
+        ValueError: the file is truncated, malformed, big-endian or of an unknown version or tensor type.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse(path, _Cursor(data))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (ValueError, struct.error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: not a complete GGUF file ({error}). Was the download or the copy cut short?"
+        ) from None
+
+
+def _parse(path: Path, cursor: _Cursor) -> Gguf:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if cursor.take(4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    version = cursor.scalar("<I")
+    if version not in VERSIONS:
+        raise ValueError(f"version {version}; supported are {VERSIONS}, little-endian")
+    tensor_count, pair_count = cursor.scalar("<Q"), cursor.scalar("<Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(pair_count):
+        key = cursor.text()
+        if key in metadata:
+            raise ValueError(f"{key} is given twice")
+        metadata[key] = cursor.value(cursor.scalar("<I"))
+
+    infos: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
+    for _ in range(tensor_count):
+        name, dims = cursor.text(), cursor.scalar("<I")
+        if name in infos or dims > 4:
+            raise ValueError(f"tensor {name!r} with {dims} dimensions, or given twice")
+        shape = tuple(cursor.scalar("<Q") for _ in range(dims))[::-1]
+        code, offset = cursor.scalar("<I"), cursor.scalar("<Q")
+        try:
+            infos[name] = shape, GGMLQuantizationType(code), offset
+        except ValueError:
+            raise ValueError(
+                f"tensor {name} is of type {code}, which this gguf package does not know"
+            ) from None
+
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}")
+    start = -(-cursor.at // alignment) * alignment
+    tensors = {}
+    for name, (shape, kind, offset) in infos.items():
+        block, width = GGML_QUANT_SIZES[kind]
+        if not shape or 0 in shape or shape[-1] % block:
+            raise ValueError(
+                f"tensor {name} of shape {list(shape)} is not made of {kind.name} blocks of {block}"
+            )
+        nbytes = size(shape) // block * width
+        if start + offset + nbytes > len(cursor.data):
+            raise ValueError(
+                f"tensor {name} would end at byte {start + offset + nbytes} of {len(cursor.data)}"
+            )
+        tensors[name] = Stored(shape, nbytes, _reader(path, name, shape, kind, start + offset, nbytes))
+    return Gguf(path, metadata, tensors)
+
+
+def _reader(
+    path: Path, name: str, shape: tuple[int, ...], kind: Any, offset: int, nbytes: int
+) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        from gguf.quants import dequantize
+
+        raw = np.fromfile(path, np.uint8, nbytes, offset=offset)
+        if raw.size != nbytes:
+            raise ValueError(f"{path}: {name} ends early; the file changed while it was read")
+        if kind.name in ("F16", "F32", "F64"):
+            return raw.view("<f" + str(int(kind.name[1:]) // 8)).reshape(shape)
+        try:
+            rows = raw.reshape(*shape[:-1], -1)
+            return np.asarray(dequantize(rows, kind), np.float32).reshape(shape)
+        except NotImplementedError:
+            raise ValueError(
+                f"{path}: {name} is of type {kind.name}, which the gguf package cannot dequantise; use a "
+                "file of another quantisation"
+            ) from None
+
+    return read

@@ -1,0 +1,185 @@
+"""Tokenizers: from a Hugging Face folder, or built from a GGUF file's metadata, with one interface.
+
+Both come back as transformers' `PreTrainedTokenizerFast`: encode, decode, apply_chat_template, eos_token_id,
+...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CONTROL, USER_DEFINED, UNKNOWN = 3, 4, 2  # tokenizer.ggml.token_type
+
+# The patterns by which byte-level vocabularies split text before merging, as in the models' own
+# tokenizer.json.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+SPLITS = {"llama-bpe": _LLAMA3, "qwen2": _QWEN2, "smollm": "", "gpt-2": "", "default": ""}
+"""`tokenizer.ggml.pre` -> pattern; "" is GPT-2's, which `tokenizers` has built in."""
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+"""A folder that has one of these has a tokenizer."""
+
+
+def tokenizer_from_folder(folder: Path) -> Any:
+    """Load a folder's tokenizer through transformers.
+
+    Raises:
+        ValueError: the folder has none, or transformers cannot read it.
+    """
+    if not has_tokenizer(folder):
+        raise ValueError(f"{folder}: no tokenizer here; expected one of {', '.join(FILES)}")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and its backends raise every kind
+        raise ValueError(f"{folder}: transformers cannot read this tokenizer ({error})") from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in FILES)
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Any:
+    """Build the tokenizer that a GGUF file describes.
+
+    Vocabularies "gpt2" (byte-level BPE, split as `tokenizer.ggml.pre` says) and "llama" (SentencePiece BPE)
+    are known. Control tokens become special tokens; user-defined ones are matched whole but are not special.
+
+    Args:
+        metadata: the file's key/value pairs.
+        where: the file, for messages.
+
+    Returns:
+        A `transformers.PreTrainedTokenizerFast`.
+
+    Raises:
+        ValueError: no vocabulary, or one of a kind that is not known.
+    """
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    said = {k.removeprefix("tokenizer."): v for k, v in metadata.items() if k.startswith("tokenizer.")}
+    tokens = said.get("ggml.tokens")
+    if not tokens:
+        raise ValueError(f"{where}: no vocabulary (tokenizer.ggml.tokens); take the tokenizer from elsewhere")
+    kinds = said.get("ggml.token_type") or [1] * len(tokens)
+    model = said.get("ggml.model")
+    if model not in ("gpt2", "llama"):
+        raise ValueError(f"{where}: tokenizer.ggml.model is {model!r}; supported are 'gpt2' and 'llama'")
+    if len(kinds) != len(tokens):
+        raise ValueError(f"{where}: {len(tokens)} tokens but {len(kinds)} token types")
+    try:
+        built = (_byte_level if model == "gpt2" else _sentencepiece)(said, tokens, kinds, where)
+        for token, kind in zip(tokens, kinds, strict=True):
+            special = kind == CONTROL or (kind == UNKNOWN and model == "llama")
+            if special or kind == USER_DEFINED:
+                added = [AddedToken(token, special=special, normalized=False)]
+                built.add_special_tokens(added) if special else built.add_tokens(added)
+    except (TypeError, UnicodeError) as error:
+        raise ValueError(f"{where}: the vocabulary cannot be read ({error})") from None
+
+    def named(name: str) -> str | None:
+        i = said.get(f"ggml.{name}_token_id")
+        if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
+            raise ValueError(
+                f"{where}: tokenizer.ggml.{name}_token_id is {i!r}, the vocabulary has {len(tokens)}"
+            )
+        return None if i is None else tokens[i]
+
+    roles = {"bos": named("bos"), "eos": named("eos"), "unk": named("unknown"), "pad": named("padding")}
+    # llama.cpp's defaults where the file is silent.
+    add_bos = said.get("ggml.add_bos_token", model == "llama" or said.get("ggml.pre") == "llama-bpe")
+    architecture = metadata.get("general.architecture")
+    extra = {}
+    if length := metadata.get(f"{architecture}.context_length"):
+        extra["model_max_length"] = length
+    return PreTrainedTokenizerFast(
+        tokenizer_object=built,
+        **{f"{role}_token": token for role, token in roles.items() if token is not None},
+        add_bos_token=bool(add_bos) and roles["bos"] is not None,
+        add_eos_token=bool(said.get("ggml.add_eos_token", False)) and roles["eos"] is not None,
+        chat_template=said.get("chat_template"),
+        clean_up_tokenization_spaces=False,
+        **extra,
+    )
+
+
+def stop_tokens_from_gguf(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end a reply: end of text, of turn and of message, as far as the file names them."""
+    found = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return tuple(dict.fromkeys(i for i in found if type(i) is int))
+
+
+def _byte_level(said: Mapping[str, Any], tokens: list[str], kinds: list[int], where: str) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pre = said.get("ggml.pre")
+    if pre not in SPLITS:
+        raise ValueError(
+            f"{where}: tokenizer.ggml.pre is {pre!r}; supported are {', '.join(SPLITS)}. Load the tokenizer "
+            "from the model's Hugging Face folder instead"
+        )
+    merges = [tuple(line.split(" ", 1)) for line in said.get("ggml.merges", ())]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    try:
+        bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
+    except Exception as error:  # the binding raises plain Exception
+        raise ValueError(f"{where}: the merges do not fit the vocabulary ({error})") from None
+    tokenizer = Tokenizer(bpe)
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    steps: list[Any] = []
+    if pre == "smollm":
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if SPLITS[pre]:
+        steps.append(pre_tokenizers.Split(Regex(SPLITS[pre]), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not SPLITS[pre]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(said: Mapping[str, Any], tokens: list[str], kinds: list[int], where: str) -> Any:
+    """SentencePiece BPE: a piece's score ranks the merges that make it, whatever their split."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = said.get("ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise ValueError(f"{where}: a SentencePiece vocabulary needs tokenizer.ggml.scores, one a token")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    ranked = []
+    for token, score, kind in zip(tokens, scores, kinds, strict=True):
+        if kind != 1:
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocab and right in vocab:
+                ranked.append((-score, vocab[left], vocab[right], left, right))
+    unknown = said.get("ggml.unknown_token_id", 0)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=[entry[3:] for entry in sorted(ranked)],
+            unk_token=tokens[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    space: list[Any] = [normalizers.Replace(" ", "▁")]
+    strip: list[Any] = []
+    if said.get("ggml.add_space_prefix", True):
+        space.insert(0, normalizers.Prepend("▁"))
+        strip.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(space)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer

@@ -1,0 +1,225 @@
+"""The functional face of a model: `forward` runs the stack as one scan and injects the steering pytree.
+
+The stack is a `lax.scan` of `Block.apply` over parameters stacked on a leading axis L, so there is one trace whatever
+the depth. Steering slices and the layer index are scanned along; the KV cache rides in the carry.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsteer.batches import select
+from jaxsteer.models.attention import Span
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.layers import Block, Embed, Inputs, KeyValues, RMSNorm, rotary_angles
+from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Context, Output, Plan, PyTree, Steering, Taps
+
+Remat = Literal["none", "selective", "full"]
+SAVED = (*PROJECTIONS[:3], "mlp.gate", "mlp.up", "residual")
+"""What "selective" rematerialisation keeps of a block; the rest costs no matmul to recompute but the attention's."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is static about a model: its features, what is steered where, and how it is computed. Hashable.
+
+    config      the family's features and sizes
+    plan        which interventions sit at which sites; () for the plain model
+    remat       what the backward pass recomputes: "none" of a block, all but its matmuls ("selective"), or it all
+                ("full": least memory)
+    train_base  the base tree is differentiated too (full fine-tuning): weights are then scanned over from the first
+                layer, where a frozen base would be read in place
+    """
+
+    config: ModelConfig
+    plan: Plan = ()
+    remat: Remat = "selective"
+    train_base: bool = False
+
+
+def init_base(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> PyTree:
+    """Random weights in the layout of the base tree, layers stacked on a leading axis.
+
+    {"embed": {"embedding": [V, D]}, "blocks": {... leaves [L, ...]}, "final_norm": {"scale": [D]}} and, unless the
+    head is tied, "head": {"kernel": [D, V]}.
+    """
+    embed, blocks, head = jax.random.split(key, 3)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    h = jnp.zeros((1, 2, config.width), jnp.float32)
+    span = Span(tokens + 1, jnp.arange(2)[None])
+    inputs = Inputs(*rotary_angles(config, span.positions), span)
+    init_block = lambda k: Block(config).init(k, h, inputs, None, _unsteered)["params"]
+    base = {
+        "embed": Embed(config).init(embed, tokens)["params"],
+        "blocks": jax.vmap(init_block)(jax.random.split(blocks, config.layers)),
+        "final_norm": {"scale": jnp.ones(config.width)},
+    }
+    if not config.tied_head:
+        kernel = jax.nn.initializers.normal(0.02)(head, (config.width, config.vocab_size))
+        base["head"] = {"kernel": kernel}
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), base)
+
+
+def head_kernel(base: PyTree) -> Array:
+    """The output projection [D, V]: the head's kernel, or the transposed embedding where the head is tied."""
+    return base["head"]["kernel"] if "head" in base else base["embed"]["embedding"].T
+
+
+def init_cache(config: ModelConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `slots` tokens in each of `rows` rows."""
+    shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+    empty = jnp.zeros((rows, slots), jnp.int32)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, empty, jnp.zeros((), jnp.int32))
+
+
+def forward(
+    model: Model,
+    base: PyTree,
+    steering: Steering,
+    batch: Batch,
+    *,
+    cache: Cache | None = None,
+    capture: Sequence[str] = (),
+    key: Array | None = None,
+    train: bool = False,
+) -> Output:
+    """Run the model on a batch: base weights, plus Δ(steering) at the plan's sites.
+
+    Args:
+        model: what is static.
+        base: pretrained weights as in `init_base`, in the compute dtype.
+        steering: the steering pytree of `model.plan`, as made by `jaxsteer.init_steering`.
+        batch: [B, T] rows, packed or padded either way.
+        cache: keys and values of earlier tokens; the batch's are appended. Its slots must have room for T more.
+        capture: sites whose values come back as taps.
+        key: for methods that draw at random in training; folded per slot, site and layer.
+        train: passed to the methods (dropout, gates).
+
+    Returns:
+        The hidden states after the final norm [B, T, D], the extended cache (None without one), and the taps, each
+        [L, B, T, ...], taken after the interventions at their site.
+
+    Raises:
+        ValueError: an unknown site in `capture`, or steering that lacks one of the plan's slots.
+    """
+    config, plan = model.config, model.plan
+    for site in capture:
+        if site not in SITES:
+            raise ValueError(f"cannot capture {site!r}; the sites are {', '.join(SITES)}")
+    missing = [slot.name for slot in plan if slot.name not in steering]
+    if missing or len(steering) > len(plan):
+        raise ValueError(
+            f"the steering pytree has slots {sorted(steering)}, the plan {[s.name for s in plan]}; they must be the same"
+        )
+
+    span = Span(batch.segments, batch.positions)
+    inputs = Inputs(*rotary_angles(config, batch.positions), span)
+    masks = {slot.name: select(slot.positions, batch) for slot in plan}
+    per_layer = _spread(plan, steering, config.layers)
+    kv, slots_span = None, None
+    if cache is not None:
+        at = (0, cache.used)
+        slots_span = Span(
+            lax.dynamic_update_slice(cache.segments, batch.segments, at),
+            lax.dynamic_update_slice(cache.positions, batch.positions, at),
+        )
+        kv = (cache.k, cache.v)
+
+    def block(weights: PyTree, state: tuple, layer: Array, p: Steering) -> tuple[tuple, Taps]:
+        h, kv = state
+        taps: Taps = {}
+
+        def steer(site: str, x: Array, y: Array, kernel: Array | None = None) -> Array:
+            for slot in plan:
+                if site in slot.sites:
+                    context = Context(layer, kernel, _fold_key(key, slot.name, site, layer), train)
+                    y = _steered(slot.method.apply, p[slot.name][site], x, y, context, masks[slot.name])
+            if site in capture:
+                taps[site] = y
+            return y
+
+        written = None if kv is None else KeyValues(*kv, layer, cache.used, slots_span)
+        h, written = Block(config).apply({"params": weights}, h, inputs, written, steer)
+        return (h, None if written is None else (written.k, written.v)), taps
+
+    h = Embed(config).apply({"params": base["embed"]}, batch.tokens)
+    (h, kv), taps = _scan_blocks(model, block, base["blocks"], (h, kv), per_layer)
+    hidden = RMSNorm(config.norm_eps).apply({"params": base["final_norm"]}, h)
+    if cache is not None:
+        cache = Cache(*kv, *slots_span, cache.used + batch.tokens.shape[1])
+    return Output(hidden, cache, taps)
+
+
+def _scan_blocks(
+    model: Model, block: Callable, weights: PyTree, state: tuple, per_layer: Steering
+) -> tuple[tuple, Taps]:
+    """Scan `block` over the layers, split at the first one that needs a gradient: below it nothing is saved.
+
+    Slicing a stack would copy it, so a split stack is read layer by layer from inside the body; above the split that
+    needs rematerialisation, or the backward pass would keep a copy of each layer's weights.
+    """
+    L = model.config.layers
+    first = min((layer for slot in model.plan for layer in slot.active_layers(L)), default=L)
+    split = 0 if model.train_base or first == L else first
+    indices = jnp.arange(L, dtype=jnp.int32)
+    policy = None
+    if model.remat == "selective":
+        policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
+    remat = lambda f: f if model.remat == "none" else jax.checkpoint(f, policy=policy, prevent_cse=False)
+    if split == 0:
+        body = remat(lambda state, xs: block(xs[0], state, xs[1], xs[2]))
+        return lax.scan(body, state, (weights, indices, per_layer))
+
+    def indexed(state: tuple, xs: tuple) -> tuple[tuple, Taps]:
+        layer, p = xs
+        return block(jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=False), weights), state, layer, p)
+
+    part = lambda tree, start, stop: jax.tree.map(lambda leaf: leaf[start:stop], tree)
+    state, below = lax.scan(indexed, state, part((indices, per_layer), 0, split))
+    upper = indexed if model.remat == "none" else remat(indexed)
+    state, above = lax.scan(upper, state, part((indices, per_layer), split, L))
+    return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), below, above)
+
+
+def _spread(plan: Plan, steering: Steering, layers: int) -> Steering:
+    """Scatter each slot's active layers into [L, ...] zeros; zeros are the identity, so the others stay as they are."""
+
+    def spread(leaf: Array, active: tuple[int, ...]) -> Array:
+        if len(active) == layers:
+            return leaf
+        return jnp.zeros((layers, *leaf.shape[1:]), leaf.dtype).at[jnp.array(active)].set(leaf)
+
+    return {
+        slot.name: jax.tree.map(lambda leaf, s=slot: spread(leaf, s.active_layers(layers)), steering[slot.name])
+        for slot in plan
+    }
+
+
+def _steered(apply: Callable, p: PyTree, x: Array, y: Array, context: Context, mask: Array | None) -> Array:
+    """y + Δ where the mask says so. Computed in at least fp32, returned in y's dtype."""
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    for leaf in jax.tree.leaves(p):
+        wide = jnp.promote_types(wide, leaf.dtype)
+    cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(wide), tree)
+    out = apply(cast(p), cast(x), cast(y), context).astype(y.dtype)
+    if mask is None:
+        return out
+    return jnp.where(mask.reshape(mask.shape + (1,) * (y.ndim - 2)), out, y)
+
+
+def _fold_key(key: Array | None, slot: str, site: str, layer: Array) -> Array | None:
+    """A key of its own for each slot, site and layer; crc32, because Python's hash differs from process to process."""
+    if key is None:
+        return None
+    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(f"{slot}/{site}".encode())), layer)
+
+
+def _unsteered(site: str, x: Array, y: Array, kernel: Array | None = None) -> Array:
+    return y

@@ -1,0 +1,116 @@
+"""Losses: cross-entropy at the supervised positions, which alone meet the vocabulary."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jaxsteer.models.transformer import Model, forward, head_kernel
+from jaxsteer.types import Array, Batch, PyTree, Steering
+
+CHUNK_TOKENS = 512
+"""Positions whose logits exist at one time."""
+
+
+class Targets(NamedTuple):
+    """What is predicted at each position: the next token, with its weight (0 = nothing), both [B, T]."""
+
+    tokens: Array
+    weights: Array
+
+
+def next_tokens(batch: Batch) -> Targets:
+    """Position t predicts token t + 1 of its own example; the weight is that token's."""
+    ahead = lambda field: jnp.pad(field[:, 1:], ((0, 0), (0, 1)))
+    same = (ahead(batch.segments) == batch.segments) & (batch.segments > 0)
+    return Targets(ahead(batch.tokens), jnp.where(same, ahead(batch.weights), 0.0))
+
+
+def logits_of(hidden: Array, head: Array) -> Array:
+    """Hidden [..., D] @ head [D, V] -> logits [..., V] in at least fp32."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=wide)
+
+
+def _nll(hidden: Array, head: Array, tokens: Array) -> Array:
+    logits = logits_of(hidden, head)
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+
+
+@jax.custom_jvp
+def token_nll(hidden: Array, head: Array, tokens: Array) -> Array:
+    """−log p(token | hidden): hidden [M, D], head [D, V], tokens int [M] -> [M], at least fp32.
+
+    Its derivative in `hidden` is taken together with the value, (softmax − onehot) headᵀ, while the logits are at
+    hand: the backward pass neither keeps nor recomputes [M, V]. Composes with grad, jvp and their nesting.
+    """
+    return _nll(hidden, head, tokens)
+
+
+@partial(token_nll.defjvp, symbolic_zeros=True)
+def _token_nll_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Any]:
+    hidden, head, tokens = primals
+    hidden_dot, head_dot, _ = tangents
+    nll, pull = jax.vjp(lambda h: _nll(h, head, tokens), hidden)
+    out = jnp.zeros_like(nll)
+    if type(hidden_dot) is not SymbolicZero:
+        (slope,) = pull(jnp.ones_like(nll))
+        out += jnp.einsum("md,md->m", slope, hidden_dot, preferred_element_type=out.dtype)
+    if type(head_dot) is not SymbolicZero:  # only when the head is trained: its logits are recomputed
+        out += jax.jvp(jax.checkpoint(lambda w: _nll(hidden, w, tokens)), (head,), (head_dot,))[1]
+    return nll, out
+
+
+def cross_entropy(hidden: Array, head: Array, targets: Targets) -> Array:
+    """Σ weight · −log p(target), over the positions with weight > 0. Scalar, at least fp32.
+
+    Each row's supervised positions are moved to its front; chunks of columns are then visited as long as any row has
+    one left, so the unsupervised rest never meets the vocabulary, whatever share of the batch it is.
+
+    Args:
+        hidden: [B, T, D]. head: [D, V]. targets: [B, T].
+    """
+    B, T, D = hidden.shape
+    width = min(T, max(1, CHUNK_TOKENS // B))
+    chunks = -(-T // width)
+    order = jnp.argsort(targets.weights <= 0, axis=1, stable=True)
+    front = lambda field: jnp.pad(
+        jnp.take_along_axis(field, order, axis=1), ((0, 0), (0, chunks * width - T))
+    ).reshape(B, chunks, width)
+    tokens, weights = (front(field).swapaxes(0, 1) for field in targets)  # [chunks, B, width]
+    where = front(jnp.broadcast_to(jnp.arange(T), (B, T))).swapaxes(0, 1)
+
+    def visit(total: Array, chunk: tuple) -> tuple[Array, None]:
+        where, tokens, weights = chunk
+
+        def add() -> Array:
+            h = jnp.take_along_axis(hidden, where[..., None], axis=1).reshape(B * width, D)
+            return total + jnp.vdot(weights.reshape(-1).astype(total.dtype), token_nll(h, head, tokens.reshape(-1)))
+
+        return jax.lax.cond(jnp.any(weights > 0), add, lambda: total), None
+
+    zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
+    return jax.lax.scan(visit, zero, (where, tokens, weights))[0]
+
+
+def supervised_loss(
+    model: Model, base: PyTree, steering: Steering, batch: Batch, key: Array | None = None, *, train: bool = False
+) -> Array:
+    """The summed cross-entropy of a batch's supervised tokens; divide by `total_weight` for the mean. Scalar."""
+    hidden = forward(model, base, steering, batch, key=key, train=train).hidden
+    return cross_entropy(hidden, head_kernel(base), next_tokens(batch))
+
+
+def mean_loss(model: Model, base: PyTree, steering: Steering, batch: Batch) -> Array:
+    """Mean cross-entropy a supervised token, nats. Scalar."""
+    return supervised_loss(model, base, steering, batch) / total_weight(batch)
+
+
+def total_weight(batch: Batch) -> Array:
+    """Σ of the weights that a loss over this batch will count. Scalar fp32. Any leading axes."""
+    flat = Batch(*(field.reshape(-1, field.shape[-1]) for field in batch))
+    return jnp.sum(next_tokens(flat).weights)

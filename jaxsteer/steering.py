@@ -1,0 +1,188 @@
+"""The steering pytree of a plan: validation, initialisation, labels, counts, penalties, folding, and plans as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsteer.interventions import METHODS
+from jaxsteer.models.config import ModelConfig, site_dims
+from jaxsteer.types import (
+    ACTIVATIONS,
+    PROJECTIONS,
+    SITES,
+    Array,
+    ParamSpec,
+    Plan,
+    Positions,
+    PyTree,
+    Slot,
+    Steering,
+)
+
+
+def validate_plan(plan: Plan, config: ModelConfig) -> None:
+    """Check that a plan can be carried out on a model.
+
+    Raises:
+        ValueError: two slots of one name; an unknown site or layer; a site that the method's kind has no place at; a
+            rank that does not fit. The message names the slot and says what is allowed.
+    """
+    names = [slot.name for slot in plan]
+    for slot in plan:
+        where = f"slot {slot.name!r}"
+        if names.count(slot.name) > 1:
+            raise ValueError(f"{where}: two slots have this name; give each its own")
+        if not slot.name or "/" in slot.name:
+            raise ValueError(f"{where}: a name must not be empty or contain '/'")
+        allowed = PROJECTIONS if slot.method.kind == "weight" else ACTIVATIONS
+        if not slot.sites or len(set(slot.sites)) < len(slot.sites):
+            raise ValueError(f"{where}: needs at least one site, each once; got {list(slot.sites)}")
+        for site in slot.sites:
+            if site not in SITES:
+                raise ValueError(f"{where}: unknown site {site!r}; the sites are {', '.join(SITES)}")
+            if site not in allowed:
+                raise ValueError(
+                    f"{where}: {method_name(slot.method)} is a {slot.method.kind} method and cannot sit at "
+                    f"{site!r}; its sites are {', '.join(allowed)}"
+                )
+            try:
+                slot.method.param_specs(site_dims(config, site))
+            except ValueError as error:
+                raise ValueError(f"{where} at {site!r}: {error}") from None
+        layers = slot.active_layers(config.layers)
+        if not layers or list(layers) != sorted(set(layers)):
+            raise ValueError(f"{where}: layers must be ascending, each once, at least one; got {list(layers)}")
+        if layers[0] < 0 or layers[-1] >= config.layers:
+            raise ValueError(
+                f"{where}: layers {list(layers)} are not all in the model, which has layers 0 to {config.layers - 1}"
+            )
+
+
+def param_specs(plan: Plan, config: ModelConfig) -> dict[str, dict[str, dict[str, ParamSpec]]]:
+    """The parameters of each slot and site for one layer, in the layout of the steering pytree."""
+    return {
+        slot.name: {site: slot.method.param_specs(site_dims(config, site)) for site in slot.sites} for slot in plan
+    }
+
+
+def init_steering(plan: Plan, config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Steering:
+    """Draw the steering pytree of a plan, steering[slot][site][param], each leaf [A, ...] over the slot's layers.
+
+    Every leaf and layer has a key of its own, derived from its path, so that adding a slot or leaving out a layer
+    changes nothing elsewhere.
+
+    Raises:
+        ValueError: the plan does not fit the model, see `validate_plan`.
+    """
+    validate_plan(plan, config)
+
+    def stack(slot: Slot, path: str, spec: ParamSpec) -> Array:
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.array(slot.active_layers(config.layers)))
+        return jax.vmap(lambda k: spec.init(k, spec.shape, dtype))(keys)
+
+    specs = param_specs(plan, config)
+    return {
+        slot.name: {
+            site: {name: stack(slot, f"{slot.name}/{site}/{name}", spec) for name, spec in params.items()}
+            for site, params in specs[slot.name].items()
+        }
+        for slot in plan
+    }
+
+
+def penalty(plan: Plan, steering: Steering, step: Array) -> Array:
+    """The sum of all methods' own loss terms at this step. Scalar fp32."""
+    terms = [slot.method.penalty(steering[slot.name][site], step) for slot in plan for site in slot.sites]
+    return sum(terms, jnp.zeros((), jnp.float32))
+
+
+def fold(plan: Plan, base: PyTree, steering: Steering) -> tuple[PyTree, Plan, Steering]:
+    """Merge into the base weights every slot that can be; a serving model then pays nothing for them.
+
+    Returns:
+        The merged base tree, and the plan and steering of the slots that cannot be merged (they go on as they are).
+    """
+    blocks, rest = base["blocks"], []
+    for slot in plan:
+        merged = _fold_slot(slot, blocks, steering[slot.name])
+        if merged is None:
+            rest.append(slot)
+        else:
+            blocks = merged
+    return base | {"blocks": blocks}, tuple(rest), {slot.name: steering[slot.name] for slot in rest}
+
+
+def _fold_slot(slot: Slot, blocks: PyTree, params: dict) -> PyTree | None:
+    if slot.method.kind != "weight" or slot.positions.kind != "all":
+        return None
+    for site in slot.sites:
+        group, name = site.split(".")
+        weights = dict(blocks[group][name])
+        active = jnp.array(slot.active_layers(weights["kernel"].shape[0]))
+        kernel, bias = weights["kernel"][active], weights["bias"][active] if "bias" in weights else None
+        folded = jax.vmap(slot.method.fold)(params[site], kernel, bias)
+        if folded is None:
+            return None
+        for leaf, new in zip(("kernel", "bias"), folded, strict=True):
+            if new is not None:
+                old = weights.get(leaf, jnp.zeros((blocks[group][name]["kernel"].shape[0], *new.shape[1:]), new.dtype))
+                weights[leaf] = old.at[active].set(new)
+        blocks = blocks | {group: blocks[group] | {name: weights}}
+    return blocks
+
+
+def count_parameters(tree: PyTree) -> int:
+    """Number of scalars in a tree of arrays (or of shapes)."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(tree))
+
+
+def method_name(method: Any) -> str:
+    """The name under which METHODS lists a method."""
+    for name, cls in METHODS.items():
+        if type(method) is cls:
+            return name
+    raise ValueError(f"{type(method).__name__} is not in METHODS ({', '.join(METHODS)})")
+
+
+def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
+    """A plan as plain lists and dicts; `plan_from_json` reads it back."""
+    return [
+        {
+            "name": slot.name,
+            "method": {"name": method_name(slot.method), **dataclasses.asdict(slot.method)},  # type: ignore[call-overload]
+            "sites": list(slot.sites),
+            "layers": None if slot.layers is None else list(slot.layers),
+            "positions": str(slot.positions),
+        }
+        for slot in plan
+    ]
+
+
+def plan_from_json(data: Sequence[dict[str, Any]]) -> Plan:
+    """Read a plan back.
+
+    Raises:
+        ValueError: a method that this version does not know, or a setting that its method does not have.
+    """
+    slots = []
+    for entry in data:
+        settings = dict(entry["method"])
+        name = settings.pop("name")
+        if name not in METHODS:
+            raise ValueError(f"slot {entry['name']!r}: unknown method {name!r}; known are {', '.join(METHODS)}")
+        known = {field.name for field in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(f"slot {entry['name']!r}: {name} has no setting {', '.join(unknown)}; it has {sorted(known)}")
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        layers = None if entry["layers"] is None else tuple(entry["layers"])
+        slots.append(
+            Slot(entry["name"], METHODS[name](**settings), tuple(entry["sites"]), layers, Positions.parse(entry["positions"]))
+        )
+    return tuple(slots)

@@ -1,0 +1,212 @@
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from train.data import DataSource, TokenizedExample, bucket_length, pack, prompt_batches, stack_rows
+
+
+def made(lengths, seed=0):
+    """Examples whose first id is their number; the last third is supervised."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for i, n in enumerate(lengths):
+        ids = rng.integers(1, 1000, n).astype(np.int32)
+        ids[0] = 10_000 + i
+        prompt = max(1, n - n // 3)
+        weights = (np.arange(n) >= prompt).astype(np.float32)
+        examples.append(TokenizedExample(ids, weights, prompt, f"f:{i}", str(i)))
+    return examples
+
+
+LENGTHS = np.random.default_rng(1).integers(2, 33, 101).tolist()
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def seen(source, rows):
+    """How often each example occurs in so many rows from the start."""
+    steps = -(-rows // source.rows)
+    members = [row for step in range(steps) for row in source.row_members(step)][:rows]
+    return Counter(i for row in members for i in row)
+
+
+def test_pack_is_a_partition_and_best_fit():
+    rows = pack(LENGTHS, 64)
+    assert sorted(i for row in rows for i in row) == list(range(101))
+    assert all(sum(LENGTHS[i] for i in row) <= 64 for row in rows)
+    # 7 goes to the row with 8 left rather than the one with 9, then 9 fills the other.
+    assert pack([55, 56, 7, 9, 64, 1], 64) == [[0, 3], [1, 2, 5], [4]]
+    assert pack([], 8) == []
+
+
+def test_pack_is_fast_and_full():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5.1, 0.4, 7500), 40, 1024).astype(int).tolist()  # like GSM8K's
+    start = time.perf_counter()
+    rows = pack(lengths, 1024)
+    assert time.perf_counter() - start < 1
+    assert sum(lengths) / (1024 * len(rows)) > 0.95
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_every_epoch_has_every_example_once(packed, rows):
+    source = DataSource(made(LENGTHS), rows, 64, seed=5, pack=packed)
+    per_epoch = source.rows_per_epoch
+    for epochs in (1, 2, 3):
+        assert seen(source, epochs * per_epoch) == {i: epochs for i in range(101)}
+    if not packed:
+        assert per_epoch == 101
+
+
+def test_order_is_a_function_of_seed_and_step():
+    examples = made(LENGTHS)
+    first, second = (DataSource(examples, 3, 64, seed=5) for _ in range(2))
+    steps = 5 * first.steps_per_epoch
+    inorder = [first.batch(k) for k in range(steps)]
+    for k in np.random.default_rng(0).permutation(steps).tolist():
+        assert same(second.batch(k), inorder[k])
+    assert same(DataSource(examples, 3, 64, seed=5).batch(1000), first.batch(1000))
+    other = DataSource(examples, 3, 64, seed=6)
+    assert not same(other.batch(0), inorder[0])
+
+
+def test_batch_size_does_not_change_the_order_of_rows():
+    examples = made(LENGTHS)
+    single, triple = (DataSource(examples, n, 64) for n in (1, 3))
+    rows = [single.batch(k).tokens[0] for k in range(60)]
+    assert np.array_equal(np.stack(rows), np.concatenate([triple.batch(k).tokens for k in range(20)]))
+
+
+def test_golden_order():
+    # A resumed run must see what it would have seen: this order may change only on purpose.
+    source = DataSource(made([5, 3, 4, 5, 2, 3, 4, 5]), 2, 10, seed=1)
+    assert [source.row_members(k) for k in range(4)] == GOLDEN
+
+
+GOLDEN: list = []
+
+
+def test_epochs_differ():
+    source = DataSource(made(LENGTHS), 1, 64)
+    n = source.rows_per_epoch
+    first, second = ([source.row_members(e * n + k)[0] for k in range(n)] for e in (0, 1))
+    assert first != second
+    assert {tuple(sorted(r)) for r in first} != {tuple(sorted(r)) for r in second}  # other neighbours too
+
+
+def test_rows_hold_their_examples_exactly():
+    examples = made(LENGTHS)
+    source = DataSource(examples, 4, 64, seed=2)
+    for step in range(source.steps_per_epoch):
+        batch, members = source.batch(step), source.row_members(step)
+        assert [f.dtype for f in batch] == [np.int32] * 4 + [np.float32]
+        assert all(f.shape == (4, 64) for f in batch)
+        for r, row in enumerate(members):
+            at = 0
+            for segment, i in enumerate(row, 1):
+                e, span = examples[i], slice(at, at + len(examples[i]))
+                assert np.array_equal(batch.tokens[r, span], e.ids)
+                assert (batch.segments[r, span] == segment).all()
+                assert np.array_equal(batch.positions[r, span], np.arange(len(e)))
+                assert (batch.prompt_lengths[r, span] == e.prompt_length).all()
+                assert np.array_equal(batch.weights[r, span], e.weights)
+                at += len(e)
+            assert not any(f[r, at:].any() for f in batch)  # padding is zeros
+
+
+def test_counts():
+    source = DataSource(made([8] * 10), 4, 16)
+    assert (source.rows_per_epoch, source.steps_per_epoch, source.steps(2), source.steps(0.4)) == (5, 2, 3, 1)
+    assert source.fill == 1.0
+    assert DataSource(made([8] * 10), 4, 16, pack=False).fill == 0.5
+    assert DataSource(made([8] * 30), 1, 8).steps(0.1) == 3
+
+
+def test_first_token_is_never_a_target():
+    e = TokenizedExample(np.array([7, 8], np.int32), np.ones(2, np.float32), 0, "f:1")
+    assert stack_rows([[e, e]], 5).weights.tolist() == [[0, 1, 0, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rows": 0}, "0 rows"),
+        ({"length": 31}, r"f:\d+: 32 tokens do not fit a row of 31"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"examples": []}, "no examples"),
+    ],
+)
+def test_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataSource(**{"examples": made(LENGTHS), "rows": 2, "length": 64, **settings})
+
+
+def test_refuses_negative_steps_and_full_rows():
+    with pytest.raises(ValueError, match="step -1"):
+        DataSource(made([4]), 1, 8).batch(-1)
+    with pytest.raises(ValueError, match="8 tokens do not fit a row of 7"):
+        stack_rows([made([4, 4])], 7)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompt_batches(side):
+    prompts = made(LENGTHS)
+    batches = list(prompt_batches(prompts, 8, side=side, lengths=(32, 8, 16)))
+    indices = np.concatenate([b.indices for b in batches])
+    assert sorted(indices[indices >= 0].tolist()) == list(range(101))
+    assert (indices == -1).sum() == len(batches) * 8 - 101 == 3
+    assert len(batches) == 13
+    widths = [b.batch.tokens.shape for b in batches]
+    assert widths == sorted(widths, reverse=True)
+    for batch, index in batches:
+        width = batch.tokens.shape[1]
+        longest = max(len(prompts[i]) for i in index if i >= 0)
+        assert width == min(n for n in (8, 16, 32) if n >= longest)
+        for r, i in enumerate(index):
+            if i < 0:
+                assert not any(f[r].any() for f in batch)
+                continue
+            e = prompts[i]
+            span = slice(width - len(e), width) if side == "left" else slice(0, len(e))
+            assert np.array_equal(batch.tokens[r, span], e.ids)
+            assert np.array_equal(batch.positions[r, span], np.arange(len(e)))
+            assert np.array_equal(batch.weights[r, span], e.weights)
+            assert (batch.prompt_lengths[r, span] == e.prompt_length).all()
+            assert (batch.segments[r, span] == 1).all()
+            assert batch.segments[r].sum() == len(e)
+
+
+def test_bucket_lengths_are_few():
+    assert [bucket_length(n) for n in (1, 16, 17, 24, 25, 33, 49, 100, 1000)] == [
+        16,
+        16,
+        24,
+        24,
+        32,
+        48,
+        64,
+        128,
+        1024,
+    ]
+    assert len({bucket_length(n) for n in range(1, 2049)}) == 15
+    (batch,) = prompt_batches(made([20, 30]), 2)
+    assert batch.batch.tokens.shape == (2, 32)
+    assert list(prompt_batches([], 4)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 0}, "0 rows"),
+        ({"rows": 2, "side": "both"}, "'both'"),
+        ({"rows": 2, "lengths": (8, 16)}, r"f:0: a prompt of 20 tokens, but .* \[8, 16\]"),
+    ],
+)
+def test_prompt_batches_refuse(options, message):
+    with pytest.raises(ValueError, match=message):
+        list(prompt_batches(made([20]), **options))

@@ -1,0 +1,88 @@
+import math
+
+import pytest
+
+from train.scoring import Accuracy, accuracy, extract, interval, majority, score
+
+
+@pytest.mark.parametrize(
+    ("output", "rule", "answer"),
+    [
+        ("7", "digit", "7"),
+        (" \n7\n[MAX 1", "digit", "7"),
+        ("17", "digit", "17"),
+        ("-3 x", "digit", "-3"),
+        ("7]", "digit", None),
+        ("7.5", "digit", None),
+        ("the answer is 7", "digit", None),
+        ("", "digit", None),
+        ("x <answer> 4 </answer> <answer>5</answer>", "tagged", "4"),
+        ("<answer>two\nlines</answer>", "tagged", "two\nlines"),
+        ("<answer></answer>", "tagged", ""),
+        ("<answer>4", "tagged", None),
+        ("4", "tagged", None),
+        ("  Paris \n", "exact", "Paris"),
+        ("", "exact", ""),
+    ],
+)
+def test_extract(output, rule, answer):
+    assert extract(output, rule) == answer
+
+
+def test_score():
+    assert score("7 ", "7", "digit")
+    assert score("Paris\n", " Paris")
+    assert not score("paris", "Paris")
+    assert not score("17", "7", "digit")
+    assert not score("7", "7", "tagged")
+    assert score("so <answer>7</answer>", "7", "tagged")
+
+
+@pytest.mark.parametrize("rule", ["digits", "Exact"])
+def test_unknown_rule(rule):
+    with pytest.raises(ValueError, match=f"got '{rule}'"):
+        extract("7", rule)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"),
+    [
+        # Newcombe 1998 (Statistics in Medicine 17:857), table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_against_published_values(k, n, low, high):
+    assert interval(k, n) == pytest.approx((low, high), abs=5e-5)
+    # Mirrored: failures instead of successes.
+    assert interval(n - k, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_wilson_solves_its_equation():
+    z = 1.959963984540054
+    for end in interval(42, 50):
+        assert abs(42 / 50 - end) == pytest.approx(z * math.sqrt(end * (1 - end) / 50))
+    assert interval(20, 20)[1] == 1.0
+    assert interval(0, 20)[0] == 0.0
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 0), (-1, 3), (4, 3)])
+def test_no_proportion(k, n):
+    with pytest.raises(ValueError, match="interval"):
+        interval(k, n)
+    with pytest.raises(ValueError, match="interval"):
+        Accuracy(k, n)
+
+
+def test_summary():
+    result = accuracy([True] * 42 + [False] * 8)
+    assert result == Accuracy(42, 50)
+    assert result.rate == 0.84
+    assert result.interval == interval(42, 50)
+    assert str(result) == "84.0 % (42 of 50; 95 %: 71.5 to 91.7)"
+
+
+def test_majority():
+    assert majority(["a", "b ", "b", "c"]) == Accuracy(2, 4)

@@ -1,0 +1,247 @@
+"""ListOps: nested list operations on digits, such as `[MAX 2 [MIN 3 4 ] ]`, whose answer is one digit.
+
+After Nangia and Bowman 2018 (arXiv 1804.06028) and Long Range Arena (Tay et al. 2020, arXiv 2011.04006).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from train.data.examples import Example
+
+Split = Literal["train", "validation", "test"]
+Style = Literal["short", "tagged"]
+
+# int(median): an even count gives the mean of the middle two, rounded down, as in Long Range Arena.
+OPERATIONS: dict[str, Callable[[Sequence[int]], int]] = {
+    "MAX": max,
+    "MIN": min,
+    "MED": lambda v: (sorted(v)[(len(v) - 1) // 2] + sorted(v)[len(v) // 2]) // 2,
+    "SM": lambda v: sum(v) % 10,
+    "PM": lambda v: math.prod(v) % 10,
+    "FIRST": lambda v: v[0],
+    "LAST": lambda v: v[-1],
+}
+
+# The newline keeps the boundary clean: digits are pre-tokens of their own, so the answer is one token and the
+# ids of prompt and completion joined are the ids of the joined text.
+TEMPLATES: dict[Style, tuple[str, str]] = {
+    "short": ("{expression}\n", "{answer}"),
+    "tagged": (
+        "Work out the value of the list expression, a single digit, and write it as <answer>digit</answer>.\n"
+        "{expression}\n",
+        "<answer>{answer}</answer>",
+    ),
+}
+
+MAX_FAILURES = 100_000
+"""So many candidates in a row without a new example mean that the settings allow no more of them."""
+
+
+@dataclass(frozen=True)
+class ListOps:
+    """Settings of the generator; by default a problem has 12 to 25 SmolLM2 tokens, answer and end included.
+
+    operations      names out of OPERATIONS
+    max_depth       how deep lists nest; 1 = one list of digits
+    max_args        the most arguments of an operation; the fewest are 2
+    nesting         probability that an argument is a list, above max_depth
+    min_length      the fewest list tokens of an expression: operators, digits and closing brackets
+    max_length      the most
+    train, validation, test   number of problems in each split; problems are distinct, so where short ones run
+                    out only counts in the ratio 8 : 1 : 1 (the partition's) give every split the same mix
+    balanced        give every answer the same share of each ten problems
+    style           "short": expression, newline, digit; "tagged": the prompt asks for <answer>digit</answer>
+    prompt          a prompt instead of the style's own; must contain {expression}
+    seed            of the problems drawn (not of the partition, which is always the same)
+    """
+
+    operations: tuple[str, ...] = ("MAX", "MIN", "MED", "SM")
+    max_depth: int = 3
+    max_args: int = 5
+    nesting: float = 0.3
+    min_length: int = 5
+    max_length: int = 12
+    train: int = 16_000
+    validation: int = 2_000
+    test: int = 2_000
+    balanced: bool = True
+    style: Style = "short"
+    prompt: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Reject settings that no problem could meet."""
+        unknown = [o for o in self.operations if o not in OPERATIONS]
+        if unknown or not self.operations or len(set(self.operations)) != len(self.operations):
+            raise ValueError(
+                f"ListOps operations: got {self.operations}, need distinct names of {sorted(OPERATIONS)}"
+            )
+        if self.max_depth < 1 or self.max_args < 2:
+            raise ValueError(
+                f"ListOps: got max_depth {self.max_depth}, max_args {self.max_args}; need at least 1 and 2"
+            )
+        if not 0 <= self.nesting <= 1:
+            raise ValueError(f"ListOps nesting: got {self.nesting}, need a probability in [0, 1]")
+        if self.max_length < 4 or self.min_length > self.max_length:
+            raise ValueError(
+                f"ListOps: got min_length {self.min_length}, max_length {self.max_length}; need "
+                "min_length <= max_length and max_length >= 4, the length of [MAX 1 2 ]"
+            )
+        for split in get_args(Split):
+            if getattr(self, split) < 0:
+                raise ValueError(f"ListOps {split}: got {getattr(self, split)} problems, need 0 or more")
+        if self.style not in TEMPLATES:
+            raise ValueError(f"ListOps style: got {self.style!r}, need one of {sorted(TEMPLATES)}")
+        if self.prompt is not None and "{expression}" not in self.prompt:
+            raise ValueError(f"ListOps prompt: got {self.prompt!r}, need a text that contains {{expression}}")
+
+
+def evaluate(expression: str) -> int:
+    """The answer of an expression, a digit.
+
+    Args:
+        expression: List tokens separated by spaces, e.g. "[MAX 2 [MIN 3 4 ] ]".
+
+    Raises:
+        ValueError: where it is not one well-formed expression.
+    """
+    stack: list[tuple[str, list[int]]] = []
+    result: int | None = None
+    for token in expression.split():
+        if result is not None:
+            raise ValueError(f"ListOps {expression!r}: {token!r} follows the end of the expression")
+        if token[0] == "[" and token[1:] in OPERATIONS:
+            stack.append((token[1:], []))
+            continue
+        if len(token) == 1 and token in "0123456789":
+            value = int(token)
+        elif stack and token == "]":
+            name, values = stack.pop()
+            if not values:
+                raise ValueError(f"ListOps {expression!r}: {name} has no arguments")
+            value = OPERATIONS[name](values)
+        else:
+            raise ValueError(
+                f"ListOps {expression!r}: got {token!r}; an expression is a digit, or [OP followed by "
+                f"expressions and a closing ], with OP one of {sorted(OPERATIONS)}"
+            )
+        if stack:
+            stack[-1][1].append(value)
+        else:
+            result = value
+    if result is None:
+        raise ValueError(f"ListOps {expression!r}: {len(stack)} list(s) left open, or nothing there")
+    return result
+
+
+def split_of(expression: str) -> Split:
+    """The split of an expression, by sha256 of its text modulo 10: 0 test, 1 validation, else train.
+
+    It depends on nothing but the text. Every problem of a split s satisfies split_of(expression) = s, so no
+    expression can occur in two splits, whatever the seeds, settings or files they were made from.
+    """
+    bucket = int.from_bytes(hashlib.sha256(expression.encode()).digest(), "big") % 10
+    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
+
+
+def example(expression: str, settings: ListOps, source: str) -> Example:
+    """The prompt and completion of one expression in the style of the settings."""
+    prompt, completion = TEMPLATES[settings.style]
+    prompt = prompt if settings.prompt is None else settings.prompt
+    answer = str(evaluate(expression))
+    return Example.of(
+        prompt.replace("{expression}", expression), completion.replace("{answer}", answer), source, answer
+    )
+
+
+def generate(settings: ListOps, split: Split) -> list[Example]:
+    """The problems of one split: a pure function of (settings, split).
+
+    No expression occurs twice, in one split or in two (see `split_of`). A larger count begins with the
+    problems of a smaller one. With `balanced`, answering always the same digit scores 10 %.
+
+    Raises:
+        ValueError: for an unknown split, or where the settings do not allow that many distinct problems.
+    """
+    if split not in get_args(Split):
+        raise ValueError(f"ListOps split: got {split!r}, need one of {get_args(Split)}")
+    count: int = getattr(settings, split)
+    # Seeding from a text goes through SHA-512, so it is the same in every process.
+    draw = random.Random(f"listops/{settings.seed}/{split}").random
+    found: dict[str, int] = {}
+    per_answer = [0] * 10
+    failures = 0
+    while len(found) < count:
+        failures += 1
+        if failures > MAX_FAILURES:
+            raise ValueError(
+                f"ListOps: found only {len(found)} distinct {split} problems of {count} with {settings}; "
+                "allow a wider range of lengths, more depth or arguments, fewer problems, or balanced=False"
+            )
+        tokens: list[str] = []
+        _grow(tokens, settings, draw, depth=1)
+        if not settings.min_length <= len(tokens) <= settings.max_length:
+            continue
+        expression = " ".join(tokens)
+        if expression in found or split_of(expression) != split:
+            continue
+        answer = evaluate(expression)
+        if settings.balanced and per_answer[answer] > len(found) // 10:
+            continue
+        found[expression] = answer
+        per_answer[answer] += 1
+        failures = 0
+    return [example(e, settings, f"listops/{split}:{i}") for i, e in enumerate(found, 1)]
+
+
+def _grow(tokens: list[str], settings: ListOps, draw: Callable[[], float], depth: int) -> None:
+    """Append one random list; gives up (too long) once max_length is passed."""
+    # Only random() is promised to be the same in every Python; integers are derived from it.
+    tokens.append("[" + settings.operations[int(draw() * len(settings.operations))])
+    for _ in range(2 + int(draw() * (settings.max_args - 1))):
+        if len(tokens) > settings.max_length:
+            return
+        if depth < settings.max_depth and draw() < settings.nesting:
+            _grow(tokens, settings, draw, depth + 1)
+        else:
+            tokens.append(str(int(draw() * 10)))
+    tokens.append("]")
+
+
+def read_tsv(path: str | Path, settings: ListOps, split: Split) -> list[Example]:
+    """The problems of one split out of a file of `answer<TAB>expression` lines, as in nyu-mll/spinn.
+
+    Binary-tree brackets ( and ) are dropped. The file is partitioned by `split_of`; of the settings only
+    style and prompt count.
+
+    Raises:
+        ValueError: with file and line, for a line of another form or a wrong answer, or where none belongs to
+            the split.
+    """
+    examples = []
+    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        gold, tab, text = line.partition("\t")
+        if not tab or not re.fullmatch("[0-9]", gold):
+            raise ValueError(f"{path}:{number}: got {line[:60]!r}, expected a digit, a tab and an expression")
+        expression = " ".join(text.replace("(", " ").replace(")", " ").split())
+        try:
+            value = evaluate(expression)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        if value != int(gold):
+            raise ValueError(f"{path}:{number}: the answer given is {gold}, but {expression} is {value}")
+        if split_of(expression) == split:
+            examples.append(example(expression, settings, f"{path}:{number}"))
+    if not examples:
+        raise ValueError(f"{path}: no ListOps problem belongs to the split {split!r}")
+    return examples

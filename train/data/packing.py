@@ -1,0 +1,183 @@
+"""Rows of fixed length from examples of any length, in an order that is a pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxsteer.types import Batch
+from train.data.examples import TokenizedExample
+
+
+def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Put items into rows, each into the fullest row that has room for it (best fit), in the order given.
+
+    Args:
+        lengths: Of the items, each from 1 to row_length.
+        row_length: Room in a row.
+
+    Returns:
+        For each row the indices of its items.
+    """
+    rows: list[list[int]] = []
+    # Rows by the room they have left, and the same as bits of one number: the lowest set bit from n upwards
+    # is the tightest room for n, so an item costs row_length / 64 machine words and no search.
+    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
+    rooms = 0
+    for i, n in enumerate(lengths):
+        fitting = rooms >> n
+        if fitting:
+            room = n + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = row_length, len(rows)
+            rows.append([])
+        rows[row].append(i)
+        by_room[room - n].append(row)
+        rooms |= 1 << (room - n)
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class DataSource:
+    """Training batches of [rows, length] tokens; `batch(step)` is a function of examples, settings and step.
+
+    Rows are laid out once, by packing one shuffle of the examples. An epoch deals the examples anew to the
+    places of their own length and shuffles the rows, so every epoch has every example exactly once, other
+    neighbours, and the same number of rows: that number is what lets any step be found without the ones
+    before it. Epochs follow one another without a gap: a batch may end one and begin the next, so that
+    nothing is dropped and every batch is full.
+
+    examples  the data; each at most `length` long
+    rows      rows of a batch (B)
+    length    tokens of a row (T)
+    seed      of the order
+    pack      False = one example a row, the rest padding; for comparison
+    """
+
+    examples: Sequence[TokenizedExample]
+    rows: int
+    length: int
+    seed: int = 0
+    pack: bool = True
+    _lengths: np.ndarray = field(init=False, repr=False)
+    _layout: list[np.ndarray] = field(init=False, repr=False)  # per row: its places
+    _places: np.ndarray = field(init=False, repr=False)  # all places, by the length they hold
+    _epochs: dict[int, tuple[np.ndarray, np.ndarray]] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the settings and lay out the rows."""
+        if self.rows < 1 or self.length < 1:
+            raise ValueError(f"data: got {self.rows} rows of {self.length} tokens, need at least 1 and 1")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"data seed: got {self.seed}, need 0 to 2**64 - 1")
+        if not len(self.examples):
+            raise ValueError("data: no examples")
+        lengths = np.array([len(e) for e in self.examples])
+        worst = int(lengths.argmax())
+        if lengths[worst] > self.length:
+            raise ValueError(
+                f"{self.examples[worst].source}: {lengths[worst]} tokens do not fit a row of {self.length}; "
+                "raise the row length, or tokenise with max_length and on_long='drop'"
+            )
+        shuffle = _generator(self.seed, 0).permutation(len(lengths))
+        packed = (
+            pack(lengths[shuffle].tolist(), self.length) if self.pack else [[i] for i in range(len(lengths))]
+        )
+        # A place is numbered by the example that the first shuffle put there.
+        object.__setattr__(self, "_lengths", lengths)
+        object.__setattr__(self, "_layout", [shuffle[row] for row in packed])
+        object.__setattr__(self, "_places", np.argsort(lengths, kind="stable"))
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Number of rows that hold every example once."""
+        return len(self._layout)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches after which every example has been seen."""
+        return self.steps(1)
+
+    def steps(self, epochs: float) -> int:
+        """Number of batches for so many epochs; the last may reach into the next one by less than a batch."""
+        # The rounding keeps 0.1 * 30 rows from becoming 3.0000000000000004 of them.
+        return math.ceil(round(epochs * self.rows_per_epoch / self.rows, 6))
+
+    @property
+    def fill(self) -> float:
+        """Share of real tokens among all tokens of an epoch, 0 to 1."""
+        return float(self._lengths.sum()) / (self.rows_per_epoch * self.length)
+
+    def row_members(self, step: int) -> list[list[int]]:
+        """For each row of a batch the indices of the examples in it."""
+        if step < 0:
+            raise ValueError(f"data: got step {step}, need 0 or more")
+        members = []
+        for number in range(step * self.rows, (step + 1) * self.rows):
+            epoch, i = divmod(number, self.rows_per_epoch)
+            dealt, order = self._epoch(epoch)
+            members.append(dealt[self._layout[order[i]]].tolist())
+        return members
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step, numpy, every field [rows, length]; any step, without the ones before it."""
+        members = self.row_members(step)
+        return stack_rows([[self.examples[i] for i in row] for row in members], self.length)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the example in each place, the order of the rows) of one epoch; two epochs are remembered."""
+        if epoch not in self._epochs:
+            generator = _generator(self.seed, epoch + 1)
+            shuffle = generator.permutation(len(self._lengths))
+            dealt = np.empty_like(shuffle)
+            dealt[self._places] = shuffle[np.argsort(self._lengths[shuffle], kind="stable")]
+            while len(self._epochs) > 1:
+                self._epochs.pop(min(self._epochs))
+            self._epochs[epoch] = dealt, generator.permutation(self.rows_per_epoch)
+        return self._epochs[epoch]
+
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    """Independent random numbers for each (seed, stream): Philox is a function of its key and a counter."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
+
+
+def stack_rows(rows: Sequence[Sequence[TokenizedExample]], length: int, *, left: bool = False) -> Batch:
+    """Write examples into rows one after another.
+
+    Args:
+        rows: Examples of each row; a row may be empty.
+        length: T; what examples do not fill is padding: zeros in every field.
+        left: Put the padding before the examples instead of after them.
+
+    Returns:
+        numpy Batch, [len(rows), length]. Segments count from 1 in each row, positions from 0 in each example.
+        The first token of an example has weight 0: nothing before it predicts it.
+
+    Raises:
+        ValueError: where the examples of a row are longer than it.
+    """
+    shape = (len(rows), length)
+    tokens, segments, positions, prompt_lengths = (np.zeros(shape, np.int32) for _ in range(4))
+    weights = np.zeros(shape, np.float32)
+    for r, row in enumerate(rows):
+        total = sum(map(len, row))
+        if total > length:
+            raise ValueError(f"row {r} (from {row[0].source}): {total} tokens do not fit a row of {length}")
+        at = length - total if left else 0
+        for segment, example in enumerate(row, 1):
+            span = slice(at, at + len(example))
+            tokens[r, span] = example.ids
+            segments[r, span] = segment
+            positions[r, span] = np.arange(len(example))
+            prompt_lengths[r, span] = example.prompt_length
+            weights[r, span] = example.weights
+            weights[r, at] = 0
+            at = span.stop
+    return Batch(tokens, segments, positions, prompt_lengths, weights)  # type: ignore[arg-type]  # numpy on the host

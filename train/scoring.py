@@ -1,0 +1,103 @@
+"""Exact match: the answer in a generated text, whether it is right, and how sure the accuracy is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Rule = Literal["exact", "digit", "tagged"]
+"""exact   the whole text, without the white space around it
+digit   the integer that the text begins with, up to white space or the end
+tagged  the inside of the first <answer>...</answer>
+"""
+
+_DIGIT = re.compile(r"\s*([+-]?[0-9]+)(?=\s|$)")
+_TAGGED = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
+
+
+def extract(output: str, rule: Rule = "exact") -> str | None:
+    """The answer in a generated text (stop tokens already removed); None where the rule finds none.
+
+    Raises:
+        ValueError: for an unknown rule.
+    """
+    if rule == "exact":
+        return output.strip()
+    if rule not in get_args(Rule):
+        raise ValueError(f"scoring rule: got {rule!r}, need one of {get_args(Rule)}")
+    found = _DIGIT.match(output) if rule == "digit" else _TAGGED.search(output)
+    return found.group(1) if found else None
+
+
+def score(output: str, gold: str, rule: Rule = "exact") -> bool:
+    """Whether the answer in a generated text is the gold answer, white space around both left aside."""
+    answer = extract(output, rule)
+    return answer is not None and answer == gold.strip()
+
+
+def interval(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n).
+
+    Wilson 1927, doi:10.1080/01621459.1927.10502953. Unlike p ± z √(p(1-p)/n) it holds near 0 and 1.
+
+    Returns:
+        Lower and upper end, in [0, 1].
+
+    Raises:
+        ValueError: unless 0 <= successes <= n and n > 0.
+    """
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"interval: got {successes} successes of {n}, need 0 <= successes <= n and n > 0")
+    z = 1.959963984540054  # the 97.5 % point of the normal distribution
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
+    return low, high
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many answers are right, with the 95 % interval of the rate."""
+
+    correct: int
+    total: int
+
+    def __post_init__(self) -> None:
+        """Reject what is no proportion."""
+        interval(self.correct, self.total)
+
+    @property
+    def rate(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the rate."""
+        return interval(self.correct, self.total)
+
+    def __str__(self) -> str:
+        """E.g. "84.0 % (42 of 50; 95 %: 71.5 to 91.7)"."""
+        low, high = self.interval
+        ends = f"{100 * low:.1f} to {100 * high:.1f}"
+        return f"{100 * self.rate:.1f} % ({self.correct} of {self.total}; 95 %: {ends})"
+
+
+def accuracy(results: Iterable[bool]) -> Accuracy:
+    """Summary of the scores of a data set, at least one."""
+    scores = list(results)
+    return Accuracy(sum(map(bool, scores)), len(scores))
+
+
+def majority(golds: Iterable[str]) -> Accuracy:
+    """What giving the most frequent gold answer every time would score: the floor to beat."""
+    counts = Counter(g.strip() for g in golds)
+    return Accuracy(max(counts.values(), default=0), sum(counts.values()))
