@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -39,13 +40,33 @@ def attend_row(q: Array, k: Array, v: Array, query: Span, key: Span) -> Array:
     return jnp.einsum("kts,skh->kth", weights, v).reshape(N, T, H).transpose(1, 0, 2)
 
 
-def attention(q: Array, k: Array, v: Array, query: Span, key: Span) -> Array:
+def attend_causal_row(q: Array, k: Array, v: Array, span: Span) -> Array:
+    """`attend_row` of a row on itself, in blocks of queries that stop at the last key they may see.
+
+    Tokens of an example stand in order within a row, so no query sees a key to its right: with four blocks that saves
+    three eighths of the work. T tokens make up to 8 blocks of at least 64.
+    """
+    T = q.shape[0]
+    blocks = max(1, min(8, T // 64))
+    edges = [T * i // blocks for i in range(blocks + 1)]
+    upto = lambda stop, start=0: Span(span.segments[start:stop], span.positions[start:stop])
+    return jnp.concatenate(
+        [
+            attend_row(q[start:stop], k[:stop], v[:stop], upto(stop, start), upto(stop))
+            for start, stop in pairwise(edges)
+        ]
+    )
+
+
+def attention(q: Array, k: Array, v: Array, query: Span, key: Span | None = None) -> Array:
     """Causal grouped-query attention within segments: q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
-    On CPU the rows of the batch are mapped over one at a time: the scores of a row stay in the processor's cache
-    (SmolLM2, 8 rows of 256: half the time of one batched product). Free of custom derivative rules, so that jvp,
-    vjp and any nesting of them pass through.
+    `key` tells where cached keys stand; without it the row attends to itself. On CPU the rows of the batch are mapped
+    over one at a time and rematerialised, so that the scores of a row stay in the processor's cache and are never
+    stored. Free of custom derivative rules: jvp, vjp and any nesting of them pass through.
     """
-    if jax.default_backend() == "cpu" and q.shape[0] > 1 and q.shape[1] > 1:
-        return jax.lax.map(lambda row: attend_row(*row), (q, k, v, query, key))
-    return jax.vmap(attend_row)(q, k, v, query, key)
+    if key is not None:
+        return jax.vmap(attend_row)(q, k, v, query, key)
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(jax.checkpoint(lambda row: attend_causal_row(*row)), (q, k, v, query))
+    return jax.vmap(attend_row)(q, k, v, query, query)

@@ -144,7 +144,7 @@ class Attention(nn.Module):
         k = rotate(project("k", c.kv_heads), inputs.sin, inputs.cos)
         v = project("v", c.kv_heads)
         if cache is None:
-            heads = attention(q, k, v, inputs.span, inputs.span)
+            heads = attention(q, k, v, inputs.span)
         else:
             at = (cache.layer, 0, cache.used, 0, 0)
             cache = cache._replace(

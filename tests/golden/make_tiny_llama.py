@@ -5,8 +5,8 @@
 writes into FOLDER: tiny_llama_mha (as many key/value heads as heads, tied head) and tiny_llama_rope
 (llama3-scaled rotary positions, grouped heads of a width of their own, free head, biases everywhere), each as
 transformers saves it, and tiny_llama.npz with `ids` int32 [2, 24] and, for each model, `NAME/logits` fp32
-[2, 24, V] and `NAME/hidden` fp32 [L + 1, 2, 24, D]: the embedding, the output of each block but the last, and the
-last one's after the final norm. Needs torch and transformers.
+[2, 24, V] and `NAME/hidden` fp32 [L + 1, 2, 24, D]: the embedding, the output of each block but the last, and
+the last one's after the final norm. Needs torch and transformers.
 """
 
 import sys

@@ -4,6 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from jaxsteer.batches import make_batch
 from train.data import DataSource, TokenizedExample, bucket_length, pack, prompt_batches, stack_rows
 
 
@@ -58,7 +59,7 @@ def test_every_epoch_has_every_example_once(packed, rows):
     source = DataSource(made(LENGTHS), rows, 64, seed=5, pack=packed)
     per_epoch = source.rows_per_epoch
     for epochs in (1, 2, 3):
-        assert seen(source, epochs * per_epoch) == {i: epochs for i in range(101)}
+        assert seen(source, epochs * per_epoch) == dict.fromkeys(range(101), epochs)
     if not packed:
         assert per_epoch == 101
 
@@ -88,7 +89,7 @@ def test_golden_order():
     assert [source.row_members(k) for k in range(4)] == GOLDEN
 
 
-GOLDEN: list = []
+GOLDEN = [[[0], [6, 7]], [[1, 2], [3, 5, 4]], [[5, 6], [2, 0]], [[7, 1, 4], [3]]]
 
 
 def test_epochs_differ():
@@ -210,3 +211,11 @@ def test_bucket_lengths_are_few():
 def test_prompt_batches_refuse(options, message):
     with pytest.raises(ValueError, match=message):
         list(prompt_batches(made([20]), **options))
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_rows_are_what_the_library_would_make_of_them(left):
+    examples = made(LENGTHS)
+    rows = [[examples[i] for i in row] for row in pack(LENGTHS, 64)]
+    batch = stack_rows(rows, 64, left=left)
+    assert same(batch, make_batch(batch.tokens, batch.segments, batch.weights))

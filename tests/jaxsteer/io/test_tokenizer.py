@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+
+from jaxsteer.io import load_config, load_model, load_tokenizer
+from jaxsteer.io.tokenizer import tokenizer_from_gguf
+
+BYTES = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
+BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]
+
+
+def metadata(**changes):
+    """A byte-level vocabulary: every byte, three merges, three control tokens, one user-defined."""
+    said = {
+        "general.architecture": "llama",
+        "llama.context_length": 128,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": ["<s>", "</s>", "<|x|>", "<u>", *BYTES, "12", "123", "ab"],
+        "tokenizer.ggml.token_type": [3, 3, 3, 4] + [1] * (len(BYTES) + 3),
+        "tokenizer.ggml.merges": ["1 2", "12 3", "a b"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+    said |= {f"tokenizer.{k.replace('__', '.')}": v for k, v in changes.items()}
+    return {k: v for k, v in said.items() if v is not None}
+
+
+def tokens(text, **changes):
+    tokenizer = tokenizer_from_gguf(metadata(**changes), "file")
+    return tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("smollm", ["1", "2", "3", "4", "ab"]),
+        ("llama-bpe", ["<s>", "123", "4", "ab"]),
+        ("gpt-2", ["123", "4", "ab"]),
+        ("default", ["123", "4", "ab"]),
+        ("qwen2", ["1", "2", "3", "4", "ab"]),
+    ],
+)
+def test_pre_tokenizers(pre, expected):
+    assert tokens("1234ab", ggml__pre=pre) == expected
+
+
+def test_specials_are_matched_whole_and_only_control_tokens_are_special():
+    tokenizer = tokenizer_from_gguf(metadata(), "file")
+    ids = tokenizer.encode("a<|x|>b<u></s>")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<|x|>", "b", "<u>", "</s>"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab<u>"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, None)
+    assert tokenizer.model_max_length == 128
+    assert len(tokenizer) == 4 + 256 + 3
+
+
+def test_any_text_comes_back():
+    text = "  Größe – 東京 🙂\n\tx = 1234;  "
+    for pre in ("smollm", "llama-bpe", "gpt-2", "qwen2"):
+        tokenizer = tokenizer_from_gguf(metadata(ggml__pre=pre, ggml__add_bos_token=False), "file")
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_bos_and_eos_are_added_as_the_file_says():
+    assert tokens("ab", ggml__add_bos_token=True, ggml__add_eos_token=True) == ["<s>", "ab", "</s>"]
+    assert tokens("ab", ggml__pre="llama-bpe", ggml__add_bos_token=False) == ["ab"]
+
+
+def test_chat_template():
+    template = "{% for m in messages %}<|x|>{{ m['content'] }}{% endfor %}"
+    tokenizer = tokenizer_from_gguf(metadata(chat_template=template), "file")
+    chat = [{"role": "user", "content": "ab"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|x|>ab"
+
+
+def test_sentencepiece():
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "ab", "▁ab", "ba"]
+    scores = [0.0] * 259 + [-6.0, -7.0, -8.0, -2.0, -1.0, -3.0]
+    said = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * 6,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    tokenizer = tokenizer_from_gguf(said, "file")
+    ids = tokenizer.encode("abba é")
+    expected = ["<s>", "▁ab", "ba", "▁", "<0xC3>", "<0xA9>"]
+    assert tokenizer.convert_ids_to_tokens(ids) == expected
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "abba é"
+    plain = tokenizer_from_gguf(said | {"tokenizer.ggml.add_space_prefix": False}, "file")
+    assert plain.convert_ids_to_tokens(plain.encode("ab")) == ["<s>", "ab"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ggml__pre": "deepseek-llm"}, "tokenizer.ggml.pre is 'deepseek-llm'; supported are llama-bpe"),
+        ({"ggml__pre": None}, "tokenizer.ggml.pre is None"),
+        ({"ggml__model": "t5"}, "tokenizer.ggml.model is 't5'"),
+        ({"ggml__tokens": None}, "no vocabulary"),
+        ({"ggml__token_type": [1]}, "263 tokens but 1 token types"),
+        ({"ggml__merges": ["q zz"]}, "merges do not fit"),
+        ({"ggml__eos_token_id": 999}, "eos_token_id is 999"),
+        ({"ggml__model": "llama"}, "scores"),
+    ],
+)
+def test_what_is_not_known_is_refused(changes, words):
+    with pytest.raises(ValueError, match="file: ") as error:
+        tokenizer_from_gguf(metadata(**changes), "file")
+    assert words in str(error.value)
+
+
+def test_smollm2_tokenizer(smollm2_path, golden):
+    """Against ids computed by a plain byte-pair implementation (tests/golden/make_smollm2.py)."""
+    tokenizer = load_tokenizer(smollm2_path)
+    reference = np.load(golden / "smollm2.npz")
+    for i, prompt in enumerate(reference["prompts"]):
+        ids = tokenizer.encode(str(prompt))
+        assert ids == reference[f"ids/{i}"].tolist()
+        assert tokenizer.decode(ids) == str(prompt)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == str(reference["prompts"][1])
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+
+
+def test_smollm2_config(smollm2_path):
+    config = load_config(smollm2_path)
+    assert (config.width, config.layers, config.heads, config.kv_heads) == (576, 30, 9, 3)
+    assert (config.norm_eps, config.rope_theta, config.tied_head) == (1e-5, 1e5, True)
+
+
+@pytest.mark.slow
+def test_smollm2_weights(smollm2_path):
+    model = load_model(smollm2_path)
+    assert model.stop_tokens == (2,)
+    assert model.base["blocks"]["mlp"]["down"]["kernel"].shape == (30, 1536, 576)
