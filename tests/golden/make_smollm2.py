@@ -3,8 +3,8 @@
     python make_smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf smollm2.npz
 
 Nothing of jaxsteer is used: weights come through gguf's reader and dequantiser, the rotary order of q and k
-is undone here, and texts are split and merged by the plain byte-pair algorithm below. Needs torch, transformers,
-gguf, regex.
+is undone here, and texts are split and merged by the plain byte-pair algorithm below. Needs torch,
+transformers, gguf, regex.
 
 In the file, for each prompt i of `prompts` (an array of texts):
     ids/i         int32 [T]           token ids

@@ -47,7 +47,7 @@ def to_gguf(name, value, heads, kv_heads):
 
 @pytest.fixture
 def write_gguf(tmp_path):
-    """(folder, **changes) -> path of a GGUF with the folder's weights; a change of None leaves the key out."""
+    """(folder, **changes) -> path of a GGUF with the folder's weights; a change of None leaves a key out."""
 
     def write(folder, config, kind="F32", factors=None, tokenizer=True, name="tiny.gguf", **changes):
         path = tmp_path / name
@@ -66,7 +66,12 @@ def write_gguf(tmp_path):
             **{key.replace("__", "."): value for key, value in changes.items()},
         }
         for key, value in metadata.items():
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+            add = {
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+                list: writer.add_array,
+            }
             if value is not None:
                 add[type(value)](f"llama.{key}", value)
         if tokenizer:

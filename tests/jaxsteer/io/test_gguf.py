@@ -20,7 +20,10 @@ def llama3_factors(config, scaling):
     factors = []
     for i in range(0, config.head_dim, 2):
         wavelength = 2 * math.pi * config.rope_theta ** (i / config.head_dim)
-        low, high = scaling.original_length / scaling.low_factor, scaling.original_length / scaling.high_factor
+        low, high = (
+            scaling.original_length / scaling.low_factor,
+            scaling.original_length / scaling.high_factor,
+        )
         if wavelength < high:
             factors.append(1.0)
         elif wavelength > low:
@@ -94,9 +97,9 @@ def test_header_agrees_with_the_packages_reader(golden, write_gguf):
     path = write_gguf(golden / "tiny_llama", load_config(golden / "tiny_llama"))
     reader, ours = gguf.GGUFReader(path), open_gguf(path)
     fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
-    same = lambda a, b: list(a) == list(b) if isinstance(a, list) else a == b
     assert set(fields) == set(ours.metadata)
-    assert all(same(ours.metadata[k], v) for k, v in fields.items())
+    for key, value in fields.items():
+        assert ours.metadata[key] == value, key
     for tensor in reader.tensors:
         assert ours.tensors[tensor.name].shape == tuple(tensor.shape.tolist())[::-1]
         np.testing.assert_array_equal(ours.tensors[tensor.name].read(), tensor.data)

@@ -73,7 +73,9 @@ def test_bfloat16_files(folder):
     rewrite(folder, lambda t: t.update({k: v.astype(ml_dtypes.bfloat16) for k, v in t.items()}))
     base = load_base(folder)
     assert base["head"]["kernel"].dtype == jnp.float32
-    np.testing.assert_array_equal(base["head"]["kernel"], load_base(folder, dtype=jnp.bfloat16)["head"]["kernel"])
+    np.testing.assert_array_equal(
+        base["head"]["kernel"], load_base(folder, dtype=jnp.bfloat16)["head"]["kernel"]
+    )
 
 
 def test_shards_give_the_same(golden, folder):
@@ -221,7 +223,7 @@ def test_hub_ids(golden, monkeypatch):
 
 
 def test_importing_costs_no_heavy_package():
-    heavy = "transformers tokenizers gguf huggingface_hub torch".split()
+    heavy = ["transformers", "tokenizers", "gguf", "huggingface_hub", "torch"]
     code = f"import sys, jaxsteer.io; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

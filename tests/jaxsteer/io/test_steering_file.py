@@ -91,19 +91,14 @@ def test_truncated(saved, keep):
 
 def test_tensors_that_do_not_fit_the_plan_are_all_named(saved):
     path, steering = saved
-    change = {
-        "steer/block/vector": None,
-        "steer/mlp/extra": np.ones(3, np.float32),
-        "lora/attn.q/a": np.ones((3, 2, 2), np.float32),
-    }
     name = next(iter(steering["steer"]["block"]))
     first = next(iter(steering["lora"]["attn.q"]))
     rewrite(
         path,
         tensors={
             f"steer/block/{name}": None,
-            "steer/mlp/extra": change["steer/mlp/extra"],
-            f"lora/attn.q/{first}": change["lora/attn.q/a"],
+            "steer/mlp/extra": np.ones(3, np.float32),
+            f"lora/attn.q/{first}": np.ones((3, 2, 2), np.float32),
         },
     )
     with pytest.raises(ValueError, match=f"steer/block/{name} is missing") as error:
