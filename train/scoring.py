@@ -11,11 +11,11 @@ from typing import Literal, get_args
 
 Rule = Literal["exact", "digit", "tagged"]
 """exact   the whole text, without the white space around it
-digit   the integer that the text begins with, up to white space or the end
+digit   the first digit anywhere in the text: the reading most generous to a model that was never taught the format
 tagged  the inside of the first <answer>...</answer>
 """
 
-_DIGIT = re.compile(r"\s*([+-]?[0-9]+)(?=\s|$)")
+_DIGIT = re.compile(r"([0-9])")
 _TAGGED = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 
 
@@ -29,7 +29,7 @@ def extract(output: str, rule: Rule = "exact") -> str | None:
         return output.strip()
     if rule not in get_args(Rule):
         raise ValueError(f"scoring rule: got {rule!r}, need one of {get_args(Rule)}")
-    found = _DIGIT.match(output) if rule == "digit" else _TAGGED.search(output)
+    found = (_DIGIT if rule == "digit" else _TAGGED).search(output)
     return found.group(1) if found else None
 
 

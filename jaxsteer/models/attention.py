@@ -65,8 +65,11 @@ def attention(q: Array, k: Array, v: Array, query: Span, key: Span | None = None
     over one at a time and rematerialised, so that the scores of a row stay in the processor's cache and are never
     stored. Free of custom derivative rules: jvp, vjp and any nesting of them pass through.
     """
+    by_row = jax.default_backend() == "cpu" and q.shape[1] > 1
     if key is not None:
+        if by_row:
+            return jax.lax.map(lambda row: attend_row(*row), (q, k, v, query, key))
         return jax.vmap(attend_row)(q, k, v, query, key)
-    if jax.default_backend() == "cpu":
+    if by_row:
         return jax.lax.map(jax.checkpoint(lambda row: attend_causal_row(*row)), (q, k, v, query))
     return jax.vmap(attend_row)(q, k, v, query, query)

@@ -30,10 +30,10 @@ OPERATIONS: dict[str, Callable[[Sequence[int]], int]] = {
     "LAST": lambda v: v[-1],
 }
 
-# The newline keeps the boundary clean: digits are pre-tokens of their own, so the answer is one token and the
-# ids of prompt and completion joined are the ids of the joined text.
+# Digits are pre-tokens of their own, so the answer is one token and the ids of prompt and completion joined are
+# the ids of the joined text.
 TEMPLATES: dict[Style, tuple[str, str]] = {
-    "short": ("{expression}\n", "{answer}"),
+    "short": ("{expression} = ", "{answer}"),
     "tagged": (
         "Work out the value of the list expression, a single digit, and write it as <answer>digit</answer>.\n"
         "{expression}\n",
@@ -47,7 +47,7 @@ MAX_FAILURES = 100_000
 
 @dataclass(frozen=True)
 class ListOps:
-    """Settings of the generator; by default a problem has 12 to 25 SmolLM2 tokens, answer and end included.
+    """Settings of the generator; by default a problem has 13 to 26 SmolLM2 tokens, answer and end included.
 
     operations      names out of OPERATIONS
     max_depth       how deep lists nest; 1 = one list of digits
@@ -58,7 +58,7 @@ class ListOps:
     train, validation, test   number of problems in each split; problems are distinct, so where short ones run
                     out only counts in the ratio 8 : 1 : 1 (the partition's) give every split the same mix
     balanced        give every answer the same share of each ten problems
-    style           "short": expression, newline, digit; "tagged": the prompt asks for <answer>digit</answer>
+    style           "short": expression, equals sign, digit; "tagged": the prompt asks for <answer>digit</answer>
     prompt          a prompt instead of the style's own; must contain {expression}
     seed            of the problems drawn (not of the partition, which is always the same)
     """

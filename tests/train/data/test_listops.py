@@ -17,7 +17,7 @@ ALL = dataclasses.replace(SMALL, operations=tuple(OPERATIONS))
 
 
 def expressions(settings, split):
-    return [e.turns[0].text.removesuffix("\n") for e in generate(settings, split)]
+    return [e.turns[0].text.removesuffix(" = ") for e in generate(settings, split)]
 
 
 def reduced(expression):
@@ -69,7 +69,7 @@ def test_evaluate_agrees_with_rewriting():
     deep = dataclasses.replace(ALL, max_depth=6, max_args=6, max_length=60, seed=3)
     for settings in (SMALL, ALL, deep):
         for e in generate(settings, "train"):
-            assert e.answer == e.turns[1].text == str(reduced(e.turns[0].text))
+            assert e.answer == e.turns[1].text == str(reduced(e.turns[0].text.removesuffix(" = ")))
 
 
 @pytest.mark.parametrize(
@@ -99,16 +99,16 @@ def test_golden_problems():
 
 
 GOLDEN = [
-    ("[MED 3 9 7 0 ]\n", "5", "listops/train:1"),
-    ("[MED [MIN 4 0 7 ] 7 8 1 ]\n", "4", "listops/train:2"),
-    ("[MAX [SM 7 6 9 ] 8 ]\n", "8", "listops/train:3"),
+    ("[MED 3 9 7 0 ] = ", "5", "listops/train:1"),
+    ("[MED [MIN 4 0 7 ] 7 8 1 ] = ", "4", "listops/train:2"),
+    ("[MAX [SM 7 6 9 ] 8 ] = ", "8", "listops/train:3"),
 ]
 
 
 def test_the_same_in_another_process():
     code = (
         "from train.data.listops import *; s = ListOps(train=800, validation=100, test=100); "
-        "print(','.join(e.turns[0].text.strip() for e in generate(s, 'train')))"
+        "print(','.join(e.turns[0].text.removesuffix(' = ') for e in generate(s, 'train')))"
     )
     root = Path(__file__).parents[3]
     run = subprocess.run(
@@ -239,8 +239,8 @@ def test_read_tsv(tmp_path):
     assert sum(map(len, found.values())) == 60
     for split, examples in found.items():
         for e in examples:
-            assert split_of(e.turns[0].text.strip()) == split
-            assert e.turns[0].text.strip() == rows[int(e.source.rpartition(":")[2]) - 1]
+            assert split_of(e.turns[0].text.removesuffix(' = ')) == split
+            assert e.turns[0].text.removesuffix(' = ') == rows[int(e.source.rpartition(":")[2]) - 1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+"""Post-block steering of SmolLM2-135M-Instruct on ListOps: the quickstart's run."""
+
+from jaxsteer.optim import OptimConfig
+from train.config import TrainConfig
+from train.data import ListOps
+from train.tasks import ListOpsTask
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        model="smollm2-135m-instruct",
+        task=ListOpsTask(ListOps()),
+        plan=("nonlinear(rank=8) @ block",),
+        optim=OptimConfig(lr=5e-3, schedule="cosine", warmup=0.05),
+        steps=32,
+        rows=8,
+        row_length=256,
+        evaluate_every=8,
+        validation_examples=64,
+        test_examples=512,
+        checkpoint_every=16,
+        out="runs/listops_smollm2",
+    )

@@ -1,0 +1,65 @@
+"""jaxsteer: steer and fine-tune language models in JAX; weight updates and activation shifts as one idea.
+
+The functional face, all pure functions over pytrees:
+
+    loaded = jaxsteer.io.load_model("path or hub id")
+    plan = (Slot("steer", Nonlinear(rank=8), sites=("block",)),)
+    model = Model(loaded.config, plan)
+    steering = init_steering(plan, loaded.config, jax.random.key(0))
+    hidden = forward(model, loaded.base, steering, make_batch(tokens)).hidden
+"""
+
+from jaxsteer.batches import make_batch
+from jaxsteer.generate import Sampling, generate
+from jaxsteer.interventions import METHODS, Fixed, Linear, LoRA, Nonlinear
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.transformer import Model, forward, head_kernel, init_base
+from jaxsteer.objective import mean_loss
+from jaxsteer.optim import OptimConfig, Params, make_optimizer, merge, param_labels, split
+from jaxsteer.plan_text import parse_plan
+from jaxsteer.steering import count_parameters, fold, init_steering, plan_from_json, plan_to_json, validate_plan
+from jaxsteer.training import TrainState, init_state, train_step
+from jaxsteer.types import ACTIVATIONS, PROJECTIONS, SITES, Batch, Plan, Positions, Slot, Steering
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACTIVATIONS",
+    "METHODS",
+    "PROJECTIONS",
+    "SITES",
+    "Batch",
+    "Fixed",
+    "Linear",
+    "LoRA",
+    "Model",
+    "ModelConfig",
+    "Nonlinear",
+    "OptimConfig",
+    "Params",
+    "Plan",
+    "Positions",
+    "Sampling",
+    "Slot",
+    "Steering",
+    "TrainState",
+    "count_parameters",
+    "fold",
+    "forward",
+    "generate",
+    "head_kernel",
+    "init_base",
+    "init_state",
+    "init_steering",
+    "make_batch",
+    "make_optimizer",
+    "mean_loss",
+    "merge",
+    "param_labels",
+    "parse_plan",
+    "plan_from_json",
+    "plan_to_json",
+    "split",
+    "train_step",
+    "validate_plan",
+]

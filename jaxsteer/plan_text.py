@@ -1,0 +1,94 @@
+"""Plans as one line a slot, for configs and the command line: "nonlinear(rank=8) @ block layers=last:8"."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from jaxsteer.interventions import METHODS
+from jaxsteer.types import PROJECTIONS, Plan, Positions, Slot
+
+GRAMMAR = "method(setting=value, ...) @ site,site layers=... positions=... name=..."
+_SLOT = re.compile(r"\s*(?P<method>\w+)\s*(?:\((?P<settings>.*)\))?\s*@\s*(?P<sites>[\w.]+(?:\s*,\s*[\w.]+)*)(?P<rest>.*)")
+
+
+def parse_plan(texts: Sequence[str], num_layers: int) -> Plan:
+    """Read a plan from one text a slot.
+
+    Each text is `method(setting=value, ...) @ site,site layers=... positions=... name=...`; all after the sites may be
+    left out. The site `projections` stands for the seven projections. layers: all · 0-3,7 · first:4 · last:8.
+    positions: as in `Positions.parse`. name: the slot's, by default the method's.
+
+    Args:
+        texts: the slots, in order.
+        num_layers: of the model, for `first` and `last`.
+
+    Raises:
+        ValueError: names the text, what is wrong in it, and what is allowed.
+    """
+    return tuple(_parse_slot(text, num_layers) for text in texts)
+
+
+def _parse_slot(text: str, num_layers: int) -> Slot:
+    where = f"plan {text!r}"
+    found = _SLOT.fullmatch(text)
+    if not found:
+        raise ValueError(f"{where}: expected {GRAMMAR}")
+    if found["method"] not in METHODS:
+        raise ValueError(f"{where}: unknown method {found['method']!r}; known are {', '.join(METHODS)}")
+    method = METHODS[found["method"]]
+    known = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    settings = {}
+    for item in filter(None, (part.strip() for part in (found["settings"] or "").split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or key not in known:
+            allowed = ", ".join(known) or "none"
+            raise ValueError(f"{where}: {found['method']} has no setting {item!r}; its settings are: {allowed}")
+        settings[key] = _value(value, getattr(known[key], "default", None), f"{where}: {key}")
+    options = {"layers": "all", "positions": "all", "name": found["method"]}
+    for item in found["rest"].split():
+        key, equals, value = item.partition("=")
+        if not equals or key not in options:
+            raise ValueError(f"{where}: cannot read {item!r}; after the sites may stand {', '.join(options)}, as key=value")
+        options[key] = value
+    sites: list[str] = []
+    for site in (part.strip() for part in found["sites"].split(",")):
+        sites += PROJECTIONS if site == "projections" else [site]
+    try:
+        positions = Positions.parse(options["positions"])
+        built = method(**settings)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return Slot(options["name"], built, tuple(sites), _layers(options["layers"], num_layers, where), positions)
+
+
+def _value(text: str, default: object, where: str) -> object:
+    """A setting's value, of the type of its default."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if default is not dataclasses.MISSING and default is not None and type(value) is not type(default):
+        raise ValueError(f"{where} needs a value like {default!r}, got {text!r}")
+    return value
+
+
+def _layers(text: str, num_layers: int, where: str) -> tuple[int, ...] | None:
+    if text == "all":
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        if end := re.fullmatch(r"(first|last):(\d+)", part):
+            count = int(end[2])
+            if not 1 <= count <= num_layers:
+                raise ValueError(f"{where}: {part} of a model with {num_layers} layers")
+            layers |= set(range(count) if end[1] == "first" else range(num_layers - count, num_layers))
+        elif span := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
+            layers |= set(range(int(span[1]), int(span[2] or span[1]) + 1))
+        else:
+            raise ValueError(f"{where}: cannot read layers {text!r}; use all, 0-3,7, first:4 or last:8")
+    return tuple(sorted(layers))

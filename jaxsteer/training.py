@@ -1,0 +1,88 @@
+"""One training step as a pure function: accumulate gradients of what trains, add the penalties once, update."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsteer.models.transformer import Model
+from jaxsteer.objective import supervised_loss, total_weight
+from jaxsteer.optim import Params, merge
+from jaxsteer.steering import penalty
+from jaxsteer.types import Array, Batch
+
+
+class TrainState(NamedTuple):
+    """What a step changes: the trained leaves, the optimizer's state, the number of steps done, and the run's key."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: Array
+    key: Array
+
+
+class Metrics(NamedTuple):
+    """Of one step: mean cross-entropy (nats a supervised token), the methods' own penalty, the gradient's global norm
+    before clipping, and the supervised and real tokens of the batch. All scalar fp32.
+    """
+
+    loss: Array
+    penalty: Array
+    grad_norm: Array
+    supervised: Array
+    tokens: Array
+
+
+def init_state(params: Params, tx: optax.GradientTransformation, key: Array) -> TrainState:
+    """The state before the first step. `params` holds the trained leaves only, see `jaxsteer.optim.split`."""
+    return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), key)
+
+
+def train_step(
+    state: TrainState, batch: Batch, frozen: Params, *, model: Model, tx: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+    """Update the trained leaves on one batch: L = Σ weight · nll / Σ weight + penalties.
+
+    Gradients exist for `state.params` alone: a frozen base costs no weight gradients and no optimizer state. The
+    divisor is the supervised weight of the whole batch, so accumulating microbatches gives what one big batch would.
+
+    Args:
+        state: as made by `init_state`; may be donated.
+        batch: fields [B, T], or [M, B, T] to accumulate over M microbatches.
+        frozen: the leaves that do not train.
+        model: static. tx: the optimizer, static.
+    """
+    if batch.tokens.ndim == 2:
+        batch = jax.tree.map(lambda field: field[None], batch)
+    total = jnp.maximum(total_weight(batch), 1e-6)  # a batch with nothing to learn gives zeros, not NaN
+    key = jax.random.fold_in(state.key, state.step)
+
+    def share_of_loss(params: Params, micro: Batch, index: Array) -> Array:
+        whole = merge(params, frozen)
+        own = jax.random.fold_in(key, index)
+        return supervised_loss(model, whole.base, whole.steering, micro, own, train=True) / total
+
+    def accumulate(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+        loss, grads = jax.value_and_grad(share_of_loss)(state.params, *xs)
+        return jax.tree.map(jnp.add, carry, (loss.astype(jnp.float32), grads)), None
+
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
+    indices = jnp.arange(batch.tokens.shape[0])
+    if batch.tokens.shape[0] == 1:
+        (loss, grads), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], (batch, indices)))
+    else:
+        (loss, grads), _ = jax.lax.scan(accumulate, zeros, (batch, indices))
+
+    extra, extra_grads = jax.value_and_grad(
+        lambda params: penalty(model.plan, merge(params, frozen).steering, state.step)
+    )(state.params)
+    grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, extra_grads)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
+    metrics = Metrics(loss, extra, optax.global_norm(grads), total_weight(batch), tokens)
+    return TrainState(params, opt_state, state.step + 1, state.key), metrics

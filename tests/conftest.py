@@ -1,0 +1,58 @@
+"""Settings and models that all tests share."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxsteer.io import load_model
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.transformer import init_base
+
+# An implicit conversion or broadcast is a mistake that would otherwise pass unseen.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of golden numbers."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return ModelConfig(
+        vocab_size=61, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp_width=48, max_length=64
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_config):
+    """Random fp32 weights; embedding and head are scaled up, so that tokens differ and logits are not all alike."""
+    base = init_base(tiny_config, jax.random.key(7))
+    return base | {
+        "embed": {"embedding": base["embed"]["embedding"] * 25},
+        "head": {"kernel": base["head"]["kernel"] * 15},
+    }
+
+
+@pytest.fixture(scope="session")
+def golden_llama():
+    """The tiny Llama on which the reference numbers were computed."""
+    return load_model(GOLDEN / "tiny_llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path():
+    """The GGUF file of SmolLM2-135M-Instruct, fetched once into a cache."""
+    from train.base_models import resolve_model
+
+    return resolve_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path):
+    return load_model(smollm2_path)

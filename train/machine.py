@@ -1,0 +1,102 @@
+"""What the programs ask of the machine: a compilation cache, memory at its peak, matmul speed, a name."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxsteer.types import Array
+
+_PROJECTION = (2048, 576, 1536)  # rows, inner, columns: a SmolLM2 MLP projection over 2,048 tokens
+_SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192), "tpu": (4096, 8192)}
+
+
+def cache_folder() -> Path:
+    """Where the project keeps what can be made again: $JAXSTEER_CACHE, else jaxsteer in the user's cache folder."""
+    if own := os.environ.get("JAXSTEER_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxsteer"
+
+
+def enable_compilation_cache() -> Path:
+    """Keep compiled programs in `cache_folder()/xla`, so that the next process loads them.
+
+    Call it before the first compilation: JAX decides once a process whether a cache is used.
+
+    Returns:
+        The folder.
+    """
+    folder = cache_folder() / "xla"
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # By default only programs that took a second to compile are kept; a run on a CPU has many smaller ones.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+def peak_memory_bytes() -> int:
+    """The most memory in use so far: of the fullest local device, or of the process where the device is the CPU."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices() if device.platform != "cpu"]
+    if peaks := [int(each["peak_bytes_in_use"]) for each in stats if "peak_bytes_in_use" in each]:
+        return max(peaks)
+    return _peak_resident_bytes()
+
+
+def matmul_peak_flops(dtype: jnp.dtype | type = jnp.float32) -> float:
+    """The best measured rate of a matrix product on one device, in FLOP/s: the ceiling that a run is compared with.
+
+    The median over repeats for each of a few shapes, then the best shape. Products run at JAX's default precision,
+    as the model's do.
+
+    Args:
+        dtype: of both factors and of the product.
+    """
+    rows, inner, columns = _PROJECTION
+    squares = _SQUARES.get(jax.default_backend(), _SQUARES["cpu"])
+    shapes = [(rows, inner, columns), *((n, n, n) for n in squares)]
+    return max(_matmul_flops(*shape, dtype=jnp.dtype(dtype)) for shape in shapes)
+
+
+def device_summary() -> str:
+    """One line: platform, number and kind of the devices, number of processes if several, JAX's version."""
+    devices = jax.devices()
+    kinds = " + ".join(sorted({device.device_kind for device in devices}))
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{devices[0].platform}: {len(devices)} x {kinds}{processes}, jax {jax.__version__}"
+
+
+def _matmul_flops(m: int, k: int, n: int, dtype: jnp.dtype, seconds: float = 0.3) -> float:
+    @jax.jit
+    def product(a: Array, b: Array) -> Array:
+        return a @ b
+
+    a, b = jnp.full((m, k), 0.5, dtype), jnp.full((k, n), 0.5, dtype)
+    product(a, b).block_until_ready()  # compiles
+    times: list[float] = []
+    stop = time.perf_counter() + seconds
+    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 100):
+        start = time.perf_counter()
+        product(a, b).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * m * k * n / statistics.median(times)
+
+
+def _peak_resident_bytes() -> int:
+    # ru_maxrss of a new process begins at its parent's peak; the kernel's own high-water mark is of this program alone.
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        status = ""
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

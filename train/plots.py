@@ -1,0 +1,175 @@
+"""Figures of a run as PNG files, drawn without a display."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+# Okabe and Ito's palette, told apart by colour-blind readers; markers tell the lines apart in grey too.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_INK, _GREY = "#222222", "#666666"
+
+
+def plot_training(
+    rows: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    evaluations: Sequence[tuple[int, float, float, float]] = (),
+    title: str = "",
+) -> None:
+    """Draw the loss over the steps, as logged and smoothed, and below it the accuracy with its intervals.
+
+    Args:
+        rows: lines of metrics.jsonl; those with a "loss" are drawn, gaps where it is not finite.
+        path: of the PNG; its folder exists.
+        evaluations: (step, accuracy, lower end, upper end), all but the step as shares from 0 to 1; none = no panel.
+        title: above the figure.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    points = [(row["step"], float(row["loss"])) for row in rows if row.get("loss") is not None]
+    if not points and not evaluations:
+        raise ValueError(f"{path}: nothing to draw, no row has a loss and there are no evaluations")
+    panels = bool(points) + bool(evaluations)
+    figure, axes = _figure(panels, title, height=3.6 if panels == 1 else 5.8, ratios=(3, 2)[:panels])
+    if points:
+        _draw_loss(axes[0], np.array(points))
+    if evaluations:
+        _draw_accuracy(axes[-1], np.array(sorted(evaluations), dtype=float))
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    _save(figure, path)
+
+
+def plot_by_layer(
+    path: str | Path, series: Mapping[str, Sequence[float]], *, ylabel: str, title: str = ""
+) -> None:
+    """Draw one line over the layers for each label.
+
+    Args:
+        path: of the PNG; its folder exists.
+        series: a value for each layer, from layer 0; NaN leaves a gap.
+        ylabel: what the values are.
+        title: above the figure.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    if not any(len(values) for values in series.values()):
+        raise ValueError(f"{path}: nothing to draw, every series is empty")
+    figure, (axis,) = _figure(1, title, height=3.8, ratios=(1,))
+    for index, (label, values) in enumerate(series.items()):
+        axis.plot(
+            np.arange(len(values)),
+            np.asarray(values, dtype=float),
+            color=_COLORS[index % len(_COLORS)],
+            marker=_MARKERS[index % len(_MARKERS)],
+            linestyle=("-", "--", ":")[index // len(_COLORS) % 3],
+            markersize=4.5,
+            linewidth=1.6,
+            label=label,
+        )
+    axis.set_xlabel("layer")
+    axis.set_ylabel(ylabel)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(series) > 1:
+        _legend(axis)
+    _save(figure, path)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """A centred mean over about `window` values (Gaussian weights), shorter at the ends; gaps (NaN) are left out."""
+    reach = min(3 * window, len(values))
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(window / 2, 1e-6)) ** 2)
+    finite = np.isfinite(values)
+    full = lambda x: np.convolve(x, weights, mode="full")[reach : reach + len(x)]
+    total = full(finite.astype(float))
+    return np.where(total > 1e-9, full(np.where(finite, values, 0.0)) / np.maximum(total, 1e-9), math.nan)
+
+
+def _draw_loss(axis: Axes, points: np.ndarray) -> None:
+    points = points[np.argsort(points[:, 0], kind="stable")]
+    steps, losses = points[:, 0], np.where(np.isfinite(points[:, 1]), points[:, 1], math.nan)
+    axis.set_ylabel("training loss\n(nats per token)")
+    if len(steps) < 20:
+        axis.plot(steps, losses, color=_COLORS[0], linewidth=1.8, marker="o", markersize=4)
+    else:
+        axis.plot(steps, losses, color=_COLORS[0], alpha=0.3, linewidth=0.8, label="each step")
+        smoothed = smooth(losses, max(3, len(steps) // 40))
+        axis.plot(steps, smoothed, color=_COLORS[0], linewidth=2.0, label="smoothed")
+        _legend(axis)
+    if np.isfinite(losses).any():
+        _limit_loss(axis, losses[np.isfinite(losses)])
+
+
+def _limit_loss(axis: Axes, losses: np.ndarray) -> None:
+    """Let a few spikes leave the panel, so that they do not flatten the curve."""
+    low, usual, high = float(losses.min()), float(np.quantile(losses, 0.99)), float(losses.max())
+    if len(losses) >= 100 and high - low > 3 * (usual - low) > 0:
+        high = usual + 0.5 * (usual - low)
+    margin = 0.05 * (high - low) or 0.1 * abs(high) or 0.1
+    axis.set_ylim(low - margin, high + margin)
+
+
+def _draw_accuracy(axis: Axes, points: np.ndarray) -> None:
+    steps, rate, low, high = points.T
+    bars = np.maximum([rate - low, high - rate], 0.0)
+    axis.errorbar(
+        steps,
+        rate,
+        yerr=bars,
+        color=_COLORS[1],
+        marker="o",
+        markersize=5,
+        linewidth=1.6,
+        elinewidth=1.2,
+        capsize=3,
+    )
+    axis.set_ylabel("accuracy\n(bars: 95 % interval)")
+    axis.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=None))
+    axis.set_ylim(max(-0.02, float(low.min()) - 0.08), min(1.02, float(high.max()) + 0.08))
+    axis.annotate(
+        f"{100 * rate[-1]:.1f} %",
+        (steps[-1], rate[-1]),
+        xytext=(8, 0),
+        textcoords="offset points",
+        va="center",
+        color=_COLORS[1],
+        annotation_clip=False,
+    )
+
+
+def _figure(panels: int, title: str, *, height: float, ratios: Sequence[int]) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(8.0, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(panels, 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": list(ratios)})
+    axes = list(grid[:, 0])
+    if title:
+        figure.suptitle(title, fontsize=13, color=_INK)
+    for axis in axes:
+        axis.grid(True, color="#DDDDDD", linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color("#999999")
+        axis.tick_params(labelsize=10, colors=_GREY)
+        axis.xaxis.label.set(fontsize=11, color=_INK)
+        axis.yaxis.label.set(fontsize=11, color=_INK)
+    return figure, axes
+
+
+def _legend(axis: Axes) -> None:
+    axis.legend(frameon=False, fontsize=10, labelcolor=_INK)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    figure.savefig(Path(path), dpi=150, format="png")

@@ -1,0 +1,125 @@
+"""The folder of one run: which file is where, and the refusal to mix two runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxsteer.io import files
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the parts of a run lie. Naming a path makes nothing; `open_run` makes the folder and its config."""
+
+    folder: Path
+    """The folder itself."""
+
+    @property
+    def config(self) -> Path:
+        """The settings of the run, JSON."""
+        return self.folder / "config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a step."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        """The training curves, PNG."""
+        return self.folder / "training.png"
+
+    @property
+    def steering(self) -> Path:
+        """The trained steering, a portable file."""
+        return self.folder / "steering.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        """What came out of the run, JSON."""
+        return self.folder / "summary.json"
+
+
+def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> RunFolder:
+    """Begin a run in a new or empty folder, or go on with the run that is there.
+
+    With several processes on one file system, process 0 alone calls this; the others name the paths with `RunFolder`.
+
+    Args:
+        folder: of the run; made with its parents.
+        config: the settings, JSON values. The folder belongs to them: a run goes on with the settings it began with.
+        resume: go on with the run in the folder.
+
+    Raises:
+        ValueError: the folder holds another run, or this one and `resume` is not set, or files that are no run; or
+            there is nothing to resume; or the config is not JSON.
+    """
+    run = RunFolder(Path(folder))
+    try:
+        config = json.loads(json.dumps(dict(config), allow_nan=False))  # tuples become lists, as on disk
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config of {run.folder}: cannot be written as JSON ({error})") from None
+    if run.folder.exists() and not run.folder.is_dir():
+        raise ValueError(f"{run.folder}: a file, need a folder for the run; use another --out")
+    if run.config.exists():
+        if differing := _differences(files.read_json(run.config), config):
+            raise ValueError(
+                f"{run.folder}: holds a run with other settings: {'; '.join(differing)}. "
+                "Use the same settings, or another --out"
+            )
+        if not resume:
+            raise ValueError(f"{run.folder}: holds this run already; use --resume to go on, or another --out")
+        return run
+    if resume:
+        raise ValueError(f"{run.folder}: no run to resume (no config.json); leave out --resume to begin one")
+    if found := _entries(run.folder):
+        raise ValueError(
+            f"{run.folder}: not empty and not a run (holds {', '.join(found[:3])}); use another --out"
+        )
+    run.folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(run.config, config)
+    return run
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write an indented JSON object whole or not at all: a killed process leaves the old file."""
+    files.write_json(Path(path), dict(data))
+
+
+def _entries(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Each differing setting, nested names joined by dots: 'optim.lr is 0.1 there, 0.2 here'."""
+    old, new = _flat(there), _flat(here)
+    show = lambda values, name: json.dumps(values[name]) if name in values else "missing"
+    return [
+        f"{name} is {show(old, name)} there, {show(new, name)} here"
+        for name in sorted(old.keys() | new.keys())
+        if name not in old or name not in new or not _same(old[name], new[name])
+    ]
+
+
+def _same(a: Any, b: Any) -> bool:
+    # 1 and 1.0 are one number, but True is not 1
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            out |= _flat(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = value
+    return out

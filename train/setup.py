@@ -1,0 +1,91 @@
+"""From a config to what a step needs: model, trees, labels, optimizer, data, and the compiled step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxsteer.io import LoadedModel
+from jaxsteer.models.transformer import Model
+from jaxsteer.optim import Params, make_optimizer, merge, param_labels, split
+from jaxsteer.plan_text import parse_plan
+from jaxsteer.steering import count_parameters, init_steering
+from jaxsteer.training import Metrics, TrainState, init_state, train_step
+from jaxsteer.types import Batch
+from train.config import TrainConfig
+from train.data import DataSource, Report, encode
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run consists of. `state` is the fresh one; `frozen` holds the leaves that do not train."""
+
+    model: Model
+    state: TrainState
+    frozen: Params
+    tx: optax.GradientTransformation
+    data: DataSource
+    report: Report
+    steps: int
+    trainable: int
+    total: int
+
+    @property
+    def step(self) -> Any:
+        """The jitted training step, (state, batch, frozen) -> (state, metrics); the state is donated."""
+        return jax.jit(partial(train_step, model=self.model, tx=self.tx), donate_argnums=0)
+
+    def params(self, state: TrainState) -> Params:
+        """The whole base and steering trees of a state."""
+        return merge(state.params, self.frozen)
+
+
+def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
+    """Build a run's parts.
+
+    Raises:
+        ValueError: a plan that does not fit the model, no data, or an example longer than a row.
+    """
+    plan = parse_plan(config.plan, loaded.config.layers)
+    key = jax.random.key(config.seed)
+    steering = init_steering(plan, loaded.config, key)
+    model = Model(loaded.config, plan, config.remat, config.train_base)
+
+    examples = config.task.load("train")
+    tokens, report = encode(
+        examples, loaded.tokenizer, chat=config.task.chat, max_length=config.row_length, on_long=config.on_long
+    )
+    data = DataSource(tokens, config.rows, config.row_length, config.seed, config.pack)
+    steps = config.steps or data.steps(config.epochs)
+
+    # The step donates its state: a trained base must not be the caller's own arrays.
+    base = jax.tree.map(jnp.copy, loaded.base) if config.train_base else loaded.base
+    params = Params(base, steering)
+    labels = param_labels(params, plan, train_base=config.train_base, frozen=config.freeze)
+    trained, frozen = split(params, labels)
+    trainable = count_parameters(trained)
+    if not trainable:
+        raise ValueError("nothing to train: every slot is frozen and train_base is off")
+    tx = make_optimizer(config.optim, labels, steps)
+    state = init_state(trained, tx, jax.random.fold_in(key, 1))
+    return Training(model, state, frozen, tx, data, report, steps, trainable, count_parameters(loaded.base))
+
+
+def step_batch(config: TrainConfig, data: DataSource, step: int) -> Batch:
+    """The batch of a step, [B, T], or [M, B / M, T] where it is accumulated over M microbatches."""
+    batch = data.batch(step)
+    if config.accumulate > 1:
+        shape = (config.accumulate, config.rows // config.accumulate, config.row_length)
+        batch = jax.tree.map(lambda field: np.reshape(field, shape), batch)
+    return batch
+
+
+def to_floats(metrics: Metrics) -> dict[str, float]:
+    """Metrics as plain numbers."""
+    return {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
