@@ -1,138 +1,75 @@
-"""Checkpoints that come back bit for bit or say why not: a thin adapter over Orbax.
+"""Checkpoints: named trees and a JSON record, saved in the background by Orbax and checked bit for bit.
 
-A checkpoint is a folder `<step>/` with one Orbax item per tree ("steering", "optimizer", ...), each a flat
-dictionary of named leaves, and a JSON record: the caller's meta, the metrics, and dtype, shape and checksum
-of every leaf. Orbax by itself casts another dtype silently and restores a flipped byte as if nothing were
-wrong; the record is what turns both into an error.
+Orbax by itself casts to another dtype in silence, restores a flipped byte as if nothing were wrong, takes NaN
+for the best metric and declines a step that exists: the record and the checks here turn these into errors.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxsteer.types import PyTree
 from train.leaves import (
-    TreeMismatch,
-    abstract_leaf,
-    checksums,
-    empty_leaf,
-    like,
+    MismatchError,
+    check,
+    describe,
+    digest_of,
+    has_arrays,
     named_leaves,
-    record_of,
-    require_match,
-    storable,
+    restored_leaf,
+    stored,
+    target,
 )
+from train.preemption import Preemption as Preemption
+from train.preemption import preemption as preemption
 
-RECORD = "record"
-_RESERVED = (RECORD, "metrics", "default")
-_FORMAT = 1
-
-log = logging.getLogger(__name__)
+_RECORD = "record"  # the item that holds meta, metrics and the digests
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint that was read and verified.
-
-    step     the number of optimizer steps that were done when it was saved
-    trees    by name, of the structure that was asked for
-    meta     what was saved beside the trees
-    metrics  what was saved as metrics, {} where none were
-    skipped  one message per newer checkpoint that could not be used: its step and why
-    """
+    """What a checkpoint held."""
 
     step: int
+    """The step that it was saved at."""
     trees: dict[str, PyTree]
+    """The trees asked for."""
     meta: dict[str, Any]
-    metrics: dict[str, float]
-    skipped: tuple[str, ...] = ()
+    """The JSON values saved with them."""
+    skipped: list[str] = field(default_factory=list)
+    """Later checkpoints that could not be read, each with the reason."""
 
 
 class Checkpoints:
-    """The checkpoints in one folder; use it as a context manager, so that the last save is finished.
+    """The checkpoints of one run, as made by `open_checkpoints`. A context manager.
 
-    With several processes every process opens the same folder and makes the same calls.
-
-    Args:
-        folder: of the checkpoints; made if it is not there.
-        every: `due` and `save` take a checkpoint at steps that are multiples of this.
-        keep_latest: how many of the newest are kept.
-        best_metric: the metric by whose value one more, the best, is kept; None keeps no best.
-        best_mode: whether a small ("min") or a large ("max") value is good. NaN is worse than any value.
-        async_: write to disk while the training goes on.
-        read_only: never write, delete or tidy: for looking into the folder of a run that may be running.
-
-    Raises:
-        ValueError: every or keep_latest below 1, an unknown best_mode, or nothing to read.
+    Each tree is an item of its own, so one can be restored without the others. A leaf is an array (JAX or
+    NumPy, any dtype), a typed key, or a Python number; None is no leaf. The record beside the trees names
+    every leaf with its dtype, shape and sha256: a restored leaf has the same bits, or there is an error.
     """
 
     def __init__(
-        self,
-        folder: Path | str,
-        *,
-        every: int = 1,
-        keep_latest: int = 2,
-        best_metric: str | None = None,
-        best_mode: Literal["min", "max"] = "min",
-        async_: bool = True,
-        read_only: bool = False,
+        self, folder: epath.Path, manager: ocp.CheckpointManager, every: int, best: tuple[str, str] | None
     ) -> None:
-        self.folder = Path(folder).absolute()
-        if every < 1 or keep_latest < 1:
-            raise ValueError(
-                f"{self.folder}: every={every} and keep_latest={keep_latest} must both be at least 1"
-            )
-        if best_mode not in ("min", "max"):
-            raise ValueError(f"{self.folder}: best_mode is {best_mode!r}, use 'min' or 'max'")
-        if read_only and not self.folder.is_dir():
-            raise ValueError(f"{self.folder}: no such folder, so there is no checkpoint to read")
-        self.every = every
-        self.best_metric = best_metric
-        self.read_only = read_only
-        self._sign = 1.0 if best_mode == "max" else -1.0
-        policies = ocp.checkpoint_managers
-        keep: list[Any] = [policies.LatestN(keep_latest)]
-        if best_metric is not None:
-            keep.append(
-                policies.BestN(get_metric_fn=self._goodness, n=1, keep_checkpoints_without_metrics=False)
-            )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                create=not read_only,
-                read_only=read_only,
-                save_interval_steps=0 if read_only else 1,
-                cleanup_tmp_directories=not read_only,  # what a kill in mid-save left behind
-                enable_async_checkpointing=async_ and not read_only,
-                best_fn=self._goodness if best_metric is not None else None,
-                best_mode="max",
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-            ),
-        )
-
-    def __enter__(self) -> Checkpoints:
-        """The checkpoints themselves."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Finish the save under way and close."""
-        self.close()
-
-    def due(self, step: int) -> bool:
-        """Whether `save` would take a checkpoint at this step without being forced."""
-        return step > 0 and step % self.every == 0
+        self.folder = folder
+        self._manager = manager
+        self._every = every
+        self._best = best
+        self._records: dict[int, dict[str, Any]] = {}
+        self._unreadable: set[int] = set()
 
     def save(
         self,
@@ -140,267 +77,302 @@ class Checkpoints:
         trees: Mapping[str, PyTree],
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
-        *,
         force: bool = False,
     ) -> bool:
-        """Save a checkpoint if the step is due or forced.
+        """Save if the step is due, that is a multiple of `every`.
+
+        The values are copied before this returns, and written in the background; an error in writing is
+        raised by the next `save`, `wait` or `close`. Checkpoints that `restore_latest` skipped are removed
+        first: they can no longer be the latest of this run.
 
         Args:
-            step: the number of optimizer steps done, at least 0.
-            trees: by name; leaves are arrays, typed keys or Python numbers; None and empty containers are
-                allowed. All is copied before this returns, so the caller may donate it.
-            meta: a JSON object: configuration, plan, model, state of the data.
-            metrics: by name; must hold best_metric where any are given.
-            force: save whether or not the step is due.
+            step: later than every checkpoint there.
+            trees: by name.
+            meta: JSON values.
+            metrics: that the best checkpoint is chosen by.
+            force: save though it is not due.
 
         Returns:
-            Whether a checkpoint was written. False where it was not due, or where the very same arrays and
-            metrics already stand at this step.
+            Whether a checkpoint of this step is there or on its way. A step that is there with the same bits
+            and meta is not written again.
 
         Raises:
-            ValueError: the step exists with other contents, or something cannot be stored.
+            ValueError: there is a later checkpoint, or one of this step with another content; a leaf that
+                cannot be saved; meta that is not JSON; a name that is taken.
         """
-        if self.read_only:
-            raise ValueError(f"{self.folder}: opened read-only, so step {step} cannot be saved")
-        if step < 0:
-            raise ValueError(f"{self.folder}: step is {step}, it must be at least 0")
-        if not (force or self.due(step)):
+        if not force and step % self._every:
             return False
-        if metrics is not None and self.best_metric is not None and self.best_metric not in metrics:
+        record, arrays = self._pack(trees, meta, metrics)
+        if self._unreadable:
+            self.wait()
+            for old in sorted(self._unreadable & set(self.steps())):
+                self._manager.delete(old)
+            self._unreadable.clear()
+        there = self.steps()
+        if step in there:
+            if (
+                self._record(step)["trees"] == record["trees"]
+                and self._record(step)["meta"] == record["meta"]
+            ):
+                return True
             raise ValueError(
-                f"{self.folder}: the metrics of step {step} are {sorted(metrics)} and lack "
-                f"{self.best_metric!r}, by which the best checkpoint is kept"
+                f"{self.folder}: step {step} is there already with another content; "
+                "resume from it, or use another folder"
             )
-        for name in trees:
-            if not name.isidentifier() or name in _RESERVED:
-                raise ValueError(f"a tree cannot be called {name!r}: use a plain name, none of {_RESERVED}")
-        leaves = {name: named_leaves(tree) for name, tree in trees.items()}
-        values = {name: float(value) for name, value in (metrics or {}).items()}
-        body = {
-            "format": _FORMAT,
-            "step": int(step),
-            "meta": dict(meta),
-            "metrics": values,
-            "trees": {name: record_of(tree) for name, tree in leaves.items()},
-        }
-        try:
-            text = _canonical(body)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.folder}: the meta of step {step} is not JSON: {error}") from None
-        if step in self._manager.all_steps():
-            self._require_same(step, body, checked_metrics=metrics is not None)
-            return False
-        items: dict[str, Any] = {RECORD: ocp.args.JsonSave({**json.loads(text), "sha256": _digest(text)})}
-        for name, tree in leaves.items():
-            arrays = {leaf: storable(leaf, value) for leaf, value in tree.items()}
-            # Orbax takes neither an empty tree nor an array without elements; the record says it all. A numpy
-            # leaf is copied because the caller may change it in place while it is being written.
-            full = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in arrays.items() if v.size}
-            if full:
-                items[name] = ocp.args.StandardSave(full)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(**items),
-            metrics=values if self.best_metric is not None else None,
-            force=True,
-        )
+        if there and there[-1] > step:
+            raise ValueError(
+                f"{self.folder}: cannot save step {step}, step {there[-1]} is there already; "
+                "resume from the latest step, or use another folder"
+            )
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if tree}
+        items[_RECORD] = ocp.args.JsonSave(record | {"sha256": _json_digest(record)})
+        ranked = None if metrics is None else {name: float(value) for name, value in metrics.items()}
+        # When to save was decided above: to Orbax every call is forced, else it may decline in silence.
+        if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=ranked, force=True):
+            raise ValueError(
+                f"{self.folder}: step {step} was not saved; is the folder open for reading only?"
+            )
+        self._records[step] = record
         return True
 
-    def steps(self) -> tuple[int, ...]:
-        """The steps at which a checkpoint exists, ascending."""
-        return tuple(sorted(self._manager.all_steps()))
-
-    def best_step(self) -> int | None:
-        """The step with the best value of best_metric, the latest of equals; None where no value is a number.
-
-        Raises:
-            ValueError: no best_metric was named.
-        """
-        if self.best_metric is None:
-            raise ValueError(f"{self.folder}: opened without best_metric, so no checkpoint is the best")
-        self.wait()
-        scored = [(self._goodness(self._manager.metrics(step)), step) for step in self.steps()]
-        good, step = max(scored, default=(-math.inf, -1))
-        return step if good > -math.inf else None
-
-    def read_meta(self, step: int) -> dict[str, Any]:
-        """The meta of a checkpoint, without its trees: enough to build the trees to restore into.
-
-        Raises:
-            ValueError: there is no such step, or its record is damaged.
-        """
-        return self._record(step)["meta"]
-
-    def restore(self, step: int, abstract: Mapping[str, PyTree]) -> Restored:
-        """Read and verify the trees of one checkpoint.
+    def restore(self, step: int, like: Mapping[str, PyTree]) -> Restored:
+        """Restore one step.
 
         Args:
-            step: one of `steps`.
-            abstract: by name, the trees to fill; leaves are jax.ShapeDtypeStruct (with a sharding to restore
-                onto a mesh) or values of the same kind as those saved. Trees that are not named are not read.
-
-        Returns:
-            The trees with exactly the bits that were saved.
+            step: one of `steps()`.
+            like: trees of the same structure, holding arrays or `jax.ShapeDtypeStruct`s: dtypes and shapes
+                must be those saved, the placement (sharding) may be another. Trees left out are not read.
 
         Raises:
-            TreeMismatch: the checkpoint holds another structure, shape or dtype.
-            ValueError: no such step, or its contents are damaged.
+            ValueError: no such step; another structure, dtype or shape; damaged content.
         """
-        record = self._record(step)
-        wanted = {name: named_leaves(tree) for name, tree in abstract.items()}
-        for name, leaves in wanted.items():
-            if name not in record["trees"]:
-                raise TreeMismatch(
-                    f"{self.folder / str(step)}: holds no tree {name!r}, but {sorted(record['trees'])}"
-                )
-            require_match(f"{self.folder / str(step)}: {name}", record["trees"][name], leaves)
-        sharding = _default_sharding()
-        targets = {
-            name: {leaf: abstract_leaf(value, sharding) for leaf, value in leaves.items()}
-            for name, leaves in wanted.items()
-        }
-        stored = {
-            name: {leaf: target for leaf, target in leaves.items() if math.prod(target.shape)}
-            for name, leaves in targets.items()
-        }
-        items = {name: ocp.args.StandardRestore(leaves) for name, leaves in stored.items() if leaves}
-        found = self._manager.restore(step, args=ocp.args.Composite(**items)) if items else {}
-        trees = {}
-        for name, leaves in wanted.items():
-            arrays = {
-                leaf: found[name][leaf] if leaf in stored[name] else empty_leaf(target)
-                for leaf, target in targets[name].items()
-            }
-            sums = checksums(arrays)
-            changed = [leaf for leaf in leaves if sums[leaf] != record["trees"][name][leaf]["checksum"]]
-            if changed:
-                raise ValueError(
-                    f"{self.folder / str(step)}: damaged, the bits of {name} are not those that were saved: "
-                    f"{', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''}"
-                )
-            restored = [like(value, arrays[leaf]) for leaf, value in leaves.items()]
-            trees[name] = jax.tree.unflatten(jax.tree.structure(abstract[name]), restored)
-        return Restored(step, trees, record["meta"], record["metrics"])
-
-    def latest_good(self, abstract: Mapping[str, PyTree]) -> Restored | None:
-        """Read the newest checkpoint that is whole, and set the damaged ones after it aside.
-
-        A damaged checkpoint is renamed to `damaged-<step>` (unless read-only), so that the run can save that
-        step again and nothing is lost.
-
-        Args:
-            abstract: see `restore`.
-
-        Returns:
-            The checkpoint, with a message for each that was skipped; None where there is no checkpoint.
-
-        Raises:
-            TreeMismatch: the newest whole checkpoint is of another structure, shape or dtype.
-            ValueError: there are checkpoints, but every one is damaged.
-        """
-        self.wait()
-        skipped: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            found: Restored | None = None
-            try:
-                found = self.restore(step, abstract)
-            except TreeMismatch:
-                raise
-            except Exception as error:  # whatever the layer that noticed the damage raises
-                lines = str(error).strip().splitlines()
-                reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-                skipped[step] = f"checkpoint {step} skipped: {reason}"
-            if not _everywhere(found is not None):
-                skipped.setdefault(step, f"checkpoint {step} skipped: another process could not read it")
-                log.warning("%s", skipped[step])
-                continue
-            assert found is not None
-            if not self.read_only:
-                self._set_aside(tuple(skipped))
-            return replace(found, skipped=tuple(skipped.values()))
-        if skipped:
+        if step not in self.steps():
             raise ValueError(
-                f"{self.folder}: none of the checkpoints can be read. {'; '.join(skipped.values())}. "
-                "Start again in another folder, or bring back a copy."
+                f"{self.folder}: no checkpoint of step {step}; there are {self.steps() or 'none'}"
+            )
+        try:
+            return self._restore(step, like)
+        except MismatchError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{self.folder}: step {step} cannot be read ({_reason(error)})") from error
+
+    def restore_latest(self, like: Mapping[str, PyTree]) -> Restored | None:
+        """Restore the latest step that is whole, and say which later ones were skipped.
+
+        Returns:
+            None where there is no checkpoint.
+
+        Raises:
+            ValueError: another structure, dtype or shape (see `restore`); or no checkpoint is whole.
+        """
+        skipped: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                found = self._restore(step, like)
+            except MismatchError:
+                raise  # it fits no step: to go further back would only lose work
+            except Exception as error:
+                self._unreadable.add(step)
+                skipped.append(f"step {step} cannot be read ({_reason(error)})")
+                continue
+            return Restored(found.step, found.trees, found.meta, skipped)
+        if skipped:
+            self._unreadable.clear()
+            raise ValueError(
+                f"{self.folder}: no checkpoint is whole: {'; '.join(skipped)}. "
+                "Move the folder away to begin anew"
             )
         return None
 
+    def restore_best(self, like: Mapping[str, PyTree]) -> Restored | None:
+        """Restore `best_step()`; None where no checkpoint has the metric."""
+        step = self.best_step()
+        return None if step is None else self.restore(step, like)
+
+    def best_step(self) -> int | None:
+        """The step with the best metric (the latest of equals, NaN is worst); None where no step has it.
+
+        Raises:
+            ValueError: the checkpoints were opened without `best_metric`.
+        """
+        if self._best is None:
+            raise ValueError(f"{self.folder}: opened without best_metric, so no step is the best")
+        ranked: list[tuple[float, int]] = []
+        for step in self.steps():
+            try:
+                metrics = self._record(step)["metrics"]
+            except Exception:  # a damaged one is not the best; restoring says what is wrong with it
+                continue
+            if self._best[0] in metrics:
+                ranked.append((_rank(metrics, *self._best), step))
+        return max(ranked)[1] if ranked else None
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending, with the one being written."""
+        return sorted(self._manager.all_steps())
+
     def wait(self) -> None:
-        """Wait until the save under way is on disk; raises what went wrong in it."""
+        """Wait until what was saved is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish the save under way and let go of the folder."""
+        """Wait, then release the folder."""
         self._manager.close()
 
-    def _goodness(self, metrics: Mapping[str, float] | None) -> float:
-        """Larger is better; a missing or NaN value is the worst."""
-        value = float((metrics or {}).get(self.best_metric or "", math.nan))
-        return -math.inf if math.isnan(value) else self._sign * value
+    def __enter__(self) -> Checkpoints:
+        """The checkpoints themselves."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait and close."""
+        self.close()
+
+    def _pack(
+        self, trees: Mapping[str, PyTree], meta: Mapping[str, Any], metrics: Mapping[str, float] | None
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """The record, and what Orbax is to write: for each tree its arrays by name."""
+        leaves: dict[str, dict[str, Any]] = {}
+        arrays: dict[str, dict[str, Any]] = {}
+        for name, tree in trees.items():
+            if name in (_RECORD, "metrics"):
+                raise ValueError(f"{self.folder}: a tree cannot be called {name!r}; use another name")
+            flat = named_leaves(tree)
+            leaves[name] = {path: describe(leaf, f"{name}/{path}") for path, leaf in flat.items()}
+            # A NumPy array is copied, since the caller may change it while it is being written.
+            arrays[name] = {path: _own(stored(leaf)) for path, leaf in flat.items() if has_arrays(leaf)}
+        values = {name: repr(float(value)) for name, value in (metrics or {}).items()}
+        record = {"meta": dict(meta), "metrics": values, "trees": leaves}
+        try:
+            return json.loads(json.dumps(record)), arrays
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.folder}: meta cannot be written as JSON ({error})") from None
 
     def _record(self, step: int) -> dict[str, Any]:
-        """The JSON record of a step, verified."""
-        where = self.folder / str(step)
-        if step not in self._manager.all_steps():
-            raise ValueError(f"{where}: no such checkpoint, there are {list(self.steps()) or 'none'}")
+        if step not in self._records:
+            args = ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
+            record = dict(self._manager.restore(step, args=args)[_RECORD])
+            if record.pop("sha256", None) != _json_digest(record):
+                raise ValueError("its record is damaged: the sha256 differs")
+            self._records[step] = record
+        return self._records[step]
+
+    def _restore(self, step: int, like: Mapping[str, PyTree]) -> Restored:
         self.wait()
-        found = self._manager.restore(step, args=ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()}))
-        record = dict(found[RECORD])
-        if record.pop("sha256", None) != _digest(_canonical(record)):
-            raise ValueError(f"{where}: damaged, the record is not the one that was saved")
-        if record["format"] != _FORMAT:
-            raise TreeMismatch(
-                f"{where}: format {record['format']} of the record, this program reads {_FORMAT}"
-            )
-        return record
+        record = _together(lambda: self._record(step))
+        where = f"{self.folder}, step {step}"
+        if missing := sorted(set(like) - set(record["trees"])):
+            raise MismatchError(f"{where}: has no tree {missing}; it has {sorted(record['trees'])}")
+        flat = {name: named_leaves(tree) for name, tree in like.items()}
+        for name, leaves in flat.items():
+            check(record["trees"][name], leaves, f"{where}, {name}")
+        targets = {
+            name: {path: target(leaf) for path, leaf in leaves.items() if has_arrays(leaf)}
+            for name, leaves in flat.items()
+        }
+        wanted = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items() if tree}
 
-    def _require_same(self, step: int, body: dict[str, Any], *, checked_metrics: bool) -> None:
-        """Refuse a second save of a step whose contents differ from the first."""
-        old = self._record(step)
-        differ = [name for name in body["trees"] if old["trees"].get(name) != body["trees"][name]]
-        differ += [name for name in old["trees"] if name not in body["trees"]]
-        if checked_metrics and _canonical(old["metrics"]) != _canonical(body["metrics"]):
-            differ.append("metrics")
-        if differ:
-            raise ValueError(
-                f"{self.folder / str(step)}: exists and differs in {', '.join(differ)}. "
-                "Save a step once, or use another folder."
-            )
+        def read() -> dict[str, Any]:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**wanted))) if wanted else {}
 
-    def _set_aside(self, steps: tuple[int, ...]) -> None:
-        """Rename damaged checkpoints, once for all processes."""
-        if not steps:
-            return
-        if jax.process_index() == 0:
-            for step in steps:
-                target, number = self.folder / f"damaged-{step}", 1
-                while target.exists():
-                    number += 1
-                    target = self.folder / f"damaged-{step}-{number}"
-                (self.folder / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints set aside")
-        self._manager.reload()
+        arrays = _together(read)
+
+        def verify() -> None:
+            for name, got in arrays.items():
+                saved = record["trees"][name]
+                if damaged := [path for path in got if digest_of(got[path]) != saved[path]["sha256"]]:
+                    raise ValueError(f"{name} is damaged: the sha256 of {', '.join(damaged[:3])} differs")
+
+        _together(verify)
+        trees = {}
+        for name, leaves in flat.items():
+            saved, got = record["trees"][name], arrays.get(name, {})
+            values = [restored_leaf(leaf, got.get(path), saved[path]) for path, leaf in leaves.items()]
+            trees[name] = jax.tree.unflatten(jax.tree.structure(like[name]), values)
+        return Restored(step, trees, json.loads(json.dumps(record["meta"])))
 
 
-def _canonical(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+def open_checkpoints(
+    folder: str | Path,
+    *,
+    every: int,
+    keep_latest: int = 2,
+    best_metric: str | None = None,
+    best_mode: Literal["min", "max"] = "min",
+    read_only: bool = False,
+) -> Checkpoints:
+    """Open a folder of checkpoints; all processes of a run do so together, on storage that all of them see.
+
+    What a killed process left half written is removed: open the folder of a run that is running read_only.
+
+    Args:
+        folder: a path, or an address like gs://bucket/run; made if it is missing.
+        every: save at multiples of this step.
+        keep_latest: number of latest checkpoints kept.
+        best_metric: name of a metric; the best checkpoint by it is kept besides the latest.
+        best_mode: whether the smallest or the largest is best.
+        read_only: never write, make or remove anything.
+
+    Raises:
+        ValueError: `every` or `keep_latest` below 1, an unknown mode.
+    """
+    if every < 1 or keep_latest < 1:
+        raise ValueError(
+            f"checkpoints {folder}: every and keep_latest must be at least 1, got {every}, {keep_latest}"
+        )
+    if best_mode not in ("min", "max"):
+        raise ValueError(f"checkpoints {folder}: best_mode must be 'min' or 'max', got {best_mode!r}")
+    path = epath.Path(folder)
+    path = path if "://" in str(folder) else path.expanduser().absolute()
+    keep: list[Any] = [policies.LatestN(keep_latest)]
+    best = None if best_metric is None else (best_metric, best_mode)
+    rank = None if best is None else lambda metrics: _rank(metrics, *best)
+    if rank is not None:
+        keep.append(policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keep),
+        save_decision_policy=policies.FixedIntervalPolicy(every),
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        read_only=read_only,
+        # The policies decide what is kept; without this Orbax forgets the metrics when it is reopened.
+        best_fn=rank,
+        best_mode="max",
+    )
+    return Checkpoints(path, ocp.CheckpointManager(path, options=options), every, best)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _own(array: Any) -> Any:
+    return array.copy() if isinstance(array, np.ndarray) else array
 
 
-def _default_sharding() -> jax.sharding.Sharding:
-    """For leaves that name no sharding: this process's first device, or a copy on every device of all."""
+def _together(read: Callable[[], Any]) -> Any:
+    """Call `read`; where it fails in one process, fail in all of them, so that all go on to the same step."""
     if jax.process_count() == 1:
-        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return read()
+    error: Exception | None = None
+    value = None
+    try:
+        value = read()
+    except Exception as caught:
+        error = caught
+    fine = multihost_utils.process_allgather(np.asarray(error is None))
+    if error is not None:
+        raise error
+    if not bool(np.all(fine)):
+        raise ValueError("another process cannot read it")
+    return value
 
 
-def _everywhere(ok: bool) -> bool:
-    """Whether all processes say so."""
-    if jax.process_count() == 1:
-        return ok
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+def _rank(metrics: Mapping[str, Any], name: str, mode: str) -> float:
+    """A metric as a number where more is better; worst if it is missing or NaN."""
+    value = float(metrics.get(name, math.nan))
+    return -math.inf if math.isnan(value) else -value if mode == "min" else value
+
+
+def _json_digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__

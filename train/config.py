@@ -15,7 +15,7 @@ import tyro
 from jaxsteer.models.transformer import Remat
 from jaxsteer.optim import OptimConfig
 from train.data.tokenize import OnLong
-from train.tasks import ListOpsTask, Task
+from train.tasks import ListOpsTask, Task, task_to_json
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """What makes the run what it is, for config.json: all but where it lies and whether it is resumed."""
         data = dataclasses.asdict(self)
-        data["task"] = {"type": type(self.task).__name__, **data["task"]}
+        data["task"] = task_to_json(self.task)
         return {key: value for key, value in data.items() if key not in ("out", "resume")}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -107,3 +109,15 @@ def decode(
 def accuracy_of(decoded: Sequence[Decoded]) -> Accuracy:
     """Share of right answers, with its interval."""
     return accuracy(d.correct for d in decoded)
+
+
+def write_answers(path: Path, decoded: Sequence[Decoded]) -> None:
+    """One answer a line, JSON; whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in decoded), encoding="utf-8")
+    part.replace(path)
+
+
+def read_answers(path: Path) -> list[Decoded]:
+    """Read what `write_answers` wrote."""
+    return [Decoded(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -19,7 +19,7 @@ _SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192), "tpu": (4096, 8192)}
 
 
 def cache_folder() -> Path:
-    """Where the project keeps what can be made again: $JAXSTEER_CACHE, else jaxsteer in the user's cache folder."""
+    """Where what can be made again is kept: $JAXSTEER_CACHE, else jaxsteer in the user's cache folder."""
     if own := os.environ.get("JAXSTEER_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxsteer"
@@ -43,7 +43,7 @@ def enable_compilation_cache() -> Path:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory in use so far: of the fullest local device, or of the process where the device is the CPU."""
+    """The most memory in use so far: of the fullest local device, or of the process on a CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices() if device.platform != "cpu"]
     if peaks := [int(each["peak_bytes_in_use"]) for each in stats if "peak_bytes_in_use" in each]:
         return max(peaks)
@@ -51,10 +51,10 @@ def peak_memory_bytes() -> int:
 
 
 def matmul_peak_flops(dtype: jnp.dtype | type = jnp.float32) -> float:
-    """The best measured rate of a matrix product on one device, in FLOP/s: the ceiling that a run is compared with.
+    """The best measured rate of a matrix product on one device, in FLOP/s: the ceiling for a run.
 
-    The median over repeats for each of a few shapes, then the best shape. Products run at JAX's default precision,
-    as the model's do.
+    The median over repeats for each of a few shapes, then the best shape. Products run at JAX's default
+    precision, as the model's do.
 
     Args:
         dtype: of both factors and of the product.
@@ -90,7 +90,7 @@ def _matmul_flops(m: int, k: int, n: int, dtype: jnp.dtype, seconds: float = 0.3
 
 
 def _peak_resident_bytes() -> int:
-    # ru_maxrss of a new process begins at its parent's peak; the kernel's own high-water mark is of this program alone.
+    # ru_maxrss of a new process begins at its parent's peak; VmHWM is of this program alone.
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

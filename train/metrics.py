@@ -24,8 +24,8 @@ class MetricsWriter:
 
     Args:
         path: of the .jsonl file; made if it is missing.
-        resume_at: None for a new run, which must find no lines there. Else the step that the run goes on from: lines
-            of later steps, and a last line that a killed process left half written, are dropped.
+        resume_at: None for a new run, which must find no lines there. Else the step that the run goes on at:
+            lines of later steps, and a last line that a killed process left half written, are dropped.
 
     Raises:
         ValueError: a new run finds lines; or, on resuming, a line that is no JSON object with a step.
@@ -118,7 +118,7 @@ class Bar:
             self._live.start()
 
     def update(self, step: int, **facts: Any) -> None:
-        """Show that `step` steps are done, with their facts: loss=..., tokens_per_second=..., or any other number."""
+        """Show that `step` steps are done, with facts: loss=..., tokens_per_second=..., any other number."""
         now = self._clock()
         self._seen.append((step, now))
         parts = [f"{step}/{self._total}", *(_fact(name, value) for name, value in facts.items())]

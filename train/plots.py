@@ -31,7 +31,7 @@ def plot_training(
     Args:
         rows: lines of metrics.jsonl; those with a "loss" are drawn, gaps where it is not finite.
         path: of the PNG; its folder exists.
-        evaluations: (step, accuracy, lower end, upper end), all but the step as shares from 0 to 1; none = no panel.
+        evaluations: (step, accuracy, lower end, upper end), shares from 0 to 1; none = no panel.
         title: above the figure.
 
     Raises:
@@ -88,11 +88,14 @@ def plot_by_layer(
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """A centred mean over about `window` values (Gaussian weights), shorter at the ends; gaps (NaN) are left out."""
+    """A centred mean over about `window` values (Gaussian weights), shorter at the ends, leaving out NaN."""
     reach = min(3 * window, len(values))
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(window / 2, 1e-6)) ** 2)
     finite = np.isfinite(values)
-    full = lambda x: np.convolve(x, weights, mode="full")[reach : reach + len(x)]
+
+    def full(x: np.ndarray) -> np.ndarray:
+        return np.convolve(x, weights, mode="full")[reach : reach + len(x)]
+
     total = full(finite.astype(float))
     return np.where(total > 1e-9, full(np.where(finite, values, 0.0)) / np.maximum(total, 1e-9), math.nan)
 

@@ -13,7 +13,7 @@ from jaxsteer.io import files
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the parts of a run lie. Naming a path makes nothing; `open_run` makes the folder and its config."""
+    """Where the parts of a run lie. Naming a path makes nothing: `open_run` makes the folder."""
 
     folder: Path
     """The folder itself."""
@@ -52,26 +52,27 @@ class RunFolder:
 def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> RunFolder:
     """Begin a run in a new or empty folder, or go on with the run that is there.
 
-    With several processes on one file system, process 0 alone calls this; the others name the paths with `RunFolder`.
+    With several processes on one file system, process 0 alone calls this; the others name the paths with
+    `RunFolder`.
 
     Args:
         folder: of the run; made with its parents.
-        config: the settings, JSON values. The folder belongs to them: a run goes on with the settings it began with.
+        config: the settings, JSON values. The folder belongs to them: a run goes on as it began.
         resume: go on with the run in the folder.
 
     Raises:
-        ValueError: the folder holds another run, or this one and `resume` is not set, or files that are no run; or
-            there is nothing to resume; or the config is not JSON.
+        ValueError: the folder holds another run, or this one and `resume` is not set, or files that are no
+            run; or there is nothing to resume; or the config is not JSON.
     """
     run = RunFolder(Path(folder))
     try:
-        config = json.loads(json.dumps(dict(config), allow_nan=False))  # tuples become lists, as on disk
+        settings = json.loads(json.dumps(dict(config), allow_nan=False))  # tuples become lists, as on disk
     except (TypeError, ValueError) as error:
         raise ValueError(f"config of {run.folder}: cannot be written as JSON ({error})") from None
     if run.folder.exists() and not run.folder.is_dir():
         raise ValueError(f"{run.folder}: a file, need a folder for the run; use another --out")
     if run.config.exists():
-        if differing := _differences(files.read_json(run.config), config):
+        if differing := _differences(files.read_json(run.config), settings):
             raise ValueError(
                 f"{run.folder}: holds a run with other settings: {'; '.join(differing)}. "
                 "Use the same settings, or another --out"
@@ -86,23 +87,40 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
             f"{run.folder}: not empty and not a run (holds {', '.join(found[:3])}); use another --out"
         )
     run.folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(run.config, config)
+    files.write_json(run.config, settings)
     return run
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write an indented JSON object whole or not at all: a killed process leaves the old file."""
-    files.write_json(Path(path), dict(data))
+    """Write an indented JSON object, whole or not at all: a killed process leaves the old file.
+
+    NaN and the infinities, which JSON does not have, become the text "NaN", "Infinity", "-Infinity".
+
+    Raises:
+        ValueError: a value that JSON cannot hold.
+    """
+    try:
+        values = json.loads(json.dumps(dict(data)), parse_constant=str)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be written as JSON ({error})") from None
+    files.write_json(Path(path), values)
 
 
 def _entries(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    """What is in the folder, but for files that a killed process was still writing."""
+    if not folder.exists():
+        return []
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(name for name in names if not (name.startswith(".") and name.endswith(".partial")))
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Each differing setting, nested names joined by dots: 'optim.lr is 0.1 there, 0.2 here'."""
     old, new = _flat(there), _flat(here)
-    show = lambda values, name: json.dumps(values[name]) if name in values else "missing"
+
+    def show(values: dict[str, Any], name: str) -> str:
+        return json.dumps(values[name]) if name in values else "missing"
+
     return [
         f"{name} is {show(old, name)} there, {show(new, name)} here"
         for name in sorted(old.keys() | new.keys())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from train.data import Example, Keys, ListOps, read_jsonl
-from train.data.listops import generate
+from train.data.listops import TEMPLATES, generate
 from train.scoring import Rule
 
 Split = Literal["train", "validation", "test"]
@@ -31,8 +31,6 @@ class ListOpsTask:
     @property
     def template(self) -> str:
         """The prompt around a problem that a person types."""
-        from train.data.listops import TEMPLATES
-
         prompt = self.problems.prompt or TEMPLATES[self.problems.style][0]
         return prompt.replace("{expression}", "{prompt}")
 
@@ -69,3 +67,27 @@ class JsonlTask:
 
 
 Task = ListOpsTask | JsonlTask
+
+
+def task_to_json(task: Task) -> dict[str, Any]:
+    """A task as plain JSON values; `task_from_json` reads it back."""
+    return {"type": type(task).__name__, **asdict(task)}
+
+
+def task_from_json(data: dict[str, Any]) -> Task:
+    """Read a task back.
+
+    Raises:
+        ValueError: a type or a setting that this version does not know.
+    """
+    settings = {key: value for key, value in data.items() if key != "type"}
+    try:
+        if data.get("type") == "ListOpsTask":
+            problems = dict(settings.pop("problems"))
+            problems["operations"] = tuple(problems["operations"])
+            return ListOpsTask(ListOps(**problems), **settings)
+        if data.get("type") == "JsonlTask":
+            return JsonlTask(keys=Keys(**settings.pop("keys")), **settings)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"task {data}: cannot be read ({error})") from None
+    raise ValueError(f"unknown task {data.get('type')!r}; known are ListOpsTask and JsonlTask")

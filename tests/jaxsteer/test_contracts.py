@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from tiny import (
     KINDS,
     close,
     every_kind,
+    fast_jit,
     identical,
     layouts,
     loss_and_grads,
@@ -23,22 +25,26 @@ from tiny import (
     supervised_batch,
 )
 
+import jaxsteer
 from jaxsteer import METHODS, Model, Positions, fold, init_steering, make_batch
 from jaxsteer.batches import select
 from jaxsteer.models.attention import Span
 from jaxsteer.models.config import site_dims
 from jaxsteer.models.layers import Block, Embed, Inputs, RMSNorm, rotary_angles
-from jaxsteer.models.transformer import init_cache
+from jaxsteer.models.transformer import forward, init_cache
 from jaxsteer.types import PROJECTIONS, SITES, Batch, Context
 
 methods = pytest.mark.parametrize("name", METHODS)
 
+
+RUN = jax.jit(forward, static_argnames=("model", "capture"))  # compiled as users compile it
 
 # ---- zeros and fresh parameters
 
 
 @methods
 def test_zero_and_fresh_parameters_are_bitwise_the_base(name, tiny_config, tiny_base):
+    run = RUN
     batch = supervised_batch(tiny_config.vocab_size)
     plain = run(Model(tiny_config), tiny_base, {}, batch, capture=("block",))
     model = Model(tiny_config, (slot_of(name, tiny_config),))
@@ -73,7 +79,7 @@ def test_apply_with_zeros_returns_y(name, dtype, tiny_config):
 
 # Two turns: prompt a, reply b, question c, reply d; then an example of its own without a reply, then padding.
 SEGMENTS = [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 0, 0]
-WEIGHTS_ = [0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0]
+WEIGHTS = [0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0]
 SELECTED = {
     "prompt": [1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0],
     "completion": [0, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0],
@@ -87,7 +93,7 @@ SELECTED = {
 
 @pytest.mark.parametrize("kind", SELECTED)
 def test_selected_tokens(kind):
-    batch = make_batch(np.arange(14)[None], np.array([SEGMENTS]), np.array([WEIGHTS_], np.float32))
+    batch = make_batch(np.arange(14)[None], np.array([SEGMENTS]), np.array([WEIGHTS], np.float32))
     got = select(Positions.parse(kind), batch)
     np.testing.assert_array_equal(np.asarray(got[0], int), SELECTED[kind])
 
@@ -123,10 +129,10 @@ def plan_for(name, kind, config):
 def test_packed_padded_single(name, kind, tiny_config, tiny_base):
     plan = plan_for(name, kind, tiny_config)
     model, steering = Model(tiny_config, plan), random_steering(plan, tiny_config)
-    forward = lambda batch: run(model, tiny_base, steering, batch, capture=("block", "attn.heads"))
+    see = lambda batch: run(model, tiny_base, steering, batch, capture=("block", "attn.heads"))
     seen = {}
     for layout, (batch, where) in layouts(tiny_config.vocab_size).items():
-        out = forward(batch)
+        out = see(batch)
         seen[layout] = {
             i: (out.hidden[row, part], out.taps["block"][:, row, part], out.taps["attn.heads"][:, row, part])
             for i, (row, part) in where.items()
@@ -134,10 +140,10 @@ def test_packed_padded_single(name, kind, tiny_config, tiny_base):
     close(seen["left"], seen["right"], 1e-5)
     close(seen["packed"], seen["right"], 1e-5)
     # Alone and without padding: examples 0 and 1 are of one length, so that one compile serves both.
-    (batch, where), _ = layouts(tiny_config.vocab_size)["right"], None
+    batch, where = layouts(tiny_config.vocab_size)["right"]
     for i in (0, 1):
         alone = Batch(*(field[i : i + 1, where[i][1]] for field in batch))
-        out = forward(make_batch(alone.tokens, None, alone.weights))
+        out = see(make_batch(alone.tokens, None, alone.weights))
         got = out.hidden[0], out.taps["block"][:, 0], out.taps["attn.heads"][:, 0]
         close(got, seen["right"][i], 1e-5)
 
@@ -212,7 +218,7 @@ def test_scan_is_the_unrolled_loop(name, tiny_config, tiny_base):
     )
     model, steering = Model(tiny_config, plan), random_steering(plan, tiny_config)
     batch = supervised_batch(tiny_config.vocab_size)
-    want = jax.jit(unrolled, static_argnums=0)(model, tiny_base, steering, batch)
+    want = fast_jit(unrolled, static_argnums=0)(model, tiny_base, steering, batch)
     close(run(model, tiny_base, steering, batch).hidden, want, 1e-5)
 
 
@@ -334,10 +340,10 @@ print("equal for", *METHODS)
 """
 
 
-def test_sharded_over_data_is_one_device(request):
+def test_sharded_over_data_is_one_device():
     """Eight CPU devices in a process of their own."""
-    here = request.path.parent
-    code = f"import sys; sys.path.insert(0, {str(here)!r})\n{SHARDED}"
+    root, here = Path(jaxsteer.__file__).parents[1], Path(__file__).parent
+    code = f"import sys; sys.path[:0] = [{str(root)!r}, {str(here)!r}]\n{SHARDED}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["equal", "for", *METHODS]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import close
+from tiny import close, fast_jit, run
 
 from jaxsteer import Fixed, Linear, LoRA, Model, Nonlinear, Positions, Slot, make_batch
 from jaxsteer.io import load_model
@@ -76,7 +76,7 @@ def test_steered_logits_loss_and_gradients(case, reference, golden_llama):
     shift = lambda field: jnp.pad(field[:, 1:], ((0, 0), (0, 1)))
     targets = Targets(shift(batch.tokens), shift(weights))
 
-    @jax.jit
+    @fast_jit
     @partial(jax.value_and_grad, has_aux=True)
     def loss(steering):
         hidden = forward(Model(golden_llama.config, (slot,)), base, steering, batch).hidden
@@ -93,7 +93,7 @@ def test_steered_logits_loss_and_gradients(case, reference, golden_llama):
 
 def test_base_logits_hidden_and_loss(reference, golden_llama):
     batch = make_batch(reference["ids"], None, reference["loss_weights"])
-    out = forward(Model(golden_llama.config), golden_llama.base, {}, batch, capture=("block",))
+    out = run(Model(golden_llama.config), golden_llama.base, {}, batch, capture=("block",))
     close(logits_of(out.hidden, head_kernel(golden_llama.base)), reference["base/logits"], 1e-5)
     embedded = golden_llama.base["embed"]["embedding"][batch.tokens]
     close(embedded, reference["base/hidden_0"], 1e-5)
@@ -106,7 +106,7 @@ def test_other_features_of_the_family(name, golden):
     """As many key/value heads as heads and a tied head; llama3-scaled rotary positions, biases, a free head width."""
     theirs = np.load(golden / "tiny_llama.npz")
     model = load_model(golden / name)
-    out = forward(Model(model.config), model.base, {}, make_batch(theirs["ids"]), capture=("block",))
+    out = run(Model(model.config), model.base, {}, make_batch(theirs["ids"]), capture=("block",))
     close(logits_of(out.hidden, head_kernel(model.base)), theirs[f"{name}/logits"], 1e-5)
     hidden = theirs[f"{name}/hidden"]
     close(out.taps["block"][:-1], hidden[1:-1], 1e-5)

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import close, run
+from tiny import close
 
-from jaxsteer import Model, generate, make_batch
+from jaxsteer import Model, Nonlinear, Slot, forward, generate, init_steering, make_batch
 from jaxsteer.models.transformer import head_kernel
 from jaxsteer.objective import logits_of
 
 pytestmark = pytest.mark.xdist_group("smollm2")  # one worker loads it
+
+run = jax.jit(forward, static_argnames="model")
 
 PROMPTS = 5
 TOKENS = 24
@@ -68,8 +70,6 @@ def test_greedy_continuation_alone(smollm2, theirs):
 
 
 def test_zero_steering_of_a_real_model_is_the_identity(smollm2, theirs):
-    from jaxsteer import Nonlinear, Slot, init_steering
-
     plan = (Slot("s", Nonlinear(), ("block",)),)
     batch = padded(theirs, [2], "right")
     steering = init_steering(plan, smollm2.config, jax.random.key(0))

@@ -1,0 +1,100 @@
+"""The rules of the house: who may import whom, how long a file may be, and what an import may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted([*(ROOT / "jaxsteer").rglob("*.py"), *(ROOT / "train").rglob("*.py")])
+MAX_LINES = 400
+
+# A room may import from rooms of lower rank, and from its own. Two rooms of one rank never import each other.
+RANKS = {
+    "jaxsteer.types": 0,
+    "jaxsteer.batches": 1,
+    "jaxsteer.models": 2,
+    "jaxsteer.interventions": 2,
+    "jaxsteer": 3,  # steering, optim, objective, training, generate, ...
+    "jaxsteer.theory": 4,
+    "jaxsteer.io": 5,
+    "train": 6,
+}
+
+
+def room(module):
+    """The longest name in RANKS that is the module or a package around it."""
+    parts = module.split(".")
+    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((name for name in names if name in RANKS), None)
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    """Every module that a file imports, at the top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def forbidden(importer, imported):
+    here, there = room(importer), room(imported)
+    if there is None or here == there:
+        return False
+    if there == "jaxsteer" and imported == "jaxsteer":
+        return here != "train"  # the package's face is for those outside
+    return RANKS[there] >= RANKS[here]
+
+
+def test_imports_go_one_way():
+    face = ROOT / "jaxsteer" / "__init__.py"  # gathers the names of all rooms
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in FILES
+        if path != face
+        for name in imports(path)
+        if forbidden(module_of(path), name)
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "wrong"),
+    [
+        ("jaxsteer.models.layers", "jaxsteer.interventions.lora", True),
+        ("jaxsteer.interventions.lora", "jaxsteer.models.config", True),
+        ("jaxsteer.types", "jaxsteer.batches", True),
+        ("jaxsteer.objective", "jaxsteer.io.load", True),
+        ("jaxsteer.io.load", "train.config", True),
+        ("jaxsteer.steering", "jaxsteer.models.config", False),
+        ("jaxsteer.training", "jaxsteer.optim", False),
+        ("train.loop", "jaxsteer.io", False),
+        ("train.loop", "jaxsteer", False),
+        ("jaxsteer.io.load", "numpy", False),
+    ],
+)
+def test_the_rule_itself(importer, imported, wrong):
+    assert forbidden(importer, imported) == wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_files_are_short_and_free_of_torch(path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+    assert not [name for name in imports(path) if name.split(".")[0] == "torch"]
+
+
+def test_importing_the_library_is_light():
+    heavy = ["transformers", "tokenizers", "gguf", "torch", "train"]
+    code = f"import sys, jaxsteer; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,70 @@
+"""The machine: where caches lie, that a second process finds compiled programs, and plausible measurements."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train.machine import cache_folder, device_summary, matmul_peak_flops, peak_memory_bytes
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXSTEER_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("JAXSTEER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "jaxsteer"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "jaxsteer"
+
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from train.machine import enable_compilation_cache
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+enable_compilation_cache()
+print(jax.jit(lambda x: jnp.tanh(x) @ x.T)(jnp.ones((3, 4))).sum())
+print(sum("cache_hits" in event for event in hits))
+"""
+
+
+def test_a_second_process_loads_what_the_first_compiled(tmp_path):
+    environment = {**os.environ, "JAXSTEER_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+
+    def hits():
+        command = [sys.executable, "-c", PROGRAM]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.split()[-1])
+
+    assert hits() == 0
+    assert any((tmp_path / "xla").iterdir())
+    assert hits() >= 1
+
+
+def test_peak_memory_sees_an_allocation():
+    before = peak_memory_bytes()
+    assert before > 20e6
+    block = np.ones(int(before) // 8 + 1_000_000)  # more than all that is in use
+    after = peak_memory_bytes()
+    assert after > before or jax.default_backend() != "cpu"
+    assert after >= block.nbytes or jax.default_backend() != "cpu"
+
+
+def test_matmul_rate_is_plausible():
+    for dtype in (jnp.float32,):
+        assert 1e8 < matmul_peak_flops(dtype) < 1e16
+
+
+def test_summary_is_one_line():
+    text = device_summary()
+    assert "\n" not in text
+    assert jax.default_backend() in text
+    assert jax.__version__ in text

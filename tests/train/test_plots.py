@@ -1,0 +1,80 @@
+"""Figures: a readable PNG comes out for whatever a run may hold, and what the smoothing draws is a mean."""
+
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.plots import plot_by_layer, plot_training, smooth
+
+ROOT = Path(__file__).parents[2]
+
+
+def size(path):
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:])
+
+
+def losses(n):
+    return [{"step": step, "loss": 2.0 / math.sqrt(step) + 0.1 * math.sin(step)} for step in range(1, n + 1)]
+
+
+EVALUATIONS = [(0, 0.1, 0.05, 0.2), (100, 0.5, 0.4, 0.6), (200, 1.0, 0.95, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "evaluations"),
+    [
+        (losses(200), EVALUATIONS),
+        (losses(200), []),
+        ([], EVALUATIONS[:1]),
+        ([{"step": 1, "loss": 2.0}], []),
+        ([{"step": 1, "loss": math.nan}], []),
+        ([*losses(30), {"step": 31, "accuracy": 0.5}, {"step": 32, "loss": math.inf}], EVALUATIONS),
+        ([{"step": step, "loss": 1.0} for step in range(50)], []),
+    ],
+)
+def test_training_draws_whatever_there_is(tmp_path, rows, evaluations):
+    path = tmp_path / "training.png"
+    plot_training(rows, path, evaluations=evaluations, title="ListOps, post-block steering")
+    width, height = size(path)
+    assert width == 1200
+    assert height == (870 if rows and evaluations else 540)
+
+
+def test_layers(tmp_path):
+    path = tmp_path / "layers.png"
+    series = {f"method {index}": list(np.linspace(index, 1, 8)) for index in range(9)} | {"gap": [1.0, math.nan, 2.0]}
+    plot_by_layer(path, series, ylabel="relative error", title="First order")
+    assert size(path)[0] == 1200
+
+
+def test_nothing_to_draw(tmp_path):
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_training([{"step": 1, "accuracy": 0.5}], tmp_path / "a.png")
+    for series in ({}, {"empty": []}):
+        with pytest.raises(ValueError, match="nothing to draw"):
+            plot_by_layer(tmp_path / "a.png", series, ylabel="y")
+    assert not list(tmp_path.iterdir())
+
+
+def test_smoothing_is_a_mean_that_leaves_out_gaps():
+    flat = np.full(40, 3.0)
+    np.testing.assert_allclose(smooth(flat, 5), flat, rtol=1e-12)
+    holed = flat.copy()
+    holed[[0, 7, 39]] = math.nan
+    np.testing.assert_allclose(smooth(holed, 5), flat, rtol=1e-12)
+    noisy = 3.0 + np.random.default_rng(0).normal(size=400)
+    assert np.std(smooth(noisy, 20)) < 0.4
+    assert np.isnan(smooth(np.full(5, math.nan), 3)).all()
+
+
+def test_no_display_and_no_global_figure_state():
+    code = "import sys, train.plots; assert 'matplotlib.pyplot' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,116 @@
+"""Evaluate a steering file, and the untouched model beside it: `python -m train.evaluate runs/x/steering.safetensors`.
+
+Answers are decoded, scored by exact match, and kept one a line in a JSONL file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jaxsteer.models.transformer import Model
+from train.config import load_config_file, run_main
+from train.evaluation import accuracy_of, decode, make_prompts, write_answers
+from train.generate import load_steered, steered
+from train.machine import enable_compilation_cache
+from train.metrics import progress
+from train.report import percent
+from train.run_folder import write_json
+from train.tasks import JsonlTask, Split, Task, task_from_json
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Accuracy of a steered model on held-out examples."""
+
+    steering: Annotated[str, tyro.conf.Positional]
+    """A steering file (*.safetensors), or "none" for the plain model."""
+    model: str | None = None
+    """The base model; by default the one named in the steering file."""
+    config: str | None = None
+    """A config file whose task is evaluated; by default the task of the training run."""
+    data: str | None = None
+    """A JSONL file to evaluate instead, with the template that the steering was trained with."""
+    split: Split = "test"
+    """Which examples of the task."""
+    examples: int = 512
+    """The most examples."""
+    rows: int = 64
+    """Prompts decoded at a time."""
+    base: bool = True
+    """Evaluate the untouched model too."""
+    out: str | None = None
+    """Folder for the answers and the summary; by default `evaluation` beside the steering file."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
+
+
+def find_task(config: EvaluateConfig, notes: dict) -> Task:
+    """The task to evaluate: of --config, of --data, or the one that the steering was trained on.
+
+    Raises:
+        ValueError: none of the three is at hand.
+    """
+    task = load_config_file(config.config).task if config.config else None
+    if task is None and "config" in notes:
+        task = task_from_json(notes["config"]["task"])
+    if config.data is not None:
+        if isinstance(task, JsonlTask):
+            return replace(task, test=config.data, validation=config.data)
+        template = task.template if task else "{prompt}"
+        own = {"chat": task.chat, "rule": task.rule, "max_new_tokens": task.max_new_tokens} if task else {}
+        return JsonlTask(config.data, config.data, config.data, template=template, **own)
+    if task is None:
+        raise ValueError("which examples? Give --config or --data: the steering file does not say what it was trained on")
+    return task
+
+
+def main() -> None:
+    """Evaluate and print a table."""
+    config = tyro.cli(EvaluateConfig, description=__doc__)
+    enable_compilation_cache()
+    if config.steering != "none" and not Path(config.steering).exists():
+        raise ValueError(f"{config.steering}: no such file (a steering file, or the word none)")
+    loaded, file = load_steered(config.steering, config.model, config.dtype)
+    task = find_task(config, file.notes if file else {})
+    examples = task.load(config.split)[: config.examples]
+    if not examples:
+        raise ValueError(f"the task has no {config.split} examples")
+    prompts = make_prompts(examples, loaded.tokenizer, loaded.stop_tokens, task)
+    plan, steering = steered(file)
+    model = Model(loaded.config, plan)
+    runs = {"steered" if file else "base": steering}
+    if file and config.base:
+        runs = {"base": jax.tree.map(jnp.zeros_like, steering), **runs}
+
+    beside = Path(config.steering).parent if file else Path("runs")
+    out = Path(config.out) if config.out else beside / "evaluation"
+    out.mkdir(parents=True, exist_ok=True)
+    table = Table(title=f"{config.split}: {len(examples)} examples", title_justify="left")
+    for column in ("model", "accuracy (95 %)", "unfinished answers"):
+        table.add_column(column)
+    summary = {}
+    for name, params in runs.items():
+        with progress(len(examples), f"Evaluating {name}") as bar:
+            decoded = decode(
+                model, loaded.base, params, prompts, loaded.tokenizer, rows=config.rows, advance=bar.update
+            )
+        found = accuracy_of(decoded)
+        write_answers(out / f"{name}.jsonl", decoded)
+        truncated = sum(d.truncated for d in decoded)
+        summary[name] = {"accuracy": found.rate, "interval": list(found.interval), "truncated": truncated}
+        table.add_row(name, percent(found), str(truncated))
+    write_json(out / "summary.json", {"split": config.split, "examples": len(examples), **summary})
+    Console().print(table)
+    print(f"answers and summary: {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

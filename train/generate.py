@@ -1,0 +1,125 @@
+"""Answer prompts with a steered model: `python -m train.generate runs/quickstart/steering.safetensors '[MAX 2 7 ]'`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import tyro
+
+from jaxsteer.generate import Sampling
+from jaxsteer.io import LoadedModel, SteeringFile, load_config, load_steering
+from jaxsteer.models.transformer import Model
+from jaxsteer.types import Plan, Steering
+from train.base_models import load, resolve_model
+from train.config import run_main
+from train.data import Example
+from train.evaluation import decode, make_prompts
+from train.machine import enable_compilation_cache
+from train.scoring import Rule
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Continue prompts with a base model and, optionally, a steering file."""
+
+    steering: Annotated[str, tyro.conf.Positional]
+    """A steering file (*.safetensors), or "none" for the plain model."""
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Prompts; without any, one a line is read from standard input."""
+    model: str | None = None
+    """The base model; by default the one named in the steering file."""
+    raw: bool = False
+    """Use the prompts as they are, without the template that the steering was trained with."""
+    chat: bool | None = None
+    """Ask through the model's chat template; by default as the steering was trained."""
+    compare: bool = False
+    """Print the unsteered model's answer too."""
+    max_new_tokens: int | None = None
+    """Tokens to generate; by default as the steering was trained, else 64."""
+    temperature: float = 0.0
+    """0 = the most likely token every time."""
+    top_k: int = 0
+    """Draw from the k most likely tokens only; 0 = all."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens that have this probability together."""
+    seed: int = 0
+    """Of the drawing."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How prompts are put to a model, and how much it may say."""
+
+    chat: bool
+    max_new_tokens: int
+    rule: Rule = "exact"
+
+
+def load_steered(path: str, model: str | None, dtype: str = "auto") -> tuple[LoadedModel, SteeringFile | None]:
+    """A steering file and its base model; the file is checked against the model before the weights are read.
+
+    Args:
+        path: of the steering file, or "none". model: the base model's name, None = as the file says.
+
+    Raises:
+        ValueError: neither names a model, or the file belongs to another one.
+    """
+    file = None if path == "none" else load_steering(path)
+    name = model or (file.model_name if file else None)
+    if name is None:
+        raise ValueError("which model? Give --model, or a steering file, which names its own")
+    if file is not None:
+        load_steering(path, load_config(resolve_model(name)))
+    return load(name, dtype), file
+
+
+def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
+    """A file's plan and steering; those of the plain model without one."""
+    return (file.plan, file.steering) if file else ((), {})
+
+
+def main() -> None:
+    """Print each prompt with its answer."""
+    config = tyro.cli(GenerateConfig, description=__doc__)
+    enable_compilation_cache()
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    texts = config.prompts or tuple(line.rstrip("\n") for line in sys.stdin if line.strip())
+    if not texts:
+        raise ValueError("no prompts: give some, or one a line on standard input")
+    if config.steering != "none" and not Path(config.steering).exists():
+        raise ValueError(f"{config.steering}: no such file (a steering file, or the word none)")
+    loaded, file = load_steered(config.steering, config.model, config.dtype)
+    notes: dict[str, Any] = file.notes if file else {}
+    template = "{prompt}" if config.raw else notes.get("template", "{prompt}")
+    ask = Ask(
+        notes.get("chat", False) if config.chat is None else config.chat,
+        config.max_new_tokens or notes.get("max_new_tokens", 64),
+    )
+    examples = [Example.of(template.replace("{prompt}", text), None, f"prompt {i}") for i, text in enumerate(texts, 1)]
+    prompts = make_prompts(examples, loaded.tokenizer, loaded.stop_tokens, ask)
+    plan, steering = steered(file)
+
+    def answer(plan: Plan, steering: Steering) -> list[str]:
+        model, key = Model(loaded.config, plan), jax.random.key(config.seed)
+        found = decode(model, loaded.base, steering, prompts, loaded.tokenizer, sampling=sampling, key=key)
+        return [d.output for d in found]
+
+    outputs = answer(plan, steering)
+    plain = answer((), {}) if config.compare and file else []
+    for i, text in enumerate(texts):
+        if plain:
+            print(f"{text}\n  base     {plain[i]!r}\n  steered  {outputs[i]!r}")
+        elif len(texts) == 1:
+            print(outputs[i])
+        else:
+            print(f"{text}\n  {outputs[i]}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,132 @@
+"""What is steered where, and how far: `python -m train.inspect runs/x/steering.safetensors --prompt '[MAX 2 7 ] = '`.
+
+Prints the plan with its parameter counts and, for a prompt, how far steering moves the residual stream at each layer,
+‖h_steered − h‖ / ‖h‖, as a table and a plot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jaxsteer.batches import make_batch
+from jaxsteer.io import load_config
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.transformer import Model, forward
+from jaxsteer.plan_text import parse_plan
+from jaxsteer.steering import init_steering, method_name
+from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
+from train.base_models import resolve_model
+from train.config import load_config_file, run_main
+from train.generate import load_steered
+from train.machine import enable_compilation_cache
+from train.plots import plot_by_layer
+
+SHOWN_SITES = ("attn", "mlp", "block")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show a plan, and what a trained one does."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A steering file (*.safetensors) or a config file (*.py)."""
+    prompt: str | None = None
+    """Measure how far steering moves the stream on this text; the model is loaded for it."""
+    model: str | None = None
+    """The base model; by default the one named in the source."""
+    plot: str | None = None
+    """Where the plot goes; by default shift.png beside the steering file."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
+
+
+@partial(jax.jit, static_argnames=("model", "sites"))
+def relative_shift(
+    model: Model, base: PyTree, steering: Steering, batch: Batch, sites: tuple[str, ...]
+) -> dict[str, Array]:
+    """‖h_steered − h‖ / ‖h‖ at each site and layer, the mean over the batch's tokens; [L] for each site."""
+    zeros = jax.tree.map(jnp.zeros_like, steering)
+    taps = lambda params: forward(model, base, params, batch, capture=sites).taps
+    norm = lambda value: jnp.linalg.norm(value.astype(jnp.float32), axis=-1)
+    real = (batch.segments > 0).astype(jnp.float32)
+
+    def shift(there: Array, here: Array) -> Array:
+        share = norm(there.astype(jnp.float32) - here.astype(jnp.float32)) / norm(here)
+        return jnp.einsum("lbt,bt->l", share, real) / jnp.sum(real)
+
+    return jax.tree.map(shift, taps(steering), taps(zeros))
+
+
+def print_plan(plan: Plan, steering: Steering, config: ModelConfig) -> None:
+    """A table with a row for each slot and site."""
+    table = Table(title="Plan", title_justify="left")
+    for column in ("slot", "method", "site", "layers", "positions"):
+        table.add_column(column)
+    table.add_column("parameters", justify="right")
+    total = 0
+    for slot in plan:
+        layers = slot.active_layers(config.layers)
+        shown = f"{layers[0]}-{layers[-1]}" if layers == tuple(range(layers[0], layers[-1] + 1)) else str(list(layers))
+        for site in slot.sites:
+            count = sum(leaf.size for leaf in jax.tree.leaves(steering[slot.name][site]))
+            total += count
+            method = repr(slot.method).replace(type(slot.method).__name__, method_name(slot.method))
+            table.add_row(slot.name, method, site, shown, str(slot.positions), f"{count:,}")
+    table.add_section()
+    table.add_row("total", "", "", "", "", f"{total:,}")
+    Console().print(table)
+
+
+def main() -> None:
+    """Print the plan; with a prompt, the shift by layer too."""
+    config = tyro.cli(InspectConfig, description=__doc__)
+    enable_compilation_cache()
+    if not Path(config.source).exists():
+        raise ValueError(f"{config.source}: no such file (a steering file or a config file)")
+    if config.source.endswith(".py"):
+        run = load_config_file(config.source)
+        features = load_config(resolve_model(config.model or run.model))
+        plan = parse_plan(run.plan, features.layers)
+        print_plan(plan, jax.eval_shape(lambda k: init_steering(plan, features, k), jax.random.key(0)), features)
+        if config.prompt:
+            raise ValueError(f"{config.source}: an untrained plan moves nothing; give a steering file for --prompt")
+        return
+    if config.prompt is None:
+        from jaxsteer.io import load_steering
+
+        file = load_steering(config.source)
+        print(f"{config.source}: for {file.model_name}")
+        print_plan(file.plan, file.steering, file.config)
+        return
+    loaded, file = load_steered(config.source, config.model, config.dtype)
+    assert file is not None
+    print_plan(file.plan, file.steering, loaded.config)
+    ids = loaded.tokenizer.encode(config.prompt)
+    batch = make_batch(jnp.array([ids]))
+    shifts = jax.device_get(
+        relative_shift(Model(loaded.config, file.plan), loaded.base, file.steering, batch, SHOWN_SITES)
+    )
+    table = Table(title=f"‖Δh‖ / ‖h‖ on {len(ids)} tokens, mean over tokens", title_justify="left")
+    for column in ("layer", *SHOWN_SITES):
+        table.add_column(column, justify="right")
+    for layer in range(loaded.config.layers):
+        table.add_row(str(layer), *(f"{shifts[site][layer]:.4f}" for site in SHOWN_SITES))
+    Console().print(table)
+    path = Path(config.plot) if config.plot else Path(config.source).parent / "shift.png"
+    series = {site: np.asarray(shifts[site]).tolist() for site in SHOWN_SITES}
+    plot_by_layer(path, series, ylabel="‖Δh‖ / ‖h‖", title=f"How far steering moves the model: {config.prompt[:40]!r}")
+    print(f"plot: {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

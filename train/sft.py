@@ -1,0 +1,301 @@
+"""Supervised fine-tuning: `python -m train.sft configs/listops_smollm2.py --optim.lr 3e-3`.
+
+Evaluates the untouched model, trains what the plan says, evaluates again, and leaves a folder with the config, the
+metrics, checkpoints, a portable steering file, the answers before and after, a plot and a summary.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer.io import LoadedModel, fingerprint, save_hf, save_steering
+from jaxsteer.steering import plan_to_json
+from train.base_models import load
+from train.checkpoints import open_checkpoints
+from train.config import TrainConfig, from_command_line, run_main
+from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
+from train.machine import device_summary, enable_compilation_cache, peak_memory_bytes
+from train.metrics import MetricsWriter, progress, read_metrics
+from train.plots import plot_training
+from train.preemption import preemption
+from train.report import print_facts, print_result
+from train.run_folder import RunFolder, open_run, write_json
+from train.scoring import Accuracy
+from train.setup import Training, make_training, step_batch, to_floats
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of a run. seconds and tokens_per_second are of the training alone, the latter after compilation."""
+
+    run: RunFolder
+    before: list[Decoded]
+    after: list[Decoded]
+    trainable: int
+    total: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory: int
+    example: str
+
+    def summary(self) -> dict[str, Any]:
+        """For summary.json: shares from 0 to 1, bytes, seconds."""
+
+        def rate(decoded: list[Decoded]) -> dict[str, Any] | None:
+            if not decoded:
+                return None
+            found = accuracy_of(decoded)
+            return {"value": found.rate, "interval": list(found.interval), "examples": found.total}
+
+        return {
+            "accuracy_before": rate(self.before),
+            "accuracy_after": rate(self.after),
+            "trainable_parameters": self.trainable,
+            "trainable_share": self.trainable / self.total,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "peak_memory_bytes": self.peak_memory,
+        }
+
+
+def train(config: TrainConfig) -> Result | None:
+    """Carry out a run. None where it was asked to stop early (SIGTERM, Ctrl-C): it is saved and can be resumed.
+
+    Raises:
+        ValueError: bad settings or data, each before anything is trained; an output folder that holds another run.
+        FloatingPointError: the loss is not finite; the last good checkpoint is kept.
+    """
+    enable_compilation_cache()
+
+    # ---- run folder
+    run = open_run(config.out, config.to_json(), resume=config.resume)
+
+    # ---- base model, data, what trains
+    loaded = load(config.model, config.dtype)
+    training = make_training(config, loaded)
+    state = training.state
+    print_facts(
+        {
+            "device": device_summary(),
+            "model": f"{config.model}, {training.total:,} parameters",
+            "training": f"{', '.join(config.plan) or 'the base'}: {training.trainable:,} parameters",
+            "data": f"{training.report}; rows {100 * training.data.fill:.1f} % real tokens",
+        }
+    )
+
+    # ---- checkpoints
+    meta = {"plan": plan_to_json(training.model.plan), "model": config.model, "fingerprint": fingerprint(loaded.config)}
+    watched = ("accuracy", "max") if config.evaluate_every else ("loss", "min")
+    checkpoints = open_checkpoints(
+        run.checkpoints, every=config.checkpoint_every, best_metric=watched[0], best_mode=watched[1]
+    )
+    with checkpoints, preemption() as stop:
+        if config.resume:
+            state, start = _resume(checkpoints, state, meta)
+        else:
+            start = 0
+
+        with MetricsWriter(run.metrics, resume_at=start if config.resume else None) as writer:
+            # ---- before
+            validation = _prompts(config, loaded, "validation", config.validation_examples)
+            test = _prompts(config, loaded, "test", config.test_examples)
+            before = _before(config, run, training, loaded, test)
+            if start == 0 and validation and config.evaluate_every:
+                _validate(config, training, loaded, training.state, validation, writer, 0, untouched=True)
+
+            # ---- loop
+            step_fn = training.step
+            began, timed_from, tokens, timed_tokens = time.perf_counter(), None, 0.0, 0.0
+            with progress(training.steps, "Training", start=start) as bar:
+                for step in range(start, training.steps):
+                    batch = jax.tree.map(jnp.asarray, step_batch(config, training.data, step))
+                    state, metrics = step_fn(state, batch, training.frozen)
+                    done, values = step + 1, to_floats(metrics)
+                    if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+                        checkpoints.wait()
+                        raise FloatingPointError(
+                            f"step {done}: the loss is {values['loss']}, the gradient's norm {values['grad_norm']}. "
+                            f"Stopped; the last good checkpoint is step {max(checkpoints.steps(), default='none')} in "
+                            f"{run.checkpoints}. A lower --optim.lr or a smaller --optim.clip usually helps."
+                        )
+                    now = time.perf_counter()
+                    tokens += values["tokens"]
+                    if timed_from is None:  # the first step compiles
+                        timed_from = now
+                    else:
+                        timed_tokens += values["tokens"]
+                    speed = timed_tokens / (now - timed_from) if timed_tokens else tokens / (now - began)
+                    writer.write(done, **values, tokens_per_second=speed)
+                    bar.update(done, loss=values["loss"], tokens_per_second=speed)
+
+                    # ---- evaluation and checkpoint
+                    last = done == training.steps
+                    measured: dict[str, float] = {}
+                    pause = time.perf_counter()
+                    if validation and config.evaluate_every and (done % config.evaluate_every == 0 or last):
+                        found = _validate(config, training, loaded, state, validation, writer, done)
+                        bar.note(f"step {done}: validation accuracy {found}")
+                        measured["accuracy"] = found.rate
+                    elif not config.evaluate_every:
+                        measured["loss"] = values["loss"]
+                    stopping = stop.requested(done)
+                    if done % config.checkpoint_every == 0 or last or stopping:
+                        checkpoints.save(done, _trees(state), meta, measured, force=True)
+                    paused = time.perf_counter() - pause
+                    timed_from, began = timed_from + paused, began + paused
+                    if stopping and not last:
+                        checkpoints.wait()
+                        bar.note(f"Asked to stop: saved at step {done}. Add --resume to go on.")
+                        return None
+            seconds = time.perf_counter() - began
+
+    # ---- what is kept
+    params = training.params(state)
+    if training.model.plan:
+        save_steering(
+            run.steering,
+            params.steering,
+            training.model.plan,
+            model_name=config.model,
+            config=loaded.config,
+            notes=_notes(config),
+        )
+    if config.train_base:
+        save_hf(run.folder / "model", loaded.config, params.base, loaded.family, loaded.tokenizer)
+
+    # ---- after
+    after = _answer(config, training, loaded, params.base, params.steering, test, "Evaluating after")
+    write_answers(run.folder / "answers_after.jsonl", after)
+    rate = timed_tokens / (began + seconds - timed_from) if timed_from and timed_tokens else 0.0
+    example = config.task.load("test")[-1].turns[0].text if test else ""
+    example = _bare(example, config.task.template)
+    result = Result(
+        run, before, after, training.trainable, training.total, seconds, rate, peak_memory_bytes(), example
+    )
+    write_json(run.summary, result.summary())
+    rows = read_metrics(run.metrics)
+    evaluations = [(r["step"], r["accuracy"], r["low"], r["high"]) for r in rows if "accuracy" in r]
+    if after:
+        found = accuracy_of(after)
+        evaluations = evaluations or [(training.steps, found.rate, *found.interval)]
+    plot_training(rows, run.plot, evaluations=evaluations, title=f"{config.model}: {', '.join(config.plan) or 'base'}")
+    return result
+
+
+def _resume(checkpoints: Any, state: Any, meta: dict[str, Any]) -> tuple[Any, int]:
+    """The newest good checkpoint's state and step; the fresh state and 0 where nothing was saved yet."""
+    restored = checkpoints.latest_good(_trees(state))
+    if restored is None:
+        print("Nothing was saved yet: starting from step 0.")
+        return state, 0
+    for message in restored.skipped:
+        print(message)
+    if differing := [key for key in meta if restored.meta.get(key) != meta[key]]:
+        raise ValueError(f"{checkpoints.folder}: was saved with another {', '.join(differing)}")
+    print(f"Restored step {restored.step}.")
+    trees = restored.trees
+    params = state.params._replace(base=trees["base"], steering=trees["steering"])
+    return state._replace(params=params, opt_state=trees["optimizer"], **trees["progress"]), restored.step
+
+
+def _trees(state: Any) -> dict[str, Any]:
+    """The parts of a state, each an item of its own in a checkpoint."""
+    return {
+        "steering": state.params.steering,
+        "base": state.params.base,
+        "optimizer": state.opt_state,
+        "progress": {"step": state.step, "key": state.key},
+    }
+
+
+def _prompts(config: TrainConfig, loaded: LoadedModel, split: Any, limit: int) -> Prompts | None:
+    examples = config.task.load(split)[:limit] if limit else []
+    return make_prompts(examples, loaded.tokenizer, loaded.stop_tokens, config.task) if examples else None
+
+
+def _answer(
+    config: TrainConfig,
+    training: Training,
+    loaded: LoadedModel,
+    base: Any,
+    steering: Any,
+    prompts: Prompts | None,
+    title: str | None = None,
+) -> list[Decoded]:
+    if prompts is None:
+        return []
+    run = lambda advance: decode(
+        training.model, base, steering, prompts, loaded.tokenizer, rows=config.eval_rows, advance=advance
+    )
+    if title is None:
+        return run(lambda done: None)
+    with progress(len(prompts.tokens), title) as bar:
+        return run(lambda done: bar.update(done))
+
+
+def _before(
+    config: TrainConfig, run: RunFolder, training: Training, loaded: LoadedModel, test: Prompts | None
+) -> list[Decoded]:
+    """Answers of the untouched model; those of the first start where the run was resumed."""
+    path = run.folder / "answers_before.jsonl"
+    if path.exists():
+        return read_answers(path)
+    # Zeros are the identity for every method, so the steered program answers for the untouched model.
+    untouched = jax.tree.map(jnp.zeros_like, training.params(training.state).steering)
+    before = _answer(config, training, loaded, loaded.base, untouched, test, "Evaluating before")
+    write_answers(path, before)
+    return before
+
+
+def _validate(
+    config: TrainConfig,
+    training: Training,
+    loaded: LoadedModel,
+    state: Any,
+    prompts: Prompts,
+    writer: MetricsWriter,
+    step: int,
+    *,
+    untouched: bool = False,
+) -> Accuracy:
+    params = training.params(state)
+    steering = jax.tree.map(jnp.zeros_like, params.steering) if untouched else params.steering
+    found = accuracy_of(_answer(config, training, loaded, params.base, steering, prompts))
+    low, high = found.interval
+    writer.write(step, accuracy=found.rate, low=low, high=high)
+    return found
+
+
+def _bare(prompt: str, template: str) -> str:
+    """What a person typed of a prompt: the template taken off."""
+    before, _, after = template.partition("{prompt}")
+    return prompt.removeprefix(before).removesuffix(after)
+
+
+def _notes(config: TrainConfig) -> dict[str, Any]:
+    """How the steering was trained to be asked, for whoever loads the file."""
+    task = config.task
+    return {
+        "template": task.template,
+        "chat": task.chat,
+        "max_new_tokens": task.max_new_tokens,
+        "config": config.to_json(),
+    }
+
+
+def main() -> None:
+    """Run a config and print what came out."""
+    config = from_command_line("Train steering, LoRA or a whole model on prompts and completions.")
+    result = train(config)
+    if result is not None:
+        print_result(result)
+
+
+if __name__ == "__main__":
+    run_main(main)
