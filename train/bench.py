@@ -1,0 +1,223 @@
+"""Benchmarks: `python -m train.bench train --rows 8 --length 256`, `python -m train.bench decode`.
+
+Each prints a table and, with --json, writes the figures. Compare two settings by interleaved runs on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jaxsteer.flops import step_flops
+from jaxsteer.generate import generate
+from jaxsteer.models.attention import causal_share
+from jaxsteer.models.transformer import Model, Remat
+from jaxsteer.objective import next_tokens
+from jaxsteer.optim import OptimConfig, Params, make_optimizer, param_labels, split
+from jaxsteer.plan_text import parse_plan
+from jaxsteer.steering import init_steering
+from jaxsteer.training import init_state, train_step
+from jaxsteer.types import Batch, Steering
+from train.base_models import load
+from train.config import run_main
+from train.data import DataSource, Keys, ListOps, TokenizedExample, encode, read_jsonl, stack_rows
+from train.data.listops import generate as generate_listops
+from train.machine import device_summary, enable_compilation_cache, matmul_peak_flops, peak_memory_bytes
+from train.run_folder import write_json
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """Time training steps: speed, packing, achieved arithmetic, memory, compile and load time."""
+
+    model: str = "smollm2-135m-instruct"
+    """A local folder or .gguf file, a Hugging Face id, or smollm2-135m-instruct."""
+    plan: tuple[str, ...] = ("nonlinear(rank=8) @ block",)
+    """What is steered where."""
+    train_base: bool = False
+    """Full fine-tuning."""
+    rows: int = 8
+    """Rows of a batch."""
+    length: int = 256
+    """Tokens of a row."""
+    data: str = "dense"
+    """dense: random tokens, every position supervised; listops; or a JSONL file with prompts and completions."""
+    keys: Keys = Keys()
+    """Field names in the JSONL file."""
+    steps: int = 5
+    """Steps to time; the median counts."""
+    remat: Remat = "selective"
+    """What the backward pass recomputes."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights and the compute."""
+    json: str | None = None
+    """Write the figures to this file."""
+
+
+@dataclass(frozen=True)
+class DecodeBench:
+    """What steering costs when serving: latency of a token and memory, steered against the base model."""
+
+    model: str = "smollm2-135m-instruct"
+    """A local folder or .gguf file, a Hugging Face id, or smollm2-135m-instruct."""
+    plan: tuple[str, ...] = ("nonlinear(rank=8) @ block",)
+    """What is steered where."""
+    rows: int = 1
+    """Prompts decoded at a time."""
+    prompt: int = 32
+    """Tokens of a prompt."""
+    new_tokens: int = 64
+    """Tokens to decode."""
+    repeats: int = 7
+    """Interleaved pairs of runs; medians count."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights and the compute."""
+    json: str | None = None
+    """Write the figures to this file."""
+
+
+def bench_train(config: TrainBench) -> dict[str, float]:
+    """Run the training benchmark and return its figures."""
+    began = time.perf_counter()
+    loaded = load(config.model, config.dtype)
+    load_seconds = time.perf_counter() - began
+    plan = parse_plan(config.plan, loaded.config.layers)
+    model = Model(loaded.config, plan, config.remat, config.train_base)
+    params = Params(loaded.base, init_steering(plan, loaded.config, jax.random.key(0)))
+    labels = param_labels(params, plan, train_base=config.train_base)
+    trained, frozen = split(params, labels)
+    tx = make_optimizer(OptimConfig(), labels, 1000)
+    trained = jax.tree.map(jnp.copy, trained)  # the step donates its state
+    state = init_state(trained, tx, jax.random.key(1))
+    source = _source(config, loaded)
+
+    step = jax.jit(partial(train_step, model=model, tx=tx), donate_argnums=0)
+    batch = _device(source.batch(0))
+    began = time.perf_counter()
+    compiled = step.lower(state, batch, frozen).compile()
+    compile_seconds = time.perf_counter() - began
+    state, _ = jax.block_until_ready(compiled(state, batch, frozen))  # the first run touches the memory
+
+    peak = matmul_peak_flops(jax.tree.leaves(loaded.base)[0].dtype)
+    seconds, tokens, examples, flops = [], [], [], []
+    for k in range(1, config.steps + 1):
+        host = source.batch(k)
+        batch = _device(host)
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(compiled(state, batch, frozen))
+        seconds.append(time.perf_counter() - began)
+        tokens.append(int((host.segments > 0).sum()))
+        examples.append(int(host.segments.max(axis=1).sum()))
+        supervised = int((np.asarray(next_tokens(batch).weights) > 0).sum())
+        share = causal_share(config.length)
+        flops.append(step_flops(model, config.rows, config.length, supervised, causal_share=share))
+    middle = statistics.median
+    speed = middle([f.executed / s for f, s in zip(flops, seconds, strict=True)])
+    return {
+        "seconds a step": middle(seconds),
+        "tokens/s": middle([t / s for t, s in zip(tokens, seconds, strict=True)]),
+        "examples/s": middle([e / s for e, s in zip(examples, seconds, strict=True)]),
+        "real tokens, %": 100 * source.fill,
+        "useful GFLOP/s": middle([f.useful / s for f, s in zip(flops, seconds, strict=True)]) / 1e9,
+        "executed GFLOP/s": speed / 1e9,
+        "matmul peak, GFLOP/s": peak / 1e9,
+        "executed / peak, %": 100 * speed / peak,
+        "peak memory, GB": peak_memory_bytes() / 1e9,
+        "load, s": load_seconds,
+        "compile, s": compile_seconds,
+    }
+
+
+def bench_decode(config: DecodeBench) -> dict[str, float]:
+    """Run the decoding benchmark and return its figures."""
+    loaded = load(config.model, config.dtype)
+    plan = parse_plan(config.plan, loaded.config.layers)
+    # Not the fresh initialisation, whose zeros a compiler could not know but a cache might like.
+    steering = jax.tree.map(lambda x: x + 0.01, init_steering(plan, loaded.config, jax.random.key(0)))
+    tokens = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (config.rows, config.prompt))
+    row = [[TokenizedExample(t.astype(np.int32), np.zeros(config.prompt, np.float32), config.prompt, "")] for t in tokens]
+    prompts = _device(stack_rows(row, config.prompt))
+
+    def seconds(model: Model, params: Steering, new_tokens: int) -> float:
+        began = time.perf_counter()
+        run = generate(model, loaded.base, params, prompts, max_new_tokens=new_tokens, stop_tokens=(-1,))
+        jax.block_until_ready(run)
+        return time.perf_counter() - began
+
+    variants = {"base": (Model(loaded.config), {}), "steered": (Model(loaded.config, plan), steering)}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(config.repeats + 1):
+        for name, (model, params) in variants.items():
+            # The difference of two lengths leaves the prefill out.
+            whole, short = seconds(model, params, config.new_tokens + 1), seconds(model, params, 1)
+            if repeat:  # the first compiles
+                times[name].append((whole - short) / config.new_tokens)
+    memory = {
+        name: generate.lower(
+            model, loaded.base, params, prompts, max_new_tokens=config.new_tokens + 1, stop_tokens=(-1,)
+        )
+        .compile()
+        .memory_analysis()
+        for name, (model, params) in variants.items()
+    }
+    used = {name: m.argument_size_in_bytes + m.temp_size_in_bytes for name, m in memory.items()}
+    base, steered = (statistics.median(times[name]) for name in variants)
+    ratios = [s / b for b, s in zip(times["base"], times["steered"], strict=True)]
+    return {
+        "base, ms a token": 1e3 * base,
+        "steered, ms a token": 1e3 * steered,
+        "steered / base, latency": statistics.median(ratios),
+        "base, GB": used["base"] / 1e9,
+        "steered, GB": used["steered"] / 1e9,
+        "steered / base, memory": used["steered"] / used["base"],
+    }
+
+
+def _source(config: TrainBench, loaded: Any) -> DataSource:
+    """Batches of the data asked for."""
+    if config.data == "dense":
+        generator = np.random.default_rng(0)
+        shape = (config.rows * (config.steps + 1), config.length)
+        tokens = generator.integers(0, loaded.config.vocab_size, shape).astype(np.int32)
+        weights = np.ones(config.length, np.float32)
+        return DataSource([TokenizedExample(t, weights, 1, "dense") for t in tokens], config.rows, config.length)
+    listops = config.data == "listops"
+    examples = generate_listops(ListOps(), "train") if listops else read_jsonl(config.data, config.keys)
+    encoded, _ = encode(examples, loaded.tokenizer, max_length=config.length, on_long="drop")
+    return DataSource(encoded, config.rows, config.length)
+
+
+def _device(batch: Batch) -> Batch:
+    return jax.tree.map(jnp.asarray, batch)
+
+
+Bench = (
+    Annotated[TrainBench, tyro.conf.subcommand("train")] | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
+)
+
+
+def main() -> None:
+    """Run a benchmark and print its figures."""
+    config = tyro.cli(Bench, description=__doc__)  # type: ignore[call-overload]
+    enable_compilation_cache()
+    figures = bench_train(config) if isinstance(config, TrainBench) else bench_decode(config)
+    table = Table(title=device_summary(), title_justify="left", show_header=False)
+    for name, value in figures.items():
+        table.add_row(name, f"{value:,.4g}" if value < 100 else f"{value:,.0f}")
+    Console().print(table)
+    if config.json:
+        write_json(config.json, {"device": device_summary(), "settings": repr(config), **figures})
+
+
+if __name__ == "__main__":
+    run_main(main)
