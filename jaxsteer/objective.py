@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsteer.models.transformer import Model, forward, head_kernel
@@ -32,7 +33,7 @@ def next_tokens(batch: Batch) -> Targets:
 
 def logits_of(hidden: Array, head: Array) -> Array:
     """Hidden [..., D] @ head [D, V] -> logits [..., V] in at least fp32."""
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    wide = np.promote_types(hidden.dtype, np.float32)
     return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=wide)
 
 
@@ -88,12 +89,13 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets) -> Array:
         where, tokens, weights = chunk
 
         def add() -> Array:
-            h = jnp.take_along_axis(hidden, where[..., None], axis=1).reshape(B * width, D)
+            h = jnp.take_along_axis(hidden, where[..., None], axis=1)
+            h = jnp.where(weights[..., None] > 0, h, 0).reshape(B * width, D)  # 0 · NaN would be NaN
             return total + jnp.vdot(weights.reshape(-1).astype(total.dtype), token_nll(h, head, tokens.reshape(-1)))
 
         return jax.lax.cond(jnp.any(weights > 0), add, lambda: total), None
 
-    zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
+    zero = jnp.zeros((), np.promote_types(hidden.dtype, np.float32))
     return jax.lax.scan(visit, zero, (where, tokens, weights))[0]
 
 
@@ -107,7 +109,8 @@ def supervised_loss(
 
 def mean_loss(model: Model, base: PyTree, steering: Steering, batch: Batch) -> Array:
     """Mean cross-entropy a supervised token, nats. Scalar."""
-    return supervised_loss(model, base, steering, batch) / total_weight(batch)
+    total = supervised_loss(model, base, steering, batch)
+    return total / total_weight(batch).astype(total.dtype)
 
 
 def total_weight(batch: Batch) -> Array:

@@ -81,8 +81,9 @@ def train_step(
     )(state.params)
     grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, extra_grads)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the caller has set
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
-    metrics = Metrics(loss, extra, optax.global_norm(grads), total_weight(batch), tokens)
+    metrics = Metrics(loss, extra, optax.tree.norm(grads), total_weight(batch), tokens)
     return TrainState(params, opt_state, state.step + 1, state.key), metrics

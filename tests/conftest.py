@@ -32,7 +32,7 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_base(tiny_config):
     """Random fp32 weights; embedding and head are scaled up, so that tokens differ and logits are not all alike."""
-    base = init_base(tiny_config, jax.random.key(7))
+    base = jax.jit(init_base, static_argnums=0)(tiny_config, jax.random.key(7))
     return base | {
         "embed": {"embedding": base["embed"]["embedding"] * 25},
         "head": {"kernel": base["head"]["kernel"] * 15},

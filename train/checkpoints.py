@@ -62,12 +62,18 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: epath.Path, manager: ocp.CheckpointManager, every: int, best: tuple[str, str] | None
+        self,
+        folder: epath.Path,
+        manager: ocp.CheckpointManager,
+        every: int,
+        best: tuple[str, str] | None,
+        read_only: bool,
     ) -> None:
         self.folder = folder
         self._manager = manager
         self._every = every
         self._best = best
+        self._read_only = read_only
         self._records: dict[int, dict[str, Any]] = {}
         self._unreadable: set[int] = set()
 
@@ -98,8 +104,10 @@ class Checkpoints:
 
         Raises:
             ValueError: there is a later checkpoint, or one of this step with another content; a leaf that
-                cannot be saved; meta that is not JSON; a name that is taken.
+                cannot be saved; meta that is not JSON; a name that is taken; a folder opened read_only.
         """
+        if self._read_only:
+            raise ValueError(f"{self.folder}: cannot save step {step}, the folder was opened read_only")
         if not force and step % self._every:
             return False
         record, arrays = self._pack(trees, meta, metrics)
@@ -128,10 +136,7 @@ class Checkpoints:
         items[_RECORD] = ocp.args.JsonSave(record | {"sha256": _json_digest(record)})
         ranked = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         # When to save was decided above: to Orbax every call is forced, else it may decline in silence.
-        if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=ranked, force=True):
-            raise ValueError(
-                f"{self.folder}: step {step} was not saved; is the folder open for reading only?"
-            )
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=ranked, force=True)
         self._records[step] = record
         return True
 
@@ -339,7 +344,7 @@ def open_checkpoints(
         best_fn=rank,
         best_mode="max",
     )
-    return Checkpoints(path, ocp.CheckpointManager(path, options=options), every, best)
+    return Checkpoints(path, ocp.CheckpointManager(path, options=options), every, best, read_only)
 
 
 def _own(array: Any) -> Any:

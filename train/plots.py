@@ -162,6 +162,7 @@ def _figure(panels: int, title: str, *, height: float, ratios: Sequence[int]) ->
     for axis in axes:
         axis.grid(True, color="#DDDDDD", linewidth=0.7)
         axis.set_axisbelow(True)
+        axis.margins(x=0.02)
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("#999999")
         axis.tick_params(labelsize=10, colors=_GREY)

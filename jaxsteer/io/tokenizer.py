@@ -6,6 +6,7 @@ Both come back as transformers' `PreTrainedTokenizerFast`: encode, decode, apply
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,8 @@ def tokenizer_from_folder(folder: Path) -> Any:
     """
     if not has_tokenizer(folder):
         raise ValueError(f"{folder}: no tokenizer here; expected one of {', '.join(FILES)}")
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and its backends raise every kind
         raise ValueError(f"{folder}: transformers cannot read this tokenizer ({error})") from error
 
@@ -64,7 +63,6 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Any:
         ValueError: no vocabulary, or one of a kind that is not known.
     """
     from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
 
     said = {k.removeprefix("tokenizer."): v for k, v in metadata.items() if k.startswith("tokenizer.")}
     tokens = said.get("ggml.tokens")
@@ -101,7 +99,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Any:
     extra = {}
     if length := metadata.get(f"{architecture}.context_length"):
         extra["model_max_length"] = length
-    return PreTrainedTokenizerFast(
+    return _transformers().PreTrainedTokenizerFast(
         tokenizer_object=built,
         **{f"{role}_token": token for role, token in roles.items() if token is not None},
         add_bos_token=bool(add_bos) and roles["bos"] is not None,
@@ -183,3 +181,11 @@ def _sentencepiece(said: Mapping[str, Any], tokens: list[str], kinds: list[int],
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return tokenizer
+
+
+def _transformers() -> Any:
+    """transformers, imported when first needed and without its remark that PyTorch, which nobody needs here, is missing."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers

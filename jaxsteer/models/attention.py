@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsteer.types import Array
 
@@ -34,7 +35,7 @@ def attend_row(q: Array, k: Array, v: Array, query: Span, key: Span) -> Array:
     T, N, H = q.shape
     S, K, _ = k.shape
     q = (q * H**-0.5).transpose(1, 0, 2).reshape(K, N // K * T, H)  # the query heads of a group share one matmul
-    scores = jnp.einsum("kth,skh->kts", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
+    scores = jnp.einsum("kth,skh->kts", q, k, preferred_element_type=np.promote_types(q.dtype, np.float32))
     scores = jnp.where(visible(query, key)[None, None], scores.reshape(K, N // K, T, S), jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(K, N // K * T, S)
     return jnp.einsum("kts,skh->kth", weights, v).reshape(N, T, H).transpose(1, 0, 2)

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxsteer.models.attention import Span, attention
@@ -49,7 +50,7 @@ class Inputs(NamedTuple):
 
 def at_least_fp32(x: Array) -> Array:
     """x in fp32, or in fp64 if it is in fp64."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def over_last_axis(vector: Array, ndim: int) -> Array:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxsteer.batches import select
@@ -204,9 +205,9 @@ def _spread(plan: Plan, steering: Steering, layers: int) -> Steering:
 
 def _steered(apply: Callable, p: PyTree, x: Array, y: Array, context: Context, mask: Array | None) -> Array:
     """y + Δ where the mask says so. Computed in at least fp32, returned in y's dtype."""
-    wide = jnp.promote_types(y.dtype, jnp.float32)
+    wide = np.promote_types(y.dtype, np.float32)
     for leaf in jax.tree.leaves(p):
-        wide = jnp.promote_types(wide, leaf.dtype)
+        wide = np.promote_types(wide, leaf.dtype)
     cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(wide), tree)
     out = apply(cast(p), cast(x), cast(y), context).astype(y.dtype)
     if mask is None:

@@ -327,15 +327,14 @@ base = init_base(config, jax.random.key(0))
 mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 assert mesh.size == 8
 batch = supervised_batch(61, B=16)
-for name in METHODS:
-    plan = (slot_of(name, config),)
-    steering = random_steering(plan, config)
-    model = Model(config, plan)
-    want = loss_and_grads(model, base, steering, batch)
-    put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
-    got = loss_and_grads(model, put(base, P()), put(steering, P()), put(batch, P("data")))
-    assert len(got[0].sharding.device_set) == 8
-    close(got, want, 1e-5)
+plan = tuple(slot_of(name, config, slot=name) for name in METHODS)
+steering = random_steering(plan, config)
+model = Model(config, plan)
+want = loss_and_grads(model, base, steering, batch)
+put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+got = loss_and_grads(model, put(base, P()), put(steering, P()), put(batch, P("data")))
+assert len(got[0].sharding.device_set) == 8
+close(got, want, 1e-5)
 print("equal for", *METHODS)
 """
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the same bits come back, damage and misfits are named, a killed process costs one save at most."""
+"""Checkpoints: the same bits come back, damage and misfits are named, a kill costs one save at most."""
 
 import math
 import os
@@ -22,24 +22,39 @@ DTYPES = ["bool", "int8", "uint32", "float16", "bfloat16", "float32", "float8_e4
 
 def steering(seed=0):
     up, down = jax.random.split(jax.random.key(seed))
-    block = {"up": jax.random.normal(up, (3, 4, 8)), "down": jax.random.normal(down, (3, 8, 4), jnp.bfloat16)}
+    block = {"up": jax.random.normal(up, (3, 4, 8)), "down": jax.random.normal(down, (3, 8, 4))}
     return {"late": {"block": block}, "none": {"attn": {"v": jnp.zeros((0, 8))}}, "frozen": None}
 
 
 def optimizer_state(tree):
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    _, state = tx.update(jax.tree.map(jnp.ones_like, tree), tx.init(tree), tree)
+    with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic
+        _, state = tx.update(jax.tree.map(jnp.ones_like, tree), tx.init(tree), tree)
     keys = {"key": jax.random.key(7), "keys": jax.random.split(jax.random.key(1, impl="rbg"), 3)}
-    return {"optax": state, **keys, "no_keys": keys["keys"][:0], "steps": 3, "rate": 0.1, "on": True, "empty": ()}
+    return {
+        "optax": state,
+        **keys,
+        "no_keys": keys["keys"][:0],
+        "steps": 3,
+        "rate": 0.1,
+        "on": True,
+        "empty": (),
+    }
 
 
 def everything():
-    return {"steering": steering(), "optimizer": optimizer_state(steering()), "base": {"w": None}, "nothing": {}}
+    return {
+        "steering": steering(),
+        "optimizer": optimizer_state(steering()),
+        "base": {"w": None, "b": jnp.ones(5, jnp.bfloat16)},
+        "nothing": {},
+    }
 
 
 def abstract(tree):
-    form = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x
-    return jax.tree.map(form, tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x, tree
+    )
 
 
 def bits(x):
@@ -122,9 +137,12 @@ def test_saved_bits_survive_donation_and_changes_in_place(tmp_path, size):
 @pytest.mark.parametrize(
     ("like", "message"),
     [
-        ({"x": np.zeros(4, np.float32)}, r"t/n.*|not in the checkpoint \[\], only in the checkpoint \['n'\]"),
+        ({"x": np.zeros(4, np.float32)}, r"not in the checkpoint \[\], only in the checkpoint \['n'\]"),
         ({"x": jnp.zeros(4), "n": 1, "y": 2}, r"not in the checkpoint \['y'\]"),
-        ({"x": jnp.zeros(4, jnp.bfloat16), "n": 1}, r"t/x: the checkpoint has float32 \[4\], asked for bfloat16"),
+        (
+            {"x": jnp.zeros(4, jnp.bfloat16), "n": 1},
+            r"t/x: the checkpoint has float32 \[4\], asked for bfloat16",
+        ),
         ({"x": jnp.zeros(5), "n": 1}, r"float32 \[4\], asked for float32 \[5\]"),
         ({"x": jax.random.key(0), "n": 1}, r"asked for key<fry>"),
         ({"x": jnp.zeros(4), "n": 1.0}, r"python int \[\], asked for python float"),
@@ -135,7 +153,10 @@ def test_a_misfit_is_an_error_and_never_a_cast(tmp_path, like, message):
     with open_checkpoints(tmp_path, every=1) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, {"t": {"x": jnp.ones(4), "n": 1}}, {})
-        for restore in (lambda: checkpoints.restore(2, {"t": like}), lambda: checkpoints.restore_latest({"t": like})):
+        for restore in (
+            lambda: checkpoints.restore(2, {"t": like}),
+            lambda: checkpoints.restore_latest({"t": like}),
+        ):
             with pytest.raises(ValueError, match=message):
                 restore()
         with pytest.raises(ValueError, match=r"has no tree \['u'\]; it has \['t'\]"):
@@ -171,8 +192,10 @@ def test_bad_settings(tmp_path):
 
 
 def payload(folder, step):
-    """The largest file of a step: the arrays."""
-    return max((file for file in (folder / str(step)).rglob("*") if file.is_file()), key=lambda f: f.stat().st_size)
+    """The files of a step that hold the arrays."""
+    files = list((folder / str(step) / "t").rglob("d/*"))
+    assert files
+    return files
 
 
 def flip(path, position):
@@ -183,7 +206,7 @@ def flip(path, position):
 
 def test_a_flipped_byte_is_found_and_the_checkpoint_before_it_is_used(tmp_path):
     save_three(tmp_path)
-    for file in (tmp_path / "3" / "t").rglob("d/*"):
+    for file in payload(tmp_path, 3):
         flip(file, file.stat().st_size // 2)
     with open_checkpoints(tmp_path, every=1, keep_latest=3) as checkpoints:
         with pytest.raises(ValueError, match="step 3 cannot be read"):
@@ -223,9 +246,10 @@ def test_a_flipped_byte_anywhere_is_found_or_harmless(tmp_path):
 
 def test_lost_and_cut_files_are_skipped_and_all_damaged_is_an_error(tmp_path):
     save_three(tmp_path)
-    payload(tmp_path, 3).unlink()
-    file = payload(tmp_path, 2)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for file in payload(tmp_path, 3):
+        file.unlink()
+    for file in payload(tmp_path, 2):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with open_checkpoints(tmp_path, every=1, read_only=True) as checkpoints:
         found = checkpoints.restore_latest(abstract(small(0)))
         assert found.step == 1
@@ -326,7 +350,7 @@ def test_a_reader_changes_nothing(tmp_path):
     save_three(tmp_path)
     with open_checkpoints(tmp_path, every=1, read_only=True) as checkpoints:
         assert checkpoints.restore_latest(abstract(small(0))).step == 3
-        with pytest.raises(ValueError, match="reading only"):
+        with pytest.raises(ValueError, match="read_only"):
             checkpoints.save(4, small(4), {})
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3"}
 
@@ -410,7 +434,8 @@ def test_two_processes_save_and_restore_together(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     commands = [[sys.executable, "-c", TWO, str(tmp_path), str(port), str(index)] for index in range(2)]
     both = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for command in commands
+        subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for command in commands
     ]
     for process in both:
         try:

@@ -1,4 +1,4 @@
-"""The machine: where caches lie, that a second process finds compiled programs, and plausible measurements."""
+"""The machine: where caches lie, a second process finds compiled programs, measurements are plausible."""
 
 import os
 import subprocess
@@ -59,8 +59,7 @@ def test_peak_memory_sees_an_allocation():
 
 
 def test_matmul_rate_is_plausible():
-    for dtype in (jnp.float32,):
-        assert 1e8 < matmul_peak_flops(dtype) < 1e16
+    assert 1e8 < matmul_peak_flops(jnp.float32) < 1e16
 
 
 def test_summary_is_one_line():

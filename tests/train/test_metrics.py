@@ -20,15 +20,20 @@ ROOT = Path(__file__).parents[2]
 
 def test_lines_come_back_with_their_types(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    row = {"loss": jnp.float32(0.1), "rate": np.float64(0.2), "tokens": 12, "split": "test", "on": True, "no": None}
+    row = {
+        "loss": jnp.float32(0.1),
+        "rate": np.float64(0.2),
+        "tokens": 12,
+        "split": "test",
+        "on": True,
+        "no": None,
+    }
     with MetricsWriter(path) as writer:
         writer.write(1, **row)
         assert len(path.read_text().splitlines()) == 1  # on disk before the file is closed
         writer.write(np.int64(2), loss=math.nan, high=np.float32(np.inf), low=-math.inf, one=jnp.ones((1,)))
     first, second = read_metrics(path)
-    assert first == {
-        "step": 1, "loss": float(np.float32(0.1)), "rate": 0.2, "tokens": 12, "split": "test", "on": True, "no": None
-    }  # fmt: skip
+    assert first == {"step": 1, **row, "loss": float(np.float32(0.1))}
     assert first["on"] is True
     assert math.isnan(second.pop("loss"))
     assert second == {"step": 2, "high": math.inf, "low": -math.inf, "one": 1.0}
@@ -42,7 +47,11 @@ def test_lines_are_json_for_any_reader(tmp_path):
     def refuse(word):
         raise AssertionError(word)
 
-    assert json.loads(path.read_text(), parse_constant=refuse) == {"step": 1, "loss": "NaN", "high": "Infinity"}
+    assert json.loads(path.read_text(), parse_constant=refuse) == {
+        "step": 1,
+        "loss": "NaN",
+        "high": "Infinity",
+    }
 
 
 def write(path, steps, tail=""):
@@ -55,7 +64,12 @@ def test_resuming_drops_later_and_half_lines(tmp_path, tail):
     write(path, range(1, 6), tail)
     with MetricsWriter(path, resume_at=3) as writer:
         writer.write(4, loss=7.0)
-    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 7.0)]
+    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 1 / 3),
+        (4, 7.0),
+    ]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 

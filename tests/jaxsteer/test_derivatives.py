@@ -1,0 +1,110 @@
+"""Derivatives of the whole: against finite differences in fp64, forward against reverse mode, and vmap over seeds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import close, fast_jit, random_steering, run, slot_of, supervised_batch
+
+from jaxsteer import METHODS, Model, ModelConfig, forward, init_base, init_steering, mean_loss
+
+SMALL = ModelConfig(vocab_size=13, width=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_width=10)
+
+
+def doubled(tree):
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), tree)
+
+
+def small(name, layers=None):
+    """Parameters of rank 8 fit the smallest side (4) of no site, so the low-rank methods sit where there is room."""
+    sites = {"lora": ("attn.q", "mlp.gate", "mlp.down")}.get(name)
+    plan = (slot_of(name, SMALL, layers=layers, sites=sites),)
+    return Model(SMALL, plan), random_steering(plan, SMALL, scale=0.3)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return jax.tree.map(lambda leaf: leaf * 2, fast_jit(init_base, static_argnums=0)(SMALL, jax.random.key(0)))
+
+
+def direction(tree, seed=0):
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(draw.standard_normal(leaf.shape), leaf.dtype), tree)
+
+
+def moved(tree, tangent, by):
+    return jax.tree.map(lambda a, b: a + by * b, tree, tangent)
+
+
+def inner(a, b):
+    return sum(float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradient_is_the_finite_difference(name, base):
+    model, steering = small(name)
+    batch = supervised_batch(13, 2, 6, 2)
+    with jax.enable_x64(True):
+        base, steering = doubled((base, steering))
+        loss = fast_jit(lambda s: mean_loss(model, base, s, batch))
+        grads = fast_jit(jax.grad(lambda s: mean_loss(model, base, s, batch)))(steering)
+        assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float64")}
+        for seed in range(2):
+            tangent = direction(steering, seed)
+            difference = (loss(moved(steering, tangent, 1e-5)) - loss(moved(steering, tangent, -1e-5))) / 2e-5
+            np.testing.assert_allclose(inner(grads, tangent), difference, rtol=1e-5, atol=1e-8)
+
+
+def test_full_fine_tuning_gradient_is_the_finite_difference(base):
+    """Entry by entry: embedding, norms, attention, MLP and head."""
+    model, batch = Model(SMALL, train_base=True), supervised_batch(13, 2, 6, 2)
+    with jax.enable_x64(True):
+        base = doubled(base)
+        loss = fast_jit(lambda b: mean_loss(model, b, {}, batch))
+        grads = fast_jit(jax.grad(lambda b: mean_loss(model, b, {}, batch)))(base)
+        leaves, tree = jax.tree.flatten(base)
+        for i, (path, grad) in enumerate(jax.tree_util.tree_leaves_with_path(grads)):
+            at = np.unravel_index(np.argmax(np.abs(grad)), grad.shape)  # an entry that matters
+            bump = lambda by, i=i, at=at: loss(
+                jax.tree.unflatten(tree, [x.at[at].add(by) if j == i else x for j, x in enumerate(leaves)])
+            )
+            difference = (bump(1e-5) - bump(-1e-5)) / 2e-5
+            assert abs(difference) > 1e-6, path
+            np.testing.assert_allclose(grad[at], difference, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("layers", [None, (1,)])
+def test_jvp_is_the_finite_difference_and_the_transposed_vjp(layers, base):
+    model, steering = small("nonlinear", layers)
+    batch = supervised_batch(13, 2, 6, 2)
+    with jax.enable_x64(True):
+        base, steering = doubled((base, steering))
+        f = lambda b, s: forward(model, b, s, batch).hidden
+        primal, tangent = (base, steering), (direction(base), direction(steering))
+        out, out_dot = fast_jit(lambda p, t: jax.jvp(f, p, t))(primal, tangent)
+        plain = fast_jit(lambda p: f(*p))
+        difference = (plain(moved(primal, tangent, 1e-6)) - plain(moved(primal, tangent, -1e-6))) / 2e-6
+        np.testing.assert_allclose(out_dot, difference, rtol=1e-5, atol=1e-5 * np.abs(difference).max())
+        # ⟨w, J t⟩ = ⟨Jᵀ w, t⟩
+        cotangent = direction(out, 5)
+        if layers is None:
+            pulled = fast_jit(lambda p, w: jax.vjp(f, *p)[1](w))(primal, cotangent)
+            np.testing.assert_allclose(inner(cotangent, out_dot), inner(pulled, tangent), rtol=1e-9)
+        f = lambda s: forward(model, base, s, batch).hidden
+        _, out_dot = fast_jit(lambda p, t: jax.jvp(f, (p,), (t,)))(steering, tangent[1])
+        (pulled,) = fast_jit(lambda p, w: jax.vjp(f, p)[1](w))(steering, cotangent)
+        np.testing.assert_allclose(inner(cotangent, out_dot), inner(pulled, tangent[1]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_vmap_over_seeds_is_the_loop(name, base):
+    model, steering = small(name)
+    batch = supervised_batch(13, 2, 6, 2)
+    keys = jax.random.split(jax.random.key(0), 3)
+    stacked = jax.vmap(lambda key: init_steering(model.plan, SMALL, key))(keys)
+    shift = lambda tree: jax.tree.map(jnp.add, tree, steering)  # fresh parameters alone would steer nothing
+    got = fast_jit(jax.vmap(lambda s: forward(model, base, shift(s), batch).hidden))(stacked)
+    for i, key in enumerate(keys):
+        one = init_steering(model.plan, SMALL, key)
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), one, 0)
+        close(got[i], run(model, base, shift(one), batch).hidden, 1e-5)

@@ -1,0 +1,224 @@
+"""The training step: accumulation, penalties, a frozen base that costs nothing, and that every method learns."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import close, fast_jit, random_steering, slot_of
+
+from jaxsteer import (
+    METHODS,
+    Model,
+    ModelConfig,
+    Nonlinear,
+    OptimConfig,
+    Params,
+    Slot,
+    init_base,
+    init_state,
+    init_steering,
+    make_batch,
+    make_optimizer,
+    mean_loss,
+    merge,
+    param_labels,
+    split,
+    train_step,
+)
+from jaxsteer.types import Batch
+
+
+@dataclass(frozen=True)
+class Penalised(Nonlinear):
+    """With a loss term of its own, that grows with the steps."""
+
+    def penalty(self, p, step):
+        return (1 + step.astype(jnp.float32)) * jnp.sum(p["U"] ** 2)
+
+
+def start(model, base, steering, tx):
+    params = Params(base, steering)
+    labels = param_labels(params, model.plan, train_base=model.train_base)
+    trained, frozen = split(params, labels)
+    tx = make_optimizer(tx, labels, 200) if isinstance(tx, OptimConfig) else tx
+    step = fast_jit(partial(train_step, model=model, tx=tx))
+    return init_state(trained, tx, jax.random.key(0)), frozen, step
+
+
+def uneven(vocab):
+    """Eight rows whose supervised tokens are 0, 1, 2, ... 7, with weights of their own."""
+    draw = np.random.default_rng(0)
+    weights = draw.uniform(0.5, 2, (8, 9)) * (np.arange(9)[::-1] < np.arange(8)[:, None])
+    return make_batch(draw.integers(3, vocab, (8, 9)), None, weights)
+
+
+# ---- accumulation and penalties
+
+
+def test_accumulated_microbatches_are_one_big_batch(tiny_config, tiny_base):
+    plan = (Slot("s", Penalised(rank=2), ("block",)),)
+    model, steering = Model(tiny_config, plan), random_steering(plan, tiny_config)
+    big = uneven(tiny_config.vocab_size)
+    micro = Batch(*(field.reshape(4, 2, 9) for field in big))
+    state, frozen, step = start(model, tiny_base, steering, optax.sgd(1.0))
+    (one, metrics), (four, accumulated) = step(state, big, frozen), step(state, micro, frozen)
+    moved = lambda new: jax.tree.map(jnp.subtract, new.params, state.params)
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved(one)))
+    for a, b in zip(jax.tree.leaves(moved(four)), jax.tree.leaves(moved(one)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * scale)
+    for name in metrics._fields:
+        np.testing.assert_allclose(getattr(accumulated, name), getattr(metrics, name), rtol=1e-6, err_msg=name)
+
+    # The step is the plain gradient of mean loss + penalty, the penalty counted once.
+    def whole(steering):
+        penalty = jnp.sum(steering["s"]["block"]["U"] ** 2)
+        return mean_loss(model, tiny_base, steering, big) + penalty, penalty
+
+    (value, penalty), grads = fast_jit(jax.value_and_grad(whole, has_aux=True))(steering)
+    close(moved(four).steering, jax.tree.map(jnp.negative, grads), 1e-5)
+    np.testing.assert_allclose(accumulated.loss + accumulated.penalty, value, rtol=1e-5)
+    np.testing.assert_allclose(accumulated.penalty, penalty, rtol=1e-6)
+    np.testing.assert_allclose(accumulated.grad_norm, optax.global_norm(grads), rtol=1e-5)
+    np.testing.assert_allclose(accumulated.supervised, np.sum(big.weights[:, 1:]), rtol=1e-6)
+    assert accumulated.tokens == 72
+    # The next step's penalty knows its number.
+    assert four.step == 1
+    _, second = step(four, micro, frozen)
+    u = four.params.steering["s"]["block"]["U"]
+    np.testing.assert_allclose(second.penalty, 2 * np.sum(np.square(u)), rtol=1e-5)
+
+
+def test_a_batch_with_nothing_to_learn_changes_nothing(tiny_config, tiny_base):
+    plan = (slot_of("nonlinear", tiny_config, sites=("block",)),)
+    state, frozen, step = start(
+        Model(tiny_config, plan), tiny_base, random_steering(plan, tiny_config), optax.sgd(1.0)
+    )
+    new, metrics = step(state, make_batch(np.ones((2, 9), int)), frozen)
+    assert metrics.loss == 0
+    assert metrics.supervised == 0
+    close(new.params, state.params, 0)
+
+
+# ---- what a frozen base does not cost
+
+DISTINCT = ModelConfig(vocab_size=53, width=28, layers=5, heads=2, kv_heads=1, head_dim=10, mlp_width=44)
+KERNELS = {(28, 20), (28, 10), (20, 28), (28, 44), (44, 28), (28, 53)}
+
+
+def lowered_step(train_base):
+    plan = tuple(slot_of(name, DISTINCT, slot=name, layers=(3, 4)) for name in METHODS)
+    model = Model(DISTINCT, plan, train_base=train_base)
+    base = jax.eval_shape(lambda: init_base(DISTINCT, jax.random.key(0)))
+    steering = jax.eval_shape(lambda: init_steering(plan, DISTINCT, jax.random.key(0)))
+    params = Params(base, steering)
+    trained, frozen = split(params, param_labels(params, plan, train_base=train_base))
+    tx = optax.adam(1e-3)
+    state = jax.eval_shape(lambda: init_state(jax.tree.map(lambda s: jnp.zeros(s.shape), trained), tx, jax.random.key(0)))
+    batch = jax.eval_shape(lambda: make_batch(np.ones((3, 17), int)))
+    return jax.jit(partial(train_step, model=model, tx=tx)), state, batch, frozen
+
+
+def products(text):
+    """The shapes, without regard to order, that matrix products have as results."""
+    found = re.findall(r"stablehlo\.dot_general.*-> tensor<([0-9x]+)xf32>", text)
+    return {tuple(sorted(int(n) for n in shape.split("x") if n != "1")) for shape in found}
+
+
+def test_no_gradient_of_a_frozen_weight_is_computed():
+    kernels = {tuple(sorted(shape)) for shape in KERNELS}
+    step, *args = lowered_step(train_base=True)
+    assert kernels <= products(step.lower(*args).as_text())  # what is looked for would be found
+    step, *args = lowered_step(train_base=False)
+    assert not kernels & products(step.lower(*args).as_text())
+
+
+def scans(jaxpr):
+    """(length, reverse) of every scan, however deep."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation.params["length"], equation.params["reverse"]
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from scans(value)
+
+
+@pytest.mark.parametrize(("layers", "backward"), [((5, 6), 2), ((4, 6), 3), (None, 7)])
+def test_layers_below_the_first_steered_one_have_no_backward_pass(layers, backward):
+    config = ModelConfig(vocab_size=11, width=8, layers=7, heads=2, kv_heads=1, head_dim=4, mlp_width=8)
+    plan = (Slot("s", Nonlinear(rank=2), ("block",), layers),)
+    model = Model(config, plan)
+    base = jax.eval_shape(lambda: init_base(config, jax.random.key(0)))
+    steering = jax.eval_shape(lambda: init_steering(plan, config, jax.random.key(0)))
+    batch = jax.eval_shape(lambda: make_batch(np.ones((1, 13), int)))
+    grad = jax.make_jaxpr(jax.grad(lambda s, base, batch: mean_loss(model, base, s, batch)))
+    found = set(scans(grad(steering, base, batch).jaxpr))
+    # Scans of length 1 are not of layers: rows of attention and chunks of the loss.
+    assert {length for length, reverse in found if reverse and length > 1} == {backward}
+    if backward < 7:
+        assert (7 - backward, False) in found
+
+
+# ---- learning
+
+STEPS = 80
+RULE = np.random.default_rng(3).integers(3, 11, 61)  # any of 61 tokens -> one of eight
+
+
+def planted(seed, rows=16):
+    """Prompts of four random tokens; each token of the completion follows from the one before by a fixed rule."""
+    draw = np.random.default_rng(seed)
+    tokens = np.zeros((rows, 12), np.int64)
+    tokens[:, :4] = draw.integers(3, 61, (rows, 4))
+    for t in range(4, 12):
+        # Every second token is free, so that the rule is met at all its arguments.
+        tokens[:, t] = RULE[tokens[:, t - 1]] if t % 2 == 0 else draw.integers(3, 61, rows)
+    weights = np.zeros((rows, 12), np.float32)
+    weights[:, 4::2] = 1
+    return make_batch(tokens, None, weights)
+
+
+evaluate = fast_jit(mean_loss, static_argnums=0)
+
+
+def learn(model, base, lr, steps=STEPS, metrics=None):
+    """(held-out loss before, after, final state)."""
+    steering = init_steering(model.plan, model.config, jax.random.key(1))
+    config = OptimConfig(lr=lr, schedule="linear", warmup=0.05)
+    state, frozen, step = start(model, base, steering, config)
+    for i in range(steps):
+        state, out = step(state, planted(i), frozen)
+        if metrics is not None:
+            metrics.append(float(out.loss))
+    held_out = planted(10_000, 64)
+    whole = merge(state.params, frozen)
+    before = evaluate(Model(model.config), base, {}, held_out)
+    return float(before), float(evaluate(model, whole.base, whole.steering, held_out)), state
+
+
+@pytest.mark.parametrize("name", [*METHODS, "full"])
+def test_every_method_learns_and_it_holds_on_unseen_rows(name, tiny_config, tiny_base):
+    if name == "full":
+        before, after, _ = learn(Model(tiny_config, train_base=True), tiny_base, 3e-3)
+    else:
+        sites = {"lora": None}.get(name, ("block",))
+        before, after, _ = learn(Model(tiny_config, (slot_of(name, tiny_config, sites=sites),)), tiny_base, 2e-2)
+    assert after < 0.8 * before, (before, after)
+
+
+def test_bf16_base_with_fp32_steering(tiny_config, tiny_base):
+    plan = (slot_of("nonlinear", tiny_config, sites=("block",)),)
+    losses = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        base = jax.tree.map(lambda leaf, d=dtype: leaf.astype(d), tiny_base)
+        losses[dtype] = []
+        _, _, state = learn(Model(tiny_config, plan), base, 1e-2, 50, losses[dtype])
+        kept = [x for x in jax.tree.leaves((state.params, state.opt_state)) if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert {leaf.dtype for leaf in kept} == {jnp.dtype("float32")}
+    fp32, bf16 = (np.mean(losses[dtype][-5:]) for dtype in (jnp.float32, jnp.bfloat16))
+    assert abs(bf16 - fp32) < 0.02 * fp32
+    assert fp32 < 0.9 * losses[jnp.float32][0]

@@ -1,0 +1,36 @@
+"""A model folder and a data file small enough to train on in a test, as a user would have them."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxsteer.io import save_hf
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.transformer import init_base
+
+sys.path.insert(0, str(Path(__file__).parent / "data"))
+from tiny_tokenizer import tiny_tokenizer  # noqa: E402
+
+TINY = ModelConfig(
+    vocab_size=259, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48, tied_head=True, max_length=64
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A Hugging Face folder: a random Llama with a byte tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    save_hf(folder, TINY, init_base(TINY, jax.random.key(3)), "llama", tiny_tokenizer())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """Prompts and completions that a small model can learn: the letter after a letter."""
+    path = tmp_path_factory.mktemp("data") / "letters.jsonl"
+    rows = [{"prompt": f"{chr(97 + i % 25)}>", "completion": chr(98 + i % 25)} for i in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,259 @@
+"""Training end to end on a tiny model: what a run leaves behind, resuming after a kill, and bad input."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxsteer.io import load_model, load_steering
+from jaxsteer.optim import OptimConfig
+from train.config import TrainConfig, from_command_line, load_config_file
+from train.metrics import read_metrics
+from train.sft import train
+from train.tasks import JsonlTask, ListOpsTask, task_from_json, task_to_json
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tiny_folder, tiny_data, tmp_path):
+    return TrainConfig(
+        task=JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=2),
+        model=str(tiny_folder),
+        plan=("nonlinear(rank=4) @ block", "lora(rank=2) @ attn.q,mlp.down layers=last:2"),
+        optim=OptimConfig(lr=1e-2),
+        steps=12,
+        rows=4,
+        row_length=32,
+        accumulate=2,
+        evaluate_every=6,
+        validation_examples=8,
+        test_examples=16,
+        eval_rows=8,
+        checkpoint_every=4,
+        out=str(tmp_path / "run"),
+    )
+
+
+def leaves(path):
+    return jax.tree.leaves(load_steering(path).steering)
+
+
+def test_a_run_leaves_what_it_promises(config):
+    result = train(config)
+    run = result.run
+    rows = read_metrics(run.metrics)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
+    assert [row["step"] for row in rows if "accuracy" in row] == [0, 6, 12]
+    summary = json.loads(run.summary.read_text())
+    assert set(summary) == {
+        "accuracy_before", "accuracy_after", "trainable_parameters", "trainable_share", "seconds",
+        "tokens_per_second", "peak_memory_bytes",
+    }  # fmt: skip
+    low, high = summary["accuracy_after"]["interval"]
+    assert 0 <= low <= summary["accuracy_after"]["value"] <= high <= 1
+    assert run.plot.stat().st_size > 10_000
+    assert len((run.folder / "answers_before.jsonl").read_text().splitlines()) == 16
+    # 3 layers of D and U [4, 32], and in the last 2 layers A and B of the query (32 -> 32) and down (48 -> 32) maps.
+    assert summary["trainable_parameters"] == 3 * 2 * 4 * 32 + 2 * 2 * (32 + 32 + 48 + 32)
+    file = load_steering(run.steering, load_model(config.model).config)
+    assert [slot.name for slot in file.plan] == ["nonlinear", "lora"]
+    assert file.notes["template"] == "{prompt}"
+
+
+def test_full_fine_tuning_writes_a_model(config, tmp_path):
+    config = replace(config, plan=(), train_base=True, optim=OptimConfig(lr=1e-3), steps=2, evaluate_every=0)
+    result = train(config)
+    tuned, base = load_model(result.run.folder / "model").base, load_model(config.model).base
+    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (tuned, base)), strict=True))
+    assert not result.run.steering.exists()
+
+
+CONFIG = """
+from train.config import TrainConfig
+from train.tasks import JsonlTask
+from jaxsteer.optim import OptimConfig
+
+def config():
+    return TrainConfig(task=JsonlTask({data!r}), model={model!r}, plan=("nonlinear(rank=4) @ block",), steps=400, rows=4,
+                       row_length=32, optim=OptimConfig(lr=3e-3), test_examples=0, checkpoint_every=5)
+"""
+
+
+def test_killed_three_times_and_resumed_is_bitwise_the_same(tiny_folder, tiny_data, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG.format(data=str(tiny_data), model=str(tiny_folder)))
+    command = [sys.executable, "-m", "train.sft", str(file), "--out"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference = subprocess.Popen([*command, str(whole)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    moments = random.Random(time.time_ns())
+    resume: list[str] = []
+    for kill in range(3):
+        process = subprocess.Popen([*command, str(killed), *resume], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        wanted = 100 * kill + moments.randrange(40, 100)
+        metrics = killed / "metrics.jsonl"
+        while process.poll() is None:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= wanted:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output
+        if resume:
+            assert int(output.split("Restored step ")[1].split(".")[0]) > 0
+        resume = ["--resume"]
+    done = subprocess.run([*command, str(killed), *resume], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split("Restored step ")[1].split(".")[0]) > 200
+    output, _ = reference.communicate()
+    assert reference.returncode == 0, output
+    for one, other in zip(leaves(whole / "steering.safetensors"), leaves(killed / "steering.safetensors"), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    losses = lambda run: [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
+    assert losses(whole) == losses(killed)
+
+
+def test_stopping_is_saving(config, monkeypatch):
+    """SIGTERM: the step under way is finished and saved, and the resumed run ends where the other does."""
+    whole = train(replace(config, out=config.out + "-whole"))
+    from train import sft
+
+    def stepping(*args):
+        if args[2] == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    original = sft.step_batch
+    monkeypatch.setattr(sft, "step_batch", stepping)
+    assert train(config) is None
+    monkeypatch.undo()
+    assert not (Path(config.out) / "summary.json").exists()
+    resumed = train(replace(config, resume=True))
+    for one, other in zip(leaves(whole.run.steering), leaves(resumed.run.steering), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(config, monkeypatch):
+    from train import sft
+
+    def poisoned(config, data, step):
+        batch = original(config, data, step)
+        return batch._replace(weights=batch.weights * np.nan) if step == 9 else batch
+
+    original = sft.step_batch
+    monkeypatch.setattr(sft, "step_batch", poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 10: .*last good checkpoint is step 8"):
+        train(config)
+    monkeypatch.undo()
+    assert train(replace(config, resume=True)) is not None
+
+
+def bad(config, **changes):
+    return replace(config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "no/such/folder/here"}, "no/such/folder/here"),
+        ({"plan": ("nonlinear(rank=4) @ blok",)}, "blok"),
+        ({"plan": ("steer(rank=4) @ block",)}, "unknown method 'steer'"),
+        ({"plan": ("nonlinear(rank=0) @ block",)}, "rank 0"),
+        ({"plan": ("nonlinear(rank=33) @ block",)}, "rank 33 .* between 1 and 32"),
+        ({"plan": ("nonlinear(ranks=4) @ block",)}, "ranks=4"),
+        ({"plan": ("nonlinear @ block layers=2-3",)}, "layers 0 to 2"),
+        ({"plan": ("lora @ block",)}, "lora is a weight method"),
+        ({"plan": ("nonlinear block",)}, "expected method"),
+        ({"freeze": ("steer",)}, "cannot freeze"),
+        ({"row_length": 3}, "longer than 3 tokens .*letters.jsonl:1"),
+    ],
+)
+def test_bad_settings_are_named_before_anything_is_trained(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, **changes))
+    assert not (Path(config.out) / "metrics.jsonl").exists()
+
+
+def test_bad_data_is_named(config, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    for text, message in (
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', r"bad.jsonl:2"),
+        ("{\n", r"bad.jsonl:1"),
+        ("", r"bad.jsonl"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            train(replace(config, task=JsonlTask(str(path)), out=str(tmp_path / f"run{len(text)}")))
+
+
+def test_long_examples_are_dropped_only_when_asked_and_then_reported(config, tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": "a" * n, "completion": "b"} for n in (5, 40, 6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, task=JsonlTask(str(path)), steps=1)
+    with pytest.raises(ValueError, match=r"long.jsonl:2"):
+        train(config)
+    train(replace(config, on_long="drop", out=config.out + "-drop"))
+    printed = capsys.readouterr().out
+    assert "2 examples" in printed
+    assert "long.jsonl:2" in printed
+
+
+def test_an_output_folder_with_another_run_is_refused(config):
+    train(replace(config, steps=1))
+    with pytest.raises(ValueError, match=r"steps"):
+        train(config)
+    with pytest.raises(ValueError, match=r"--resume"):
+        train(replace(config, steps=1))
+
+
+def test_configs_and_overrides(tmp_path):
+    shipped = load_config_file(ROOT / "configs" / "listops_smollm2.py")
+    changed = from_command_line("x", [str(ROOT / "configs/listops_smollm2.py"), "--optim.lr", "0.003", "--rows", "2"])
+    assert changed == replace(shipped, rows=2, optim=replace(shipped.optim, lr=0.003))
+    with pytest.raises(SystemExit):
+        from_command_line("x", ["--optim.learning-rate", "1"])
+    with pytest.raises(ValueError, match="no such config file"):
+        from_command_line("x", [str(tmp_path / "missing.py")])
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="def config"):
+        from_command_line("x", [str(tmp_path / "empty.py")])
+
+
+def test_tasks_survive_json():
+    for task in (ListOpsTask(), JsonlTask("a.jsonl", chat=True)):
+        assert task_from_json(json.loads(json.dumps(task_to_json(task)))) == task
+    with pytest.raises(ValueError, match="unknown task"):
+        task_from_json({"type": "Chess"})
+
+
+def run(*arguments, fails=False):
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr if fails else done.stdout
+
+
+def test_the_other_programs(config, tmp_path):
+    result = train(replace(config, steps=2))
+    steering = str(result.run.steering)
+    assert "b>" in run("train.generate", steering, "b>", "c>", "--compare")
+    assert "‖Δh‖" in run("train.inspect", steering, "--prompt", "abc")
+    assert (result.run.folder / "shift.png").exists()
+    assert "steered" in run("train.evaluate", steering, "--examples", "8")
+    answers = (result.run.folder / "evaluation" / "steered.jsonl").read_text().splitlines()
+    assert len(answers) == 8
+    assert set(json.loads(answers[0])) >= {"prompt", "output", "extracted", "gold", "correct", "truncated"}
+    assert "no such file" in run("train.generate", "missing.safetensors", "x", fails=True)
+    assert "error:" in run("train.sft", str(ROOT / "configs/listops_smollm2.py"), "--plan", "nothing", fails=True)
