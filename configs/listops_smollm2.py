@@ -9,7 +9,7 @@ from train.tasks import ListOpsTask
 def config() -> TrainConfig:
     return TrainConfig(
         model="smollm2-135m-instruct",
-        task=ListOpsTask(ListOps()),
+        task=ListOpsTask(ListOps(operations=("MAX", "MIN", "MED", "SM", "FIRST", "LAST"), max_length=10)),
         plan=("nonlinear(rank=8) @ block",),
         optim=OptimConfig(lr=5e-3, schedule="cosine", warmup=0.05),
         steps=60,

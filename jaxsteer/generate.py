@@ -73,7 +73,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
-    sampling: Sampling = Sampling(),  # noqa: B008  # frozen
+    sampling: Sampling = Sampling(),  # frozen
 ) -> Generated:
     """Continue each row's prompt. Generated tokens count as completion for the plan's token selection.
 

@@ -79,9 +79,9 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets) -> Array:
     width = min(T, max(1, CHUNK_TOKENS // B))
     chunks = -(-T // width)
     order = jnp.argsort(targets.weights <= 0, axis=1, stable=True)
-    front = lambda field: jnp.pad(
-        jnp.take_along_axis(field, order, axis=1), ((0, 0), (0, chunks * width - T))
-    ).reshape(B, chunks, width)
+    front = lambda field: jnp.pad(jnp.take_along_axis(field, order, axis=1), ((0, 0), (0, chunks * width - T))).reshape(
+        B, chunks, width
+    )
     tokens, weights = (front(field).swapaxes(0, 1) for field in targets)  # [chunks, B, width]
     where = front(jnp.broadcast_to(jnp.arange(T), (B, T))).swapaxes(0, 1)
 

@@ -74,7 +74,9 @@ def param_labels(params: Params, plan: Plan, *, train_base: bool = False, frozen
         raise ValueError(f"cannot freeze {unknown}: the plan's slots are {[slot.name for slot in plan]}")
     group = {slot.name: "frozen" if slot.name in frozen else f"{slot.method.kind}s" for slot in plan}
     base = jax.tree.map(lambda _: "weights" if train_base else "frozen", params.base)
-    return Params(base, {name: jax.tree.map(lambda _, n=name: group[n], tree) for name, tree in params.steering.items()})
+    return Params(
+        base, {name: jax.tree.map(lambda _, n=name: group[n], tree) for name, tree in params.steering.items()}
+    )
 
 
 def split(params: Params, labels: PyTree) -> tuple[Params, Params]:

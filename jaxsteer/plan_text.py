@@ -11,7 +11,9 @@ from jaxsteer.interventions import METHODS
 from jaxsteer.types import PROJECTIONS, Plan, Positions, Slot
 
 GRAMMAR = "method(setting=value, ...) @ site,site layers=... positions=... name=..."
-_SLOT = re.compile(r"\s*(?P<method>\w+)\s*(?:\((?P<settings>.*)\))?\s*@\s*(?P<sites>[\w.]+(?:\s*,\s*[\w.]+)*)(?P<rest>.*)")
+_SLOT = re.compile(
+    r"\s*(?P<method>\w+)\s*(?:\((?P<settings>.*)\))?\s*@\s*(?P<sites>[\w.]+(?:\s*,\s*[\w.]+)*)(?P<rest>.*)"
+)
 
 
 def parse_plan(texts: Sequence[str], num_layers: int) -> Plan:
@@ -51,7 +53,9 @@ def _parse_slot(text: str, num_layers: int) -> Slot:
     for item in found["rest"].split():
         key, equals, value = item.partition("=")
         if not equals or key not in options:
-            raise ValueError(f"{where}: cannot read {item!r}; after the sites may stand {', '.join(options)}, as key=value")
+            raise ValueError(
+                f"{where}: cannot read {item!r}; after the sites may stand {', '.join(options)}, as key=value"
+            )
         options[key] = value
     sites: list[str] = []
     for site in (part.strip() for part in found["sites"].split(",")):

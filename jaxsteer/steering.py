@@ -66,9 +66,7 @@ def validate_plan(plan: Plan, config: ModelConfig) -> None:
 
 def param_specs(plan: Plan, config: ModelConfig) -> dict[str, dict[str, dict[str, ParamSpec]]]:
     """The parameters of each slot and site for one layer, in the layout of the steering pytree."""
-    return {
-        slot.name: {site: slot.method.param_specs(site_dims(config, site)) for site in slot.sites} for slot in plan
-    }
+    return {slot.name: {site: slot.method.param_specs(site_dims(config, site)) for site in slot.sites} for slot in plan}
 
 
 def init_steering(plan: Plan, config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Steering:
@@ -179,10 +177,18 @@ def plan_from_json(data: Sequence[dict[str, Any]]) -> Plan:
             raise ValueError(f"slot {entry['name']!r}: unknown method {name!r}; known are {', '.join(METHODS)}")
         known = {field.name for field in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
         if unknown := sorted(set(settings) - known):
-            raise ValueError(f"slot {entry['name']!r}: {name} has no setting {', '.join(unknown)}; it has {sorted(known)}")
+            raise ValueError(
+                f"slot {entry['name']!r}: {name} has no setting {', '.join(unknown)}; it has {sorted(known)}"
+            )
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         layers = None if entry["layers"] is None else tuple(entry["layers"])
         slots.append(
-            Slot(entry["name"], METHODS[name](**settings), tuple(entry["sites"]), layers, Positions.parse(entry["positions"]))
+            Slot(
+                entry["name"],
+                METHODS[name](**settings),
+                tuple(entry["sites"]),
+                layers,
+                Positions.parse(entry["positions"]),
+            )
         )
     return tuple(slots)

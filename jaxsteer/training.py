@@ -63,7 +63,8 @@ def train_step(
     def share_of_loss(params: Params, micro: Batch, index: Array) -> Array:
         whole = merge(params, frozen)
         own = jax.random.fold_in(key, index)
-        return supervised_loss(model, whole.base, whole.steering, micro, own, train=True) / total
+        loss = supervised_loss(model, whole.base, whole.steering, micro, own, train=True)
+        return loss / total.astype(loss.dtype)
 
     def accumulate(carry: tuple, xs: tuple) -> tuple[tuple, None]:
         loss, grads = jax.value_and_grad(share_of_loss)(state.params, *xs)

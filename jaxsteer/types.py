@@ -91,9 +91,7 @@ class Intervention(Protocol):
         """The method's own term in the loss, for the stacked parameters of one site; 0 for most. Scalar fp32."""
         return jnp.zeros((), jnp.float32)
 
-    def fold(
-        self, p: Mapping[str, Array], kernel: Array, bias: Array | None
-    ) -> tuple[Array, Array | None] | None:
+    def fold(self, p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
         """The projection's (kernel, bias) with Δ merged in, for one layer; None when it cannot be merged."""
         return None
 
@@ -113,9 +111,7 @@ class Positions:
     def __post_init__(self) -> None:
         """Reject what could never select a token."""
         if self.kind not in ("all", "prompt", "completion", "last", "ends"):
-            raise ValueError(
-                f"unknown positions {self.kind!r}: use all, prompt, completion, last or first:n+last:n"
-            )
+            raise ValueError(f"unknown positions {self.kind!r}: use all, prompt, completion, last or first:n+last:n")
         if self.kind == "ends" and (min(self.first, self.last) < 0 or self.first + self.last == 0):
             raise ValueError(f"positions {self}: first and last must be at least 0 and not both 0")
         if self.kind != "ends" and (self.first or self.last):

@@ -86,7 +86,11 @@ def load(name: str, dtype: str = "auto") -> LoadedModel:
     """
     source = resolve_model(name)
     bar = Progress(
-        TextColumn(f"Loading {name}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+        TextColumn(f"Loading {name}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
     )
     with bar:
         task = bar.add_task("load", total=None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -52,7 +52,7 @@ class TrainBench:
     """Tokens of a row."""
     data: str = "dense"
     """dense: random tokens, every position supervised; listops; or a JSONL file with prompts and completions."""
-    keys: Keys = Keys()
+    keys: Keys = field(default_factory=Keys)
     """Field names in the JSONL file."""
     steps: int = 5
     """Steps to time; the median counts."""
@@ -145,7 +145,9 @@ def bench_decode(config: DecodeBench) -> dict[str, float]:
     # Not the fresh initialisation, whose zeros a compiler could not know but a cache might like.
     steering = jax.tree.map(lambda x: x + 0.01, init_steering(plan, loaded.config, jax.random.key(0)))
     tokens = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (config.rows, config.prompt))
-    row = [[TokenizedExample(t.astype(np.int32), np.zeros(config.prompt, np.float32), config.prompt, "")] for t in tokens]
+    row = [
+        [TokenizedExample(t.astype(np.int32), np.zeros(config.prompt, np.float32), config.prompt, "")] for t in tokens
+    ]
     prompts = _device(stack_rows(row, config.prompt))
 
     def seconds(model: Model, params: Steering, new_tokens: int) -> float:
@@ -162,7 +164,7 @@ def bench_decode(config: DecodeBench) -> dict[str, float]:
             whole, short = seconds(model, params, config.new_tokens + 1), seconds(model, params, 1)
             if repeat:  # the first compiles
                 times[name].append((whole - short) / config.new_tokens)
-    memory = {
+    memory: dict[str, Any] = {
         name: generate.lower(
             model, loaded.base, params, prompts, max_new_tokens=config.new_tokens + 1, stop_tokens=(-1,)
         )
@@ -201,14 +203,12 @@ def _device(batch: Batch) -> Batch:
     return jax.tree.map(jnp.asarray, batch)
 
 
-Bench = (
-    Annotated[TrainBench, tyro.conf.subcommand("train")] | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
-)
+Bench = Annotated[TrainBench, tyro.conf.subcommand("train")] | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
 
 
 def main() -> None:
     """Run a benchmark and print its figures."""
-    config = tyro.cli(Bench, description=__doc__)  # type: ignore[call-overload]
+    config = tyro.cli(Bench, prog="python -m train.bench", description=__doc__)
     enable_compilation_cache()
     figures = bench_train(config) if isinstance(config, TrainBench) else bench_decode(config)
     table = Table(title=device_summary(), title_justify="left", show_header=False)

@@ -118,10 +118,7 @@ class Checkpoints:
             self._unreadable.clear()
         there = self.steps()
         if step in there:
-            if (
-                self._record(step)["trees"] == record["trees"]
-                and self._record(step)["meta"] == record["meta"]
-            ):
+            if self._record(step)["trees"] == record["trees"] and self._record(step)["meta"] == record["meta"]:
                 return True
             raise ValueError(
                 f"{self.folder}: step {step} is there already with another content; "
@@ -152,9 +149,7 @@ class Checkpoints:
             ValueError: no such step; another structure, dtype or shape; damaged content.
         """
         if step not in self.steps():
-            raise ValueError(
-                f"{self.folder}: no checkpoint of step {step}; there are {self.steps() or 'none'}"
-            )
+            raise ValueError(f"{self.folder}: no checkpoint of step {step}; there are {self.steps() or 'none'}")
         try:
             return self._restore(step, like)
         except MismatchError:
@@ -185,8 +180,7 @@ class Checkpoints:
         if skipped:
             self._unreadable.clear()
             raise ValueError(
-                f"{self.folder}: no checkpoint is whole: {'; '.join(skipped)}. "
-                "Move the folder away to begin anew"
+                f"{self.folder}: no checkpoint is whole: {'; '.join(skipped)}. Move the folder away to begin anew"
             )
         return None
 
@@ -322,9 +316,7 @@ def open_checkpoints(
         ValueError: `every` or `keep_latest` below 1, an unknown mode.
     """
     if every < 1 or keep_latest < 1:
-        raise ValueError(
-            f"checkpoints {folder}: every and keep_latest must be at least 1, got {every}, {keep_latest}"
-        )
+        raise ValueError(f"checkpoints {folder}: every and keep_latest must be at least 1, got {every}, {keep_latest}")
     if best_mode not in ("min", "max"):
         raise ValueError(f"checkpoints {folder}: best_mode must be 'min' or 'max', got {best_mode!r}")
     path = epath.Path(folder)

@@ -99,7 +99,8 @@ def load_config_file(path: str | Path) -> TrainConfig:
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     built = module.config() if hasattr(module, "config") else None
@@ -108,7 +109,7 @@ def load_config_file(path: str | Path) -> TrainConfig:
     return built
 
 
-def from_command_line(description: str, argv: list[str] | None = None) -> TrainConfig:
+def from_command_line(program: str, description: str, argv: list[str] | None = None) -> TrainConfig:
     """`[config.py] [--key value ...]`: a config file's settings (or the defaults), then overrides."""
     argv = sys.argv[1:] if argv is None else argv
     default = TrainConfig()
@@ -116,6 +117,7 @@ def from_command_line(description: str, argv: list[str] | None = None) -> TrainC
         default, argv = load_config_file(argv[0]), argv[1:]
     return tyro.cli(
         tyro.conf.AvoidSubcommands[TrainConfig],
+        prog=f"python -m train.{program}",
         args=argv,
         default=default,
         description=description + "\n\nThe first argument may be a config file, e.g. configs/listops_smollm2.py; "

@@ -64,17 +64,26 @@ def find_task(config: EvaluateConfig, notes: dict) -> Task:
     if config.data is not None:
         if isinstance(task, JsonlTask):
             return replace(task, test=config.data, validation=config.data)
-        template = task.template if task else "{prompt}"
-        own = {"chat": task.chat, "rule": task.rule, "max_new_tokens": task.max_new_tokens} if task else {}
-        return JsonlTask(config.data, config.data, config.data, template=template, **own)
+        if task is None:
+            return JsonlTask(config.data, config.data)
+        return JsonlTask(
+            config.data,
+            config.data,
+            template=task.template,
+            chat=task.chat,
+            rule=task.rule,
+            max_new_tokens=task.max_new_tokens,
+        )
     if task is None:
-        raise ValueError("which examples? Give --config or --data: the steering file does not say what it was trained on")
+        raise ValueError(
+            "which examples? Give --config or --data: the steering file does not say what it was trained on"
+        )
     return task
 
 
 def main() -> None:
     """Evaluate and print a table."""
-    config = tyro.cli(EvaluateConfig, description=__doc__)
+    config = tyro.cli(EvaluateConfig, prog="python -m train.evaluate", description=__doc__)
     enable_compilation_cache()
     if config.steering != "none" and not Path(config.steering).exists():
         raise ValueError(f"{config.steering}: no such file (a steering file, or the word none)")

@@ -86,7 +86,7 @@ def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
 
 def main() -> None:
     """Print each prompt with its answer."""
-    config = tyro.cli(GenerateConfig, description=__doc__)
+    config = tyro.cli(GenerateConfig, prog="python -m train.generate", description=__doc__)
     enable_compilation_cache()
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     texts = config.prompts or tuple(line.rstrip("\n") for line in sys.stdin if line.strip())

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsteer.batches import make_batch
-from jaxsteer.io import load_config
+from jaxsteer.io import load_config, load_steering
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, forward
 from jaxsteer.plan_text import parse_plan
@@ -89,7 +89,7 @@ def print_plan(plan: Plan, steering: Steering, config: ModelConfig) -> None:
 
 def main() -> None:
     """Print the plan; with a prompt, the shift by layer too."""
-    config = tyro.cli(InspectConfig, description=__doc__)
+    config = tyro.cli(InspectConfig, prog="python -m train.inspect", description=__doc__)
     enable_compilation_cache()
     if not Path(config.source).exists():
         raise ValueError(f"{config.source}: no such file (a steering file or a config file)")
@@ -102,11 +102,9 @@ def main() -> None:
             raise ValueError(f"{config.source}: an untrained plan moves nothing; give a steering file for --prompt")
         return
     if config.prompt is None:
-        from jaxsteer.io import load_steering
-
-        file = load_steering(config.source)
-        print(f"{config.source}: for {file.model_name}")
-        print_plan(file.plan, file.steering, file.config)
+        saved = load_steering(config.source)
+        print(f"{config.source}: for {saved.model_name}")
+        print_plan(saved.plan, saved.steering, saved.config)
         return
     loaded, file = load_steered(config.source, config.model, config.dtype)
     assert file is not None

@@ -54,9 +54,7 @@ def form(leaf: Any, where: str) -> dict[str, Any]:
     if is_number(leaf):
         return {"dtype": f"python {type(leaf).__name__}", "shape": []}
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape") or leaf.dtype == object:
-        raise ValueError(
-            f"{where}: a {type(leaf).__name__} cannot be checkpointed, need an array or a number"
-        )
+        raise ValueError(f"{where}: a {type(leaf).__name__} cannot be checkpointed, need an array or a number")
     return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import resource
 import statistics
 import sys
@@ -26,14 +28,17 @@ def cache_folder() -> Path:
 
 
 def enable_compilation_cache() -> Path:
-    """Keep compiled programs in `cache_folder()/xla`, so that the next process loads them.
+    """Keep compiled programs in a folder under `cache_folder()/xla`, so that the next process loads them.
+
+    Each kind of processor has its own: a home folder may be shared by machines whose instructions differ, and a program
+    compiled for the CPU of one could stop on another.
 
     Call it before the first compilation: JAX decides once a process whether a cache is used.
 
     Returns:
         The folder.
     """
-    folder = cache_folder() / "xla"
+    folder = cache_folder() / "xla" / _processor()
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # By default only programs that took a second to compile are kept; a run on a CPU has many smaller ones.
@@ -100,3 +105,11 @@ def _peak_resident_bytes() -> int:
             return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _processor() -> str:
+    """A name for this processor and what it can do."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"

@@ -112,9 +112,7 @@ class Bar:
                 TextColumn("{task.fields[facts]}"),
             )
             self._live = Progress(*columns, console=console)
-            self._task = self._live.add_task(
-                description, total=total, completed=start, facts=f"{start}/{total}"
-            )
+            self._task = self._live.add_task(description, total=total, completed=start, facts=f"{start}/{total}")
             self._live.start()
 
     def update(self, step: int, **facts: Any) -> None:
@@ -204,9 +202,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except ValueError as error:
             if number == len(lines):  # no line end after it: the process was killed while it wrote
                 return
-            raise ValueError(
-                f"{path}:{number}: not a line of metrics ({error}); repair or delete the line"
-            ) from None
+            raise ValueError(f"{path}:{number}: not a line of metrics ({error}); repair or delete the line") from None
         yield line, row
 
 

@@ -51,9 +51,7 @@ def plot_training(
     _save(figure, path)
 
 
-def plot_by_layer(
-    path: str | Path, series: Mapping[str, Sequence[float]], *, ylabel: str, title: str = ""
-) -> None:
+def plot_by_layer(path: str | Path, series: Mapping[str, Sequence[float]], *, ylabel: str, title: str = "") -> None:
     """Draw one line over the layers for each label.
 
     Args:

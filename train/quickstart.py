@@ -28,7 +28,7 @@ class QuickstartConfig:
 
 def main() -> None:
     """Run configs/listops_smollm2.py and print what came out."""
-    settings = tyro.cli(QuickstartConfig, description=__doc__)
+    settings = tyro.cli(QuickstartConfig, prog="python -m train.quickstart", description=__doc__)
     if settings.out == QuickstartConfig.out:
         shutil.rmtree(settings.out, ignore_errors=True)
     config = replace(listops_config(), model=settings.model, out=settings.out)

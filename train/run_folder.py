@@ -39,6 +39,11 @@ class RunFolder:
         return self.folder / "training.png"
 
     @property
+    def begun(self) -> bool:
+        """Whether there is anything that another run could lose."""
+        return bool(set(_entries(self.folder)) - {self.config.name})
+
+    @property
     def steering(self) -> Path:
         """The trained steering, a portable file."""
         return self.folder / "steering.safetensors"
@@ -54,6 +59,8 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
 
     With several processes on one file system, process 0 alone calls this; the others name the paths with
     `RunFolder`.
+
+    A folder with nothing but its config never began to train and is begun anew.
 
     Args:
         folder: of the run; made with its parents.
@@ -71,6 +78,9 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
         raise ValueError(f"config of {run.folder}: cannot be written as JSON ({error})") from None
     if run.folder.exists() and not run.folder.is_dir():
         raise ValueError(f"{run.folder}: a file, need a folder for the run; use another --out")
+    if run.config.exists() and not resume and not run.begun:
+        files.write_json(run.config, settings)  # what was there stopped at a bad setting, before its first step
+        return run
     if run.config.exists():
         if differing := _differences(files.read_json(run.config), settings):
             raise ValueError(
@@ -83,9 +93,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
     if resume:
         raise ValueError(f"{run.folder}: no run to resume (no config.json); leave out --resume to begin one")
     if found := _entries(run.folder):
-        raise ValueError(
-            f"{run.folder}: not empty and not a run (holds {', '.join(found[:3])}); use another --out"
-        )
+        raise ValueError(f"{run.folder}: not empty and not a run (holds {', '.join(found[:3])}); use another --out")
     run.folder.mkdir(parents=True, exist_ok=True)
     files.write_json(run.config, settings)
     return run

@@ -91,9 +91,11 @@ def train(config: TrainConfig) -> Result | None:
 
     # ---- checkpoints
     meta = {"plan": plan_to_json(training.model.plan), "model": config.model, "fingerprint": fingerprint(loaded.config)}
-    watched = ("accuracy", "max") if config.evaluate_every else ("loss", "min")
     checkpoints = open_checkpoints(
-        run.checkpoints, every=config.checkpoint_every, best_metric=watched[0], best_mode=watched[1]
+        run.checkpoints,
+        every=config.checkpoint_every,
+        best_metric="accuracy" if config.evaluate_every else "loss",
+        best_mode="max" if config.evaluate_every else "min",
     )
     with checkpoints, preemption() as stop:
         if config.resume:
@@ -175,9 +177,7 @@ def train(config: TrainConfig) -> Result | None:
     rate = timed_tokens / (began + seconds - timed_from) if timed_from and timed_tokens else 0.0
     example = config.task.load("test")[-1].turns[0].text if test else ""
     example = _bare(example, config.task.template)
-    result = Result(
-        run, before, after, training.trainable, training.total, seconds, rate, peak_memory_bytes(), example
-    )
+    result = Result(run, before, after, training.trainable, training.total, seconds, rate, peak_memory_bytes(), example)
     write_json(run.summary, result.summary())
     rows = read_metrics(run.metrics)
     evaluations = [(r["step"], r["accuracy"], r["low"], r["high"]) for r in rows if "accuracy" in r]
@@ -291,7 +291,7 @@ def _notes(config: TrainConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Run a config and print what came out."""
-    config = from_command_line("Train steering, LoRA or a whole model on prompts and completions.")
+    config = from_command_line("sft", "Train steering, LoRA or a whole model on prompts and completions.")
     result = train(config)
     if result is not None:
         print_result(result)

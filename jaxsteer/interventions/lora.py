@@ -40,9 +40,7 @@ class LoRA(Intervention):
         read = jnp.einsum("...d,rd->...r", x, p["A"])
         return y + self.scale * jnp.einsum("...r,fr->...f", read, p["B"])
 
-    def fold(
-        self, p: Mapping[str, Array], kernel: Array, bias: Array | None
-    ) -> tuple[Array, Array | None] | None:
+    def fold(self, p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
         """W + s (B A)ᵀ in the kernel's layout [in, out]."""
         delta = self.scale * jnp.einsum("fr,rd->df", p["B"], p["A"])
         return (kernel.astype(delta.dtype) + delta).astype(kernel.dtype), bias

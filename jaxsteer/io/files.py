@@ -21,9 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: not valid JSON ({error}). Was the download or the copy cut short?"
-        ) from None
+        raise ValueError(f"{path}: not valid JSON ({error}). Was the download or the copy cut short?") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data

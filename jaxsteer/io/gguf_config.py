@@ -38,9 +38,7 @@ def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
         if value is None:
             raise ValueError(f"{where}: {prefix}{key} is missing")
         if type(value) is not kind or (kind is float and not math.isfinite(value)):
-            raise ValueError(
-                f"{where}: {prefix}{key} is {value!r}; expected one {kind.__name__} for all layers"
-            )
+            raise ValueError(f"{where}: {prefix}{key} is {value!r}; expected one {kind.__name__} for all layers")
         # Stored as fp32: 1e-05 comes back as 9.99e-06 unless it is read as the shortest decimal.
         return float(str(np.float32(value))) if kind is float else value
 
@@ -57,9 +55,7 @@ def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
         ("rope.dimension_count", head_dim),
     ):
         if (value := left.pop(key, expected)) != expected:
-            raise ValueError(
-                f"{where}: {prefix}{key} is {value!r}; only {expected} is supported for this model"
-            )
+            raise ValueError(f"{where}: {prefix}{key} is {value!r}; only {expected} is supported for this model")
     flags = {row.when: row.gguf.replace("{i}", "0") in file.tensors for row in family.rows if row.when}
     flags |= {row.unless: row.gguf not in file.tensors for row in family.rows if row.unless}
     theta = number("rope.freq_base", 10_000.0, float)
@@ -92,13 +88,9 @@ def parameters_of(file: Gguf) -> dict[str, Stored]:
     return {name: tensor for name, tensor in file.tensors.items() if name != ROPE_FACTORS}
 
 
-def _scaling(
-    file: Gguf, theta: float, head_dim: int, kind: Any, factor: Any, where: str
-) -> RopeScaling | None:
+def _scaling(file: Gguf, theta: float, head_dim: int, kind: Any, factor: Any, where: str) -> RopeScaling | None:
     if kind not in ("none", "linear"):
-        raise ValueError(
-            f"{where}: rope.scaling.type is {kind!r}; supported are none, linear and llama3's factors"
-        )
+        raise ValueError(f"{where}: rope.scaling.type is {kind!r}; supported are none, linear and llama3's factors")
     linear = kind == "linear" or factor != 1.0
     if linear and (type(factor) is not float or not 0 < factor < math.inf):
         raise ValueError(f"{where}: rope.scaling.factor is {factor!r}; expected a positive number")

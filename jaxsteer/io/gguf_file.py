@@ -122,9 +122,7 @@ def _parse(path: Path, cursor: _Cursor) -> Gguf:
         try:
             infos[name] = shape, GGMLQuantizationType(code), offset
         except ValueError:
-            raise ValueError(
-                f"tensor {name} is of type {code}, which this gguf package does not know"
-            ) from None
+            raise ValueError(f"tensor {name} is of type {code}, which this gguf package does not know") from None
 
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
@@ -134,14 +132,10 @@ def _parse(path: Path, cursor: _Cursor) -> Gguf:
     for name, (shape, kind, offset) in infos.items():
         block, width = GGML_QUANT_SIZES[kind]
         if not shape or 0 in shape or shape[-1] % block:
-            raise ValueError(
-                f"tensor {name} of shape {list(shape)} is not made of {kind.name} blocks of {block}"
-            )
+            raise ValueError(f"tensor {name} of shape {list(shape)} is not made of {kind.name} blocks of {block}")
         nbytes = size(shape) // block * width
         if start + offset + nbytes > len(cursor.data):
-            raise ValueError(
-                f"tensor {name} would end at byte {start + offset + nbytes} of {len(cursor.data)}"
-            )
+            raise ValueError(f"tensor {name} would end at byte {start + offset + nbytes} of {len(cursor.data)}")
         tensors[name] = Stored(shape, nbytes, _reader(path, name, shape, kind, start + offset, nbytes))
     return Gguf(path, metadata, tensors)
 

@@ -99,11 +99,7 @@ def load_tokenizer(source: str | Path) -> Any:
         ValueError: the source has no tokenizer, or one of a kind that is not known.
     """
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER))
-    return (
-        tokenizer_from_gguf(open_gguf(path).metadata, str(path))
-        if path.is_file()
-        else tokenizer_from_folder(path)
-    )
+    return tokenizer_from_gguf(open_gguf(path).metadata, str(path)) if path.is_file() else tokenizer_from_folder(path)
 
 
 def _read_config(path: Path) -> tuple[Family, ModelConfig]:

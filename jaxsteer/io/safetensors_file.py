@@ -75,9 +75,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         ) from None
 
 
-def _parse(
-    path: Path, header: dict[str, Any], start: int, length: int
-) -> tuple[dict[str, Stored], dict[str, str]]:
+def _parse(path: Path, header: dict[str, Any], start: int, length: int) -> tuple[dict[str, Stored], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ holds something other than text")
@@ -102,9 +100,7 @@ def _parse(
     return stored, metadata
 
 
-def _reader(
-    path: Path, name: str, code: str, shape: tuple[int, ...], offset: int
-) -> Callable[[], np.ndarray]:
+def _reader(path: Path, name: str, code: str, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         if code not in FLOATS:
             raise ValueError(

@@ -33,14 +33,10 @@ def locate(source: str | Path, patterns: tuple[str, ...]) -> Path:
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return path
-        raise ValueError(
-            f"{path}: expected a folder, a .gguf file or a hub id; for safetensors give their folder"
-        )
+        raise ValueError(f"{path}: expected a folder, a .gguf file or a hub id; for safetensors give their folder")
     # What cannot be a repository's id is never asked for: a mistyped path should not become a request.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.suffix.lower() in (".gguf", ".safetensors"):
-        raise ValueError(
-            f"{source}: no such folder or .gguf file, and not an id on the Hugging Face Hub (owner/name)"
-        )
+        raise ValueError(f"{source}: no such folder or .gguf file, and not an id on the Hugging Face Hub (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:

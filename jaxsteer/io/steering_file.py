@@ -122,13 +122,9 @@ def load_steering(path: str | Path, config: ModelConfig | None = None) -> Steeri
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: the metadata cannot be read ({error})") from None
     if mark != fingerprint(own):
-        raise ValueError(
-            f"{path}: the fingerprint {mark} is not that of the config beside it; the file was altered"
-        )
+        raise ValueError(f"{path}: the fingerprint {mark} is not that of the config beside it; the file was altered")
     if config is not None and (reasons := differences(config, own)):
-        raise ValueError(
-            f"{path}: made for {name}, which is another model than this one: {'; '.join(reasons)}"
-        )
+        raise ValueError(f"{path}: made for {name}, which is another model than this one: {'; '.join(reasons)}")
     try:
         validate_plan(plan, own)
     except ValueError as error:

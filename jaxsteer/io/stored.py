@@ -91,9 +91,7 @@ def transform(row: Row, layout: str) -> Any:
     return row.gguf_transform or row.transform if layout == "gguf" else row.transform
 
 
-def check_names(
-    stored: Mapping[str, Stored], layout: str, family: Family, config: ModelConfig, where: str
-) -> None:
+def check_names(stored: Mapping[str, Stored], layout: str, family: Family, config: ModelConfig, where: str) -> None:
     """Compare names and shapes with what the family's table expects.
 
     Raises:

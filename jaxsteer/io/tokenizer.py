@@ -87,9 +87,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Any:
     def named(name: str) -> str | None:
         i = said.get(f"ggml.{name}_token_id")
         if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
-            raise ValueError(
-                f"{where}: tokenizer.ggml.{name}_token_id is {i!r}, the vocabulary has {len(tokens)}"
-            )
+            raise ValueError(f"{where}: tokenizer.ggml.{name}_token_id is {i!r}, the vocabulary has {len(tokens)}")
         return None if i is None else tokens[i]
 
     roles = {"bos": named("bos"), "eos": named("eos"), "unk": named("unknown"), "pad": named("padding")}
@@ -184,7 +182,7 @@ def _sentencepiece(said: Mapping[str, Any], tokens: list[str], kinds: list[int],
 
 
 def _transformers() -> Any:
-    """transformers, imported when first needed and without its remark that PyTorch, which nobody needs here, is missing."""
+    """transformers, imported when first needed, without its remark that PyTorch is missing: nobody needs it here."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 

@@ -50,9 +50,7 @@ IDENTITY = Transform(lambda t, c: t, lambda t, c: t)
 TRANSPOSE = Transform(lambda t, c: t.T, lambda t, c: t.T, flips=True)
 """PyTorch's Linear.weight [out, in] against our kernel [in, out]."""
 
-ROTARY_Q = Transform(
-    lambda t, c: _heads_apart(t, c.heads).T, lambda t, c: _heads_together(t.T, c.heads), flips=True
-)
+ROTARY_Q = Transform(lambda t, c: _heads_apart(t, c.heads).T, lambda t, c: _heads_together(t.T, c.heads), flips=True)
 """Query weight [out, in] (or bias [out]) in llama.cpp's order, where rotary pairs are neighbours."""
 
 ROTARY_K = Transform(
@@ -100,9 +98,7 @@ class Row:
 
     def exists(self, config: ModelConfig) -> bool:
         """Whether a model with these features has the parameter."""
-        return (not self.when or getattr(config, self.when)) and not (
-            self.unless and getattr(config, self.unless)
-        )
+        return (not self.when or getattr(config, self.when)) and not (self.unless and getattr(config, self.unless))
 
 
 REQUIRED = object()
@@ -259,9 +255,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelCon
             continue
         if name in family.fixed and value == family.fixed[name]:
             continue
-        allowed = (
-            f"only {family.fixed[name]!r} is supported" if name in family.fixed else "the field is not known"
-        )
+        allowed = f"only {family.fixed[name]!r} is supported" if name in family.fixed else "the field is not known"
         raise ValueError(
             f"{where}: {name} is {value!r}, but for the {family.name} family {allowed}. If it changes "
             "nothing in the forward pass, remove it from the file; otherwise this model cannot be loaded "
@@ -317,14 +311,11 @@ def rope_from_hf(raw: Mapping[str, Any], max_length: int, where: str) -> tuple[f
     theta = said.pop("rope_theta", 10_000.0)
     original = said.pop("original_max_position_embeddings", max_length)
     if said.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"{where}: partial_rotary_factor must be 1.0: rotary positions cover the whole head here"
-        )
+        raise ValueError(f"{where}: partial_rotary_factor must be 1.0: rotary positions cover the whole head here")
     expected = _ROPE_NUMBERS[kind]
     if set(said) != set(expected):
         raise ValueError(
-            f"{where}: rope_type {kind!r} has the parameters {sorted(said)}; expected exactly "
-            f"{list(expected)}"
+            f"{where}: rope_type {kind!r} has the parameters {sorted(said)}; expected exactly {list(expected)}"
         )
     for key, value in {**said, "rope_theta": theta, "original_max_position_embeddings": original}.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:

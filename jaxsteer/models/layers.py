@@ -7,7 +7,7 @@ with. That call is the whole of what a model knows about interventions.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -17,27 +17,37 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxsteer.models.attention import Span, attention
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.types import Array
+from jaxsteer.types import Array, Cache
 
 
 class Steer(Protocol):
     """What happens at a site: (site, x, y, kernel of a projection) -> y'."""
 
-    def __call__(self, site: str, x: Array, y: Array, kernel: Array | None = None) -> Array: ...
+    def __call__(self, site: str, x: Array, y: Array, kernel: Array | None = None) -> Array:
+        """The site's y, steered."""
+        ...
 
 
-class KeyValues(NamedTuple):
-    """A layer's cached keys and values with the new ones to be written at slot `used`.
+class LayerCache(NamedTuple):
+    """The cache of all layers, and the layer whose part is read and written.
 
-    k, v [L, B, S, K, H] (all layers: they ride in the scan's carry, so that writing is in place) · layer, used [] ·
-    span of all S slots, the new ones included.
+    It rides whole in the scan's carry, so that writing is in place. Where the tokens to be written stand is in
+    `cache.segments` and `cache.positions` already.
     """
 
-    k: Array
-    v: Array
+    cache: Cache
     layer: Array
-    used: Array
-    span: Span
+
+    def write(self, k: Array, v: Array) -> LayerCache:
+        """Put new keys and values [B, T, K, H] at the first free slots."""
+        at = (self.layer, 0, self.cache.used, 0, 0)
+        put = lambda stack, new: jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), at)
+        return self._replace(cache=self.cache._replace(k=put(self.cache.k, k), v=put(self.cache.v, v)))
+
+    def read(self, dtype: Any) -> tuple[Array, Array]:
+        """All keys and values of the layer, two [B, S, K, H]."""
+        get = lambda stack: jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False).astype(dtype)
+        return get(self.cache.k), get(self.cache.v)
 
 
 class Inputs(NamedTuple):
@@ -131,8 +141,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, inputs: Inputs, cache: KeyValues | None, steer: Steer
-    ) -> tuple[Array, KeyValues | None]:
+        self, x: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer
+    ) -> tuple[Array, LayerCache | None]:
         """x [B, T, D], normalised -> the attention's contribution to the residual stream, and the cache written to."""
         c = self.config
         B, T, _ = x.shape
@@ -147,13 +157,8 @@ class Attention(nn.Module):
         if cache is None:
             heads = attention(q, k, v, inputs.span)
         else:
-            at = (cache.layer, 0, cache.used, 0, 0)
-            cache = cache._replace(
-                k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
-                v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
-            )
-            read = lambda stack: jax.lax.dynamic_index_in_dim(stack, cache.layer, keepdims=False).astype(x.dtype)
-            heads = attention(q, read(cache.k), read(cache.v), inputs.span, cache.span)
+            cache = cache.write(k, v)
+            heads = attention(q, *cache.read(x.dtype), inputs.span, Span(cache.cache.segments, cache.cache.positions))
         heads = steer("attn.heads", x, heads)
         y = Projection(c.width, c.attn_bias, "attn.o", name="o")(heads.reshape(B, T, -1), steer)
         return steer("attn", x, y), cache
@@ -181,8 +186,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, h: Array, inputs: Inputs, cache: KeyValues | None, steer: Steer
-    ) -> tuple[Array, KeyValues | None]:
+        self, h: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer
+    ) -> tuple[Array, LayerCache | None]:
         """h [B, T, D], the residual stream -> the stream after the block, and the cache written to."""
         c = self.config
         y, cache = Attention(c, name="attn")(RMSNorm(c.norm_eps, name="attn_norm")(h), inputs, cache, steer)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from jax import lax
 from jaxsteer.batches import select
 from jaxsteer.models.attention import Span
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.layers import Block, Embed, Inputs, KeyValues, RMSNorm, rotary_angles
+from jaxsteer.models.layers import Block, Embed, Inputs, LayerCache, RMSNorm, rotary_angles
 from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Context, Output, Plan, PyTree, Steering, Taps
 
 Remat = Literal["none", "selective", "full"]
@@ -108,53 +109,55 @@ def forward(
         [L, B, T, ...], taken after the interventions at their site.
 
     Raises:
-        ValueError: an unknown site in `capture`, or steering that lacks one of the plan's slots.
+        ValueError: an unknown site in `capture`, or steering whose slots are not the plan's.
+        AssertionError: the batch's fields are not all [B, T] of one shape.
     """
     config, plan = model.config, model.plan
+    chex.assert_rank(batch, 2)
+    chex.assert_equal_shape(batch)
     for site in capture:
         if site not in SITES:
             raise ValueError(f"cannot capture {site!r}; the sites are {', '.join(SITES)}")
     missing = [slot.name for slot in plan if slot.name not in steering]
     if missing or len(steering) > len(plan):
         raise ValueError(
-            f"the steering pytree has slots {sorted(steering)}, the plan {[s.name for s in plan]}; they must be the same"
+            f"the steering pytree has slots {sorted(steering)}, the plan {[slot.name for slot in plan]}; "
+            "they must be the same"
         )
 
     span = Span(batch.segments, batch.positions)
     inputs = Inputs(*rotary_angles(config, batch.positions), span)
     masks = {slot.name: select(slot.positions, batch) for slot in plan}
     per_layer = _spread(plan, steering, config.layers)
-    kv, slots_span = None, None
     if cache is not None:
         at = (0, cache.used)
-        slots_span = Span(
-            lax.dynamic_update_slice(cache.segments, batch.segments, at),
-            lax.dynamic_update_slice(cache.positions, batch.positions, at),
+        cache = cache._replace(
+            segments=lax.dynamic_update_slice(cache.segments, batch.segments, at),
+            positions=lax.dynamic_update_slice(cache.positions, batch.positions, at),
         )
-        kv = (cache.k, cache.v)
 
-    def block(weights: PyTree, state: tuple, layer: Array, p: Steering) -> tuple[tuple, Taps]:
-        h, kv = state
+    def block(weights: PyTree, state: tuple, layer: Array, p: Steering | None) -> tuple[tuple, Taps]:
+        h, cache = state
         taps: Taps = {}
 
         def steer(site: str, x: Array, y: Array, kernel: Array | None = None) -> Array:
             for slot in plan:
-                if site in slot.sites:
+                if p is not None and site in slot.sites:
                     context = Context(layer, kernel, _fold_key(key, slot.name, site, layer), train)
                     y = _steered(slot.method.apply, p[slot.name][site], x, y, context, masks[slot.name])
             if site in capture:
                 taps[site] = y
             return y
 
-        written = None if kv is None else KeyValues(*kv, layer, cache.used, slots_span)
-        h, written = Block(config).apply({"params": weights}, h, inputs, written, steer)
-        return (h, None if written is None else (written.k, written.v)), taps
+        at = None if cache is None else LayerCache(cache, layer)
+        h, at = Block(config).apply({"params": weights}, h, inputs, at, steer)  # type: ignore[assignment]
+        return (h, None if at is None else at.cache), taps
 
     h = Embed(config).apply({"params": base["embed"]}, batch.tokens)
-    (h, kv), taps = _scan_blocks(model, block, base["blocks"], (h, kv), per_layer)
-    hidden = RMSNorm(config.norm_eps).apply({"params": base["final_norm"]}, h)
+    (h, cache), taps = _scan_blocks(model, block, base["blocks"], (h, cache), per_layer)
+    hidden: Array = RMSNorm(config.norm_eps).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
     if cache is not None:
-        cache = Cache(*kv, *slots_span, cache.used + batch.tokens.shape[1])
+        cache = cache._replace(used=cache.used + batch.tokens.shape[1])
     return Output(hidden, cache, taps)
 
 
@@ -180,10 +183,13 @@ def _scan_blocks(
 
     def indexed(state: tuple, xs: tuple) -> tuple[tuple, Taps]:
         layer, p = xs
-        return block(jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=False), weights), state, layer, p)
+        return block(
+            jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=False), weights), state, layer, p
+        )
 
     part = lambda tree, start, stop: jax.tree.map(lambda leaf: leaf[start:stop], tree)
-    state, below = lax.scan(indexed, state, part((indices, per_layer), 0, split))
+    # No steering at all below: its zeros depend on the steering tree, and would be differentiated through every layer.
+    state, below = lax.scan(lambda state, layer: indexed(state, (layer, None)), state, indices[:split])
     upper = indexed if model.remat == "none" else remat(indexed)
     state, above = lax.scan(upper, state, part((indices, per_layer), split, L))
     return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), below, above)

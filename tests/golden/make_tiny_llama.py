@@ -65,9 +65,7 @@ def main(folder):
     for name, config in MODELS.items():
         model = LlamaForCausalLM(config).float().eval()
         with torch.no_grad():
-            for (
-                parameter
-            ) in model.parameters():  # initial biases and norms are trivial: none may hide a mistake
+            for parameter in model.parameters():  # initial biases and norms are trivial: none may hide a mistake
                 parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.ndim > 1 else 0.5))
             result = model(ids, output_hidden_states=True)
         model.save_pretrained(Path(folder) / name)

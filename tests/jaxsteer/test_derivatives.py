@@ -101,10 +101,11 @@ def test_vmap_over_seeds_is_the_loop(name, base):
     model, steering = small(name)
     batch = supervised_batch(13, 2, 6, 2)
     keys = jax.random.split(jax.random.key(0), 3)
-    stacked = jax.vmap(lambda key: init_steering(model.plan, SMALL, key))(keys)
+    init = lambda key: init_steering(model.plan, SMALL, key)
+    stacked, alone = fast_jit(jax.vmap(init))(keys), fast_jit(init)
     shift = lambda tree: jax.tree.map(jnp.add, tree, steering)  # fresh parameters alone would steer nothing
     got = fast_jit(jax.vmap(lambda s: forward(model, base, shift(s), batch).hidden))(stacked)
     for i, key in enumerate(keys):
-        one = init_steering(model.plan, SMALL, key)
+        one = alone(key)
         close(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), one, 0)
         close(got[i], run(model, base, shift(one), batch).hidden, 1e-5)

@@ -12,7 +12,7 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import init_base
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
-from tiny_tokenizer import tiny_tokenizer  # noqa: E402
+from tiny_tokenizer import tiny_tokenizer
 
 TINY = ModelConfig(
     vocab_size=259, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48, tied_head=True, max_length=64

@@ -52,9 +52,7 @@ def everything():
 
 
 def abstract(tree):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x, tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, jax.Array) else x, tree)
 
 
 def bits(x):
@@ -434,8 +432,7 @@ def test_two_processes_save_and_restore_together(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     commands = [[sys.executable, "-c", TWO, str(tmp_path), str(port), str(index)] for index in range(2)]
     both = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        for command in commands
+        subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for command in commands
     ]
     for process in both:
         try:

@@ -49,9 +49,7 @@ def test_training_draws_whatever_there_is(tmp_path, rows, evaluations):
 
 def test_layers(tmp_path):
     path = tmp_path / "layers.png"
-    series = {f"method {index}": list(np.linspace(index, 1, 8)) for index in range(9)} | {
-        "gap": [1.0, math.nan, 2.0]
-    }
+    series = {f"method {index}": list(np.linspace(index, 1, 8)) for index in range(9)} | {"gap": [1.0, math.nan, 2.0]}
     plot_by_layer(path, series, ylabel="relative error", title="First order")
     assert size(path)[0] == 1200
 

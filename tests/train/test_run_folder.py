@@ -39,9 +39,15 @@ def test_resuming_needs_the_same_settings(tmp_path):
 
 
 def test_the_same_run_is_not_begun_twice(tmp_path):
-    open_run(tmp_path, CONFIG, resume=False)
+    open_run(tmp_path, CONFIG, resume=False).metrics.write_text("")
     with pytest.raises(ValueError, match="--resume to go on, or another --out"):
         open_run(tmp_path, CONFIG, resume=False)
+
+
+def test_settings_that_never_began_to_train_do_not_block_the_folder(tmp_path):
+    open_run(tmp_path, CONFIG | {"plan": "mistyped"}, resume=False)
+    run = open_run(tmp_path, CONFIG, resume=False)
+    assert "mistyped" not in run.config.read_text()
 
 
 def test_nothing_to_resume(tmp_path):

@@ -75,7 +75,9 @@ def test_full_fine_tuning_writes_a_model(config, tmp_path):
     config = replace(config, plan=(), train_base=True, optim=OptimConfig(lr=1e-3), steps=2, evaluate_every=0)
     result = train(config)
     tuned, base = load_model(result.run.folder / "model").base, load_model(config.model).base
-    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (tuned, base)), strict=True))
+    assert any(
+        np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (tuned, base)), strict=True)
+    )
     assert not result.run.steering.exists()
 
 
@@ -85,8 +87,8 @@ from train.tasks import JsonlTask
 from jaxsteer.optim import OptimConfig
 
 def config():
-    return TrainConfig(task=JsonlTask({data!r}), model={model!r}, plan=("nonlinear(rank=4) @ block",), steps=400, rows=4,
-                       row_length=32, optim=OptimConfig(lr=3e-3), test_examples=0, checkpoint_every=5)
+    return TrainConfig(task=JsonlTask({data!r}), model={model!r}, plan=("nonlinear(rank=4) @ block",), steps=400,
+                       rows=4, row_length=32, optim=OptimConfig(lr=3e-3), test_examples=0, checkpoint_every=5)
 """
 
 
@@ -220,15 +222,17 @@ def test_an_output_folder_with_another_run_is_refused(config):
 
 def test_configs_and_overrides(tmp_path):
     shipped = load_config_file(ROOT / "configs" / "listops_smollm2.py")
-    changed = from_command_line("x", [str(ROOT / "configs/listops_smollm2.py"), "--optim.lr", "0.003", "--rows", "2"])
+    changed = from_command_line(
+        "sft", "x", [str(ROOT / "configs/listops_smollm2.py"), "--optim.lr", "0.003", "--rows", "2"]
+    )
     assert changed == replace(shipped, rows=2, optim=replace(shipped.optim, lr=0.003))
     with pytest.raises(SystemExit):
-        from_command_line("x", ["--optim.learning-rate", "1"])
+        from_command_line("sft", "x", ["--optim.learning-rate", "1"])
     with pytest.raises(ValueError, match="no such config file"):
-        from_command_line("x", [str(tmp_path / "missing.py")])
+        from_command_line("sft", "x", [str(tmp_path / "missing.py")])
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="def config"):
-        from_command_line("x", [str(tmp_path / "empty.py")])
+        from_command_line("sft", "x", [str(tmp_path / "empty.py")])
 
 
 def test_tasks_survive_json():
@@ -257,3 +261,14 @@ def test_the_other_programs(config, tmp_path):
     assert set(json.loads(answers[0])) >= {"prompt", "output", "extracted", "gold", "correct", "truncated"}
     assert "no such file" in run("train.generate", "missing.safetensors", "x", fails=True)
     assert "error:" in run("train.sft", str(ROOT / "configs/listops_smollm2.py"), "--plan", "nothing", fails=True)
+
+
+def test_one_trace_serves_every_step(config):
+    from train.base_models import load
+    from train.setup import make_training, step_batch
+
+    training = make_training(config, load(config.model))
+    state, step = training.state, training.step
+    for k in range(3):
+        state, _ = step(state, step_batch(config, training.data, k), training.frozen)
+    assert step._cache_size() == 1

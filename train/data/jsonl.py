@@ -122,9 +122,7 @@ def _chat(messages: Any, key: str, where: str, completions: bool) -> tuple[Turn,
     for i, message in enumerate(messages):
         name = f"{key}[{i}]"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise ValueError(
-                f'{where}: {name} must be an object {{"role": ..., "content": ...}}, got {_show(message)}'
-            )
+            raise ValueError(f'{where}: {name} must be an object {{"role": ..., "content": ...}}, got {_show(message)}')
         role = message["role"]
         if role not in _CHAT_ROLES:
             raise ValueError(

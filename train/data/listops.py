@@ -81,9 +81,7 @@ class ListOps:
         """Reject settings that no problem could meet."""
         unknown = [o for o in self.operations if o not in OPERATIONS]
         if unknown or not self.operations or len(set(self.operations)) != len(self.operations):
-            raise ValueError(
-                f"ListOps operations: got {self.operations}, need distinct names of {sorted(OPERATIONS)}"
-            )
+            raise ValueError(f"ListOps operations: got {self.operations}, need distinct names of {sorted(OPERATIONS)}")
         if self.max_depth < 1 or self.max_args < 2:
             raise ValueError(
                 f"ListOps: got max_depth {self.max_depth}, max_args {self.max_args}; need at least 1 and 2"

@@ -86,9 +86,7 @@ class DataSource:
                 "raise the row length, or tokenise with max_length and on_long='drop'"
             )
         shuffle = _generator(self.seed, 0).permutation(len(lengths))
-        packed = (
-            pack(lengths[shuffle].tolist(), self.length) if self.pack else [[i] for i in range(len(lengths))]
-        )
+        packed = pack(lengths[shuffle].tolist(), self.length) if self.pack else [[i] for i in range(len(lengths))]
         # A place is numbered by the example that the first shuffle put there.
         object.__setattr__(self, "_lengths", lengths)
         object.__setattr__(self, "_layout", [shuffle[row] for row in packed])

@@ -64,9 +64,7 @@ def prompt_batches(
                     f"{sorted(lengths)}; add a longer one"
                 )
         empty = rows - len(chosen)
-        batch = stack_rows(
-            [[prompts[i]] for i in chosen] + [[] for _ in range(empty)], length, left=side == "left"
-        )
+        batch = stack_rows([[prompts[i]] for i in chosen] + [[] for _ in range(empty)], length, left=side == "left")
         yield PromptBatch(batch, np.array(chosen + [-1] * empty, np.int32))
 
 

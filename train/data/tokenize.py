@@ -205,9 +205,7 @@ def _chat_pieces(example: Example, tokenizer: Any, generate: bool) -> list[tuple
 
     def render(count: int, prompt: bool) -> str:
         try:
-            return tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=prompt
-            )
+            return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
         except TemplateError as error:
             raise ValueError(
                 f"{example.source}: the chat template refused messages 0 to {count - 1}: {error}"
@@ -264,9 +262,7 @@ def _beginning(tokenizer: Any) -> list[int]:
 def _end_of_sequence(tokenizer: Any) -> int:
     """The id that ends a completion."""
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no end-of-sequence token to end a completion; set tokenizer.eos_token"
-        )
+        raise ValueError("the tokenizer has no end-of-sequence token to end a completion; set tokenizer.eos_token")
     return int(tokenizer.eos_token_id)
 
 

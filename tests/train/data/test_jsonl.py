@@ -65,9 +65,7 @@ def test_own_keys_and_template(tmp_path):
 
 
 def test_prompts_only(tmp_path):
-    path = write(
-        tmp_path, {"prompt": "p", "answer": 1.5}, chat(("user", "u")), {"prompt": "p", "completion": "c"}
-    )
+    path = write(tmp_path, {"prompt": "p", "answer": 1.5}, chat(("user", "u")), {"prompt": "p", "completion": "c"})
     examples = read_jsonl(path, completions=False)
     assert [len(e.turns) for e in examples] == [1, 1, 2]
     assert examples[0].gold == "1.5"

@@ -239,8 +239,8 @@ def test_read_tsv(tmp_path):
     assert sum(map(len, found.values())) == 60
     for split, examples in found.items():
         for e in examples:
-            assert split_of(e.turns[0].text.removesuffix(' = ')) == split
-            assert e.turns[0].text.removesuffix(' = ') == rows[int(e.source.rpartition(":")[2]) - 1]
+            assert split_of(e.turns[0].text.removesuffix(" = ")) == split
+            assert e.turns[0].text.removesuffix(" = ") == rows[int(e.source.rpartition(":")[2]) - 1]
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,7 @@ def test_template_that_rewrites_earlier_turns():
     # As reasoning models do: only the last answer keeps its thoughts.
     body = "message['content'] if loop.last or message['role'] != 'assistant' else '...'"
     tokenizer = tiny_tokenizer(template=CHATML.replace("message['content']", f"({body})"))
-    with pytest.raises(
-        ValueError, match=r"talk\.jsonl:1: the chat template is not prefix-stable: with message 3"
-    ):
+    with pytest.raises(ValueError, match=r"talk\.jsonl:1: the chat template is not prefix-stable: with message 3"):
         encode([TALK], tokenizer, chat=True)
     single = Example(TALK.turns[:3], "talk.jsonl:2")
     assert spans(tokenizer, one(single, tokenizer, chat=True)) == [" Hello\n<|im_end|>"]
