@@ -105,16 +105,18 @@ def test_distribution_of_samples(settings, want):
 
 def test_samples_depend_on_the_key_and_the_step(tiny_config, tiny_base):
     draw = fast_jit(
-        lambda key: generate(
-            Model(tiny_config),
-            tiny_base,
-            {},
-            prompts("right"),
-            key,
-            max_new_tokens=NEW,
-            stop_tokens=(),
-            sampling=Sampling(temperature=5.0),
-        ).tokens
+        lambda key: (
+            generate(
+                Model(tiny_config),
+                tiny_base,
+                {},
+                prompts("right"),
+                key,
+                max_new_tokens=NEW,
+                stop_tokens=(),
+                sampling=Sampling(temperature=5.0),
+            ).tokens
+        )
     )
     first, again, other = (np.asarray(draw(jax.random.key(i))) for i in (0, 0, 1))
     np.testing.assert_array_equal(first, again)

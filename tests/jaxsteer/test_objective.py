@@ -42,9 +42,7 @@ def test_second_derivatives():
         return fast_jit(lambda: jax.jvp(grad, (hidden, head), tangent))()
 
     close(jvp_of_grad(cross_entropy), jvp_of_grad(naive_loss), 1e-5)
-    reverse = lambda f: fast_jit(
-        jax.grad(lambda h: jnp.vdot(jax.grad(f)(h, head, targets), tangent[0]))
-    )(hidden)
+    reverse = lambda f: fast_jit(jax.grad(lambda h: jnp.vdot(jax.grad(f)(h, head, targets), tangent[0])))(hidden)
     close(reverse(cross_entropy), reverse(naive_loss), 1e-5)
 
 

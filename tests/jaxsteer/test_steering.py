@@ -114,7 +114,10 @@ def test_initial_values(tiny_config):
     """Kaiming uniform for what reads, ±init_scale/√width; zeros for what writes."""
     plan = (slot(Nonlinear(init_scale=0.5)), slot(LoRA(), ("mlp.down",), name="lora"), slot(name="v"))
     steering = init_steering(plan, tiny_config, jax.random.key(0))
-    for leaf, bound in ((steering["mine"]["block"]["D"], 0.5 / 32**0.5), (steering["lora"]["mlp.down"]["A"], 1 / 48**0.5)):
+    for leaf, bound in (
+        (steering["mine"]["block"]["D"], 0.5 / 32**0.5),
+        (steering["lora"]["mlp.down"]["A"], 1 / 48**0.5),
+    ):
         assert 0.95 * bound < np.abs(leaf).max() <= bound
         assert abs(np.mean(leaf)) < 0.1 * bound
     for leaf in (steering["mine"]["block"]["U"], steering["lora"]["mlp.down"]["B"], steering["v"]["block"]["v"]):
@@ -125,7 +128,10 @@ def test_plans_as_json(tiny_config):
     plan = (
         slot(Nonlinear(rank=3, alpha=0.5, activation="tanh"), ("block", "mlp"), layers=(0, 2)),
         slot(LoRA(rank=2, alpha=5.0), ("attn.q",), name="lora", positions=Positions("ends", 2, 3)),
-        *(slot_of(name, tiny_config, slot=name, positions=Positions.parse(kind)) for name, kind in zip(METHODS, KINDS, strict=False)),
+        *(
+            slot_of(name, tiny_config, slot=name, positions=Positions.parse(kind))
+            for name, kind in zip(METHODS, KINDS, strict=False)
+        ),
     )
     back = plan_from_json(json.loads(json.dumps(plan_to_json(plan))))
     assert back == plan
@@ -134,7 +140,7 @@ def test_plans_as_json(tiny_config):
 
 def test_json_of_another_version_is_refused():
     entry = plan_to_json((slot(Nonlinear()),))[0]
-    with pytest.raises(ValueError, match="mine.*telepathy.*nonlinear"):
+    with pytest.raises(ValueError, match=r"mine.*telepathy.*nonlinear"):
         plan_from_json([entry | {"method": {"name": "telepathy"}}])
-    with pytest.raises(ValueError, match="mine.*nonlinear.*strength"):
+    with pytest.raises(ValueError, match=r"mine.*nonlinear.*strength"):
         plan_from_json([entry | {"method": entry["method"] | {"strength": 2}}])

@@ -95,9 +95,7 @@ def test_accumulated_microbatches_are_one_big_batch(tiny_config, tiny_base):
 
 def test_a_batch_with_nothing_to_learn_changes_nothing(tiny_config, tiny_base):
     plan = (slot_of("nonlinear", tiny_config, sites=("block",)),)
-    state, frozen, step = start(
-        Model(tiny_config, plan), tiny_base, random_steering(plan, tiny_config), optax.sgd(1.0)
-    )
+    state, frozen, step = start(Model(tiny_config, plan), tiny_base, random_steering(plan, tiny_config), optax.sgd(1.0))
     new, metrics = step(state, make_batch(np.ones((2, 9), int)), frozen)
     assert metrics.loss == 0
     assert metrics.supervised == 0
@@ -118,7 +116,9 @@ def lowered_step(train_base):
     params = Params(base, steering)
     trained, frozen = split(params, param_labels(params, plan, train_base=train_base))
     tx = optax.adam(1e-3)
-    state = jax.eval_shape(lambda: init_state(jax.tree.map(lambda s: jnp.zeros(s.shape), trained), tx, jax.random.key(0)))
+    state = jax.eval_shape(
+        lambda: init_state(jax.tree.map(lambda s: jnp.zeros(s.shape), trained), tx, jax.random.key(0))
+    )
     batch = jax.eval_shape(lambda: make_batch(np.ones((3, 17), int)))
     return jax.jit(partial(train_step, model=model, tx=tx)), state, batch, frozen
 

@@ -35,9 +35,7 @@ def edit(folder, name, **fields):
 def test_layout_is_that_of_the_forward_pass(golden, name):
     model = load_model(golden / name)
     fresh = jax.eval_shape(lambda: init_base(model.config, jax.random.key(0)))
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), model.base) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), fresh
-    )
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), model.base) == jax.tree.map(lambda a: (a.shape, a.dtype), fresh)
     assert (model.name, model.family, model.stop_tokens) == (name, "llama", (2,))
     assert model.tokenizer is None
 
@@ -73,9 +71,7 @@ def test_bfloat16_files(folder):
     rewrite(folder, lambda t: t.update({k: v.astype(ml_dtypes.bfloat16) for k, v in t.items()}))
     base = load_base(folder)
     assert base["head"]["kernel"].dtype == jnp.float32
-    np.testing.assert_array_equal(
-        base["head"]["kernel"], load_base(folder, dtype=jnp.bfloat16)["head"]["kernel"]
-    )
+    np.testing.assert_array_equal(base["head"]["kernel"], load_base(folder, dtype=jnp.bfloat16)["head"]["kernel"])
 
 
 def test_shards_give_the_same(golden, folder):

@@ -23,9 +23,7 @@ PLAN = (
 
 @pytest.fixture
 def saved(tmp_path):
-    steering = jax.tree.map(
-        lambda leaf: leaf + 0.25, init_steering(PLAN, CONFIG, jax.random.key(0), jnp.float32)
-    )
+    steering = jax.tree.map(lambda leaf: leaf + 0.25, init_steering(PLAN, CONFIG, jax.random.key(0), jnp.float32))
     path = tmp_path / "runs" / "steer.safetensors"
     save_steering(path, steering, PLAN, model_name="tiny", config=CONFIG, notes={"task": "boolq", "steps": 7})
     return path, steering

@@ -38,9 +38,7 @@ def test_defaults_are_those_of_transformers():
 
 
 def test_features_are_read():
-    config = read(
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
-    )
+    config = read(num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
     assert (config.kv_heads, config.head_dim) == (8, 128)
     assert (config.tied_head, config.attn_bias, config.mlp_bias) == (True, True, True)
 

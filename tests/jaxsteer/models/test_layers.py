@@ -1,6 +1,7 @@
 """The parts of a block by themselves, against plain numpy."""
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def packed_span(B, T, seed=0):
     segments, positions = np.zeros((2, B, T), np.int32)
     for b in range(B):
         cuts = [b, T // 3, T // 2 + b, T - 2 * b]
-        for number, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True), 1):
+        for number, (start, stop) in enumerate(pairwise(cuts), 1):
             segments[b, start:stop] = number
             positions[b, start:stop] = np.arange(stop - start)
     return Span(segments, positions)
