@@ -13,7 +13,7 @@ from jaxsteer.batches import make_batch
 from jaxsteer.generate import Sampling, generate
 from jaxsteer.interventions import METHODS, Fixed, Linear, LoRA, Nonlinear
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.transformer import Model, forward, head_kernel, init_base
+from jaxsteer.models.transformer import Model, forward, init_base, output_embedding
 from jaxsteer.objective import mean_loss
 from jaxsteer.optim import OptimConfig, Params, make_optimizer, merge, param_labels, split
 from jaxsteer.plan_text import parse_plan
@@ -47,7 +47,6 @@ __all__ = [
     "fold",
     "forward",
     "generate",
-    "head_kernel",
     "init_base",
     "init_state",
     "init_steering",
@@ -55,6 +54,7 @@ __all__ = [
     "make_optimizer",
     "mean_loss",
     "merge",
+    "output_embedding",
     "param_labels",
     "parse_plan",
     "plan_from_json",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.models.transformer import Model, forward, head_kernel, init_cache
+from jaxsteer.models.transformer import Model, forward, output_embedding, init_cache
 from jaxsteer.objective import logits_of
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
@@ -93,7 +93,7 @@ def generate(
             raise ValueError("sampling with a temperature above 0 needs a key")
         key = jax.random.key(0)
     B, T = prompts.tokens.shape
-    head = head_kernel(base)
+    head = output_embedding(base)
     stops = jnp.array(stop_tokens, jnp.int32)
     real = prompts.segments > 0
     last = jnp.max(jnp.where(real, jnp.arange(T, dtype=jnp.int32)[None], 0), axis=1)  # [B], column of the last token

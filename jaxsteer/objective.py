@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsteer.models.transformer import Model, forward, head_kernel
+from jaxsteer.models.transformer import Model, forward, output_embedding
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 CHUNK_TOKENS = 512
@@ -32,9 +32,9 @@ def next_tokens(batch: Batch) -> Targets:
 
 
 def logits_of(hidden: Array, head: Array) -> Array:
-    """Hidden [..., D] @ head [D, V] -> logits [..., V] in at least fp32."""
+    """Hidden [..., D] times the output embedding [V, D] -> logits [..., V] in at least fp32."""
     wide = np.promote_types(hidden.dtype, np.float32)
-    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=wide)
+    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=wide)
 
 
 def _nll(hidden: Array, head: Array, tokens: Array) -> Array:
@@ -42,25 +42,36 @@ def _nll(hidden: Array, head: Array, tokens: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
 
 
+def _nll_and_slope(hidden: Array, head: Array, tokens: Array) -> tuple[Array, Array]:
+    """The nll [M] and its gradient in `hidden` [M, D], Σ_v p_v head_v − head_token, from one set of logits."""
+    logits = logits_of(hidden, head)
+    highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    unnormalised = jnp.exp(logits - highest)
+    norm = jnp.sum(unnormalised, axis=-1, keepdims=True)
+    target = jnp.take(head, tokens, axis=0)
+    at_target = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+    mean = jnp.einsum("mv,vd->md", unnormalised.astype(head.dtype), head, preferred_element_type=logits.dtype) / norm
+    return (jnp.log(norm) + highest - at_target)[:, 0], mean - target.astype(mean.dtype)
+
+
 @jax.custom_jvp
 def token_nll(hidden: Array, head: Array, tokens: Array) -> Array:
-    """−log p(token | hidden): hidden [M, D], head [D, V], tokens int [M] -> [M], at least fp32.
+    """−log p(token | hidden): hidden [M, D], head [V, D], tokens int [M] -> [M], at least fp32.
 
-    Its derivative in `hidden` is taken together with the value, (softmax − onehot) headᵀ, while the logits are at
-    hand: the backward pass neither keeps nor recomputes [M, V]. Composes with grad, jvp and their nesting.
+    Its derivative in `hidden` is taken together with the value, while the logits are at hand: the backward pass neither
+    keeps nor recomputes [M, V]. Composes with grad, jvp and their nesting.
     """
     return _nll(hidden, head, tokens)
 
 
 @partial(token_nll.defjvp, symbolic_zeros=True)
-def _token_nll_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Any]:
+def _token_nll_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     hidden, head, tokens = primals
     hidden_dot, head_dot, _ = tangents
-    nll, pull = jax.vjp(lambda h: _nll(h, head, tokens), hidden)
+    nll, slope = _nll_and_slope(hidden, head, tokens)
     out = jnp.zeros_like(nll)
     if type(hidden_dot) is not SymbolicZero:
-        (slope,) = pull(jnp.ones_like(nll))
-        out += jnp.einsum("md,md->m", slope, hidden_dot, preferred_element_type=out.dtype)
+        out += jnp.einsum("md,md->m", slope, hidden_dot.astype(slope.dtype))
     if type(head_dot) is not SymbolicZero:  # only when the head is trained: its logits are recomputed
         out += jax.jvp(jax.checkpoint(lambda w: _nll(hidden, w, tokens)), (head,), (head_dot,))[1]
     return nll, out
@@ -73,7 +84,7 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets) -> Array:
     one left, so the unsupervised rest never meets the vocabulary, whatever share of the batch it is.
 
     Args:
-        hidden: [B, T, D]. head: [D, V]. targets: [B, T].
+        hidden: [B, T, D]. head: the output embedding [V, D]. targets: [B, T].
     """
     B, T, D = hidden.shape
     width = min(T, max(1, CHUNK_TOKENS // B))
@@ -104,7 +115,7 @@ def supervised_loss(
 ) -> Array:
     """The summed cross-entropy of a batch's supervised tokens; divide by `total_weight` for the mean. Scalar."""
     hidden = forward(model, base, steering, batch, key=key, train=train).hidden
-    return cross_entropy(hidden, head_kernel(base), next_tokens(batch))
+    return cross_entropy(hidden, output_embedding(base), next_tokens(batch))
 
 
 def mean_loss(model: Model, base: PyTree, steering: Steering, batch: Batch) -> Array:

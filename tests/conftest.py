@@ -34,7 +34,7 @@ def tiny_base(tiny_config):
     base = compiled_fast(tiny_config, jax.random.key(7))
     return base | {
         "embed": {"embedding": base["embed"]["embedding"] * 25},
-        "head": {"kernel": base["head"]["kernel"] * 15},
+        "head": {"embedding": base["head"]["embedding"] * 15},
     }
 
 

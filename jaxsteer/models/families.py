@@ -201,7 +201,7 @@ LLAMA = Family(
         *_projection("mlp/up", "mlp.up_proj", "ffn_up", ("D", "F")),
         *_projection("mlp/down", "mlp.down_proj", "ffn_down", ("F", "D")),
         Row("final_norm/scale", ("D",), "model.norm.weight", "output_norm.weight"),
-        Row("head/kernel", ("D", "V"), "lm_head.weight", "output.weight", TRANSPOSE, unless="tied_head"),
+        Row("head/embedding", ("V", "D"), "lm_head.weight", "output.weight", IDENTITY, unless="tied_head"),
     ),
     harmless=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
 )

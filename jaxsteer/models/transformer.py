@@ -50,7 +50,7 @@ def init_base(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> PyTr
     """Random weights in the layout of the base tree, layers stacked on a leading axis.
 
     {"embed": {"embedding": [V, D]}, "blocks": {... leaves [L, ...]}, "final_norm": {"scale": [D]}} and, unless the
-    head is tied, "head": {"kernel": [D, V]}.
+    head is tied, "head": {"embedding": [V, D]}.
     """
     embed, blocks, head = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 2), jnp.int32)
@@ -64,14 +64,16 @@ def init_base(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> PyTr
         "final_norm": {"scale": jnp.ones(config.width)},
     }
     if not config.tied_head:
-        kernel = jax.nn.initializers.normal(0.02)(head, (config.width, config.vocab_size))
-        base["head"] = {"kernel": kernel}
+        base["head"] = Embed(config).init(head, tokens)["params"]
     return jax.tree.map(lambda leaf: leaf.astype(dtype), base)
 
 
-def head_kernel(base: PyTree) -> Array:
-    """The output projection [D, V]: the head's kernel, or the transposed embedding where the head is tied."""
-    return base["head"]["kernel"] if "head" in base else base["embed"]["embedding"].T
+def output_embedding(base: PyTree) -> Array:
+    """The vectors [V, D] whose products with a hidden state are the logits; the input embedding where the head is tied.
+
+    Kept in this order, untied too: a transposed embedding would be copied at every use.
+    """
+    return base["head" if "head" in base else "embed"]["embedding"]
 
 
 def init_cache(config: ModelConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:

@@ -8,7 +8,7 @@ from tiny import every_kind, fast_jit, random_steering, rows, run
 
 from jaxsteer import Model, Sampling, generate, make_batch
 from jaxsteer.generate import sample
-from jaxsteer.models.transformer import head_kernel
+from jaxsteer.models.transformer import output_embedding
 from jaxsteer.objective import logits_of
 
 NEW = 6
@@ -26,7 +26,7 @@ def steered(tiny_config):
 def naive(steered, tiny_base):
     """Greedy continuations by running prompt and completion from the start for every new token."""
     model, steering = steered
-    head, done = head_kernel(tiny_base), []
+    head, done = output_embedding(tiny_base), []
     for prompt in PROMPTS:
         ids = list(prompt)
         for _ in range(NEW):

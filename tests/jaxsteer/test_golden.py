@@ -10,7 +10,7 @@ from tiny import close, fast_jit, run
 
 from jaxsteer import Fixed, Linear, LoRA, Model, Nonlinear, Positions, Slot, make_batch
 from jaxsteer.io import load_model
-from jaxsteer.models.transformer import forward, head_kernel
+from jaxsteer.models.transformer import forward, output_embedding
 from jaxsteer.objective import Targets, cross_entropy, logits_of
 from jaxsteer.types import PROJECTIONS
 
@@ -80,7 +80,7 @@ def test_steered_logits_loss_and_gradients(case, reference, golden_llama):
     @partial(jax.value_and_grad, has_aux=True)
     def loss(steering):
         hidden = forward(Model(golden_llama.config, (slot,)), base, steering, batch).hidden
-        head = head_kernel(base)
+        head = output_embedding(base)
         return cross_entropy(hidden, head, targets) / jnp.sum(targets.weights), logits_of(hidden, head)
 
     (value, logits), grads = loss(steering)
@@ -94,7 +94,7 @@ def test_steered_logits_loss_and_gradients(case, reference, golden_llama):
 def test_base_logits_hidden_and_loss(reference, golden_llama):
     batch = make_batch(reference["ids"], None, reference["loss_weights"])
     out = run(Model(golden_llama.config), golden_llama.base, {}, batch, capture=("block",))
-    close(logits_of(out.hidden, head_kernel(golden_llama.base)), reference["base/logits"], 1e-5)
+    close(logits_of(out.hidden, output_embedding(golden_llama.base)), reference["base/logits"], 1e-5)
     embedded = golden_llama.base["embed"]["embedding"][batch.tokens]
     close(embedded, reference["base/hidden_0"], 1e-5)
     for i in (1, 2):
@@ -107,7 +107,7 @@ def test_other_features_of_the_family(name, golden):
     theirs = np.load(golden / "tiny_llama.npz")
     model = load_model(golden / name)
     out = run(Model(model.config), model.base, {}, make_batch(theirs["ids"]), capture=("block",))
-    close(logits_of(out.hidden, head_kernel(model.base)), theirs[f"{name}/logits"], 1e-5)
+    close(logits_of(out.hidden, output_embedding(model.base)), theirs[f"{name}/logits"], 1e-5)
     hidden = theirs[f"{name}/hidden"]
     close(out.taps["block"][:-1], hidden[1:-1], 1e-5)
     close(out.hidden, hidden[-1], 1e-5)

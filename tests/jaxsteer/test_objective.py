@@ -20,7 +20,7 @@ def small_chunks(monkeypatch):
 
 def problem(T=T, share=0.5, seed=0):
     draw = np.random.default_rng(seed)
-    hidden, head = draw.standard_normal((B, T, D)), draw.standard_normal((D, V))
+    hidden, head = draw.standard_normal((B, T, D)), draw.standard_normal((V, D))
     weights = draw.uniform(0.5, 2, (B, T)) * (draw.uniform(size=(B, T)) < share)
     f32 = lambda x: jnp.asarray(x, jnp.float32)
     return f32(hidden), f32(head), Targets(jnp.asarray(draw.integers(0, V, (B, T)), jnp.int32), f32(weights))
@@ -56,7 +56,7 @@ def test_forward_derivative():
 def test_token_nll_is_the_log_softmax():
     hidden, head, targets = problem()
     got = token_nll(hidden[0], head, targets.tokens[0])
-    logp = jax.nn.log_softmax(hidden[0] @ head)
+    logp = jax.nn.log_softmax(hidden[0] @ head.T)
     close(got, -logp[jnp.arange(T), targets.tokens[0]], 1e-5)
 
 
@@ -106,7 +106,7 @@ def test_chunks_without_supervision_are_not_computed(counts, chunks, monkeypatch
 def test_the_logits_of_all_positions_never_exist():
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
     targets = Targets(jax.ShapeDtypeStruct((B, 1000), jnp.int32), shape(B, 1000))
-    lowered = lambda f: jax.jit(jax.grad(f, (0, 1))).lower(shape(B, 1000, D), shape(D, V), targets).as_text()
+    lowered = lambda f: jax.jit(jax.grad(f, (0, 1))).lower(shape(B, 1000, D), shape(V, D), targets).as_text()
     assert f"2x1000x{V}" in lowered(naive_loss)  # what is looked for would be found
     text = lowered(cross_entropy)
     assert f"10x{V}x" in text

@@ -7,7 +7,7 @@ import pytest
 from tiny import close
 
 from jaxsteer import Model, Nonlinear, Slot, forward, generate, init_steering, make_batch
-from jaxsteer.models.transformer import head_kernel
+from jaxsteer.models.transformer import output_embedding
 from jaxsteer.objective import logits_of
 
 pytestmark = pytest.mark.xdist_group("smollm2")  # one worker loads it
@@ -46,8 +46,8 @@ def test_logits(smollm2, theirs):
     batch = padded(theirs, range(PROMPTS), "left")
     hidden = run(Model(smollm2.config), smollm2.base, {}, batch).hidden
     stride = int(theirs["stride"])
-    head = head_kernel(smollm2.base)
-    strided = logits_of(hidden, head[:, ::stride])
+    head = output_embedding(smollm2.base)
+    strided = logits_of(hidden, head[::stride])
     for i in range(PROMPTS):
         want = theirs[f"logits/{i}"]
         close(strided[i, -len(want) :], want, 1e-3)

@@ -117,5 +117,5 @@ def supervised_batch(vocab, B=3, T=10, prompt=4, seed=0):
 
 def naive_loss(hidden, head, targets):
     """Cross-entropy by materialising every logit."""
-    logp = jax.nn.log_softmax(jnp.einsum("btd,dv->btv", hidden, head))
+    logp = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, head))
     return -jnp.sum(jnp.take_along_axis(logp, targets.tokens[..., None], -1)[..., 0] * targets.weights)

@@ -43,7 +43,7 @@ def test_a_tree_that_does_not_fit_is_refused_before_anything_is_written(golden, 
     model = load_model(golden / "tiny_llama")
     base = {**model.base, "extra": {"x": jnp.ones(3)}, "final_norm": {"scale": jnp.ones(47)}}
     del base["head"]
-    with pytest.raises(ValueError, match="head/kernel is missing") as error:
+    with pytest.raises(ValueError, match="head/embedding is missing") as error:
         save_hf(tmp_path / "out", model.config, base, "llama")
     assert "final_norm/scale has shape [47], expected [48]" in str(error.value)
     assert "extra/x is unknown" in str(error.value)

@@ -46,7 +46,7 @@ def test_values_and_orientation(golden):
     for i in range(3):
         ours = base["blocks"]["attn"]["k"]["kernel"][i]
         np.testing.assert_array_equal(ours, theirs[f"model.layers.{i}.self_attn.k_proj.weight"].T)
-    np.testing.assert_array_equal(base["head"]["kernel"], theirs["lm_head.weight"].T)
+    np.testing.assert_array_equal(base["head"]["embedding"], theirs["lm_head.weight"])
     np.testing.assert_array_equal(base["embed"]["embedding"], theirs["model.embed_tokens.weight"])
 
 
@@ -59,8 +59,8 @@ def test_dtype_progress_and_placement(golden):
         place=lambda path, leaf: placed.append(path) or jnp.asarray(leaf),
     )
     assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {jnp.dtype(jnp.bfloat16)}
-    exact = load_base(golden / "tiny_llama")["head"]["kernel"]
-    np.testing.assert_array_equal(base["head"]["kernel"], exact.astype(jnp.bfloat16))
+    exact = load_base(golden / "tiny_llama")["head"]["embedding"]
+    np.testing.assert_array_equal(base["head"]["embedding"], exact.astype(jnp.bfloat16))
     done = [d for d, _ in seen]
     assert done == sorted(done)
     assert seen[-1] == (seen[0][1], seen[0][1])
@@ -70,8 +70,8 @@ def test_dtype_progress_and_placement(golden):
 def test_bfloat16_files(folder):
     rewrite(folder, lambda t: t.update({k: v.astype(ml_dtypes.bfloat16) for k, v in t.items()}))
     base = load_base(folder)
-    assert base["head"]["kernel"].dtype == jnp.float32
-    np.testing.assert_array_equal(base["head"]["kernel"], load_base(folder, dtype=jnp.bfloat16)["head"]["kernel"])
+    assert base["head"]["embedding"].dtype == jnp.float32
+    np.testing.assert_array_equal(base["head"]["embedding"], load_base(folder, dtype=jnp.bfloat16)["head"]["embedding"])
 
 
 def test_shards_give_the_same(golden, folder):
