@@ -12,6 +12,10 @@ import numpy as np
 from jaxsteer.types import Array
 
 
+CPU_ROWS = 4
+"""Rows of a batch that attention takes at a time on CPU: their scores stay in the processor's cache."""
+
+
 class Span(NamedTuple):
     """Where the tokens of one side of the attention stand: segments and positions, [B, T] or [B, S]."""
 
@@ -36,7 +40,9 @@ def attend_row(q: Array, k: Array, v: Array, query: Span, key: Span) -> Array:
     S, K, _ = k.shape
     q = (q * H**-0.5).transpose(1, 0, 2).reshape(K, N // K * T, H)  # the query heads of a group share one matmul
     scores = jnp.einsum("kth,skh->kts", q, k, preferred_element_type=np.promote_types(q.dtype, np.float32))
-    scores = jnp.where(visible(query, key)[None, None], scores.reshape(K, N // K, T, S), jnp.finfo(scores.dtype).min)
+    # Added, not selected: a sum has no derivative to compute, and a masked weight of 0 passes none on.
+    bias = jnp.where(visible(query, key), 0.0, 0.5 * np.finfo(scores.dtype).min).astype(scores.dtype)
+    scores = scores.reshape(K, N // K, T, S) + bias[None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(K, N // K * T, S)
     return jnp.einsum("kts,skh->kth", weights, v).reshape(N, T, H).transpose(1, 0, 2)
 
@@ -72,15 +78,15 @@ def attend_causal_row(q: Array, k: Array, v: Array, span: Span) -> Array:
 def attention(q: Array, k: Array, v: Array, query: Span, key: Span | None = None) -> Array:
     """Causal grouped-query attention within segments: q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
-    `key` tells where cached keys stand; without it the row attends to itself. On CPU the rows of the batch are mapped
-    over one at a time and rematerialised, so that the scores of a row stay in the processor's cache and are never
-    stored. Free of custom derivative rules: jvp, vjp and any nesting of them pass through.
+    `key` tells where cached keys stand; without it the row attends to itself. On CPU the batch is mapped over a few rows
+    at a time and rematerialised, so that scores stay in the processor's cache and are never stored. Free of custom
+    derivative rules: jvp, vjp and any nesting of them pass through.
     """
     by_row = jax.default_backend() == "cpu" and q.shape[1] > 1
     if key is not None:
         if by_row:
-            return jax.lax.map(lambda row: attend_row(*row), (q, k, v, query, key))
+            return jax.lax.map(lambda row: attend_row(*row), (q, k, v, query, key), batch_size=CPU_ROWS)
         return jax.vmap(attend_row)(q, k, v, query, key)
     if by_row:
-        return jax.lax.map(jax.checkpoint(lambda row: attend_causal_row(*row)), (q, k, v, query))
+        return jax.lax.map(jax.checkpoint(lambda row: attend_causal_row(*row)), (q, k, v, query), batch_size=CPU_ROWS)
     return jax.vmap(attend_row)(q, k, v, query, query)
