@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.models.transformer import Model, forward, output_embedding, init_cache
+from jaxsteer.models.transformer import Model, forward, init_cache, output_embedding
 from jaxsteer.objective import logits_of
 from jaxsteer.types import Array, Batch, PyTree, Steering
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxsteer.types import Array
 
-
 CPU_ROWS = 4
 """Rows of a batch that attention takes at a time on CPU: their scores stay in the processor's cache."""
 
@@ -78,8 +77,8 @@ def attend_causal_row(q: Array, k: Array, v: Array, span: Span) -> Array:
 def attention(q: Array, k: Array, v: Array, query: Span, key: Span | None = None) -> Array:
     """Causal grouped-query attention within segments: q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
-    `key` tells where cached keys stand; without it the row attends to itself. On CPU the batch is mapped over a few rows
-    at a time and rematerialised, so that scores stay in the processor's cache and are never stored. Free of custom
+    `key` tells where cached keys stand; without it the row attends to itself. On CPU the batch is mapped over a few
+    rows at a time and rematerialised, so that scores stay in the processor's cache and are never stored. Free of custom
     derivative rules: jvp, vjp and any nesting of them pass through.
     """
     by_row = jax.default_backend() == "cpu" and q.shape[1] > 1
