@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions.low_rank import check_rank, kaiming_uniform, site_width
+from jaxsteer.interventions.low_rank import read_write_specs
 from jaxsteer.types import Array, Context, Intervention, Kind, ParamSpec, SiteDims
 
 
@@ -29,12 +28,7 @@ class Linear(Intervention):
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
         """D [R, D] reads, U [D, R] writes."""
-        width = site_width(dims, "linear steering")
-        check_rank(self.rank, width, width)
-        return {
-            "D": ParamSpec((self.rank, width), ("rank", "width"), kaiming_uniform(self.init_scale)),
-            "U": ParamSpec((width, self.rank), ("width", "rank"), jax.nn.initializers.zeros),
-        }
+        return read_write_specs(dims, self.rank, self.init_scale, "linear steering")
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + α · U D y."""

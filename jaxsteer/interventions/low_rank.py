@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.types import Array, Initializer, SiteDims
+from jaxsteer.types import Array, Initializer, ParamSpec, SiteDims
 
 
 def check_rank(rank: int, n_in: int, n_out: int) -> None:
@@ -22,6 +22,20 @@ def site_width(dims: SiteDims, method: str) -> int:
     if len(dims.y) != 1:
         raise ValueError(f"{method} steers one vector a token; this site has {dims.y} (heads, head_dim) for each")
     return dims.y[0]
+
+
+def read_write_specs(dims: SiteDims, rank: int, init_scale: float, method: str) -> dict[str, ParamSpec]:
+    """D [R, D] that reads a site, uniform in ±init_scale/√width, and U [D, R] that writes to it, zero.
+
+    Raises:
+        ValueError: the rank does not fit, or the site has no one vector a token.
+    """
+    width = site_width(dims, method)
+    check_rank(rank, width, width)
+    return {
+        "D": ParamSpec((rank, width), ("rank", "width"), kaiming_uniform(init_scale)),
+        "U": ParamSpec((width, rank), ("width", "rank"), jax.nn.initializers.zeros),
+    }
 
 
 def kaiming_uniform(scale: float = 1.0) -> Initializer:
