@@ -129,7 +129,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a program; an error that is the user's to mend is one sentence on stderr, exit status 1."""
     try:
         main()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
         from rich.console import Console
         from rich.text import Text
 

@@ -161,10 +161,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(conf
     assert train(replace(config, resume=True)) is not None
 
 
-def bad(config, **changes):
-    return replace(config, **changes)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
