@@ -66,7 +66,7 @@ def select(positions: Positions, batch: Batch) -> Array | None:
         same = jnp.pad(batch.segments[:, 1:] == batch.segments[:, :-1], ((0, 0), (0, 1)))
         speaks_next = jnp.pad(completion[:, 1:], ((0, 0), (0, 1)), constant_values=True)
         return real & ~completion & (~same | speaks_next)
-    half = batch.prompt_lengths // 2 if positions.first and positions.last else batch.prompt_lengths
+    half = batch.prompt_lengths // 2  # so that first:n and last:n never overlap, in one slot or in two
     from_end = batch.prompt_lengths - 1 - batch.positions
     first = batch.positions < jnp.minimum(positions.first, half)
     return prompt & (first | (from_end < jnp.minimum(positions.last, half)))

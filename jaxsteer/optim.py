@@ -1,17 +1,21 @@
-"""What trains and how: labels over (base, steering), the split into trained and frozen leaves, and optax.partition."""
+"""What trains and how: labels over (base, steering), the split into trained and frozen leaves, and the optimizer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsteer.orthogonality import HIGHEST, Orthogonality, project_orthogonal
 from jaxsteer.types import Array, Plan, PyTree, Steering
 
 Schedule = Literal["constant", "linear", "cosine"]
+Group = Literal["weights", "activations"]
+Rate = float | Array
 
 
 class Params(NamedTuple):
@@ -33,6 +37,10 @@ class OptimConfig:
     """How the rate goes down after the warm-up, to 0 at the last step: constant (not at all), linear or cosine."""
     warmup: float = 0.03
     """Share of the steps over which the rate rises from 0."""
+    weights_schedule: Schedule | None = None
+    """Of the weight parameters; None = schedule."""
+    weights_warmup: float | None = None
+    """Of the weight parameters; None = warmup."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW), for both groups."""
     b1: float = 0.9
@@ -50,12 +58,20 @@ class OptimConfig:
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
                 raise ValueError(f"optim.{name}: a learning rate must be above 0, got {rate}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"optim.warmup: a share of the steps, at least 0 and below 1; got {self.warmup}")
+        for name in ("warmup", "weights_warmup"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share < 1:
+                raise ValueError(f"optim.{name}: a share of the steps, at least 0 and below 1; got {share}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"optim.clip: must be above 0, or None for no clipping; got {self.clip}")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"optim.schedule: constant, linear or cosine; got {self.schedule!r}")
+        for name in ("schedule", "weights_schedule"):
+            kind = getattr(self, name)
+            if kind not in get_args(Schedule) and not (name == "weights_schedule" and kind is None):
+                raise ValueError(f"optim.{name}: constant, linear or cosine; got {kind!r}")
+
+    def peak(self, group: Group) -> float:
+        """The peak learning rate of a group."""
+        return self.weights_lr if group == "weights" and self.weights_lr is not None else self.lr
 
 
 def param_labels(params: Params, plan: Plan, *, train_base: bool = False, frozen: tuple[str, ...] = ()) -> PyTree:
@@ -65,18 +81,22 @@ def param_labels(params: Params, plan: Plan, *, train_base: bool = False, frozen
         params: the whole trees.
         plan: decides, by each method's kind, the group of a slot.
         train_base: the base weights train (full fine-tuning).
-        frozen: names of slots that do not train.
+        frozen: names of slots that do not train; constants of a method never do.
 
     Raises:
         ValueError: a frozen slot that is not in the plan.
     """
     if unknown := sorted(set(frozen) - {slot.name for slot in plan}):
         raise ValueError(f"cannot freeze {unknown}: the plan's slots are {[slot.name for slot in plan]}")
-    group = {slot.name: "frozen" if slot.name in frozen else f"{slot.method.kind}s" for slot in plan}
     base = jax.tree.map(lambda _: "weights" if train_base else "frozen", params.base)
-    return Params(
-        base, {name: jax.tree.map(lambda _, n=name: group[n], tree) for name, tree in params.steering.items()}
-    )
+    steering = {}
+    for slot in plan:
+        group = "frozen" if slot.name in frozen else f"{slot.method.kind}s"
+        steering[slot.name] = {
+            site: {name: "frozen" if name in slot.method.constants else group for name in tree}
+            for site, tree in params.steering[slot.name].items()
+        }
+    return Params(base, steering)
 
 
 def split(params: Params, labels: PyTree) -> tuple[Params, Params]:
@@ -95,24 +115,44 @@ def merge(trained: Params, frozen: Params) -> Params:
     return jax.tree.map(pick, trained, frozen, is_leaf=lambda leaf: leaf is None)
 
 
-def make_schedule(config: OptimConfig, peak: float, steps: int) -> optax.Schedule:
-    """Learning rate at each step: a linear warm-up to `peak`, then `config.schedule` down to 0 at `steps`."""
-    warmup = round(config.warmup * steps)
-    after = {
-        "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, max(1, steps - warmup)),
-        "cosine": optax.cosine_decay_schedule(peak, max(1, steps - warmup)),
-    }[config.schedule]
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
-
-
-def make_optimizer(config: OptimConfig, labels: PyTree, steps: int) -> optax.GradientTransformation:
-    """Clip the global norm, then AdamW with a learning rate for each group.
+def make_schedule(config: OptimConfig, group: Group, steps: int, peak: Rate | None = None) -> optax.Schedule:
+    """Learning rate of a group at each step: a linear warm-up to the peak, then its schedule down to 0 at `steps`.
 
     Args:
-        config: rates and schedule.
+        peak: instead of the config's; may be traced, so that runs of several rates are one program.
+    """
+    kind, share = config.schedule, config.warmup
+    if group == "weights":
+        kind = config.weights_schedule or kind
+        share = share if config.weights_warmup is None else config.weights_warmup
+    warmup = round(share * steps)
+    after = {
+        "constant": optax.constant_schedule(1.0),
+        "linear": optax.linear_schedule(1.0, 0.0, max(1, steps - warmup)),
+        "cosine": optax.cosine_decay_schedule(1.0, max(1, steps - warmup)),
+    }[kind]
+    shape = optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup]) if warmup else after
+    height = config.peak(group) if peak is None else peak
+    return lambda step: height * shape(step)
+
+
+def make_optimizer(
+    config: OptimConfig,
+    labels: PyTree,
+    steps: int,
+    plan: Plan = (),
+    orthogonality: Orthogonality = Orthogonality("none"),  # noqa: B008  # frozen
+    peaks: Mapping[Group, Rate] | None = None,
+) -> optax.GradientTransformation:
+    """Clip the global norm, then AdamW with a learning rate for each group; then what the plan asks to be kept.
+
+    Args:
+        config: rates and schedules.
         labels: of the whole tree (`param_labels`); the frozen leaves may be None in the trees that it is used on.
         steps: length of the schedule.
+        plan: its methods' orthonormal parameters stay so; needed for that, and for a projection.
+        orthogonality: a projection goes around the optimizer where its mode says so (resolved, not `auto`).
+        peaks: learning rates instead of the config's, possibly traced.
 
     Raises:
         ValueError: fewer than 1 step.
@@ -120,26 +160,64 @@ def make_optimizer(config: OptimConfig, labels: PyTree, steps: int) -> optax.Gra
     if steps < 1:
         raise ValueError(f"a schedule needs at least 1 step, got {steps}")
 
-    def adam(peak: float) -> optax.GradientTransformation:
-        rate = make_schedule(config, peak, steps)
+    def adam(group: Group) -> optax.GradientTransformation:
+        rate = make_schedule(config, group, steps, (peaks or {}).get(group))
         return optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay)
 
-    groups = {
-        "weights": adam(config.weights_lr or config.lr),
-        "activations": adam(config.lr),
-    }
+    groups = {group: adam(group) for group in get_args(Group)}
     trained = jax.tree.map(lambda label: None if label == "frozen" else label, labels)
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-    return optax.chain(clip, optax.partition(groups, trained))
+    tx = optax.chain(clip, optax.partition(groups, trained))
+    if orthogonality.mode == "projection":
+        tx = project_orthogonal(tx, plan, orthogonality)
+    # Outermost: making rows orthonormal keeps their span, so a projection survives it.
+    return keep_orthonormal(tx, plan) if any(slot.method.orthonormal for slot in plan) else tx
+
+
+def keep_orthonormal(inner: optax.GradientTransformation, plan: Plan) -> optax.GradientTransformationExtraArgs:
+    """Wrap an optimizer so that the methods' orthonormal parameters stay orthonormal: R Rᵀ = I.
+
+    Riemannian descent on the Stiefel manifold: the gradient loses its part that would stretch the rows, G − sym(G Rᵀ) R;
+    after the inner update, R + u is retracted by its QR decomposition. Nothing of D × D is formed.
+    """
+
+    inner = optax.with_extra_args_support(inner)
+
+    def each(tree: PyTree, params: PyTree, change: object) -> PyTree:
+        steering = tree.steering
+        for slot in plan:
+            for site in slot.sites:
+                for name in slot.method.orthonormal:
+                    leaf = steering[slot.name][site][name]
+                    if leaf is not None:  # a frozen one
+                        new = change(leaf, params.steering[slot.name][site][name])  # type: ignore[operator]
+                        own = steering[slot.name] | {site: steering[slot.name][site] | {name: new}}
+                        steering = steering | {slot.name: own}
+        return tree._replace(steering=steering)
+
+    def update(grads: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        if params is None:
+            raise ValueError("keep_orthonormal needs the parameters: tx.update(grads, state, params)")
+        updates, state = inner.update(each(grads, params, tangent), state, params, **extra)
+        return each(updates, params, lambda u, r: retract(r + u) - r), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def tangent(gradient: Array, rows: Array) -> Array:
+    """G − sym(G Rᵀ) R, the part of G [..., R, D] that keeps orthonormal rows R orthonormal to first order."""
+    inner = jnp.einsum("...rd,...sd->...rs", gradient, rows, precision=HIGHEST)
+    symmetric = (inner + inner.swapaxes(-1, -2)) / 2
+    return gradient - jnp.einsum("...rs,...sd->...rd", symmetric, rows, precision=HIGHEST)
+
+
+def retract(rows: Array) -> Array:
+    """The orthonormal rows of a QR decomposition of [..., R, D], each on the side of the row it came from."""
+    q, r = jnp.linalg.qr(rows.swapaxes(-1, -2))
+    sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)
+    return (q * sign[..., None, :]).swapaxes(-1, -2)
 
 
 def learning_rates(config: OptimConfig, step: Array, steps: int) -> dict[str, Array]:
     """The rate of each group at a step, for the log."""
-    peaks = {"activations": config.lr, "weights": config.weights_lr or config.lr}
-    return {name: jnp.asarray(make_schedule(config, peak, steps)(step)) for name, peak in peaks.items()}
-
-
-def count_trained(params: Params, labels: PyTree) -> int:
-    """Number of scalars that train."""
-    trained: Any = split(params, labels)[0]
-    return sum(int(leaf.size) for leaf in jax.tree.leaves(trained))
+    return {group: jnp.asarray(make_schedule(config, group, steps)(step)) for group in get_args(Group)}

@@ -17,6 +17,8 @@ from jaxsteer.types import (
     PROJECTIONS,
     SITES,
     Array,
+    Intervention,
+    Kind,
     ParamSpec,
     Plan,
     Positions,
@@ -69,14 +71,19 @@ def param_specs(plan: Plan, config: ModelConfig) -> dict[str, dict[str, dict[str
     return {slot.name: {site: slot.method.param_specs(site_dims(config, site)) for site in slot.sites} for slot in plan}
 
 
-def init_steering(plan: Plan, config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Steering:
+def init_steering(
+    plan: Plan, config: ModelConfig, key: Array, dtype: Any = jnp.float32, *, base: PyTree | None = None
+) -> Steering:
     """Draw the steering pytree of a plan, steering[slot][site][param], each leaf [A, ...] over the slot's layers.
 
     Every leaf and layer has a key of its own, derived from its path, so that adding a slot or leaving out a layer
     changes nothing elsewhere.
 
+    Args:
+        base: the base tree; only methods that start from the weights need it (PiSSA).
+
     Raises:
-        ValueError: the plan does not fit the model, see `validate_plan`.
+        ValueError: the plan does not fit the model, see `validate_plan`; a method needs the base and there is none.
     """
     validate_plan(plan, config)
 
@@ -85,12 +92,47 @@ def init_steering(plan: Plan, config: ModelConfig, key: Array, dtype: Any = jnp.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.array(slot.active_layers(config.layers)))
         return jax.vmap(lambda k: spec.init(k, spec.shape, dtype))(keys)
 
+    def start(slot: Slot, site: str, specs: dict[str, ParamSpec]) -> dict[str, Array]:
+        drawn = {name: stack(slot, f"{slot.name}/{site}/{name}", spec) for name, spec in specs.items()}
+        if type(slot.method).from_kernel is Intervention.from_kernel:
+            return drawn
+        if base is None:
+            raise ValueError(f"slot {slot.name!r}: {method_name(slot.method)} starts from the weights; give `base`")
+        group, projection = site.split(".")
+        kernel = base["blocks"][group][projection]["kernel"]
+        # One layer after another: a singular value decomposition of all at once would need many times their memory.
+        return jax.lax.map(
+            lambda one: dict(slot.method.from_kernel(one[0], kernel[one[1]])),
+            (drawn, jnp.array(slot.active_layers(config.layers))),
+        )
+
     specs = param_specs(plan, config)
     return {
+        slot.name: {site: start(slot, site, params) for site, params in specs[slot.name].items()} for slot in plan
+    }
+
+
+def steering_shapes(plan: Plan, config: ModelConfig, dtype: Any = jnp.float32) -> Steering:
+    """The steering pytree of a plan as `jax.ShapeDtypeStruct`s."""
+    validate_plan(plan, config)
+    return {
         slot.name: {
-            site: {name: stack(slot, f"{slot.name}/{site}/{name}", spec) for name, spec in params.items()}
-            for site, params in specs[slot.name].items()
+            site: {
+                name: jax.ShapeDtypeStruct((len(slot.active_layers(config.layers)), *spec.shape), dtype)
+                for name, spec in params.items()
+            }
+            for site, params in param_specs(plan, config)[slot.name].items()
         }
+        for slot in plan
+    }
+
+
+def only(plan: Plan, steering: Steering, kind: Kind) -> Steering:
+    """The steering with the slots of the other kind switched off: zeros are the identity."""
+    return {
+        slot.name: steering[slot.name]
+        if slot.method.kind == kind
+        else jax.tree.map(jnp.zeros_like, steering[slot.name])
         for slot in plan
     }
 
@@ -141,6 +183,16 @@ def count_parameters(tree: PyTree) -> int:
     return sum(int(leaf.size) for leaf in jax.tree.leaves(tree))
 
 
+def count_trained(plan: Plan, steering: Steering, frozen: Sequence[str] = ()) -> int:
+    """Number of scalars that train in a steering pytree: without constants, heads not selected, frozen slots."""
+    return sum(
+        slot.method.count(steering[slot.name][site])
+        for slot in plan
+        if slot.name not in frozen
+        for site in slot.sites
+    )
+
+
 def method_name(method: Any) -> str:
     """The name under which METHODS lists a method."""
     for name, cls in METHODS.items():
@@ -180,7 +232,6 @@ def plan_from_json(data: Sequence[dict[str, Any]]) -> Plan:
             raise ValueError(
                 f"slot {entry['name']!r}: {name} has no setting {', '.join(unknown)}; it has {sorted(known)}"
             )
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         layers = None if entry["layers"] is None else tuple(entry["layers"])
         slots.append(
             Slot(

@@ -11,6 +11,7 @@ import optax
 from jaxsteer.models.transformer import Model
 from jaxsteer.objective import supervised_loss, total_weight
 from jaxsteer.optim import Params, merge
+from jaxsteer.orthogonality import Orthogonality, overlap, overlap_penalty
 from jaxsteer.steering import penalty
 from jaxsteer.types import Array, Batch
 
@@ -25,8 +26,9 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one step: mean cross-entropy (nats a supervised token), the methods' own penalty, the gradient's global norm
-    before clipping, and the supervised and real tokens of the batch. All scalar fp32.
+    """Of one step: mean cross-entropy (nats a supervised token), the penalties, the gradient's global norm before
+    clipping, the supervised and real tokens of the batch, and the overlap Ω of LoRA and steering in each layer that
+    has both, after the update. Scalar fp32 but for the overlap, fp32 [n].
     """
 
     loss: Array
@@ -34,6 +36,7 @@ class Metrics(NamedTuple):
     grad_norm: Array
     supervised: Array
     tokens: Array
+    overlap: Array
 
 
 def init_state(params: Params, tx: optax.GradientTransformation, key: Array) -> TrainState:
@@ -42,7 +45,13 @@ def init_state(params: Params, tx: optax.GradientTransformation, key: Array) -> 
 
 
 def train_step(
-    state: TrainState, batch: Batch, frozen: Params, *, model: Model, tx: optax.GradientTransformation
+    state: TrainState,
+    batch: Batch,
+    frozen: Params,
+    *,
+    model: Model,
+    tx: optax.GradientTransformation,
+    orthogonality: Orthogonality = Orthogonality("none"),  # noqa: B008  # frozen
 ) -> tuple[TrainState, Metrics]:
     """Update the trained leaves on one batch: L = Σ weight · nll / Σ weight + penalties.
 
@@ -54,6 +63,7 @@ def train_step(
         batch: fields [B, T], or [M, B, T] to accumulate over M microbatches.
         frozen: the leaves that do not train.
         model: static. tx: the optimizer, static.
+        orthogonality: resolved for the plan (`Orthogonality.resolve`); its penalty joins the loss.
     """
     if batch.tokens.ndim == 2:
         batch = jax.tree.map(lambda field: field[None], batch)
@@ -77,14 +87,18 @@ def train_step(
     else:
         (loss, grads), _ = jax.lax.scan(accumulate, zeros, (batch, indices))
 
-    extra, extra_grads = jax.value_and_grad(
-        lambda params: penalty(model.plan, merge(params, frozen).steering, state.step)
-    )(state.params)
+    def penalties(params: Params) -> Array:
+        steering = merge(params, frozen).steering
+        return penalty(model.plan, steering, state.step) + overlap_penalty(model.plan, steering, orthogonality)
+
+    extra, extra_grads = jax.value_and_grad(penalties)(state.params)
     grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, extra_grads)
 
     with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the caller has set
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        tx = optax.with_extra_args_support(tx)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, frozen=frozen)
     params = optax.apply_updates(state.params, updates)
     tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
-    metrics = Metrics(loss, extra, optax.tree.norm(grads), total_weight(batch), tokens)
+    shared = overlap(model.plan, merge(params, frozen).steering, orthogonality)
+    metrics = Metrics(loss, extra, optax.tree.norm(grads), total_weight(batch), tokens, shared)
     return TrainState(params, opt_state, state.step + 1, state.key), metrics

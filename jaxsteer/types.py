@@ -20,6 +20,9 @@ Kind = Literal["weight", "activation"]
 Initializer = Callable[[Array, tuple[int, ...], Any], Array]
 """(key, shape, dtype) -> array, as in jax.nn.initializers."""
 
+Directions = tuple[tuple[str, int], ...]
+"""Parameters of a method that are bundles of directions: (name, the axis over the width, counted from the end)."""
+
 Steering = dict[str, dict[str, dict[str, Array]]]
 """steering[slot][site][param], each leaf with a leading axis of the slot's active layers."""
 
@@ -63,6 +66,8 @@ class Context(NamedTuple):
     """0-based index of the layer, int32 []."""
     kernel: Array | None = None
     """The projection's kernel [in, out] at a weight site; None at an activation site."""
+    bias: Array | None = None
+    """The projection's bias [out] at a weight site that has one."""
     key: Array | None = None
     """A key of this slot, site and layer for anything random; None when evaluating."""
     train: bool = False
@@ -78,10 +83,26 @@ class Intervention(Protocol):
     kind: ClassVar[Kind]
     """Which optimizer group the parameters belong to; a weight method sits at PROJECTIONS, an activation method
     at ACTIVATIONS."""
+    constants: ClassVar[tuple[str, ...]] = ()
+    """Parameters that never train, whatever the labels of the rest."""
+
+    reads: ClassVar[Directions] = ()
+    """Parameters whose vectors are the directions that Δ reads of y."""
+    writes: ClassVar[Directions] = ()
+    """Parameters whose vectors are the directions that Δ is made of."""
+
+    @property
+    def orthonormal(self) -> tuple[str, ...]:
+        """Parameters [R, D] whose rows the optimizer keeps orthonormal (see `jaxsteer.optim.keep_orthonormal`)."""
+        return ()
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
         """Parameters of one layer. Raises ValueError where the settings do not fit the site (rank > width, ...)."""
         ...
+
+    def from_kernel(self, p: Mapping[str, Array], kernel: Array) -> Mapping[str, Array]:
+        """The initial parameters of one layer, for methods that start from the projection's kernel [in, out]."""
+        return p
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + Δ. x, y and p arrive in one dtype of at least fp32; the caller casts the result back."""
@@ -90,6 +111,10 @@ class Intervention(Protocol):
     def penalty(self, p: Mapping[str, Array], step: Array) -> Array:
         """The method's own term in the loss, for the stacked parameters of one site; 0 for most. Scalar fp32."""
         return jnp.zeros((), jnp.float32)
+
+    def count(self, p: Mapping[str, Array]) -> int:
+        """Number of scalars that train, in the stacked parameters of one site."""
+        return sum(int(leaf.size) for name, leaf in p.items() if name not in self.constants)
 
     def fold(self, p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
         """The projection's (kernel, bias) with Δ merged in, for one layer; None when it cannot be merged."""
@@ -101,7 +126,8 @@ class Positions:
     """Which tokens of an example a slot steers; counted inside the example, whatever the row around it holds.
 
     kind        all · prompt · completion · last · ends
-    first, last for kind "ends": the first and the last so many tokens of the prompt, each at most half of it
+    first, last for kind "ends": the first and the last so many tokens of the prompt, each at most half of it (rounded
+                down), so that a slot at the first and one at the last never meet
     """
 
     kind: Literal["all", "prompt", "completion", "last", "ends"] = "all"

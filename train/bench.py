@@ -93,7 +93,7 @@ def bench_train(config: TrainBench) -> dict[str, float]:
     load_seconds = time.perf_counter() - began
     plan = parse_plan(config.plan, loaded.config.layers)
     model = Model(loaded.config, plan, config.remat, config.train_base)
-    params = Params(loaded.base, init_steering(plan, loaded.config, jax.random.key(0)))
+    params = Params(loaded.base, init_steering(plan, loaded.config, jax.random.key(0), base=loaded.base))
     labels = param_labels(params, plan, train_base=config.train_base)
     trained, frozen = split(params, labels)
     tx = make_optimizer(OptimConfig(), labels, 1000)
@@ -143,7 +143,7 @@ def bench_decode(config: DecodeBench) -> dict[str, float]:
     loaded = load(config.model, config.dtype)
     plan = parse_plan(config.plan, loaded.config.layers)
     # Not the fresh initialisation, whose zeros a compiler could not know but a cache might like.
-    steering = jax.tree.map(lambda x: x + 0.01, init_steering(plan, loaded.config, jax.random.key(0)))
+    steering = jax.tree.map(lambda x: x + 0.01, init_steering(plan, loaded.config, jax.random.key(0), base=loaded.base))
     tokens = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (config.rows, config.prompt))
     row = [
         [TokenizedExample(t.astype(np.int32), np.zeros(config.prompt, np.float32), config.prompt, "")] for t in tokens

@@ -14,6 +14,7 @@ import tyro
 
 from jaxsteer.models.transformer import Remat
 from jaxsteer.optim import OptimConfig
+from jaxsteer.orthogonality import Orthogonality
 from train.data.tokenize import OnLong
 from train.tasks import ListOpsTask, Task, task_to_json
 
@@ -34,7 +35,9 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     """Names of slots that do not train."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Learning rates, schedule, clipping."""
+    """Learning rates, schedules, clipping."""
+    orthogonality: Orthogonality = field(default_factory=Orthogonality)
+    """How LoRA and steering are kept out of each other's way where the plan has both (joint adaptation)."""
     steps: int | None = None
     """Number of updates; None = as many as `epochs` gives."""
     epochs: float = 1.0

@@ -23,7 +23,7 @@ from jaxsteer.io import load_config, load_steering
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, forward
 from jaxsteer.plan_text import parse_plan
-from jaxsteer.steering import init_steering, method_name
+from jaxsteer.steering import method_name, steering_shapes
 from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
 from train.base_models import resolve_model
 from train.config import load_config_file, run_main
@@ -78,7 +78,7 @@ def print_plan(plan: Plan, steering: Steering, config: ModelConfig) -> None:
         layers = slot.active_layers(config.layers)
         shown = f"{layers[0]}-{layers[-1]}" if layers == tuple(range(layers[0], layers[-1] + 1)) else str(list(layers))
         for site in slot.sites:
-            count = sum(leaf.size for leaf in jax.tree.leaves(steering[slot.name][site]))
+            count = slot.method.count(steering[slot.name][site])
             total += count
             method = repr(slot.method).replace(type(slot.method).__name__, method_name(slot.method))
             table.add_row(slot.name, method, site, shown, str(slot.positions), f"{count:,}")
@@ -97,7 +97,7 @@ def main() -> None:
         run = load_config_file(config.source)
         features = load_config(resolve_model(config.model or run.model))
         plan = parse_plan(run.plan, features.layers)
-        print_plan(plan, jax.eval_shape(lambda k: init_steering(plan, features, k), jax.random.key(0)), features)
+        print_plan(plan, steering_shapes(plan, features), features)
         if config.prompt:
             raise ValueError(f"{config.source}: an untrained plan moves nothing; give a steering file for --prompt")
         return

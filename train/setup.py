@@ -15,7 +15,8 @@ from jaxsteer.io import LoadedModel
 from jaxsteer.models.transformer import Model
 from jaxsteer.optim import Params, make_optimizer, merge, param_labels, split
 from jaxsteer.plan_text import parse_plan
-from jaxsteer.steering import count_parameters, init_steering
+from jaxsteer.orthogonality import Orthogonality
+from jaxsteer.steering import count_parameters, count_trained, init_steering
 from jaxsteer.training import Metrics, TrainState, init_state, train_step
 from jaxsteer.types import Batch
 from train.config import TrainConfig
@@ -30,6 +31,7 @@ class Training:
     state: TrainState
     frozen: Params
     tx: optax.GradientTransformation
+    orthogonality: Orthogonality
     data: DataSource
     report: Report
     steps: int
@@ -39,7 +41,7 @@ class Training:
     @property
     def step(self) -> Any:
         """The jitted training step, (state, batch, frozen) -> (state, metrics); the state is donated."""
-        return jax.jit(partial(train_step, model=self.model, tx=self.tx), donate_argnums=0)
+        return jax.jit(partial(train_step, model=self.model, tx=self.tx, orthogonality=self.orthogonality), donate_argnums=0)
 
     def params(self, state: TrainState) -> Params:
         """The whole base and steering trees of a state."""
@@ -54,7 +56,8 @@ def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
     """
     plan = parse_plan(config.plan, loaded.config.layers)
     key = jax.random.key(config.seed)
-    steering = init_steering(plan, loaded.config, key)
+    steering = init_steering(plan, loaded.config, key, base=loaded.base)
+    orthogonality = config.orthogonality.resolve(plan)
     model = Model(loaded.config, plan, config.remat, config.train_base)
 
     examples = config.task.load("train")
@@ -69,12 +72,13 @@ def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
     params = Params(base, steering)
     labels = param_labels(params, plan, train_base=config.train_base, frozen=config.freeze)
     trained, frozen = split(params, labels)
-    trainable = count_parameters(trained)
+    trainable = count_parameters(trained.base) + count_trained(plan, steering, config.freeze)
     if not trainable:
         raise ValueError("nothing to train: every slot is frozen and train_base is off")
-    tx = make_optimizer(config.optim, labels, steps)
+    tx = make_optimizer(config.optim, labels, steps, plan, orthogonality)
     state = init_state(trained, tx, jax.random.fold_in(key, 1))
-    return Training(model, state, frozen, tx, data, report, steps, trainable, count_parameters(loaded.base))
+    total = count_parameters(loaded.base)
+    return Training(model, state, frozen, tx, orthogonality, data, report, steps, trainable, total)
 
 
 def step_batch(config: TrainConfig, data: DataSource, step: int) -> Batch:
@@ -86,6 +90,7 @@ def step_batch(config: TrainConfig, data: DataSource, step: int) -> Batch:
     return batch
 
 
-def to_floats(metrics: Metrics) -> dict[str, float]:
-    """Metrics as plain numbers."""
-    return {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+def to_floats(metrics: Metrics) -> dict[str, Any]:
+    """Metrics as plain numbers; the overlap as a list with a number for each joint layer, left out where there is none."""
+    values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics)._asdict().items()}
+    return values if values["overlap"] else {k: v for k, v in values.items() if k != "overlap"}

@@ -1,17 +1,48 @@
 """Interventions, one file per method; each is a function at a site, y' = y + Δ(params; x, y)."""
 
+from jaxsteer.interventions.direft import DiReFT
+from jaxsteer.interventions.dora import DoRA
 from jaxsteer.interventions.fixed import Fixed
+from jaxsteer.interventions.jola import JoLA
 from jaxsteer.interventions.linear import Linear
+from jaxsteer.interventions.lofit import LoFiT, LoFiTScale, select_heads, strongest_heads
 from jaxsteer.interventions.lora import LoRA
+from jaxsteer.interventions.loreft import LoReFT
 from jaxsteer.interventions.nonlinear import Nonlinear
+from jaxsteer.interventions.pissa import PiSSA
+from jaxsteer.interventions.rslora import RsLoRA
 from jaxsteer.types import Intervention
 
 METHODS: dict[str, type[Intervention]] = {
     "fixed": Fixed,
     "linear": Linear,
     "nonlinear": Nonlinear,
+    "loreft": LoReFT,
+    "direft": DiReFT,
+    "lofit_scale": LoFiTScale,
+    "lofit": LoFiT,
+    "jola": JoLA,
     "lora": LoRA,
+    "rslora": RsLoRA,
+    "dora": DoRA,
+    "pissa": PiSSA,
 }
 """Every method by the name that plans, configs and files use."""
 
-__all__ = ["METHODS", "Fixed", "Linear", "LoRA", "Nonlinear"]
+__all__ = [
+    "METHODS",
+    "DiReFT",
+    "DoRA",
+    "Fixed",
+    "JoLA",
+    "Linear",
+    "LoFiT",
+    "LoFiTScale",
+    "LoRA",
+    "LoReFT",
+    "Nonlinear",
+    "PiSSA",
+    "RsLoRA",
+    "select_heads",
+    "strongest_heads",
+]

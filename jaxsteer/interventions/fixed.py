@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import jax
 
-from jaxsteer.types import Array, Context, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Fixed(Intervention):
     """y' = y + v, the same shift for every token (the paper's fixed steering vector). v starts at zero."""
 
     kind: ClassVar[Kind] = "activation"
+    writes: ClassVar[Directions] = (("v", -1),)
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
         """V, in the shape of the site's output: [D], or [N, H] at `attn.heads`."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from jaxsteer.interventions.low_rank import read_write_specs
-from jaxsteer.types import Array, Context, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Linear(Intervention):
     """
 
     kind: ClassVar[Kind] = "activation"
+    reads: ClassVar[Directions] = (("D", -1),)
+    writes: ClassVar[Directions] = (("U", -2),)
     rank: int = 8
     alpha: float = 1.0
     init_scale: float = 1e-3

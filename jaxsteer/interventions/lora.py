@@ -9,17 +9,28 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions.low_rank import check_rank, kaiming_uniform
-from jaxsteer.types import Array, Context, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.interventions.low_rank import check_rank, check_rate, dropout, kaiming_uniform
+from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
 class LoRA(Intervention):
-    """y' = y + s · B A x with s = alpha / rank (Hu et al. 2021). A is Kaiming uniform, B starts at zero."""
+    """y' = y + s · B A x with s = alpha / rank (Hu et al. 2021). A is Kaiming uniform, B starts at zero.
+
+    rank     R
+    alpha    numerator of s
+    dropout  share of x's entries that training leaves out, as in PEFT's lora_dropout
+    """
 
     kind: ClassVar[Kind] = "weight"
+    writes: ClassVar[Directions] = (("B", -2),)
     rank: int = 8
     alpha: float = 8.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Reject an impossible dropout."""
+        check_rate(self.dropout)
 
     @property
     def scale(self) -> float:
@@ -37,10 +48,18 @@ class LoRA(Intervention):
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + s · B A x."""
+        return y + self.shift(p, dropout(x, self.dropout, ctx))
+
+    def shift(self, p: Mapping[str, Array], x: Array) -> Array:
+        """s · B A x."""
         read = jnp.einsum("...d,rd->...r", x, p["A"])
-        return y + self.scale * jnp.einsum("...r,fr->...f", read, p["B"])
+        return self.scale * jnp.einsum("...r,fr->...f", read, p["B"])
+
+    def delta(self, p: Mapping[str, Array]) -> Array:
+        """s (B A)ᵀ, the update of one layer's kernel [in, out]."""
+        return self.scale * jnp.einsum("fr,rd->df", p["B"], p["A"])
 
     def fold(self, p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
         """W + s (B A)ᵀ in the kernel's layout [in, out]."""
-        delta = self.scale * jnp.einsum("fr,rd->df", p["B"], p["A"])
+        delta = self.delta(p)
         return (kernel.astype(delta.dtype) + delta).astype(kernel.dtype), bias

@@ -1,11 +1,27 @@
-"""What the low-rank methods share: the checks on rank and width, and Kaiming's uniform initialisation."""
+"""What the low-rank methods share: checks of rank and width, initialisers, activation functions, dropout."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.types import Array, Initializer, ParamSpec, SiteDims
+from jaxsteer.types import Array, Context, Initializer, ParamSpec, SiteDims
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),  # the exact one (erf), as in the paper's implementation
+    "tanh": jnp.tanh,
+}
+
+
+def check_activation(name: str, allowed: tuple[str, ...] = tuple(ACTIVATION_FUNCTIONS), hint: str = "") -> None:
+    """Raise ValueError unless the activation is one of those allowed."""
+    if name not in allowed:
+        raise ValueError(f"unknown activation {name!r}: use {', '.join(allowed)}{hint}")
 
 
 def check_rank(rank: int, n_in: int, n_out: int) -> None:
@@ -15,6 +31,12 @@ def check_rank(rank: int, n_in: int, n_out: int) -> None:
             f"rank {rank} does not fit a map from {n_in} to {n_out} dimensions: "
             f"it must be between 1 and {min(n_in, n_out)}"
         )
+
+
+def check_rate(rate: float) -> None:
+    """Raise ValueError unless a dropout rate is at least 0 and below 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {rate}")
 
 
 def site_width(dims: SiteDims, method: str) -> int:
@@ -38,11 +60,19 @@ def read_write_specs(dims: SiteDims, rank: int, init_scale: float, method: str) 
     }
 
 
-def kaiming_uniform(scale: float = 1.0) -> Initializer:
-    """Uniform in ±scale/√fan_in for a matrix [fan_out, fan_in]: PyTorch's Kaiming uniform with a = √5."""
+def kaiming_uniform(scale: float = 1.0, fan_in: int | None = None) -> Initializer:
+    """Uniform in ±scale/√fan_in: PyTorch's Kaiming uniform with a = √5. fan_in: by default the last dimension."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-        bound = scale / shape[-1] ** 0.5
+        bound = scale / (fan_in or shape[-1]) ** 0.5
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+def dropout(value: Array, rate: float, ctx: Context) -> Array:
+    """value · Bernoulli(1 − rate) / (1 − rate) while training with a key; else value itself."""
+    if rate == 0 or not ctx.train or ctx.key is None:
+        return value
+    keep = jax.random.bernoulli(ctx.key, 1 - rate, value.shape)
+    return jnp.where(keep, value / (1 - rate), 0)

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions.low_rank import read_write_specs
-from jaxsteer.types import Array, Context, Intervention, Kind, ParamSpec, SiteDims
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "gelu": partial(jax.nn.gelu, approximate=False),  # the exact one (erf), as in the paper's implementation
-    "tanh": jnp.tanh,
-}
-
+from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS, check_activation, read_write_specs
+from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
 @dataclass(frozen=True)
 class Nonlinear(Intervention):
@@ -32,6 +22,8 @@ class Nonlinear(Intervention):
     """
 
     kind: ClassVar[Kind] = "activation"
+    reads: ClassVar[Directions] = (("D", -1),)
+    writes: ClassVar[Directions] = (("U", -2),)
     rank: int = 8
     alpha: float = 1.0
     activation: str = "silu"
@@ -39,10 +31,7 @@ class Nonlinear(Intervention):
 
     def __post_init__(self) -> None:
         """Reject an unknown activation."""
-        if self.activation not in ACTIVATION_FUNCTIONS:
-            raise ValueError(
-                f"unknown activation {self.activation!r}: use {', '.join(ACTIVATION_FUNCTIONS)} (or method `linear`)"
-            )
+        check_activation(self.activation, hint=" (or method `linear`)")
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
         """D [R, D] reads, U [D, R] writes."""

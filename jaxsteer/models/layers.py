@@ -1,6 +1,6 @@
 """The parts of a block, each a Flax Linen module over one layer's parameters: norm, rotary, attention, MLP, block.
 
-Every projection and sublayer hands its input and output to `steer(site, x, y, kernel)`, which returns the y to go on
+Every projection and sublayer hands its input and output to `steer(site, x, y, kernel, bias)`, which returns the y to go on
 with. That call is the whole of what a model knows about interventions.
 """
 
@@ -21,9 +21,11 @@ from jaxsteer.types import Array, Cache
 
 
 class Steer(Protocol):
-    """What happens at a site: (site, x, y, kernel of a projection) -> y'."""
+    """What happens at a site: (site, x, y, kernel and bias of a projection) -> y'."""
 
-    def __call__(self, site: str, x: Array, y: Array, kernel: Array | None = None) -> Array:
+    def __call__(
+        self, site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None
+    ) -> Array:
         """The site's y, steered."""
         ...
 
@@ -128,10 +130,11 @@ class Projection(nn.Module):
         """X [B, T, in] -> [B, T, features]."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         y = jnp.einsum("btd,df->btf", x, kernel)
-        if self.bias:
-            y = y + over_last_axis(self.param("bias", nn.initializers.zeros, (self.features,)), y.ndim)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else None
+        if bias is not None:
+            y = y + over_last_axis(bias, y.ndim)
         # Named, so that rematerialisation can keep these products and recompute only what is cheap.
-        return steer(self.site, x, checkpoint_name(y, self.site), kernel)
+        return steer(self.site, x, checkpoint_name(y, self.site), kernel, bias)
 
 
 class Attention(nn.Module):

@@ -142,10 +142,12 @@ def forward(
         h, cache = state
         taps: Taps = {}
 
-        def steer(site: str, x: Array, y: Array, kernel: Array | None = None) -> Array:
+        def steer(
+            site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None
+        ) -> Array:
             for slot in plan:
                 if p is not None and site in slot.sites:
-                    context = Context(layer, kernel, _fold_key(key, slot.name, site, layer), train)
+                    context = Context(layer, kernel, bias, _fold_key(key, slot.name, site, layer), train)
                     y = _steered(slot.method.apply, p[slot.name][site], x, y, context, masks[slot.name])
             if site in capture:
                 taps[site] = y
@@ -230,5 +232,5 @@ def _fold_key(key: Array | None, slot: str, site: str, layer: Array) -> Array | 
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(f"{slot}/{site}".encode())), layer)
 
 
-def _unsteered(site: str, x: Array, y: Array, kernel: Array | None = None) -> Array:
+def _unsteered(site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None) -> Array:
     return y

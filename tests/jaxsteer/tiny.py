@@ -11,7 +11,7 @@ from jaxsteer.interventions import METHODS
 from jaxsteer.models.config import site_dims
 from jaxsteer.models.transformer import forward
 from jaxsteer.objective import mean_loss
-from jaxsteer.steering import init_steering
+from jaxsteer.steering import steering_shapes
 from jaxsteer.types import ACTIVATIONS, ALL, PROJECTIONS, Positions, Slot
 
 KINDS = ("all", "prompt", "completion", "last", "first:2+last:2", "first:3", "last:1")
@@ -65,7 +65,7 @@ def every_kind(name, config):
 
 def random_steering(plan, config, seed=1, scale=0.1):
     """Steering in which every leaf is random: nothing is left at an initial zero that could hide a mistake."""
-    shapes = jax.eval_shape(lambda: init_steering(plan, config, jax.random.key(0)))
+    shapes = steering_shapes(plan, config)
     draw = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(scale * draw.standard_normal(leaf.shape, np.float32)), shapes)
 

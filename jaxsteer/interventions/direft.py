@@ -1,0 +1,46 @@
+"""DiReFT: LoReFT without the orthogonality and without the subtraction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from jaxsteer.interventions.loreft import NONE, learned_source, reft_specs
+from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS, check_activation, check_rate, dropout
+from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
+
+
+@dataclass(frozen=True)
+class DiReFT(Intervention):
+    """y' = y + R₂ᵀ act(W y + b), R₂ unconstrained (Wu et al. 2024, arXiv 2404.03592).
+
+    R₂ starts as random orthonormal rows, so a fresh DiReFT is not the base model.
+
+    rank        R
+    activation  none · silu · relu · gelu (exact) · tanh
+    dropout     share of Δ's entries that training leaves out
+    """
+
+    kind: ClassVar[Kind] = "activation"
+    reads: ClassVar[Directions] = (("W", -1),)
+    writes: ClassVar[Directions] = (("R", -1),)
+    rank: int = 8
+    activation: str = NONE
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Reject an unknown activation and an impossible dropout."""
+        check_activation(self.activation, (NONE, *ACTIVATION_FUNCTIONS))
+        check_rate(self.dropout)
+
+    def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
+        """R [R, D], W [R, D], b [R]."""
+        return reft_specs(dims, self.rank, "DiReFT")
+
+    def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
+        """y + R₂ᵀ act(W y + b)."""
+        shift = jnp.einsum("...r,rd->...d", learned_source(p, y, self.activation), p["R"])
+        return y + dropout(shift, self.dropout, ctx)

@@ -1,0 +1,53 @@
+"""DoRA: LoRA on the direction of the weights, with a magnitude of its own for each output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxsteer.interventions.low_rank import dropout
+from jaxsteer.interventions.lora import LoRA
+from jaxsteer.types import Array, Context, ParamSpec, SiteDims
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """y' = g ⊙ (W + s B A) x + b with g = (‖W‖ + m) / ‖W + s B A‖, norms over each output's weights.
+
+    Liu et al. 2024 (arXiv 2402.09353), as in PEFT: the norm in the denominator counts as a constant for the gradient.
+    m is the magnitude's difference from the base's and starts at zero, so that zeros are the base model.
+    """
+
+    def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
+        """A [R, in], B [out, R] and m [out]."""
+        return super().param_specs(dims) | {"m": ParamSpec(dims.y, ("out",), jax.nn.initializers.zeros)}
+
+    def gain(self, p: Mapping[str, Array], kernel: Array) -> Array:
+        """g [out]; exactly 1 where all parameters are zero. B A is never formed.
+
+        ‖W_i + s b_i A‖² = ‖W_i‖² (1 + e_i) with e_i = [2 s b_i · (A W_i) + s² b_i · (A Aᵀ) b_i] / ‖W_i‖².
+        """
+        w, a, b, s = kernel.astype(p["A"].dtype), p["A"], p["B"], self.scale
+        tiny = jnp.finfo(w.dtype).tiny
+        before = jnp.maximum(jnp.einsum("df,df->f", w, w), tiny)
+        read = jnp.einsum("rd,df->fr", a, w)
+        cross = jnp.einsum("fr,fr->f", b, read)
+        square = jnp.einsum("fr,rq,fq->f", b, jnp.einsum("rd,qd->rq", a, a), b)
+        growth = 1 + (2 * s * cross + s**2 * square) / before
+        return (1 + p["m"] / jnp.sqrt(before)) / jax.lax.stop_gradient(jnp.sqrt(jnp.maximum(growth, tiny)))
+
+    def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
+        """y + (g − 1) ⊙ (y − b) + g ⊙ s B A x."""
+        assert ctx.kernel is not None
+        over = lambda vector: vector.astype(y.dtype).reshape((1,) * (y.ndim - 1) + vector.shape)
+        gain = over(self.gain(p, ctx.kernel))
+        product = y if ctx.bias is None else y - over(ctx.bias)
+        return y + (gain - 1) * product + gain * self.shift(p, dropout(x, self.dropout, ctx))
+
+    def fold(self, p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
+        """g ⊙ (W + s (B A)ᵀ)."""
+        delta = self.delta(p)
+        return (self.gain(p, kernel)[None] * (kernel.astype(delta.dtype) + delta)).astype(kernel.dtype), bias

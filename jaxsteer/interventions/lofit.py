@@ -1,0 +1,113 @@
+"""LoFiT: find the heads that matter by scaling all of them, then shift the ones that do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer.interventions.heads import head_vectors, heads_and_width, over_tokens
+from jaxsteer.types import Array, Context, Intervention, Kind, ParamSpec, SiteDims
+
+
+@dataclass(frozen=True)
+class LoFiTScale(Intervention):
+    """z' = z + A ⊙ z for every head z [H], with L1 · ‖A‖₁ in the loss: LoFiT's first stage (Yin et al. 2024).
+
+    arXiv 2406.01563. A starts at zero. `strongest_heads` ranks the heads by ‖A‖₂ afterwards.
+
+    l1  weight of Σ|A|
+    """
+
+    kind: ClassVar[Kind] = "activation"
+    l1: float = 5e-4
+
+    def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
+        """A [N, H]."""
+        return {"A": head_vectors(dims, "LoFiT")}
+
+    def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
+        """z + A ⊙ z."""
+        return y + over_tokens(p["A"], y) * y
+
+    def penalty(self, p: Mapping[str, Array], step: Array) -> Array:
+        """l1 · Σ|A|."""
+        return self.l1 * jnp.sum(jnp.abs(p["A"])).astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class LoFiT(Intervention):
+    """z' = z + v for the selected heads z [H]: LoFiT's second stage (Yin et al. 2024). v starts at zero.
+
+    Which heads is a constant beside v, 1 or 0 for each; all of them at first. `select_heads` sets it.
+    """
+
+    kind: ClassVar[Kind] = "activation"
+    constants: ClassVar[tuple[str, ...]] = ("selected",)
+
+    def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
+        """v [N, H], selected [N]."""
+        heads, _ = heads_and_width(dims, "LoFiT")
+        return {
+            "v": head_vectors(dims, "LoFiT"),
+            "selected": ParamSpec((heads,), ("heads",), jax.nn.initializers.ones),
+        }
+
+    def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
+        """z + v where selected."""
+        return y + over_tokens(p["selected"][:, None] * p["v"], y)
+
+    def count(self, p: Mapping[str, Array]) -> int:
+        """Scalars of the selected heads; of all of them while only shapes are known."""
+        if isinstance(p["selected"], jax.ShapeDtypeStruct):
+            return int(p["v"].size)
+        return int(np.sum(np.asarray(p["selected"]))) * p["v"].shape[-1]
+
+
+def strongest_heads(scales: Array, count: int) -> Array:
+    """1 for the `count` heads of the largest ‖A‖₂ over all layers, 0 for the others.
+
+    Args:
+        scales: A [A, N, H] of a trained `LoFiTScale`.
+        count: number of heads, K.
+
+    Returns:
+        fp32 [A, N]; among equals the earlier heads.
+
+    Raises:
+        ValueError: more heads than there are, or fewer than 1.
+    """
+    layers, heads, _ = scales.shape
+    if not 1 <= count <= layers * heads:
+        raise ValueError(f"LoFiT: cannot select {count} heads of {layers} layers with {heads} each")
+    norms = jnp.linalg.norm(scales, axis=-1).reshape(-1)
+    chosen = jnp.argsort(-norms, stable=True)[:count]
+    return jnp.zeros(layers * heads).at[chosen].set(1.0).reshape(layers, heads)
+
+
+def select_heads(active_layers: tuple[int, ...], heads: int, chosen: tuple[tuple[int, int], ...]) -> Array:
+    """`LoFiT`'s constant for heads chosen by hand.
+
+    Args:
+        active_layers: of the slot. heads: N of the model. chosen: (layer, head) pairs, 0-based.
+
+    Returns:
+        fp32 [A, N].
+
+    Raises:
+        ValueError: a pair that the slot or the model does not have; none chosen.
+    """
+    if not chosen:
+        raise ValueError("LoFiT: choose at least one (layer, head)")
+    selected = np.zeros((len(active_layers), heads), np.float32)
+    for layer, head in chosen:
+        if layer not in active_layers:
+            raise ValueError(f"LoFiT: head ({layer}, {head}): the slot's layers are {list(active_layers)}")
+        if not 0 <= head < heads:
+            raise ValueError(f"LoFiT: head ({layer}, {head}): the model's heads are 0 to {heads - 1}")
+        selected[active_layers.index(layer), head] = 1
+    return jnp.asarray(selected)

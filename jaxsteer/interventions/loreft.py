@@ -1,0 +1,82 @@
+"""LoReFT: an edit inside a low-rank subspace with orthonormal axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxsteer.interventions.low_rank import (
+    ACTIVATION_FUNCTIONS,
+    check_activation,
+    check_rank,
+    check_rate,
+    dropout,
+    kaiming_uniform,
+    site_width,
+)
+from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class LoReFT(Intervention):
+    """y' = y + Rᵀ (act(W y + b) − R y), the rows of R orthonormal (Wu et al. 2024, arXiv 2404.03592).
+
+    R starts as random orthonormal rows, W and b as in a linear layer, so a fresh LoReFT is not the base model. The
+    optimizer keeps R orthonormal (`jaxsteer.optim.keep_orthonormal`). The paper steers positions `first:n+last:n`.
+
+    rank         R
+    activation   none · silu · relu · gelu (exact) · tanh, of the learned source
+    dropout      share of Δ's entries that training leaves out
+    constrained  False: R is free (pyreft's NoReFT without its second bias)
+    """
+
+    kind: ClassVar[Kind] = "activation"
+    reads: ClassVar[Directions] = (("W", -1), ("R", -1))
+    writes: ClassVar[Directions] = (("R", -1),)
+    rank: int = 8
+    activation: str = NONE
+    dropout: float = 0.0
+    constrained: bool = True
+
+    def __post_init__(self) -> None:
+        """Reject an unknown activation and an impossible dropout."""
+        check_activation(self.activation, (NONE, *ACTIVATION_FUNCTIONS))
+        check_rate(self.dropout)
+
+    @property
+    def orthonormal(self) -> tuple[str, ...]:
+        """R, unless it is free."""
+        return ("R",) if self.constrained else ()
+
+    def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
+        """R [R, D], W [R, D], b [R]."""
+        return reft_specs(dims, self.rank, "LoReFT")
+
+    def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
+        """y + Rᵀ (act(W y + b) − R y)."""
+        edit = learned_source(p, y, self.activation) - jnp.einsum("...d,rd->...r", y, p["R"])
+        return y + dropout(jnp.einsum("...r,rd->...d", edit, p["R"]), self.dropout, ctx)
+
+
+def reft_specs(dims: SiteDims, rank: int, method: str) -> dict[str, ParamSpec]:
+    """R [R, D] with orthonormal rows, W [R, D] and b [R] uniform in ±1/√width."""
+    width = site_width(dims, method)
+    check_rank(rank, width, width)
+    return {
+        "R": ParamSpec((rank, width), ("rank", "width"), jax.nn.initializers.orthogonal()),
+        "W": ParamSpec((rank, width), ("rank", "width"), kaiming_uniform()),
+        "b": ParamSpec((rank,), ("rank",), kaiming_uniform(fan_in=width)),
+    }
+
+
+def learned_source(p: Mapping[str, Array], y: Array, activation: str) -> Array:
+    """act(W y + b), [..., R]."""
+    bias = p["b"].reshape((1,) * (y.ndim - 1) + p["b"].shape)
+    source = jnp.einsum("...d,rd->...r", y, p["W"]) + bias
+    return source if activation == NONE else ACTIVATION_FUNCTIONS[activation](source)

@@ -1,0 +1,17 @@
+"""rsLoRA: LoRA whose scale keeps its learning independent of the rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxsteer.interventions.lora import LoRA
+
+
+@dataclass(frozen=True)
+class RsLoRA(LoRA):
+    """y' = y + s · B A x with s = alpha / √rank (Kalajdzievski 2023, arXiv 2312.03732; PEFT's use_rslora)."""
+
+    @property
+    def scale(self) -> float:
+        """The factor s on the update."""
+        return self.alpha / self.rank**0.5
