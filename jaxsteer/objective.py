@@ -13,8 +13,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxsteer.models.transformer import Model, forward, output_embedding
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
-CHUNK_TOKENS = 512
-"""Positions whose logits exist at one time."""
+CHUNK_TOKENS, CPU_CHUNK_TOKENS = 512, 128
+"""Positions whose logits exist at one time; few on a CPU, where a short matrix product is as fast as a long one."""
 
 
 class Targets(NamedTuple):
@@ -77,6 +77,17 @@ def _token_nll_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     return nll, out
 
 
+@jax.custom_batching.custom_vmap
+def any_left(mask: Array) -> Array:
+    """Whether anything is true; under vmap one answer for all, so that a branch on it stays a branch. bool []."""
+    return jnp.any(mask)
+
+
+@any_left.def_vmap
+def _any_left_of_all(size: int, batched: list[bool], mask: Array) -> tuple[Array, bool]:
+    return any_left(mask), False
+
+
 def cross_entropy(hidden: Array, head: Array, targets: Targets) -> Array:
     """Σ weight · −log p(target), over the positions with weight > 0. Scalar, at least fp32.
 
@@ -87,7 +98,8 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets) -> Array:
         hidden: [B, T, D]. head: the output embedding [V, D]. targets: [B, T].
     """
     B, T, D = hidden.shape
-    width = min(T, max(1, CHUNK_TOKENS // B))
+    most = CPU_CHUNK_TOKENS if jax.default_backend() == "cpu" else CHUNK_TOKENS
+    width = min(T, max(1, most // B))
     chunks = -(-T // width)
     order = jnp.argsort(targets.weights <= 0, axis=1, stable=True)
     front = lambda field: jnp.pad(jnp.take_along_axis(field, order, axis=1), ((0, 0), (0, chunks * width - T))).reshape(
@@ -104,7 +116,7 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets) -> Array:
             h = jnp.where(weights[..., None] > 0, h, 0).reshape(B * width, D)  # 0 · NaN would be NaN
             return total + jnp.vdot(weights.reshape(-1).astype(total.dtype), token_nll(h, head, tokens.reshape(-1)))
 
-        return jax.lax.cond(jnp.any(weights > 0), add, lambda: total), None
+        return jax.lax.cond(any_left(weights > 0), add, lambda: total), None
 
     zero = jnp.zeros((), np.promote_types(hidden.dtype, np.float32))
     return jax.lax.scan(visit, zero, (where, tokens, weights))[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -89,7 +89,7 @@ def param_labels(params: Params, plan: Plan, *, train_base: bool = False, frozen
     if unknown := sorted(set(frozen) - {slot.name for slot in plan}):
         raise ValueError(f"cannot freeze {unknown}: the plan's slots are {[slot.name for slot in plan]}")
     base = jax.tree.map(lambda _: "weights" if train_base else "frozen", params.base)
-    steering = {}
+    steering: PyTree = {}
     for slot in plan:
         group = "frozen" if slot.name in frozen else f"{slot.method.kind}s"
         steering[slot.name] = {
@@ -177,20 +177,19 @@ def make_optimizer(
 def keep_orthonormal(inner: optax.GradientTransformation, plan: Plan) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that the methods' orthonormal parameters stay orthonormal: R Rᵀ = I.
 
-    Riemannian descent on the Stiefel manifold: the gradient loses its part that would stretch the rows, G − sym(G Rᵀ) R;
-    after the inner update, R + u is retracted by its QR decomposition. Nothing of D × D is formed.
+    Riemannian descent on the Stiefel manifold: the gradient loses its part that would stretch the rows,
+    G − sym(G Rᵀ) R; after the inner update, R + u is retracted by its QR decomposition. Nothing of D × D is formed.
     """
-
     inner = optax.with_extra_args_support(inner)
 
-    def each(tree: PyTree, params: PyTree, change: object) -> PyTree:
+    def each(tree: PyTree, params: PyTree, change: Callable[[Array, Array], Array]) -> PyTree:
         steering = tree.steering
         for slot in plan:
             for site in slot.sites:
                 for name in slot.method.orthonormal:
                     leaf = steering[slot.name][site][name]
                     if leaf is not None:  # a frozen one
-                        new = change(leaf, params.steering[slot.name][site][name])  # type: ignore[operator]
+                        new = change(leaf, params.steering[slot.name][site][name])
                         own = steering[slot.name] | {site: steering[slot.name][site] | {name: new}}
                         steering = steering | {slot.name: own}
         return tree._replace(steering=steering)

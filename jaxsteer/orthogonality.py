@@ -9,8 +9,8 @@ arXiv 2603.00425, joint adaptation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ STEERED = ("block", "attn", "mlp")
 WRITERS = ("mlp.down", "attn.o")
 """Projections that write to the residual stream."""
 RIDGE, FLOOR = 1e-6, 1e-12
+"""ε = RIDGE · tr(BᵀB)/R + FLOOR; FLOOR is also the least ‖S‖² that Ω divides by, so that S = 0 has Ω = 0."""
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -69,29 +70,30 @@ class Orthogonality:
         if self.mode == "none":
             return self
         lora = [slot for slot in plan if slot.method.kind == "weight"]
-        steered = [part for part in _bundles(plan, self.side) if part.site in STEERED]
+        steered, writers = _steered(plan, self), _writers(plan, self)
         if self.mode == "auto" and not (lora and steered):
-            return Orthogonality("none", sites=self.sites)
+            return replace(self, mode="none")
         if not steered:
             raise ValueError(
-                f"orthogonality.mode {self.mode}: no slot {self.side} directions of the residual stream; steer "
-                f"{', '.join(STEERED)} by a low-rank method, or set orthogonality.mode to none"
+                f"orthogonality.mode {self.mode}: no slot has directions in the residual stream (side {self.side}); "
+                f"steer {', '.join(STEERED)} by a low-rank method, or set orthogonality.mode to none"
             )
-        if not any(site in self.sites for slot in lora for site in slot.sites):
-            have = sorted({site for slot in lora for site in slot.sites}) or "no LoRA"
+        if not writers:
+            have = ", ".join(sorted({site for slot in lora for site in slot.sites})) or "no LoRA"
             raise ValueError(
                 f"orthogonality.mode {self.mode}: no LoRA writes to the residual stream at {', '.join(self.sites)} "
                 f"(the plan has {have}); add one of {', '.join(WRITERS)}, or set orthogonality.mode to none"
             )
-        return Orthogonality(
-            "penalty" if self.mode == "auto" else self.mode,
-            self.strength,
-            self.normalised,
-            self.side,
-            self.sites,
-            self.through_lora,
-            self.every,
-        )
+        if not any(_share_a_layer(a.slot, b.slot) for a in steered for b in writers):
+            raise ValueError(
+                f"orthogonality.mode {self.mode}: LoRA at {', '.join(self.sites)} and steering share no layer; "
+                "let them meet in one, or set orthogonality.mode to none"
+            )
+        return replace(self, mode="penalty") if self.mode == "auto" else self
+
+
+def _share_a_layer(one: Slot, other: Slot) -> bool:
+    return one.layers is None or other.layers is None or not set(one.layers).isdisjoint(other.layers)
 
 
 class Bundle(NamedTuple):
@@ -102,19 +104,27 @@ class Bundle(NamedTuple):
     name: str
     axis: int
 
-    def rows(self, steering: Steering) -> Array:
-        """The directions as rows, [A, r, D]."""
-        leaf = steering[self.slot.name][self.site][self.name]
-        return _to_rows(leaf, self.axis)
+    def leaf(self, steering: Steering) -> Array:
+        """The parameter."""
+        return steering[self.slot.name][self.site][self.name]
 
+    def layers(self, steering: Steering) -> tuple[int, ...]:
+        """The layers that it has directions in."""
+        return self.slot.active_layers(self.leaf(steering).shape[0])
 
-def _to_rows(leaf: Array, axis: int) -> Array:
-    rows = jnp.moveaxis(leaf, axis, -1)
-    return rows.reshape(rows.shape[0], -1, rows.shape[-1])
+    def to_rows(self, leaf: Array) -> Array:
+        """Directions in the parameter's layout -> rows [A, r, D]."""
+        rows = jnp.moveaxis(leaf, self.axis, -1)
+        return rows.reshape(rows.shape[0], -1, rows.shape[-1])
 
+    def from_rows(self, rows: Array, like: Array) -> Array:
+        """Undo `to_rows`."""
+        return jnp.moveaxis(rows.reshape(jnp.moveaxis(like, self.axis, -1).shape), -1, self.axis)
 
-def _from_rows(rows: Array, like: Array, axis: int) -> Array:
-    return jnp.moveaxis(rows.reshape(jnp.moveaxis(like, axis, -1).shape), -1, axis)
+    def within(self, leaf: Array, basis: Array) -> Array:
+        """S VᵀV in the parameter's layout: what of its directions lies in the span of orthonormal rows V [A, R, D]."""
+        weights = jnp.einsum("nrd,nsd->nrs", self.to_rows(leaf), basis, precision=HIGHEST)
+        return self.from_rows(jnp.einsum("nrs,nsd->nrd", weights, basis, precision=HIGHEST), leaf)
 
 
 def _bundles(plan: Plan, side: str) -> Iterator[Bundle]:
@@ -145,26 +155,23 @@ def _writers(plan: Plan, settings: Orthogonality) -> list[Bundle]:
 
 def joint_layers(plan: Plan, steering: Steering, settings: Orthogonality) -> tuple[int, ...]:
     """The layers in which LoRA and steering meet, ascending."""
-    where = lambda parts: {layer for part in parts for layer in _layers(part, steering)}
+    where = lambda parts: {layer for part in parts for layer in part.layers(steering)}
     return tuple(sorted(where(_steered(plan, settings)) & where(_writers(plan, settings))))
-
-
-def _layers(part: Bundle, steering: Steering) -> tuple[int, ...]:
-    return part.slot.active_layers(steering[part.slot.name][part.site][part.name].shape[0])
 
 
 def _gather(parts: list[Bundle], steering: Steering, layers: tuple[int, ...]) -> Array:
     """All directions of each of `layers` as rows, [len(layers), r, D]; zero rows where a slot is not active."""
-    gathered = []
-    for part in parts:
-        rows, active = part.rows(steering), _layers(part, steering)
-        if active != layers:
-            kept = [i for i, layer in enumerate(active) if layer in layers]
-            at = [layers.index(active[i]) for i in kept]
-            empty = jnp.zeros((len(layers), *rows.shape[1:]), rows.dtype)
-            rows = empty.at[jnp.array(at, jnp.int32)].set(rows[jnp.array(kept, jnp.int32)])
-        gathered.append(rows)
-    return jnp.concatenate(gathered, axis=1)
+    rows = lambda part: part.to_rows(part.leaf(steering))
+    return jnp.concatenate([_at(layers, rows(part), part.layers(steering)) for part in parts], axis=1)
+
+
+def _at(layers: tuple[int, ...], rows: Array, have: tuple[int, ...]) -> Array:
+    """The rows [len(have), r, D] of the layers `have` at the places of `layers`, zeros where there are none."""
+    if have == layers:
+        return rows
+    kept = [layer for layer in have if layer in layers]
+    places = lambda of: jnp.array([of.index(layer) for layer in kept], jnp.int32)
+    return jnp.zeros((len(layers), *rows.shape[1:]), rows.dtype).at[places(layers)].set(rows[places(have)])
 
 
 class Shared(NamedTuple):
@@ -175,14 +182,17 @@ class Shared(NamedTuple):
 
 
 def shared_energy(steered: Array, written: Array) -> Shared:
-    """tr(S P Sᵀ) and ‖S‖² for S [n, r, D] and Bᵀ [n, R, D], by R × R solves only."""
-    gram = jnp.einsum("nrd,nqd->nrq", written, written, precision=HIGHEST)
-    size = gram.shape[-1]
-    ridge = RIDGE * jnp.trace(gram, axis1=1, axis2=2) / size + FLOOR
-    factor = jnp.linalg.cholesky(gram + ridge[:, None, None] * jnp.eye(size, dtype=gram.dtype)[None])
-    cross = jnp.einsum("nrd,nsd->nrs", written, steered, precision=HIGHEST)
-    half = jax.lax.linalg.triangular_solve(factor, cross, left_side=True, lower=True)
-    return Shared(jnp.sum(half**2, axis=(1, 2)), jnp.sum(steered**2, axis=(1, 2)))
+    """tr(S P Sᵀ) = ‖S Q‖² and ‖S‖² for S [n, r, D] and Bᵀ [n, R, D].
+
+    P = Q Qᵀ for the upper part Q [D, R] of an orthonormal basis of the columns of [B; √ε I]: their Gram matrix is
+    BᵀB + εI. It is never formed: in fp32 its rounding would drown ε, and dependent columns of B give NaN.
+    """
+    size, width = written.shape[-2:]
+    ridge = RIDGE / size * jnp.sum(written**2, axis=(1, 2)) + FLOOR
+    lower = jnp.sqrt(ridge)[:, None, None] * jnp.eye(size, dtype=written.dtype)[None]
+    basis, _ = jnp.linalg.qr(jnp.concatenate([written.swapaxes(1, 2), lower], axis=1))
+    inside = jnp.einsum("nsd,ndr->nsr", steered, basis[:, :width], precision=HIGHEST)
+    return Shared(jnp.sum(inside**2, axis=(1, 2)), jnp.sum(steered**2, axis=(1, 2)))
 
 
 def _shared(plan: Plan, steering: Steering, settings: Orthogonality) -> Shared:
@@ -193,7 +203,7 @@ def _shared(plan: Plan, steering: Steering, settings: Orthogonality) -> Shared:
     return shared_energy(_gather(_steered(plan, settings), steering, layers), written)
 
 
-def overlap(plan: Plan, steering: Steering, settings: Orthogonality = Orthogonality()) -> Array:  # noqa: B008  # frozen
+def overlap(plan: Plan, steering: Steering, settings: Orthogonality = Orthogonality()) -> Array:
     """Ω of each joint layer (`joint_layers`), fp32 [n] in [0, 1]; [0] where the plan has none."""
     if not joint_layers(plan, steering, settings):
         return jnp.zeros(0, jnp.float32)
@@ -201,13 +211,13 @@ def overlap(plan: Plan, steering: Steering, settings: Orthogonality = Orthogonal
 
 
 def _ratio(shared: Shared) -> Array:
-    return shared.inside / jnp.maximum(shared.whole, jnp.finfo(shared.whole.dtype).tiny)
+    return shared.inside / jnp.maximum(shared.whole, FLOOR)
 
 
 def overlap_penalty(
     plan: Plan,
     steering: Steering,
-    settings: Orthogonality = Orthogonality("penalty"),  # noqa: B008  # frozen
+    settings: Orthogonality = Orthogonality("penalty"),
 ) -> Array:
     """strength · Σ over the layers of Ω, or of tr(S P Sᵀ) where not normalised; 0 unless the mode is penalty."""
     if settings.mode != "penalty":
@@ -231,17 +241,11 @@ def write_basis(written: Array) -> Array:
     return jnp.where(seen[..., None], basis, 0)
 
 
-def take_out(rows: Array, basis: Array) -> Array:
-    """S (I − VᵀV) for rows S [n, r, D] and an orthonormal basis V [n, R, D]."""
-    inside = jnp.einsum("nrd,nsd->nrs", rows, basis, precision=HIGHEST)
-    return rows - jnp.einsum("nrs,nsd->nrd", inside, basis, precision=HIGHEST)
-
-
 class ProjectionState(NamedTuple):
     """The wrapped optimizer's state, and the number of updates so far."""
 
     inner: Any
-    count: Array
+    done: Array
 
 
 def project_orthogonal(
@@ -249,9 +253,10 @@ def project_orthogonal(
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap a whole optimizer: the update's outcome for S has nothing left in the span of LoRA's updated B.
 
-    u' = (p + u)(I − VVᵀ) − p for each bundle of directions p, and Adam's first moment of it loses the same part, or it
-    would lead back. It stands around the whole optimizer because it must see LoRA's new B. The trees that it is used on
-    are `jaxsteer.optim.Params` with None in frozen leaves; where LoRA is among the frozen ones, or has constants, the
+    u' = u − (p + u) VᵀV for each bundle of directions p, V an orthonormal basis of that span; Adam's first moment m of
+    it becomes m − m VᵀV, or it would lead back. Where the basis is empty (B = 0, a layer without LoRA) no bit changes.
+    It stands around the whole optimizer because it must see LoRA's new B. The trees that it is used on are
+    `jaxsteer.optim.Params` with None in frozen leaves; where LoRA is among the frozen ones, or has constants, the
     update is given them: tx.update(grads, state, params, frozen=frozen).
     """
     inner = optax.with_extra_args_support(inner)
@@ -260,7 +265,7 @@ def project_orthogonal(
         return ProjectionState(inner.init(params), jnp.zeros((), jnp.int32))
 
     def project(updates: PyTree, state: Any, params: PyTree, frozen: PyTree) -> tuple[PyTree, Any]:
-        new: Steering = optax.apply_updates(params, updates).steering  # type: ignore[attr-defined]
+        new: Steering = optax.apply_updates(params, updates).steering
         if frozen is not None:
             pick = lambda a, b: b if a is None else a
             new = jax.tree.map(pick, new, frozen.steering, is_leaf=lambda leaf: leaf is None)
@@ -268,22 +273,12 @@ def project_orthogonal(
         basis = write_basis(_gather(_writers(plan, settings), new, layers))
         steering, moments = updates.steering, state
         for part in _steered(plan, settings):
-            if steering[part.slot.name][part.site][part.name] is None:  # a frozen slot stays as it is
+            update = part.leaf(steering)
+            if update is None:  # a frozen slot stays as it is
                 continue
-            active = _layers(part, new)
-            own = jnp.zeros((len(active), *basis.shape[1:]), basis.dtype)  # an empty basis where LoRA is not active
-            kept = [i for i, layer in enumerate(active) if layer in layers]
-            own = own.at[jnp.array(kept, jnp.int32)].set(
-                basis[jnp.array([layers.index(active[i]) for i in kept], jnp.int32)]
-            )
-
-            def outside(leaf: Array, own: Array = own, axis: int = part.axis) -> Array:
-                return _from_rows(take_out(_to_rows(leaf, axis), own), leaf, axis)
-
-            before = params.steering[part.slot.name][part.site][part.name]
-            after = outside(new[part.slot.name][part.site][part.name])
-            steering = _replaced(steering, part, after - before)
-            moments = _map_moment(moments, part, outside)
+            own = _at(part.layers(new), basis, layers)
+            steering = _replaced(steering, part, update - part.within(part.leaf(new), own))
+            moments = _without_moment(moments, part, own)
         return updates._replace(steering=steering), moments
 
     def update(
@@ -292,12 +287,12 @@ def project_orthogonal(
         if params is None:
             raise ValueError("project_orthogonal needs the parameters: tx.update(grads, state, params)")
         updates, inner_state = inner.update(updates, state.inner, params, frozen=frozen, **extra)
-        count = state.count + 1
-        due = count % settings.every == 0
+        done = state.done + 1
+        due = done % settings.every == 0
         updates, inner_state = jax.lax.cond(
             due, lambda u, s: project(u, s, params, frozen), lambda u, s: (u, s), updates, inner_state
         )
-        return updates, ProjectionState(inner_state, count)
+        return updates, ProjectionState(inner_state, done)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -308,12 +303,12 @@ def _replaced(steering: Steering, part: Bundle, leaf: Array) -> Steering:
     return steering | {part.slot.name: slot | {part.site: site}}
 
 
-def _map_moment(state: Any, part: Bundle, change: Callable[[Array], Array]) -> Any:
-    """Change the first moments (`mu`) of one leaf, wherever in an optimizer's state they are."""
-    place = ["steering", part.slot.name, part.site, part.name]
+def _without_moment(state: Any, part: Bundle, basis: Array) -> Any:
+    """Take the span of a basis out of one leaf's first moments (`mu`), wherever in an optimizer's state they are."""
+    place = ["mu", "steering", part.slot.name, part.site, part.name]
 
     def visit(path: tuple, leaf: Array) -> Array:
         names = [getattr(key, "name", getattr(key, "key", None)) for key in path]
-        return change(leaf) if "mu" in names and names[-4:] == place else leaf
+        return leaf - part.within(leaf, basis) if names[-5:] == place else leaf
 
     return jax.tree_util.tree_map_with_path(visit, state)

@@ -146,17 +146,32 @@ def penalty(plan: Plan, steering: Steering, step: Array) -> Array:
 def fold(plan: Plan, base: PyTree, steering: Steering) -> tuple[PyTree, Plan, Steering]:
     """Merge into the base weights every slot that can be; a serving model then pays nothing for them.
 
+    A method that looks at the kernel (DoRA) is merged where no other slot meets it: each would change what the other
+    starts from.
+
     Returns:
         The merged base tree, and the plan and steering of the slots that cannot be merged (they go on as they are).
     """
     blocks, rest = base["blocks"], []
     for slot in plan:
-        merged = _fold_slot(slot, blocks, steering[slot.name])
+        merged = None if _looks_at_a_neighbour(slot, plan) else _fold_slot(slot, blocks, steering[slot.name])
         if merged is None:
             rest.append(slot)
         else:
             blocks = merged
     return base | {"blocks": blocks}, tuple(rest), {slot.name: steering[slot.name] for slot in rest}
+
+
+def _looks_at_a_neighbour(slot: Slot, plan: Plan) -> bool:
+    looks = lambda method: getattr(method, "looks_at_kernel", False)
+    meet = lambda a, b: a is None or b is None or not set(a).isdisjoint(b)
+    return any(
+        other.name != slot.name
+        and (looks(slot.method) or looks(other.method))
+        and not set(slot.sites).isdisjoint(other.sites)
+        and meet(slot.layers, other.layers)
+        for other in plan
+    )
 
 
 def _fold_slot(slot: Slot, blocks: PyTree, params: dict) -> PyTree | None:

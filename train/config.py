@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -17,6 +17,8 @@ from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
 from train.data.tokenize import OnLong
 from train.tasks import ListOpsTask, Task, task_to_json
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,11 @@ class TrainConfig:
         return {key: value for key, value in data.items() if key not in ("out", "resume")}
 
 
-def load_config_file(path: str | Path) -> TrainConfig:
+def load_config_file(path: str | Path, kind: type[T] = TrainConfig) -> T:  # type: ignore[assignment]
     """Call `config()` of a Python file.
 
     Raises:
-        ValueError: no such file, or it does not define `config() -> TrainConfig`.
+        ValueError: no such file, or it does not define `config()` of this kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,8 +109,8 @@ def load_config_file(path: str | Path) -> TrainConfig:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     built = module.config() if hasattr(module, "config") else None
-    if not isinstance(built, TrainConfig):
-        raise ValueError(f"{path}: must define `def config() -> TrainConfig`")
+    if not isinstance(built, kind):
+        raise ValueError(f"{path}: must define `def config() -> {kind.__name__}`")
     return built
 
 

@@ -85,6 +85,79 @@ def plot_by_layer(path: str | Path, series: Mapping[str, Sequence[float]], *, yl
     _save(figure, path)
 
 
+def plot_overlap(
+    path: str | Path, steps: Sequence[int], overlap: np.ndarray, *, chance: float, title: str = ""
+) -> None:
+    """Draw the overlap Ω of LoRA and steering as a map, layers over steps, and its mean over the layers below.
+
+    Args:
+        path: of the PNG; its folder exists.
+        steps: of the measurements.
+        overlap: [steps, layers], in [0, 1].
+        chance: what random directions would give, R/D; drawn as a line.
+        title: above the figure.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    values = np.asarray(overlap, float)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"{path}: nothing to draw, the overlap is {values.shape}, need [steps, layers]")
+    figure, (top, bottom) = _figure(2, title, height=5.4, ratios=(3, 2))
+    mesh = top.pcolormesh(np.asarray(steps), np.arange(values.shape[1]), values.T, cmap="cividis", shading="nearest")
+    figure.colorbar(mesh, ax=top, label="overlap Ω", pad=0.01)
+    top.set_ylabel("layer")
+    top.grid(False)
+    bottom.plot(steps, values.mean(axis=1), color=_COLORS[0], linewidth=2.0, label="mean over layers")
+    bottom.plot(steps, values.max(axis=1), color=_COLORS[0], linewidth=1.0, linestyle=":", label="largest")
+    bottom.axhline(chance, color=_COLORS[1], linestyle="--", linewidth=1.2, label=f"chance, {chance:.2g}")
+    bottom.set_yscale("symlog", linthresh=1e-4)
+    bottom.set_ylim(bottom=0)
+    bottom.set_ylabel("overlap Ω")
+    bottom.set_xlabel("step")
+    _legend(bottom)
+    _save(figure, path)
+
+
+def plot_comparison(
+    path: str | Path, points: Sequence[tuple[str, int, float, float, float]], *, base: float | None, title: str = ""
+) -> None:
+    """Draw accuracy against the number of trainable parameters, on a log axis.
+
+    Args:
+        path: of the PNG; its folder exists.
+        points: (method, parameters, accuracy, lower end, upper end), shares from 0 to 1.
+        base: accuracy of the untouched model, a line; None = no line.
+        title: above the figure.
+
+    Raises:
+        ValueError: no points.
+    """
+    if not points:
+        raise ValueError(f"{path}: nothing to draw, no method has finished")
+    figure, (axis,) = _figure(1, title, height=5.0, ratios=(1,))
+    for index, (name, parameters, rate, low, high) in enumerate(points):
+        axis.errorbar(
+            [parameters],
+            [rate],
+            yerr=[[max(0.0, rate - low)], [max(0.0, high - rate)]],
+            color=_COLORS[index % len(_COLORS)],
+            marker=_MARKERS[(index + index // len(_COLORS)) % len(_MARKERS)],
+            markersize=7,
+            capsize=3,
+            linestyle="none",
+            label=name,
+        )
+    if base is not None:
+        axis.axhline(base, color=_GREY, linestyle="--", linewidth=1.2, label="untouched model")
+    axis.set_xscale("log")
+    axis.set_xlabel("trainable parameters")
+    axis.set_ylabel("accuracy (bars: 95 % interval)")
+    axis.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    axis.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save(figure, path)
+
+
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """A centred mean over about `window` values (Gaussian weights), shorter at the ends, leaving out NaN."""
     reach = min(3 * window, len(values))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,11 @@ import optax
 from jaxsteer.io import LoadedModel
 from jaxsteer.models.transformer import Model
 from jaxsteer.optim import Params, make_optimizer, merge, param_labels, split
-from jaxsteer.plan_text import parse_plan
 from jaxsteer.orthogonality import Orthogonality
+from jaxsteer.plan_text import parse_plan
 from jaxsteer.steering import count_parameters, count_trained, init_steering
 from jaxsteer.training import Metrics, TrainState, init_state, train_step
-from jaxsteer.types import Batch
+from jaxsteer.types import Batch, Steering
 from train.config import TrainConfig
 from train.data import DataSource, Report, encode
 
@@ -41,7 +41,18 @@ class Training:
     @property
     def step(self) -> Any:
         """The jitted training step, (state, batch, frozen) -> (state, metrics); the state is donated."""
-        return jax.jit(partial(train_step, model=self.model, tx=self.tx, orthogonality=self.orthogonality), donate_argnums=0)
+        step = partial(train_step, model=self.model, tx=self.tx, orthogonality=self.orthogonality)
+        return jax.jit(step, donate_argnums=0)
+
+    def starting_from(self, steering: Steering) -> Training:
+        """The same run with other steering to begin with, constants included."""
+        same = lambda there, new: None if there is None else new
+        put = lambda tree: tree._replace(
+            steering=jax.tree.map(same, tree.steering, steering, is_leaf=lambda leaf: leaf is None)
+        )
+        params = put(self.state.params)
+        state = self.state._replace(params=params, opt_state=self.tx.init(params))
+        return replace(self, state=state, frozen=put(self.frozen))
 
     def params(self, state: TrainState) -> Params:
         """The whole base and steering trees of a state."""
@@ -91,6 +102,6 @@ def step_batch(config: TrainConfig, data: DataSource, step: int) -> Batch:
 
 
 def to_floats(metrics: Metrics) -> dict[str, Any]:
-    """Metrics as plain numbers; the overlap as a list with a number for each joint layer, left out where there is none."""
+    """Metrics as plain numbers; the overlap as a list, a number for each joint layer, left out where there is none."""
     values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics)._asdict().items()}
     return values if values["overlap"] else {k: v for k, v in values.items() if k != "overlap"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ class DoRA(LoRA):
     Liu et al. 2024 (arXiv 2402.09353), as in PEFT: the norm in the denominator counts as a constant for the gradient.
     m is the magnitude's difference from the base's and starts at zero, so that zeros are the base model.
     """
+
+    looks_at_kernel: ClassVar[bool] = True
+    """Δ depends on the kernel that it finds: `jaxsteer.steering.fold` must not change it by merging another slot."""
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
         """A [R, in], B [out, R] and m [out]."""

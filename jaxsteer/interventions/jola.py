@@ -48,8 +48,8 @@ class JoLA(Intervention):
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """z + g₂ A ⊙ z + g₁ v."""
-        keys = (None, None) if ctx.key is None or not ctx.train else jax.random.split(ctx.key)
-        g1, g2 = gate(p["log_g1"], keys[0]), gate(p["log_g2"], keys[1])
+        u1, u2 = (None, None) if ctx.key is None or not ctx.train else draw(ctx.key, p["log_g1"])
+        g1, g2 = gate(p["log_g1"], u1), gate(p["log_g2"], u2)
         return y + over_tokens(g2[:, None] * p["A"], y) * y + over_tokens(g1[:, None] * p["v"], y)
 
     def penalty(self, p: Mapping[str, Array], step: Array) -> Array:
@@ -59,14 +59,15 @@ class JoLA(Intervention):
         return (share * open1 + (1 - share) * open2).astype(jnp.float32)
 
 
-def gate(logits: Array, key: Array | None) -> Array:
-    """clip((HIGH − LOW) s + LOW, 0, 1) with s = σ((logit u + logits) / T), u uniform; without a key s = σ(logits)."""
-    if key is None:
-        s = jax.nn.sigmoid(logits)
-    else:
-        # In the open interval: at 0 and 1 the logit would be infinite.
-        u = jax.random.uniform(key, logits.shape, logits.dtype, 1e-6, 1 - 1e-6)
-        s = stretched_noise(u, logits)
+def draw(key: Array, logits: Array) -> Array:
+    """Uniform noise [2, N] for the gates g₁ and g₂."""
+    # In the open interval: at 0 and 1 the logit would be infinite.
+    return jax.random.uniform(key, (2, *logits.shape), logits.dtype, 1e-6, 1 - 1e-6)
+
+
+def gate(logits: Array, u: Array | None) -> Array:
+    """clip((HIGH − LOW) s + LOW, 0, 1) with s = σ((logit u + logits) / T); without noise u, s = σ(logits)."""
+    s = jax.nn.sigmoid(logits) if u is None else stretched_noise(u, logits)
     return jnp.clip((HIGH - LOW) * s + LOW, 0, 1)
 
 

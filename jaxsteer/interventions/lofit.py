@@ -36,7 +36,8 @@ class LoFiTScale(Intervention):
 
     def penalty(self, p: Mapping[str, Array], step: Array) -> Array:
         """l1 · Σ|A|."""
-        return self.l1 * jnp.sum(jnp.abs(p["A"])).astype(jnp.float32)
+        # Not jnp.abs: its gradient at 0, where A starts, is 1, and would push every scale down.
+        return self.l1 * jnp.sum(p["A"] * jnp.sign(p["A"])).astype(jnp.float32)
 
 
 @dataclass(frozen=True)

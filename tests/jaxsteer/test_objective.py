@@ -15,6 +15,7 @@ B, T, D, V = 2, 20, 6, 37
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Five positions of each row at a time, so that T = 20 is four chunks and 18 does not divide."""
+    monkeypatch.setattr(objective, "CPU_CHUNK_TOKENS", 10)
     monkeypatch.setattr(objective, "CHUNK_TOKENS", 10)
 
 

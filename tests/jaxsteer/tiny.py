@@ -1,5 +1,6 @@
 """What the tests of the core share: methods at all their sites, random steering, rows of examples, jitted functions."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -13,6 +14,9 @@ from jaxsteer.models.transformer import forward
 from jaxsteer.objective import mean_loss
 from jaxsteer.steering import steering_shapes
 from jaxsteer.types import ACTIVATIONS, ALL, PROJECTIONS, Positions, Slot
+
+TURNS = (*METHODS, "together")
+"""One method at a time, by `turn` of the steering of a plan of all: so that they share one compiled program."""
 
 KINDS = ("all", "prompt", "completion", "last", "first:2+last:2", "first:3", "last:1")
 
@@ -56,6 +60,33 @@ def slot_of(name, config, *, slot="s", layers=None, positions=ALL, sites=None):
     """A slot with METHODS[name] at its default settings and, by default, at every site that it can sit at."""
     method = METHODS[name]()
     return Slot(slot, method, sites or sites_of(method, config), layers, positions)
+
+
+def method_of(name, *, draws=False):
+    """METHODS[name] at its default settings; `draws`: with dropout, if it has any."""
+    fields = {field.name for field in dataclasses.fields(METHODS[name])}
+    return METHODS[name](**({"dropout": 0.5} if draws and "dropout" in fields else {}))
+
+
+def all_methods(config, names=METHODS, *, few=False, kinds=("all",), layers=None, draws=False):
+    """A plan with a slot for each method, named by it, at all its sites or at the first and the last of them.
+
+    The kinds of positions are dealt out in turn.
+    """
+    plan = []
+    for i, name in enumerate(names):
+        method = method_of(name, draws=draws)
+        sites = sites_of(method, config)
+        sites = tuple(dict.fromkeys((sites[0], sites[-1]))) if few else sites
+        plan.append(Slot(name, method, sites, layers, Positions.parse(kinds[i % len(kinds)])))
+    return tuple(plan)
+
+
+def turn(steering, name):
+    """Only the slot of this name switched on (zeros are the identity), or all of them "together"."""
+    if name == "together":
+        return steering
+    return {slot: p if slot == name else jax.tree.map(jnp.zeros_like, p) for slot, p in steering.items()}
 
 
 def every_kind(name, config):

@@ -1,0 +1,114 @@
+"""Compare methods on one task with equal budgets: `python -m train.compare configs/compare_listops.py`.
+
+For each method: learning rates on validation, further ones until the best is not at the grid's edge, then more seeds
+at the best, reported on the test split. Finished runs are kept: a comparison that was stopped goes on where it was.
+Leaves results.json, a table (results.md) and a plot (results.png) in its folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from jaxsteer.io import LoadedModel, files
+from jaxsteer.orthogonality import Orthogonality
+from train.base_models import load
+from train.compare.config import CompareConfig
+from train.compare.report import write_report
+from train.compare.runs import Comparison, search
+from train.compare.timing import measure
+from train.config import load_config_file, run_main
+from train.machine import device_summary, enable_compilation_cache
+from train.metrics import Bar, progress
+from train.report import print_facts
+from train.run_folder import open_run, write_json
+from train.setup import make_training
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Carry out a comparison and return what results.json holds.
+
+    Raises:
+        ValueError: bad settings; a folder of another comparison.
+    """
+    enable_compilation_cache()
+    run = open_run(config.out, config.to_json(), resume=Path(config.out, "config.json").exists())
+    loaded = load(config.base.model, config.base.dtype)
+    console = Console()
+    config = replace(config, base=replace(config.base, steps=_steps(config, loaded)))
+    assert config.base.steps is not None
+    planned = config.base.steps * (config.rates + config.seeds - 1)
+    print_facts(
+        {
+            "device": device_summary(),
+            "methods": ", ".join(entry.name for entry in config.entries),
+            "budget": f"{config.base.steps} steps of {config.base.rows} rows of {config.base.row_length} tokens a run",
+        }
+    )
+    results = []
+    with progress(planned * len(config.entries), "Comparing", console=console) as bar:
+        counter = _Counter(bar)
+        comparison = Comparison(config, loaded, counter.add)
+        for number, entry in enumerate(config.entries):
+            best, tried = search(comparison, entry, bar.note)
+            seeds = comparison.finish(entry, [(best, seed) for seed in range(config.seeds)])
+            results.append({"entry": entry, "best": best, "tried": tried, "seeds": seeds})
+            counter.at_least((number + 1) * planned)
+    timings = {}
+    for entry in config.entries:
+        path = comparison.folder / entry.slug / "timing.json"
+        if not path.exists():
+            console.print(f"Timing {entry.name}")
+            write_json(path, measure(config.train_config(entry), loaded, config.rates))
+        timings[entry.name] = files.read_json(path)
+    return write_report(run.folder, config, results, timings, loaded, comparison.untouched())
+
+
+class _Counter:
+    """Run-steps done; runs that were finished earlier count as done when their entry is."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar, self._done = bar, 0
+
+    def add(self, done: int) -> None:
+        self._done += done
+        self._bar.update(self._done)
+
+    def at_least(self, done: int) -> None:
+        self._done = max(self._done, done)
+        self._bar.update(self._done)
+
+
+def _steps(config: CompareConfig, loaded: LoadedModel) -> int:
+    """The number of updates of every run."""
+    if config.base.steps is not None:
+        return config.base.steps
+    probe = replace(config.base, plan=("fixed @ block",), train_base=False, orthogonality=Orthogonality("none"))
+    return make_training(probe, loaded).steps
+
+
+def main() -> None:
+    """Run a comparison and print its table."""
+    argv = sys.argv[1:]
+    if not argv or argv[0].startswith("-"):
+        tyro.cli(CompareConfig, prog="python -m train.compare", description=__doc__, args=argv or ["--help"])
+    default = load_config_file(argv[0], CompareConfig)
+    config = tyro.cli(
+        tyro.conf.AvoidSubcommands[CompareConfig],
+        prog="python -m train.compare CONFIG",
+        description=__doc__,
+        args=argv[1:],
+        default=default,
+    )
+    results = compare(config)
+    Console().print((Path(config.out) / "results.md").read_text(), markup=False, highlight=False, soft_wrap=True)
+    print(f"results: {', '.join(results['files'])}")
+
+
+if __name__ == "__main__":
+    run_main(main)

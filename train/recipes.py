@@ -1,0 +1,70 @@
+"""Methods that take two trainings, as plain functions over whatever trains one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+import jax.numpy as jnp
+
+from jaxsteer.interventions import strongest_heads
+from jaxsteer.optim import Params
+from jaxsteer.types import Steering
+from train.config import TrainConfig
+
+
+class HasParams(Protocol):
+    """The outcome of a training."""
+
+    @property
+    def params(self) -> Params:
+        """The whole trees afterwards."""
+        ...
+
+
+R = TypeVar("R", bound=HasParams)
+Fit = Callable[[str, TrainConfig, Sequence[Steering] | None], Sequence[R]]
+"""(name of the stage, config, steering to start from) -> the outcomes, one for each run that it trains at a time."""
+
+
+def lofit(
+    fit: Fit,
+    config: TrainConfig,
+    steps: int,
+    *,
+    heads: int,
+    share: float = 0.4,
+    l1: float = 5e-4,
+    ratio: float = 0.5,
+) -> Sequence:
+    """LoFiT (Yin et al. 2024, arXiv 2406.01563): scale every head, keep the strongest, shift those.
+
+    Args:
+        fit: trains one config; called twice.
+        config: what both stages have in common; its plan is not used.
+        steps: of both stages together, so that the budget is that of other methods.
+        heads: number of heads that are shifted, K.
+        share: of the steps for the first stage.
+        l1: weight of the first stage's L1 penalty.
+        ratio: learning rate of the first stage over that of the second; the paper has 5e-3 and 1e-2.
+
+    Returns:
+        The outcomes of the second stage.
+
+    Raises:
+        ValueError: a share that leaves a stage without steps, or more heads than the model has.
+    """
+    first = round(share * steps)
+    if not 0 < first < steps:
+        raise ValueError(f"LoFiT: a share of {share} of {steps} steps leaves one of its two stages without any")
+    slow = replace(config.optim, lr=ratio * config.optim.lr)
+    scale = replace(config, plan=(f"lofit_scale(l1={l1}) @ attn.heads",), steps=first, optim=slow)
+    scaled = fit("scale", scale, None)
+    initial = []
+    for outcome in scaled:
+        scales = outcome.params.steering["lofit_scale"]["attn.heads"]["A"]
+        initial.append(
+            {"lofit": {"attn.heads": {"v": jnp.zeros_like(scales), "selected": strongest_heads(scales, heads)}}}
+        )
+    return fit("shift", replace(config, plan=("lofit @ attn.heads",), steps=steps - first), initial)
