@@ -14,7 +14,12 @@ ENDS = "positions=first:7+last:7"
 
 def config() -> CompareConfig:
     problems = ListOps(
-        operations=("MAX", "MIN", "MED", "SM", "FIRST", "LAST"), max_length=8, train=1500, validation=250, test=500
+        operations=("MAX", "MIN", "MED", "SM", "FIRST", "LAST"),
+        max_length=8,
+        train=1500,
+        validation=250,
+        test=500,
+        style="compact",
     )
     return CompareConfig(
         base=TrainConfig(
@@ -22,20 +27,20 @@ def config() -> CompareConfig:
             task=ListOpsTask(problems),
             optim=OptimConfig(schedule="cosine", warmup=0.05),
             rows=2,
-            row_length=128,  # about 16 problems a step, the paper's batch
+            row_length=96,  # about 16 problems a step, the paper's batch
             validation_examples=250,
             test_examples=500,
             eval_rows=128,
         ),
         entries=(
-            Entry("full fine-tuning", (), lr=5e-5, train_base=True),
+            Entry("full fine-tuning", (), lr=1e-4, train_base=True),
             Entry("LoRA", (LORA,), lr=2e-3),
             Entry("LoReFT", (f"loreft(rank=8) @ block {ENDS}",), lr=3e-3),
             Entry("DiReFT", (f"direft(rank=8) @ block {ENDS}",), lr=3e-3),
             Entry("LoFiT", ("lofit @ attn.heads",), lr=1e-2, recipe="lofit", heads=32),
             Entry("JoLA", ("jola @ attn.heads",), lr=1e-2),
             Entry("post-MLP nonlinear", ("nonlinear(rank=8) @ mlp",), lr=5e-3),
-            Entry("post-block fixed", ("fixed @ block",), lr=5e-3),
+            Entry("post-block fixed", ("fixed @ block",), lr=1e-2),
             Entry("post-block linear", ("linear(rank=8) @ block",), lr=5e-3),
             Entry("post-block nonlinear", (POST_BLOCK,), lr=5e-3),
             Entry("joint, no constraint", (LORA, POST_BLOCK), 5e-3, 2e-3, orthogonality=Orthogonality("none")),

@@ -34,6 +34,8 @@ from jaxsteer.models.config import site_dims
 from jaxsteer.models.transformer import forward, init_cache
 from jaxsteer.types import PROJECTIONS, Batch, Context
 
+pytestmark = pytest.mark.xdist_group("contracts")  # the tests share compiled programs
+
 RUN = jax.jit(forward, static_argnames=("model", "capture"))  # compiled as users compile it
 START_RANDOM = ("loreft", "direft")
 WEIGHTS = tuple(name for name, method in METHODS.items() if method.kind == "weight")

@@ -4,22 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import close, fast_jit, random_steering, run, slot_of, supervised_batch
+from tiny import all_methods, close, fast_jit, random_steering, run, slot_of, supervised_batch, turn
 
 from jaxsteer import METHODS, Model, ModelConfig, forward, init_base, init_steering, mean_loss
+from jaxsteer.interventions import DoRA
+from jaxsteer.types import Context
+
+pytestmark = pytest.mark.xdist_group("derivatives")  # the tests share compiled programs
 
 SMALL = ModelConfig(vocab_size=13, width=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_width=10)
 
 
 def doubled(tree):
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), tree)
-
-
-def small(name, layers=None):
-    """Parameters of rank 8 fit the smallest side (4) of no site, so the low-rank methods sit where there is room."""
-    sites = {"lora": ("attn.q", "mlp.gate", "mlp.down")}.get(name)
-    plan = (slot_of(name, SMALL, layers=layers, sites=sites),)
-    return Model(SMALL, plan), random_steering(plan, SMALL, scale=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +37,50 @@ def inner(a, b):
     return sum(float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_gradient_is_the_finite_difference(name, base):
-    model, steering = small(name)
-    batch = supervised_batch(13, 2, 6, 2)
+@pytest.fixture(scope="module")
+def in_doubles(base):
+    """Loss and gradient of a plan of all methods, and where to take them."""
+    plan, batch = all_methods(SMALL), supervised_batch(13, 2, 6, 2)
     with jax.enable_x64(True):
-        base, steering = doubled((base, steering))
-        loss = fast_jit(lambda s: mean_loss(model, base, s, batch))
-        grads = fast_jit(jax.grad(lambda s: mean_loss(model, base, s, batch)))(steering)
+        base, steering = doubled((base, random_steering(plan, SMALL, scale=0.3)))
+        loss = lambda s: mean_loss(Model(SMALL, plan), base, s, batch)
+        return fast_jit(loss), fast_jit(jax.grad(loss)), steering
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradient_is_the_finite_difference(name, in_doubles):
+    loss, gradient, steering = in_doubles
+    with jax.enable_x64(True):
+        steering = turn(steering, name)
+        grads = gradient(steering)
         assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float64")}
         for seed in range(2):
-            tangent = direction(steering, seed)
-            difference = (loss(moved(steering, tangent, 1e-5)) - loss(moved(steering, tangent, -1e-5))) / 2e-5
+            tangent = turn(direction(steering, seed), name)
+            if name == "dora":  # the norm is a constant for its other gradients: a test of its own
+                tangent["dora"] = {
+                    site: p | {"A": 0 * p["A"], "B": 0 * p["B"]} for site, p in tangent["dora"].items()
+                }
+            difference = (loss(moved(steering, tangent, 1e-6)) - loss(moved(steering, tangent, -1e-6))) / 2e-6
+            assert abs(difference) > 1e-4
             np.testing.assert_allclose(inner(grads, tangent), difference, rtol=1e-5, atol=1e-8)
+
+
+def test_dora_takes_its_norm_as_a_constant():
+    """Its gradient is that of (‖W‖ + m) / n ⊙ (W + s B A) x with n fixed."""
+    method = DoRA(rank=2, alpha=3.0)
+    draw = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(draw.standard_normal(shape, np.float32))
+    w, x, toward = array(5, 4), array(3, 5), array(3, 4)
+    p = {"A": array(2, 5), "B": array(4, 2), "m": array(4)}
+    whole = lambda p: w + 1.5 * (p["B"] @ p["A"]).T
+    n = jnp.linalg.norm(whole(p), axis=0)
+
+    def by_hand(p):
+        gain = (jnp.linalg.norm(w, axis=0) + p["m"]) / n
+        return jnp.sum(toward * (x @ (gain[None] * whole(p))))
+
+    ours = lambda p: jnp.sum(toward * method.apply(p, x, x @ w, Context(jnp.array(0), w)))
+    close(jax.value_and_grad(ours)(p), jax.value_and_grad(by_hand)(p), 1e-5)
 
 
 def test_full_fine_tuning_gradient_is_the_finite_difference(base):
@@ -75,7 +103,8 @@ def test_full_fine_tuning_gradient_is_the_finite_difference(base):
 
 @pytest.mark.parametrize("layers", [None, (1,)])
 def test_jvp_is_the_finite_difference_and_the_transposed_vjp(layers, base):
-    model, steering = small("nonlinear", layers)
+    model = Model(SMALL, (slot_of("nonlinear", SMALL, layers=layers),))
+    steering = random_steering(model.plan, SMALL, scale=0.3)
     batch = supervised_batch(13, 2, 6, 2)
     with jax.enable_x64(True):
         base, steering = doubled((base, steering))
@@ -96,14 +125,13 @@ def test_jvp_is_the_finite_difference_and_the_transposed_vjp(layers, base):
         np.testing.assert_allclose(inner(cotangent, out_dot), inner(pulled, tangent[1]), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_vmap_over_seeds_is_the_loop(name, base):
-    model, steering = small(name)
-    batch = supervised_batch(13, 2, 6, 2)
+def test_vmap_over_seeds_is_the_loop(base):
+    model, batch = Model(SMALL, all_methods(SMALL)), supervised_batch(13, 2, 6, 2)
+    steering = random_steering(model.plan, SMALL, scale=0.3)
     keys = jax.random.split(jax.random.key(0), 3)
-    init = lambda key: init_steering(model.plan, SMALL, key)
+    init = lambda key: init_steering(model.plan, SMALL, key, base=base)
     stacked, alone = fast_jit(jax.vmap(init))(keys), fast_jit(init)
-    shift = lambda tree: jax.tree.map(jnp.add, tree, steering)  # fresh parameters alone would steer nothing
+    shift = lambda tree: jax.tree.map(jnp.add, tree, steering)  # fresh parameters alone would steer little
     got = fast_jit(jax.vmap(lambda s: forward(model, base, shift(s), batch).hidden))(stacked)
     for i, key in enumerate(keys):
         one = alone(key)

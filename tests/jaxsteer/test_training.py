@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import close, fast_jit, random_steering, slot_of
+from tiny import all_methods, close, fast_jit, random_steering, sites_of, slot_of, turn
 
 from jaxsteer import (
     METHODS,
@@ -30,6 +30,7 @@ from jaxsteer import (
     split,
     train_step,
 )
+from jaxsteer.steering import steering_shapes
 from jaxsteer.types import Batch
 
 
@@ -45,7 +46,7 @@ def start(model, base, steering, tx):
     params = Params(base, steering)
     labels = param_labels(params, model.plan, train_base=model.train_base)
     trained, frozen = split(params, labels)
-    tx = make_optimizer(tx, labels, 200) if isinstance(tx, OptimConfig) else tx
+    tx = make_optimizer(tx, labels, 200, model.plan) if isinstance(tx, OptimConfig) else tx
     step = fast_jit(partial(train_step, model=model, tx=tx))
     return init_state(trained, tx, jax.random.key(0)), frozen, step
 
@@ -109,11 +110,10 @@ KERNELS = {(28, 20), (28, 10), (20, 28), (28, 44), (44, 28), (28, 53)}
 
 
 def lowered_step(train_base):
-    plan = tuple(slot_of(name, DISTINCT, slot=name, layers=(3, 4)) for name in METHODS)
+    plan = all_methods(DISTINCT, layers=(3, 4))
     model = Model(DISTINCT, plan, train_base=train_base)
     base = jax.eval_shape(lambda: init_base(DISTINCT, jax.random.key(0)))
-    steering = jax.eval_shape(lambda: init_steering(plan, DISTINCT, jax.random.key(0)))
-    params = Params(base, steering)
+    params = Params(base, steering_shapes(plan, DISTINCT))
     trained, frozen = split(params, param_labels(params, plan, train_base=train_base))
     tx = optax.adam(1e-3)
     state = jax.eval_shape(
@@ -153,7 +153,7 @@ def test_layers_below_the_first_steered_one_have_no_backward_pass(layers, backwa
     plan = (Slot("s", Nonlinear(rank=2), ("block",), layers),)
     model = Model(config, plan)
     base = jax.eval_shape(lambda: init_base(config, jax.random.key(0)))
-    steering = jax.eval_shape(lambda: init_steering(plan, config, jax.random.key(0)))
+    steering = steering_shapes(plan, config)
     batch = jax.eval_shape(lambda: make_batch(np.ones((1, 13), int)))
     grad = jax.make_jaxpr(jax.grad(lambda s, base, batch: mean_loss(model, base, s, batch)))
     found = set(scans(grad(steering, base, batch).jaxpr))
@@ -194,19 +194,68 @@ def learn(model, base, lr, steps=STEPS, metrics=None):
         state, out = step(state, planted(i), frozen)
         if metrics is not None:
             metrics.append(float(out.loss))
-    held_out = planted(10_000, 64)
     whole = merge(state.params, frozen)
+    return *held_out_losses(model, base, whole), state
+
+
+def held_out_losses(model, base, whole):
+    """Before and after."""
+    held_out = planted(10_000, 64)
     before = evaluate(Model(model.config), base, {}, held_out)
-    return float(before), float(evaluate(model, whole.base, whole.steering, held_out)), state
+    return float(before), float(evaluate(model, whole.base, whole.steering, held_out))
 
 
-@pytest.mark.parametrize("name", [*METHODS, "full"])
-def test_every_method_learns_and_it_holds_on_unseen_rows(name, tiny_config, tiny_base):
-    if name == "full":
-        before, after, _ = learn(Model(tiny_config, train_base=True), tiny_base, 3e-3)
-    else:
-        sites = {"lora": None}.get(name, ("block",))
-        before, after, _ = learn(Model(tiny_config, (slot_of(name, tiny_config, sites=sites),)), tiny_base, 2e-2)
+@pytest.fixture(scope="module")
+def learn_alone(tiny_config, tiny_base):
+    """Train one method of a plan of all: the updates of the others are dropped, so that one program serves all."""
+    sites = {"weight": ("attn.o", "mlp.gate", "mlp.down"), "activation": ("block",)}
+    plan = tuple(
+        slot_of(name, tiny_config, slot=name, sites=tuple(s for s in sites_of(METHODS[name](), tiny_config) if s in sites[METHODS[name].kind]))
+        for name in METHODS
+    )
+    model = Model(tiny_config, plan)
+    fresh = init_steering(plan, tiny_config, jax.random.key(1), base=tiny_base)
+    config = OptimConfig(lr=2e-2, schedule="linear", warmup=0.05)
+    labels = param_labels(Params(tiny_base, fresh), plan)
+    tx = make_optimizer(config, labels, 200, plan)
+
+    def keep(mask):
+        return optax.stateless(lambda updates, _: jax.tree.map(lambda u, on: jnp.where(on, u, 0), updates, mask))
+
+    @fast_jit
+    def step(state, batch, frozen, mask):
+        return train_step(state, batch, frozen, model=model, tx=optax.chain(tx, keep(mask)))
+
+    def learn(name):
+        params = Params(tiny_base, turn(fresh, name))
+        trained, frozen = split(params, labels)
+        mask = trained._replace(steering={slot: jax.tree.map(lambda _, on=slot == name: on, p) for slot, p in trained.steering.items()})
+        state = init_state(trained, optax.chain(tx, keep(mask)), jax.random.key(0))
+        for i in range(STEPS):
+            state, _ = step(state, planted(i), frozen, mask)
+        whole = merge(state.params, frozen)
+        return *held_out_losses(model, tiny_base, whole), whole.steering[name], fresh[name]
+
+    return learn
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_and_it_holds_on_unseen_rows(name, learn_alone):
+    before, after, steering, fresh = learn_alone(name)
+    print(name, before, after)
+    assert after < 0.8 * before, (before, after)
+    method = METHODS[name]()
+    for site, p in steering.items():
+        for constant in method.constants:
+            np.testing.assert_array_equal(p[constant], fresh[site][constant])
+        for rows in method.orthonormal:
+            gram = jnp.einsum("lrd,lsd->lrs", p[rows], p[rows])
+            np.testing.assert_allclose(gram, np.broadcast_to(np.eye(8), gram.shape), atol=1e-5)
+            assert np.abs(p[rows] - fresh[site][rows]).max() > 0.1
+
+
+def test_full_fine_tuning_learns(tiny_config, tiny_base):
+    before, after, _ = learn(Model(tiny_config, train_base=True), tiny_base, 3e-3)
     assert after < 0.8 * before, (before, after)
 
 

@@ -69,15 +69,15 @@ def method_of(name, *, draws=False):
 
 
 def all_methods(config, names=METHODS, *, few=False, kinds=("all",), layers=None, draws=False):
-    """A plan with a slot for each method, named by it, at all its sites or at the first and the last of them.
+    """A plan with a slot for each method, named by it, at all its sites or at a `few`: one of them, dealt out in turn.
 
-    The kinds of positions are dealt out in turn.
+    So are the kinds of positions.
     """
     plan = []
     for i, name in enumerate(names):
         method = method_of(name, draws=draws)
         sites = sites_of(method, config)
-        sites = tuple(dict.fromkeys((sites[0], sites[-1]))) if few else sites
+        sites = (sites[i % len(sites)],) if few else sites
         plan.append(Slot(name, method, sites, layers, Positions.parse(kinds[i % len(kinds)])))
     return tuple(plan)
 

@@ -56,7 +56,8 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         comparison = Comparison(config, loaded, counter.add)
         for number, entry in enumerate(config.entries):
             best, tried = search(comparison, entry, bar.note)
-            seeds = comparison.finish(entry, [(best, seed) for seed in range(config.seeds)])
+            comparison.finish(entry, [(best, seed) for seed in range(config.seeds)])
+            seeds = [comparison.tested(entry, best, seed) for seed in range(config.seeds)]
             results.append({"entry": entry, "best": best, "tried": tried, "seeds": seeds})
             counter.at_least((number + 1) * planned)
     timings = {}

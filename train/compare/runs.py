@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxsteer.io import LoadedModel, files, save_steering
+from jaxsteer.io import LoadedModel, files, load_steering, save_steering
 from jaxsteer.models.transformer import Model
+from jaxsteer.types import PyTree, Steering
 from train.compare.config import CompareConfig, Entry
 from train.config import TrainConfig
 from train.evaluation import Prompts, decode, make_prompts
@@ -75,10 +76,8 @@ class Comparison:
         """Which test answers of the plain model are right, 1 or 0; kept like a run."""
         path = self.folder / "untouched.json"
         if not path.exists():
-            model = Model(self.loaded.config)
-            answers = decode(model, self.loaded.base, {}, self.prompts["test"], self.loaded.tokenizer)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"test": [int(answer.correct) for answer in answers]})
+            write_json(path, {"test": self.answer("test", Model(self.loaded.config), self.loaded.base, {})})
         return list(files.read_json(path)["test"])
 
     @property
@@ -88,21 +87,11 @@ class Comparison:
         return self.config.base.steps
 
     def keep(self, entry: Entry, exponent: int, seed: int, trained: Trained) -> None:
-        """Answer validation and test with a trained run and write its record; the search never reads the test."""
+        """Answer validation with a trained run and write its record."""
         path, training = self.path(entry, exponent, seed), trained.training
         path.parent.mkdir(parents=True, exist_ok=True)
-        correct = {}
-        for split, prompts in self.prompts.items():
-            answers = decode(
-                training.model,
-                trained.params.base,
-                trained.params.steering,
-                prompts,
-                self.loaded.tokenizer,
-                rows=self.config.base.eval_rows,
-            )
-            correct[split] = [int(answer.correct) for answer in answers]
-        if training.model.plan:
+        answer = lambda split: self.answer(split, training.model, trained.params.base, trained.params.steering)
+        if not entry.train_base:
             save_steering(
                 path.with_suffix(".safetensors"),
                 trained.params.steering,
@@ -122,10 +111,28 @@ class Comparison:
                 "losses": [float(loss) for loss in trained.losses],
                 "overlap": trained.overlap.tolist(),
                 "diverged": trained.diverged,
-                "validation": correct["validation"],
-                "test": correct["test"],
+                "validation": answer("validation"),
+                # A trained base is not kept for later; its test answers wait here, unread by the search.
+                "test": answer("test") if entry.train_base else None,
             },
         )
+
+    def answer(self, split: str, model: Model, base: PyTree, steering: Steering) -> list[int]:
+        """Which answers to a split's prompts are right, 1 or 0."""
+        rows = self.config.base.eval_rows
+        answers = decode(model, base, steering, self.prompts[split], self.loaded.tokenizer, rows=rows)
+        return [int(answer.correct) for answer in answers]
+
+    def tested(self, entry: Entry, exponent: int, seed: int) -> dict[str, Any]:
+        """The record of a finished run with its test answers."""
+        record, path = self.record(entry, exponent, seed), self.path(entry, exponent, seed)
+        assert record is not None
+        if record["test"] is None:
+            saved = load_steering(path.with_suffix(".safetensors"), self.loaded.config)
+            model = Model(self.loaded.config, saved.plan)
+            record["test"] = self.answer("test", model, self.loaded.base, saved.steering)
+            write_json(path, record)
+        return record
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from train.data.examples import Example
 
 Split = Literal["train", "validation", "test"]
-Style = Literal["short", "tagged"]
+Style = Literal["short", "compact", "tagged"]
 
 # int(median): an even count gives the mean of the middle two, rounded down, as in Long Range Arena.
 OPERATIONS: dict[str, Callable[[Sequence[int]], int]] = {
@@ -34,6 +34,7 @@ OPERATIONS: dict[str, Callable[[Sequence[int]], int]] = {
 # the ids of the joined text.
 TEMPLATES: dict[Style, tuple[str, str]] = {
     "short": ("{expression} = ", "{answer}"),
+    "compact": ("{expression}=", "{answer}"),
     "tagged": (
         "Work out the value of the list expression, a single digit, and write it as <answer>digit</answer>.\n"
         "{expression}\n",
@@ -58,7 +59,8 @@ class ListOps:
     train, validation, test   number of problems in each split; problems are distinct, so where short ones run
                     out only counts in the ratio 8 : 1 : 1 (the partition's) give every split the same mix
     balanced        give every answer the same share of each ten problems
-    style           "short": expression, equals sign, digit; "tagged": the prompt asks for <answer>digit</answer>
+    style           "short": expression, equals sign, digit; "compact": the same without spaces, a third fewer tokens;
+                    "tagged": the prompt asks for <answer>digit</answer>
     prompt          a prompt instead of the style's own; must contain {expression}
     seed            of the problems drawn (not of the partition, which is always the same)
     """
@@ -155,9 +157,8 @@ def example(expression: str, settings: ListOps, source: str) -> Example:
     prompt, completion = TEMPLATES[settings.style]
     prompt = prompt if settings.prompt is None else settings.prompt
     answer = str(evaluate(expression))
-    return Example.of(
-        prompt.replace("{expression}", expression), completion.replace("{answer}", answer), source, answer
-    )
+    written = expression.replace(" ", "") if settings.style == "compact" else expression
+    return Example.of(prompt.replace("{expression}", written), completion.replace("{answer}", answer), source, answer)
 
 
 def generate(settings: ListOps, split: Split) -> list[Example]:
