@@ -37,8 +37,8 @@ class Orthogonality:
     the penalty where the plan holds both LoRA and steering of the residual stream, else none."""
     strength: float = 1.0
     """Factor on the penalty, summed over the layers."""
-    normalised: bool = True
-    """The penalty is Ω itself, whatever the steering's size; False: tr(S P Sᵀ)."""
+    normalised: bool = False
+    """The penalty is Ω, whatever the steering's size, instead of tr(S P Sᵀ)."""
     side: Literal["reads", "writes", "both"] = "reads"
     """Which directions of the steering are kept apart: those it reads (D), those it writes (U), or both."""
     sites: tuple[str, ...] = ("mlp.down",)
@@ -212,6 +212,15 @@ def overlap(plan: Plan, steering: Steering, settings: Orthogonality = Orthogonal
 
 def _ratio(shared: Shared) -> Array:
     return shared.inside / jnp.maximum(shared.whole, FLOOR)
+
+
+def chance_overlap(plan: Plan, steering: Steering, settings: Orthogonality = Orthogonality()) -> float:  # noqa: B008
+    """R/D, the mean overlap of random directions with LoRA's span; 0 where the plan has no joint layer."""
+    layers = joint_layers(plan, steering, settings)
+    if not layers:
+        return 0.0
+    _, rank, width = _gather(_writers(plan, settings), steering, layers).shape
+    return min(1.0, rank / width)
 
 
 def overlap_penalty(

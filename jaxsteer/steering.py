@@ -107,12 +107,10 @@ def init_steering(
         )
 
     specs = param_specs(plan, config)
-    return {
-        slot.name: {site: start(slot, site, params) for site, params in specs[slot.name].items()} for slot in plan
-    }
+    return {slot.name: {site: start(slot, site, params) for site, params in specs[slot.name].items()} for slot in plan}
 
 
-def steering_shapes(plan: Plan, config: ModelConfig, dtype: Any = jnp.float32) -> Steering:
+def steering_shapes(plan: Plan, config: ModelConfig, dtype: Any = jnp.float32) -> Any:
     """The steering pytree of a plan as `jax.ShapeDtypeStruct`s."""
     validate_plan(plan, config)
     return {
@@ -201,10 +199,7 @@ def count_parameters(tree: PyTree) -> int:
 def count_trained(plan: Plan, steering: Steering, frozen: Sequence[str] = ()) -> int:
     """Number of scalars that train in a steering pytree: without constants, heads not selected, frozen slots."""
     return sum(
-        slot.method.count(steering[slot.name][site])
-        for slot in plan
-        if slot.name not in frozen
-        for site in slot.sites
+        slot.method.count(steering[slot.name][site]) for slot in plan if slot.name not in frozen for site in slot.sites
     )
 
 

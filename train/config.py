@@ -94,7 +94,10 @@ class TrainConfig:
         return {key: value for key, value in data.items() if key not in ("out", "resume")}
 
 
-def load_config_file(path: str | Path, kind: type[T] = TrainConfig) -> T:  # type: ignore[assignment]
+C = TypeVar("C", bound=TrainConfig)
+
+
+def load_config_file(path: str | Path, kind: type[T]) -> T:
     """Call `config()` of a Python file.
 
     Raises:
@@ -114,14 +117,19 @@ def load_config_file(path: str | Path, kind: type[T] = TrainConfig) -> T:  # typ
     return built
 
 
-def from_command_line(program: str, description: str, argv: list[str] | None = None) -> TrainConfig:
-    """`[config.py] [--key value ...]`: a config file's settings (or the defaults), then overrides."""
+def from_command_line(program: str, description: str, kind: type[C], argv: list[str] | None = None) -> C:
+    """`[config.py] [--key value ...]`: a config file's settings (or the defaults), then overrides.
+
+    Args:
+        kind: TrainConfig, or one with settings of its own besides; a config file sets the common ones.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    default = TrainConfig()
+    common = TrainConfig()
     if argv and not argv[0].startswith("-"):
-        default, argv = load_config_file(argv[0]), argv[1:]
+        common, argv = load_config_file(argv[0], TrainConfig), argv[1:]
+    default = kind(**{each.name: getattr(common, each.name) for each in dataclasses.fields(TrainConfig)})
     return tyro.cli(
-        tyro.conf.AvoidSubcommands[TrainConfig],
+        tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type, misc]
         prog=f"python -m train.{program}",
         args=argv,
         default=default,

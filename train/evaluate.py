@@ -5,6 +5,7 @@ Answers are decoded, scored by exact match, and kept one a line in a JSONL file.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsteer.models.transformer import Model
-from train.config import load_config_file, run_main
+from jaxsteer.steering import only
+from jaxsteer.types import Kind, Plan, Steering
+from train.config import TrainConfig, load_config_file, run_main
 from train.evaluation import accuracy_of, decode, make_prompts, write_answers
 from train.generate import load_steered, steered
 from train.machine import enable_compilation_cache
@@ -24,6 +27,8 @@ from train.metrics import progress
 from train.report import percent
 from train.run_folder import write_json
 from train.tasks import JsonlTask, Split, Task, task_from_json
+
+Part = Literal["all", "lora_only", "steering_only"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class EvaluateConfig:
     """Prompts decoded at a time."""
     base: bool = True
     """Evaluate the untouched model too."""
+    parts: tuple[Part, ...] = ("all",)
+    """Of a joint adaptation: all of it, its LoRA alone (lora_only), its steering alone (steering_only); one or more."""
     out: str | None = None
     """Folder for the answers and the summary; by default `evaluation` beside the steering file."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -58,7 +65,7 @@ def find_task(config: EvaluateConfig, notes: dict) -> Task:
     Raises:
         ValueError: none of the three is at hand.
     """
-    task = load_config_file(config.config).task if config.config else None
+    task = load_config_file(config.config, TrainConfig).task if config.config else None
     if task is None and "config" in notes:
         task = task_from_json(notes["config"]["task"])
     if config.data is not None:
@@ -81,6 +88,27 @@ def find_task(config: EvaluateConfig, notes: dict) -> Task:
     return task
 
 
+def part_of(plan: Plan, steering: Steering, part: Part) -> Steering:
+    """The steering with only a part of a joint plan switched on.
+
+    Raises:
+        ValueError: the plan has nothing of that part.
+    """
+    if part == "all":
+        return steering
+    kind: Kind = "weight" if part == "lora_only" else "activation"
+    if not any(slot.method.kind == kind for slot in plan):
+        raise ValueError(f"--parts {part}: the plan has no {kind} method, only {', '.join(slot.name for slot in plan)}")
+    return only(plan, steering, kind)
+
+
+def names_of(parts: Sequence[Part], *, steered: bool) -> list[tuple[str, Part]]:
+    """The name of each evaluation with its part: "steered" for all of a steering file, "base" without one."""
+    if not steered:
+        return [("base", "all")]
+    return [("steered" if part == "all" else part, part) for part in dict.fromkeys(parts)]
+
+
 def main() -> None:
     """Evaluate and print a table."""
     config = tyro.cli(EvaluateConfig, prog="python -m train.evaluate", description=__doc__)
@@ -95,7 +123,7 @@ def main() -> None:
     prompts = make_prompts(examples, loaded.tokenizer, loaded.stop_tokens, task)
     plan, steering = steered(file)
     model = Model(loaded.config, plan)
-    runs = {"steered" if file else "base": steering}
+    runs = {name: part_of(plan, steering, part) for name, part in names_of(config.parts, steered=file is not None)}
     if file and config.base:
         runs = {"base": jax.tree.map(jnp.zeros_like, steering), **runs}
 

@@ -26,7 +26,7 @@ from jaxsteer.plan_text import parse_plan
 from jaxsteer.steering import method_name, steering_shapes
 from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
 from train.base_models import resolve_model
-from train.config import load_config_file, run_main
+from train.config import TrainConfig, load_config_file, run_main
 from train.generate import load_steered
 from train.machine import enable_compilation_cache
 from train.plots import plot_by_layer
@@ -94,7 +94,7 @@ def main() -> None:
     if not Path(config.source).exists():
         raise ValueError(f"{config.source}: no such file (a steering file or a config file)")
     if config.source.endswith(".py"):
-        run = load_config_file(config.source)
+        run = load_config_file(config.source, TrainConfig)
         features = load_config(resolve_model(config.model or run.model))
         plan = parse_plan(run.plan, features.layers)
         print_plan(plan, steering_shapes(plan, features), features)

@@ -43,7 +43,7 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, /, **values: Any) -> None:
-        """Append a line: the step, then the values (numbers, arrays of one number, text, booleans or None).
+        """Append a line: the step, then the values (numbers, lists of them, arrays of one, text, booleans or None).
 
         Raises:
             ValueError: a value of another kind, or one named "step".
@@ -81,10 +81,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is no JSON object with a step. FileNotFoundError: there is no such file.
     """
-    return [
-        {name: _WORDS.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-        for _, row in _rows(Path(path))
-    ]
+    return [{name: _words(value) for name, value in row.items()} for _, row in _rows(Path(path))]
+
+
+def _words(value: Any) -> Any:
+    """A value with the words for what JSON does not have turned back into floats."""
+    if isinstance(value, list):
+        return [_words(each) for each in value]
+    return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
 class Bar:
@@ -214,7 +218,9 @@ def _plain(name: str, value: Any) -> Any:
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ValueError(f"metric {name!r}: got {type(value).__name__}, need one number, text, a boolean or None")
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, each) for each in value]
+    raise ValueError(f"metric {name!r}: got {type(value).__name__}, need numbers, text, a boolean or None")
 
 
 def _fact(name: str, value: Any) -> str:

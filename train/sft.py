@@ -15,14 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io import LoadedModel, fingerprint, save_hf, save_steering
+from jaxsteer.optim import Params
+from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.steering import plan_to_json
+from jaxsteer.types import Steering
 from train.base_models import load
 from train.checkpoints import open_checkpoints
 from train.config import TrainConfig, from_command_line, run_main
 from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
 from train.machine import device_summary, enable_compilation_cache, peak_memory_bytes
 from train.metrics import MetricsWriter, progress, read_metrics
-from train.plots import plot_training
+from train.plots import plot_overlap, plot_training
 from train.preemption import preemption
 from train.report import print_facts, print_result
 from train.run_folder import RunFolder, open_run, write_json
@@ -35,6 +38,7 @@ class Result:
     """What came out of a run. seconds and tokens_per_second are of the training alone, the latter after compilation."""
 
     run: RunFolder
+    params: Params
     before: list[Decoded]
     after: list[Decoded]
     trainable: int
@@ -64,8 +68,12 @@ class Result:
         }
 
 
-def train(config: TrainConfig) -> Result | None:
+def train(config: TrainConfig, initial: Steering | None = None) -> Result | None:
     """Carry out a run. None where it was asked to stop early (SIGTERM, Ctrl-C): it is saved and can be resumed.
+
+    Args:
+        config: the run.
+        initial: steering to start from, of the config's plan; by default it is drawn from the seed.
 
     Raises:
         ValueError: bad settings or data, each before anything is trained; an output folder that holds another run.
@@ -79,6 +87,7 @@ def train(config: TrainConfig) -> Result | None:
     # ---- base model, data, what trains
     loaded = load(config.model, config.dtype)
     training = make_training(config, loaded)
+    training = training if initial is None else training.starting_from(initial)
     state = training.state
     print_facts(
         {
@@ -134,7 +143,8 @@ def train(config: TrainConfig) -> Result | None:
                         timed_tokens += values["tokens"]
                     speed = timed_tokens / (now - timed_from) if timed_tokens else tokens / (now - began)
                     writer.write(done, **values, tokens_per_second=speed)
-                    bar.update(done, loss=values["loss"], tokens_per_second=speed)
+                    shown = {"overlap": float(np.mean(values["overlap"]))} if "overlap" in values else {}
+                    bar.update(done, loss=values["loss"], **shown, tokens_per_second=speed)
 
                     # ---- evaluation and checkpoint
                     last = done == training.steps
@@ -177,14 +187,21 @@ def train(config: TrainConfig) -> Result | None:
     rate = timed_tokens / (began + seconds - timed_from) if timed_from and timed_tokens else 0.0
     example = config.task.load("test")[-1].turns[0].text if test else ""
     example = _bare(example, config.task.template)
-    result = Result(run, before, after, training.trainable, training.total, seconds, rate, peak_memory_bytes(), example)
+    result = Result(
+        run, params, before, after, training.trainable, training.total, seconds, rate, peak_memory_bytes(), example
+    )
     write_json(run.summary, result.summary())
     rows = read_metrics(run.metrics)
     evaluations = [(r["step"], r["accuracy"], r["low"], r["high"]) for r in rows if "accuracy" in r]
     if after:
         found = accuracy_of(after)
         evaluations = evaluations or [(training.steps, found.rate, *found.interval)]
-    plot_training(rows, run.plot, evaluations=evaluations, title=f"{config.model}: {', '.join(config.plan) or 'base'}")
+    title = f"{config.model}: {', '.join(config.plan) or 'base'}"
+    plot_training(rows, run.plot, evaluations=evaluations, title=title)
+    if shared := [(row["step"], row["overlap"]) for row in rows if row.get("overlap")]:
+        chance = chance_overlap(training.model.plan, params.steering, training.orthogonality)
+        steps, overlaps = zip(*shared, strict=True)
+        plot_overlap(run.folder / "overlap.png", steps, np.array(overlaps), chance=chance, title=title)
     return result
 
 
@@ -291,7 +308,7 @@ def _notes(config: TrainConfig) -> dict[str, Any]:
 
 def main() -> None:
     """Run a config and print what came out."""
-    config = from_command_line("sft", "Train steering, LoRA or a whole model on prompts and completions.")
+    config = from_command_line("sft", "Train steering, LoRA or a whole model on prompts and completions.", TrainConfig)
     result = train(config)
     if result is not None:
         print_result(result)

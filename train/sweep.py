@@ -127,7 +127,7 @@ class Program:
 
         rates = jnp.array(factors, jnp.float32)
         if self.many:
-            axes = (0, None if self._same_data else 0, Params(None, 0), 0)
+            axes = (0, None if self._same_data else 0, Params(None, 0), 0)  # type: ignore[arg-type]  # axes
             whole = jax.vmap(step, in_axes=axes)
             stack = lambda *leaves: jnp.stack(leaves)
             self.state = jax.tree.map(stack, *(training.state for training in trainings))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS, check_activation, read_write_specs
 from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
+
 @dataclass(frozen=True)
 class Nonlinear(Intervention):
     """y' = y + α · U act(D y), arXiv 2603.00425 at site `block`. D starts small, U at zero.

@@ -57,9 +57,7 @@ def test_gradient_is_the_finite_difference(name, in_doubles):
         for seed in range(2):
             tangent = turn(direction(steering, seed), name)
             if name == "dora":  # the norm is a constant for its other gradients: a test of its own
-                tangent["dora"] = {
-                    site: p | {"A": 0 * p["A"], "B": 0 * p["B"]} for site, p in tangent["dora"].items()
-                }
+                tangent["dora"] = {site: p | {"A": 0 * p["A"], "B": 0 * p["B"]} for site, p in tangent["dora"].items()}
             difference = (loss(moved(steering, tangent, 1e-6)) - loss(moved(steering, tangent, -1e-6))) / 2e-6
             assert abs(difference) > 1e-4
             np.testing.assert_allclose(inner(grads, tangent), difference, rtol=1e-5, atol=1e-8)

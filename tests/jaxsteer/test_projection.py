@@ -142,13 +142,13 @@ TINY = ModelConfig(vocab_size=19, width=32, layers=4, heads=2, kv_heads=1, head_
 PLAN = (
     Slot("lora", LoRA(rank=2), ("mlp.down",), (0, 1, 2)),
     Slot("pissa", PiSSA(rank=2), ("mlp.down",), (2, 3)),
-    Slot("steer", Nonlinear(rank=2), ("block",), (1, 2, 3)),
+    Slot("steer", Nonlinear(rank=2, init_scale=1.0), ("block",), (1, 2, 3)),
     Slot("reft", LoReFT(rank=2), ("mlp",), None, Positions.parse("first:2+last:2")),
 )
 BOTH_SIDES = Orthogonality("projection", side="both")
-SMOOTH = OptimConfig(lr=1e-2, eps=1e-2, schedule="constant", warmup=0.0)
+SMOOTH = OptimConfig(lr=1e-3, eps=1e-3, schedule="constant", warmup=0.0)
 """Adam's eps keeps it from blowing up the rounding of gradients near 0."""
-FAR = {"lora": draw(3, 32, 2), "pissa": draw(2, 32, 2, seed=1)}
+FAR = {"lora": draw(3, 32, 2) / 4, "pissa": draw(2, 32, 2, seed=1) / 4}
 
 
 @cache
@@ -190,7 +190,7 @@ def test_training_keeps_lora_and_steering_apart(state):
             steering[slot][site][name] = first_moment(after.opt_state, slot, site, name)
         assert np.all(overlap(PLAN, steering, BOTH_SIDES) <= 1e-6)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, before.params)
-    assert min(jax.tree.leaves(moved)) > 1e-3
+    assert min(jax.tree.leaves(moved)) > 3e-4
 
 
 def test_projection_with_accumulated_microbatches_is_that_of_one_batch():

@@ -1,5 +1,6 @@
-"""Plans and the steering pytree: what is refused, how it is drawn, and plans as JSON."""
+"""Plans and the steering pytree: what is refused, how it is drawn, and plans as JSON and as text."""
 
+import dataclasses
 import json
 import re
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import KINDS, identical, slot_of
+from tiny import KINDS, all_methods, identical, random_steering, slot_of
 
 from jaxsteer import (
     METHODS,
@@ -19,10 +20,13 @@ from jaxsteer import (
     Slot,
     count_parameters,
     init_steering,
+    parse_plan,
     plan_from_json,
     plan_to_json,
     validate_plan,
 )
+from jaxsteer.interventions import DiReFT, DoRA, JoLA, LoFiT, LoReFT, PiSSA, select_heads, strongest_heads
+from jaxsteer.steering import count_trained, only, steering_shapes
 
 
 def slot(method=Fixed(), sites=("block",), name="mine", **rest):  # noqa: B008  # frozen
@@ -36,6 +40,11 @@ def slot(method=Fixed(), sites=("block",), name="mine", **rest):  # noqa: B008  
         ([slot(LoRA(), ("block",))], ["mine", "lora", "block", "mlp.down"]),
         ([slot(Nonlinear(), ("mlp.down",))], ["mine", "nonlinear", "mlp.down"]),
         ([slot(Linear(), ("attn.heads",))], ["mine", "attn.heads"]),
+        ([slot(LoReFT(), ("attn.heads",))], ["mine", "LoReFT", "attn.heads"]),
+        ([slot(JoLA())], ["mine", "JoLA", "block", "attn.heads"]),
+        ([slot(LoFiT(), ("attn.heads", "mlp"))], ["mine", "LoFiT", "mlp", "attn.heads"]),
+        ([slot(DoRA(), ("attn.heads",))], ["mine", "dora", "attn.heads", "attn.o"]),
+        ([slot(JoLA(), ("attn.o",))], ["mine", "jola", "attn.o", "attn.heads"]),
         ([slot(), slot(sites=("mlp",))], ["mine", "two slots"]),
         ([slot(layers=(0, 4))], ["mine", "4", "0 to 3"]),
         ([slot(layers=(-1, 2))], ["mine", "-1"]),
@@ -46,6 +55,7 @@ def slot(method=Fixed(), sites=("block",), name="mine", **rest):  # noqa: B008  
         ([slot(sites=("mlp", "mlp"))], ["mine", "each once"]),
         ([slot(Nonlinear(rank=0))], ["mine", "rank 0", "32"]),
         ([slot(Nonlinear(rank=33))], ["mine", "rank 33", "32"]),
+        ([slot(DiReFT(rank=33))], ["mine", "rank 33", "32"]),
         ([slot(LoRA(rank=17), ("attn.k",))], ["mine", "attn.k", "rank 17", "16"]),
         ([slot(name="a/b")], ["a/b"]),
     ],
@@ -70,34 +80,79 @@ def test_positions_as_text(text):
     assert str(Positions.parse(text)) == text
 
 
-def test_unknown_activation_is_refused():
+@pytest.mark.parametrize("method", [Nonlinear, LoReFT, DiReFT])
+def test_unknown_activation_is_refused(method):
     with pytest.raises(ValueError, match="swish"):
-        Nonlinear(activation="swish")
+        method(activation="swish")
+
+
+@pytest.mark.parametrize("method", [LoRA, DoRA, PiSSA, LoReFT, DiReFT])
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_impossible_dropout_is_refused(method, rate):
+    with pytest.raises(ValueError, match=f"dropout.*{rate}"):
+        method(dropout=rate)
+
+
+def test_pissa_without_weights_is_refused(tiny_config):
+    with pytest.raises(ValueError, match="'mine'.*pissa.*base"):
+        init_steering((slot(PiSSA(), ("attn.q",)),), tiny_config, jax.random.key(0))
+
+
+# ---- shapes, counts, draws
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny_config, tiny_base):
+    """Steering of all methods at a few layers; key 4."""
+    init = lambda layers: init_steering(
+        all_methods(tiny_config, layers=layers), tiny_config, jax.random.key(4), base=tiny_base
+    )
+    return {layers: init(layers) for layers in (None, (1, 3))}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_shapes_counts_and_dtypes(name, tiny_config):
-    one = init_steering((slot_of(name, tiny_config, layers=(1,)),), tiny_config, jax.random.key(0))
-    three = init_steering((slot_of(name, tiny_config, layers=(0, 1, 3)),), tiny_config, jax.random.key(0))
-    assert {leaf.shape[0] for leaf in jax.tree.leaves(three)} == {3}
-    assert {leaf.dtype for leaf in jax.tree.leaves(three)} == {jnp.dtype("float32")}
-    assert count_parameters(three) == 3 * count_parameters(one) > 0
+def test_shapes_counts_and_dtypes(name, drawn, tiny_config):
+    plan = all_methods(tiny_config, [name], layers=(1, 3))
+    two, all_four = drawn[1, 3][name], drawn[None][name]
+    shapes = steering_shapes(plan, tiny_config)[name]
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), two) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), shapes
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(two)} == {jnp.dtype("float32")}
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(two)} == {2}
+    assert 2 * count_parameters(two) == count_parameters(all_four) > 0
+    constants = [p[name] for p in two.values() for name in plan[0].method.constants]
+    for steering in ({name: two}, {name: shapes}):
+        assert count_trained(plan, steering) == count_parameters(two) - count_parameters(constants) > 0
+        assert count_trained(plan, steering, frozen=[name]) == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_keys_depend_on_the_path_alone(name, drawn, tiny_config, tiny_base):
+    """Leaving out layers or other slots changes no parameter."""
+    identical(drawn[1, 3][name], jax.tree.map(lambda leaf: leaf[jnp.array([1, 3])], drawn[None][name]))
+    plan = all_methods(tiny_config, [name])
+    alone = init_steering(plan, tiny_config, jax.random.key(4), base=tiny_base)
+    identical(alone[name], drawn[None][name])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_low_precision_is_drawn_too(name, tiny_config, tiny_base):
+    """Where a decomposition is taken it must be in a precision that has one."""
+    plan = all_methods(tiny_config, [name], few=True, layers=(1,))
+    init = lambda dtype: init_steering(plan, tiny_config, jax.random.key(4), dtype, base=tiny_base)
+    low, wide = init(jnp.bfloat16), init(jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(low)} == {jnp.dtype(jnp.bfloat16)}
+    for leaf in jax.tree.leaves(low):
+        assert np.all(np.isfinite(np.asarray(leaf, np.float32)))
+    if name in ("pissa", "loreft"):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.3), low, wide)
 
 
 def test_counts_by_hand(tiny_config):
     plan = (slot(Nonlinear(rank=3), ("block",), layers=(1, 2)), slot(LoRA(rank=2), ("attn.k",), name="lora"))
     shapes = jax.eval_shape(lambda: init_steering(plan, tiny_config, jax.random.key(0)))
     assert count_parameters(shapes) == 2 * (3 * 32 + 32 * 3) + 4 * (2 * 32 + 16 * 2)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_keys_depend_on_the_path_alone(name, tiny_config):
-    """Leaving out layers, or adding slots, changes no other parameter."""
-    key = jax.random.key(4)
-    whole = init_steering((slot_of(name, tiny_config, slot="x"),), tiny_config, key)["x"]
-    plan = (slot_of("nonlinear", tiny_config, slot="w"), slot_of(name, tiny_config, slot="x", layers=(1, 3)))
-    some = init_steering(plan, tiny_config, key)["x"]
-    identical(some, jax.tree.map(lambda leaf: leaf[jnp.array([1, 3])], whole))
 
 
 def test_every_leaf_layer_site_and_key_draws_its_own(tiny_config):
@@ -124,18 +179,91 @@ def test_initial_values(tiny_config):
         assert not np.any(leaf)
 
 
+def test_reft_starts_orthonormal_and_pissa_at_the_weights(drawn, tiny_base):
+    for name in ("loreft", "direft"):
+        r = drawn[None][name]["block"]["R"]
+        gram = np.einsum("lrd,lsd->lrs", r, r)
+        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(8), gram.shape), atol=1e-5)
+    p, kernel = drawn[None]["pissa"]["mlp.down"], np.asarray(tiny_base["blocks"]["mlp"]["down"]["kernel"])
+    u, s, vt = np.linalg.svd(kernel, full_matrices=False)
+    best = np.einsum("lir,lr,lro->lio", u[..., :8], s[:, :8], vt[:, :8])
+    np.testing.assert_allclose(np.einsum("lor,lri->lio", p["B"], p["A"]), best, atol=1e-5)
+    identical((p["A"], p["B"]), (p["A0"], p["B0"]))
+
+
+def test_only_one_kind(tiny_config):
+    plan = all_methods(tiny_config, few=True)
+    steering = random_steering(plan, tiny_config)
+    for kind in ("weight", "activation"):
+        kept = only(plan, steering, kind)
+        for each in plan:
+            same = (
+                steering[each.name] if each.method.kind == kind else jax.tree.map(jnp.zeros_like, steering[each.name])
+            )
+            identical(kept[each.name], same)
+
+
+# ---- heads
+
+
+def test_strongest_heads():
+    scales = jnp.zeros((2, 3, 4)).at[0, 2].set(1.0).at[1, 0, 1].set(-3.0).at[1, 1].set(1.0)
+    np.testing.assert_array_equal(strongest_heads(scales, 1), [[0, 0, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(strongest_heads(scales, 2), [[0, 0, 1], [1, 0, 0]])  # of two equals the earlier
+    np.testing.assert_array_equal(strongest_heads(scales, 6), np.ones((2, 3)))
+    for count in (0, -1, 7):
+        with pytest.raises(ValueError, match=f"{count} heads of 2 layers with 3"):
+            strongest_heads(scales, count)
+
+
+def test_selected_heads_are_those_that_train(tiny_config):
+    plan = (slot(LoFiT(), ("attn.heads",), layers=(1, 3)),)
+    steering = init_steering(plan, tiny_config, jax.random.key(0))
+    assert count_trained(plan, steering) == 2 * 4 * 8
+    chosen = select_heads((1, 3), 4, ((3, 0), (1, 2), (3, 3)))
+    np.testing.assert_array_equal(chosen, [[0, 0, 1, 0], [1, 0, 0, 1]])
+    steering["mine"]["attn.heads"]["selected"] = chosen
+    assert count_trained(plan, steering) == 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        (((2, 0),), r"\(2, 0\).*\[1, 3\]"),
+        (((1, 0), (3, 4)), r"\(3, 4\).*0 to 3"),
+        (((1, -1),), r"\(1, -1\).*0 to 3"),
+        ((), "at least one"),
+    ],
+)
+def test_heads_out_of_range_are_refused(chosen, words):
+    with pytest.raises(ValueError, match=words):
+        select_heads((1, 3), 4, chosen)
+
+
+# ---- plans as JSON and as text
+
+
 def test_plans_as_json(tiny_config):
     plan = (
         slot(Nonlinear(rank=3, alpha=0.5, activation="tanh"), ("block", "mlp"), layers=(0, 2)),
-        slot(LoRA(rank=2, alpha=5.0), ("attn.q",), name="lora", positions=Positions("ends", 2, 3)),
-        *(
-            slot_of(name, tiny_config, slot=name, positions=Positions.parse(kind))
-            for name, kind in zip(METHODS, KINDS, strict=False)
-        ),
+        slot(LoRA(rank=2, alpha=5.0), ("attn.q",), name="lora2", positions=Positions("ends", 2, 3)),
+        *all_methods(tiny_config, kinds=KINDS, draws=True),
     )
     back = plan_from_json(json.loads(json.dumps(plan_to_json(plan))))
     assert back == plan
     assert hash(back) == hash(plan)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_plans_as_text(name, tiny_config):
+    """Every setting of every method can be written down."""
+    (made,) = all_methods(tiny_config, [name], layers=(0, 2, 3), kinds=("first:2+last:1",), draws=True)
+    settings = ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(made.method).items())
+    text = f"{name}({settings}) @ {','.join(made.sites)} layers=0,2-3 positions=first:2+last:1"
+    assert parse_plan([text, f"{name} @ {made.sites[0]} name=other"], 4) == (
+        made,
+        Slot("other", METHODS[name](), made.sites[:1]),
+    )
 
 
 def test_json_of_another_version_is_refused():

@@ -210,7 +210,12 @@ def learn_alone(tiny_config, tiny_base):
     """Train one method of a plan of all: the updates of the others are dropped, so that one program serves all."""
     sites = {"weight": ("attn.o", "mlp.gate", "mlp.down"), "activation": ("block",)}
     plan = tuple(
-        slot_of(name, tiny_config, slot=name, sites=tuple(s for s in sites_of(METHODS[name](), tiny_config) if s in sites[METHODS[name].kind]))
+        slot_of(
+            name,
+            tiny_config,
+            slot=name,
+            sites=tuple(s for s in sites_of(METHODS[name](), tiny_config) if s in sites[METHODS[name].kind]),
+        )
         for name in METHODS
     )
     model = Model(tiny_config, plan)
@@ -229,7 +234,9 @@ def learn_alone(tiny_config, tiny_base):
     def learn(name):
         params = Params(tiny_base, turn(fresh, name))
         trained, frozen = split(params, labels)
-        mask = trained._replace(steering={slot: jax.tree.map(lambda _, on=slot == name: on, p) for slot, p in trained.steering.items()})
+        mask = trained._replace(
+            steering={slot: jax.tree.map(lambda _, on=slot == name: on, p) for slot, p in trained.steering.items()}
+        )
         state = init_state(trained, optax.chain(tx, keep(mask)), jax.random.key(0))
         for i in range(STEPS):
             state, _ = step(state, planted(i), frozen, mask)

@@ -217,18 +217,18 @@ def test_an_output_folder_with_another_run_is_refused(config):
 
 
 def test_configs_and_overrides(tmp_path):
-    shipped = load_config_file(ROOT / "configs" / "listops_smollm2.py")
+    shipped = load_config_file(ROOT / "configs" / "listops_smollm2.py", TrainConfig)
     changed = from_command_line(
-        "sft", "x", [str(ROOT / "configs/listops_smollm2.py"), "--optim.lr", "0.003", "--rows", "2"]
+        "sft", "x", TrainConfig, [str(ROOT / "configs/listops_smollm2.py"), "--optim.lr", "0.003", "--rows", "2"]
     )
     assert changed == replace(shipped, rows=2, optim=replace(shipped.optim, lr=0.003))
     with pytest.raises(SystemExit):
-        from_command_line("sft", "x", ["--optim.learning-rate", "1"])
+        from_command_line("sft", "x", TrainConfig, ["--optim.learning-rate", "1"])
     with pytest.raises(ValueError, match="no such config file"):
-        from_command_line("sft", "x", [str(tmp_path / "missing.py")])
+        from_command_line("sft", "x", TrainConfig, [str(tmp_path / "missing.py")])
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="def config"):
-        from_command_line("sft", "x", [str(tmp_path / "empty.py")])
+        from_command_line("sft", "x", TrainConfig, [str(tmp_path / "empty.py")])
 
 
 def test_tasks_survive_json():

@@ -27,7 +27,9 @@ def measure(config: TrainConfig, loaded: LoadedModel, runs: int) -> dict[str, An
     """
     training = make_training(config, loaded)
     counts = (1,) if config.train_base else (1, runs)
-    compiled, states, frozen, seconds, compiling = {}, {}, {}, {}, {}
+    compiled, states, frozen = {}, {}, {}
+    seconds: dict[int, list[float]] = {}
+    compiling: dict[int, float] = {}
     for count in counts:
         program = Program(config, [training] * count, [1.0] * count)
         states[count] = jax.tree.map(lambda leaf: leaf.copy(), program.state)  # a step donates its state
