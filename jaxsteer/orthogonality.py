@@ -214,7 +214,7 @@ def _ratio(shared: Shared) -> Array:
     return shared.inside / jnp.maximum(shared.whole, FLOOR)
 
 
-def chance_overlap(plan: Plan, steering: Steering, settings: Orthogonality = Orthogonality()) -> float:  # noqa: B008
+def chance_overlap(plan: Plan, steering: Steering, settings: Orthogonality = Orthogonality()) -> float:
     """R/D, the mean overlap of random directions with LoRA's span; 0 where the plan has no joint layer."""
     layers = joint_layers(plan, steering, settings)
     if not layers:

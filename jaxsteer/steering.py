@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsteer.interventions import METHODS
 from jaxsteer.models.config import ModelConfig, site_dims
@@ -86,11 +87,12 @@ def init_steering(
         ValueError: the plan does not fit the model, see `validate_plan`; a method needs the base and there is none.
     """
     validate_plan(plan, config)
+    wide = np.promote_types(dtype, np.float32)  # QR and singular value decompositions know no lower precision
 
     def stack(slot: Slot, path: str, spec: ParamSpec) -> Array:
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.array(slot.active_layers(config.layers)))
-        return jax.vmap(lambda k: spec.init(k, spec.shape, dtype))(keys)
+        return jax.vmap(lambda k: spec.init(k, spec.shape, wide))(keys)
 
     def start(slot: Slot, site: str, specs: dict[str, ParamSpec]) -> dict[str, Array]:
         drawn = {name: stack(slot, f"{slot.name}/{site}/{name}", spec) for name, spec in specs.items()}
@@ -107,7 +109,8 @@ def init_steering(
         )
 
     specs = param_specs(plan, config)
-    return {slot.name: {site: start(slot, site, params) for site, params in specs[slot.name].items()} for slot in plan}
+    drawn = {slot.name: {site: start(slot, site, params) for site, params in specs[slot.name].items()} for slot in plan}
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), drawn)
 
 
 def steering_shapes(plan: Plan, config: ModelConfig, dtype: Any = jnp.float32) -> Any:

@@ -52,7 +52,9 @@ class Training:
         )
         params = put(self.state.params)
         state = self.state._replace(params=params, opt_state=self.tx.init(params))
-        return replace(self, state=state, frozen=put(self.frozen))
+        still = [name for name, tree in params.steering.items() if not jax.tree.leaves(tree)]
+        trainable = count_parameters(params.base) + count_trained(self.model.plan, steering, still)
+        return replace(self, state=state, frozen=put(self.frozen), trainable=trainable)
 
     def params(self, state: TrainState) -> Params:
         """The whole base and steering trees of a state."""

@@ -9,8 +9,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions.low_rank import dropout
 from jaxsteer.interventions.lora import LoRA
+from jaxsteer.interventions.low_rank import dropout
 from jaxsteer.types import Array, Context, Directions, ParamSpec, SiteDims
 
 

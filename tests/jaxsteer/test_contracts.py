@@ -43,14 +43,20 @@ WEIGHTS = tuple(name for name, method in METHODS.items() if method.kind == "weig
 # ---- zeros and fresh parameters
 
 
+@pytest.fixture(scope="module")
+def fresh(tiny_config, tiny_base):
+    init = fast_jit(lambda key: init_steering(all_methods(tiny_config), tiny_config, key, base=tiny_base))
+    return init(jax.random.key(3))
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_zero_and_fresh_parameters_are_bitwise_the_base(name, tiny_config, tiny_base):
+def test_zero_and_fresh_parameters_are_bitwise_the_base(name, fresh, tiny_config, tiny_base):
     """LoReFT and DiReFT start at random, as in their paper."""
     batch = supervised_batch(tiny_config.vocab_size)
     plain = RUN(Model(tiny_config), tiny_base, {}, batch, capture=("block",))
     model = Model(tiny_config, all_methods(tiny_config))
     steer = lambda steering: RUN(model, tiny_base, steering, batch, capture=("block",))
-    fresh = turn(fresh_steering(model.plan, tiny_config, tiny_base), name)
+    fresh = turn(fresh, name)
     if name in START_RANDOM:
         assert np.abs(steer(fresh).hidden - plain.hidden).max() > 1e-3
     else:
@@ -58,15 +64,6 @@ def test_zero_and_fresh_parameters_are_bitwise_the_base(name, tiny_config, tiny_
     identical(steer(jax.tree.map(jnp.zeros_like, fresh)), plain)
     moved = steer(turn(random_steering(model.plan, tiny_config), name))
     assert np.abs(moved.hidden - plain.hidden).max() > 1e-3
-
-
-_fresh = {}
-
-
-def fresh_steering(plan, config, base):
-    if plan not in _fresh:
-        _fresh[plan] = init_steering(plan, config, jax.random.key(3), base=base)
-    return _fresh[plan]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

@@ -20,7 +20,7 @@ from jaxsteer.interventions import LoReFT
 from jaxsteer.orthogonality import Orthogonality, joint_layers, shared_energy
 
 PAIR = (Slot("lora", LoRA(rank=4), ("mlp.down",)), Slot("steer", Nonlinear(rank=3), ("block",)))
-PENALTY, PROJECTION = Orthogonality("penalty"), Orthogonality("projection")
+PENALTY = Orthogonality("penalty")
 
 overlap = fast_jit(orthogonality.overlap, static_argnums=(0, 2))
 penalty_and_grads = fast_jit(jax.value_and_grad(orthogonality.overlap_penalty, argnums=1), static_argnums=(0, 2))
@@ -86,10 +86,19 @@ def test_overlap_and_its_gradients_are_bounded_where_lora_starts(normalised, thr
         assert bool(optax.tree.norm(grads["lora"])) == (through_lora and scale > 0)
 
 
-def test_steering_at_zero_shares_nothing_and_has_no_gradient():
-    value, grads = penalty_and_grads(PAIR, pair(0 * draw(2, 3, 32), draw(2, 32, 4)), PENALTY)
+@pytest.mark.parametrize("normalised", [False, True])
+def test_steering_at_zero_shares_nothing_and_has_no_gradient(normalised):
+    steering = pair(0 * draw(2, 3, 32), draw(2, 32, 4))
+    value, grads = penalty_and_grads(PAIR, steering, Orthogonality("penalty", normalised=normalised))
     assert value == 0
     identical(grads, jax.tree.map(jnp.zeros_like, grads))
+
+
+def test_random_directions_share_what_chance_says():
+    steering = pair(draw(200, 3, 32), draw(200, 32, 4, seed=1))
+    chance = orthogonality.chance_overlap(PAIR, steering)
+    assert chance == 4 / 32
+    np.testing.assert_allclose(np.mean(overlap(PAIR, steering)), chance, rtol=0.05)
 
 
 @pytest.mark.parametrize("condition", [1, 10, 100])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.plots import plot_by_layer, plot_training, smooth
+from train.plots import plot_by_layer, plot_comparison, plot_overlap, plot_training, smooth
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,3 +78,15 @@ def test_no_display_and_no_global_figure_state():
     code = "import sys, train.plots; assert 'matplotlib.pyplot' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_overlap_and_comparison(tmp_path):
+    plot_overlap(tmp_path / "overlap.png", range(1, 21), np.linspace(0, 0.1, 60).reshape(20, 3), chance=0.014)
+    points = [(f"method {i}", 10**i, 0.1 * i, 0.1 * i - 0.05, 0.1 * i + 0.05) for i in range(1, 9)]
+    plot_comparison(tmp_path / "methods.png", points, base=0.15, title="methods")
+    assert min(size(tmp_path / "overlap.png")) > 500
+    assert min(size(tmp_path / "methods.png")) > 500
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_overlap(tmp_path / "none.png", [], np.zeros((0, 3)), chance=0.1)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_comparison(tmp_path / "none.png", [], base=None)

@@ -1,8 +1,10 @@
 import math
 
+import numpy as np
 import pytest
+import scipy.stats
 
-from train.scoring import Accuracy, accuracy, extract, interval, majority, score
+from train.scoring import Accuracy, accuracy, crossed_interval, extract, interval, majority, score
 
 
 @pytest.mark.parametrize(
@@ -86,3 +88,28 @@ def test_summary():
 
 def test_majority():
     assert majority(["a", "b ", "b", "c"]) == Accuracy(2, 4)
+
+
+def test_crossed_interval_of_one_seed_is_that_of_its_examples():
+    scores = [[1, 0, 1, 1, 0, 1, 1, 0]]
+    got = crossed_interval(scores)
+    half = scipy.stats.t.ppf(0.975, 7) * np.std(scores, ddof=1) / np.sqrt(8)
+    np.testing.assert_allclose(got, (0.625, 0.625 - half, 0.625 + half))
+
+
+@pytest.mark.parametrize(("seed_spread", "example_spread"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.3), (0.1, 0.3)])
+def test_crossed_interval_covers_the_truth(seed_spread, example_spread):
+    """Scores with effects of seeds and of examples: about 95 of 100 intervals hold the true mean, never far fewer."""
+    draw = np.random.default_rng(0)
+    seeds = draw.normal(0, seed_spread, (400, 3, 1)) if seed_spread else np.zeros((400, 3, 1))
+    examples = draw.normal(0, example_spread, (400, 1, 40)) if example_spread else np.zeros((400, 1, 40))
+    scores = 0.5 + seeds + examples + draw.normal(0, 0.3, (400, 3, 40))
+    found = [crossed_interval(each) for each in scores]
+    held = np.mean([estimate.low <= 0.5 <= estimate.high for estimate in found])
+    assert 0.92 < held <= 1
+
+
+@pytest.mark.parametrize("scores", [[], [[1]], [[1, 0], [1]]])
+def test_crossed_interval_needs_scores(scores):
+    with pytest.raises(ValueError, match="crossed_interval"):
+        crossed_interval(scores)

@@ -1,0 +1,133 @@
+"""A comparison end to end on a tiny model: what it leaves, how it goes on, and how it picks learning rates."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from jaxsteer.optim import OptimConfig
+from jaxsteer.orthogonality import Orthogonality
+from train.compare import runs as compare_runs
+from train.compare.__main__ import compare
+from train.compare.config import CompareConfig, Entry
+from train.compare.runs import search
+from train.config import TrainConfig
+from train.tasks import JsonlTask
+
+POST_BLOCK = "nonlinear(rank=2) @ block"
+
+
+@pytest.fixture
+def config(tiny_folder, tiny_data, tmp_path):
+    return CompareConfig(
+        base=TrainConfig(
+            task=JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=2),
+            model=str(tiny_folder),
+            optim=OptimConfig(schedule="cosine"),
+            steps=3,
+            rows=2,
+            row_length=32,
+            validation_examples=6,
+            test_examples=8,
+            eval_rows=8,
+        ),
+        entries=(
+            Entry("full fine-tuning", (), lr=1e-4, train_base=True),
+            Entry("post-block", (POST_BLOCK,), lr=1e-2),
+            Entry("LoFiT", ("lofit @ attn.heads",), lr=1e-2, recipe="lofit", heads=3),
+            Entry("joint", ("lora(rank=2) @ mlp.down", POST_BLOCK), 1e-2, 1e-3, orthogonality=Orthogonality("penalty")),
+        ),
+        extensions=0,
+        seeds=2,
+        out=str(tmp_path / "comparison"),
+    )
+
+
+def test_a_comparison_leaves_its_table_and_goes_on_where_it_was(config, tmp_path, monkeypatch):
+    original, trained, stop_at = compare_runs.train_runs, [], [5]
+
+    def counting(own, loaded, runs, **rest):
+        if len(trained) in stop_at:  # in the middle of LoFiT
+            raise KeyboardInterrupt
+        trained.append((own.plan, len(runs)))
+        return original(own, loaded, runs, **rest)
+
+    monkeypatch.setattr(compare_runs, "train_runs", counting)
+    with pytest.raises(KeyboardInterrupt):
+        compare(config)
+    stop_at.clear()
+    trained.clear()
+    results = compare(config)
+    # Full fine-tuning and post-block were finished: three rates together, then one more seed at the best.
+    assert [plan[0].split("(")[0].split(" ")[0] for plan, _ in trained] == ["lofit_scale", "lofit"] * 2 + ["lora"] * 2
+    assert [count for _, count in trained] == [3, 3, 1, 1, 3, 1]
+    trained.clear()
+    again = compare(config)
+    assert not trained
+    assert again == results
+
+    folder = tmp_path / "comparison"
+    data = json.loads((folder / "results.json").read_text())
+    names = [row["method"] for row in data["methods"]]
+    assert names == ["full fine-tuning", "post-block", "LoFiT", "joint"]
+    by_name = dict(zip(names, data["methods"], strict=True))
+    assert by_name["LoFiT"]["trainable"] == 3 * 8
+    assert by_name["post-block"]["trainable"] == 3 * 2 * 2 * 32
+    assert by_name["joint"]["trainable"] == 3 * (2 * 2 * 32 + 2 * (48 + 32))
+    for row in data["methods"]:
+        assert len(row["validation"]) == 3
+        assert row["test"]["low"] <= row["test"]["mean"] <= row["test"]["high"]
+        assert row["tokens_per_second"] > 0
+        assert row["step_bytes"] > 1e5
+        assert (row["sweep_cost"] is None) == (row["method"] == "full fine-tuning")
+        assert (row["overlap"] is None) == (row["method"] != "joint")
+    assert by_name["joint"]["weights_lr"] == pytest.approx(by_name["joint"]["lr"] / 10)
+    table = (folder / "results.md").read_text()
+    assert all(f"| {name} |" in table for name in names)
+    assert (folder / "results.png").stat().st_size > 10_000
+
+    with pytest.raises(ValueError, match=r"holds a run with other settings.*rows"):
+        compare(replace(config, base=replace(config.base, rows=4)))
+    changed = (replace(config.entries[0], lr=2e-4), *config.entries[1:])
+    with pytest.raises(ValueError, match="other settings of 'full fine-tuning'"):
+        compare(replace(config, entries=changed))
+
+
+class Fake:
+    """A comparison whose validation accuracy is a function of the learning rate's exponent."""
+
+    def __init__(self, config, rate):
+        self.config, self.rate = config, rate
+
+    def finish(self, entry, runs):
+        return [{"diverged": self.rate(e) is None, "validation": [self.rate(e) or 0]} for e, _ in runs]
+
+
+@pytest.mark.parametrize(
+    ("rate", "best", "tried"),
+    [
+        (lambda e: 1 - abs(e) / 10, 0, 3),
+        (lambda e: 1 - abs(e - 2) / 10, 2, 5),
+        (lambda e: 1 - abs(e + 1) / 10, -1, 4),
+        (lambda e: e / 10, 4, 6),  # ever better: at the edge after all extensions
+        (lambda e: None if e > 0 else 1 + e / 10, 0, 3),  # too high a rate diverges
+        (lambda e: 0.5, 0, 3),
+    ],
+)
+def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
+    fake = Fake(replace(config, extensions=3), rate)
+    found, records = search(fake, config.entries[1], lambda text: None)
+    assert (found, len(records)) == (best, tried)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rates": 2}, "rates must be odd"),
+        ({"factor": 1.0}, "factor above 1"),
+        ({"entries": (Entry("a b", (POST_BLOCK,), 1.0), Entry("A_B", (POST_BLOCK,), 1.0))}, "'a_b'"),
+    ],
+)
+def test_impossible_comparisons_are_refused(changes, message, config):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **changes)

@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# Train on TPU slices of a GKE cluster, as a JobSet (https://jobset.sigs.k8s.io): it starts a pod a host and restarts
+# all of them together when one goes, so a preempted run resumes from its last checkpoint by itself.
+#
+#   tpu_scripts/gke.sh apply --name run1 --topology v5e:4x4 --image REGISTRY/jaxsteer --bucket gs://mine/run1 \
+#       configs/listops_smollm2.py --optim.lr 3e-3
+#   tpu_scripts/gke.sh watch --name run1              # until it has finished or failed; names the pods that failed
+#   tpu_scripts/gke.sh logs --name run1 --follow      # every pod's, each line with the pod's name
+#   tpu_scripts/gke.sh delete --name run1             # the run stays in the bucket
+#   tpu_scripts/gke.sh render ...                     # like apply, but only prints the manifest
+#
+# The cluster needs the JobSet controller, the Cloud Storage FUSE CSI driver and one TPU node pool a slice; apply says
+# which. The run folder is --bucket, mounted in every pod; apply with a --bucket that holds a run resumes it.
+set -euo pipefail
+# shellcheck source=tpu_scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+VERB=${1:-}
+case $VERB in
+  render | apply | watch | logs | delete) shift ;;
+  -h | --help) ;;
+  *) die "got '$VERB'" "say render, apply, watch, logs or delete; see --help" ;;
+esac
+parse "name topology slices spot image bucket namespace service-account max-restarts lines follow" "$@"
+need name
+IN=(--namespace="$NAMESPACE")
+PODS=--selector=jobset.sigs.k8s.io/jobset-name=$NAME
+
+# Words as JSON strings with commas between them, which YAML reads as well.
+json() {
+  local word list=
+  for word in "$@"; do
+    word=${word//\\/\\\\}
+    word=${word//\"/\\\"}
+    word=${word//$'\n'/\\n}
+    word=${word//$'\t'/\\t}
+    list+="${list:+, }\"$word\""
+  done
+  printf '%s' "$list"
+}
+
+render() {
+  local folder=${BUCKET#gs://} text key i
+  local command=(bash tpu_scripts/worker.sh pod --out "/bucket/${folder#*/}" -- "${REST[@]}")
+  # Kubernetes fills in $(NAME) in a command; a doubled dollar stays one.
+  for i in "${!command[@]}"; do command[i]=${command[i]//"\$("/"\$\$("}; done
+  local -A fill=(
+    [NAME]=$NAME [NAMESPACE]=$NAMESPACE [MAX_RESTARTS]=$MAX_RESTARTS [SLICES]=$SLICES [HOSTS]=$HOSTS
+    [SERVICE_ACCOUNT]=$(json "$SERVICE_ACCOUNT") [IMAGE]=$(json "$IMAGE") [BUCKET_NAME]=$(json "${folder%%/*}")
+    [GKE_ACCELERATOR]=$GKE_ACCELERATOR [SHAPE]=${TOPOLOGY#*:} [CHIPS_PER_HOST]=$((CHIPS / HOSTS))
+    [TOKEN]=$(date +%s)
+    [COMMAND]="[$(json "${command[@]}")]"
+  )
+  text=$(grep -v '^#' "$SCRIPTS/jobset.yaml")
+  if ((SPOT)); then text=${text/ # @SPOT@/}; else text=$(grep -v '@SPOT@' <<<"$text"); fi
+  for key in "${!fill[@]}"; do text=${text//"@$key@"/"${fill[$key]}"}; done
+  printf '%s\n' "$text"
+}
+
+prepare() {
+  need topology image bucket
+  ((${#REST[@]})) || die "no CONFIG given" "for example: gke.sh apply ... configs/listops_smollm2.py"
+  for word in "${REST[@]}"; do
+    case $word in
+      --out | --out=* | --resume | --resume=*)
+        die "${word%%=*} is not needed" "the run folder is --bucket, and a run there is resumed"
+        ;;
+    esac
+  done
+  [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || die "--max-restarts: must be a whole number, got '$MAX_RESTARTS'"
+  lookup "$TOPOLOGY"
+  if ((SLICES > 1 && HOSTS == 1)); then
+    die "GKE joins only slices of several hosts, and $TOPOLOGY has one" "take a larger --topology, or --slices 1"
+  fi
+  say "It needs $SLICES node pool(s) of $HOSTS node(s), machine type $GKE_MACHINE, topology ${TOPOLOGY#*:}."
+}
+
+pod_phases() {
+  kubectl get pods "${IN[@]}" "$PODS" --output=jsonpath='{range .items[*]}{.metadata.name}{" "}{.status.phase}{"\n"}{end}'
+}
+
+watch() {
+  local began=$SECONDS shown=-60 before='' now conditions phases pod phase
+  local get=(kubectl get jobset "$NAME" "${IN[@]}")
+  if ((DRY_RUN)); then
+    quoted "${get[@]}" --output=jsonpath='{.status.conditions[?(@.status=="True")].type}'
+    return
+  fi
+  while :; do
+    conditions=$("${get[@]}" --output=jsonpath='{.status.conditions[?(@.status=="True")].type}') ||
+      die "cannot ask for JobSet $NAME" "kubectl's message is above; is it applied, and in --namespace $NAMESPACE?"
+    phases=$(pod_phases || true)
+    now="restarts $("${get[@]}" --output=jsonpath='{.status.restarts}' || true), pods: $(
+      awk '{n[$2]++} END {for (phase in n) printf "%d %s  ", n[phase], phase}' <<<"$phases"
+    )"
+    if [[ $now != "$before" ]] || ((SECONDS - shown >= 60)); then
+      say "[$(elapsed "$began")] $now"
+      before=$now shown=$SECONDS
+    fi
+    case " $conditions " in
+      *' Completed '*) say "The training has finished; its run is in the bucket." && return ;;
+      *' Failed '*)
+        while read -r pod phase; do
+          if [[ $phase != Failed ]]; then continue; fi
+          say "$pod failed; its last lines:"
+          kubectl logs "$pod" "${IN[@]}" --container=train --tail=20 >&2 </dev/null || true
+        done <<<"$phases"
+        die "JobSet $NAME failed" "what is in the bucket stays; mend it, gke.sh delete, then apply again to resume"
+        ;;
+    esac
+    sleep "$POLL"
+  done
+}
+
+case $VERB in
+  render)
+    prepare
+    render
+    ;;
+  apply)
+    prepare
+    if ((DRY_RUN)); then
+      printf "kubectl apply --filename=- <<'END'\n%s\nEND\n" "$(render)"
+    else
+      render | kubectl apply --filename=- ||
+        die "JobSet $NAME was not applied" "if there is one of that name already, gke.sh delete it first"
+      say "Applied. Next: tpu_scripts/gke.sh watch --name $NAME"
+    fi
+    ;;
+  watch)
+    nothing_left
+    watch
+    ;;
+  logs)
+    nothing_left
+    command=(kubectl logs "${IN[@]}" "$PODS" --container=train --prefix --tail="$LINES" --max-log-requests=512)
+    if ((FOLLOW)); then command+=(--follow); fi
+    run "${command[@]}"
+    ;;
+  delete)
+    nothing_left
+    run kubectl delete jobset "$NAME" "${IN[@]}" --ignore-not-found
+    ;;
+esac

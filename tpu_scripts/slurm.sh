@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=jaxsteer
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+#
+# Train on GPU nodes under SLURM. From the root of the repository, where .venv has `.[train,cuda]`:
+#
+#   sbatch --nodes=4 tpu_scripts/slurm.sh --out runs/run1 configs/listops_smollm2.py --optim.lr 3e-3
+#   bash tpu_scripts/slurm.sh --dry-run --out runs/run1 configs/listops_smollm2.py     # prints the command only
+#
+# What sbatch is given overrides the #SBATCH lines above. jax.distributed finds the other tasks by SLURM's variables and
+# takes the GPU of its own number on the node: so one task a GPU, all GPUs visible to every task (not --gpus-per-task).
+# With --ntasks-per-node=1 the one task takes all GPUs of its node.
+#
+# Five minutes before the time limit, and at a preemption, the tasks get SIGTERM and save; the job is queued again and
+# resumes from there until the training has finished. --out must be on a file system that all nodes see. Each task has
+# its own log beside the run folder. PYTHON picks another interpreter than .venv/bin/python.
+set -euo pipefail
+
+die() {
+  printf 'error: %s\n' "$@" >&2
+  exit 1
+}
+
+OUT='' DRY_RUN=0
+while (($#)); do
+  case $1 in
+    -h | --help) sed -n '/^#$/,/^[^#]/ s/^#\( \|$\)//p' "$0" && exit 0 ;;
+    --dry-run) DRY_RUN=1 && shift ;;
+    --out) (($# > 1)) || die "--out needs a folder"; OUT=$2 && shift 2 ;;
+    --out=*) OUT=${1#*=} && shift ;;
+    -*) die "unknown flag $1; --out FOLDER and --dry-run come before CONFIG, the settings of train.sft after it" ;;
+    *) break ;;
+  esac
+done
+[[ $OUT ]] || die "--out is missing: the run folder, on a file system that all nodes see"
+(($#)) || die "no CONFIG given, for example configs/listops_smollm2.py"
+for word in "$@"; do
+  case $word in
+    --out | --out=* | --resume | --resume=*) die "${word%%=*} does not belong after CONFIG; see --help" ;;
+  esac
+done
+cd "${SLURM_SUBMIT_DIR:-.}"
+PYTHON=${PYTHON:-.venv/bin/python}
+[[ -z ${SLURM_GPUS_PER_TASK:-} ]] || die "--gpus-per-task hides the GPUs that JAX gives to tasks: use --gpus-per-node"
+
+if [[ ${SLURM_NTASKS_PER_NODE:-} == 1 && ${SLURM_GPUS_ON_NODE:-1} -gt 1 ]]; then
+  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
+  export JAX_LOCAL_DEVICE_IDS
+fi
+resume=()
+if [[ -e $OUT/config.json ]]; then resume=(--resume); fi
+command=(srun --kill-on-bad-exit=1 --gpu-bind=none --open-mode=append --output="$OUT.logs/%j-%t.log"
+  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
+  "$PYTHON" -u -m train.sft "$@" --out "$OUT" "${resume[@]}")
+if ((DRY_RUN)); then
+  printf '%s ' "${command[@]@Q}"
+  echo
+  exit 0
+fi
+
+mkdir -p "$OUT.logs" # SLURM does not make the folder of a log, and starts nothing without it
+echo "start ${SLURM_RESTART_COUNT:-0}: ${SLURM_NTASKS:-1} tasks on ${SLURM_JOB_NODELIST:-this node}; logs: $OUT.logs"
+trap : TERM # for the tasks to act on; this script still has to queue the job again
+"${command[@]}" &
+step=$!
+while :; do
+  wait "$step" && code=0 || code=$?
+  kill -0 "$step" 2>/dev/null || break
+done
+((code == 0)) || die "srun ended with status $code; the tasks' logs are in $OUT.logs"
+if [[ -e $OUT/summary.json ]]; then
+  echo "finished: $OUT"
+else
+  echo "stopped before the end, saved: queued again"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
