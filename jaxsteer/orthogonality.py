@@ -35,7 +35,7 @@ class Orthogonality:
     mode: Literal["auto", "none", "penalty", "projection"] = "auto"
     """penalty: a term in the loss; projection: LoRA's directions are taken out of the steering after an update; auto:
     the penalty where the plan holds both LoRA and steering of the residual stream, else none."""
-    strength: float = 1.0
+    strength: float = 3.0
     """Factor on the penalty, summed over the layers."""
     normalised: bool = False
     """The penalty is Ω, whatever the steering's size, instead of tr(S P Sᵀ)."""

@@ -59,7 +59,7 @@ render() {
 
 prepare() {
   need topology image bucket
-  ((${#REST[@]})) || die "no CONFIG given" "for example: gke.sh apply ... configs/listops_smollm2.py"
+  ((${#REST[@]})) || die "no CONFIG given" "for example: gke.sh $VERB ... configs/listops_smollm2.py"
   for word in "${REST[@]}"; do
     case $word in
       --out | --out=* | --resume | --resume=*)
@@ -76,7 +76,8 @@ prepare() {
 }
 
 pod_phases() {
-  kubectl get pods "${IN[@]}" "$PODS" --output=jsonpath='{range .items[*]}{.metadata.name}{" "}{.status.phase}{"\n"}{end}'
+  local line='{.metadata.name}{" "}{.status.phase}{"\n"}'
+  kubectl get pods "${IN[@]}" "$PODS" --output=jsonpath="{range .items[*]}$line{end}"
 }
 
 watch() {

@@ -63,6 +63,16 @@ def summarise(
     return rows
 
 
+def differences(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy of each method minus that of each later one, on the same test examples: [method][other]."""
+    scores = {result["entry"].name: np.array([record["test"] for record in result["seeds"]]) for result in results}
+    names = list(scores)
+    return {
+        one: {other: crossed_interval(scores[one] - scores[other])._asdict() for other in names[i + 1 :]}
+        for i, one in enumerate(names)
+    }
+
+
 def _edges(result: Mapping[str, Any]) -> tuple[int, int]:
     tried = len(result["tried"])
     exponents = sorted(round(record["exponent"]) for record in result["tried"])
@@ -134,6 +144,7 @@ def write_report(
         "settings": config.to_json()["base"],
         "untouched": base._asdict(),
         "methods": rows,
+        "differences": differences(results),
     }
     write_json(folder / "results.json", data)
     text = f"{table(rows)}\n\nThe untouched model: {_percent(base)} %.\n"

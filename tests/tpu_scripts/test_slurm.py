@@ -1,0 +1,86 @@
+"""SLURM: the directives, and what the script does at a first start, a restart and an end."""
+
+import re
+import shlex
+
+TRAIN = ["configs/x.py", "--plan", "nonlinear(rank=8) @ block"]
+
+
+def start(stage, *words, **env):
+    job = {"SLURM_SUBMIT_DIR": str(stage.folder), "SLURM_JOB_ID": "42", "HOSTNAME": "node-w-0", "WORKER": "0"}
+    job["PYTHON"] = str(stage.folder / "worker_bin" / "python3")
+    return stage.run("slurm.sh", "--out", "runs/a", *words, *TRAIN, **job | env)
+
+
+def srun(stage):
+    return [call[1:] for call in stage.calls() if call[0] == "srun"]
+
+
+def test_directives(checkout):
+    text = (checkout / "tpu_scripts" / "slurm.sh").read_text()
+    head = text.partition("set -euo pipefail")[0]
+    given = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", head, re.MULTILINE))
+    assert given["signal"] == "TERM@300"  # of the tasks, not of the script: no B:
+    assert {"requeue", "nodes", "time", "output"} <= set(given)
+    assert given["open-mode"] == "append"
+    assert given["ntasks-per-node"] == given["gpus-per-node"]  # JAX wants a task a GPU
+    assert "gpus-per-task" not in given
+
+
+def test_a_run_that_finishes(stage):
+    assert "finished: runs/a" in start(stage, SLURM_CPUS_PER_TASK="4")
+    (call,) = srun(stage)
+    assert "--cpus-per-task=4" in call
+    assert "--output=runs/a.logs/%j-%t.log" in call
+    assert call[call.index("-m") :] == ["-m", "train.sft", *TRAIN, "--out", "runs/a"]
+    assert not [call for call in stage.calls() if call[0] == "scontrol"]
+
+
+def test_a_run_that_is_stopped_is_queued_again_and_resumes(stage):
+    python = stage.folder / "worker_bin" / "python3"
+    real = python.read_text()
+    python.write_text(real.replace('[[ $last ]] || exit 0\n', "stopped=1\n"))  # SIGTERM came
+    assert "queued again" in start(stage)
+    assert stage.calls()[-1] == ["scontrol", "requeue", "42"]
+    python.write_text(real)
+    assert "finished" in start(stage, SLURM_RESTART_COUNT="1")
+    assert [("--resume" in call) for call in srun(stage)] == [False, True]
+
+
+def test_a_run_that_fails_is_not_queued_again(stage):
+    (stage.folder / "crash").touch()
+    stage.run(
+        *("slurm.sh", "--out", "runs/a", *TRAIN),
+        ok=False,
+        SLURM_SUBMIT_DIR=str(stage.folder),
+        PYTHON=str(stage.folder / "worker_bin" / "python3"),
+    )
+    assert "srun ended with status 1" in stage.err
+    assert stage.calls()[-1][0] == "srun"
+
+
+def test_one_task_takes_all_gpus_of_its_node(stage):
+    python = stage.folder / "worker_bin" / "python3"
+    python.write_text(python.read_text().replace("shift 3\n", 'shift 3\necho "$JAX_LOCAL_DEVICE_IDS" >ids\n'))
+    start(stage, SLURM_NTASKS_PER_NODE="1", SLURM_GPUS_ON_NODE="4")
+    assert (stage.folder / "ids").read_text() == "0,1,2,3\n"
+
+
+def test_a_dry_run_prints_the_command(stage):
+    start(stage, "--dry-run")
+    words = shlex.split(stage.out)
+    assert words[0] == "srun"
+    assert words[words.index("-m") :] == ["-m", "train.sft", *TRAIN, "--out", "runs/a"]
+    assert not stage.calls()
+
+
+def test_jax_finds_the_tasks(monkeypatch):
+    """The variables that srun sets are those that JAX reads: task 5 of 16 takes the GPU of its number on the node."""
+    from jax._src.clusters import ClusterEnv
+
+    task = {"SLURM_JOB_ID": "42", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_NTASKS": "16"}
+    for name, value in (task | {"SLURM_PROCID": "13", "SLURM_LOCALID": "5"}).items():
+        monkeypatch.setenv(name, value)
+    address, count, process, gpus = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, "slurm", 10)
+    assert address.startswith("gpu03:")
+    assert (count, process, gpus) == (16, 13, [5])
