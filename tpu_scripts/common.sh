@@ -24,7 +24,7 @@ declare -A ABOUT=(
   [wait-only]="ask for nothing, only wait for what was asked for before"
   [repo]="git address to clone on the workers; by default the tracked files of this checkout are copied"
   [ref]="branch or tag of --repo (default main)"
-  [env-file]="file of NAME=value lines for the training, such as HF_TOKEN; copied with mode 600, never printed"
+  [env-file]="file of NAME=value lines for the training, such as HF_TOKEN; copied to a private folder, never printed"
   [mount]="gs://BUCKET that all workers mount as ~/bucket, for a run folder that all of them see"
   [out]="run folder on the workers (default runs/sft); ~/bucket/... is in the mounted bucket"
   [bucket]="gs://BUCKET/FOLDER of this run, where worker 0 copies the run folder and workers get it back from"
@@ -86,7 +86,11 @@ elapsed() {
   fi
 }
 
-variable() { local upper=${1^^}; printf '%s' "${upper//-/_}"; }
+# Sets $name to the variable of a flag: WAIT_ONLY for wait-only.
+variable() {
+  name=${1^^}
+  name=${name//-/_}
+}
 
 help() {
   local flag
@@ -104,7 +108,7 @@ parse() {
   read -ra KNOWN -d '' <<<"$1 dry-run" || true
   shift
   for flag in "${FLAGS[@]}"; do
-    name=$(variable "$flag")
+    variable "$flag"
     value=POD_$name
     if [[ $SWITCHES == *" $flag "* ]]; then value=${!value:-0}; else value=${!value:-${DEFAULT[$flag]:-}}; fi
     printf -v "$name" '%s' "$value"
@@ -119,7 +123,7 @@ parse() {
     flag=${1%%=*}
     flag=${flag#--}
     [[ " ${KNOWN[*]} " == *" $flag "* ]] || die "unknown flag --$flag" "known: ${KNOWN[*]/#/--}; see --help"
-    name=$(variable "$flag")
+    variable "$flag"
     if [[ $SWITCHES == *" $flag "* ]]; then
       [[ $1 != *=* ]] || die "--$flag takes no value"
       value=1
@@ -149,7 +153,7 @@ parse() {
 need() {
   local flag name
   for flag in "$@"; do
-    name=$(variable "$flag")
+    variable "$flag"
     [[ ${!name} ]] || die "--$flag is missing: ${ABOUT[$flag]}" "give it, or set POD_$name in the environment"
   done
 }
@@ -164,7 +168,7 @@ out_is_safe() { [[ $OUT == gs://* || $OUT == '~/bucket/'* ]]; }
 pass_flags_on() {
   local flag name
   for flag in "${FLAGS[@]}"; do
-    name=$(variable "$flag")
+    variable "$flag"
     export "POD_$name=${!name}"
   done
 }

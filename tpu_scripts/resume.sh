@@ -23,7 +23,7 @@ if [[ ! $BUCKET ]] && ! out_is_safe; then
     "give --bucket gs://BUCKET/FOLDER, or --mount gs://BUCKET and --out '~/bucket/my-run'"
 fi
 pass_flags_on
-lost=0 failures=0 began=$SECONDS
+lost=0 failures=0 set_up=0 began=$SECONDS
 
 note() { say "[$(elapsed "$began")] $*"; }
 
@@ -120,7 +120,7 @@ while :; do
       continue
       ;;
     lost)
-      lost=$((lost + 1))
+      lost=$((lost + 1)) set_up=0
       note "$NAME was taken away (preemption $lost): deleting what is left of it and asking for another."
       if ((SLICES > 1)) && [[ $BUCKET ]]; then # the slice of worker 0 may have survived, with a newer checkpoint
         timeout 120 gcloud compute tpus tpu-vm ssh "$(first_node)" "${WHERE[@]}" --quiet --worker=0 \
@@ -131,7 +131,7 @@ while :; do
       continue
       ;;
     absent | waiting)
-      code=0
+      code=0 set_up=0
       if [[ $(queue_state) == ABSENT ]]; then
         "$SCRIPTS/create.sh" || code=$?
       else
@@ -144,7 +144,8 @@ while :; do
 
   passed=$SECONDS
   if [[ $(worker_states) != *' running'* ]]; then
-    if ! { "$SCRIPTS/setup.sh" && "$SCRIPTS/launch.sh" "${REST[@]}"; }; then
+    if ((set_up)) || "$SCRIPTS/setup.sh"; then set_up=1; fi
+    if ! { ((set_up)) && "$SCRIPTS/launch.sh" "${REST[@]}"; }; then
       if [[ $(look) == active ]]; then
         lasted=0
         count_failure "setting up or launching failed"

@@ -61,7 +61,7 @@ else
   command="mkdir -p jaxsteer && tar -xzf jaxsteer.tar.gz -C jaxsteer && $install"
 fi
 if [[ $ENV_FILE ]]; then
-  on_all "making a private folder" "mkdir -p -m 700 .jaxsteer && install -m 600 /dev/null .jaxsteer/env" ||
+  on_all "making a private folder" "mkdir -p .jaxsteer && chmod 700 .jaxsteer" ||
     die "could not prepare all workers for --env-file"
   copy "$ENV_FILE" .jaxsteer/env
 fi

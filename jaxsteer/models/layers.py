@@ -1,7 +1,7 @@
 """The parts of a block, each a Flax Linen module over one layer's parameters: norm, rotary, attention, MLP, block.
 
-Every projection and sublayer hands its input and output to `steer(site, x, y, kernel, bias)`, which returns the y to go on
-with. That call is the whole of what a model knows about interventions.
+Every projection and sublayer hands its input and output to `steer(site, x, y, kernel, bias)`, which returns the y to go
+on with. That call is the whole of what a model knows about interventions.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ class Stage(stand_in.Play):
         bin_, worker_bin = self.folder / "bin", self.folder / "worker_bin"
         bin_.mkdir()
         worker_bin.mkdir()
-        program = f"#!{sys.executable} -IS\n{(HERE / 'stand_in.py').read_text()}"
+        program = (
+            f"#!{sys.executable} -IS\nimport sys\nsys.path.append({str(HERE)!r})\nimport stand_in\nstand_in.main()\n"
+        )
         for path, text in [
             *((bin_ / name, program) for name in ("gcloud", "kubectl", "srun", "scontrol")),
             *((worker_bin / name, stand_in.PYTHON) for name in ("python3.13", "python3")),
@@ -33,7 +35,9 @@ class Stage(stand_in.Play):
             path.write_text(text)
             path.chmod(0o755)
         (self.folder / "home" / "me").mkdir(parents=True)
-        mine = {k: v for k, v in os.environ.items() if not k.startswith(("POD_", "SLURM_", "CLOUDSDK_", "KUBE", "GIT_"))}
+        mine = {
+            k: v for k, v in os.environ.items() if not k.startswith(("POD_", "SLURM_", "CLOUDSDK_", "KUBE", "GIT_"))
+        }
         self.env = mine | {
             "PATH": f"{bin_}:{os.environ['PATH']}",
             "HOME": str(self.folder / "home" / "me"),

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +27,8 @@ GCLOUD = {
     "compute tpus queued-resources describe": {"zone"},
     "compute tpus queued-resources delete": {"zone", "force", "async"},
     "compute tpus tpu-vm ssh": SSH,
-    "compute tpus tpu-vm scp": (SSH - {"command", "output-directory", "ssh-flag"}) | {"recurse", "compress", "scp-flag"},
+    "compute tpus tpu-vm scp": (SSH - {"command", "output-directory", "ssh-flag"})
+    | {"recurse", "compress", "scp-flag"},
     "compute tpus tpu-vm describe": {"zone"},
     "storage rsync": {"recursive", "exclude", "continue-on-error", "checksums-only", "no-clobber", "dry-run"},
     "storage ls": {"recursive", "long", "json"},
@@ -116,7 +116,7 @@ class Play:
         for entry in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if mark in entry.read_bytes() and int(entry.parent.name) != os.getpid():
-                    os.kill(int(entry.parent.name), signal.SIGKILL)
+                    os.kill(int(entry.parent.name), 9)
             except OSError:
                 continue
 
@@ -197,13 +197,10 @@ class Play:
     def ssh(self, node, workers, flags):
         faults = self.read("faults", {})
         when = faults.get("preempt")
-        if when and when["at"] in flags["command"]:
-            when["looks"] = when.get("looks", 1) - 1
-            if when["looks"] <= 0:
-                self.fault("preempt")
-                self.take_away()
-                return "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255].", 255
-            self.write("faults", faults)
+        if when and when["at"] in flags["command"] and (self.folder / when.get("once", "")).exists():
+            self.fault("preempt")
+            self.take_away()
+            return "ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255].", 255
         status = 0
         for worker in workers:
             code = self.on_worker(node, worker, flags, faults.get("worker", {}))
@@ -222,7 +219,9 @@ class Play:
         out = None
         if "output-directory" in flags:
             out = (Path(flags["output-directory"]) / f"{worker}.log").open("w")
-        return subprocess.run(["bash", "-c", flags["command"]], cwd=home, env=os.environ | machine, stdout=out).returncode
+        return subprocess.run(
+            ["bash", "-c", flags["command"]], cwd=home, env=os.environ | machine, stdout=out
+        ).returncode
 
     # ---- gcloud storage
 
@@ -289,7 +288,7 @@ case "$1 $2" in
   "-c "*) exit ;;
 esac
 shift 3
-printf '%q ' "$@" >>"$STAND_IN/trained"; echo >>"$STAND_IN/trained"
+printf '%s\n' "$(printf '%q ' "$@")" >>"$STAND_IN/trained"  # in one piece: all workers write there
 out= resume= stopped=
 while (($#)); do
   case $1 in --out) out=$2 ;; --resume) resume=1 ;; esac

@@ -101,7 +101,9 @@ def test_a_failed_pod_is_named(stage):
     assert "the loss is nan" in said
 
 
-@pytest.mark.parametrize("words", [["apply", *RENDER, *TRAIN], ["watch"], ["logs"], ["delete"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words", [["apply", *RENDER, *TRAIN], ["watch"], ["logs"], ["delete"]], ids=lambda words: words[0]
+)
 def test_a_dry_run_calls_nothing(stage, words):
     stage.run("gke.sh", words[0], "--dry-run", *words[1:])
     assert stage.out.startswith("kubectl ")

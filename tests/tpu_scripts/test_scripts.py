@@ -45,7 +45,7 @@ def test_help(stage, name):
     "words",
     [
         "compute tpus queued-resource create pod --zone=z",
-        "compute tpus queued-resources create pod --zone=z --accelerator-type=v5e-16 --runtime-version=v2-alpha-tpuv5-lite",
+        "compute tpus queued-resources create pod --zone=z --accelerator-type=v5e-16 --runtime-version=v2-alpha-tpuv5",
         "compute tpus queued-resources create pod --zone=z --preemptible",
         "compute tpus queued-resources delete pod --force",
         "compute tpus tpu-vm ssh pod --zone=z --command=ls --batch-size=4",

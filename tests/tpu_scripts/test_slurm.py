@@ -39,7 +39,7 @@ def test_a_run_that_finishes(stage):
 def test_a_run_that_is_stopped_is_queued_again_and_resumes(stage):
     python = stage.folder / "worker_bin" / "python3"
     real = python.read_text()
-    python.write_text(real.replace('[[ $last ]] || exit 0\n', "stopped=1\n"))  # SIGTERM came
+    python.write_text(real.replace("[[ $last ]] || exit 0\n", "stopped=1\n"))  # SIGTERM came
     assert "queued again" in start(stage)
     assert stage.calls()[-1] == ["scontrol", "requeue", "42"]
     python.write_text(real)

@@ -85,6 +85,10 @@ def test_a_comparison_leaves_its_table_and_goes_on_where_it_was(config, tmp_path
     table = (folder / "results.md").read_text()
     assert all(f"| {name} |" in table for name in names)
     assert (folder / "results.png").stat().st_size > 10_000
+    assert [path.name for path in folder.glob("overlap_*.png")] == ["overlap_joint.png"]
+    assert by_name["joint"]["chance_overlap"] == 2 / 32
+    gap = data["differences"]["post-block"]["joint"]["mean"]
+    assert gap == pytest.approx(by_name["post-block"]["test"]["mean"] - by_name["joint"]["test"]["mean"])
 
     with pytest.raises(ValueError, match=r"holds a run with other settings.*rows"):
         compare(replace(config, base=replace(config.base, rows=4)))

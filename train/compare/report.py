@@ -12,7 +12,7 @@ import numpy as np
 from jaxsteer.io import LoadedModel
 from jaxsteer.steering import count_parameters
 from train.machine import device_summary
-from train.plots import plot_comparison
+from train.plots import plot_comparison, plot_overlap
 from train.run_folder import write_json
 from train.scoring import Estimate, crossed_interval
 
@@ -57,6 +57,7 @@ def summarise(
                 "final_loss": [float(np.mean(record["losses"][-10:])) for record in seeds],
                 "overlap": None if not overlap else float(np.mean(overlap)),
                 "largest_overlap": None if not overlap else float(np.max(overlap)),
+                "chance_overlap": None if not overlap else seeds[0]["chance_overlap"],
                 **timings[entry.name],
             }
         )
@@ -131,7 +132,7 @@ def write_report(
     loaded: LoadedModel,
     untouched: Sequence[int],
 ) -> dict[str, Any]:
-    """Write results.json, results.md and results.png into the folder; return what results.json holds, and the paths."""
+    """Write results.json, .md, .png and a plot of each overlap into the folder; return the first, and all paths."""
     rows = summarise(results, timings, config.factor)
     base = crossed_interval([untouched])
     data = {
@@ -151,6 +152,13 @@ def write_report(
     part = folder / ".results.md.part"
     part.write_text(text, encoding="utf-8")
     part.replace(folder / "results.md")
+    files = [folder / f"results.{kind}" for kind in ("json", "md", "png")]
+    for result, row in zip(results, rows, strict=True):
+        if row["overlap"] is not None:
+            path, shared = folder / f"overlap_{result['entry'].slug}.png", np.asarray(result["seeds"][0]["overlap"])
+            steps = range(1, len(shared) + 1)
+            plot_overlap(path, steps, shared, chance=row["chance_overlap"], title=result["entry"].name)
+            files.append(path)
     points = [(r["method"], r["trainable"], r["test"]["mean"], r["test"]["low"], r["test"]["high"]) for r in rows]
     plot_comparison(folder / "results.png", points, base=base.mean, title=f"{config.base.model}: accuracy by method")
-    return data | {"files": [str(folder / f"results.{kind}") for kind in ("json", "md", "png")]}
+    return data | {"files": [str(path) for path in files]}

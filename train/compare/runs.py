@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxsteer.io import LoadedModel, files, load_steering, save_steering
 from jaxsteer.models.transformer import Model
+from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.types import PyTree, Steering
 from train.compare.config import CompareConfig, Entry
 from train.config import TrainConfig
@@ -110,6 +111,7 @@ class Comparison:
                 "steps": self.steps,
                 "losses": [float(loss) for loss in trained.losses],
                 "overlap": trained.overlap.tolist(),
+                "chance_overlap": chance_overlap(training.model.plan, trained.params.steering, training.orthogonality),
                 "diverged": trained.diverged,
                 "validation": answer("validation"),
                 # A trained base is not kept for later; its test answers wait here, unread by the search.

@@ -162,7 +162,7 @@ def test_mlp(bias):
     want = project("down", gate / (1 + np.exp(-gate)) * project("up", x))
     calls = []
 
-    def steer(site, x, y, kernel=None):
+    def steer(site, x, y, kernel=None, bias=None):
         calls.append((site, x.shape, y.shape, None if kernel is None else kernel.shape))
         return y
 
