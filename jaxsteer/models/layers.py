@@ -23,9 +23,7 @@ from jaxsteer.types import Array, Cache
 class Steer(Protocol):
     """What happens at a site: (site, x, y, kernel and bias of a projection) -> y'."""
 
-    def __call__(
-        self, site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None
-    ) -> Array:
+    def __call__(self, site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None) -> Array:
         """The site's y, steered."""
         ...
 

@@ -142,9 +142,7 @@ def forward(
         h, cache = state
         taps: Taps = {}
 
-        def steer(
-            site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None
-        ) -> Array:
+        def steer(site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None) -> Array:
             for slot in plan:
                 if p is not None and site in slot.sites:
                     context = Context(layer, kernel, bias, _fold_key(key, slot.name, site, layer), train)
