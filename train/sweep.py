@@ -6,7 +6,6 @@ runs would read them K times, and compiles once.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +41,6 @@ class Trained:
     params: Params
     losses: np.ndarray
     overlap: np.ndarray
-    seconds: float
 
     @property
     def diverged(self) -> bool:
@@ -68,7 +66,7 @@ def train_runs(
         advance: hears the number of run-steps (runs × steps) just done.
 
     Returns:
-        The runs, in order. `seconds` is a run's share of the time after compilation.
+        The runs, in order.
     """
     if config.train_base and len(runs) > 1:  # K copies of the base would share no product
         starts = [None] * len(runs) if initial is None else [[one] for one in initial]
@@ -82,14 +80,10 @@ def train_runs(
     program = Program(config, trainings, [run.factor for run in runs])
     state, frozen = program.state, program.frozen
     metrics: list[Metrics] = []
-    began = time.perf_counter()
     for step in range(trainings[0].steps):
         state, found = program.step(state, program.batch(step), frozen)
         metrics.append(jax.device_get(found))
         advance(len(runs))
-        if step == 0:  # the first step compiles
-            began = time.perf_counter()
-    seconds = (time.perf_counter() - began) / len(runs) * len(metrics) / max(1, len(metrics) - 1)
     losses, shared = np.stack([m.loss for m in metrics]), np.stack([m.overlap for m in metrics])
     return [
         Trained(
@@ -97,7 +91,6 @@ def train_runs(
             merge(program.one(state.params, k), program.one(frozen, k)),
             losses[:, k] if program.many else losses,
             shared[:, k] if program.many else shared,
-            seconds,
         )
         for k, training in enumerate(trainings)
     ]

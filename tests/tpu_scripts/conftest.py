@@ -56,7 +56,7 @@ class Stage(stand_in.Play):
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert "REJECTED" not in done.stdout + done.stderr, done.stderr
         assert (done.returncode == 0) == ok, (done.returncode, done.stdout, done.stderr)

@@ -95,17 +95,18 @@ def _steps(config: CompareConfig, loaded: LoadedModel) -> int:
 
 def main() -> None:
     """Run a comparison and print its table."""
-    argv = sys.argv[1:]
-    if not argv or argv[0].startswith("-"):
-        tyro.cli(CompareConfig, prog="python -m train.compare", description=__doc__, args=argv or ["--help"])
-    default = load_config_file(argv[0], CompareConfig)
+    argv, default = sys.argv[1:], CompareConfig()
+    if argv and not argv[0].startswith("-"):
+        default, argv = load_config_file(argv[0], CompareConfig), argv[1:]
     config = tyro.cli(
         tyro.conf.AvoidSubcommands[CompareConfig],
         prog="python -m train.compare CONFIG",
         description=__doc__,
-        args=argv[1:],
+        args=argv,
         default=default,
     )
+    if not config.entries:
+        raise ValueError("nothing to compare: the first argument is a config file, e.g. configs/compare_listops.py")
     results = compare(config)
     Console().print((Path(config.out) / "results.md").read_text(), markup=False, highlight=False, soft_wrap=True)
     print(f"results: {', '.join(results['files'])}")

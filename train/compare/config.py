@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import tyro
+
 from jaxsteer.orthogonality import Orthogonality
 from train.config import TrainConfig
 
@@ -40,10 +42,10 @@ class Entry:
 class CompareConfig:
     """A comparison of methods."""
 
-    base: TrainConfig
+    base: TrainConfig = field(default_factory=TrainConfig)
     """Model, task, budget, optimizer: what all methods share."""
-    entries: tuple[Entry, ...]
-    """The methods."""
+    entries: tyro.conf.Suppress[tuple[Entry, ...]] = ()
+    """The methods; they stand in the config file."""
     factor: float = 3.0
     """Between neighbouring learning rates."""
     rates: int = 3
