@@ -28,6 +28,8 @@ from jaxsteer import (
 from jaxsteer.interventions import DiReFT, DoRA, JoLA, LoFiT, LoReFT, PiSSA, select_heads, strongest_heads
 from jaxsteer.steering import count_trained, only, steering_shapes
 
+pytestmark = pytest.mark.xdist_group("steering")  # the tests share draws
+
 
 def slot(method=Fixed(), sites=("block",), name="mine", **rest):  # noqa: B008  # frozen
     return Slot(name, method, sites, **rest)

@@ -110,7 +110,7 @@ KERNELS = {(28, 20), (28, 10), (20, 28), (28, 44), (44, 28), (28, 53)}
 
 
 def lowered_step(train_base):
-    plan = all_methods(DISTINCT, layers=(3, 4))
+    plan = all_methods(DISTINCT, few=True, layers=(3, 4))
     model = Model(DISTINCT, plan, train_base=train_base)
     base = jax.eval_shape(lambda: init_base(DISTINCT, jax.random.key(0)))
     params = Params(base, steering_shapes(plan, DISTINCT))
@@ -185,21 +185,19 @@ def planted(seed, rows=16):
 evaluate = fast_jit(mean_loss, static_argnums=0)
 
 
-def learn(model, base, lr, metrics=None):
-    """(held-out loss before, after, final state)."""
+def learn(model, base, lr):
+    """The trained trees, the final state and the loss of each step."""
     steering = init_steering(model.plan, model.config, jax.random.key(1))
-    config = OptimConfig(lr=lr, schedule="linear", warmup=0.05)
-    state, frozen, step = start(model, base, steering, config)
+    state, frozen, step = start(model, base, steering, OptimConfig(lr=lr, warmup=0.05))
+    losses = []
     for i in range(STEPS):
         state, out = step(state, planted(i), frozen)
-        if metrics is not None:
-            metrics.append(float(out.loss))
-    whole = merge(state.params, frozen)
-    return *held_out_losses(model, base, whole), state
+        losses.append(float(out.loss))
+    return merge(state.params, frozen), state, losses
 
 
 def held_out_losses(model, base, whole):
-    """Before and after."""
+    """Of the base model, and after training."""
     held_out = planted(10_000, 64)
     before = evaluate(Model(model.config), base, {}, held_out)
     return float(before), float(evaluate(model, whole.base, whole.steering, held_out))
@@ -244,6 +242,7 @@ def learn_alone(tiny_config, tiny_base):
     return learn
 
 
+@pytest.mark.xdist_group("learning")  # they share a compiled program
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_and_it_holds_on_unseen_rows(name, learn_alone):
     before, after, steering, fresh = learn_alone(name)
@@ -259,17 +258,18 @@ def test_every_method_learns_and_it_holds_on_unseen_rows(name, learn_alone):
 
 
 def test_full_fine_tuning_learns(tiny_config, tiny_base):
-    before, after, _ = learn(Model(tiny_config, train_base=True), tiny_base, 3e-3)
+    model = Model(tiny_config, train_base=True)
+    whole, _, _ = learn(model, tiny_base, 3e-3)
+    before, after = held_out_losses(model, tiny_base, whole)
     assert after < 0.8 * before, (before, after)
 
 
 def test_bf16_base_with_fp32_steering(tiny_config, tiny_base):
-    plan = (slot_of("nonlinear", tiny_config, sites=("block",)),)
+    model = Model(tiny_config, (slot_of("nonlinear", tiny_config, sites=("block",)),))
     losses = {}
     for dtype in (jnp.float32, jnp.bfloat16):
         base = jax.tree.map(lambda leaf, d=dtype: leaf.astype(d), tiny_base)
-        losses[dtype] = []
-        _, _, state = learn(Model(tiny_config, plan), base, 1e-2, losses[dtype])
+        _, state, losses[dtype] = learn(model, base, 1e-2)
         kept = [x for x in jax.tree.leaves((state.params, state.opt_state)) if jnp.issubdtype(x.dtype, jnp.floating)]
         assert {leaf.dtype for leaf in kept} == {jnp.dtype("float32")}
     fp32, bf16 = (np.mean(losses[dtype][-5:]) for dtype in (jnp.float32, jnp.bfloat16))

@@ -63,6 +63,15 @@ class Stage(stand_in.Play):
         self.status, self.out, self.err = done.returncode, done.stdout, done.stderr
         return done.stdout + done.stderr
 
+    def ready(self):
+        """As after create.sh and setup.sh."""
+        self.write("queue", {"pod": {"states": ["ACTIVE"], "nodes": ["pod"]}})
+        for worker in range(2):
+            there = self.home("pod", worker) / "jaxsteer"
+            shutil.copytree(self.checkout / "tpu_scripts", there / "tpu_scripts")
+            (there / ".venv" / "bin").mkdir(parents=True)
+            shutil.copy(self.folder / "worker_bin" / "python3", there / ".venv" / "bin" / "python")
+
     def verbs(self):
         """The calls in short: create, ssh install all, storage rsync and so on."""
         short = []

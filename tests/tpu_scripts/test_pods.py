@@ -109,8 +109,7 @@ def test_a_dry_run_prints_commands_that_gcloud_has_and_calls_nothing(stage, word
 def test_a_dry_run_is_quoted_exactly(stage):
     """What is printed is what is done, to the letter."""
     launch = ["launch.sh", *RUN, *TRAIN, "--seed", "it's 'odd' $HOME `x` \\ *"]
-    stage.run("create.sh", *CREATE)
-    stage.run("setup.sh")
+    stage.ready()
     before = len(stage.calls())
     stage.run(launch[0], "--dry-run", *launch[1:])
     printed = [shlex.split(line) for line in stage.out.splitlines()]
@@ -166,6 +165,7 @@ def test_several_slices(stage):
     assert {"--node-count=2", "--node-prefix=pod"} <= set(stage.calls()[0])
     stage.run("setup.sh", "--slices", "2")
     stage.run("launch.sh", "--slices", "2", *TRAIN)
+    settle(stage, workers=4)
     assert len((stage.folder / "trained").read_text().splitlines()) == 4
     assert (stage.home("pod-1", 1) / "pip").exists()
 
@@ -235,8 +235,7 @@ def test_mistakes_are_caught_before_anything_is_called(stage, words, complaint):
 
 
 def test_delete_wants_the_run_saved_first(stage):
-    stage.run("create.sh", *CREATE)
-    stage.run("setup.sh")
+    stage.ready()
     assert "--discard if it may go" in stage.run("delete.sh", ok=False)
     stage.write("faults", {"worker": {"at": "upload", "node": "pod", "worker": 0, "status": 1}})
     assert "was not copied" in stage.run("delete.sh", "--bucket", BUCKET, ok=False)
@@ -247,8 +246,7 @@ def test_delete_wants_the_run_saved_first(stage):
 
 def test_delete_stops_a_training_which_saves(stage):
     (stage.folder / "hold").touch()
-    stage.run("create.sh", *CREATE)
-    stage.run("setup.sh")
+    stage.ready()
     stage.run("launch.sh", *TRAIN)  # without a bucket
     settle(stage, "jaxsteer/runs/sft/metrics.jsonl", workers=1)
     assert "pod-w-0 running step 1" in stage.run("status.sh")
@@ -257,8 +255,7 @@ def test_delete_stops_a_training_which_saves(stage):
 
 
 def test_another_run_in_the_bucket_is_left_alone(stage):
-    stage.run("create.sh", *CREATE)
-    stage.run("setup.sh")
+    stage.ready()
     stage.run("launch.sh", *TRAIN)
     settle(stage)
     other = stage.bucket(BUCKET)
@@ -270,8 +267,7 @@ def test_another_run_in_the_bucket_is_left_alone(stage):
 
 def test_a_bucket_that_cannot_be_read_is_not_an_empty_one(stage):
     """Else a run would begin anew beside its own checkpoints."""
-    stage.run("create.sh", *CREATE)
-    stage.run("setup.sh")
+    stage.ready()
     stage.write("faults", {"storage": "ERROR: (gcloud.storage.ls) HTTPError 403: no storage.objects.list access"})
     said = stage.run("launch.sh", *RUN, *TRAIN, ok=False)
     assert "nothing was started" in said
@@ -295,7 +291,7 @@ def test_settings_for_the_training_are_never_shown(stage):
 
 def test_preempted_while_launching(stage):
     stage.write("faults", {"preempt": {"at": "worker.sh start"}})
-    said = stage.run("resume.sh", *CREATE, "--spot", *RUN, "--then-delete", *TRAIN)
+    said = stage.run("resume.sh", *CREATE, "--spot", *RUN, "--then-delete", *TRAIN, POD_POLL="0.3")
     assert "pod was taken away (preemption 1)" in said
     assert "The training has finished" in said
     once = ["create", "scp", "ssh install", "ssh restore", "ssh begun", "ssh start"]
@@ -310,7 +306,7 @@ def test_preempted_while_training_goes_on_from_the_checkpoint(stage):
     """The machines and their disks are gone; the second pass gets the first one's checkpoint and --resume."""
     (stage.folder / "hold").touch()  # until the preemption
     stage.write("faults", {"preempt": {"at": "worker.sh status", "once": "buckets/mine/run1/checkpoints/1/data"}})
-    said = stage.run("resume.sh", *CREATE, *RUN, *TRAIN)
+    said = stage.run("resume.sh", *CREATE, *RUN, *TRAIN, POD_POLL="0.3")
     assert "preemption 1" in said
     assert "Resuming the run" in said
     trained = (stage.folder / "trained").read_text().splitlines()
@@ -321,7 +317,7 @@ def test_preempted_while_training_goes_on_from_the_checkpoint(stage):
 
 def test_a_training_that_fails_is_not_tried_for_ever(stage):
     (stage.folder / "crash").touch()
-    said = stage.run("resume.sh", *CREATE, *RUN, "--retries", "1", *TRAIN, ok=False)
+    said = stage.run("resume.sh", *CREATE, *RUN, "--retries", "1", *TRAIN, ok=False, POD_POLL="0.3")
     assert "given up: the training failed on pod-w-0 pod-w-1" in said
     assert "error: the loss is nan" in said
     assert stage.verbs().count("ssh start") == 2
