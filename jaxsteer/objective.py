@@ -11,6 +11,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsteer.models.transformer import Model, forward, output_embedding
+from jaxsteer.sharding import constrain, current_platform, row_shards
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 CHUNK_TOKENS, CPU_CHUNK_TOKENS = 512, 128
@@ -98,8 +99,10 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets) -> Array:
         hidden: [B, T, D]. head: the output embedding [V, D]. targets: [B, T].
     """
     B, T, D = hidden.shape
-    most = CPU_CHUNK_TOKENS if jax.default_backend() == "cpu" else CHUNK_TOKENS
-    width = min(T, max(1, most // B))
+    hidden = constrain(hidden, "rows", None, None)
+    head = constrain(head, "vocab", None)  # gathered once, not for every chunk
+    most = CPU_CHUNK_TOKENS if current_platform() == "cpu" else CHUNK_TOKENS  # on each device
+    width = min(T, max(1, most * row_shards() // B))
     chunks = -(-T // width)
     order = jnp.argsort(targets.weights <= 0, axis=1, stable=True)
     front = lambda field: jnp.pad(jnp.take_along_axis(field, order, axis=1), ((0, 0), (0, chunks * width - T))).reshape(

@@ -15,6 +15,7 @@ MAX_LINES = 400
 RANKS = {
     "jaxsteer.types": 0,
     "jaxsteer.batches": 1,
+    "jaxsteer.sharding": 1,
     "jaxsteer.models": 2,
     "jaxsteer.interventions": 2,
     "jaxsteer": 3,  # steering, optim, objective, training, generate, ...

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxsteer.io import LoadedModel, load_model
+from jaxsteer.io.stored import Place
 from train.machine import cache_folder
 
 
@@ -77,12 +78,13 @@ def resolve_model(name: str) -> Path | str:
     return path
 
 
-def load(name: str, dtype: str = "auto") -> LoadedModel:
+def load(name: str, dtype: str = "auto", place: Place | None = None) -> LoadedModel:
     """Load a model, with a progress bar in bytes.
 
     Args:
         name: a name in WHEEL_MODELS, a local folder or .gguf file, or a Hugging Face id.
         dtype: of the weights and the compute; "auto" = fp32 on CPU, bf16 on accelerators.
+        place: puts a leaf of the base tree on its devices, see `load_model`.
     """
     source = resolve_model(name)
     bar = Progress(
@@ -98,6 +100,7 @@ def load(name: str, dtype: str = "auto") -> LoadedModel:
             source,
             dtype=compute_dtype(dtype),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            place=place,
         )
 
 

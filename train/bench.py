@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import jax
@@ -23,16 +22,17 @@ from jaxsteer.generate import generate
 from jaxsteer.models.attention import causal_share
 from jaxsteer.models.transformer import Model, Remat
 from jaxsteer.objective import next_tokens
-from jaxsteer.optim import OptimConfig, Params, make_optimizer, param_labels, split
+from jaxsteer.optim import Params, split
 from jaxsteer.plan_text import parse_plan
 from jaxsteer.steering import init_steering
-from jaxsteer.training import init_state, train_step
+from jaxsteer.training import init_state
 from jaxsteer.types import Batch, Steering
 from train.base_models import load
-from train.config import run_main
+from train.config import SINGLE, TrainConfig, run_main
 from train.data import DataSource, Keys, ListOps, TokenizedExample, encode, read_jsonl, stack_rows
 from train.data.listops import generate as generate_listops
 from train.machine import device_summary, enable_compilation_cache, matmul_peak_flops, peak_memory_bytes
+from train.program import make_program
 from train.run_folder import write_json
 
 
@@ -91,17 +91,23 @@ def bench_train(config: TrainBench) -> dict[str, float]:
     began = time.perf_counter()
     loaded = load(config.model, config.dtype)
     load_seconds = time.perf_counter() - began
-    plan = parse_plan(config.plan, loaded.config.layers)
-    model = Model(loaded.config, plan, config.remat, config.train_base)
-    params = Params(loaded.base, init_steering(plan, loaded.config, jax.random.key(0), base=loaded.base))
-    labels = param_labels(params, plan, train_base=config.train_base)
-    trained, frozen = split(params, labels)
-    tx = make_optimizer(OptimConfig(), labels, 1000)
+    settings = TrainConfig(
+        plan=config.plan,
+        train_base=config.train_base,
+        remat=config.remat,
+        rows=config.rows,
+        row_length=config.length,
+        mesh=SINGLE,
+    )
+    program = make_program(settings, loaded.config, loaded.base, steps=1000)
+    model, tx = program.model, program.tx
+    params = Params(loaded.base, init_steering(model.plan, loaded.config, jax.random.key(0), base=loaded.base))
+    trained, frozen = split(params, program.labels)
     trained = jax.tree.map(jnp.copy, trained)  # the step donates its state
     state = init_state(trained, tx, jax.random.key(1))
     source = _source(config, loaded)
 
-    step = jax.jit(partial(train_step, model=model, tx=tx), donate_argnums=0)
+    step = program.jitted
     batch = _device(source.batch(0))
     began = time.perf_counter()
     compiled = step.lower(state, batch, frozen).compile()
@@ -119,7 +125,7 @@ def bench_train(config: TrainBench) -> dict[str, float]:
         tokens.append(int((host.segments > 0).sum()))
         examples.append(int(host.segments.max(axis=1).sum()))
         supervised = int((np.asarray(next_tokens(batch).weights) > 0).sum())
-        share = causal_share(config.length)
+        share = causal_share(config.length, program.attention[0])
         flops.append(step_flops(model, config.rows, config.length, supervised, causal_share=share))
     middle = statistics.median
     speed = middle([f.executed / s for f, s in zip(flops, seconds, strict=True)])

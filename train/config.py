@@ -12,13 +12,52 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from jaxsteer.models.attention import Kernel
 from jaxsteer.models.transformer import Remat
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
+from jaxsteer.sharding import MeshShape, default_shape
 from train.data.tokenize import OnLong
 from train.tasks import ListOpsTask, Task, task_to_json
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How a run is spread over the devices; by default over as many as can share a microbatch's rows equally."""
+
+    data: int | None = None
+    """Copies of the base, each with a part of the rows."""
+    fsdp: int | None = None
+    """Parts that the base and the rows are split into. Where neither is given, up to 16."""
+    tensor: int = 1
+    """Parts that heads, MLP and vocabulary are split into."""
+    split_sequence: bool = False
+    """Split the residual stream's positions over `tensor` too, between sublayers: less memory."""
+
+    def shape(self, devices: int, rows: int) -> MeshShape:
+        """The mesh on so many devices, for a microbatch of so many rows.
+
+        Raises:
+            ValueError: an axis below 1, or one that does not divide the devices.
+        """
+        rest, left = divmod(devices, max(1, self.tensor) * max(1, self.data or 1) * max(1, self.fsdp or 1))
+        if self.data is not None and self.fsdp is not None:
+            return MeshShape(self.data, self.fsdp, self.tensor)
+        if left or not rest:
+            raise ValueError(
+                f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}: {devices} devices cannot be split so; "
+                "each given axis must divide their number"
+            )
+        if self.data is None and self.fsdp is None:
+            whole = default_shape(rest, rows)
+            return MeshShape(whole.data, whole.fsdp, self.tensor)
+        return MeshShape(self.data or rest, self.fsdp or rest, self.tensor)
+
+
+SINGLE = MeshConfig(1, 1, 1)
+"""One device, however many there are."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +97,11 @@ class TrainConfig:
     """Of the base weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
     remat: Remat = "selective"
     """What the backward pass recomputes: none, all but the matmuls (selective), or everything (full)."""
+    attention: Kernel = "auto"
+    """The attention kernel: auto chooses by platform and shapes; rows, dense and chunked are XLA's, cudnn NVIDIA's,
+    splash the TPU's."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the run is spread over several devices."""
     evaluate_every: int = 0
     """Steps between evaluations on validation examples; 0 = only at the end."""
     validation_examples: int = 128
@@ -88,10 +132,10 @@ class TrainConfig:
             raise ValueError("config: nothing to train: the plan is empty and train_base is off")
 
     def to_json(self) -> dict[str, Any]:
-        """What makes the run what it is, for config.json: all but where it lies and whether it is resumed."""
+        """What makes the run what it is, for config.json: all but where it lies, whether it is resumed, and on what."""
         data = dataclasses.asdict(self)
         data["task"] = task_to_json(self.task)
-        return {key: value for key, value in data.items() if key not in ("out", "resume")}
+        return {key: value for key, value in data.items() if key not in ("out", "resume", "mesh")}
 
 
 C = TypeVar("C", bound=TrainConfig)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,25 +12,23 @@ import optax
 
 from jaxsteer.io import LoadedModel
 from jaxsteer.models.transformer import Model
-from jaxsteer.optim import Params, make_optimizer, merge, param_labels, split
+from jaxsteer.optim import Params, merge, split
 from jaxsteer.orthogonality import Orthogonality
-from jaxsteer.plan_text import parse_plan
 from jaxsteer.steering import count_parameters, count_trained, init_steering
-from jaxsteer.training import Metrics, TrainState, init_state, train_step
+from jaxsteer.training import Metrics, TrainState, init_state
 from jaxsteer.types import Batch, Steering
 from train.config import TrainConfig
 from train.data import DataSource, Report, encode
+from train.program import Program, make_program, mesh_of
 
 
 @dataclass(frozen=True)
 class Training:
     """What a run consists of. `state` is the fresh one; `frozen` holds the leaves that do not train."""
 
-    model: Model
+    program: Program
     state: TrainState
     frozen: Params
-    tx: optax.GradientTransformation
-    orthogonality: Orthogonality
     data: DataSource
     report: Report
     steps: int
@@ -39,10 +36,24 @@ class Training:
     total: int
 
     @property
+    def model(self) -> Model:
+        """What is static about the model."""
+        return self.program.model
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        """The optimizer."""
+        return self.program.tx
+
+    @property
+    def orthogonality(self) -> Orthogonality:
+        """Resolved for the plan."""
+        return self.program.orthogonality
+
+    @property
     def step(self) -> Any:
         """The jitted training step, (state, batch, frozen) -> (state, metrics); the state is donated."""
-        step = partial(train_step, model=self.model, tx=self.tx, orthogonality=self.orthogonality)
-        return jax.jit(step, donate_argnums=0)
+        return self.program.step
 
     def starting_from(self, steering: Steering) -> Training:
         """The same run with other steering to begin with, constants included."""
@@ -54,7 +65,8 @@ class Training:
         state = self.state._replace(params=params, opt_state=self.tx.init(params))
         still = [name for name, tree in params.steering.items() if not jax.tree.leaves(tree)]
         trainable = count_parameters(params.base) + count_trained(self.model.plan, steering, still)
-        return replace(self, state=state, frozen=put(self.frozen), trainable=trainable)
+        state, frozen = self.program.place(state, put(self.frozen))
+        return replace(self, state=state, frozen=frozen, trainable=trainable)
 
     def params(self, state: TrainState) -> Params:
         """The whole base and steering trees of a state."""
@@ -65,33 +77,28 @@ def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
     """Build a run's parts.
 
     Raises:
-        ValueError: a plan that does not fit the model, no data, or an example longer than a row.
+        ValueError: a plan that does not fit the model, no data, an example longer than a row, or a mesh that cannot
+            split the model or the rows.
     """
-    plan = parse_plan(config.plan, loaded.config.layers)
-    key = jax.random.key(config.seed)
-    steering = init_steering(plan, loaded.config, key, base=loaded.base)
-    orthogonality = config.orthogonality.resolve(plan)
-    model = Model(loaded.config, plan, config.remat, config.train_base)
-
     examples = config.task.load("train")
     tokens, report = encode(
         examples, loaded.tokenizer, chat=config.task.chat, max_length=config.row_length, on_long=config.on_long
     )
     data = DataSource(tokens, config.rows, config.row_length, config.seed, config.pack)
     steps = config.steps or data.steps(config.epochs)
+    program = make_program(config, loaded.config, loaded.base, steps=steps, mesh=mesh_of(config))
+    plan, key = program.model.plan, jax.random.key(config.seed)
+    steering = init_steering(plan, loaded.config, key, base=loaded.base)
 
     # The step donates its state: a trained base must not be the caller's own arrays.
     base = jax.tree.map(jnp.copy, loaded.base) if config.train_base else loaded.base
-    params = Params(base, steering)
-    labels = param_labels(params, plan, train_base=config.train_base, frozen=config.freeze)
-    trained, frozen = split(params, labels)
+    trained, frozen = split(Params(base, steering), program.labels)
     trainable = count_parameters(trained.base) + count_trained(plan, steering, config.freeze)
     if not trainable:
         raise ValueError("nothing to train: every slot is frozen and train_base is off")
-    tx = make_optimizer(config.optim, labels, steps, plan, orthogonality)
-    state = init_state(trained, tx, jax.random.fold_in(key, 1))
+    state, frozen = program.place(init_state(trained, program.tx, jax.random.fold_in(key, 1)), frozen)
     total = count_parameters(loaded.base)
-    return Training(model, state, frozen, tx, orthogonality, data, report, steps, trainable, total)
+    return Training(program, state, frozen, data, report, steps, trainable, total)
 
 
 def step_batch(config: TrainConfig, data: DataSource, step: int) -> Batch:

@@ -27,6 +27,7 @@ from train.machine import device_summary, enable_compilation_cache, peak_memory_
 from train.metrics import MetricsWriter, progress, read_metrics
 from train.plots import plot_overlap, plot_training
 from train.preemption import preemption
+from train.program import mesh_of, placer
 from train.report import print_facts, print_result
 from train.run_folder import RunFolder, open_run, write_json
 from train.scoring import Accuracy
@@ -85,13 +86,14 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
     run = open_run(config.out, config.to_json(), resume=config.resume)
 
     # ---- base model, data, what trains
-    loaded = load(config.model, config.dtype)
+    loaded = load(config.model, config.dtype, placer(mesh_of(config)))
     training = make_training(config, loaded)
     training = training if initial is None else training.starting_from(initial)
     state = training.state
     print_facts(
         {
             "device": device_summary(),
+            **_spread(training),
             "model": f"{config.model}, {training.total:,} parameters",
             "training": f"{', '.join(config.plan) or 'the base'}: {training.trainable:,} parameters",
             "data": f"{training.report}; rows {100 * training.data.fill:.1f} % real tokens",
@@ -125,7 +127,7 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
             began, timed_from, tokens, timed_tokens = time.perf_counter(), None, 0.0, 0.0
             with progress(training.steps, "Training", start=start) as bar:
                 for step in range(start, training.steps):
-                    batch = jax.tree.map(jnp.asarray, step_batch(config, training.data, step))
+                    batch = training.program.place_batch(step_batch(config, training.data, step))
                     state, metrics = step_fn(state, batch, training.frozen)
                     done, values = step + 1, to_floats(metrics)
                     if not np.isfinite([values["loss"], values["grad_norm"]]).all():
@@ -205,6 +207,16 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
     return result
 
 
+def _spread(training: Training) -> dict[str, str]:
+    """The mesh and the attention kernel, for people; nothing on a single CPU device."""
+    mesh, (kernel, reason) = training.program.mesh, training.program.attention
+    if mesh is None:
+        return {} if kernel == "rows" else {"attention": f"{kernel}: {reason}"}
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    idle = f" ({mesh.size} of {jax.device_count()} devices)" if mesh.size < jax.device_count() else ""
+    return {"mesh": f"{sizes}{idle}", "attention": f"{kernel}: {reason}"}
+
+
 def _resume(checkpoints: Any, state: Any, meta: dict[str, Any]) -> tuple[Any, int]:
     """The newest good checkpoint's state and step; the fresh state and 0 where nothing was saved yet."""
     restored = checkpoints.restore_latest(_trees(state))
@@ -250,10 +262,11 @@ def _answer(
     run = lambda advance: decode(
         training.model, base, steering, prompts, loaded.tokenizer, rows=config.eval_rows, advance=advance
     )
-    if title is None:
-        return run(lambda done: None)
-    with progress(len(prompts.tokens), title) as bar:
-        return run(lambda done: bar.update(done))
+    with training.program.on_mesh():
+        if title is None:
+            return run(lambda done: None)
+        with progress(len(prompts.tokens), title) as bar:
+            return run(lambda done: bar.update(done))
 
 
 def _before(

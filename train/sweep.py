@@ -19,7 +19,7 @@ from jaxsteer.io import LoadedModel
 from jaxsteer.optim import Params, make_optimizer, merge, param_labels
 from jaxsteer.training import Metrics, TrainState, train_step
 from jaxsteer.types import Array, Batch, PyTree, Steering
-from train.config import TrainConfig
+from train.config import SINGLE, TrainConfig
 from train.setup import Training, make_training, step_batch
 
 
@@ -74,7 +74,7 @@ def train_runs(
             train_runs(config, loaded, [run], initial=start, advance=advance)[0]
             for run, start in zip(runs, starts, strict=True)
         ]
-    trainings = [make_training(replace(config, seed=run.seed), loaded) for run in runs]
+    trainings = [make_training(replace(config, seed=run.seed, mesh=SINGLE), loaded) for run in runs]
     if initial is not None:
         trainings = [each.starting_from(steering) for each, steering in zip(trainings, initial, strict=True)]
     program = Program(config, trainings, [run.factor for run in runs])

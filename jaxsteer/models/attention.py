@@ -1,15 +1,36 @@
-"""Attention behind one function: softmax(q kᵀ / √H + mask) v, grouped heads, segments, causal by position."""
+"""Attention behind one function: softmax(q kᵀ / √H + mask) v, grouped heads, segments, causal by position.
+
+Several kernels compute it; `choose_attention` says which one runs where.
+"""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsteer.models.splash import splash_attention, splash_refusal
+from jaxsteer.sharding import current_mesh, current_platform
 from jaxsteer.types import Array
+
+Kernel = Literal["auto", "rows", "dense", "chunked", "cudnn", "splash"]
+"""How attention of rows on themselves is computed.
+
+auto     what `choose_attention` says
+rows     XLA, a few rows at a time in causal blocks of queries: for one CPU
+dense    XLA, all scores at once
+chunked  XLA, one chunk of queries after another, recomputed by the backward pass: scores are never stored
+cudnn    cuDNN's fused kernel (NVIDIA)
+splash   the Pallas kernel (TPU)
+
+Forward-mode derivatives pass through the XLA kernels alone.
+"""
+
+CHUNK = 512
+"""Queries that the chunked kernel takes at a time."""
 
 CPU_ROWS = 4
 """Rows of a batch that attention takes at a time on CPU: their scores stay in the processor's cache."""
@@ -52,9 +73,12 @@ def query_blocks(length: int) -> list[int]:
     return [length * i // blocks for i in range(blocks + 1)]
 
 
-def causal_share(length: int) -> float:
-    """Share of a row's [T, T] scores that this platform computes."""
-    edges = query_blocks(length) if jax.default_backend() == "cpu" else [0, length]
+def causal_share(length: int, kernel: Kernel) -> float:
+    """Share of a row's [T, T] scores that a kernel (not "auto") computes."""
+    if kernel in ("cudnn", "splash"):  # blocks above the diagonal are skipped
+        blocks = max(1, length // CHUNK)
+        return (blocks + 1) / (2 * blocks)
+    edges = query_blocks(length) if kernel == "rows" else [0, length]
     return sum((stop - start) * stop for start, stop in pairwise(edges)) / length**2
 
 
@@ -74,18 +98,82 @@ def attend_causal_row(q: Array, k: Array, v: Array, span: Span) -> Array:
     )
 
 
-def attention(q: Array, k: Array, v: Array, query: Span, key: Span | None = None) -> Array:
+def attend_in_chunks(q: Array, k: Array, v: Array, span: Span) -> Array:
+    """Rows on themselves, a chunk of queries at a time: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]."""
+    B, T, N, H = q.shape
+    chunks = -(-T // CHUNK)
+
+    def cut(x: Array) -> Array:  # [B, T, ...] -> [chunks, B, CHUNK, ...]
+        x = jnp.pad(x, ((0, 0), (0, chunks * CHUNK - T)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(B, chunks, CHUNK, *x.shape[2:]).swapaxes(0, 1)
+
+    attend = jax.checkpoint(lambda some, at: jax.vmap(attend_row)(some, k, v, at, span), prevent_cse=False)
+    _, out = jax.lax.scan(lambda _, xs: (None, attend(*xs)), None, (cut(q), Span(*map(cut, span))))
+    return out.swapaxes(0, 1).reshape(B, chunks * CHUNK, N, H)[:, :T]
+
+
+def attend_cudnn(q: Array, k: Array, v: Array, span: Span) -> Array:
+    """Rows on themselves by cuDNN's fused kernel; q, k, v in half precision."""
+    seen = visible(span, span) | jnp.eye(q.shape[1], dtype=bool)[None]  # a query that sees nothing would be 0 / 0
+    return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation="cudnn")
+
+
+def choose_attention(
+    platform: str, *, rows: int, length: int, heads: int, kv_heads: int, head_dim: int, dtype: Any, mesh: Any = None
+) -> tuple[Kernel, str]:
+    """The kernel for rows that attend to themselves, and why.
+
+    Args:
+        platform: cpu, gpu or tpu.
+        rows, length: of the batch, over all devices.
+        heads, kv_heads, head_dim: N, K, H.
+        dtype: of q, k and v.
+        mesh: with the axes of `jaxsteer.sharding`; None for a single device.
+    """
+    plain: Kernel = "chunked" if length > CHUNK else "dense"
+    if platform == "cpu":
+        if mesh is None:
+            return "rows", "one CPU device: scores of a few rows stay in its cache"
+        return plain, "CPU devices on a mesh: XLA's own"
+    if platform == "tpu":
+        shards = (1, 1) if mesh is None else (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"])
+        refusal = splash_refusal(rows, length, kv_heads, *shards)
+        return (plain, f"splash cannot: {refusal}") if refusal else ("splash", "TPU: fused, with segments")
+    if platform == "gpu":
+        if jnp.dtype(dtype).itemsize != 2:
+            return plain, f"cuDNN's kernel needs half precision, not {jnp.dtype(dtype).name}"
+        if head_dim % 8 or head_dim > 128:
+            return plain, f"cuDNN's kernel needs a head_dim that 8 divides, 128 at most; got {head_dim}"
+        return "cudnn", "NVIDIA: fused"
+    return plain, f"no kernel of its own for {platform}"
+
+
+def attention(q: Array, k: Array, v: Array, query: Span, key: Span | None = None, kernel: Kernel = "auto") -> Array:
     """Causal grouped-query attention within segments: q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
-    `key` tells where cached keys stand; without it the row attends to itself. On CPU the batch is mapped over a few
-    rows at a time and rematerialised, so that scores stay in the processor's cache and are never stored. Free of custom
-    derivative rules: jvp, vjp and any nesting of them pass through.
+    `key` tells where cached keys stand; without it the row attends to itself, by `kernel`. On one CPU the batch is
+    mapped over a few rows at a time and rematerialised, so that scores stay in the processor's cache and are never
+    stored. XLA's kernels are free of custom derivative rules: jvp, vjp and any nesting of them pass through.
+
+    Raises:
+        ValueError: an unknown kernel, or one that cannot take these shapes.
     """
-    by_row = jax.default_backend() == "cpu" and q.shape[1] > 1
+    if kernel not in get_args(Kernel):
+        raise ValueError(f"unknown attention kernel {kernel!r}: use {', '.join(get_args(Kernel))}")
+    mesh, platform = current_mesh(), current_platform()
     if key is not None:
-        if by_row:
+        if platform == "cpu" and mesh is None and q.shape[1] > 1:
             return jax.lax.map(lambda row: attend_row(*row), (q, k, v, query, key), batch_size=CPU_ROWS)
         return jax.vmap(attend_row)(q, k, v, query, key)
-    if by_row:
+    if kernel == "auto":
+        (B, T, N, H), K = q.shape, k.shape[2]
+        kernel, _ = choose_attention(
+            platform, rows=B, length=T, heads=N, kv_heads=K, head_dim=H, dtype=q.dtype, mesh=mesh
+        )
+    if kernel == "rows":
         return jax.lax.map(jax.checkpoint(lambda row: attend_causal_row(*row)), (q, k, v, query), batch_size=CPU_ROWS)
-    return jax.vmap(attend_row)(q, k, v, query, query)
+    if kernel == "splash":
+        return splash_attention(q, k, v, query.segments, interpret=platform == "cpu")
+    if kernel == "cudnn":
+        return attend_cudnn(q, k, v, query)
+    return attend_in_chunks(q, k, v, query) if kernel == "chunked" else jax.vmap(attend_row)(q, k, v, query, query)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxsteer.models.attention import Span, attention
+from jaxsteer.models.attention import Kernel, Span, attention
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.types import Array, Cache
 
@@ -139,6 +139,7 @@ class Attention(nn.Module):
     """Causal self-attention with rotary positions and grouped key/value heads."""
 
     config: ModelConfig
+    kernel: Kernel = "auto"
 
     @nn.compact
     def __call__(
@@ -156,7 +157,7 @@ class Attention(nn.Module):
         k = rotate(project("k", c.kv_heads), inputs.sin, inputs.cos)
         v = project("v", c.kv_heads)
         if cache is None:
-            heads = attention(q, k, v, inputs.span)
+            heads = attention(q, k, v, inputs.span, kernel=self.kernel)
         else:
             cache = cache.write(k, v)
             heads = attention(q, *cache.read(x.dtype), inputs.span, Span(cache.cache.segments, cache.cache.positions))
@@ -184,6 +185,7 @@ class Block(nn.Module):
     """One transformer block: h + attention(norm h), then + MLP(norm ·)."""
 
     config: ModelConfig
+    kernel: Kernel = "auto"
 
     @nn.compact
     def __call__(
@@ -191,7 +193,9 @@ class Block(nn.Module):
     ) -> tuple[Array, LayerCache | None]:
         """h [B, T, D], the residual stream -> the stream after the block, and the cache written to."""
         c = self.config
-        y, cache = Attention(c, name="attn")(RMSNorm(c.norm_eps, name="attn_norm")(h), inputs, cache, steer)
+        y, cache = Attention(c, self.kernel, name="attn")(
+            RMSNorm(c.norm_eps, name="attn_norm")(h), inputs, cache, steer
+        )
         middle = checkpoint_name(h + y, "residual")
         x = steer("mlp.in", middle, RMSNorm(c.norm_eps, name="mlp_norm")(middle))
         out = checkpoint_name(middle + MLP(c, name="mlp")(x, steer), "residual")

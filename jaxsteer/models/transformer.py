@@ -18,9 +18,10 @@ import numpy as np
 from jax import lax
 
 from jaxsteer.batches import select
-from jaxsteer.models.attention import Span
+from jaxsteer.models.attention import Kernel, Span
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.layers import Block, Embed, Inputs, LayerCache, RMSNorm, rotary_angles
+from jaxsteer.sharding import constrain
 from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Context, Output, Plan, PyTree, Steering, Taps
 
 Remat = Literal["none", "selective", "full"]
@@ -38,12 +39,16 @@ class Model:
                 ("full": least memory)
     train_base  the base tree is differentiated too (full fine-tuning): weights are then scanned over from the first
                 layer, where a frozen base would be read in place
+    attention   the kernel, see `jaxsteer.models.attention.Kernel`; forward-mode derivatives need one of XLA's
+    split_sequence  on a mesh, the residual stream's positions are split over the `tensor` axis between sublayers
     """
 
     config: ModelConfig
     plan: Plan = ()
     remat: Remat = "selective"
     train_base: bool = False
+    attention: Kernel = "auto"
+    split_sequence: bool = False
 
 
 def init_base(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> PyTree:
@@ -130,6 +135,7 @@ def forward(
     span = Span(batch.segments, batch.positions)
     inputs = Inputs(*rotary_angles(config, batch.positions), span)
     masks = {slot.name: select(slot.positions, batch) for slot in plan}
+    stream = ("rows", "sequence" if model.split_sequence else None, None)
     per_layer = _spread(plan, steering, config.layers)
     if cache is not None:
         at = (0, cache.used)
@@ -152,10 +158,10 @@ def forward(
             return y
 
         at = None if cache is None else LayerCache(cache, layer)
-        h, at = Block(config).apply({"params": weights}, h, inputs, at, steer)  # type: ignore[assignment]
-        return (h, None if at is None else at.cache), taps
+        h, at = Block(config, model.attention).apply({"params": weights}, h, inputs, at, steer)  # type: ignore[assignment]
+        return (constrain(h, *stream), None if at is None else at.cache), taps
 
-    h = Embed(config).apply({"params": base["embed"]}, batch.tokens)
+    h = constrain(Embed(config).apply({"params": base["embed"]}, batch.tokens), *stream)  # type: ignore[arg-type]
     (h, cache), taps = _scan_blocks(model, block, base["blocks"], (h, cache), per_layer)
     hidden: Array = RMSNorm(config.norm_eps).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
     if cache is not None:

@@ -267,4 +267,4 @@ def test_one_trace_serves_every_step(config):
     state, step = training.state, training.step
     for k in range(3):
         state, _ = step(state, step_batch(config, training.data, k), training.frozen)
-    assert step._cache_size() == 1
+    assert training.program.jitted._cache_size() == 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from jaxsteer.io import LoadedModel
-from train.config import TrainConfig
+from train.config import SINGLE, TrainConfig
 from train.setup import make_training
 from train.sweep import Program
 
@@ -25,7 +26,7 @@ def measure(config: TrainConfig, loaded: LoadedModel, runs: int) -> dict[str, An
         (K runs one after another cost K); None where the base itself trains, whose runs are not merged. sweep_runs: K.
         compile_seconds: of one run's step and of the sweep's.
     """
-    training = make_training(config, loaded)
+    training = make_training(replace(config, mesh=SINGLE), loaded)
     counts = (1,) if config.train_base else (1, runs)
     compiled, states, frozen = {}, {}, {}
     seconds: dict[int, list[float]] = {}

@@ -1,0 +1,250 @@
+"""Where arrays lie on a mesh of devices: one table of logical axes, and the shardings of every tree that follow.
+
+A mesh has three axes. `data` copies the base and splits the batch's rows; `fsdp` splits the rows and the base (each
+layer's weights are gathered as they are used); `tensor` splits heads, the MLP and the vocabulary. Programs compute
+inside `jax.set_mesh(mesh)`; without a mesh everything here is the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxsteer.types import Array, Batch, Cache, ParamSpec, PyTree
+
+AXES = ("data", "fsdp", "tensor")
+Axes = tuple[str | None, ...]
+
+RULES: dict[str, tuple[str, ...]] = {
+    "rows": ("data", "fsdp"),
+    "sequence": ("tensor",),  # of the residual stream, where it is sharded at all
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "width": ("fsdp",),
+    "in": ("fsdp",),  # of LoRA and its kin
+    "out": ("fsdp",),
+}
+"""Logical axis -> axes of the mesh. An axis that is not listed (layers, rank, head_dim, ...) is not split; nor is a
+dimension that the mesh's axes do not divide."""
+
+BASE_AXES: dict[str, Axes] = {
+    "embedding": ("vocab", "width"),
+    "q/kernel": ("width", "heads"),
+    "k/kernel": ("width", "heads"),
+    "v/kernel": ("width", "heads"),
+    "o/kernel": ("heads", "width"),
+    "gate/kernel": ("width", "mlp"),
+    "up/kernel": ("width", "mlp"),
+    "down/kernel": ("mlp", "width"),
+}
+"""Logical axes of the base's matrices, by the end of their path, for one layer. Vectors are copied to every device."""
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the mesh's axes; their product is the number of devices."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        """Reject empty axes."""
+        if min(self.data, self.fsdp, self.tensor) < 1:
+            raise ValueError(f"mesh {self}: every axis needs at least 1 device")
+
+    def __str__(self) -> str:
+        """As in "data 1 x fsdp 4 x tensor 2"."""
+        return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}"
+
+    @property
+    def size(self) -> int:
+        """Number of devices."""
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def row_shards(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return self.data * self.fsdp
+
+
+def default_shape(devices: int, rows: int) -> MeshShape:
+    """As many of the devices as can share the rows equally; up to 16 split the base, groups of those copy it."""
+    used = math.gcd(devices, rows)
+    fsdp = max(n for n in range(1, min(used, 16) + 1) if used % n == 0)
+    return MeshShape(used // fsdp, fsdp)
+
+
+def check_shape(
+    shape: MeshShape,
+    *,
+    devices: int,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    length: int = 0,
+    split_sequence: bool = False,
+) -> None:
+    """Check that a model and a batch can be split as asked.
+
+    Args:
+        devices: present. rows, length: of one microbatch.
+        split_sequence: the residual stream's positions are split over `tensor`.
+
+    Raises:
+        ValueError: too few devices, or an axis that does not divide; names the nearest value that would do.
+    """
+    if shape.size > devices:
+        raise ValueError(f"mesh {shape} needs {shape.size} devices; there are {devices}")
+    if rows % shape.row_shards:
+        below, above = rows - rows % shape.row_shards, rows + -rows % shape.row_shards
+        near = " or ".join(str(n) for n in (below, above) if n)
+        raise ValueError(
+            f"mesh {shape}: {rows} rows (of a microbatch) cannot be split over data x fsdp = {shape.row_shards}; "
+            f"{near} rows can, or data x fsdp = {math.gcd(rows, shape.row_shards)}"
+        )
+    for name, count in (("heads", heads), ("key/value heads", kv_heads)):
+        if count % shape.tensor:
+            nearest = max(n for n in range(1, shape.tensor) if math.gcd(heads, kv_heads) % n == 0)
+            raise ValueError(
+                f"mesh {shape}: {count} {name} cannot be split over tensor = {shape.tensor}; "
+                f"tensor = {nearest} is the nearest that can"
+            )
+    if split_sequence and length % shape.tensor:
+        raise ValueError(
+            f"mesh {shape}: rows of {length} tokens cannot be split over tensor = {shape.tensor}; "
+            f"rows of {length + -length % shape.tensor} can"
+        )
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor over the first devices; neighbours of the network stay neighbours.
+
+    Args:
+        shape: sizes of the axes.
+        devices: by default this process's `jax.devices()`; for compiling ahead of time, those of a topology.
+
+    Raises:
+        ValueError: fewer devices than the shape needs.
+    """
+    devices = jax.devices() if devices is None else devices
+    if shape.size > len(devices):
+        raise ValueError(f"mesh {shape} needs {shape.size} devices; there are {len(devices)}")
+    sizes = (shape.data, shape.fsdp, shape.tensor)
+    if shape.size < len(devices):
+        grid = np.array(devices[: shape.size]).reshape(sizes)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def current_mesh() -> Any | None:
+    """The mesh of `jax.set_mesh` around this code, abstract; None without one, or with a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 or mesh.axis_names != AXES else mesh
+
+
+def current_platform() -> str:
+    """cpu, gpu or tpu: of the mesh around this code (it may be compiled for elsewhere), else of this process."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def row_shards() -> int:
+    """Parts that rows are split into on the mesh around this code; 1 without one."""
+    mesh = current_mesh()
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def spec_of(shape: Sequence[int], axes: Axes, mesh: Any) -> P:
+    """The PartitionSpec of an array [shape] with these logical axes, by RULES."""
+
+    def split(size: int, axis: str | None) -> tuple[str, ...] | None:
+        names = RULES.get(axis or "", ())
+        return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+    assert len(shape) == len(axes), (shape, axes)
+    return P(*(split(size, axis) for size, axis in zip(shape, axes, strict=True)))
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Keep x split by these logical axes, one for each dimension; x itself without a mesh."""
+    mesh = current_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec_of(x.shape, axes, mesh))
+
+
+def base_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Where the leaf of a base tree at a path ("blocks/attn/q/kernel") lies."""
+    names = path.split("/")
+    axes: Axes = BASE_AXES.get(names[-1]) or BASE_AXES.get("/".join(names[-2:])) or ()
+    return NamedSharding(mesh, spec_of(shape, (None,) * (len(shape) - len(axes)) + axes, mesh))
+
+
+def base_shardings(base: PyTree, mesh: Mesh) -> PyTree:
+    """A NamedSharding for every leaf (array or shape) of a base tree."""
+    path_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: base_sharding(path_of(path), leaf.shape, mesh), base)
+
+
+def steering_shardings(specs: Mapping[str, Mapping[str, Mapping[str, ParamSpec]]], mesh: Mesh) -> PyTree:
+    """A NamedSharding for every leaf of a steering tree, from `jaxsteer.steering.param_specs`."""
+    return {
+        slot: {
+            site: {
+                name: NamedSharding(mesh, P(None, *spec_of(spec.shape, spec.axes, mesh)))
+                for name, spec in params.items()
+            }
+            for site, params in sites.items()
+        }
+        for slot, sites in specs.items()
+    }
+
+
+def state_shardings(state: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh) -> PyTree:
+    """Shardings of a tree that contains copies of `params`, as an optimizer's state does: each like its parameter.
+
+    A leaf whose path ends as a parameter's does, and whose shape is its, is placed as it is; all others (counts, keys)
+    are copied to every device.
+
+    Args:
+        state, params: arrays or shapes. shardings: of `params`, of the same form.
+    """
+    places = {
+        jax.tree_util.keystr(path): (leaf.shape, where)
+        for (path, leaf), where in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        for start in range(len(path)):
+            shape, where = places.get(jax.tree_util.keystr(path[start:]), (None, None))
+            if shape == leaf.shape:
+                return where
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+    """Rows over data x fsdp, for fields [B, T] or [M, B, T] (M microbatches)."""
+    place = lambda field: NamedSharding(
+        mesh, spec_of(field.shape, (None,) * (len(field.shape) - 2) + ("rows", None), mesh)
+    )
+    return jax.tree.map(place, batch)
+
+
+def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
+    """Rows over data x fsdp, heads over tensor."""
+    axes: dict[int, Axes] = {5: (None, "rows", None, "heads", None), 2: ("rows", None), 0: ()}  # by rank
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x.shape, axes[len(x.shape)], mesh)), cache)

@@ -1,0 +1,135 @@
+"""The table of axes, the shardings that follow from it, and what cannot be split."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+from tiny import all_methods
+
+import jaxsteer
+from jaxsteer.models.transformer import init_base, init_cache
+from jaxsteer.optim import OptimConfig, Params, make_optimizer, param_labels, split
+from jaxsteer.sharding import (
+    AXES,
+    MeshShape,
+    base_shardings,
+    cache_shardings,
+    check_shape,
+    constrain,
+    default_shape,
+    make_mesh,
+    spec_of,
+    state_shardings,
+    steering_shardings,
+)
+from jaxsteer.steering import param_specs, steering_shapes
+from jaxsteer.training import init_state
+
+MESH = AbstractMesh((2, 2, 2), AXES)
+ROWS = ("data", "fsdp")
+
+
+def specs(tree):
+    return jax.tree.map(lambda leaf: leaf.spec, tree)
+
+
+def test_base(tiny_config):
+    base = jax.eval_shape(partial(init_base, tiny_config), jax.random.key(0))
+    got = specs(base_shardings(base, MESH))
+    assert got["embed"]["embedding"] == P(None, ("fsdp",))  # 61 tokens are not two equal parts
+    attn, mlp = got["blocks"]["attn"], got["blocks"]["mlp"]
+    assert attn["q"]["kernel"] == attn["k"]["kernel"] == P(None, ("fsdp",), ("tensor",))
+    assert attn["o"]["kernel"] == P(None, ("tensor",), ("fsdp",))
+    assert mlp["up"]["kernel"] == mlp["gate"]["kernel"] == P(None, ("fsdp",), ("tensor",))
+    assert mlp["down"]["kernel"] == P(None, ("tensor",), ("fsdp",))
+    assert got["blocks"]["attn_norm"]["scale"] == P(None, None)
+
+
+def test_cache(tiny_config):
+    cache = jax.eval_shape(partial(init_cache, tiny_config, 8, 16))
+    got = specs(cache_shardings(cache, MESH))
+    assert got.k == got.v == P(None, ROWS, None, ("tensor",), None)
+    assert got.segments == P(ROWS, None)
+    assert got.used == P()
+
+
+def test_the_optimizer_follows_its_parameters(tiny_config):
+    plan = all_methods(tiny_config)
+    params = Params(
+        jax.eval_shape(partial(init_base, tiny_config), jax.random.key(0)), steering_shapes(plan, tiny_config)
+    )
+    where = Params(base_shardings(params.base, MESH), steering_shardings(param_specs(plan, tiny_config), MESH))
+    assert jax.tree.structure(where) == jax.tree.structure(params)
+    labels = param_labels(params, plan, train_base=True)
+    (trained, _), (at, _) = split(params, labels), split(where, labels)
+    tx = make_optimizer(OptimConfig(), labels, 10, plan)
+    state = jax.eval_shape(partial(init_state, tx=tx), trained, key=jax.random.key(0))
+    got = specs(state_shardings(state, trained, at, MESH))
+    assert got.params == specs(at)
+    assert got.step == got.key == P()
+    moments = {}
+    for path, spec in jax.tree_util.tree_leaves_with_path(got.opt_state):
+        moments.setdefault(spec, []).append(jax.tree_util.keystr(path))
+    sharded = sum(len(paths) for spec, paths in moments.items() if any(spec))
+    assert sharded == 2 * sum(any(spec) for spec in jax.tree.leaves(specs(at)))  # mu and nu
+
+
+def test_what_does_not_divide_is_not_split():
+    assert spec_of((7, 8), ("rows", "width"), MESH) == P(None, ("fsdp",))
+    assert spec_of((4, 3), ("rows", None), MESH) == P(ROWS, None)
+    x = jnp.ones((4, 3))
+    assert constrain(x, "rows", None) is x  # no mesh
+
+
+@pytest.mark.parametrize(
+    ("devices", "rows", "shape"),
+    [
+        (1, 8, (1, 1)),
+        (8, 8, (1, 8)),
+        (8, 4, (1, 4)),
+        (8, 6, (1, 2)),
+        (64, 64, (4, 16)),
+        (48, 96, (3, 16)),
+        (8, 7, (1, 1)),
+    ],
+)
+def test_the_default_uses_what_the_rows_can_fill(devices, rows, shape):
+    assert default_shape(devices, rows) == MeshShape(*shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "wrong"),
+    [
+        ((4, 4, 1), "needs 16 devices; there are 8"),
+        ((2, 4, 1), r"12 rows .* data x fsdp = 8; 8 or 16 rows can, or data x fsdp = 4"),
+        ((1, 1, 8), r"4 heads .* tensor = 2 is the nearest"),
+        ((1, 1, 4), r"2 key/value heads .* tensor = 2 is the nearest"),
+        ((1, 2, 2), r"rows of 33 tokens .* rows of 34 can"),
+    ],
+)
+def test_a_mesh_that_cannot_be(shape, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        check_shape(
+            MeshShape(*shape), devices=8, rows=12, heads=4, kv_heads=2, length=33, split_sequence=shape == (1, 2, 2)
+        )
+
+
+def test_an_empty_axis():
+    with pytest.raises(ValueError, match="at least 1"):
+        MeshShape(0)
+    with pytest.raises(ValueError, match="needs 1000000 devices"):
+        make_mesh(MeshShape(1_000_000))
+
+
+def test_unused_imports_are_light():
+    """Pallas is slow to import; a CPU never needs it."""
+    code = "import sys, jaxsteer; print('jax.experimental.pallas' in sys.modules)"
+    root = Path(jaxsteer.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout.strip() == "False", done.stderr

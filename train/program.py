@@ -1,0 +1,176 @@
+"""The program of a run, without its weights and data: model, optimizer, mesh, shardings, and the jitted step.
+
+Training places real arrays by it; `train.plan` compiles the same step from shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxsteer.models.attention import Kernel, choose_attention
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.transformer import Model
+from jaxsteer.optim import Params, make_optimizer, param_labels, split
+from jaxsteer.orthogonality import Orthogonality
+from jaxsteer.plan_text import parse_plan
+from jaxsteer.sharding import (
+    base_sharding,
+    base_shardings,
+    batch_shardings,
+    check_shape,
+    make_mesh,
+    state_shardings,
+    steering_shardings,
+)
+from jaxsteer.steering import param_specs, steering_shapes
+from jaxsteer.training import TrainState, init_state, train_step
+from jaxsteer.types import Array, Batch, PyTree
+from train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is static about a run.
+
+    model, tx, orthogonality, labels  as `train_step` and `split` take them
+    mesh       None on a single device of this process: nothing is placed then
+    attention  the kernel that this comes to, and why
+    base       shapes of the base tree
+    """
+
+    model: Model
+    tx: optax.GradientTransformation
+    orthogonality: Orthogonality
+    labels: PyTree
+    mesh: Mesh | None
+    attention: tuple[Kernel, str]
+    base: PyTree
+
+    @cached_property
+    def shapes(self) -> tuple[TrainState, Params]:
+        """State and frozen leaves as `jax.ShapeDtypeStruct`s, with their shardings where there is a mesh."""
+        whole = Params(self.base, steering_shapes(self.model.plan, self.model.config))
+        trained, frozen = split(whole, self.labels)
+        state = jax.eval_shape(partial(init_state, tx=self.tx), trained, key=jax.eval_shape(lambda: jax.random.key(0)))
+        if self.mesh is None:
+            return state, frozen
+        specs = param_specs(self.model.plan, self.model.config)
+        where = Params(base_shardings(self.base, self.mesh), steering_shardings(specs, self.mesh))
+        trained_at, frozen_at = split(where, self.labels)
+        put = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
+        state = jax.tree.map(put, state, state_shardings(state, trained, trained_at, self.mesh))
+        return state, jax.tree.map(put, frozen, frozen_at)
+
+    @cached_property
+    def jitted(self) -> Any:
+        """The step, (state, batch, frozen) -> (state, metrics), to be traced `on_mesh`; the state is donated."""
+        step = partial(train_step, model=self.model, tx=self.tx, orthogonality=self.orthogonality)
+        if self.mesh is None:
+            return jax.jit(step, donate_argnums=0)
+        state = jax.tree.map(lambda leaf: leaf.sharding, self.shapes[0])
+        return jax.jit(step, donate_argnums=0, out_shardings=(state, NamedSharding(self.mesh, P())))
+
+    def on_mesh(self) -> AbstractContextManager:
+        """The context in which this run's functions are traced and called."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def step(self, state: TrainState, batch: Batch, frozen: Params) -> Any:
+        """One training step on placed arrays -> (state, metrics)."""
+        with self.on_mesh():
+            return self.jitted(state, batch, frozen)
+
+    def place(self, state: TrainState, frozen: Params) -> tuple[TrainState, Params]:
+        """Put arrays where the step expects them."""
+        if self.mesh is None:
+            return state, frozen
+        return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), (state, frozen), self.shapes)
+
+    def place_batch(self, batch: Batch) -> Batch:
+        """Put a batch's rows on their devices."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, batch)
+        return jax.device_put(batch, batch_shardings(batch, self.mesh))
+
+
+def make_program(
+    config: TrainConfig,
+    features: ModelConfig,
+    base: PyTree,
+    *,
+    steps: int,
+    mesh: Mesh | None = None,
+    platform: str | None = None,
+) -> Program:
+    """Build a run's program.
+
+    Args:
+        config: the run.
+        features: of its base model.
+        base: the base tree, arrays or shapes.
+        steps: length of the schedules.
+        mesh: from `mesh_of`, or of devices that are not here (then with their platform: cpu, gpu or tpu).
+        platform: by default this process's.
+
+    Raises:
+        ValueError: a plan that does not fit the model, a mesh that cannot split the model or the batch.
+    """
+    plan = parse_plan(config.plan, features.layers)
+    rows = config.rows // config.accumulate
+    if mesh is not None:
+        check_shape(
+            config.mesh.shape(mesh.size, rows),
+            devices=mesh.size,
+            rows=rows,
+            heads=features.heads,
+            kv_heads=features.kv_heads,
+            length=config.row_length,
+            split_sequence=config.mesh.split_sequence,
+        )
+    base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base)
+    attention = (config.attention, "as asked")
+    if config.attention == "auto":
+        attention = choose_attention(
+            platform or jax.default_backend(),
+            rows=rows,
+            length=config.row_length,
+            heads=features.heads,
+            kv_heads=features.kv_heads,
+            head_dim=features.head_dim,
+            dtype=jax.tree.leaves(base)[0].dtype,
+            mesh=mesh if mesh is not None and mesh.size > 1 else None,
+        )
+    model = Model(features, plan, config.remat, config.train_base, config.attention, config.mesh.split_sequence)
+    orthogonality = config.orthogonality.resolve(plan)
+    params = Params(base, steering_shapes(plan, features))
+    labels = param_labels(params, plan, train_base=config.train_base, frozen=config.freeze)
+    tx = make_optimizer(config.optim, labels, steps, plan, orthogonality)
+    return Program(model, tx, orthogonality, labels, mesh, attention, base)
+
+
+def mesh_of(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The mesh of a run on these devices (by default this process's); None for one device of this process.
+
+    Raises:
+        ValueError: the devices do not make the mesh that the config asks for.
+    """
+    found = jax.devices() if devices is None else devices
+    shape = config.mesh.shape(len(found), config.rows // config.accumulate)
+    return None if shape.size == 1 and devices is None else make_mesh(shape, found)
+
+
+def placer(mesh: Mesh | None) -> Callable[[str, np.ndarray], Array] | None:
+    """What a loader calls to put a leaf of the base tree on its devices, (path, leaf) -> array."""
+    if mesh is None:
+        return None
+    return lambda path, leaf: jax.device_put(leaf, base_sharding(path, leaf.shape, mesh))
