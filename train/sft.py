@@ -80,6 +80,11 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
         ValueError: bad settings or data, each before anything is trained; an output folder that holds another run.
         FloatingPointError: the loss is not finite; the last good checkpoint is kept.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"training runs on the devices of one host; this is one of {jax.process_count()} processes. "
+            "Use a slice of one host"
+        )
     enable_compilation_cache()
 
     # ---- run folder
