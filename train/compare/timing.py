@@ -14,7 +14,7 @@ from train.config import SINGLE, TrainConfig
 from train.setup import make_training
 from train.sweep import Program
 
-REPEATS = 5
+REPEATS = 3
 
 
 def measure(config: TrainConfig, loaded: LoadedModel, runs: int) -> dict[str, Any]:
