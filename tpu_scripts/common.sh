@@ -164,6 +164,11 @@ nothing_left() { ((${#REST[@]} == 0)) || die "unexpected '${REST[0]}'" "this scr
 # shellcheck disable=SC2088  # the tilde is the worker's
 out_is_safe() { [[ $OUT == gs://* || $OUT == '~/bucket/'* ]]; }
 
+# A copy in --bucket of what is in a bucket already would be a copy of it onto itself, or a second one.
+one_place() {
+  if [[ $BUCKET ]] && out_is_safe; then die "$OUT is in a bucket already" "leave out --bucket (POD_BUCKET=$BUCKET)"; fi
+}
+
 # For scripts that call others: what was given to this one holds for them.
 pass_flags_on() {
   local flag name

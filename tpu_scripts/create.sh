@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ask for a TPU and wait until it is there: a queued resource of one slice or several.
 #
-#   tpu_scripts/create.sh --name pod --zone us-west4-a --topology v5e:4x4 --spot
+#   tpu_scripts/create.sh --name pod --zone us-west4-a --topology v5e:2x4 --spot
 #
 # Topologies are the compiler's names; tpu_scripts/topologies.txt has what each is sold as (v5e:4x4 is 16 chips and sold
 # as v5litepod-16, v5p:4x4x4 is 64 chips and sold as v5p-128). What follows a -- goes as it is to

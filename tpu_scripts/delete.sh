@@ -11,6 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 parse "name zone project slices out bucket discard" "$@"
 need name zone
+one_place
 nothing_left
 state=ACTIVE
 if ! ((DRY_RUN)); then

@@ -2,7 +2,7 @@
 # Train on TPU slices of a GKE cluster, as a JobSet (https://jobset.sigs.k8s.io): it starts a pod a host and restarts
 # all of them together when one goes, so a preempted run resumes from its last checkpoint by itself.
 #
-#   tpu_scripts/gke.sh apply --name run1 --topology v5e:4x4 --image REGISTRY/jaxsteer --bucket gs://mine/run1 \
+#   tpu_scripts/gke.sh apply --name run1 --topology v5e:2x4 --image REGISTRY/jaxsteer --bucket gs://mine/run1 \
 #       configs/listops_smollm2.py --optim.lr 3e-3
 #   tpu_scripts/gke.sh watch --name run1              # until it has finished or failed; names the pods that failed
 #   tpu_scripts/gke.sh logs --name run1 --follow      # every pod's, each line with the pod's name

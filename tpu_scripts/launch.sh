@@ -29,6 +29,7 @@ if [[ $TOPOLOGY ]]; then
     say "      setup.sh --mount gs://BUCKET, then launch.sh --out '~/bucket/my-run'"
   fi
 fi
+one_place
 run_arguments
 
 if [[ $BUCKET ]]; then

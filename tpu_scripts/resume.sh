@@ -2,7 +2,7 @@
 # Keep a training alive until it has finished: create the TPU if it is not there, set it up, launch, watch; when the TPU
 # is taken away, delete what is left of it, ask for another and go on from the last checkpoint in the bucket.
 #
-#   tpu_scripts/resume.sh --name pod --zone us-west4-a --topology v5e:4x4 --spot --bucket gs://mine/run1 \
+#   tpu_scripts/resume.sh --name pod --zone us-west4-a --topology v5e:2x4 --spot --bucket gs://mine/run1 \
 #       configs/listops_smollm2.py --optim.lr 3e-3
 #
 # Takes the flags of create.sh, setup.sh and launch.sh; CONFIG and what follows are train.sft's. Run it in tmux or on a
@@ -17,6 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse "name zone project topology slices spot valid-until repo ref env-file mount out bucket upload-every retries
   then-delete" "$@"
 need name zone topology
+one_place
 ((${#REST[@]})) || die "no CONFIG given" "see resume.sh --help"
 if [[ ! $BUCKET ]] && ! out_is_safe; then
   die "a TPU that is taken away takes $OUT with it" \

@@ -2,8 +2,8 @@
 #SBATCH --job-name=jaxsteer
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
-#SBATCH --ntasks-per-node=8
-#SBATCH --cpus-per-task=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
@@ -12,12 +12,12 @@
 #
 # Train on GPU nodes under SLURM. From the root of the repository, where .venv has `.[train,cuda]`:
 #
-#   sbatch --nodes=4 tpu_scripts/slurm.sh --out runs/run1 configs/listops_smollm2.py --optim.lr 3e-3
+#   sbatch --gpus-per-node=4 tpu_scripts/slurm.sh --out runs/run1 configs/listops_smollm2.py --optim.lr 3e-3
 #   bash tpu_scripts/slurm.sh --dry-run --out runs/run1 configs/listops_smollm2.py     # prints the command only
 #
-# What sbatch is given overrides the #SBATCH lines above. jax.distributed finds the other tasks by SLURM's variables and
-# takes the GPU of its own number on the node: so one task a GPU, all GPUs visible to every task (not --gpus-per-task).
-# With --ntasks-per-node=1 the one task takes all GPUs of its node.
+# What sbatch is given overrides the #SBATCH lines above: one node of 8 GPUs, and one task that takes all of them.
+# For several tasks, train.sft has to join them with jax.distributed, which finds them by SLURM's variables and takes
+# the GPU of the task's own number on the node: one task a node, or one a GPU with all visible (not --gpus-per-task).
 #
 # Five minutes before the time limit, and at a preemption, the tasks get SIGTERM and save; the job is queued again and
 # resumes from there until the training has finished. --out must be on a file system that all nodes see. Each task has
@@ -51,6 +51,10 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 PYTHON=${PYTHON:-.venv/bin/python}
 [[ -z ${SLURM_GPUS_PER_TASK:-} ]] || die "--gpus-per-task hides the GPUs that JAX gives to tasks: use --gpus-per-node"
 
+if ((${SLURM_NTASKS:-1} > 1)) && ! grep -rqs 'jax\.distributed\.initialize(' train; then
+  # Tasks that do not join would each train the whole run, into one folder.
+  die "$SLURM_NTASKS tasks, but train.sft does not start jax.distributed: use --nodes=1 --ntasks-per-node=1"
+fi
 if [[ ${SLURM_NTASKS_PER_NODE:-} == 1 && ${SLURM_GPUS_ON_NODE:-1} -gt 1 ]]; then
   JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
   export JAX_LOCAL_DEVICE_IDS

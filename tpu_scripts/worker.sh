@@ -166,7 +166,8 @@ upload_until_end() {
 
 # ---- training
 
-alive() { [[ -e $STATE/pid ]] && kill -0 "$(cat "$STATE/pid")" 2>/dev/null; }
+# After a reboot the number in the file may be another program's.
+alive() { [[ -e $STATE/pid ]] && grep -qs worker.sh "/proc/$(cat "$STATE/pid")/cmdline"; }
 
 # train CONFIG ...: CODE is what train.sft ended with.
 train() {

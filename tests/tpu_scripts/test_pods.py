@@ -223,6 +223,7 @@ def test_a_failing_worker_is_named(stage):
         (["create.sh", "--topologie", "v5e:4x4"], "unknown flag --topologie"),
         (["create.sh", "--slices", "0", *CREATE], "whole number"),
         (["resume.sh", *CREATE, *TRAIN], "a TPU that is taken away takes runs/sft with it"),
+        (["launch.sh", *RUN, "--out", "~/bucket/run1", *TRAIN], "in a bucket already"),
         (["sync.sh", "--bucket", BUCKET, "sideways"], "say up, down"),
     ],
 )

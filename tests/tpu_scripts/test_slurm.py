@@ -23,7 +23,7 @@ def test_directives(checkout):
     assert given["signal"] == "TERM@300"  # of the tasks, not of the script: no B:
     assert {"requeue", "nodes", "time", "output"} <= set(given)
     assert given["open-mode"] == "append"
-    assert given["ntasks-per-node"] == given["gpus-per-node"]  # JAX wants a task a GPU
+    assert given["nodes"] == given["ntasks-per-node"] == "1"
     assert "gpus-per-task" not in given
 
 
@@ -64,6 +64,16 @@ def test_one_task_takes_all_gpus_of_its_node(stage):
     python.write_text(python.read_text().replace("shift 3\n", 'shift 3\necho "$JAX_LOCAL_DEVICE_IDS" >ids\n'))
     start(stage, SLURM_NTASKS_PER_NODE="1", SLURM_GPUS_ON_NODE="4")
     assert (stage.folder / "ids").read_text() == "0,1,2,3\n"
+
+
+def test_tasks_that_would_not_join_are_refused(stage):
+    """Each would train the whole run, into one folder."""
+    several = {"SLURM_NTASKS": "2", "SLURM_SUBMIT_DIR": str(stage.folder)}
+    said = stage.run("slurm.sh", "--dry-run", "--out", "runs/a", *TRAIN, ok=False, **several)
+    assert "train.sft does not start jax.distributed" in said
+    (stage.folder / "train").mkdir()
+    (stage.folder / "train" / "sft.py").write_text("jax.distributed.initialize()\n")
+    stage.run("slurm.sh", "--dry-run", "--out", "runs/a", *TRAIN, **several)
 
 
 def test_a_dry_run_prints_the_command(stage):
