@@ -45,7 +45,7 @@ def config() -> CompareConfig:
             Entry("post-block nonlinear", (POST_BLOCK,), lr=5e-3),
             Entry("joint, no constraint", (LORA, POST_BLOCK), 5e-3, 2e-3, orthogonality=Orthogonality("none")),
             Entry("joint, penalty", (LORA, POST_BLOCK), 5e-3, 2e-3, orthogonality=Orthogonality("penalty")),
-            Entry("joint, projection", (LORA, POST_BLOCK), 1.5e-2, 6e-3, orthogonality=Orthogonality("projection")),
+            Entry("joint, projection", (LORA, POST_BLOCK), 5e-3, 2e-3, orthogonality=Orthogonality("projection")),
         ),
         out="runs/compare_listops",
     )

@@ -49,7 +49,7 @@ def summarise(
                     for record in result["tried"]
                 },
                 "at_edge": result["best"] in _edges(result),
-                "test": crossed_interval(scores)._asdict(),
+                "test": _share(crossed_interval(scores)),
                 "test_by_seed": [sum(row) / len(row) for row in scores],
                 "minus_first": None
                 if result is results[0]
@@ -62,6 +62,11 @@ def summarise(
             }
         )
     return rows
+
+
+def _share(estimate: Estimate) -> dict[str, float]:
+    """An estimate of a share, its interval cut off at 0 and 1."""
+    return {"mean": estimate.mean, "low": max(0.0, estimate.low), "high": min(1.0, estimate.high)}
 
 
 def differences(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:

@@ -162,7 +162,8 @@ def search(comparison: Comparison, entry: Entry, note: Callable[[str], None]) ->
         rates = dict(zip(grid, map(validation_rate, records), strict=True))
         middle = (grid[0] + grid[-1]) / 2
         best = max(grid, key=lambda exponent: (rates[exponent], -abs(exponent - middle)))
-        shown = ", ".join(f"{config.factor**e * entry.lr:.2g}: {100 * rates[e]:.1f} %" for e in grid)
+        percent = lambda rate: "diverged" if rate < 0 else f"{100 * rate:.1f} %"
+        shown = ", ".join(f"{config.factor**e * entry.lr:.2g}: {percent(rates[e])}" for e in grid)
         note(f"{entry.name}: validation at learning rates {shown}")
         if grid[0] < best < grid[-1] or len(grid) == config.rates + config.extensions:
             break
