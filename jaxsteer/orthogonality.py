@@ -181,17 +181,26 @@ class Shared(NamedTuple):
     whole: Array
 
 
+def ridge_basis(written: Array, ridge: float, floor: float) -> Array:
+    """V [n, R, D] with VᵀV = B (BᵀB + εI)⁻¹ Bᵀ, ε = ridge · tr(BᵀB)/R + floor, for Bᵀ [n, R, D]; 0 at B = 0.
+
+    Vᵀ is the upper part of an orthonormal basis of the columns of [B; √ε I], whose Gram matrix is BᵀB + εI. That is
+    never formed: in fp32 its rounding would drown ε, and dependent columns of B give NaN.
+    """
+    size, width = written.shape[-2:]
+    epsilon = ridge / size * jnp.sum(written**2, axis=(1, 2)) + floor
+    lower = jnp.sqrt(epsilon)[:, None, None] * jnp.eye(size, dtype=written.dtype)[None]
+    basis, _ = jnp.linalg.qr(jnp.concatenate([written.swapaxes(1, 2), lower], axis=1))
+    return basis[:, :width].swapaxes(1, 2)
+
+
 def shared_energy(steered: Array, written: Array) -> Shared:
     """tr(S P Sᵀ) = ‖S Q‖² and ‖S‖² for S [n, r, D] and Bᵀ [n, R, D].
 
-    P = Q Qᵀ for the upper part Q [D, R] of an orthonormal basis of the columns of [B; √ε I]: their Gram matrix is
-    BᵀB + εI. It is never formed: in fp32 its rounding would drown ε, and dependent columns of B give NaN.
+    P = VᵀV for the ridge basis V of B.
     """
-    size, width = written.shape[-2:]
-    ridge = RIDGE / size * jnp.sum(written**2, axis=(1, 2)) + FLOOR
-    lower = jnp.sqrt(ridge)[:, None, None] * jnp.eye(size, dtype=written.dtype)[None]
-    basis, _ = jnp.linalg.qr(jnp.concatenate([written.swapaxes(1, 2), lower], axis=1))
-    inside = jnp.einsum("nsd,ndr->nsr", steered, basis[:, :width], precision=HIGHEST)
+    basis = ridge_basis(written, RIDGE, FLOOR)
+    inside = jnp.einsum("nsd,nrd->nsr", steered, basis, precision=HIGHEST)
     return Shared(jnp.sum(inside**2, axis=(1, 2)), jnp.sum(steered**2, axis=(1, 2)))
 
 
@@ -237,17 +246,12 @@ def overlap_penalty(
 
 
 def write_basis(written: Array) -> Array:
-    """An orthonormal basis of the span of rows [n, R, D] -> rows V [n, R, D], zero rows beyond the rank.
+    """Rows V [n, R, D] whose VᵀV projects onto the span of rows Bᵀ [n, R, D], as far as the overlap sees it.
 
-    The rank is that which the overlap sees: a direction counts from a singular value of 1e-6 ‖B‖ (and √FLOOR · 1e-3)
-    on; the ridge weight of one below is under R · 1e-6. With all rows zero the basis is empty.
+    Its ridge is the overlap's times 1e-6: S − S VᵀV keeps ε'/(σ² + ε') of a direction of strength σ, of which the
+    overlap counts σ²/(σ² + ε), together at most ε'/4ε. A direction beneath rounding is in neither.
     """
-    q, r = jnp.linalg.qr(written.swapaxes(-1, -2))  # [n, D, R], [n, R, R]
-    left, singular, _ = jnp.linalg.svd(r)
-    energy = jnp.sum(singular**2, axis=-1, keepdims=True)
-    seen = singular**2 > RIDGE**2 * energy + RIDGE * FLOOR
-    basis = jnp.einsum("ndr,nrs->nsd", q, left, precision=HIGHEST)
-    return jnp.where(seen[..., None], basis, 0)
+    return ridge_basis(written, RIDGE**2, RIDGE * FLOOR)
 
 
 class ProjectionState(NamedTuple):
