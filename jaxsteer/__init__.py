@@ -11,13 +11,38 @@ The functional face, all pure functions over pytrees:
 
 from jaxsteer.batches import make_batch
 from jaxsteer.generate import Sampling, generate
-from jaxsteer.interventions import METHODS, Fixed, Linear, LoRA, Nonlinear
+from jaxsteer.interventions import (
+    METHODS,
+    DiReFT,
+    DoRA,
+    Fixed,
+    JoLA,
+    Linear,
+    LoFiT,
+    LoFiTScale,
+    LoRA,
+    LoReFT,
+    Nonlinear,
+    PiSSA,
+    RsLoRA,
+)
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, forward, init_base, output_embedding
 from jaxsteer.objective import mean_loss
 from jaxsteer.optim import OptimConfig, Params, make_optimizer, merge, param_labels, split
+from jaxsteer.orthogonality import Orthogonality, chance_overlap, overlap, overlap_penalty, project_orthogonal
 from jaxsteer.plan_text import parse_plan
-from jaxsteer.steering import count_parameters, fold, init_steering, plan_from_json, plan_to_json, validate_plan
+from jaxsteer.steering import (
+    count_parameters,
+    count_trained,
+    fold,
+    init_steering,
+    only,
+    plan_from_json,
+    plan_to_json,
+    steering_shapes,
+    validate_plan,
+)
 from jaxsteer.training import TrainState, init_state, train_step
 from jaxsteer.types import ACTIVATIONS, PROJECTIONS, SITES, Batch, Plan, Positions, Slot, Steering
 
@@ -29,21 +54,32 @@ __all__ = [
     "PROJECTIONS",
     "SITES",
     "Batch",
+    "DiReFT",
+    "DoRA",
     "Fixed",
+    "JoLA",
     "Linear",
+    "LoFiT",
+    "LoFiTScale",
     "LoRA",
+    "LoReFT",
     "Model",
     "ModelConfig",
     "Nonlinear",
     "OptimConfig",
+    "Orthogonality",
     "Params",
+    "PiSSA",
     "Plan",
     "Positions",
+    "RsLoRA",
     "Sampling",
     "Slot",
     "Steering",
     "TrainState",
+    "chance_overlap",
     "count_parameters",
+    "count_trained",
     "fold",
     "forward",
     "generate",
@@ -54,12 +90,17 @@ __all__ = [
     "make_optimizer",
     "mean_loss",
     "merge",
+    "only",
     "output_embedding",
+    "overlap",
+    "overlap_penalty",
     "param_labels",
     "parse_plan",
     "plan_from_json",
     "plan_to_json",
+    "project_orthogonal",
     "split",
+    "steering_shapes",
     "train_step",
     "validate_plan",
 ]

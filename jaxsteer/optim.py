@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsteer.orthogonality import HIGHEST, Orthogonality, project_orthogonal
+from jaxsteer.steering import with_leaf
 from jaxsteer.types import Array, Plan, PyTree, Steering
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -190,8 +191,7 @@ def keep_orthonormal(inner: optax.GradientTransformation, plan: Plan) -> optax.G
                     leaf = steering[slot.name][site][name]
                     if leaf is not None:  # a frozen one
                         new = change(leaf, params.steering[slot.name][site][name])
-                        own = steering[slot.name] | {site: steering[slot.name][site] | {name: new}}
-                        steering = steering | {slot.name: own}
+                        steering = with_leaf(steering, (slot.name, site, name), new)
         return tree._replace(steering=steering)
 
     def update(grads: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, PyTree]:

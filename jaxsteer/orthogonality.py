@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsteer.steering import with_leaf
 from jaxsteer.types import Array, Plan, PyTree, Slot, Steering
 
 STEERED = ("block", "attn", "mlp")
@@ -290,7 +291,8 @@ def project_orthogonal(
             if update is None:  # a frozen slot stays as it is
                 continue
             own = _at(part.layers(new), basis, layers)
-            steering = _replaced(steering, part, update - part.within(part.leaf(new), own))
+            apart = update - part.within(part.leaf(new), own)
+            steering = with_leaf(steering, (part.slot.name, part.site, part.name), apart)
             moments = _without_moment(moments, part, own)
         return updates._replace(steering=steering), moments
 
@@ -308,12 +310,6 @@ def project_orthogonal(
         return updates, ProjectionState(inner_state, done)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _replaced(steering: Steering, part: Bundle, leaf: Array) -> Steering:
-    slot = steering[part.slot.name]
-    site = slot[part.site] | {part.name: leaf}
-    return steering | {part.slot.name: slot | {part.site: site}}
 
 
 def _without_moment(state: Any, part: Bundle, basis: Array) -> Any:

@@ -128,6 +128,12 @@ def steering_shapes(plan: Plan, config: ModelConfig, dtype: Any = jnp.float32) -
     }
 
 
+def with_leaf(steering: Steering, place: tuple[str, str, str], leaf: Any) -> Steering:
+    """The tree with another leaf at (slot, site, parameter)."""
+    slot, site, name = place
+    return steering | {slot: steering[slot] | {site: steering[slot][site] | {name: leaf}}}
+
+
 def only(plan: Plan, steering: Steering, kind: Kind) -> Steering:
     """The steering with the slots of the other kind switched off: zeros are the identity."""
     return {

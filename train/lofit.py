@@ -20,7 +20,7 @@ from train.config import TrainConfig, from_command_line, run_main
 from train.recipes import lofit
 from train.report import print_result
 from train.run_folder import RunFolder
-from train.setup import make_training
+from train.setup import count_steps
 from train.sft import Result, train
 
 
@@ -55,8 +55,7 @@ def run(config: TrainConfig, heads: int, share: float = 0.4) -> Result | None:
     Raises:
         ValueError: bad settings or data; more heads than the model has.
     """
-    probe = replace(config, plan=("lofit @ attn.heads",))
-    steps = config.steps or make_training(probe, load(config.model, config.dtype)).steps
+    steps = config.steps or count_steps(config, load(config.model, config.dtype))
 
     def fit(stage: str, own: TrainConfig, initial: Sequence[Steering] | None) -> list[Result | Finished]:
         folder = RunFolder(Path(config.out) / stage)

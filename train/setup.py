@@ -80,11 +80,7 @@ def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
         ValueError: a plan that does not fit the model, no data, an example longer than a row, or a mesh that cannot
             split the model or the rows.
     """
-    examples = config.task.load("train")
-    tokens, report = encode(
-        examples, loaded.tokenizer, chat=config.task.chat, max_length=config.row_length, on_long=config.on_long
-    )
-    data = DataSource(tokens, config.rows, config.row_length, config.seed, config.pack)
+    data, report = _read_data(config, loaded)
     steps = config.steps or data.steps(config.epochs)
     program = make_program(config, loaded.config, loaded.base, steps=steps, mesh=mesh_of(config))
     plan, key = program.model.plan, jax.random.key(config.seed)
@@ -99,6 +95,26 @@ def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
     state, frozen = program.place(init_state(trained, program.tx, jax.random.fold_in(key, 1)), frozen)
     total = count_parameters(loaded.base)
     return Training(program, state, frozen, data, report, steps, trainable, total)
+
+
+def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Report]:
+    tokens, report = encode(
+        config.task.load("train"),
+        loaded.tokenizer,
+        chat=config.task.chat,
+        max_length=config.row_length,
+        on_long=config.on_long,
+    )
+    return DataSource(tokens, config.rows, config.row_length, config.seed, config.pack), report
+
+
+def count_steps(config: TrainConfig, loaded: LoadedModel) -> int:
+    """The number of updates of a run: its config's, or what its epochs come to.
+
+    Raises:
+        ValueError: no data, or an example longer than a row.
+    """
+    return config.steps or _read_data(config, loaded)[0].steps(config.epochs)
 
 
 def step_batch(config: TrainConfig, data: DataSource, step: int) -> Batch:

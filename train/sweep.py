@@ -77,7 +77,7 @@ def train_runs(
     trainings = [make_training(replace(config, seed=run.seed, mesh=SINGLE), loaded) for run in runs]
     if initial is not None:
         trainings = [each.starting_from(steering) for each, steering in zip(trainings, initial, strict=True)]
-    program = Program(config, trainings, [run.factor for run in runs])
+    program = SweepProgram(config, trainings, [run.factor for run in runs])
     state, frozen = program.state, program.frozen
     metrics: list[Metrics] = []
     for step in range(trainings[0].steps):
@@ -96,7 +96,7 @@ def train_runs(
     ]
 
 
-class Program:
+class SweepProgram:
     """The compiled step of a sweep and what it starts from.
 
     step is (state, batch, frozen) -> (state, metrics), each leaf of state and metrics with a leading axis of the runs;

@@ -15,8 +15,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from jaxsteer.io import LoadedModel, files
-from jaxsteer.orthogonality import Orthogonality
+from jaxsteer.io import files
 from train.base_models import load
 from train.compare.config import CompareConfig
 from train.compare.report import write_report
@@ -27,7 +26,7 @@ from train.machine import device_summary, enable_compilation_cache
 from train.metrics import Bar, progress
 from train.report import print_facts
 from train.run_folder import open_run, write_json
-from train.setup import make_training
+from train.setup import count_steps
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     run = open_run(config.out, config.to_json(), resume=Path(config.out, "config.json").exists())
     loaded = load(config.base.model, config.base.dtype)
     console = Console()
-    config = replace(config, base=replace(config.base, steps=_steps(config, loaded)))
+    config = replace(config, base=replace(config.base, steps=count_steps(config.base, loaded)))
     assert config.base.steps is not None
     planned = config.base.steps * (config.rates + config.seeds - 1)
     print_facts(
@@ -83,14 +82,6 @@ class _Counter:
     def at_least(self, done: int) -> None:
         self._done = max(self._done, done)
         self._bar.update(self._done)
-
-
-def _steps(config: CompareConfig, loaded: LoadedModel) -> int:
-    """The number of updates of every run."""
-    if config.base.steps is not None:
-        return config.base.steps
-    probe = replace(config.base, plan=("fixed @ block",), train_base=False, orthogonality=Orthogonality("none"))
-    return make_training(probe, loaded).steps
 
 
 def main() -> None:

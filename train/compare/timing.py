@@ -12,7 +12,7 @@ import jax
 from jaxsteer.io import LoadedModel
 from train.config import SINGLE, TrainConfig
 from train.setup import make_training
-from train.sweep import Program
+from train.sweep import SweepProgram
 
 REPEATS = 3
 
@@ -32,7 +32,7 @@ def measure(config: TrainConfig, loaded: LoadedModel, runs: int) -> dict[str, An
     seconds: dict[int, list[float]] = {}
     compiling: dict[int, float] = {}
     for count in counts:
-        program = Program(config, [training] * count, [1.0] * count)
+        program = SweepProgram(config, [training] * count, [1.0] * count)
         states[count] = jax.tree.map(lambda leaf: leaf.copy(), program.state)  # a step donates its state
         frozen[count], batch = program.frozen, program.batch(0)
         began = time.perf_counter()
