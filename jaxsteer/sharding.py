@@ -236,12 +236,14 @@ def state_shardings(state: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh
     return jax.tree_util.tree_map_with_path(place, state)
 
 
+def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Rows over data x fsdp, for a field [B, T] or [M, B, T] (M microbatches) of a batch."""
+    return NamedSharding(mesh, spec_of(shape, (None,) * (len(shape) - 2) + ("rows", None), mesh))
+
+
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
-    """Rows over data x fsdp, for fields [B, T] or [M, B, T] (M microbatches)."""
-    place = lambda field: NamedSharding(
-        mesh, spec_of(field.shape, (None,) * (len(field.shape) - 2) + ("rows", None), mesh)
-    )
-    return jax.tree.map(place, batch)
+    """Where every field of a batch lies."""
+    return jax.tree.map(lambda field: batch_sharding(field.shape, mesh), batch)
 
 
 def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:

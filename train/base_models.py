@@ -18,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from jaxsteer.io import LoadedModel, load_model
 from jaxsteer.io.stored import Place
+from train.distributed import console
 from train.machine import cache_folder
 
 
@@ -92,7 +93,7 @@ def load(name: str, dtype: str = "auto", place: Place | None = None) -> LoadedMo
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console(stderr=True),
     )
     with bar:
         task = bar.add_task("load", total=None)

@@ -18,6 +18,7 @@ from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.sharding import MeshShape, default_shape
 from train.data.tokenize import OnLong
+from train.distributed import DistributedConfig
 from train.tasks import ListOpsTask, Task, task_to_json
 
 T = TypeVar("T")
@@ -102,6 +103,8 @@ class TrainConfig:
     splash the TPU's."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the run is spread over several devices."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How the processes of a run on several hosts find each other."""
     evaluate_every: int = 0
     """Steps between evaluations on validation examples; 0 = only at the end."""
     validation_examples: int = 128
@@ -135,7 +138,7 @@ class TrainConfig:
         """What makes the run what it is, for config.json: all but where it lies, whether it is resumed, and on what."""
         data = dataclasses.asdict(self)
         data["task"] = task_to_json(self.task)
-        return {key: value for key, value in data.items() if key not in ("out", "resume", "mesh")}
+        return {key: value for key, value in data.items() if key not in ("out", "resume", "mesh", "distributed")}
 
 
 C = TypeVar("C", bound=TrainConfig)

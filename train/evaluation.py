@@ -14,8 +14,9 @@ import numpy as np
 
 from jaxsteer.generate import Generated, Sampling, generate
 from jaxsteer.models.transformer import Model
-from jaxsteer.types import PyTree, Steering
+from jaxsteer.types import Batch, PyTree, Steering
 from train.data import Example, TokenizedExample, encode_prompts, prompt_batches, stop_tokens
+from train.distributed import fetch
 from train.scoring import Accuracy, Rule, accuracy, extract, score
 
 
@@ -67,21 +68,30 @@ def decode(
     sampling: Sampling | None = None,
     key: jax.Array | None = None,
     advance: Callable[[int], None] = lambda done: None,
+    place: Callable[[Batch], Batch] = lambda batch: jax.tree.map(jnp.asarray, batch),
 ) -> list[Decoded]:
-    """Answer every prompt, batched by length, and score it. `advance` hears how many are done.
+    """Answer every prompt, batched by length, and score it.
 
-    Results come in the order of the prompts.
+    Results come in the order of the prompts; with several processes each has all of them.
+
+    Args:
+        model, base, steering: that answer.
+        prompts, tokenizer: what to answer.
+        rows: decoded at a time.
+        sampling: greedy by default. key: for sampling.
+        advance: hears how many are done.
+        place: puts a batch on the devices that the weights lie on.
     """
     results: dict[int, Decoded] = {}
     rows = min(rows, len(prompts.tokens))
     for number, (batch, indices) in enumerate(prompt_batches(prompts.tokens, rows)):
         own = None if key is None else jax.random.fold_in(key, number)
-        out: Generated = jax.device_get(
+        out: Generated = fetch(
             generate(
                 model,
                 base,
                 steering,
-                jax.tree.map(jnp.asarray, batch),
+                place(batch),
                 own,
                 max_new_tokens=prompts.max_new_tokens,
                 stop_tokens=prompts.stop,

@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from train.distributed import console as first_console
+
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _WINDOW = 32  # updates that the speed is taken from
 
@@ -23,7 +25,7 @@ class MetricsWriter:
     """Appends one JSON line a step, each on disk at once. A context manager.
 
     Args:
-        path: of the .jsonl file; made if it is missing.
+        path: of the .jsonl file; made if it is missing. None: nothing is kept (another process writes).
         resume_at: None for a new run, which must find no lines there. Else the step that the run goes on at:
             lines of later steps, and a last line that a killed process left half written, are dropped.
 
@@ -31,9 +33,11 @@ class MetricsWriter:
         ValueError: a new run finds lines; or, on resuming, a line that is no JSON object with a step.
     """
 
-    def __init__(self, path: str | Path, *, resume_at: int | None = None) -> None:
-        self.path = Path(path)
-        if resume_at is None:
+    def __init__(self, path: str | Path | None, *, resume_at: int | None = None) -> None:
+        self.path = Path(os.devnull if path is None else path)
+        if path is None:
+            pass
+        elif resume_at is None:
             if self.path.exists() and self.path.stat().st_size:
                 raise ValueError(
                     f"{self.path}: holds the metrics of another run; resume that run, or use another folder"
@@ -181,11 +185,11 @@ def progress(
         total_steps: the step at which the run is complete.
         description: what runs, in front of the bar.
         start: steps done before (a resumed run).
-        console: None = standard output.
+        console: None = standard output, of process 0 alone.
         every_seconds: between plain lines; the first and the last update always print.
         clock: seconds, for tests.
     """
-    bar = Bar(total_steps, description, start, console or Console(), every_seconds, clock)
+    bar = Bar(total_steps, description, start, console or first_console(), every_seconds, clock)
     try:
         yield bar
     finally:

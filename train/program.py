@@ -27,7 +27,7 @@ from jaxsteer.plan_text import parse_plan
 from jaxsteer.sharding import (
     base_sharding,
     base_shardings,
-    batch_shardings,
+    batch_sharding,
     check_shape,
     make_mesh,
     state_shardings,
@@ -90,17 +90,61 @@ class Program:
         with self.on_mesh():
             return self.jitted(state, batch, frozen)
 
-    def place(self, state: TrainState, frozen: Params) -> tuple[TrainState, Params]:
-        """Put arrays where the step expects them."""
+    def begin(self, trained: Params, key: Array) -> TrainState:
+        """The state before the first step, where the step expects it. Every process has the same values."""
         if self.mesh is None:
-            return state, frozen
-        return jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), (state, frozen), self.shapes)
+            return init_state(trained, self.tx, key)
+        shapes = self.shapes[0]
+        trained, data = _placed(trained, shapes.params), np.asarray(jax.random.key_data(key))
+        init = lambda trained, data: init_state(trained, self.tx, jax.random.wrap_key_data(data))
+        return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))(trained, data)
 
-    def place_batch(self, batch: Batch) -> Batch:
-        """Put a batch's rows on their devices."""
+    def place_frozen(self, frozen: Params) -> Params:
+        """Put the leaves that do not train where the step expects them."""
+        return frozen if self.mesh is None else _placed(frozen, self.shapes[1])
+
+    def own_rows(self, rows: int) -> range:
+        """Those of so many rows (of a microbatch) that this process's devices hold."""
         if self.mesh is None:
+            return range(rows)
+        shape = (rows, 1)
+        where = batch_sharding(shape, self.mesh).addressable_devices_indices_map(shape)
+        parts = [index[0].indices(rows) for index in where.values() if index is not None]
+        return range(min(start for start, *_ in parts), max(stop for _, stop, _ in parts))
+
+    def place_batch(self, batch: Batch, rows: int | None = None, first: int = 0) -> Batch:
+        """Put a batch's rows on their devices.
+
+        Args:
+            batch: fields [B, T] or [M, B, T], numpy.
+            rows: B of the whole batch where `batch` has a part of its rows, this process's.
+            first: number of the first row there.
+        """
+        mesh = self.mesh
+        if mesh is None:
             return jax.tree.map(jnp.asarray, batch)
-        return jax.device_put(batch, batch_shardings(batch, self.mesh))
+
+        def put(field: np.ndarray) -> Array:
+            shape = (*field.shape[:-2], field.shape[-2] if rows is None else rows, field.shape[-1])
+            part = lambda span: slice(*(edge - first for edge in span.indices(shape[-2])[:2]))
+            read = lambda index: field[(*index[:-2], part(index[-2]), index[-1])]
+            return jax.make_array_from_callback(shape, batch_sharding(shape, mesh), read)
+
+        return jax.tree.map(put, batch)
+
+
+def _placed(tree: PyTree, like: PyTree) -> PyTree:
+    """A tree of whole values, or of arrays on the mesh, as arrays with the shardings of `like`."""
+
+    def put(leaf: Any, like: Any) -> Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf if leaf.sharding == like.sharding else jax.device_put(leaf, like.sharding)
+        if like.sharding.is_fully_addressable:
+            return jax.device_put(leaf, like.sharding)
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, like.sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, tree, like)
 
 
 def make_program(
@@ -165,7 +209,13 @@ def mesh_of(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh |
         ValueError: the devices do not make the mesh that the config asks for.
     """
     found = jax.devices() if devices is None else devices
-    shape = config.mesh.shape(len(found), config.rows // config.accumulate)
+    rows = config.rows // config.accumulate
+    shape = config.mesh.shape(len(found), rows)
+    if devices is None and jax.process_count() > 1 and shape.size < len(found):
+        raise ValueError(
+            f"mesh {shape}: uses {shape.size} of {len(found)} devices, but every process must take part with all of "
+            f"its own; choose rows (of a microbatch, now {rows}) that {len(found)} divides, or split tensor too"
+        )
     return None if shape.size == 1 and devices is None else make_mesh(shape, found)
 
 
@@ -173,4 +223,6 @@ def placer(mesh: Mesh | None) -> Callable[[str, np.ndarray], Array] | None:
     """What a loader calls to put a leaf of the base tree on its devices, (path, leaf) -> array."""
     if mesh is None:
         return None
-    return lambda path, leaf: jax.device_put(leaf, base_sharding(path, leaf.shape, mesh))
+    return lambda path, leaf: jax.make_array_from_callback(
+        leaf.shape, base_sharding(path, leaf.shape, mesh), lambda index: leaf[index]
+    )

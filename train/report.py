@@ -6,10 +6,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from train.distributed import console
 from train.evaluation import Decoded, accuracy_of
 from train.scoring import Accuracy
 
@@ -21,7 +21,7 @@ def print_facts(facts: Mapping[str, str]) -> None:
     """One aligned line a fact."""
     width = max(map(len, facts))
     for name, value in facts.items():
-        Console().print(f"[bold]{name:<{width}}[/bold]  {escape(value)}", soft_wrap=True, highlight=False)
+        console().print(f"[bold]{name:<{width}}[/bold]  {escape(value)}", soft_wrap=True, highlight=False)
 
 
 def percent(found: Accuracy) -> str:
@@ -32,7 +32,7 @@ def percent(found: Accuracy) -> str:
 
 def print_result(result: Any) -> None:
     """The table of a finished run, a few answers before and after, and where everything lies."""
-    console = Console()
+    out = console()
     table = Table(title="Result", title_justify="left", show_header=False)
     for name, decoded in (("before", result.before), ("after", result.after)):
         if decoded:
@@ -43,7 +43,7 @@ def print_result(result: Any) -> None:
     table.add_row("training time", f"{result.seconds:.0f} s")
     table.add_row("speed", f"{result.tokens_per_second:,.0f} tokens/s")
     table.add_row("peak memory", f"{result.peak_memory / 1e9:.2f} GB")
-    console.print(table)
+    out.print(table)
 
     answers = Table(title="Answers before and after", title_justify="left", show_lines=True)
     for column in ("prompt", "before", "after", "right answer"):
@@ -51,7 +51,7 @@ def print_result(result: Any) -> None:
     for before, after in _telling(result.before, result.after):
         answers.add_row(*(escape(text) for text in (before.prompt, before.output, after.output, str(before.gold))))
     if answers.row_count:
-        console.print(answers)
+        out.print(answers)
 
     run = result.run
     places = {"checkpoints": run.checkpoints, "curves": run.plot, "metrics": run.metrics, "summary": run.summary}
@@ -59,9 +59,9 @@ def print_result(result: Any) -> None:
         places = {"steering": run.steering, **places}
     print_facts({name: str(path) for name, path in places.items()})
     if run.steering.exists() and result.after:
-        console.print("\nAnswer a new problem with it:", highlight=False)
+        out.print("\nAnswer a new problem with it:", highlight=False)
         command = f"  {sys.executable} -m train.generate {run.steering} '{result.example}' --compare"
-        console.print(command, markup=False, highlight=False, soft_wrap=True)
+        out.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
 def _telling(before: list[Decoded], after: list[Decoded]) -> list[tuple[Decoded, Decoded]]:

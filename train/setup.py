@@ -15,7 +15,7 @@ from jaxsteer.models.transformer import Model
 from jaxsteer.optim import Params, merge, split
 from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.steering import count_parameters, count_trained, init_steering
-from jaxsteer.training import Metrics, TrainState, init_state
+from jaxsteer.training import Metrics, TrainState
 from jaxsteer.types import Batch, Steering
 from train.config import TrainConfig
 from train.data import DataSource, Report, encode
@@ -62,11 +62,16 @@ class Training:
             steering=jax.tree.map(same, tree.steering, steering, is_leaf=lambda leaf: leaf is None)
         )
         params = put(self.state.params)
-        state = self.state._replace(params=params, opt_state=self.tx.init(params))
         still = [name for name, tree in params.steering.items() if not jax.tree.leaves(tree)]
         trainable = count_parameters(params.base) + count_trained(self.model.plan, steering, still)
-        state, frozen = self.program.place(state, put(self.frozen))
+        state, frozen = self.program.begin(params, self.state.key), self.program.place_frozen(put(self.frozen))
         return replace(self, state=state, frozen=frozen, trainable=trainable)
+
+    def batch(self, config: TrainConfig, step: int) -> Batch:
+        """The batch of a step, on the devices; a process makes only the rows that its devices hold."""
+        rows = config.rows // config.accumulate
+        own = self.program.own_rows(rows)
+        return self.program.place_batch(step_batch(config, self.data, step, own), rows, own.start)
 
     def params(self, state: TrainState) -> Params:
         """The whole base and steering trees of a state."""
@@ -92,7 +97,7 @@ def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
     trainable = count_parameters(trained.base) + count_trained(plan, steering, config.freeze)
     if not trainable:
         raise ValueError("nothing to train: every slot is frozen and train_base is off")
-    state, frozen = program.place(init_state(trained, program.tx, jax.random.fold_in(key, 1)), frozen)
+    state, frozen = program.begin(trained, jax.random.fold_in(key, 1)), program.place_frozen(frozen)
     total = count_parameters(loaded.base)
     return Training(program, state, frozen, data, report, steps, trainable, total)
 
@@ -117,11 +122,17 @@ def count_steps(config: TrainConfig, loaded: LoadedModel) -> int:
     return config.steps or _read_data(config, loaded)[0].steps(config.epochs)
 
 
-def step_batch(config: TrainConfig, data: DataSource, step: int) -> Batch:
-    """The batch of a step, [B, T], or [M, B / M, T] where it is accumulated over M microbatches."""
-    batch = data.batch(step)
+def step_batch(config: TrainConfig, data: DataSource, step: int, own: range | None = None) -> Batch:
+    """The batch of a step, numpy [B, T], or [M, B / M, T] where it is accumulated over M microbatches.
+
+    Args:
+        own: only these rows, of each microbatch.
+    """
+    rows = config.rows // config.accumulate
+    own = range(rows) if own is None else own
+    batch = data.batch(step, [micro * rows + row for micro in range(config.accumulate) for row in own])
     if config.accumulate > 1:
-        shape = (config.accumulate, config.rows // config.accumulate, config.row_length)
+        shape = (config.accumulate, len(own), config.row_length)
         batch = jax.tree.map(lambda field: np.reshape(field, shape), batch)
     return batch
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jaxsteer.types import Steering
 from train.base_models import load
 from train.checkpoints import open_checkpoints
 from train.config import TrainConfig, from_command_line, run_main
+from train.distributed import console, fetch, is_first, join, on_first
 from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
 from train.machine import device_summary, enable_compilation_cache, peak_memory_bytes
 from train.metrics import MetricsWriter, progress, read_metrics
@@ -31,7 +33,7 @@ from train.program import mesh_of, placer
 from train.report import print_facts, print_result
 from train.run_folder import RunFolder, open_run, write_json
 from train.scoring import Accuracy
-from train.setup import Training, make_training, step_batch, to_floats
+from train.setup import Training, make_training, to_floats
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,10 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
         ValueError: bad settings or data, each before anything is trained; an output folder that holds another run.
         FloatingPointError: the loss is not finite; the last good checkpoint is kept.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"training runs on the devices of one host; this is one of {jax.process_count()} processes. "
-            "Use a slice of one host"
-        )
     enable_compilation_cache()
 
     # ---- run folder
-    run = open_run(config.out, config.to_json(), resume=config.resume)
+    run = _open(config)
 
     # ---- base model, data, what trains
     loaded = load(config.model, config.dtype, placer(mesh_of(config)))
@@ -119,7 +116,8 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
         else:
             start = 0
 
-        with MetricsWriter(run.metrics, resume_at=(start or -1) if config.resume else None) as writer:
+        resume_at = (start or -1) if config.resume else None
+        with MetricsWriter(run.metrics if is_first() else None, resume_at=resume_at) as writer:
             # ---- before
             validation = _prompts(config, loaded, "validation", config.validation_examples)
             test = _prompts(config, loaded, "test", config.test_examples)
@@ -132,7 +130,7 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
             began, timed_from, tokens, timed_tokens = time.perf_counter(), None, 0.0, 0.0
             with progress(training.steps, "Training", start=start) as bar:
                 for step in range(start, training.steps):
-                    batch = training.program.place_batch(step_batch(config, training.data, step))
+                    batch = training.batch(config, step)
                     state, metrics = step_fn(state, batch, training.frozen)
                     done, values = step + 1, to_floats(metrics)
                     if not np.isfinite([values["loss"], values["grad_norm"]]).all():
@@ -176,27 +174,50 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
 
     # ---- what is kept
     params = training.params(state)
-    if training.model.plan:
+    steering = fetch(params.steering)
+    if training.model.plan and is_first():
         save_steering(
             run.steering,
-            params.steering,
+            steering,
             training.model.plan,
             model_name=config.model,
             config=loaded.config,
             notes=_notes(config),
         )
     if config.train_base:
-        save_hf(run.folder / "model", loaded.config, params.base, loaded.family, loaded.tokenizer)
+        base = fetch(params.base)
+        if is_first():
+            save_hf(run.folder / "model", loaded.config, base, loaded.family, loaded.tokenizer)
 
     # ---- after
     after = _answer(config, training, loaded, params.base, params.steering, test, "Evaluating after")
-    write_answers(run.folder / "answers_after.jsonl", after)
     rate = timed_tokens / (began + seconds - timed_from) if timed_from and timed_tokens else 0.0
     example = config.task.load("test")[-1].turns[0].text if test else ""
     example = _bare(example, config.task.template)
     result = Result(
         run, params, before, after, training.trainable, training.total, seconds, rate, peak_memory_bytes(), example
     )
+    if is_first():
+        _write_outcome(config, training, result, steering)
+    return result
+
+
+def _open(config: TrainConfig) -> RunFolder:
+    """Begin or resume the run's folder, once for all processes, which must all see it."""
+    on_first(lambda: str(open_run(config.out, config.to_json(), resume=config.resume).folder))
+    run = RunFolder(Path(config.out))
+    if not run.config.exists():
+        raise ValueError(
+            f"{run.folder}: process {jax.process_index()} does not see the folder that process 0 has made; "
+            "with several hosts --out must lie on a file system that all of them share"
+        )
+    return run
+
+
+def _write_outcome(config: TrainConfig, training: Training, result: Result, steering: Steering) -> None:
+    """Answers, summary and plots of a finished run."""
+    run, after = result.run, result.after
+    write_answers(run.folder / "answers_after.jsonl", after)
     write_json(run.summary, result.summary())
     rows = read_metrics(run.metrics)
     evaluations = [(r["step"], r["accuracy"], r["low"], r["high"]) for r in rows if "accuracy" in r]
@@ -206,10 +227,9 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
     title = f"{config.model}: {', '.join(config.plan) or 'base'}"
     plot_training(rows, run.plot, evaluations=evaluations, title=title)
     if shared := [(row["step"], row["overlap"]) for row in rows if row.get("overlap")]:
-        chance = chance_overlap(training.model.plan, params.steering, training.orthogonality)
+        chance = chance_overlap(training.model.plan, steering, training.orthogonality)
         steps, overlaps = zip(*shared, strict=True)
         plot_overlap(run.folder / "overlap.png", steps, np.array(overlaps), chance=chance, title=title)
-    return result
 
 
 def _spread(training: Training) -> dict[str, str]:
@@ -226,13 +246,13 @@ def _resume(checkpoints: Any, state: Any, meta: dict[str, Any]) -> tuple[Any, in
     """The newest good checkpoint's state and step; the fresh state and 0 where nothing was saved yet."""
     restored = checkpoints.restore_latest(_trees(state))
     if restored is None:
-        print("Nothing was saved yet: starting from step 0.")
+        console().print("Nothing was saved yet: starting from step 0.")
         return state, 0
     for message in restored.skipped:
-        print(message)
+        console().print(message, markup=False, highlight=False, soft_wrap=True)
     if differing := [key for key in meta if restored.meta.get(key) != meta[key]]:
         raise ValueError(f"{checkpoints.folder}: was saved with another {', '.join(differing)}")
-    print(f"Restored step {restored.step}.")
+    console().print(f"Restored step {restored.step}.", highlight=False)
     trees = restored.trees
     params = state.params._replace(base=trees["base"], steering=trees["steering"])
     return state._replace(params=params, opt_state=trees["optimizer"], **trees["progress"]), restored.step
@@ -265,7 +285,14 @@ def _answer(
     if prompts is None:
         return []
     run = lambda advance: decode(
-        training.model, base, steering, prompts, loaded.tokenizer, rows=config.eval_rows, advance=advance
+        training.model,
+        base,
+        steering,
+        prompts,
+        loaded.tokenizer,
+        rows=config.eval_rows,
+        advance=advance,
+        place=training.program.place_batch,
     )
     with training.program.on_mesh():
         if title is None:
@@ -279,12 +306,13 @@ def _before(
 ) -> list[Decoded]:
     """Answers of the untouched model; those of the first start where the run was resumed."""
     path = run.folder / "answers_before.jsonl"
-    if path.exists():
+    if on_first(path.exists):
         return read_answers(path)
     # Zeros are the identity for every method, so the steered program answers for the untouched model.
     untouched = jax.tree.map(jnp.zeros_like, training.params(training.state).steering)
     before = _answer(config, training, loaded, loaded.base, untouched, test, "Evaluating before")
-    write_answers(path, before)
+    if is_first():
+        write_answers(path, before)
     return before
 
 
@@ -327,6 +355,7 @@ def _notes(config: TrainConfig) -> dict[str, Any]:
 def main() -> None:
     """Run a config and print what came out."""
     config = from_command_line("sft", "Train steering, LoRA or a whole model on prompts and completions.", TrainConfig)
+    join(config.distributed)
     result = train(config)
     if result is not None:
         print_result(result)

@@ -21,7 +21,7 @@ from train.config import MeshConfig, SINGLE, TrainConfig
 from train.data import DataSource, TokenizedExample
 from train.program import make_program, mesh_of
 from train.setup import step_batch
-from jaxsteer import ModelConfig, OptimConfig, Params, init_base, init_state, init_steering, split
+from jaxsteer import ModelConfig, OptimConfig, Params, init_base, init_steering, split
 
 features = ModelConfig(vocab_size=64, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, mlp_width=48)
 base = jax.jit(init_base, static_argnums=0)(features, jax.random.key(0))
@@ -43,7 +43,7 @@ def curve(mesh, accumulate):
     program = make_program(config, features, base, steps=10, mesh=mesh_of(config))
     steering = init_steering(program.model.plan, features, jax.random.key(1), base=base)
     trained, frozen = split(Params(base, steering), program.labels)
-    state, frozen = program.place(init_state(trained, program.tx, jax.random.key(2)), frozen)
+    state, frozen = program.begin(trained, jax.random.key(2)), program.place_frozen(frozen)
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
     losses = []
     for step in range(10):

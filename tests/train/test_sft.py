@@ -15,6 +15,7 @@ import pytest
 
 from jaxsteer.io import load_model, load_steering
 from jaxsteer.optim import OptimConfig
+from train import setup
 from train.config import TrainConfig, from_command_line, load_config_file
 from train.metrics import read_metrics
 from train.sft import train
@@ -129,15 +130,14 @@ def test_killed_three_times_and_resumed_is_bitwise_the_same(tiny_folder, tiny_da
 def test_stopping_is_saving(config, monkeypatch):
     """SIGTERM: the step under way is finished and saved, and the resumed run ends where the other does."""
     whole = train(replace(config, out=config.out + "-whole"))
-    from train import sft
 
     def stepping(*args):
         if args[2] == 6:
             signal.raise_signal(signal.SIGTERM)
         return original(*args)
 
-    original = sft.step_batch
-    monkeypatch.setattr(sft, "step_batch", stepping)
+    original = setup.step_batch
+    monkeypatch.setattr(setup, "step_batch", stepping)
     assert train(config) is None
     monkeypatch.undo()
     assert not (Path(config.out) / "summary.json").exists()
@@ -147,14 +147,12 @@ def test_stopping_is_saving(config, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(config, monkeypatch):
-    from train import sft
-
-    def poisoned(config, data, step):
-        batch = original(config, data, step)
+    def poisoned(config, data, step, own):
+        batch = original(config, data, step, own)
         return batch._replace(weights=batch.weights * np.nan) if step == 9 else batch
 
-    original = sft.step_batch
-    monkeypatch.setattr(sft, "step_batch", poisoned)
+    original = setup.step_batch
+    monkeypatch.setattr(setup, "step_batch", poisoned)
     with pytest.raises(FloatingPointError, match=r"step 10: .*last good checkpoint is step 8"):
         train(config)
     monkeypatch.undo()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -112,20 +112,25 @@ class DataSource:
         """Share of real tokens among all tokens of an epoch, 0 to 1."""
         return float(self._lengths.sum()) / (self.rows_per_epoch * self.length)
 
-    def row_members(self, step: int) -> list[list[int]]:
-        """For each row of a batch the indices of the examples in it."""
+    def row_members(self, step: int, rows: Iterable[int] | None = None) -> list[list[int]]:
+        """For each row of a batch (or each of `rows`, counted in it) the indices of the examples in it."""
         if step < 0:
             raise ValueError(f"data: got step {step}, need 0 or more")
         members = []
-        for number in range(step * self.rows, (step + 1) * self.rows):
-            epoch, i = divmod(number, self.rows_per_epoch)
+        for row in range(self.rows) if rows is None else rows:
+            epoch, i = divmod(step * self.rows + row, self.rows_per_epoch)
             dealt, order = self._epoch(epoch)
             members.append(dealt[self._layout[order[i]]].tolist())
         return members
 
-    def batch(self, step: int) -> Batch:
-        """The batch of one step, numpy, every field [rows, length]; any step, without the ones before it."""
-        members = self.row_members(step)
+    def batch(self, step: int, rows: Iterable[int] | None = None) -> Batch:
+        """The batch of one step, numpy, every field [rows, length]; any step, without the ones before it.
+
+        Args:
+            step: from 0.
+            rows: only these rows of it, e.g. those that the devices of one process hold.
+        """
+        members = self.row_members(step, rows)
         return stack_rows([[self.examples[i] for i in row] for row in members], self.length)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

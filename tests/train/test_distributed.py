@@ -1,0 +1,226 @@
+"""Several processes are one run: two of them on this machine, each with four CPU devices."""
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxsteer.io import load_steering
+from train import distributed
+from train.config import MeshConfig, TrainConfig
+from train.data import DataSource, TokenizedExample
+from train.distributed import DistributedConfig
+from train.metrics import read_metrics
+from train.setup import step_batch
+from train.sft import train
+from train.tasks import JsonlTask
+
+ROOT = Path(__file__).parents[2]
+DEAD_AFTER = 10
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder, tiny_data, tmp_path_factory):
+    return TrainConfig(
+        task=JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=2),
+        model=str(tiny_folder),
+        plan=("nonlinear(rank=4) @ block", "lora(rank=2) @ projections"),
+        steps=8,
+        rows=8,
+        row_length=32,
+        accumulate=2,
+        test_examples=0,
+        validation_examples=8,
+        evaluate_every=8,
+        eval_rows=8,
+        checkpoint_every=2,
+        out=str(tmp_path_factory.mktemp("runs") / "single"),
+        mesh=MeshConfig(1, 1, 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    """The same run in this process, on one device."""
+    return train(config)
+
+
+def begin(config, out, *, resume=False):
+    """The two processes of a run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    pickled = pickle.dumps(replace(config, out=str(out), mesh=MeshConfig(2, 2, 2)))
+    file = Path(f"{out}.py")
+    file.write_text(f"import pickle\nconfig = lambda: pickle.loads({pickled!r})\n")
+    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = os.environ | {"XLA_FLAGS": fast, "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
+    settings = {"coordinator": f"localhost:{port}", "processes": 2, "timeout": DEAD_AFTER}
+    command = [sys.executable, "-m", "train.sft", str(file), *(["--resume"] if resume else [])]
+    for name, value in settings.items():
+        command += [f"--distributed.{name}", str(value)]
+    return [
+        subprocess.Popen(
+            [*command, "--distributed.process", str(number)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number in range(2)
+    ]
+
+
+def finish(processes):
+    """What each has printed, after both have ended well."""
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n----\n".join(outputs)
+    return outputs
+
+
+def wait_for(found, processes, seconds=200):
+    end = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < end
+        assert all(process.poll() is None for process in processes), [p.communicate()[0] for p in processes]
+        time.sleep(0.05)
+
+
+def saved(out):
+    return {int(path.name) for path in Path(out, "checkpoints").glob("[0-9]*") if path.name.isdecimal()}
+
+
+def test_a_killed_process_ends_the_others_and_the_run_resumes(config, alone, tmp_path):
+    out = tmp_path / "run"
+    first, second = begin(config, out)
+    wait_for(lambda: saved(out), [first, second])
+    second.kill()
+    second.wait()
+    killed = time.monotonic()
+    text, _ = first.communicate(timeout=DEAD_AFTER + 60)
+    assert first.returncode, text
+    assert time.monotonic() - killed < DEAD_AFTER + 30
+    assert not (out / "summary.json").exists()
+
+    spoke, silent = finish(begin(config, out, resume=True))
+    assert "mesh" in spoke
+    assert "data 2 x fsdp 2 x tensor 2" in spoke
+    assert "Restored step" in spoke
+    assert "Training" in spoke
+    assert "Training" not in silent
+    assert "Restored" not in silent
+
+    want, got = ([r for r in read_metrics(Path(of) / "metrics.jsonl") if "loss" in r] for of in (config.out, out))
+    assert [row["step"] for row in got] == list(range(1, 9))
+    for name in ("loss", "grad_norm"):
+        values = [np.array([row[name] for row in rows]) for rows in (want, got)]
+        np.testing.assert_allclose(values[1], values[0], 1e-5, 1e-5, err_msg=name)
+    one, other = (load_steering(Path(of) / "steering.safetensors").steering for of in (config.out, out))
+    for slot, sites in one.items():
+        for site, params in sites.items():
+            for name, leaf in params.items():
+                np.testing.assert_allclose(other[slot][site][name], leaf, 1e-3, 1e-4, err_msg=f"{slot}/{site}/{name}")
+    assert json.loads((out / "summary.json").read_text())["trainable_parameters"] == alone.trainable
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_all_at_one_step(config, tmp_path):
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    long = replace(config, steps=60, checkpoint_every=50, evaluate_every=0)
+    finish(begin(long, whole))
+    processes = begin(long, out)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(read_metrics(out / "metrics.jsonl")) > 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        process.communicate(timeout=120)
+    (step,) = saved(out)
+    assert 2 < step < 60
+    finish(begin(long, out, resume=True))
+    assert (out / "steering.safetensors").read_bytes() == (whole / "steering.safetensors").read_bytes()
+
+
+def test_an_error_of_one_is_an_error_of_all(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "other.txt").write_text("not a run")
+    processes = begin(config, tmp_path / "run")
+    for process in processes:
+        text, _ = process.communicate(timeout=200)
+        assert process.returncode == 1, text
+    assert "not empty and not a run" in " ".join(text.split())
+
+
+def test_rows_of_a_part_are_those_of_the_whole():
+    draw = np.random.default_rng(0)
+    examples = [TokenizedExample(np.arange(n), np.ones(n, np.float32), 1, "") for n in draw.integers(2, 8, 50)]
+    data, config = DataSource(examples, 12, 16, seed=3), TrainConfig(rows=12, row_length=16, accumulate=3)
+    for step in range(4):
+        whole, part = step_batch(config, data, step), step_batch(config, data, step, range(1, 3))
+        for one, other in zip(whole, part, strict=True):
+            assert one.shape == (3, 4, 16)
+            np.testing.assert_array_equal(one[:, 1:3], other)
+
+
+# ---- how processes find each other
+
+SLURM = {"SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        (SLURM, True),
+        (SLURM | {"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # inside an allocation, not started by srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_what_an_environment_says(environment, several):
+    assert distributed.several(environment) == several
+
+
+def test_settings_go_before_the_environment():
+    found = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+    explicit = lambda environment=found, **settings: distributed.explicit(DistributedConfig(**settings), environment)
+    assert explicit() == {"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}
+    assert explicit(coordinator="b:2", process=0) == {"coordinator_address": "b:2", "num_processes": 4, "process_id": 0}
+    assert explicit({}) == {}
+    assert explicit({"JAX_COORDINATOR_ADDRESS": "a:1", **SLURM}) == {"coordinator_address": "a:1"}
+    with pytest.raises(ValueError, match="processes, process missing"):
+        explicit({"JAX_COORDINATOR_ADDRESS": "a:1"})
+    with pytest.raises(ValueError, match=r"JAX_PROCESS_ID: must be a number .* got 'x'"):
+        explicit(found | {"JAX_PROCESS_ID": "x"})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tasks", "local", "own"),
+    [("8", "1", "0", list(range(8))), ("8", "8", "3", [3]), ("8", "2", "1", [4, 5, 6, 7]), ("", "1", "0", None)],
+)
+def test_a_slurm_task_takes_its_share_of_the_gpus(gpus, tasks, local, own):
+    found = {"SLURM_GPUS_ON_NODE": gpus, "SLURM_NTASKS_PER_NODE": tasks, "SLURM_LOCALID": local}
+    assert distributed.own_gpus(found) == own
+
+
+def test_a_coordinator_that_does_not_answer(monkeypatch):
+    def refuse(**settings):
+        raise RuntimeError("DEADLINE_EXCEEDED")
+
+    monkeypatch.setattr("jax.distributed.initialize", refuse)
+    with pytest.raises(ValueError, match=r"could not join the others at nowhere:1 \(DEADLINE_EXCEEDED\)"):
+        distributed.join(DistributedConfig(coordinator="nowhere:1", processes=2, process=0), {})
+    distributed.join(DistributedConfig(join="no", coordinator="nowhere:1", processes=2, process=0), {})
+    distributed.join(DistributedConfig(), {})
