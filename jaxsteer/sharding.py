@@ -77,10 +77,19 @@ class MeshShape:
         return self.data * self.fsdp
 
 
-def default_shape(devices: int, rows: int) -> MeshShape:
-    """As many of the devices as can share the rows equally; up to 16 split the base, groups of those copy it."""
+def slices_of(devices: Sequence[Any]) -> int:
+    """The number of TPU slices, joined by a network slower than that inside each, that devices belong to."""
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
+
+
+def default_shape(devices: int, rows: int, slices: int = 1) -> MeshShape:
+    """As many of the devices as can share the rows equally; up to 16 split the base, groups of those copy it.
+
+    A group stays inside one of several slices.
+    """
     used = math.gcd(devices, rows)
-    fsdp = max(n for n in range(1, min(used, 16) + 1) if used % n == 0)
+    inside = used // slices if used % slices == 0 else used
+    fsdp = max(n for n in range(1, min(inside, 16) + 1) if inside % n == 0)
     return MeshShape(used // fsdp, fsdp)
 
 
@@ -129,18 +138,30 @@ def check_shape(
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp, tensor over the first devices; neighbours of the network stay neighbours.
 
+    Over several TPU slices `data` is the outermost: gradients alone cross the slower network.
+
     Args:
         shape: sizes of the axes.
         devices: by default this process's `jax.devices()`; for compiling ahead of time, those of a topology.
 
     Raises:
-        ValueError: fewer devices than the shape needs.
+        ValueError: fewer devices than the shape needs; over several slices, not all of them, or `data` cannot be
+            split over the slices.
     """
     devices = jax.devices() if devices is None else devices
     if shape.size > len(devices):
         raise ValueError(f"mesh {shape} needs {shape.size} devices; there are {len(devices)}")
     sizes = (shape.data, shape.fsdp, shape.tensor)
-    if shape.size < len(devices):
+    if (slices := slices_of(devices)) > 1:
+        if shape.size < len(devices) or shape.data % slices:
+            raise ValueError(
+                f"mesh {shape}: the {len(devices)} devices are {slices} slices; the mesh must use all of them, with "
+                f"data a multiple of {slices}, e.g. data {slices} x fsdp {len(devices) // slices}"
+            )
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (shape.data // slices, *sizes[1:]), (slices, 1, 1), list(devices), allow_split_physical_axes=True
+        )
+    elif shape.size < len(devices):
         grid = np.array(devices[: shape.size]).reshape(sizes)
     else:
         grid = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)

@@ -37,8 +37,8 @@ class MeshConfig:
     split_sequence: bool = False
     """Split the residual stream's positions over `tensor` too, between sublayers: less memory."""
 
-    def shape(self, devices: int, rows: int) -> MeshShape:
-        """The mesh on so many devices, for a microbatch of so many rows.
+    def shape(self, devices: int, rows: int, slices: int = 1) -> MeshShape:
+        """The mesh on so many devices, which are so many TPU slices, for a microbatch of so many rows.
 
         Raises:
             ValueError: an axis below 1, or one that does not divide the devices.
@@ -52,7 +52,7 @@ class MeshConfig:
                 "each given axis must divide their number"
             )
         if self.data is None and self.fsdp is None:
-            whole = default_shape(rest, rows)
+            whole = default_shape(rest, rows, slices)
             return MeshShape(whole.data, whole.fsdp, self.tensor)
         return MeshShape(self.data or rest, self.fsdp or rest, self.tensor)
 

@@ -30,6 +30,7 @@ from jaxsteer.sharding import (
     batch_sharding,
     check_shape,
     make_mesh,
+    slices_of,
     state_shardings,
     steering_shardings,
 )
@@ -210,7 +211,7 @@ def mesh_of(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh |
     """
     found = jax.devices() if devices is None else devices
     rows = config.rows // config.accumulate
-    shape = config.mesh.shape(len(found), rows)
+    shape = config.mesh.shape(len(found), rows, slices_of(found))
     if devices is None and jax.process_count() > 1 and shape.size < len(found):
         raise ValueError(
             f"mesh {shape}: uses {shape.size} of {len(found)} devices, but every process must take part with all of "

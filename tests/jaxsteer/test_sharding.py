@@ -24,6 +24,7 @@ from jaxsteer.sharding import (
     constrain,
     default_shape,
     make_mesh,
+    slices_of,
     spec_of,
     state_shardings,
     steering_shardings,
@@ -125,6 +126,32 @@ def test_an_empty_axis():
         MeshShape(0)
     with pytest.raises(ValueError, match="needs 1000000 devices"):
         make_mesh(MeshShape(1_000_000))
+
+
+class Chip:
+    """A device of a topology, as far as a mesh looks at it: one of 2 x 2 chips in one of two slices."""
+
+    platform, device_kind = "tpu", "of a test"
+
+    def __init__(self, number):
+        self.id, self.slice_index, self.process_index = number, number // 4, number // 4
+        self.coords, self.core_on_chip = (number % 2, number // 2 % 2, 0), 0
+
+
+def test_data_is_what_crosses_slices():
+    chips = [Chip(number) for number in (4, 5, 6, 7, 0, 1, 2, 3)]
+    assert slices_of(chips) == 2
+    for shape in (MeshShape(2, 4), MeshShape(4, 1, 2), MeshShape(2, 2, 2)):
+        grid = make_mesh(shape, chips).devices
+        assert grid.shape == (shape.data, shape.fsdp, shape.tensor)
+        half = shape.data // 2
+        assert {chip.slice_index for chip in grid[:half].flat} == {0}
+        assert {chip.slice_index for chip in grid[half:].flat} == {1}
+    for shape in (MeshShape(1, 8), MeshShape(2, 2)):
+        with pytest.raises(ValueError, match=r"2 slices; .* data 2 x fsdp 4"):
+            make_mesh(shape, chips)
+    assert default_shape(8, 16, slices=2) == MeshShape(2, 4)
+    assert default_shape(64, 64, slices=2) == MeshShape(4, 16)
 
 
 def test_unused_imports_are_light():
