@@ -6,7 +6,7 @@ Answers are decoded, scored by exact match, and kept one a line in a JSONL file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,11 +19,13 @@ from rich.table import Table
 from jaxsteer.models.transformer import Model
 from jaxsteer.steering import only
 from jaxsteer.types import Kind, Plan, Steering
-from train.config import TrainConfig, load_config_file, run_main
+from train.config import MeshConfig, TrainConfig, load_config_file, run_main
+from train.distributed import DistributedConfig, is_first, join
 from train.evaluation import accuracy_of, decode, make_prompts, write_answers
 from train.generate import load_steered, steered
 from train.machine import enable_compilation_cache
 from train.metrics import progress
+from train.placement import place_on
 from train.report import percent
 from train.run_folder import write_json
 from train.tasks import JsonlTask, Split, Task, task_from_json
@@ -57,6 +59,10 @@ class EvaluateConfig:
     """Folder for the answers and the summary; by default `evaluation` beside the steering file."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How weights and prompts are spread over several devices."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How processes on several hosts find each other."""
 
 
 def find_task(config: EvaluateConfig, notes: dict) -> Task:
@@ -112,10 +118,12 @@ def names_of(parts: Sequence[Part], *, steered: bool) -> list[tuple[str, Part]]:
 def main() -> None:
     """Evaluate and print a table."""
     config = tyro.cli(EvaluateConfig, prog="python -m train.evaluate", description=__doc__)
+    join(config.distributed)
     enable_compilation_cache()
     if config.steering != "none" and not Path(config.steering).exists():
         raise ValueError(f"{config.steering}: no such file (a steering file, or the word none)")
-    loaded, file = load_steered(config.steering, config.model, config.dtype)
+    place = place_on(config.mesh, config.rows)
+    loaded, file = load_steered(config.steering, config.model, config.dtype, place.base)
     task = find_task(config, file.notes if file else {})
     examples = task.load(config.split)[: config.examples]
     if not examples:
@@ -135,18 +143,27 @@ def main() -> None:
         table.add_column(column)
     summary = {}
     for name, params in runs.items():
-        with progress(len(examples), f"Evaluating {name}") as bar:
+        with progress(len(examples), f"Evaluating {name}") as bar, place.on_mesh():
             decoded = decode(
-                model, loaded.base, params, prompts, loaded.tokenizer, rows=config.rows, advance=bar.update
+                model,
+                loaded.base,
+                place.copies(params),
+                prompts,
+                loaded.tokenizer,
+                rows=config.rows,
+                advance=bar.update,
+                place=place.batch,
             )
         found = accuracy_of(decoded)
-        write_answers(out / f"{name}.jsonl", decoded)
+        if is_first():
+            write_answers(out / f"{name}.jsonl", decoded)
         truncated = sum(d.truncated for d in decoded)
         summary[name] = {"accuracy": found.rate, "interval": list(found.interval), "truncated": truncated}
         table.add_row(name, percent(found), str(truncated))
-    write_json(out / "summary.json", {"split": config.split, "examples": len(examples), **summary})
-    Console().print(table)
-    print(f"answers and summary: {out}")
+    if is_first():
+        write_json(out / "summary.json", {"split": config.split, "examples": len(examples), **summary})
+        Console().print(table)
+        print(f"answers and summary: {out}")
 
 
 if __name__ == "__main__":

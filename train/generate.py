@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,13 +12,16 @@ import tyro
 
 from jaxsteer.generate import Sampling
 from jaxsteer.io import LoadedModel, SteeringFile, load_config, load_steering
+from jaxsteer.io.stored import Place
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
 from train.base_models import load, resolve_model
-from train.config import run_main
+from train.config import MeshConfig, run_main
 from train.data import Example
+from train.distributed import DistributedConfig, is_first, join
 from train.evaluation import decode, make_prompts
 from train.machine import enable_compilation_cache
+from train.placement import place_on
 from train.scoring import Rule
 
 
@@ -48,6 +51,10 @@ class GenerateConfig:
     """Draw from the most likely tokens that have this probability together."""
     seed: int = 0
     """Of the drawing."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the weights (and prompts, by their number) are spread over several devices."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How processes on several hosts find each other."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
 
@@ -61,11 +68,16 @@ class Ask:
     rule: Rule = "exact"
 
 
-def load_steered(path: str, model: str | None, dtype: str = "auto") -> tuple[LoadedModel, SteeringFile | None]:
+def load_steered(
+    path: str, model: str | None, dtype: str = "auto", place: Place | None = None
+) -> tuple[LoadedModel, SteeringFile | None]:
     """A steering file and its base model; the file is checked against the model before the weights are read.
 
     Args:
-        path: of the steering file, or "none". model: the base model's name, None = as the file says.
+        path: of the steering file, or "none".
+        model: the base model's name, None = as the file says.
+        dtype: of the weights.
+        place: puts a leaf of the weights on its devices, see `train.placement`.
 
     Raises:
         ValueError: neither names a model, or the file belongs to another one.
@@ -76,7 +88,7 @@ def load_steered(path: str, model: str | None, dtype: str = "auto") -> tuple[Loa
         raise ValueError("which model? Give --model, or a steering file, which names its own")
     if file is not None:
         load_steering(path, load_config(resolve_model(name)))
-    return load(name, dtype), file
+    return load(name, dtype, place), file
 
 
 def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
@@ -87,6 +99,7 @@ def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
 def main() -> None:
     """Print each prompt with its answer."""
     config = tyro.cli(GenerateConfig, prog="python -m train.generate", description=__doc__)
+    join(config.distributed)
     enable_compilation_cache()
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     texts = config.prompts or tuple(line.rstrip("\n") for line in sys.stdin if line.strip())
@@ -94,7 +107,8 @@ def main() -> None:
         raise ValueError("no prompts: give some, or one a line on standard input")
     if config.steering != "none" and not Path(config.steering).exists():
         raise ValueError(f"{config.steering}: no such file (a steering file, or the word none)")
-    loaded, file = load_steered(config.steering, config.model, config.dtype)
+    place = place_on(config.mesh, len(texts))
+    loaded, file = load_steered(config.steering, config.model, config.dtype, place.base)
     notes: dict[str, Any] = file.notes if file else {}
     template = "{prompt}" if config.raw else notes.get("template", "{prompt}")
     ask = Ask(
@@ -107,11 +121,23 @@ def main() -> None:
 
     def answer(plan: Plan, steering: Steering) -> list[str]:
         model, key = Model(loaded.config, plan), jax.random.key(config.seed)
-        found = decode(model, loaded.base, steering, prompts, loaded.tokenizer, sampling=sampling, key=key)
+        with place.on_mesh():
+            found = decode(
+                model,
+                loaded.base,
+                place.copies(steering),
+                prompts,
+                loaded.tokenizer,
+                sampling=sampling,
+                key=place.copies(key),
+                place=place.batch,
+            )
         return [d.output for d in found]
 
     outputs = answer(plan, steering)
     plain = answer((), {}) if config.compare and file else []
+    if not is_first():
+        return
     for i, text in enumerate(texts):
         if plain:
             print(f"{text}\n  base     {plain[i]!r}\n  steered  {outputs[i]!r}")

@@ -5,14 +5,13 @@ Training places real arrays by it; `train.plan` compiles the same step from shap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -25,12 +24,9 @@ from jaxsteer.optim import Params, make_optimizer, param_labels, split
 from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.plan_text import parse_plan
 from jaxsteer.sharding import (
-    base_sharding,
+    MeshShape,
     base_shardings,
-    batch_sharding,
     check_shape,
-    make_mesh,
-    slices_of,
     state_shardings,
     steering_shardings,
 )
@@ -38,6 +34,7 @@ from jaxsteer.steering import param_specs, steering_shapes
 from jaxsteer.training import TrainState, init_state, train_step
 from jaxsteer.types import Array, Batch, PyTree
 from train.config import TrainConfig
+from train.placement import Placement, place_on
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,14 @@ class Program:
         state = jax.tree.map(lambda leaf: leaf.sharding, self.shapes[0])
         return jax.jit(step, donate_argnums=0, out_shardings=(state, NamedSharding(self.mesh, P())))
 
+    @property
+    def placement(self) -> Placement:
+        """How arrays get to the mesh."""
+        return Placement(self.mesh)
+
     def on_mesh(self) -> AbstractContextManager:
         """The context in which this run's functions are traced and called."""
-        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+        return self.placement.on_mesh()
 
     def step(self, state: TrainState, batch: Batch, frozen: Params) -> Any:
         """One training step on placed arrays -> (state, metrics)."""
@@ -96,56 +98,13 @@ class Program:
         if self.mesh is None:
             return init_state(trained, self.tx, key)
         shapes = self.shapes[0]
-        trained, data = _placed(trained, shapes.params), np.asarray(jax.random.key_data(key))
+        trained, data = self.placement.tree(trained, shapes.params), np.asarray(jax.random.key_data(key))
         init = lambda trained, data: init_state(trained, self.tx, jax.random.wrap_key_data(data))
         return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))(trained, data)
 
     def place_frozen(self, frozen: Params) -> Params:
         """Put the leaves that do not train where the step expects them."""
-        return frozen if self.mesh is None else _placed(frozen, self.shapes[1])
-
-    def own_rows(self, rows: int) -> range:
-        """Those of so many rows (of a microbatch) that this process's devices hold."""
-        if self.mesh is None:
-            return range(rows)
-        shape = (rows, 1)
-        where = batch_sharding(shape, self.mesh).addressable_devices_indices_map(shape)
-        parts = [index[0].indices(rows) for index in where.values() if index is not None]
-        return range(min(start for start, *_ in parts), max(stop for _, stop, _ in parts))
-
-    def place_batch(self, batch: Batch, rows: int | None = None, first: int = 0) -> Batch:
-        """Put a batch's rows on their devices.
-
-        Args:
-            batch: fields [B, T] or [M, B, T], numpy.
-            rows: B of the whole batch where `batch` has a part of its rows, this process's.
-            first: number of the first row there.
-        """
-        mesh = self.mesh
-        if mesh is None:
-            return jax.tree.map(jnp.asarray, batch)
-
-        def put(field: np.ndarray) -> Array:
-            shape = (*field.shape[:-2], field.shape[-2] if rows is None else rows, field.shape[-1])
-            part = lambda span: slice(*(edge - first for edge in span.indices(shape[-2])[:2]))
-            read = lambda index: field[(*index[:-2], part(index[-2]), index[-1])]
-            return jax.make_array_from_callback(shape, batch_sharding(shape, mesh), read)
-
-        return jax.tree.map(put, batch)
-
-
-def _placed(tree: PyTree, like: PyTree) -> PyTree:
-    """A tree of whole values, or of arrays on the mesh, as arrays with the shardings of `like`."""
-
-    def put(leaf: Any, like: Any) -> Array:
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return leaf if leaf.sharding == like.sharding else jax.device_put(leaf, like.sharding)
-        if like.sharding.is_fully_addressable:
-            return jax.device_put(leaf, like.sharding)
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, like.sharding, lambda index: whole[index])
-
-    return jax.tree.map(put, tree, like)
+        return self.placement.tree(frozen, self.shapes[1])
 
 
 def make_program(
@@ -174,7 +133,7 @@ def make_program(
     rows = config.rows // config.accumulate
     if mesh is not None:
         check_shape(
-            config.mesh.shape(mesh.size, rows),
+            MeshShape(**mesh.shape),
             devices=mesh.size,
             rows=rows,
             heads=features.heads,
@@ -209,21 +168,4 @@ def mesh_of(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh |
     Raises:
         ValueError: the devices do not make the mesh that the config asks for.
     """
-    found = jax.devices() if devices is None else devices
-    rows = config.rows // config.accumulate
-    shape = config.mesh.shape(len(found), rows, slices_of(found))
-    if devices is None and jax.process_count() > 1 and shape.size < len(found):
-        raise ValueError(
-            f"mesh {shape}: uses {shape.size} of {len(found)} devices, but every process must take part with all of "
-            f"its own; choose rows (of a microbatch, now {rows}) that {len(found)} divides, or split tensor too"
-        )
-    return None if shape.size == 1 and devices is None else make_mesh(shape, found)
-
-
-def placer(mesh: Mesh | None) -> Callable[[str, np.ndarray], Array] | None:
-    """What a loader calls to put a leaf of the base tree on its devices, (path, leaf) -> array."""
-    if mesh is None:
-        return None
-    return lambda path, leaf: jax.make_array_from_callback(
-        leaf.shape, base_sharding(path, leaf.shape, mesh), lambda index: leaf[index]
-    )
+    return place_on(config.mesh, config.rows // config.accumulate, devices).mesh

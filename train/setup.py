@@ -70,8 +70,9 @@ class Training:
     def batch(self, config: TrainConfig, step: int) -> Batch:
         """The batch of a step, on the devices; a process makes only the rows that its devices hold."""
         rows = config.rows // config.accumulate
-        own = self.program.own_rows(rows)
-        return self.program.place_batch(step_batch(config, self.data, step, own), rows, own.start)
+        place = self.program.placement
+        own = place.own_rows(rows)
+        return place.batch(step_batch(config, self.data, step, own), rows, own.start)
 
     def params(self, state: TrainState) -> Params:
         """The whole base and steering trees of a state."""

@@ -27,9 +27,9 @@ from train.distributed import console, fetch, is_first, join, on_first
 from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
 from train.machine import device_summary, enable_compilation_cache, peak_memory_bytes
 from train.metrics import MetricsWriter, progress, read_metrics
+from train.placement import place_on
 from train.plots import plot_overlap, plot_training
 from train.preemption import preemption
-from train.program import mesh_of, placer
 from train.report import print_facts, print_result
 from train.run_folder import RunFolder, open_run, write_json
 from train.scoring import Accuracy
@@ -88,7 +88,7 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
     run = _open(config)
 
     # ---- base model, data, what trains
-    loaded = load(config.model, config.dtype, placer(mesh_of(config)))
+    loaded = load(config.model, config.dtype, place_on(config.mesh, config.rows // config.accumulate).base)
     training = make_training(config, loaded)
     training = training if initial is None else training.starting_from(initial)
     state = training.state
@@ -292,7 +292,7 @@ def _answer(
         loaded.tokenizer,
         rows=config.eval_rows,
         advance=advance,
-        place=training.program.place_batch,
+        place=training.program.placement.batch,
     )
     with training.program.on_mesh():
         if title is None:

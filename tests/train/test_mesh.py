@@ -47,7 +47,7 @@ def curve(mesh, accumulate):
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
     losses = []
     for step in range(10):
-        state, metrics = program.step(state, program.place_batch(step_batch(config, data, step)), frozen)
+        state, metrics = program.step(state, program.placement.batch(step_batch(config, data, step)), frozen)
         losses.append([float(metrics.loss), float(metrics.grad_norm)])
     if program.mesh is not None:
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == before
