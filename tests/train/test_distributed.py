@@ -56,16 +56,21 @@ def alone(config):
 
 def begin(config, out, *, resume=False):
     """The two processes of a run."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     pickled = pickle.dumps(replace(config, out=str(out), mesh=MeshConfig(2, 2, 2)))
     file = Path(f"{out}.py")
     file.write_text(f"import pickle\nconfig = lambda: pickle.loads({pickled!r})\n")
+    return start("train.sft", str(file), *(["--resume"] if resume else []))
+
+
+def start(program, *arguments):
+    """A program as two processes that are to find each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"XLA_FLAGS": fast, "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     settings = {"coordinator": f"localhost:{port}", "processes": 2, "timeout": DEAD_AFTER}
-    command = [sys.executable, "-m", "train.sft", str(file), *(["--resume"] if resume else [])]
+    command = [sys.executable, "-m", program, *arguments]
     for name, value in settings.items():
         command += [f"--distributed.{name}", str(value)]
     return [
@@ -131,6 +136,24 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(config, alone, tmp
             for name, leaf in params.items():
                 np.testing.assert_allclose(other[slot][site][name], leaf, 1e-3, 1e-4, err_msg=f"{slot}/{site}/{name}")
     assert json.loads((out / "summary.json").read_text())["trainable_parameters"] == alone.trainable
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one_does(config, alone, tmp_path):
+    single, pair = tmp_path / "single", tmp_path / "pair"
+    steering = str(Path(config.out) / "steering.safetensors")
+    arguments = ("--split", "validation", "--examples", "20", "--rows", "8", "--no-base")
+    done = subprocess.run(
+        [sys.executable, "-m", "train.evaluate", steering, *arguments, "--out", str(single)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0
+    finish(start("train.evaluate", steering, *arguments, "--out", str(pair), "--mesh.tensor", "2"))
+    answers = [(folder / "steered.jsonl").read_text() for folder in (single, pair)]
+    assert answers[0] == answers[1]
+    assert len(answers[0].splitlines()) == 20
 
 
 @pytest.mark.slow
