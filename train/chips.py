@@ -1,8 +1,8 @@
 """Published figures of known accelerators, by JAX's name of the device.
 
-Sources: Cloud TPU's pages of the versions (https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x) and NVIDIA's
-data sheets of A100, H100, H200 and B200, halved where they count sparsity. A figure is of one JAX device: a TPU7x chip is
-two.
+Sources: Cloud TPU's pages of the versions (https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x) and the data
+sheets of NVIDIA A100, H100, H200 and B200, halved where they count sparsity. A figure is of one JAX device: a TPU7x
+chip is two.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -95,7 +95,7 @@ def open_trackers(
         settings: of the run, shown beside it.
         resume_at: the step that the run goes on at; None for a new run.
     """
-    make = {
+    make: dict[Kind, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(folder / "tensorboard", resume_at),
         "wandb": lambda: WandB(folder, settings),
     }
