@@ -25,15 +25,18 @@ from train.checkpoints import open_checkpoints
 from train.config import TrainConfig, from_command_line, run_main
 from train.distributed import console, fetch, is_first, join, on_first
 from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
-from train.machine import device_summary, enable_compilation_cache, peak_memory_bytes
+from train.machine import device_summary, enable_compilation_cache, peak_flops, peak_memory_bytes
 from train.metrics import MetricsWriter, progress, read_metrics
+from train.nonfinite import describe, is_finite, sources
 from train.placement import place_on
 from train.plots import plot_overlap, plot_training
 from train.preemption import preemption
+from train.profiling import Profiler
 from train.report import print_facts, print_result
 from train.run_folder import RunFolder, open_run, write_json
 from train.scoring import Accuracy
 from train.setup import Training, make_training, to_floats
+from train.trackers import check_trackers, open_trackers
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
         FloatingPointError: the loss is not finite; the last good checkpoint is kept.
     """
     enable_compilation_cache()
+    check_trackers(config.track)
 
     # ---- run folder
     run = _open(config)
@@ -117,7 +121,11 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
             start = 0
 
         resume_at = (start or -1) if config.resume else None
-        with MetricsWriter(run.metrics if is_first() else None, resume_at=resume_at) as writer:
+        profiler = Profiler(config.profile, run.profile, start, training.steps)
+        shown_at = config.track if is_first() else ()
+        trackers = open_trackers(shown_at, run.folder, config.to_json(), resume_at=resume_at)
+        metrics_path = run.metrics if is_first() else None
+        with profiler, MetricsWriter(metrics_path, resume_at=resume_at, trackers=trackers) as writer:
             # ---- before
             validation = _prompts(config, loaded, "validation", config.validation_examples)
             test = _prompts(config, loaded, "test", config.test_examples)
@@ -126,20 +134,16 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
                 _validate(config, training, loaded, training.state, validation, writer, 0, untouched=True)
 
             # ---- loop
-            step_fn = training.step
+            step_fn, skipped = training.step, on_first(lambda: _skipped(run))
+            peak = peak_flops(training.program.mesh, jax.tree.leaves(loaded.base)[0].dtype)
             began, timed_from, tokens, timed_tokens = time.perf_counter(), None, 0.0, 0.0
+            step_began = began
             with progress(training.steps, "Training", start=start) as bar:
                 for step in range(start, training.steps):
+                    profiler.before(step + 1)
                     batch = training.batch(config, step)
                     state, metrics = step_fn(state, batch, training.frozen)
                     done, values = step + 1, to_floats(metrics)
-                    if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-                        checkpoints.wait()
-                        raise FloatingPointError(
-                            f"step {done}: the loss is {values['loss']}, the gradient's norm {values['grad_norm']}. "
-                            f"Stopped; the last good checkpoint is step {max(checkpoints.steps(), default='none')} in "
-                            f"{run.checkpoints}. A lower --optim.lr or a smaller --optim.clip usually helps."
-                        )
                     now = time.perf_counter()
                     tokens += values["tokens"]
                     if timed_from is None:  # the first step compiles
@@ -147,9 +151,28 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
                     else:
                         timed_tokens += values["tokens"]
                     speed = timed_tokens / (now - timed_from) if timed_tokens else tokens / (now - began)
-                    writer.write(done, **values, tokens_per_second=speed)
+                    rates = {"tokens_per_second": speed, "step_seconds": now - step_began}
+                    if peak and done > start + 1:  # the first step compiles
+                        flops = training.flops(config, values["supervised"])
+                        rates["mfu"] = flops / (rates["step_seconds"] * peak)
+                    finite = is_finite(values)
+                    if not finite:
+                        values["examples"] = sources(training.data, step)
+                        skipped += config.nonfinite == "skip"
+                    counted = {"skipped": skipped} if skipped else {}
+                    writer.write(done, **values, **rates, **counted)
+                    if not finite:
+                        happened = describe(done, values, values["examples"])
+                        if config.nonfinite == "stop" or skipped > config.max_skipped:
+                            checkpoints.wait()
+                            raise FloatingPointError(_stopped(config, happened, checkpoints))
+                        bar.note(f"Skipped {happened}.")
                     shown = {"overlap": float(np.mean(values["overlap"]))} if "overlap" in values else {}
-                    bar.update(done, loss=values["loss"], **shown, tokens_per_second=speed)
+                    mfu = {"mfu": rates["mfu"]} if "mfu" in rates else {}
+                    facts = {"loss": values["loss"], "grad_norm": values["grad_norm"]} | shown | counted
+                    bar.update(done, **facts, tokens_per_second=speed, **mfu)
+                    if traced := profiler.after(done, state):
+                        bar.note(traced)
 
                     # ---- evaluation and checkpoint
                     last = done == training.steps
@@ -166,11 +189,14 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
                         checkpoints.save(done, _trees(state), meta, measured, force=True)
                     paused = time.perf_counter() - pause
                     timed_from, began = timed_from + paused, began + paused
+                    step_began = time.perf_counter()
                     if stopping and not last:
                         checkpoints.wait()
                         bar.note(f"Asked to stop: saved at step {done}. Add --resume to go on.")
                         return None
             seconds = time.perf_counter() - began
+            if skipped:
+                console().print(f"{skipped} steps were skipped: the lines of {run.metrics} with 'examples' say which.")
 
     # ---- what is kept
     params = training.params(state)
@@ -212,6 +238,21 @@ def _open(config: TrainConfig) -> RunFolder:
             "with several hosts --out must lie on a file system that all of them share"
         )
     return run
+
+
+def _skipped(run: RunFolder) -> int:
+    """Steps skipped before the run was resumed."""
+    return max((row.get("skipped", 0) for row in read_metrics(run.metrics)), default=0)
+
+
+def _stopped(config: TrainConfig, happened: str, checkpoints: Any) -> str:
+    """Why a run stops at a step that is not finite, and what can be done."""
+    limit = f" That is one more than --max-skipped {config.max_skipped} allows." * (config.nonfinite == "skip")
+    return (
+        f"{happened}.{limit} Stopped; the last good checkpoint is step "
+        f"{max(checkpoints.steps(), default='none')} in {checkpoints.folder}. A lower --optim.lr or a smaller "
+        "--optim.clip usually helps; --resume --nonfinite skip goes on without such steps."
+    )
 
 
 def _write_outcome(config: TrainConfig, training: Training, result: Result, steering: Steering) -> None:
