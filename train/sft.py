@@ -6,8 +6,6 @@ metrics, checkpoints, a portable steering file, the answers before and after, a 
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io import LoadedModel, fingerprint, save_hf, save_steering
-from jaxsteer.optim import Params
-from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.steering import plan_to_json
 from jaxsteer.types import Steering
 from train.base_models import load
@@ -28,50 +24,16 @@ from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts
 from train.machine import device_summary, enable_compilation_cache, peak_flops, peak_memory_bytes
 from train.metrics import MetricsWriter, progress, read_metrics
 from train.nonfinite import describe, is_finite, sources
+from train.outcome import Result, bare, notes_of, write_outcome
 from train.placement import place_on
-from train.plots import plot_overlap, plot_training
 from train.preemption import preemption
 from train.profiling import Profiler
 from train.report import print_facts, print_result
-from train.run_folder import RunFolder, open_run, write_json
+from train.run_folder import RunFolder, open_run
 from train.scoring import Accuracy
 from train.setup import Training, make_training, to_floats
+from train.speed import Speed
 from train.trackers import check_trackers, open_trackers
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came out of a run. seconds and tokens_per_second are of the training alone, the latter after compilation."""
-
-    run: RunFolder
-    params: Params
-    before: list[Decoded]
-    after: list[Decoded]
-    trainable: int
-    total: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory: int
-    example: str
-
-    def summary(self) -> dict[str, Any]:
-        """For summary.json: shares from 0 to 1, bytes, seconds."""
-
-        def rate(decoded: list[Decoded]) -> dict[str, Any] | None:
-            if not decoded:
-                return None
-            found = accuracy_of(decoded)
-            return {"value": found.rate, "interval": list(found.interval), "examples": found.total}
-
-        return {
-            "accuracy_before": rate(self.before),
-            "accuracy_after": rate(self.after),
-            "trainable_parameters": self.trainable,
-            "trainable_share": self.trainable / self.total,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens_per_second,
-            "peak_memory_bytes": self.peak_memory,
-        }
 
 
 def train(config: TrainConfig, initial: Steering | None = None) -> Result | None:
@@ -136,25 +98,14 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
             # ---- loop
             step_fn, skipped = training.step, on_first(lambda: _skipped(run))
             peak = peak_flops(training.program.mesh, jax.tree.leaves(loaded.base)[0].dtype)
-            began, timed_from, tokens, timed_tokens = time.perf_counter(), None, 0.0, 0.0
-            step_began = began
+            speed = Speed(lambda supervised: training.flops(config, supervised), peak)
             with progress(training.steps, "Training", start=start) as bar:
                 for step in range(start, training.steps):
                     profiler.before(step + 1)
                     batch = training.batch(config, step)
                     state, metrics = step_fn(state, batch, training.frozen)
                     done, values = step + 1, to_floats(metrics)
-                    now = time.perf_counter()
-                    tokens += values["tokens"]
-                    if timed_from is None:  # the first step compiles
-                        timed_from = now
-                    else:
-                        timed_tokens += values["tokens"]
-                    speed = timed_tokens / (now - timed_from) if timed_tokens else tokens / (now - began)
-                    rates = {"tokens_per_second": speed, "step_seconds": now - step_began}
-                    if peak and done > start + 1:  # the first step compiles
-                        flops = training.flops(config, values["supervised"])
-                        rates["mfu"] = flops / (rates["step_seconds"] * peak)
+                    rates = speed.step(values)
                     finite = is_finite(values)
                     if not finite:
                         values["examples"] = sources(training.data, step)
@@ -167,34 +118,27 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
                             checkpoints.wait()
                             raise FloatingPointError(_stopped(config, happened, checkpoints))
                         bar.note(f"Skipped {happened}.")
-                    shown = {"overlap": float(np.mean(values["overlap"]))} if "overlap" in values else {}
-                    mfu = {"mfu": rates["mfu"]} if "mfu" in rates else {}
-                    facts = {"loss": values["loss"], "grad_norm": values["grad_norm"]} | shown | counted
-                    bar.update(done, **facts, tokens_per_second=speed, **mfu)
+                    bar.update(done, **_facts(values, rates), **counted)
                     if traced := profiler.after(done, state):
                         bar.note(traced)
 
                     # ---- evaluation and checkpoint
-                    last = done == training.steps
-                    measured: dict[str, float] = {}
-                    pause = time.perf_counter()
-                    if validation and config.evaluate_every and (done % config.evaluate_every == 0 or last):
-                        found = _validate(config, training, loaded, state, validation, writer, done)
-                        bar.note(f"step {done}: validation accuracy {found}")
-                        measured["accuracy"] = found.rate
-                    elif not config.evaluate_every:
-                        measured["loss"] = values["loss"]
-                    stopping = stop.requested(done)
-                    if done % config.checkpoint_every == 0 or last or stopping:
-                        checkpoints.save(done, _trees(state), meta, measured, force=True)
-                    paused = time.perf_counter() - pause
-                    timed_from, began = timed_from + paused, began + paused
-                    step_began = time.perf_counter()
+                    with speed.pause():
+                        last = done == training.steps
+                        measured: dict[str, float] = {}
+                        if validation and config.evaluate_every and (done % config.evaluate_every == 0 or last):
+                            found = _validate(config, training, loaded, state, validation, writer, done)
+                            bar.note(f"step {done}: validation accuracy {found}")
+                            measured["accuracy"] = found.rate
+                        elif not config.evaluate_every:
+                            measured["loss"] = values["loss"]
+                        stopping = stop.requested(done)
+                        if done % config.checkpoint_every == 0 or last or stopping:
+                            checkpoints.save(done, _trees(state), meta, measured, force=True)
                     if stopping and not last:
                         checkpoints.wait()
                         bar.note(f"Asked to stop: saved at step {done}. Add --resume to go on.")
                         return None
-            seconds = time.perf_counter() - began
             if skipped:
                 console().print(f"{skipped} steps were skipped: the lines of {run.metrics} with 'examples' say which.")
 
@@ -208,7 +152,7 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
             training.model.plan,
             model_name=config.model,
             config=loaded.config,
-            notes=_notes(config),
+            notes=notes_of(config),
         )
     if config.train_base:
         base = fetch(params.base)
@@ -217,14 +161,22 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
 
     # ---- after
     after = _answer(config, training, loaded, params.base, params.steering, test, "Evaluating after")
-    rate = timed_tokens / (began + seconds - timed_from) if timed_from and timed_tokens else 0.0
     example = config.task.load("test")[-1].turns[0].text if test else ""
-    example = _bare(example, config.task.template)
+    example = bare(example, config.task.template)
     result = Result(
-        run, params, before, after, training.trainable, training.total, seconds, rate, peak_memory_bytes(), example
+        run,
+        params,
+        before,
+        after,
+        training.trainable,
+        training.total,
+        speed.seconds,
+        speed.tokens_per_second,
+        peak_memory_bytes(),
+        example,
     )
     if is_first():
-        _write_outcome(config, training, result, steering)
+        write_outcome(config, training, result, steering)
     return result
 
 
@@ -240,6 +192,13 @@ def _open(config: TrainConfig) -> RunFolder:
     return run
 
 
+def _facts(values: dict[str, Any], rates: dict[str, float]) -> dict[str, float]:
+    """What the status line shows of a step."""
+    overlap = {"overlap": float(np.mean(values["overlap"]))} if "overlap" in values else {}
+    shown = {name: rate for name, rate in rates.items() if name != "step_seconds"}
+    return {"loss": values["loss"], "grad_norm": values["grad_norm"], **overlap, **shown}
+
+
 def _skipped(run: RunFolder) -> int:
     """Steps skipped before the run was resumed."""
     return max((row.get("skipped", 0) for row in read_metrics(run.metrics)), default=0)
@@ -253,24 +212,6 @@ def _stopped(config: TrainConfig, happened: str, checkpoints: Any) -> str:
         f"{max(checkpoints.steps(), default='none')} in {checkpoints.folder}. A lower --optim.lr or a smaller "
         "--optim.clip usually helps; --resume --nonfinite skip goes on without such steps."
     )
-
-
-def _write_outcome(config: TrainConfig, training: Training, result: Result, steering: Steering) -> None:
-    """Answers, summary and plots of a finished run."""
-    run, after = result.run, result.after
-    write_answers(run.folder / "answers_after.jsonl", after)
-    write_json(run.summary, result.summary())
-    rows = read_metrics(run.metrics)
-    evaluations = [(r["step"], r["accuracy"], r["low"], r["high"]) for r in rows if "accuracy" in r]
-    if after:
-        found = accuracy_of(after)
-        evaluations = evaluations or [(training.steps, found.rate, *found.interval)]
-    title = f"{config.model}: {', '.join(config.plan) or 'base'}"
-    plot_training(rows, run.plot, evaluations=evaluations, title=title)
-    if shared := [(row["step"], row["overlap"]) for row in rows if row.get("overlap")]:
-        chance = chance_overlap(training.model.plan, steering, training.orthogonality)
-        steps, overlaps = zip(*shared, strict=True)
-        plot_overlap(run.folder / "overlap.png", steps, np.array(overlaps), chance=chance, title=title)
 
 
 def _spread(training: Training) -> dict[str, str]:
@@ -374,23 +315,6 @@ def _validate(
     low, high = found.interval
     writer.write(step, accuracy=found.rate, low=low, high=high)
     return found
-
-
-def _bare(prompt: str, template: str) -> str:
-    """What a person typed of a prompt: the template taken off."""
-    before, _, after = template.partition("{prompt}")
-    return prompt.removeprefix(before).removesuffix(after)
-
-
-def _notes(config: TrainConfig) -> dict[str, Any]:
-    """How the steering was trained to be asked, for whoever loads the file."""
-    task = config.task
-    return {
-        "template": task.template,
-        "chat": task.chat,
-        "max_new_tokens": task.max_new_tokens,
-        "config": config.to_json(),
-    }
 
 
 def main() -> None:
