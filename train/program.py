@@ -160,6 +160,7 @@ def make_program(
             kv_heads=features.kv_heads,
             head_dim=features.head_dim,
             dtype=jax.tree.leaves(base)[0].dtype,
+            softcap=features.attn_softcap,
             mesh=mesh if mesh is not None and mesh.size > 1 else None,
         )
     model = Model(features, plan, config.remat, config.train_base, config.attention, config.mesh.split_sequence)
