@@ -16,8 +16,8 @@
 #   bash tpu_scripts/slurm.sh --dry-run --out runs/run1 configs/listops_smollm2.py     # prints the command only
 #
 # What sbatch is given overrides the #SBATCH lines above: one node of 8 GPUs, and one task that takes all of them.
-# For several tasks, train.sft has to join them with jax.distributed, which finds them by SLURM's variables and takes
-# the GPU of the task's own number on the node: one task a node, or one a GPU with all visible (not --gpus-per-task).
+# Several tasks are one run: train.sft finds them by SLURM's variables, and each takes its share of the node's GPUs. One
+# task a node, or one a GPU with all visible (not --gpus-per-task).
 #
 # Five minutes before the time limit, and at a preemption, the tasks get SIGTERM and save; the job is queued again and
 # resumes from there until the training has finished. --out must be on a file system that all nodes see. Each task has
@@ -51,14 +51,6 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 PYTHON=${PYTHON:-.venv/bin/python}
 [[ -z ${SLURM_GPUS_PER_TASK:-} ]] || die "--gpus-per-task hides the GPUs that JAX gives to tasks: use --gpus-per-node"
 
-if ((${SLURM_NTASKS:-1} > 1)) && ! grep -rqs 'jax\.distributed\.initialize(' train; then
-  # Tasks that do not join would each train the whole run, into one folder.
-  die "$SLURM_NTASKS tasks, but train.sft does not start jax.distributed: use --nodes=1 --ntasks-per-node=1"
-fi
-if [[ ${SLURM_NTASKS_PER_NODE:-} == 1 && ${SLURM_GPUS_ON_NODE:-1} -gt 1 ]]; then
-  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
-  export JAX_LOCAL_DEVICE_IDS
-fi
 resume=()
 if [[ -e $OUT/config.json ]]; then resume=(--resume); fi
 command=(srun --kill-on-bad-exit=1 --gpu-bind=none --open-mode=append --output="$OUT.logs/%j-%t.log"
@@ -79,10 +71,11 @@ while :; do
   wait "$step" && code=0 || code=$?
   kill -0 "$step" 2>/dev/null || break
 done
-((code == 0)) || die "srun ended with status $code; the tasks' logs are in $OUT.logs"
-if [[ -e $OUT/summary.json ]]; then
-  echo "finished: $OUT"
-else
-  echo "stopped before the end, saved: queued again"
-  scontrol requeue "$SLURM_JOB_ID"
-fi
+case $code in
+  0) echo "finished: $OUT" ;;
+  75)
+    echo "stopped before the end, saved: queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+    ;;
+  *) die "srun ended with status $code; the tasks' logs are in $OUT.logs" ;;
+esac

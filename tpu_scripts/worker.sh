@@ -28,7 +28,7 @@ die() {
   exit 1
 }
 
-OUT='' BUCKET='' EVERY='' LINES=40 FOLLOW=0 RESUME=() DRY_RUN=0
+OUT='' BUCKET='' EVERY='' LINES=40 FOLLOW=0 RESUME=() JOIN=() DRY_RUN=0
 VERB=${1:---help}
 shift || true
 while (($#)); do
@@ -171,7 +171,7 @@ alive() { [[ -e $STATE/pid ]] && grep -qs worker.sh "/proc/$(cat "$STATE/pid")/c
 
 # train CONFIG ...: CODE is what train.sft ended with.
 train() {
-  local command=("$PYTHON" -u -m train.sft "$@" --out "$OUT" "${RESUME[@]}")
+  local command=("$PYTHON" -u -m train.sft "$@" --out "$OUT" "${RESUME[@]}" "${JOIN[@]}")
   cd "$ROOT"
   if ((DRY_RUN)); then run "${command[@]}" && exit 0; fi
   if [[ -r $STATE/env ]]; then
@@ -202,6 +202,7 @@ start() {
 
 background() {
   trap : TERM INT
+  JOIN=(--distributed.join yes) # the workers of a slice: only its metadata server knows them
   train "$@"
   echo "$CODE" >"$STATE/exit.new"
   mv "$STATE/exit.new" "$STATE/exit"
@@ -213,7 +214,8 @@ status() {
     state=idle
   elif [[ -e $STATE/exit ]]; then
     case $(cat "$STATE/exit") in
-      0) if has "$OUT" summary.json; then state=finished; else state='stopped, to be resumed'; fi ;;
+      0) state=finished ;;
+      75) state='stopped, to be resumed' ;;
       *) state="failed with status $(cat "$STATE/exit")" ;;
     esac
   elif alive; then
@@ -256,14 +258,8 @@ pod() {
   if [[ $(cat "$decision") == --resume ]]; then RESUME=(--resume); fi
   trap 'kill -TERM "$CHILD" 2>/dev/null' TERM INT
   train "$@"
-  ((CODE == 0)) || exit "$CODE"
-  # train.sft ends with 0 when it was asked to stop, too; process 0 writes the summary last.
-  for ((waited = 0; waited < ${SUMMARY_WAIT:-120}; waited++)); do
-    has "$OUT" summary.json && exit 0
-    sleep 1
-  done
-  say "stopped before the end: to be started again"
-  exit 75
+  if ((CODE == 75)); then say "stopped before the end: to be started again"; fi
+  exit "$CODE"
 }
 
 case $VERB in

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from jaxsteer.types import PyTree
 from train.leaves import (
     MismatchError,
+    SaveError,
     check,
     describe,
     digest_of,
@@ -33,9 +35,8 @@ from train.leaves import (
     stored,
     target,
 )
-from train.preemption import Preemption as Preemption
-from train.preemption import preemption as preemption
 
+_DISK = ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded")
 _RECORD = "record"  # the item that holds meta, metrics and the digests
 
 
@@ -133,7 +134,8 @@ class Checkpoints:
         items[_RECORD] = ocp.args.JsonSave(record | {"sha256": _json_digest(record)})
         ranked = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         # When to save was decided above: to Orbax every call is forced, else it may decline in silence.
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=ranked, force=True)
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=ranked, force=True)
         self._records[step] = record
         return True
 
@@ -212,20 +214,41 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Wait until what was saved is on disk.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, then release the folder."""
-        self._manager.close()
+        """Wait as `wait` does, then release the folder."""
+        with self._writing():
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            with suppress(Exception):  # one that is still on its way may arrive
+                self._manager.wait_until_finished()
+            good = [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
+            why = next((words for words in _DISK if words in str(error)), _reason(error))
+            raise SaveError(
+                f"{self.folder}: a checkpoint could not be written ({why}). The last good one is step "
+                f"{max(good, default='none')}; mend this, then go on from there with --resume"
+            ) from error
 
     def __enter__(self) -> Checkpoints:
         """The checkpoints themselves."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Wait and close."""
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait and close; an error under way is not replaced by another one."""
+        with nullcontext() if kind is None else suppress(SaveError):
+            self.close()
 
     def _pack(
         self, trees: Mapping[str, PyTree], meta: Mapping[str, Any], metrics: Mapping[str, float] | None

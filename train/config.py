@@ -25,6 +25,9 @@ from train.trackers import Kind
 
 T = TypeVar("T")
 
+TO_BE_RESUMED = 75
+"""Exit status of a run that was asked to stop before its end, and has saved: EX_TEMPFAIL, try again."""
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -131,6 +134,8 @@ class TrainConfig:
     """Folder of the run: config, metrics, checkpoints, steering file, plots."""
     resume: bool = False
     """Go on with the run in `out` from its last good checkpoint."""
+    auto_resume: bool = False
+    """Go on with the run in `out` if there is one, else begin it: one command for a first start and for every other."""
 
     def __post_init__(self) -> None:
         """Reject settings that no run could have."""
@@ -152,7 +157,7 @@ class TrainConfig:
         data = dataclasses.asdict(self)
         data["task"] = task_to_json(self.task)
         # A run that stopped at a non-finite step may be resumed to skip it.
-        other = ("out", "resume", "mesh", "distributed", "nonfinite", "max_skipped", "track", "profile")
+        other = ("out", "resume", "auto_resume", "mesh", "distributed", "nonfinite", "max_skipped", "track", "profile")
         return {key: value for key, value in data.items() if key not in other}
 
 
@@ -204,7 +209,7 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a program; an error that is the user's to mend is one sentence on stderr, exit status 1."""
     try:
         main()
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         from rich.console import Console
         from rich.text import Text
 

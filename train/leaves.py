@@ -16,6 +16,10 @@ from jaxsteer.types import PyTree
 _CHUNK = 1 << 26  # bytes fetched at once of an array that is spread over processes
 
 
+class SaveError(ValueError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
 class MismatchError(ValueError):
     """What is asked for is not what was saved: no damage, and no reason to look at an earlier step."""
 

@@ -16,7 +16,7 @@ from jaxsteer.io import load_steering
 from jaxsteer.optim import Params
 from jaxsteer.types import Steering
 from train.base_models import load
-from train.config import TrainConfig, from_command_line, run_main
+from train.config import TO_BE_RESUMED, TrainConfig, from_command_line, run_main
 from train.outcome import Result
 from train.recipes import lofit
 from train.report import print_result
@@ -62,8 +62,8 @@ def run(config: TrainConfig, heads: int, share: float = 0.4) -> Result | None:
         folder = RunFolder(Path(config.out) / stage)
         if stage == "scale" and folder.summary.exists():
             return [Finished(Params(None, load_steering(folder.steering).steering))]
-        resume = config.resume and folder.begun
-        settings = replace(own, out=str(folder.folder), resume=resume)
+        again = config.resume or config.auto_resume  # the second run may not have begun yet
+        settings = replace(own, out=str(folder.folder), resume=False, auto_resume=again)
         found = train(settings, None if initial is None else initial[0])
         if found is None:
             raise Stopped
@@ -81,8 +81,9 @@ def main() -> None:
     config = from_command_line("lofit", __doc__ or "", LofitConfig)
     common = TrainConfig(**{each.name: getattr(config, each.name) for each in fields(TrainConfig)})
     result = run(common, config.heads, config.share)
-    if result is not None:
-        print_result(result)
+    if result is None:
+        raise SystemExit(TO_BE_RESUMED)
+    print_result(result)
 
 
 if __name__ == "__main__":

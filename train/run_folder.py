@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from jaxsteer.io import files
+
+LOCK, OWNER = ".lock", ".lock.json"
+"""The lock of a run's folder, and who holds it."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,39 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
     return run
 
 
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep other runs out of a folder for as long as the block runs; makes the folder.
+
+    The lock is the operating system's: it is gone with the process that held it, however that ended. On file systems
+    without locks nothing is locked.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(folder / LOCK), folder / OWNER
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        said = files.read_json(owner) if owner.exists() else {}
+        who = f"process {said['process']} on {said['host']}, since {said['since']}" if said else "another process"
+        raise ValueError(
+            f"{folder}: a run is writing here at this moment ({who}). Wait for it or stop it, or use another --out"
+        ) from None
+    except NotImplementedError:
+        yield
+        return
+    try:
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        files.write_json(owner, {"process": os.getpid(), "host": platform.node(), "since": since})
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write an indented JSON object, whole or not at all: a killed process leaves the old file.
 
@@ -124,7 +166,8 @@ def _entries(folder: Path) -> list[str]:
     if not folder.exists():
         return []
     names = (entry.name for entry in folder.iterdir())
-    return sorted(name for name in names if not (name.startswith(".") and name.endswith(".partial")))
+    passing = lambda name: name in (LOCK, OWNER) or (name.startswith(".") and name.endswith(".partial"))
+    return sorted(name for name in names if not passing(name))
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,8 @@ metrics, checkpoints, a portable steering file, the answers before and after, a 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from jaxsteer.steering import plan_to_json
 from jaxsteer.types import Steering
 from train.base_models import load
 from train.checkpoints import open_checkpoints
-from train.config import TrainConfig, from_command_line, run_main
+from train.config import TO_BE_RESUMED, TrainConfig, from_command_line, run_main
 from train.distributed import console, fetch, is_first, join, on_first
 from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
 from train.machine import device_summary, enable_compilation_cache, peak_flops, peak_memory_bytes
@@ -29,7 +31,7 @@ from train.placement import place_on
 from train.preemption import preemption
 from train.profiling import Profiler
 from train.report import print_facts, print_result
-from train.run_folder import RunFolder, open_run
+from train.run_folder import RunFolder, locked, open_run
 from train.scoring import Accuracy
 from train.setup import Training, make_training, to_floats
 from train.speed import Speed
@@ -47,11 +49,14 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
         ValueError: bad settings or data, each before anything is trained; an output folder that holds another run.
         FloatingPointError: the loss is not finite; the last good checkpoint is kept.
     """
-    enable_compilation_cache()
     check_trackers(config.track)
+    with ExitStack() as held:
+        run, resume = _open(config, held)
+        return _train(replace(config, resume=resume), run, initial)
 
-    # ---- run folder
-    run = _open(config)
+
+def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Result | None:
+    enable_compilation_cache()
 
     # ---- base model, data, what trains
     loaded = load(config.model, config.dtype, place_on(config.mesh, config.rows // config.accumulate).base)
@@ -180,16 +185,29 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
     return result
 
 
-def _open(config: TrainConfig) -> RunFolder:
-    """Begin or resume the run's folder, once for all processes, which must all see it."""
-    on_first(lambda: str(open_run(config.out, config.to_json(), resume=config.resume).folder))
+def _open(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, bool]:
+    """Lock the run's folder, and begin or resume it, once for all processes, which must all see it.
+
+    Returns:
+        The folder, and whether its run is resumed.
+    """
     run = RunFolder(Path(config.out))
+
+    def begin() -> bool:
+        resume = config.resume or (config.auto_resume and run.begun)
+        if resume and not run.config.exists():
+            open_run(run.folder, config.to_json(), resume=True)  # says what is wrong
+        held.enter_context(locked(run.folder))
+        open_run(run.folder, config.to_json(), resume=resume)
+        return resume
+
+    resume = on_first(begin)
     if not run.config.exists():
         raise ValueError(
             f"{run.folder}: process {jax.process_index()} does not see the folder that process 0 has made; "
             "with several hosts --out must lie on a file system that all of them share"
         )
-    return run
+    return run, resume
 
 
 def _facts(values: dict[str, Any], rates: dict[str, float]) -> dict[str, float]:
@@ -322,8 +340,9 @@ def main() -> None:
     config = from_command_line("sft", "Train steering, LoRA or a whole model on prompts and completions.", TrainConfig)
     join(config.distributed)
     result = train(config)
-    if result is not None:
-        print_result(result)
+    if result is None:
+        raise SystemExit(TO_BE_RESUMED)
+    print_result(result)
 
 
 if __name__ == "__main__":

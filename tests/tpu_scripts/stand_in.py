@@ -311,8 +311,11 @@ fi
 echo "trained"
 while [[ -e $STAND_IN/hold && ! $stopped ]]; do sleep 0.05; done
 [[ ! -e $STAND_IN/crash ]] || { echo "error: the loss is nan" >&2; exit 1; }
-[[ $last ]] || exit 0
-if [[ $stopped ]]; then save $((last + 2)); else echo '{}' >"$out/summary.json"; fi
+if [[ $stopped || -e $STAND_IN/stop ]]; then
+  [[ ! $last ]] || save $((last + 2))
+  exit 75
+fi
+[[ ! $last ]] || echo '{}' >"$out/summary.json"
 """
 
 

@@ -119,7 +119,7 @@ def test_pods_agree_on_resuming_and_ask_to_be_restarted(stage):
     """Pod 0 decides, and the others wait for it; a run that was stopped ends with 75, a finished one with 0."""
     out = stage.folder / "bucket" / "run"
     python = str(stage.folder / "worker_bin" / "python3")
-    both = {"PYTHON": python, "RUN_TOKEN": "7", "SUMMARY_WAIT": "1", "JOB_INDEX": "0"}
+    both = {"PYTHON": python, "RUN_TOKEN": "7", "JOB_INDEX": "0"}
 
     def pod(index, attempt, ok=True):
         name = {"HOSTNAME": f"pod-w-{index}", "WORKER": str(index)}
@@ -129,10 +129,11 @@ def test_pods_agree_on_resuming_and_ask_to_be_restarted(stage):
             **both | name | {"RESTART_ATTEMPT": str(attempt), "JOB_COMPLETION_INDEX": str(index)},
         )
 
-    pod(0, 0)
-    (out / "summary.json").unlink()  # as if it had been asked to stop
-    pod(1, 0, ok=False)
-    assert stage.status == 75
+    (stage.folder / "stop").touch()  # it is asked to stop
+    for number in range(2):
+        pod(number, 0, ok=False)
+        assert stage.status == 75
+    (stage.folder / "stop").unlink()
     pod(0, 1)
     pod(1, 1)
     trained = (stage.folder / "trained").read_text().splitlines()

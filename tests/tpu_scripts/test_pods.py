@@ -140,6 +140,7 @@ def test_create_setup_launch_delete(stage):
     trained = (stage.folder / "trained").read_text().splitlines()
     assert len(trained) == 2
     assert all(line.startswith(shlex.join(TRAIN[:3])) and "--resume" not in line for line in trained)
+    assert all("--distributed.join yes" in line for line in trained)  # the workers are one run
     assert "trained" in stage.run("logs.sh")
     assert stage.run("logs.sh", "--worker", "all").count("trained") == 2
     stage.run("logs.sh", "--save", "logs")

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from train.checkpoints import open_checkpoints, preemption
+from train.checkpoints import open_checkpoints
 
 ROOT = Path(__file__).parents[2]
 DTYPES = ["bool", "int8", "uint32", "float16", "bfloat16", "float32", "float8_e4m3fn", "complex64"]
@@ -443,38 +442,3 @@ def test_two_processes_save_and_restore_together(tmp_path):
 
 
 # ---- being asked to stop
-
-
-def test_a_signal_becomes_a_question_and_handlers_come_back():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with preemption() as stop:
-            assert not stop.requested(1)
-            os.kill(os.getpid(), number)
-            assert stop.requested(2)
-            assert stop.signal == signal.Signals(number).name
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_handlers_come_back_after_an_error_and_threads_set_none():
-    before = signal.getsignal(signal.SIGTERM)
-
-    def fail():
-        with preemption():
-            raise RuntimeError("in the loop")
-
-    with pytest.raises(RuntimeError, match="in the loop"):
-        fail()
-    assert signal.getsignal(signal.SIGTERM) is before
-    answers = []
-
-    def elsewhere():
-        with preemption() as stop:
-            answers.append(stop.requested(1))
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert answers == [False]

@@ -25,7 +25,7 @@ from train.config import load_config_file, run_main
 from train.machine import device_summary, enable_compilation_cache
 from train.metrics import Bar, progress
 from train.report import print_facts
-from train.run_folder import open_run, write_json
+from train.run_folder import RunFolder, locked, open_run, write_json
 from train.setup import count_steps
 
 
@@ -36,7 +36,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         ValueError: bad settings; a folder of another comparison.
     """
     enable_compilation_cache()
-    run = open_run(config.out, config.to_json(), resume=Path(config.out, "config.json").exists())
+    with locked(config.out):
+        run = open_run(config.out, config.to_json(), resume=Path(config.out, "config.json").exists())
+        return _compare(config, run)
+
+
+def _compare(config: CompareConfig, run: RunFolder) -> dict[str, Any]:
     loaded = load(config.base.model, config.base.dtype)
     console = Console()
     config = replace(config, base=replace(config.base, steps=count_steps(config.base, loaded)))

@@ -1,0 +1,203 @@
+"""Whatever ends a run, it goes on from its last checkpoint to the same end; two runs never share a folder."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxsteer.io import load_steering
+from train import sft
+from train.checkpoints import open_checkpoints
+from train.config import TrainConfig, run_main
+from train.metrics import read_metrics
+from train.run_folder import locked
+from train.sft import train
+from train.tasks import JsonlTask
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tiny_folder, tiny_data, tmp_path):
+    return TrainConfig(
+        task=JsonlTask(str(tiny_data)),
+        model=str(tiny_folder),
+        plan=("nonlinear(rank=4) @ block",),
+        steps=4,
+        rows=4,
+        row_length=32,
+        test_examples=0,
+        checkpoint_every=2,
+        out=str(tmp_path / "run"),
+    )
+
+
+# ---- one run a folder
+
+
+def test_a_folder_is_locked_while_its_run_lasts(config):
+    with locked(config.out):
+        owner = rf"process {os.getpid()} on .*, since 20\d\d-"
+        with pytest.raises(ValueError, match=rf"a run is writing here .*{owner}.* another --out"):
+            train(config)
+        assert set(os.listdir(config.out)) == {".lock", ".lock.json"}
+    train(config)
+    with pytest.raises(ValueError, match="holds this run already"):
+        train(config)
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    code = f"import time\nfrom train.run_folder import locked\nwith locked({str(tmp_path)!r}): time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        while not (tmp_path / ".lock.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        with pytest.raises(ValueError, match=f"process {process.pid} on"), locked(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with locked(tmp_path):
+        assert json.loads((tmp_path / ".lock.json").read_text())["process"] == os.getpid()
+
+
+# ---- starting again
+
+
+def test_one_command_begins_and_resumes(config, capsys):
+    again = replace(config, auto_resume=True)
+    first = train(again)
+    assert "Restored" not in capsys.readouterr().out
+    second = train(again)
+    assert "Restored step 4" in capsys.readouterr().out
+    assert first.run.steering.read_bytes() == second.run.steering.read_bytes()
+
+
+def test_a_stopped_run_says_so_in_its_exit_status(config, monkeypatch):
+    monkeypatch.setattr(sft, "train", lambda config: None)
+    monkeypatch.setattr(sys, "argv", ["train.sft"])
+    with pytest.raises(SystemExit) as ended:
+        run_main(sft.main)
+    assert ended.value.code == 75
+
+
+# ---- a disk that does not take it
+
+
+@pytest.mark.parametrize("words", ["No space left on device", "Read-only file system"])
+def test_a_save_that_fails_keeps_the_last_good_step(config, monkeypatch, words):
+    import orbax.checkpoint as ocp
+
+    original = ocp.CheckpointManager.save
+
+    def fail(self, step, *args, **settings):
+        if step == 4:
+            raise ValueError(f"RESOURCE_EXHAUSTED: Error writing a/b/c: Failed to write 9 bytes: {words} [code='28']")
+        return original(self, step, *args, **settings)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    with pytest.raises(ValueError, match=rf"could not be written \({words}\)\. .* step 2; .*--resume"):
+        train(config)
+    monkeypatch.undo()
+    whole = train(replace(config, out=config.out + "-whole"))
+    resumed = train(replace(config, resume=True))
+    assert resumed.run.steering.read_bytes() == whole.run.steering.read_bytes()
+
+
+# ---- the matrix
+
+CONFIG = """
+from train.config import TrainConfig
+from train.tasks import JsonlTask
+from jaxsteer.optim import OptimConfig
+
+def config():
+    return TrainConfig(task=JsonlTask({data!r}), model={model!r}, steps=120, rows=4, row_length=32, test_examples=0,
+                       plan=("nonlinear(rank=4) @ block",), optim=OptimConfig(lr=3e-3), checkpoint_every=3)
+"""
+
+
+@pytest.mark.slow
+def test_the_kill_matrix(tiny_folder, tiny_data, tmp_path):
+    """20 SIGKILLs and 5 SIGTERMs at random moments from the start of the process on; every fifth resumes on a mesh."""
+    file = tmp_path / "config.py"
+    file.write_text(CONFIG.format(data=str(tiny_data), model=str(tiny_folder)))
+
+    def begin(out, devices=1):
+        command = [sys.executable, "-m", "train.sft", str(file), "--out", str(out), "--auto-resume"]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def finish(out, devices=1):
+        process = begin(out, devices)
+        text, _ = process.communicate()
+        assert process.returncode == 0, text
+        return text
+
+    finish(tmp_path / "warm")  # compiles
+    began = time.monotonic()
+    finish(tmp_path / "whole")
+    lasts = time.monotonic() - began
+    whole = load_steering(tmp_path / "whole" / "steering.safetensors").steering["nonlinear"]["block"]
+    losses = [row["loss"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+
+    moments, found = random.Random(time.time_ns()), []
+    for number, kind in enumerate([signal.SIGKILL] * 20 + [signal.SIGTERM] * 5):
+        out, devices = tmp_path / str(number), 4 if number % 5 == 4 else 1
+        process = begin(out)
+        # The second half of the time is training; SIGTERM before Python listens for it is a kill like another.
+        time.sleep(lasts * moments.uniform(0.0 if kind == signal.SIGKILL else 0.7, 0.95))
+        process.send_signal(kind)
+        process.communicate()
+        ended = process.returncode
+        assert ended in ((-9, 0) if kind == signal.SIGKILL else (75, -15, 0)), ended
+        steps = [int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdecimal()]
+        unfinished = len(list((out / "checkpoints").glob("*tmp*")))
+        text = finish(out, devices)
+        got = load_steering(out / "steering.safetensors").steering["nonlinear"]["block"]
+        for name, leaf in whole.items():
+            if devices == 1:
+                np.testing.assert_array_equal(got[name], leaf)
+            else:
+                np.testing.assert_allclose(got[name], leaf, 1e-6, 1e-6)
+        if devices == 1:
+            assert [row["loss"] for row in read_metrics(out / "metrics.jsonl")] == losses
+        restored = text.partition("Restored step ")[2].partition(".")[0] or "none"
+        assert restored == "none" or int(restored) >= max(steps, default=0)
+        found.append((kind.name, ended, max(steps, default=0), unfinished, restored, devices))
+    for row in found:
+        print("{}: exit {}, last step {}, saves under way {}, restored {}, devices {}".format(*row))
+    assert len({last for _, _, last, *_ in found}) > 5  # the moments differ
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system of its own needs root")
+def test_a_full_disk(config, tmp_path):
+    """3 MB, most of them taken."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        (disk / "taken").write_bytes(bytes(2_500_000))
+        small = replace(config, out=str(disk / "run"), steps=40, checkpoint_every=5)
+        with pytest.raises(ValueError, match=r"could not be written \(No space left on device\)"):
+            train(small)
+        (disk / "taken").unlink()
+        with open_checkpoints(disk / "run" / "checkpoints", every=5, read_only=True) as there:
+            assert there.steps()
+        resumed, whole = train(replace(small, resume=True)), train(replace(small, out=config.out))
+        assert resumed.run.steering.read_bytes() == whole.run.steering.read_bytes()
+    finally:
+        subprocess.run(["umount", disk], check=True)
