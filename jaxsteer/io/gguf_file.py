@@ -31,7 +31,7 @@ SCALARS = {
     12: "<d",
 }
 STRING, ARRAY = 8, 9
-PLAIN = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+PLAIN: dict[str, np.dtype] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 VERSIONS = (2, 3)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ Index = tuple[slice, ...]
 """Part of a tensor: a slice with start and stop for every axis; () is all of it."""
 
 MISSING_LIMIT = 1000
-PIECE = 32 << 20  # bytes read at a time: what a load holds besides its result and one shard
+PIECE = 1 << 23  # elements of a tensor that are read at a time
 
 
 class Read(Protocol):
@@ -47,7 +47,7 @@ class Stored:
 
     def nbytes_of(self, index: Index) -> int:
         """What a part of it takes in the file."""
-        return self.nbytes * size(tuple(part.stop - part.start for part in index)) // max(size(self.shape), 1)
+        return self.nbytes * size_of(index) // max(size(self.shape), 1)
 
 
 def read_base(
@@ -64,7 +64,7 @@ def read_base(
     """Read a base tree, one shard of a stacked leaf after the other.
 
     A shard is read once, however many devices of this process hold it; shards of other processes are not read. Besides
-    the result, the host holds a shard, what its transfer needs, and pieces of PIECE bytes.
+    the result, the host holds a shard, what its transfer needs, and pieces of PIECE elements.
 
     Args:
         stored: the tensors of the file or files, by their published names.
@@ -97,8 +97,11 @@ def read_base(
     return base
 
 
+Spans = tuple[tuple[int, int], ...]  # start and stop for every axis: an Index that can be a key
+
+
 class _Leaf:
-    """A leaf of the base tree that is to be read: its tensors, and the parts of it that this process holds."""
+    """A leaf of the base tree that is to be read: its tensors, and which devices of this process hold which shard."""
 
     def __init__(
         self, row: Row, tensors: list[Stored], change: Transform, config: ModelConfig, place: Place | None
@@ -107,11 +110,12 @@ class _Leaf:
         shape = row.shape(config)
         self.shape = (config.layers, *shape) if row.stacked else shape
         self.sharding = None if place is None else place(row.path, self.shape)
-        held = {None: ()} if self.sharding is None else self.sharding.addressable_devices_indices_map(self.shape)
-        self.shards: dict[tuple[tuple[int, int], ...], list[Any]] = {}  # spans of the axes -> devices that hold them
-        for device, index in held.items():
-            whole = (*index, *(slice(None) for _ in self.shape[len(index) :]))
-            spans = tuple(part.indices(length)[:2] for part, length in zip(whole, self.shape, strict=True))
+        self.shards: dict[Spans, list[Any]] = {}
+        if self.sharding is None:
+            self.shards[tuple((0, length) for length in self.shape)] = []
+            return
+        for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
+            spans = tuple(part.indices(length)[:2] for part, length in zip(index or (), self.shape, strict=True))
             self.shards.setdefault(spans, []).append(device)
 
     @property
@@ -128,25 +132,25 @@ class _Leaf:
         if self.sharding is None:
             return jnp.asarray(self._read(next(iter(self.shards)), dtype, count))
 
-        def send(spans: tuple[tuple[int, int], ...], devices: list[Any]) -> list[jax.Array]:
+        def send(spans: Spans, devices: list[Any]) -> list[jax.Array]:
             shard = self._read(spans, dtype, count)
             return jax.block_until_ready([jax.device_put(shard, device) for device in devices])
 
         sent = [array for spans, devices in self.shards.items() for array in send(spans, devices)]
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, sent)
 
-    def _parts(self, spans: tuple[tuple[int, int], ...]) -> list[tuple[Stored, Index]]:
+    def _parts(self, spans: Spans) -> list[tuple[Stored, Index]]:
         """The tensors that a shard comes from, each with the part of ours (of one layer) that it gives."""
         layers, rest = (range(*spans[0]), spans[1:]) if self.row.stacked else (range(1), spans)
         return [(self.tensors[i], tuple(slice(*span) for span in rest)) for i in layers]
 
-    def _read(self, spans: tuple[tuple[int, int], ...], dtype: np.dtype, count: Callable[[int], None]) -> np.ndarray:
+    def _read(self, spans: Spans, dtype: np.dtype, count: Callable[[int], None]) -> np.ndarray:
         """A shard, in the order in memory that the file has: the transfer turns matrices much faster than numpy."""
         shape = [stop - start for start, stop in spans]
-        turned = self.change.flips and len(self.row.axes) == 2
-        shard = (
-            np.empty((*shape[:-2], shape[-1], shape[-2]), dtype).swapaxes(-1, -2) if turned else np.empty(shape, dtype)
-        )
+        if self.change.flips and len(self.row.axes) == 2:
+            shard = np.empty((*shape[:-2], shape[-1], shape[-2]), dtype).swapaxes(-1, -2)
+        else:
+            shard = np.empty(shape, dtype)
         for out, (tensor, index) in zip(shard if self.row.stacked else [shard], self._parts(spans), strict=True):
             _fill(out, tensor, self.change, index, self.config)
             count(tensor.nbytes_of(_needs(tensor, self.change, index, self.config)))
@@ -176,11 +180,16 @@ def _fill(out: np.ndarray, tensor: Stored, change: Transform, index: Index, conf
 
 
 def _pieces(tensor: Stored, index: Index, group: int = 1) -> Iterator[Index]:
-    """A part of a stored tensor in pieces of about PIECE bytes, of whole groups of rows."""
+    """A part of a stored tensor in pieces of about PIECE elements, of whole groups of rows."""
     rows, *rest = index
-    step = group * max(1, PIECE // max(1, tensor.nbytes_of((slice(0, group), *rest))))
+    step = group * max(1, PIECE // (group * size_of(rest) or 1))
     for begin in range(rows.start, rows.stop, step):
         yield (slice(begin, min(begin + step, rows.stop)), *rest)
+
+
+def size_of(index: Sequence[slice]) -> int:
+    """Number of elements of a part."""
+    return size(tuple(part.stop - part.start for part in index))
 
 
 def all_of(shape: tuple[int, ...]) -> Index:
