@@ -112,7 +112,7 @@ class _Leaf:
         self.sharding = None if place is None else place(row.path, self.shape)
         self.shards: dict[Spans, list[Any]] = {}
         if self.sharding is None:
-            self.shards[tuple((0, length) for length in self.shape)] = []
+            self.shards[tuple((0, length) for length in self.shape)] = [None]
             return
         for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
             spans = tuple(part.indices(length)[:2] for part, length in zip(index or (), self.shape, strict=True))
@@ -129,14 +129,14 @@ class _Leaf:
 
     def load(self, dtype: np.dtype, count: Callable[[int], None]) -> jax.Array:
         """Read the shards and send each to its devices."""
-        if self.sharding is None:
-            return jnp.asarray(self._read(next(iter(self.shards)), dtype, count))
 
         def send(spans: Spans, devices: list[Any]) -> list[jax.Array]:
             shard = self._read(spans, dtype, count)
             return jax.block_until_ready([jax.device_put(shard, device) for device in devices])
 
         sent = [array for spans, devices in self.shards.items() for array in send(spans, devices)]
+        if self.sharding is None:
+            return sent[0]
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, sent)
 
     def _parts(self, spans: Spans) -> list[tuple[Stored, Index]]:
