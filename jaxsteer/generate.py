@@ -9,8 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.models.transformer import Model, forward, init_cache, output_embedding
-from jaxsteer.objective import logits_of
+from jaxsteer.models.transformer import Model, forward, init_cache, logits_of, output_embedding
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 
@@ -101,7 +100,7 @@ def generate(
     segments, prompt_lengths = at_last(prompts.segments), at_last(prompts.prompt_lengths)
 
     def draw(hidden: Array, step: Array, out: Generated) -> tuple[Array, Generated]:  # hidden [B, D]
-        token = sample(logits_of(hidden, head), sampling, jax.random.fold_in(key, step))
+        token = sample(logits_of(hidden, head, model.config.final_softcap), sampling, jax.random.fold_in(key, step))
         stopped = out.stopped | jnp.isin(token, stops)
         token = jnp.where(stopped, 0, token)
         return token, Generated(out.tokens.at[:, step].set(token), out.lengths + (~stopped).astype(jnp.int32), stopped)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jaxsteer.models.transformer import Model, forward, output_embedding
+from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.sharding import constrain, current_platform, row_shards
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
@@ -32,49 +32,49 @@ def next_tokens(batch: Batch) -> Targets:
     return Targets(ahead(batch.tokens), jnp.where(same, ahead(batch.weights), 0.0))
 
 
-def logits_of(hidden: Array, head: Array) -> Array:
-    """Hidden [..., D] times the output embedding [V, D] -> logits [..., V] in at least fp32."""
-    wide = np.promote_types(hidden.dtype, np.float32)
-    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=wide)
-
-
-def _nll(hidden: Array, head: Array, tokens: Array) -> Array:
-    logits = logits_of(hidden, head)
+def _nll(hidden: Array, head: Array, tokens: Array, softcap: float | None) -> Array:
+    logits = logits_of(hidden, head, softcap)
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
 
 
-def _nll_and_slope(hidden: Array, head: Array, tokens: Array) -> tuple[Array, Array]:
-    """The nll [M] and its gradient in `hidden` [M, D], Σ_v p_v head_v − head_token, from one set of logits."""
-    logits = logits_of(hidden, head)
+def _nll_and_slope(hidden: Array, head: Array, tokens: Array, softcap: float | None) -> tuple[Array, Array]:
+    """The nll [M] and its gradient in `hidden` [M, D], from one set of logits z.
+
+    Σ_v p_v head_v − head_token; soft-capped logits c tanh(z / c) weigh each head_v by their slope, 1 − (logit / c)².
+    """
+    logits = logits_of(hidden, head, softcap)
     highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     unnormalised = jnp.exp(logits - highest)
     norm = jnp.sum(unnormalised, axis=-1, keepdims=True)
     target = jnp.take(head, tokens, axis=0)
     at_target = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+    if softcap is not None:
+        unnormalised *= 1 - jnp.square(logits / softcap)
+        target = target * (1 - jnp.square(at_target / softcap)).astype(target.dtype)
     mean = jnp.einsum("mv,vd->md", unnormalised.astype(head.dtype), head, preferred_element_type=logits.dtype) / norm
     return (jnp.log(norm) + highest - at_target)[:, 0], mean - target.astype(mean.dtype)
 
 
-@jax.custom_jvp
-def token_nll(hidden: Array, head: Array, tokens: Array) -> Array:
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def token_nll(hidden: Array, head: Array, tokens: Array, softcap: float | None = None) -> Array:
     """−log p(token | hidden): hidden [M, D], head [V, D], tokens int [M] -> [M], at least fp32.
 
     Its derivative in `hidden` is taken together with the value, while the logits are at hand: the backward pass neither
     keeps nor recomputes [M, V]. Composes with grad, jvp and their nesting.
     """
-    return _nll(hidden, head, tokens)
+    return _nll(hidden, head, tokens, softcap)
 
 
 @partial(token_nll.defjvp, symbolic_zeros=True)
-def _token_nll_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _token_nll_jvp(softcap: float | None, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     hidden, head, tokens = primals
     hidden_dot, head_dot, _ = tangents
-    nll, slope = _nll_and_slope(hidden, head, tokens)
+    nll, slope = _nll_and_slope(hidden, head, tokens, softcap)
     out = jnp.zeros_like(nll)
     if type(hidden_dot) is not SymbolicZero:
         out += jnp.einsum("md,md->m", slope, hidden_dot.astype(slope.dtype))
     if type(head_dot) is not SymbolicZero:  # only when the head is trained: its logits are recomputed
-        out += jax.jvp(jax.checkpoint(lambda w: _nll(hidden, w, tokens)), (head,), (head_dot,))[1]
+        out += jax.jvp(jax.checkpoint(lambda w: _nll(hidden, w, tokens, softcap)), (head,), (head_dot,))[1]
     return nll, out
 
 
@@ -89,7 +89,7 @@ def _any_left_of_all(size: int, batched: list[bool], mask: Array) -> tuple[Array
     return any_left(mask), False
 
 
-def cross_entropy(hidden: Array, head: Array, targets: Targets) -> Array:
+def cross_entropy(hidden: Array, head: Array, targets: Targets, softcap: float | None = None) -> Array:
     """Σ weight · −log p(target), over the positions with weight > 0. Scalar, at least fp32.
 
     Each row's supervised positions are moved to its front; chunks of columns are then visited as long as any row has
@@ -97,6 +97,7 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets) -> Array:
 
     Args:
         hidden: [B, T, D]. head: the output embedding [V, D]. targets: [B, T].
+        softcap: of the logits, see `jaxsteer.models.transformer.logits_of`.
     """
     B, T, D = hidden.shape
     hidden = constrain(hidden, "rows", None, None)
@@ -117,7 +118,9 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets) -> Array:
         def add() -> Array:
             h = jnp.take_along_axis(hidden, where[..., None], axis=1)
             h = jnp.where(weights[..., None] > 0, h, 0).reshape(B * width, D)  # 0 · NaN would be NaN
-            return total + jnp.vdot(weights.reshape(-1).astype(total.dtype), token_nll(h, head, tokens.reshape(-1)))
+            return total + jnp.vdot(
+                weights.reshape(-1).astype(total.dtype), token_nll(h, head, tokens.reshape(-1), softcap)
+            )
 
         return jax.lax.cond(any_left(weights > 0), add, lambda: total), None
 
@@ -130,7 +133,7 @@ def supervised_loss(
 ) -> Array:
     """The summed cross-entropy of a batch's supervised tokens; divide by `total_weight` for the mean. Scalar."""
     hidden = forward(model, base, steering, batch, key=key, train=train).hidden
-    return cross_entropy(hidden, output_embedding(base), next_tokens(batch))
+    return cross_entropy(hidden, output_embedding(base), next_tokens(batch), model.config.final_softcap)
 
 
 def mean_loss(model: Model, base: PyTree, steering: Steering, batch: Batch) -> Array:

@@ -52,6 +52,7 @@ def train_step(
     model: Model,
     tx: optax.GradientTransformation,
     orthogonality: Orthogonality = Orthogonality("none"),  # noqa: B008  # frozen
+    skip_nonfinite: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Update the trained leaves on one batch: L = Σ weight · nll / Σ weight + penalties.
 
@@ -64,6 +65,8 @@ def train_step(
         frozen: the leaves that do not train.
         model: static. tx: the optimizer, static.
         orthogonality: resolved for the plan (`Orthogonality.resolve`); its penalty joins the loss.
+        skip_nonfinite: where the loss, the penalty or the gradient's norm is not finite, parameters and optimizer state
+            (so the schedules too) stay as they were, bit for bit; only the number of the step goes on.
     """
     if batch.tokens.ndim == 2:
         batch = jax.tree.map(lambda field: field[None], batch)
@@ -98,7 +101,12 @@ def train_step(
         tx = optax.with_extra_args_support(tx)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, frozen=frozen)
     params = optax.apply_updates(state.params, updates)
+    norm = optax.tree.norm(grads)
+    if skip_nonfinite:
+        good = jnp.isfinite(loss) & jnp.isfinite(extra) & jnp.isfinite(norm)
+        old, new = (state.params, state.opt_state), (params, opt_state)
+        params, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
     shared = overlap(model.plan, merge(params, frozen).steering, orthogonality)
-    metrics = Metrics(loss, extra, optax.tree.norm(grads), total_weight(batch), tokens, shared)
+    metrics = Metrics(loss, extra, norm, total_weight(batch), tokens, shared)
     return TrainState(params, opt_state, state.step + 1, state.key), metrics

@@ -19,7 +19,9 @@ from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.sharding import MeshShape, default_shape
 from train.data.tokenize import OnLong
 from train.distributed import DistributedConfig
+from train.profiling import parse_steps
 from train.tasks import ListOpsTask, Task, task_to_json
+from train.trackers import Kind
 
 T = TypeVar("T")
 
@@ -115,6 +117,14 @@ class TrainConfig:
     """Prompts decoded at a time."""
     checkpoint_every: int = 50
     """Steps between checkpoints; the last, the one before it and the best are kept."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do at a step whose loss or gradient is not finite: stop, or leave its update out and go on."""
+    max_skipped: int = 10
+    """The most steps that may be skipped in the whole run, over all resumptions; one more stops it."""
+    track: tuple[Kind, ...] = ()
+    """Where to show the numbers besides metrics.jsonl: tensorboard (in the run's folder), wandb; each is an extra."""
+    profile: str | None = None
+    """Trace steps first:stop into the run's folder, numbered as in metrics.jsonl: 10:13 is the steps 10, 11 and 12."""
     seed: int = 0
     """Of the initialisation and the order of the data."""
     out: str = "runs/sft"
@@ -129,16 +139,21 @@ class TrainConfig:
                 raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
         if self.rows % self.accumulate:
             raise ValueError(f"config: accumulate ({self.accumulate}) must divide rows ({self.rows})")
+        if self.max_skipped < 0:
+            raise ValueError(f"config: max_skipped must be at least 0, got {self.max_skipped}")
+        parse_steps(self.profile)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"config: steps must be at least 1, got {self.steps}")
         if not self.plan and not self.train_base:
             raise ValueError("config: nothing to train: the plan is empty and train_base is off")
 
     def to_json(self) -> dict[str, Any]:
-        """What makes the run what it is, for config.json: all but where it lies, whether it is resumed, and on what."""
+        """What makes the run what it is, for config.json: all but where it lies, how it is watched, and on what."""
         data = dataclasses.asdict(self)
         data["task"] = task_to_json(self.task)
-        return {key: value for key, value in data.items() if key not in ("out", "resume", "mesh", "distributed")}
+        # A run that stopped at a non-finite step may be resumed to skip it.
+        other = ("out", "resume", "mesh", "distributed", "nonfinite", "max_skipped", "track", "profile")
+        return {key: value for key, value in data.items() if key not in other}
 
 
 C = TypeVar("C", bound=TrainConfig)

@@ -17,11 +17,12 @@ from jaxsteer.optim import Params
 from jaxsteer.types import Steering
 from train.base_models import load
 from train.config import TrainConfig, from_command_line, run_main
+from train.outcome import Result
 from train.recipes import lofit
 from train.report import print_result
 from train.run_folder import RunFolder
 from train.setup import count_steps
-from train.sft import Result, train
+from train.sft import train
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxsteer.types import Array
+from train.chips import chip_of
 
 _PROJECTION = (2048, 576, 1536)  # rows, inner, columns: a SmolLM2 MLP projection over 2,048 tokens
 _SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192), "tpu": (4096, 8192)}
@@ -68,6 +70,25 @@ def matmul_peak_flops(dtype: jnp.dtype | type = jnp.float32) -> float:
     squares = _SQUARES.get(jax.default_backend(), _SQUARES["cpu"])
     shapes = [(rows, inner, columns), *((n, n, n) for n in squares)]
     return max(_matmul_flops(*shape, dtype=jnp.dtype(dtype)) for shape in shapes)
+
+
+def peak_flops(mesh: Mesh | None, dtype: jnp.dtype | type) -> float | None:
+    """Published FLOP/s of all devices of a run together, for matrix products of this dtype.
+
+    Args:
+        mesh: of the run; None for one device of this process.
+
+    Returns:
+        None where a device is not a known accelerator, as a CPU.
+    """
+    total = 0.0
+    for device in jax.local_devices()[:1] if mesh is None else mesh.devices.flat:
+        chip = chip_of(device.device_kind)
+        peak = chip.peak(dtype) if chip else None
+        if peak is None:
+            return None
+        total += peak
+    return total
 
 
 def device_summary() -> str:

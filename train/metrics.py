@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from train.distributed import console as first_console
+from train.trackers import Tracker, numbers
 
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _WINDOW = 32  # updates that the speed is taken from
@@ -28,12 +29,16 @@ class MetricsWriter:
         path: of the .jsonl file; made if it is missing. None: nothing is kept (another process writes).
         resume_at: None for a new run, which must find no lines there. Else the step that the run goes on at:
             lines of later steps, and a last line that a killed process left half written, are dropped.
+        trackers: that are to show the numbers too; closed with the writer.
 
     Raises:
         ValueError: a new run finds lines; or, on resuming, a line that is no JSON object with a step.
     """
 
-    def __init__(self, path: str | Path | None, *, resume_at: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path | None, *, resume_at: int | None = None, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        self._trackers = trackers
         self.path = Path(os.devnull if path is None else path)
         if path is None:
             pass
@@ -57,10 +62,15 @@ class MetricsWriter:
         row = {"step": int(step)} | {name: _plain(name, value) for name, value in values.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.write(int(step), numbers(values))
 
     def close(self) -> None:
         """Close the file; more than once does no harm."""
         self._file.close()
+        trackers, self._trackers = self._trackers, ()
+        for tracker in trackers:
+            tracker.close()
 
     def __enter__(self) -> MetricsWriter:
         """The writer itself."""
@@ -230,6 +240,8 @@ def _plain(name: str, value: Any) -> Any:
 def _fact(name: str, value: Any) -> str:
     if name == "tokens_per_second":
         return f"{float(value):,.0f} tokens/s"
+    if name == "mfu":
+        return f"MFU {100 * float(value):.1f} %"
     if name == "loss":
         return f"loss {float(value):.4f}"
     shown = value if isinstance(value, (str, int)) else f"{float(value):.4g}"

@@ -45,6 +45,7 @@ class Program:
     mesh       None on a single device of this process: nothing is placed then
     attention  the kernel that this comes to, and why
     base       shapes of the base tree
+    skip_nonfinite  as `train_step` takes it
     """
 
     model: Model
@@ -54,6 +55,7 @@ class Program:
     mesh: Mesh | None
     attention: tuple[Kernel, str]
     base: PyTree
+    skip_nonfinite: bool = False
 
     @cached_property
     def shapes(self) -> tuple[TrainState, Params]:
@@ -73,7 +75,13 @@ class Program:
     @cached_property
     def jitted(self) -> Any:
         """The step, (state, batch, frozen) -> (state, metrics), to be traced `on_mesh`; the state is donated."""
-        step = partial(train_step, model=self.model, tx=self.tx, orthogonality=self.orthogonality)
+        step = partial(
+            train_step,
+            model=self.model,
+            tx=self.tx,
+            orthogonality=self.orthogonality,
+            skip_nonfinite=self.skip_nonfinite,
+        )
         if self.mesh is None:
             return jax.jit(step, donate_argnums=0)
         state = jax.tree.map(lambda leaf: leaf.sharding, self.shapes[0])
@@ -152,6 +160,7 @@ def make_program(
             kv_heads=features.kv_heads,
             head_dim=features.head_dim,
             dtype=jax.tree.leaves(base)[0].dtype,
+            softcap=features.attn_softcap,
             mesh=mesh if mesh is not None and mesh.size > 1 else None,
         )
     model = Model(features, plan, config.remat, config.train_base, config.attention, config.mesh.split_sequence)
@@ -159,7 +168,7 @@ def make_program(
     params = Params(base, steering_shapes(plan, features))
     labels = param_labels(params, plan, train_base=config.train_base, frozen=config.freeze)
     tx = make_optimizer(config.optim, labels, steps, plan, orthogonality)
-    return Program(model, tx, orthogonality, labels, mesh, attention, base)
+    return Program(model, tx, orthogonality, labels, mesh, attention, base, config.nonfinite == "skip")
 
 
 def mesh_of(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh | None:

@@ -49,6 +49,11 @@ class RunFolder:
         return self.folder / "steering.safetensors"
 
     @property
+    def profile(self) -> Path:
+        """Folder of profiler traces."""
+        return self.folder / "profile"
+
+    @property
     def summary(self) -> Path:
         """What came out of the run, JSON."""
         return self.folder / "summary.json"

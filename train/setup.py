@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxsteer.flops import step_flops
 from jaxsteer.io import LoadedModel
+from jaxsteer.models.attention import causal_share
 from jaxsteer.models.transformer import Model
 from jaxsteer.optim import Params, merge, split
 from jaxsteer.orthogonality import Orthogonality
@@ -73,6 +75,12 @@ class Training:
         place = self.program.placement
         own = place.own_rows(rows)
         return place.batch(step_batch(config, self.data, step, own), rows, own.start)
+
+    def flops(self, config: TrainConfig, supervised: float) -> float:
+        """Useful floating-point operations of a step with so many supervised tokens, padding counted as tokens."""
+        share = causal_share(config.row_length, self.program.attention[0])
+        length = config.row_length
+        return step_flops(self.model, config.rows, length, round(supervised), causal_share=share).useful
 
     def params(self, state: TrainState) -> Params:
         """The whole base and steering trees of a state."""

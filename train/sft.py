@@ -6,8 +6,6 @@ metrics, checkpoints, a portable steering file, the answers before and after, a 
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io import LoadedModel, fingerprint, save_hf, save_steering
-from jaxsteer.optim import Params
-from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.steering import plan_to_json
 from jaxsteer.types import Steering
 from train.base_models import load
@@ -25,50 +21,19 @@ from train.checkpoints import open_checkpoints
 from train.config import TrainConfig, from_command_line, run_main
 from train.distributed import console, fetch, is_first, join, on_first
 from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
-from train.machine import device_summary, enable_compilation_cache, peak_memory_bytes
+from train.machine import device_summary, enable_compilation_cache, peak_flops, peak_memory_bytes
 from train.metrics import MetricsWriter, progress, read_metrics
+from train.nonfinite import describe, is_finite, sources
+from train.outcome import Result, bare, notes_of, write_outcome
 from train.placement import place_on
-from train.plots import plot_overlap, plot_training
 from train.preemption import preemption
+from train.profiling import Profiler
 from train.report import print_facts, print_result
-from train.run_folder import RunFolder, open_run, write_json
+from train.run_folder import RunFolder, open_run
 from train.scoring import Accuracy
 from train.setup import Training, make_training, to_floats
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came out of a run. seconds and tokens_per_second are of the training alone, the latter after compilation."""
-
-    run: RunFolder
-    params: Params
-    before: list[Decoded]
-    after: list[Decoded]
-    trainable: int
-    total: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory: int
-    example: str
-
-    def summary(self) -> dict[str, Any]:
-        """For summary.json: shares from 0 to 1, bytes, seconds."""
-
-        def rate(decoded: list[Decoded]) -> dict[str, Any] | None:
-            if not decoded:
-                return None
-            found = accuracy_of(decoded)
-            return {"value": found.rate, "interval": list(found.interval), "examples": found.total}
-
-        return {
-            "accuracy_before": rate(self.before),
-            "accuracy_after": rate(self.after),
-            "trainable_parameters": self.trainable,
-            "trainable_share": self.trainable / self.total,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens_per_second,
-            "peak_memory_bytes": self.peak_memory,
-        }
+from train.speed import Speed
+from train.trackers import check_trackers, open_trackers
 
 
 def train(config: TrainConfig, initial: Steering | None = None) -> Result | None:
@@ -83,6 +48,7 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
         FloatingPointError: the loss is not finite; the last good checkpoint is kept.
     """
     enable_compilation_cache()
+    check_trackers(config.track)
 
     # ---- run folder
     run = _open(config)
@@ -117,7 +83,11 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
             start = 0
 
         resume_at = (start or -1) if config.resume else None
-        with MetricsWriter(run.metrics if is_first() else None, resume_at=resume_at) as writer:
+        profiler = Profiler(config.profile, run.profile, start, training.steps)
+        shown_at = config.track if is_first() else ()
+        trackers = open_trackers(shown_at, run.folder, config.to_json(), resume_at=resume_at)
+        metrics_path = run.metrics if is_first() else None
+        with profiler, MetricsWriter(metrics_path, resume_at=resume_at, trackers=trackers) as writer:
             # ---- before
             validation = _prompts(config, loaded, "validation", config.validation_examples)
             test = _prompts(config, loaded, "test", config.test_examples)
@@ -126,51 +96,51 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
                 _validate(config, training, loaded, training.state, validation, writer, 0, untouched=True)
 
             # ---- loop
-            step_fn = training.step
-            began, timed_from, tokens, timed_tokens = time.perf_counter(), None, 0.0, 0.0
+            step_fn, skipped = training.step, on_first(lambda: _skipped(run))
+            peak = peak_flops(training.program.mesh, jax.tree.leaves(loaded.base)[0].dtype)
+            speed = Speed(lambda supervised: training.flops(config, supervised), peak)
             with progress(training.steps, "Training", start=start) as bar:
                 for step in range(start, training.steps):
+                    profiler.before(step + 1)
                     batch = training.batch(config, step)
                     state, metrics = step_fn(state, batch, training.frozen)
                     done, values = step + 1, to_floats(metrics)
-                    if not np.isfinite([values["loss"], values["grad_norm"]]).all():
-                        checkpoints.wait()
-                        raise FloatingPointError(
-                            f"step {done}: the loss is {values['loss']}, the gradient's norm {values['grad_norm']}. "
-                            f"Stopped; the last good checkpoint is step {max(checkpoints.steps(), default='none')} in "
-                            f"{run.checkpoints}. A lower --optim.lr or a smaller --optim.clip usually helps."
-                        )
-                    now = time.perf_counter()
-                    tokens += values["tokens"]
-                    if timed_from is None:  # the first step compiles
-                        timed_from = now
-                    else:
-                        timed_tokens += values["tokens"]
-                    speed = timed_tokens / (now - timed_from) if timed_tokens else tokens / (now - began)
-                    writer.write(done, **values, tokens_per_second=speed)
-                    shown = {"overlap": float(np.mean(values["overlap"]))} if "overlap" in values else {}
-                    bar.update(done, loss=values["loss"], **shown, tokens_per_second=speed)
+                    rates = speed.step(values)
+                    finite = is_finite(values)
+                    if not finite:
+                        values["examples"] = sources(training.data, step)
+                        skipped += config.nonfinite == "skip"
+                    counted = {"skipped": skipped} if skipped else {}
+                    writer.write(done, **values, **rates, **counted)
+                    if not finite:
+                        happened = describe(done, values, values["examples"])
+                        if config.nonfinite == "stop" or skipped > config.max_skipped:
+                            checkpoints.wait()
+                            raise FloatingPointError(_stopped(config, happened, checkpoints))
+                        bar.note(f"Skipped {happened}.")
+                    bar.update(done, **_facts(values, rates), **counted)
+                    if traced := profiler.after(done, state):
+                        bar.note(traced)
 
                     # ---- evaluation and checkpoint
-                    last = done == training.steps
-                    measured: dict[str, float] = {}
-                    pause = time.perf_counter()
-                    if validation and config.evaluate_every and (done % config.evaluate_every == 0 or last):
-                        found = _validate(config, training, loaded, state, validation, writer, done)
-                        bar.note(f"step {done}: validation accuracy {found}")
-                        measured["accuracy"] = found.rate
-                    elif not config.evaluate_every:
-                        measured["loss"] = values["loss"]
-                    stopping = stop.requested(done)
-                    if done % config.checkpoint_every == 0 or last or stopping:
-                        checkpoints.save(done, _trees(state), meta, measured, force=True)
-                    paused = time.perf_counter() - pause
-                    timed_from, began = timed_from + paused, began + paused
+                    with speed.pause():
+                        last = done == training.steps
+                        measured: dict[str, float] = {}
+                        if validation and config.evaluate_every and (done % config.evaluate_every == 0 or last):
+                            found = _validate(config, training, loaded, state, validation, writer, done)
+                            bar.note(f"step {done}: validation accuracy {found}")
+                            measured["accuracy"] = found.rate
+                        elif not config.evaluate_every:
+                            measured["loss"] = values["loss"]
+                        stopping = stop.requested(done)
+                        if done % config.checkpoint_every == 0 or last or stopping:
+                            checkpoints.save(done, _trees(state), meta, measured, force=True)
                     if stopping and not last:
                         checkpoints.wait()
                         bar.note(f"Asked to stop: saved at step {done}. Add --resume to go on.")
                         return None
-            seconds = time.perf_counter() - began
+            if skipped:
+                console().print(f"{skipped} steps were skipped: the lines of {run.metrics} with 'examples' say which.")
 
     # ---- what is kept
     params = training.params(state)
@@ -182,7 +152,7 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
             training.model.plan,
             model_name=config.model,
             config=loaded.config,
-            notes=_notes(config),
+            notes=notes_of(config),
         )
     if config.train_base:
         base = fetch(params.base)
@@ -191,14 +161,22 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
 
     # ---- after
     after = _answer(config, training, loaded, params.base, params.steering, test, "Evaluating after")
-    rate = timed_tokens / (began + seconds - timed_from) if timed_from and timed_tokens else 0.0
     example = config.task.load("test")[-1].turns[0].text if test else ""
-    example = _bare(example, config.task.template)
+    example = bare(example, config.task.template)
     result = Result(
-        run, params, before, after, training.trainable, training.total, seconds, rate, peak_memory_bytes(), example
+        run,
+        params,
+        before,
+        after,
+        training.trainable,
+        training.total,
+        speed.seconds,
+        speed.tokens_per_second,
+        peak_memory_bytes(),
+        example,
     )
     if is_first():
-        _write_outcome(config, training, result, steering)
+        write_outcome(config, training, result, steering)
     return result
 
 
@@ -214,22 +192,26 @@ def _open(config: TrainConfig) -> RunFolder:
     return run
 
 
-def _write_outcome(config: TrainConfig, training: Training, result: Result, steering: Steering) -> None:
-    """Answers, summary and plots of a finished run."""
-    run, after = result.run, result.after
-    write_answers(run.folder / "answers_after.jsonl", after)
-    write_json(run.summary, result.summary())
-    rows = read_metrics(run.metrics)
-    evaluations = [(r["step"], r["accuracy"], r["low"], r["high"]) for r in rows if "accuracy" in r]
-    if after:
-        found = accuracy_of(after)
-        evaluations = evaluations or [(training.steps, found.rate, *found.interval)]
-    title = f"{config.model}: {', '.join(config.plan) or 'base'}"
-    plot_training(rows, run.plot, evaluations=evaluations, title=title)
-    if shared := [(row["step"], row["overlap"]) for row in rows if row.get("overlap")]:
-        chance = chance_overlap(training.model.plan, steering, training.orthogonality)
-        steps, overlaps = zip(*shared, strict=True)
-        plot_overlap(run.folder / "overlap.png", steps, np.array(overlaps), chance=chance, title=title)
+def _facts(values: dict[str, Any], rates: dict[str, float]) -> dict[str, float]:
+    """What the status line shows of a step."""
+    overlap = {"overlap": float(np.mean(values["overlap"]))} if "overlap" in values else {}
+    shown = {name: rate for name, rate in rates.items() if name != "step_seconds"}
+    return {"loss": values["loss"], "grad_norm": values["grad_norm"], **overlap, **shown}
+
+
+def _skipped(run: RunFolder) -> int:
+    """Steps skipped before the run was resumed."""
+    return max((row.get("skipped", 0) for row in read_metrics(run.metrics)), default=0)
+
+
+def _stopped(config: TrainConfig, happened: str, checkpoints: Any) -> str:
+    """Why a run stops at a step that is not finite, and what can be done."""
+    limit = f" That is one more than --max-skipped {config.max_skipped} allows." * (config.nonfinite == "skip")
+    return (
+        f"{happened}.{limit} Stopped; the last good checkpoint is step "
+        f"{max(checkpoints.steps(), default='none')} in {checkpoints.folder}. A lower --optim.lr or a smaller "
+        "--optim.clip usually helps; --resume --nonfinite skip goes on without such steps."
+    )
 
 
 def _spread(training: Training) -> dict[str, str]:
@@ -333,23 +315,6 @@ def _validate(
     low, high = found.interval
     writer.write(step, accuracy=found.rate, low=low, high=high)
     return found
-
-
-def _bare(prompt: str, template: str) -> str:
-    """What a person typed of a prompt: the template taken off."""
-    before, _, after = template.partition("{prompt}")
-    return prompt.removeprefix(before).removesuffix(after)
-
-
-def _notes(config: TrainConfig) -> dict[str, Any]:
-    """How the steering was trained to be asked, for whoever loads the file."""
-    task = config.task
-    return {
-        "template": task.template,
-        "chat": task.chat,
-        "max_new_tokens": task.max_new_tokens,
-        "config": config.to_json(),
-    }
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
     ):
         if (value := left.pop(key, expected)) != expected:
             raise ValueError(f"{where}: {prefix}{key} is {value!r}; only {expected} is supported for this model")
-    flags = {row.when: row.gguf.replace("{i}", "0") in file.tensors for row in family.rows if row.when}
+    flags: dict[str, Any] = {row.when: row.gguf.replace("{i}", "0") in file.tensors for row in family.rows if row.when}
     flags |= {row.unless: row.gguf not in file.tensors for row in family.rows if row.unless}
     theta = number("rope.freq_base", 10_000.0, float)
     kind, factor = left.pop("rope.scaling.type", "none"), left.pop("rope.scaling.factor", 1.0)
@@ -72,6 +72,7 @@ def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
         rope_theta=theta,
         rope_scaling=_scaling(file, theta, head_dim, kind, left.pop("rope.scale_linear", factor), where),
         max_length=number("context_length"),
+        **family.features,
         **flags,
     )
     for key, value in left.items():

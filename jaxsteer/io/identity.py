@@ -28,6 +28,7 @@ def config_from_json(data: dict[str, Any]) -> ModelConfig:
     try:
         if values.get("rope_scaling") is not None:
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return ModelConfig(**values)
     except TypeError as error:
         raise ValueError(f"model config: {error}") from None

@@ -1,10 +1,12 @@
-"""Attention behind one function: softmax(q kᵀ / √H + mask) v, grouped heads, segments, causal by position.
+"""Attention behind one function: softmax(q kᵀ / √H + mask) v, grouped heads, segments, causal by position, and
+where a family has them: another scale, soft-capped scores, a window.
 
 Several kernels compute it; `choose_attention` says which one runs where.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -43,14 +45,42 @@ class Span(NamedTuple):
     positions: Array
 
 
-def visible(query: Span, key: Span) -> Array:
-    """Which keys a query reads: its own segment (never padding), none later than itself. [..., T, S] bool."""
+class Scores(NamedTuple):
+    """How scores come from queries and keys.
+
+    scale    factor on q · k; None = 1/√H
+    softcap  scores s become c · tanh(s / c)
+    window   a query reads so many tokens, itself included
+    local    whether the window holds in this layer, a bool or bool []
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+    local: Array | bool = True
+
+    def queries(self, q: Array) -> Array:
+        """Scaled, so that q · k is the score."""
+        return q * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
+
+
+PLAIN = Scores()
+
+
+def visible(query: Span, key: Span, scores: Scores = PLAIN) -> Array:
+    """Which keys a query reads: its own segment (never padding), none later than itself or outside of the window.
+
+    Bool [..., T, S].
+    """
     same = query.segments[..., :, None] == key.segments[..., None, :]
-    past = query.positions[..., :, None] >= key.positions[..., None, :]
-    return same & past & (key.segments[..., None, :] > 0)
+    distance = query.positions[..., :, None] - key.positions[..., None, :]
+    seen = same & (distance >= 0) & (key.segments[..., None, :] > 0)
+    if scores.window is not None:
+        seen &= (distance < scores.window) | jnp.logical_not(scores.local)
+    return seen
 
 
-def attend_row(q: Array, k: Array, v: Array, query: Span, key: Span) -> Array:
+def attend_row(q: Array, k: Array, v: Array, query: Span, key: Span, how: Scores = PLAIN) -> Array:
     """Attention of one row as plain matmuls: q [T, N, H], k and v [S, K, H] -> [T, N, H].
 
     Query head n reads key/value head n // (N / K). Scores and softmax in at least fp32. A query that sees nothing
@@ -58,10 +88,12 @@ def attend_row(q: Array, k: Array, v: Array, query: Span, key: Span) -> Array:
     """
     T, N, H = q.shape
     S, K, _ = k.shape
-    q = (q * H**-0.5).transpose(1, 0, 2).reshape(K, N // K * T, H)  # the query heads of a group share one matmul
+    q = how.queries(q).transpose(1, 0, 2).reshape(K, N // K * T, H)  # the query heads of a group share one matmul
     scores = jnp.einsum("kth,skh->kts", q, k, preferred_element_type=np.promote_types(q.dtype, np.float32))
+    if how.softcap is not None:
+        scores = how.softcap * jnp.tanh(scores / how.softcap)
     # Added, not selected: a sum has no derivative to compute, and a masked weight of 0 passes none on.
-    bias = jnp.where(visible(query, key), 0.0, 0.5 * np.finfo(scores.dtype).min).astype(scores.dtype)
+    bias = jnp.where(visible(query, key, how), 0.0, 0.5 * np.finfo(scores.dtype).min).astype(scores.dtype)
     scores = scores.reshape(K, N // K, T, S) + bias[None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(K, N // K * T, S)
     return jnp.einsum("kts,skh->kth", weights, v).reshape(N, T, H).transpose(1, 0, 2)
@@ -82,7 +114,7 @@ def causal_share(length: int, kernel: Kernel) -> float:
     return sum((stop - start) * stop for start, stop in pairwise(edges)) / length**2
 
 
-def attend_causal_row(q: Array, k: Array, v: Array, span: Span) -> Array:
+def attend_causal_row(q: Array, k: Array, v: Array, span: Span, how: Scores = PLAIN) -> Array:
     """`attend_row` of a row on itself, in blocks of queries that stop at the last key they may see.
 
     Tokens of an example stand in order within a row, so no query sees a key to its right: with four blocks that saves
@@ -92,13 +124,13 @@ def attend_causal_row(q: Array, k: Array, v: Array, span: Span) -> Array:
     upto = lambda stop, start=0: Span(span.segments[start:stop], span.positions[start:stop])
     return jnp.concatenate(
         [
-            attend_row(q[start:stop], k[:stop], v[:stop], upto(stop, start), upto(stop))
+            attend_row(q[start:stop], k[:stop], v[:stop], upto(stop, start), upto(stop), how)
             for start, stop in pairwise(edges)
         ]
     )
 
 
-def attend_in_chunks(q: Array, k: Array, v: Array, span: Span) -> Array:
+def attend_in_chunks(q: Array, k: Array, v: Array, span: Span, how: Scores = PLAIN) -> Array:
     """Rows on themselves, a chunk of queries at a time: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]."""
     B, T, N, H = q.shape
     chunks = -(-T // CHUNK)
@@ -107,19 +139,34 @@ def attend_in_chunks(q: Array, k: Array, v: Array, span: Span) -> Array:
         x = jnp.pad(x, ((0, 0), (0, chunks * CHUNK - T)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(B, chunks, CHUNK, *x.shape[2:]).swapaxes(0, 1)
 
-    attend = jax.checkpoint(lambda some, at: jax.vmap(attend_row)(some, k, v, at, span), prevent_cse=False)
+    attend = jax.checkpoint(lambda some, at: _rows(some, k, v, at, span, how), prevent_cse=False)
     _, out = jax.lax.scan(lambda _, xs: (None, attend(*xs)), None, (cut(q), Span(*map(cut, span))))
     return out.swapaxes(0, 1).reshape(B, chunks * CHUNK, N, H)[:, :T]
 
 
-def attend_cudnn(q: Array, k: Array, v: Array, span: Span) -> Array:
+def _rows(q: Array, k: Array, v: Array, query: Span, key: Span, how: Scores) -> Array:
+    """`attend_row` of every row of a batch."""
+    return jax.vmap(partial(attend_row, how=how))(q, k, v, query, key)
+
+
+def attend_cudnn(q: Array, k: Array, v: Array, span: Span, how: Scores = PLAIN) -> Array:
     """Rows on themselves by cuDNN's fused kernel; q, k, v in half precision."""
-    seen = visible(span, span) | jnp.eye(q.shape[1], dtype=bool)[None]  # a query that sees nothing would be 0 / 0
-    return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], implementation="cudnn")
+    # A query that sees nothing would be 0 / 0.
+    seen = visible(span, span, how) | jnp.eye(q.shape[1], dtype=bool)[None]
+    return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=how.scale, implementation="cudnn")
 
 
 def choose_attention(
-    platform: str, *, rows: int, length: int, heads: int, kv_heads: int, head_dim: int, dtype: Any, mesh: Any = None
+    platform: str,
+    *,
+    rows: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: Any,
+    mesh: Any = None,
+    softcap: float | None = None,
 ) -> tuple[Kernel, str]:
     """The kernel for rows that attend to themselves, and why.
 
@@ -129,6 +176,7 @@ def choose_attention(
         heads, kv_heads, head_dim: N, K, H.
         dtype: of q, k and v.
         mesh: with the axes of `jaxsteer.sharding`; None for a single device.
+        softcap: of the scores, see `Scores`.
     """
     plain: Kernel = "chunked" if length > CHUNK else "dense"
     if platform == "cpu":
@@ -142,13 +190,23 @@ def choose_attention(
     if platform == "gpu":
         if jnp.dtype(dtype).itemsize != 2:
             return plain, f"cuDNN's kernel needs half precision, not {jnp.dtype(dtype).name}"
+        if softcap is not None:
+            return plain, "cuDNN's kernel has no soft-cap of the scores"
         if head_dim % 8 or head_dim > 128:
             return plain, f"cuDNN's kernel needs a head_dim that 8 divides, 128 at most; got {head_dim}"
         return "cudnn", "NVIDIA: fused"
     return plain, f"no kernel of its own for {platform}"
 
 
-def attention(q: Array, k: Array, v: Array, query: Span, key: Span | None = None, kernel: Kernel = "auto") -> Array:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    query: Span,
+    key: Span | None = None,
+    kernel: Kernel = "auto",
+    scores: Scores = PLAIN,
+) -> Array:
     """Causal grouped-query attention within segments: q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
 
     `key` tells where cached keys stand; without it the row attends to itself, by `kernel`. On one CPU the batch is
@@ -163,17 +221,36 @@ def attention(q: Array, k: Array, v: Array, query: Span, key: Span | None = None
     mesh, platform = current_mesh(), current_platform()
     if key is not None:
         if platform == "cpu" and mesh is None and q.shape[1] > 1:
-            return jax.lax.map(lambda row: attend_row(*row), (q, k, v, query, key), batch_size=CPU_ROWS)
-        return jax.vmap(attend_row)(q, k, v, query, key)
+            row = partial(attend_row, how=scores)
+            return jax.lax.map(lambda each: row(*each), (q, k, v, query, key), batch_size=CPU_ROWS)
+        return _rows(q, k, v, query, key, scores)
     if kernel == "auto":
         (B, T, N, H), K = q.shape, k.shape[2]
         kernel, _ = choose_attention(
-            platform, rows=B, length=T, heads=N, kv_heads=K, head_dim=H, dtype=q.dtype, mesh=mesh
+            platform,
+            rows=B,
+            length=T,
+            heads=N,
+            kv_heads=K,
+            head_dim=H,
+            dtype=q.dtype,
+            mesh=mesh,
+            softcap=scores.softcap,
         )
     if kernel == "rows":
-        return jax.lax.map(jax.checkpoint(lambda row: attend_causal_row(*row)), (q, k, v, query), batch_size=CPU_ROWS)
+        one = jax.checkpoint(partial(attend_causal_row, how=scores))
+        return jax.lax.map(lambda row: one(*row), (q, k, v, query), batch_size=CPU_ROWS)
     if kernel == "splash":
-        return splash_attention(q, k, v, query.segments, interpret=platform == "cpu")
+        kernel_of = lambda window: partial(
+            splash_attention, softcap=scores.softcap, window=window, interpret=platform == "cpu"
+        )
+        operands = (scores.queries(q), k, v, query.segments)
+        if isinstance(scores.local, bool):
+            return kernel_of(scores.window if scores.local else None)(*operands)
+        # Its mask is static: one kernel for local layers, one for the others.
+        return jax.lax.cond(scores.local, kernel_of(scores.window), kernel_of(None), *operands)
     if kernel == "cudnn":
-        return attend_cudnn(q, k, v, query)
-    return attend_in_chunks(q, k, v, query) if kernel == "chunked" else jax.vmap(attend_row)(q, k, v, query, query)
+        return attend_cudnn(q, k, v, query, scores)
+    if kernel == "chunked":
+        return attend_in_chunks(q, k, v, query, scores)
+    return _rows(q, k, v, query, query, scores)

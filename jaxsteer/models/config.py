@@ -45,6 +45,34 @@ class ModelConfig:
     attn_bias: bool = False
     mlp_bias: bool = False
     max_length: int = 2048
+    qkv_bias: bool = False
+    """Biases of q, k and v alone, where attn_bias adds one to the output too."""
+    qk_norm: Literal["none", "head", "whole"] = "none"
+    """RMSNorm of queries and keys before they are rotated: of each head, or of all heads of a token together."""
+    pre_norm: bool = True
+    """Norm of the residual stream in front of attention and MLP."""
+    post_norm: bool = False
+    """Norm of what attention and MLP add to the residual stream."""
+    norm_plus_one: bool = False
+    """RMSNorms multiply by 1 + scale."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the MLP's gate."""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by √D."""
+    query_scale: float | None = None
+    """Factor on the scores; None = 1/√H."""
+    attn_softcap: float | None = None
+    """Scores s become c · tanh(s / c)."""
+    final_softcap: float | None = None
+    """The same for logits."""
+    window: int | None = None
+    """Local layers attend to so many tokens, themselves included."""
+    local_layers: tuple[bool, ...] = ()
+    """Which layers are local, one each; () = all, if there is a window."""
+    local_rope_theta: float | None = None
+    """Rotary base of local layers, without scaling; None = as the others."""
+    unrotated_layers: tuple[bool, ...] = ()
+    """Layers without rotary positions, one each; () = none."""
 
     def __post_init__(self) -> None:
         """Reject shapes that no model of this architecture can have."""
@@ -58,6 +86,14 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model config: rotary positions need an even head_dim, got {self.head_dim}")
+        for name in ("local_layers", "unrotated_layers"):
+            if (count := len(getattr(self, name))) not in (0, self.layers):
+                raise ValueError(f"model config: {name} names {count} layers, the model has {self.layers}")
+        for name in ("window", "query_scale", "attn_softcap", "final_softcap", "local_rope_theta"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"model config: {name} must be above 0, got {value}")
+        if self.window is None and (self.local_layers or self.local_rope_theta is not None):
+            raise ValueError("model config: local layers need a window")
 
 
 def site_dims(config: ModelConfig, site: str) -> SiteDims:

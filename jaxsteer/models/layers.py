@@ -7,6 +7,8 @@ on with. That call is the whole of what a model knows about interventions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxsteer.models.attention import Kernel, Span, attention
+from jaxsteer.models.attention import Kernel, Scores, Span, attention
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.types import Array, Cache
 
@@ -51,11 +53,15 @@ class LayerCache(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the blocks share besides the residual stream: sin, cos [B, T, H/2] and the tokens' places."""
+    """What a block reads besides the residual stream.
+
+    sin, cos [B, T, H/2] · the tokens' places · whether the layer attends within the window, a bool or bool []
+    """
 
     sin: Array
     cos: Array
     span: Span
+    local: Array | bool = True
 
 
 def at_least_fp32(x: Array) -> Array:
@@ -68,15 +74,17 @@ def over_last_axis(vector: Array, ndim: int) -> Array:
     return vector.reshape((1,) * (ndim - 1) + vector.shape)
 
 
-def rotary_frequencies(config: ModelConfig) -> Array:
+def rotary_frequencies(config: ModelConfig, *, local: bool = False) -> Array:
     """Angular frequency of each pair of rotary dimensions, radians a token, fp32 [H/2].
 
-    θ^(−2i/H), stretched as `config.rope_scaling` says (Llama 3.1: transformers' `rope_type: llama3`).
+    θ^(−2i/H), stretched as `config.rope_scaling` says (Llama 3.1: transformers' `rope_type: llama3`); those of the
+    local layers, where they have a θ of their own, unstretched.
     """
     half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**half)
+    own = config.local_rope_theta if local else None
+    frequencies = 1.0 / ((own or config.rope_theta) ** half)
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or own is not None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
@@ -86,10 +94,29 @@ def rotary_frequencies(config: ModelConfig) -> Array:
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
-def rotary_angles(config: ModelConfig, positions: Array) -> tuple[Array, Array]:
+def rotary_angles(config: ModelConfig, positions: Array, *, local: bool = False) -> tuple[Array, Array]:
     """(sin, cos) of position × frequency: positions [B, T] -> two fp32 [B, T, H/2]."""
-    angles = jnp.einsum("bt,h->bth", positions.astype(jnp.float32), rotary_frequencies(config))
+    angles = jnp.einsum("bt,h->bth", positions.astype(jnp.float32), rotary_frequencies(config, local=local))
     return jnp.sin(angles), jnp.cos(angles)
+
+
+def layer_inputs(config: ModelConfig, span: Span) -> Callable[[Array], Inputs]:
+    """What each block reads besides the residual stream, by the layer's index; computed once for all layers."""
+    turned = rotary_angles(config, span.positions)
+    turned_locally = turned if config.local_rope_theta is None else rotary_angles(config, span.positions, local=True)
+
+    def of(layer: Array) -> Inputs:
+        flag = lambda layers: jnp.array(layers)[layer]
+        local = flag(config.local_layers) if config.local_layers else config.window is not None
+        sin, cos = turned
+        if config.local_rope_theta is not None:
+            sin, cos = (jnp.where(local, a, b) for a, b in zip(turned_locally, turned, strict=True))
+        if config.unrotated_layers:
+            still = flag(config.unrotated_layers)
+            sin, cos = jnp.where(still, 0.0, sin), jnp.where(still, 1.0, cos)
+        return Inputs(sin, cos, span, local)
+
+    return of
 
 
 def rotate(x: Array, sin: Array, cos: Array) -> Array:
@@ -103,17 +130,24 @@ def rotate(x: Array, sin: Array, cos: Array) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale over the last axis, the statistic in at least fp32 (Zhang & Sennrich 2019)."""
+    """x / rms(x) · scale over the last axis, the statistic in at least fp32 (Zhang & Sennrich 2019).
+
+    With plus_one the factor is 1 + scale (Gemma).
+    """
 
     eps: float
+    plus_one: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """X [..., D] -> [..., D], in x's dtype."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        start = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],))
         wide = at_least_fp32(x)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * over_last_axis(scale.astype(wide.dtype), wide.ndim)).astype(x.dtype)
+        factor = scale.astype(wide.dtype)
+        factor = 1.0 + factor if self.plus_one else factor
+        return (wide * over_last_axis(factor, wide.ndim)).astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -150,24 +184,34 @@ class Attention(nn.Module):
         B, T, _ = x.shape
 
         def project(name: str, heads: int) -> Array:
-            y = Projection(heads * c.head_dim, c.attn_bias, f"attn.{name}", name=name)(x, steer)
-            return y.reshape(B, T, heads, c.head_dim)
+            y = Projection(heads * c.head_dim, c.attn_bias or c.qkv_bias, f"attn.{name}", name=name)(x, steer)
+            if name == "v" or c.qk_norm == "none":
+                return y.reshape(B, T, heads, c.head_dim)
+            norm = RMSNorm(c.norm_eps, c.norm_plus_one, name=f"{name}_norm")
+            if c.qk_norm == "whole":
+                return norm(y).reshape(B, T, heads, c.head_dim)
+            return norm(y.reshape(B, T, heads, c.head_dim))
 
         q = rotate(project("q", c.heads), inputs.sin, inputs.cos)
         k = rotate(project("k", c.kv_heads), inputs.sin, inputs.cos)
         v = project("v", c.kv_heads)
+        scores = Scores(c.query_scale, c.attn_softcap, c.window, inputs.local)
         if cache is None:
-            heads = attention(q, k, v, inputs.span, kernel=self.kernel)
+            heads = attention(q, k, v, inputs.span, kernel=self.kernel, scores=scores)
         else:
             cache = cache.write(k, v)
-            heads = attention(q, *cache.read(x.dtype), inputs.span, Span(cache.cache.segments, cache.cache.positions))
+            there = Span(cache.cache.segments, cache.cache.positions)
+            heads = attention(q, *cache.read(x.dtype), inputs.span, there, scores=scores)
         heads = steer("attn.heads", x, heads)
         y = Projection(c.width, c.attn_bias, "attn.o", name="o")(heads.reshape(B, T, -1), steer)
-        return steer("attn", x, y), cache
+        return steer("attn", x, _post_norm(c, y)), cache
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
 
 
 class MLP(nn.Module):
-    """Gated MLP, (silu(x W_gate) ⊙ x W_up) W_down (Shazeer 2020)."""
+    """Gated MLP, (act(x W_gate) ⊙ x W_up) W_down (Shazeer 2020)."""
 
     config: ModelConfig
 
@@ -177,12 +221,17 @@ class MLP(nn.Module):
         c = self.config
         gate = Projection(c.mlp_width, c.mlp_bias, "mlp.gate", name="gate")(x, steer)
         up = Projection(c.mlp_width, c.mlp_bias, "mlp.up", name="up")(x, steer)
-        y = Projection(c.width, c.mlp_bias, "mlp.down", name="down")(nn.silu(gate) * up, steer)
-        return steer("mlp", x, y)
+        y = Projection(c.width, c.mlp_bias, "mlp.down", name="down")(ACTIVATIONS[c.activation](gate) * up, steer)
+        return steer("mlp", x, _post_norm(c, y))
+
+
+def _post_norm(config: ModelConfig, y: Array) -> Array:
+    """A sublayer's output, normalised where the model does so before it is added to the residual stream."""
+    return RMSNorm(config.norm_eps, config.norm_plus_one, name="post_norm")(y) if config.post_norm else y
 
 
 class Block(nn.Module):
-    """One transformer block: h + attention(norm h), then + MLP(norm ·)."""
+    """One transformer block: h + attention(norm h), then + MLP(norm ·); norms where the family has them."""
 
     config: ModelConfig
     kernel: Kernel = "auto"
@@ -193,17 +242,16 @@ class Block(nn.Module):
     ) -> tuple[Array, LayerCache | None]:
         """h [B, T, D], the residual stream -> the stream after the block, and the cache written to."""
         c = self.config
-        y, cache = Attention(c, self.kernel, name="attn")(
-            RMSNorm(c.norm_eps, name="attn_norm")(h), inputs, cache, steer
-        )
+        norm = lambda x, name: RMSNorm(c.norm_eps, c.norm_plus_one, name=name)(x) if c.pre_norm else x
+        y, cache = Attention(c, self.kernel, name="attn")(norm(h, "attn_norm"), inputs, cache, steer)
         middle = checkpoint_name(h + y, "residual")
-        x = steer("mlp.in", middle, RMSNorm(c.norm_eps, name="mlp_norm")(middle))
+        x = steer("mlp.in", middle, norm(middle, "mlp_norm"))
         out = checkpoint_name(middle + MLP(c, name="mlp")(x, steer), "residual")
         return steer("block", h, out), cache
 
 
 class Embed(nn.Module):
-    """Token embedding, E[tokens]."""
+    """Token embedding, E[tokens], times √D where the family scales it."""
 
     config: ModelConfig
 
@@ -212,4 +260,5 @@ class Embed(nn.Module):
         """Tokens [B, T] -> [B, T, D]."""
         shape = (self.config.vocab_size, self.config.width)
         embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
-        return jnp.take(embedding, tokens, axis=0)
+        h = jnp.take(embedding, tokens, axis=0)
+        return h * jnp.array(self.config.width**0.5, h.dtype) if self.config.scaled_embedding else h

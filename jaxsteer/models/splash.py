@@ -26,14 +26,26 @@ def splash_refusal(rows: int, length: int, kv_heads: int, row_shards: int, tenso
     return ""
 
 
-def splash_attention(q: Array, k: Array, v: Array, segments: Array, *, interpret: bool = False) -> Array:
+def splash_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array,
+    *,
+    softcap: float | None = None,
+    window: int | None = None,
+    interpret: bool = False,
+) -> Array:
     """Causal grouped-query attention within segments: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
 
     Tokens of an example stand in order within a row, so causal by index is causal by position. Padding attends to
     padding, which nothing reads. Reverse mode only.
 
     Args:
+        q: scaled, so that q · k is the score. k, v: as they are.
         segments: int32 [B, T], 0 = padding.
+        softcap: scores s become c · tanh(s / c).
+        window: a query reads so many tokens, itself included.
         interpret: emulate the kernel, for tests without a TPU.
 
     Raises:
@@ -56,9 +68,12 @@ def splash_attention(q: Array, k: Array, v: Array, segments: Array, *, interpret
         """The rows and heads of one device."""
         rows, _, heads, _ = q.shape
         kv_heads = k.shape[2]
-        mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * (heads // kv_heads))
-        one = kernels.make_splash_mqa_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
-        q = (q * H**-0.5).reshape(rows, T, kv_heads, -1, H).transpose(0, 2, 3, 1, 4)
+        seen = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+        mask = masks.MultiHeadMask([seen] * (heads // kv_heads))
+        one = kernels.make_splash_mqa_single_device(
+            mask=mask, block_sizes=sizes, attn_logits_soft_cap=softcap, interpret=interpret
+        )
+        q = q.reshape(rows, T, kv_heads, -1, H).transpose(0, 2, 3, 1, 4)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         row = lambda q, k, v, s: jax.vmap(one, (0, 0, 0, None))(q, k, v, kernels.SegmentIds(s, s))
         out = jax.vmap(row)(q, k, v, segments)  # [rows, K, G, T, H]

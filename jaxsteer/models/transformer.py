@@ -20,7 +20,7 @@ from jax import lax
 from jaxsteer.batches import select
 from jaxsteer.models.attention import Kernel, Span
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.layers import Block, Embed, Inputs, LayerCache, RMSNorm, rotary_angles
+from jaxsteer.models.layers import Block, Embed, LayerCache, RMSNorm, layer_inputs
 from jaxsteer.sharding import constrain
 from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Context, Output, Plan, PyTree, Steering, Taps
 
@@ -61,12 +61,12 @@ def init_base(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> PyTr
     tokens = jnp.zeros((1, 2), jnp.int32)
     h = jnp.zeros((1, 2, config.width), jnp.float32)
     span = Span(tokens + 1, jnp.arange(2)[None])
-    inputs = Inputs(*rotary_angles(config, span.positions), span)
+    inputs = layer_inputs(config, span)(jnp.zeros((), jnp.int32))
     init_block = lambda k: Block(config).init(k, h, inputs, None, _unsteered)["params"]
     base = {
         "embed": Embed(config).init(embed, tokens)["params"],
         "blocks": jax.vmap(init_block)(jax.random.split(blocks, config.layers)),
-        "final_norm": {"scale": jnp.ones(config.width)},
+        "final_norm": {"scale": jnp.full(config.width, 0.0 if config.norm_plus_one else 1.0)},
     }
     if not config.tied_head:
         base["head"] = Embed(config).init(head, tokens)["params"]
@@ -79,6 +79,13 @@ def output_embedding(base: PyTree) -> Array:
     Kept in this order, untied too: a transposed embedding would be copied at every use.
     """
     return base["head" if "head" in base else "embed"]["embedding"]
+
+
+def logits_of(hidden: Array, head: Array, softcap: float | None = None) -> Array:
+    """Hidden [..., D] times the output embedding [V, D] -> logits [..., V] in at least fp32, soft-capped if need be."""
+    wide = np.promote_types(hidden.dtype, np.float32)
+    logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=wide)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def init_cache(config: ModelConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:
@@ -133,7 +140,7 @@ def forward(
         )
 
     span = Span(batch.segments, batch.positions)
-    inputs = Inputs(*rotary_angles(config, batch.positions), span)
+    inputs_of = layer_inputs(config, span)
     masks = {slot.name: select(slot.positions, batch) for slot in plan}
     stream = ("rows", "sequence" if model.split_sequence else None, None)
     per_layer = _spread(plan, steering, config.layers)
@@ -158,12 +165,12 @@ def forward(
             return y
 
         at = None if cache is None else LayerCache(cache, layer)
-        h, at = Block(config, model.attention).apply({"params": weights}, h, inputs, at, steer)  # type: ignore[assignment]
+        h, at = Block(config, model.attention).apply({"params": weights}, h, inputs_of(layer), at, steer)  # type: ignore[assignment]
         return (constrain(h, *stream), None if at is None else at.cache), taps
 
     h = constrain(Embed(config).apply({"params": base["embed"]}, batch.tokens), *stream)  # type: ignore[arg-type]
     (h, cache), taps = _scan_blocks(model, block, base["blocks"], (h, cache), per_layer)
-    hidden: Array = RMSNorm(config.norm_eps).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
+    hidden: Array = RMSNorm(config.norm_eps, config.norm_plus_one).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
     if cache is not None:
         cache = cache._replace(used=cache.used + batch.tokens.shape[1])
     return Output(hidden, cache, taps)

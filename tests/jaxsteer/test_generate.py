@@ -8,8 +8,7 @@ from tiny import every_kind, fast_jit, random_steering, rows, run
 
 from jaxsteer import Model, Sampling, generate, make_batch
 from jaxsteer.generate import sample
-from jaxsteer.models.transformer import output_embedding
-from jaxsteer.objective import logits_of
+from jaxsteer.models.transformer import logits_of, output_embedding
 
 NEW = 6
 PROMPTS = [np.array([5, 9, 30, 31, 7]), np.array([11, 3, 42]), np.array([60])]

@@ -12,8 +12,8 @@ from tiny import close, fast_jit, identical, run
 from jaxsteer import Fixed, Linear, LoRA, Model, Nonlinear, Params, Positions, Slot, make_batch
 from jaxsteer.interventions import DiReFT, DoRA, LoReFT, RsLoRA
 from jaxsteer.io import load_model
-from jaxsteer.models.transformer import forward, output_embedding
-from jaxsteer.objective import Targets, cross_entropy, logits_of
+from jaxsteer.models.transformer import forward, logits_of, output_embedding
+from jaxsteer.objective import Targets, cross_entropy
 from jaxsteer.orthogonality import Orthogonality, overlap, project_orthogonal
 from jaxsteer.steering import only, steering_shapes
 from jaxsteer.types import PROJECTIONS, Context

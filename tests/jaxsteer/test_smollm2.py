@@ -7,8 +7,7 @@ import pytest
 from tiny import close
 
 from jaxsteer import Model, Nonlinear, Slot, forward, generate, init_steering, make_batch
-from jaxsteer.models.transformer import output_embedding
-from jaxsteer.objective import logits_of
+from jaxsteer.models.transformer import logits_of, output_embedding
 
 pytestmark = pytest.mark.xdist_group("smollm2")  # one worker loads it
 

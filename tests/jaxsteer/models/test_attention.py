@@ -11,7 +11,6 @@ from jax.sharding import AbstractMesh
 from jaxsteer.batches import make_batch
 from jaxsteer.models import attention as kernels
 from jaxsteer.models.attention import Span, attention, causal_share, choose_attention
-from jaxsteer.models.splash import splash_attention
 from jaxsteer.sharding import AXES
 
 
@@ -47,8 +46,7 @@ def test_xla_kernels_agree(kernel, monkeypatch):
 
 def test_splash_agrees():
     """The TPU's kernel, interpreted."""
-    splash = lambda q, k, v, span: splash_attention(q, k, v, span.segments, interpret=True)
-    compare(splash, partial(attention, kernel="dense"), 128)
+    compare(partial(attention, kernel="splash"), partial(attention, kernel="dense"), 128)
 
 
 def test_forward_mode_passes_through_xla_kernels():

@@ -1,0 +1,87 @@
+"""Gemma 2 (norms on both sides, soft-caps, every second layer local) and Gemma 3's text models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jaxsteer.models.families.table import (
+    DIMENSIONS,
+    EMBEDDING,
+    GENERAL_FIXED,
+    GENERAL_IGNORED,
+    Family,
+    Windows,
+    after_blocks,
+    gated_mlp,
+    norm,
+    projection,
+)
+
+_GELU = "gelu_pytorch_tanh"
+
+GEMMA2 = Family(
+    name="gemma2",
+    hf_type="gemma2",
+    hf_class="Gemma2ForCausalLM",
+    gguf="",
+    fields={
+        **DIMENSIONS,
+        "kv_heads": ("num_key_value_heads", 4),
+        "head_dim": ("head_dim", 256),
+        "tied_head": ("tie_word_embeddings", True),
+        "max_length": ("max_position_embeddings", 8192),
+        "query_scale": ("query_pre_attn_scalar", 256),
+        "attn_softcap": ("attn_logit_softcapping", 50.0),
+        "final_softcap": ("final_logit_softcapping", 30.0),
+    },
+    fixed={
+        **GENERAL_FIXED,
+        "hidden_activation": _GELU,
+        "hidden_act": _GELU,
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+    },
+    ignored=frozenset(GENERAL_IGNORED),
+    rows=(
+        EMBEDDING,
+        norm("attn_norm", "input_layernorm", "attn_norm"),
+        *projection("attn/q", "self_attn.q_proj", "attn_q", ("D", "NH")),
+        *projection("attn/k", "self_attn.k_proj", "attn_k", ("D", "KH")),
+        *projection("attn/v", "self_attn.v_proj", "attn_v", ("D", "KH")),
+        *projection("attn/o", "self_attn.o_proj", "attn_output", ("NH", "D")),
+        norm("attn/post_norm", "post_attention_layernorm", "post_attention_norm"),
+        norm("mlp_norm", "pre_feedforward_layernorm", "ffn_norm"),
+        *gated_mlp(),
+        norm("mlp/post_norm", "post_feedforward_layernorm", "post_ffw_norm"),
+        *after_blocks(),
+    ),
+    features={"norm_plus_one": True, "post_norm": True, "activation": "gelu_tanh", "scaled_embedding": True},
+    windows=Windows(4096, lambda raw, layer: layer % 2 == 0),
+)
+
+GEMMA3 = replace(
+    GEMMA2,
+    name="gemma3",
+    hf_type="gemma3_text",
+    hf_class="Gemma3ForCausalLM",
+    gguf="",
+    fields={
+        **GEMMA2.fields,
+        "max_length": ("max_position_embeddings", 131_072),
+        "attn_softcap": ("attn_logit_softcapping", None),
+        "final_softcap": ("final_logit_softcapping", None),
+    },
+    rows=(
+        *GEMMA2.rows,
+        norm("attn/q_norm", "self_attn.q_norm", "attn_q_norm", "H"),
+        norm("attn/k_norm", "self_attn.k_norm", "attn_k_norm", "H"),
+    ),
+    features={**GEMMA2.features, "qk_norm": "head"},
+    windows=Windows(
+        4096,
+        lambda raw, layer: (layer + 1) % raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6)) > 0,
+        ignored=frozenset({"sliding_window_pattern", "_sliding_window_pattern"}),
+    ),
+    theta=1_000_000.0,
+    local_theta=10_000.0,
+)

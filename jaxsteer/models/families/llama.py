@@ -1,0 +1,80 @@
+"""Llama 2 and 3, and the families that share its block: Mistral (window), SmolLM3 (layers without rotary positions)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from jaxsteer.models.families.table import (
+    DIMENSIONS,
+    EMBEDDING,
+    GENERAL_FIXED,
+    GENERAL_IGNORED,
+    ROTARY,
+    Family,
+    Windows,
+    after_blocks,
+    gated_mlp,
+    norm,
+    projection,
+)
+
+LLAMA = Family(
+    name="llama",
+    hf_type="llama",
+    hf_class="LlamaForCausalLM",
+    gguf="llama",
+    fields={**DIMENSIONS, "attn_bias": ("attention_bias", False), "mlp_bias": ("mlp_bias", False)},
+    fixed={**GENERAL_FIXED, "hidden_act": "silu", "rope_interleaved": False},
+    # pretraining_tp split matrix products in old versions without changing them; is_llama_config marks a conversion.
+    ignored=frozenset(GENERAL_IGNORED | {"pretraining_tp", "is_llama_config"}),
+    rows=(
+        EMBEDDING,
+        norm("attn_norm", "input_layernorm", "attn_norm"),
+        *projection("attn/q", "self_attn.q_proj", "attn_q", ("D", "NH"), "attn_bias", gguf_transform=ROTARY),
+        *projection("attn/k", "self_attn.k_proj", "attn_k", ("D", "KH"), "attn_bias", gguf_transform=ROTARY),
+        *projection("attn/v", "self_attn.v_proj", "attn_v", ("D", "KH"), "attn_bias"),
+        *projection("attn/o", "self_attn.o_proj", "attn_output", ("NH", "D"), "attn_bias"),
+        norm("mlp_norm", "post_attention_layernorm", "ffn_norm"),
+        *gated_mlp("mlp_bias"),
+        *after_blocks(),
+    ),
+    harmless=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
+)
+
+MISTRAL = replace(
+    LLAMA,
+    name="mistral",
+    hf_type="mistral",
+    hf_class="MistralForCausalLM",
+    gguf="",
+    fields={**DIMENSIONS, "kv_heads": ("num_key_value_heads", 8), "max_length": ("max_position_embeddings", 131_072)},
+    windows=Windows(4096, lambda raw, layer: True, listed=False),
+)
+
+
+def _unrotated(raw: Mapping[str, Any], layer: int) -> bool:
+    """SmolLM3's `no_rope_layers` is 1 where a layer has rotary positions, in spite of its name."""
+    said = raw.get("no_rope_layers")
+    if isinstance(said, list) and layer < len(said):
+        return not said[layer]
+    return (layer + 1) % raw.get("no_rope_layer_interval", 4) == 0
+
+
+SMOLLM3 = replace(
+    LLAMA,
+    name="smollm3",
+    hf_type="smollm3",
+    hf_class="SmolLM3ForCausalLM",
+    gguf="",
+    fields={
+        **LLAMA.fields,
+        "kv_heads": ("num_key_value_heads", 4),
+        "tied_head": ("tie_word_embeddings", True),
+        "max_length": ("max_position_embeddings", 32_768),
+    },
+    theta=2_000_000.0,
+    windows=Windows(None, _unrotated, "use_sliding_window"),
+    unrotated=_unrotated,
+)

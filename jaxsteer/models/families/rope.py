@@ -1,0 +1,117 @@
+"""Rotary base and scaling in published configs, old fields and new."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxsteer.models.config import ModelConfig, RopeScaling
+
+ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq"})
+_ROPE_NUMBERS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def rope_from_hf(
+    raw: Mapping[str, Any], max_length: int, where: str, *, theta: float = 10_000.0, local_theta: float | None = None
+) -> dict[str, Any]:
+    """The rotary fields of a `ModelConfig`.
+
+    Args:
+        raw: the published config.
+        max_length: of the model.
+        where: the file, for messages.
+        theta: the base where the config does not say it.
+        local_theta: the same for local layers, in families where they have a base of their own.
+
+    Raises:
+        ValueError: as `_rope`; scaled local layers.
+    """
+    parameters = raw.get("rope_parameters") or {}
+    if local_theta is None:
+        base, scaling = _rope(raw, max_length, where, theta)
+        return {"rope_theta": base, "rope_scaling": scaling}
+    nested = isinstance(parameters, Mapping) and {"full_attention", "sliding_attention"} & set(parameters)
+    full = {**raw, "rope_parameters": parameters.get("full_attention")} if nested else raw
+    local = {"rope_parameters": parameters.get("sliding_attention") if nested else None}
+    base, scaling = _rope(full, max_length, where, theta)
+    own, stretched = _rope({**local, "rope_theta": raw.get("rope_local_base_freq")}, max_length, where, local_theta)
+    if stretched is not None:
+        raise ValueError(f"{where}: the rotary positions of local layers are scaled; that is not supported")
+    return {"rope_theta": base, "rope_scaling": scaling, "local_rope_theta": own}
+
+
+def rope_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """What a config.json says of a model's rotary positions; `rope_from_hf` reads it back."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    raw: dict[str, Any] = {}
+    if (scaling := config.rope_scaling) is not None:
+        rope = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            rope |= {
+                "low_freq_factor": scaling.low_factor,
+                "high_freq_factor": scaling.high_factor,
+                "original_max_position_embeddings": scaling.original_length,
+            }
+        raw["rope_scaling"] = dict(rope)  # read by tools that follow transformers before 5
+    raw["rope_theta"] = config.rope_theta
+    raw["rope_parameters"] = {"rope_theta": config.rope_theta, **rope}
+    if (local := config.local_rope_theta) is not None:
+        raw["rope_local_base_freq"] = local
+        raw["rope_parameters"] = {
+            "full_attention": raw["rope_parameters"],
+            "sliding_attention": {"rope_theta": local, "rope_type": "default"},
+        }
+    return raw
+
+
+def _rope(raw: Mapping[str, Any], max_length: int, where: str, default: float) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling, from `rope_parameters` or, before transformers 5, `rope_theta` and so on.
+
+    Raises:
+        ValueError: a kind of scaling other than default, linear, llama3; a number missing; places that
+            disagree.
+    """
+    said: dict[str, Any] = {}
+    top = {} if raw.get("rope_theta") is None else {"rope_theta": raw["rope_theta"]}
+    for place in (top, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}):
+        if not isinstance(place, Mapping):
+            raise ValueError(f"{where}: the rotary parameters are {place!r}; expected an object")
+        for key, value in place.items():
+            key = "rope_type" if key == "type" else key
+            if value is not None and said.setdefault(key, value) != value:
+                raise ValueError(
+                    f"{where}: {key} is given as {said[key]!r} and as {value!r} (rope_theta, "
+                    "rope_parameters, rope_scaling); keep one"
+                )
+    kind = said.pop("rope_type", "default")
+    if kind not in _ROPE_NUMBERS:
+        raise ValueError(
+            f"{where}: rope_type is {kind!r}; supported are {', '.join(_ROPE_NUMBERS)}. This model's "
+            "position encoding cannot be computed faithfully"
+        )
+    theta = said.pop("rope_theta", default)
+    original = said.pop("original_max_position_embeddings", max_length)
+    if said.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{where}: partial_rotary_factor must be 1.0: rotary positions cover the whole head here")
+    expected = _ROPE_NUMBERS[kind]
+    if set(said) != set(expected):
+        raise ValueError(
+            f"{where}: rope_type {kind!r} has the parameters {sorted(said)}; expected exactly {list(expected)}"
+        )
+    for key, value in {**said, "rope_theta": theta, "original_max_position_embeddings": original}.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{where}: {key} is {value!r}; expected a positive number")
+    numbers = {key: float(value) for key, value in said.items()}
+    if kind == "default":
+        return float(theta), None
+    if kind == "linear":
+        return float(theta), RopeScaling("linear", numbers["factor"])
+    low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+    if high <= low:
+        raise ValueError(f"{where}: high_freq_factor {high} must be above low_freq_factor {low}")
+    return float(theta), RopeScaling("llama3", numbers["factor"], low, high, int(original))
