@@ -85,7 +85,7 @@ def load(name: str, dtype: str = "auto", place: Place | None = None) -> LoadedMo
     Args:
         name: a name in WHEEL_MODELS, a local folder or .gguf file, or a Hugging Face id.
         dtype: of the weights and the compute; "auto" = fp32 on CPU, bf16 on accelerators.
-        place: puts a leaf of the base tree on its devices, see `load_model`.
+        place: says where a leaf of the base tree lies, see `load_model`.
     """
     source = resolve_model(name)
     bar = Progress(

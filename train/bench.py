@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m train.bench train --rows 8 --length 256`, `python -m train.bench decode`.
+"""Benchmarks: `python -m train.bench train --rows 8 --length 256`, `python -m train.bench decode`, `... load`.
 
 Each prints a table and, with --json, writes the figures. Compare two settings by interleaved runs on a quiet machine.
 """
@@ -28,6 +28,7 @@ from jaxsteer.steering import init_steering
 from jaxsteer.training import init_state
 from jaxsteer.types import Batch, Steering
 from train.base_models import load
+from train.bench_load import LoadBench, bench_load
 from train.config import SINGLE, TrainConfig, run_main
 from train.data import DataSource, Keys, ListOps, TokenizedExample, encode, read_jsonl, stack_rows
 from train.data.listops import generate as generate_listops
@@ -209,20 +210,35 @@ def _device(batch: Batch) -> Batch:
     return jax.tree.map(jnp.asarray, batch)
 
 
-Bench = Annotated[TrainBench, tyro.conf.subcommand("train")] | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
+Bench = (
+    Annotated[TrainBench, tyro.conf.subcommand("train")]
+    | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
+    | Annotated[LoadBench, tyro.conf.subcommand("load")]
+)
 
 
 def main() -> None:
     """Run a benchmark and print its figures."""
     config = tyro.cli(Bench, prog="python -m train.bench", description=__doc__)
     enable_compilation_cache()
-    figures = bench_train(config) if isinstance(config, TrainBench) else bench_decode(config)
-    table = Table(title=device_summary(), title_justify="left", show_header=False)
-    for name, value in figures.items():
-        table.add_row(name, f"{value:,.4g}" if value < 100 else f"{value:,.0f}")
+    figures: dict[str, Any]
+    if isinstance(config, LoadBench):
+        figures = bench_load(config)
+        table = Table("", *figures)
+        for name in next(iter(figures.values())):
+            table.add_row(name, *(_text(each[name]) for each in figures.values()))
+    else:
+        figures = bench_train(config) if isinstance(config, TrainBench) else bench_decode(config)
+        table = Table(title=device_summary(), title_justify="left", show_header=False)
+        for name, value in figures.items():
+            table.add_row(name, _text(value))
     Console().print(table)
     if config.json:
         write_json(config.json, {"device": device_summary(), "settings": repr(config), **figures})
+
+
+def _text(value: float) -> str:
+    return f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
 
 
 if __name__ == "__main__":

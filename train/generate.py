@@ -77,7 +77,7 @@ def load_steered(
         path: of the steering file, or "none".
         model: the base model's name, None = as the file says.
         dtype: of the weights.
-        place: puts a leaf of the weights on its devices, see `train.placement`.
+        place: says where a leaf of the weights lies, see `train.placement`.
 
     Raises:
         ValueError: neither names a model, or the file belongs to another one.

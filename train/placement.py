@@ -73,13 +73,11 @@ class Placement:
 
     @property
     def base(self) -> Place | None:
-        """What a loader calls to put a leaf of the base tree on its devices, (path, leaf) -> array."""
+        """What a loader asks where a leaf of the base tree lies, (path, shape) -> sharding."""
         mesh = self.mesh
         if mesh is None:
             return None
-        return lambda path, leaf: jax.make_array_from_callback(
-            leaf.shape, base_sharding(path, leaf.shape, mesh), lambda index: leaf[index]
-        )
+        return lambda path, shape: base_sharding(path, shape, mesh)
 
 
 def place_on(mesh: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Placement:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxsteer.io.stored import Stored, size
+from jaxsteer.io.stored import Index, Read, Stored, all_of, read_part, size
 
 SCALARS = {
     0: "<B",
@@ -32,6 +31,7 @@ SCALARS = {
     12: "<d",
 }
 STRING, ARRAY = 8, 9
+PLAIN: dict[str, np.dtype] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 VERSIONS = (2, 3)
 
 
@@ -136,28 +136,31 @@ def _parse(path: Path, cursor: _Cursor) -> Gguf:
         nbytes = size(shape) // block * width
         if start + offset + nbytes > len(cursor.data):
             raise ValueError(f"tensor {name} would end at byte {start + offset + nbytes} of {len(cursor.data)}")
-        tensors[name] = Stored(shape, nbytes, _reader(path, name, shape, kind, start + offset, nbytes))
+        tensors[name] = Stored(shape, nbytes, _reader(path, name, shape, kind, start + offset))
     return Gguf(path, metadata, tensors)
 
 
-def _reader(
-    path: Path, name: str, shape: tuple[int, ...], kind: Any, offset: int, nbytes: int
-) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        from gguf.quants import dequantize
+def _reader(path: Path, name: str, shape: tuple[int, ...], kind: Any, offset: int) -> Read:
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
 
-        raw = np.fromfile(path, np.uint8, nbytes, offset=offset)
-        if raw.size != nbytes:
-            raise ValueError(f"{path}: {name} ends early; the file changed while it was read")
-        if kind.name in ("F16", "F32", "F64"):
-            return raw.view("<f" + str(int(kind.name[1:]) // 8)).reshape(shape)
+    block, width = GGML_QUANT_SIZES[kind]
+
+    def read(index: Index = ()) -> np.ndarray:
+        if kind.name in PLAIN:
+            return read_part(path, name, PLAIN[kind.name], offset, shape, index)
+        *rows, last = index or all_of(shape)
+        first = last.start // block  # blocks lie along the last axis
+        blocks = slice(first * width, -(-last.stop // block) * width)
+        stored = (*shape[:-1], shape[-1] // block * width)
+        raw = read_part(path, name, np.dtype(np.uint8), offset, stored, (*rows, blocks))
         try:
-            rows = raw.reshape(*shape[:-1], -1)
-            return np.asarray(dequantize(rows, kind), np.float32).reshape(shape)
+            values = np.asarray(dequantize(raw, kind), np.float32)
         except NotImplementedError:
             raise ValueError(
                 f"{path}: {name} is of type {kind.name}, which the gguf package cannot dequantise; use a "
                 "file of another quantisation"
             ) from None
+        return values[..., last.start - first * block : last.stop - first * block]
 
     return read

@@ -60,8 +60,9 @@ def load_model(
     Args:
         source: a folder with config.json and safetensors, a .gguf file, or a hub id ("owner/name").
         dtype: of the weights; quantised ones are dequantised to it.
-        progress: called with (bytes read, bytes in all) after every tensor.
-        place: puts each stacked leaf on its device or devices, for models larger than one device.
+        progress: called with (bytes read, bytes that this process reads in all) after every tensor or part of one.
+        place: (path, shape) -> the sharding of a stacked leaf. Each process reads its own shards only, so that host
+            memory stays near what its devices hold. By default all is on one device.
 
     Raises:
         ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully.

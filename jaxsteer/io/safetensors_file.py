@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxsteer.io.files import replacing
-from jaxsteer.io.stored import Stored, size
+from jaxsteer.io.stored import Index, Read, Stored, read_part, size
 
 DTYPES: dict[str, Any] = {
     "F64": np.dtype("<f8"),
@@ -100,17 +100,14 @@ def _parse(path: Path, header: dict[str, Any], start: int, length: int) -> tuple
     return stored, metadata
 
 
-def _reader(path: Path, name: str, code: str, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
+def _reader(path: Path, name: str, code: str, shape: tuple[int, ...], offset: int) -> Read:
+    def read(index: Index = ()) -> np.ndarray:
         if code not in FLOATS:
             raise ValueError(
                 f"{path}: {name} is stored as {code}, which needs scales from elsewhere; supported are "
                 f"{', '.join(FLOATS)}. Use an unquantised copy of the model, or its GGUF"
             )
-        flat = np.fromfile(path, DTYPES[code], size(shape), offset=offset)
-        if flat.size != size(shape):
-            raise ValueError(f"{path}: {name} ends early; the file changed while it was read")
-        return flat.reshape(shape)
+        return read_part(path, name, DTYPES[code], offset, shape, index)
 
     return read
 

@@ -1,37 +1,53 @@
-"""From named tensors in files to the base tree: one checked, layer-by-layer read for every format."""
+"""From named tensors in files to the base tree: one checked read for every format, of what each device is to hold."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.families import Family, Row
+from jaxsteer.models.families import Family, Row, Transform
 from jaxsteer.types import PyTree
 
 Progress = Callable[[int, int], None]
 """(bytes read so far, bytes in all)"""
 
-Place = Callable[[str, np.ndarray], jax.Array]
-"""(path in the base tree, the whole stacked leaf) -> the array on its device or devices."""
+Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""(path in the base tree, shape of the stacked leaf) -> where its parts lie."""
+
+Index = tuple[slice, ...]
+"""Part of a tensor: a slice with start and stop for every axis; () is all of it."""
 
 MISSING_LIMIT = 1000
+PIECE = 1 << 23  # elements of a tensor that are read at a time
+
+
+class Read(Protocol):
+    """Reads part of a tensor into memory, as a float array."""
+
+    def __call__(self, index: Index = ()) -> np.ndarray: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file. shape is numpy's (slowest axis first); `read` returns a float array of it."""
+    """A tensor in a file, all or part of which can be read. shape is numpy's (slowest axis first)."""
 
     shape: tuple[int, ...]
     nbytes: int
-    read: Callable[[], np.ndarray]
+    read: Read
+
+    def nbytes_of(self, index: Index) -> int:
+        """What a part of it takes in the file."""
+        return self.nbytes * size_of(index) // max(size(self.shape), 1)
 
 
 def read_base(
@@ -45,9 +61,10 @@ def read_base(
     progress: Progress | None = None,
     place: Place | None = None,
 ) -> PyTree:
-    """Read a base tree, one stacked leaf after the other, one tensor at a time.
+    """Read a base tree, one shard of a stacked leaf after the other.
 
-    Besides the result, one leaf and one tensor are held in memory.
+    A shard is read once, however many devices of this process hold it; shards of other processes are not read. Besides
+    the result, the host holds a shard, what its transfer needs, and pieces of PIECE elements.
 
     Args:
         stored: the tensors of the file or files, by their published names.
@@ -56,28 +73,132 @@ def read_base(
         config: the model's features.
         where: the file or folder, for messages.
         dtype: of the result; values are rounded to nearest.
-        progress: called after every tensor.
-        place: puts a leaf on its devices; by default `jnp.asarray`.
+        progress: called after every tensor or part of one, with the bytes that this process reads.
+        place: says where the parts of a leaf lie; by default all are on the default device.
 
     Raises:
         ValueError: tensors that are missing, unknown or of the wrong shape, all named in one message.
     """
     rows = family.parameters(config)
     check_names(stored, layout, family, config, where)
-    total = sum(stored[name].nbytes for row in rows for name in names(row, layout, config))
+    plan = [_Leaf(row, _tensors(stored, row, layout, config), transform(row, layout), config, place) for row in rows]
+    total = sum(leaf.nbytes for leaf in plan)
     done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
     base: dict[str, Any] = {}
-    for row in rows:
-        shape = row.shape(config)
-        leaf = np.empty((config.layers, *shape) if row.stacked else shape, jnp.dtype(dtype))
-        for i, name in enumerate(names(row, layout, config)):
-            ours = transform(row, layout).read(stored[name].read(), config)
-            leaf[i if row.stacked else ...] = ours
-            done += stored[name].nbytes
-            if progress is not None:
-                progress(done, total)
-        _put(base, row.path, jnp.asarray(leaf) if place is None else place(row.path, leaf))
+    for leaf in plan:
+        _put(base, leaf.row.path, leaf.load(jnp.dtype(dtype), count))
     return base
+
+
+Spans = tuple[tuple[int, int], ...]  # start and stop for every axis: an Index that can be a key
+
+
+class _Leaf:
+    """A leaf of the base tree that is to be read: its tensors, and which devices of this process hold which shard."""
+
+    def __init__(
+        self, row: Row, tensors: list[Stored], change: Transform, config: ModelConfig, place: Place | None
+    ) -> None:
+        self.row, self.tensors, self.change, self.config = row, tensors, change, config
+        shape = row.shape(config)
+        self.shape = (config.layers, *shape) if row.stacked else shape
+        self.sharding = None if place is None else place(row.path, self.shape)
+        self.shards: dict[Spans, list[Any]] = {}
+        if self.sharding is None:
+            self.shards[tuple((0, length) for length in self.shape)] = [None]
+            return
+        for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
+            spans = tuple(part.indices(length)[:2] for part, length in zip(index or (), self.shape, strict=True))
+            self.shards.setdefault(spans, []).append(device)
+
+    @property
+    def nbytes(self) -> int:
+        """What is read for it, in the files."""
+        return sum(
+            tensor.nbytes_of(_needs(tensor, self.change, index, self.config))
+            for spans in self.shards
+            for tensor, index in self._parts(spans)
+        )
+
+    def load(self, dtype: np.dtype, count: Callable[[int], None]) -> jax.Array:
+        """Read the shards and send each to its devices."""
+
+        def send(spans: Spans, devices: list[Any]) -> list[jax.Array]:
+            shard = self._read(spans, dtype, count)
+            return jax.block_until_ready([jax.device_put(shard, device) for device in devices])
+
+        sent = [array for spans, devices in self.shards.items() for array in send(spans, devices)]
+        if self.sharding is None:
+            return sent[0]
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, sent)
+
+    def _parts(self, spans: Spans) -> list[tuple[Stored, Index]]:
+        """The tensors that a shard comes from, each with the part of ours (of one layer) that it gives."""
+        layers, rest = (range(*spans[0]), spans[1:]) if self.row.stacked else (range(1), spans)
+        return [(self.tensors[i], tuple(slice(*span) for span in rest)) for i in layers]
+
+    def _read(self, spans: Spans, dtype: np.dtype, count: Callable[[int], None]) -> np.ndarray:
+        """A shard, in the order in memory that the file has: the transfer turns matrices much faster than numpy."""
+        shape = [stop - start for start, stop in spans]
+        if self.change.flips and len(self.row.axes) == 2:
+            shard = np.empty((*shape[:-2], shape[-1], shape[-2]), dtype).swapaxes(-1, -2)
+        else:
+            shard = np.empty(shape, dtype)
+        for out, (tensor, index) in zip(shard if self.row.stacked else [shard], self._parts(spans), strict=True):
+            _fill(out, tensor, self.change, index, self.config)
+            count(tensor.nbytes_of(_needs(tensor, self.change, index, self.config)))
+        return shard
+
+
+def _needs(tensor: Stored, change: Transform, index: Index, config: ModelConfig) -> Index:
+    """The part of a stored tensor that a part of ours comes from."""
+    if change.group is None:
+        return all_of(tensor.shape)
+    rows, *rest = index[::-1] if change.flips else index
+    group = change.group(config)
+    return (slice(rows.start // group * group, -(-rows.stop // group) * group), *rest)
+
+
+def _fill(out: np.ndarray, tensor: Stored, change: Transform, index: Index, config: ModelConfig) -> None:
+    """Read the part `index` of ours (one layer) into `out`, some of the stored rows at a time."""
+    if change.group is None:
+        out[...] = change.read(tensor.read(), config)[index]
+        return
+    theirs = lambda array: array.T if change.flips else array
+    wanted = (index[::-1] if change.flips else index)[0]
+    for piece in _pieces(tensor, _needs(tensor, change, index, config), change.group(config)):
+        read, rows = theirs(change.read(tensor.read(piece), config)), piece[0]
+        start, stop = max(rows.start, wanted.start), min(rows.stop, wanted.stop)
+        theirs(out)[start - wanted.start : stop - wanted.start] = read[start - rows.start : stop - rows.start]
+
+
+def _pieces(tensor: Stored, index: Index, group: int = 1) -> Iterator[Index]:
+    """A part of a stored tensor in pieces of about PIECE elements, of whole groups of rows."""
+    rows, *rest = index
+    step = group * max(1, PIECE // (group * size_of(rest) or 1))
+    for begin in range(rows.start, rows.stop, step):
+        yield (slice(begin, min(begin + step, rows.stop)), *rest)
+
+
+def size_of(index: Sequence[slice]) -> int:
+    """Number of elements of a part."""
+    return size(tuple(part.stop - part.start for part in index))
+
+
+def all_of(shape: tuple[int, ...]) -> Index:
+    """The index of a whole tensor."""
+    return tuple(slice(0, length) for length in shape)
+
+
+def _tensors(stored: Mapping[str, Stored], row: Row, layout: str, config: ModelConfig) -> list[Stored]:
+    return [stored[name] for name in names(row, layout, config)]
 
 
 def names(row: Row, layout: str, config: ModelConfig) -> list[str]:
@@ -86,7 +207,7 @@ def names(row: Row, layout: str, config: ModelConfig) -> list[str]:
     return [name.replace("{i}", str(i)) for i in range(config.layers)] if row.stacked else [name]
 
 
-def transform(row: Row, layout: str) -> Any:
+def transform(row: Row, layout: str) -> Transform:
     """The row's change of layout for this kind of file."""
     return row.gguf_transform or row.transform if layout == "gguf" else row.transform
 
@@ -136,7 +257,8 @@ def _repeats_embedding(stored: Mapping[str, Stored], name: str, layout: str, fam
     embedding = next(getattr(row, layout) for row in family.rows if row.path == "embed/embedding")
     if embedding not in stored or stored[embedding].shape != stored[name].shape:
         return False
-    return bool(np.array_equal(stored[embedding].read(), stored[name].read()))
+    one, other = stored[embedding], stored[name]
+    return all(np.array_equal(one.read(rows), other.read(rows)) for rows in _pieces(one, all_of(one.shape)))
 
 
 def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
@@ -154,6 +276,28 @@ def get(tree: Mapping[str, Any], path: str) -> Any:
             return None
         node = node[key]
     return node
+
+
+def read_part(path: Path, name: str, dtype: np.dtype, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
+    """Read part of a tensor that lies in a file as an array does.
+
+    Args:
+        path: the file.
+        name: of the tensor, for the message.
+        dtype: of its elements.
+        offset: where it begins, in bytes.
+        shape: its own.
+        index: the part.
+
+    Raises:
+        ValueError: the file is shorter than it was when its header was read.
+    """
+    if os.path.getsize(path) < offset + size(shape) * dtype.itemsize:
+        raise ValueError(f"{path}: {name} ends early; the file changed while it was read")
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    # A copy, so that neither a later change of the file nor its mapping outlives this call.
+    return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
 
 
 def size(shape: tuple[int, ...]) -> int:

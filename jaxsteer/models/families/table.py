@@ -18,38 +18,41 @@ class Transform:
     read     (stored tensor, config) -> ours
     write    (ours, config) -> stored tensor
     flips    the stored matrix has our two axes in the other order
+    group    `read` also takes part of a stored tensor: all of some columns, and rows in whole groups of so many;
+             None = only the whole
     """
 
     read: Callable[[np.ndarray, ModelConfig], np.ndarray]
     write: Callable[[np.ndarray, ModelConfig], np.ndarray]
     flips: bool = False
+    group: Callable[[ModelConfig], int] | None = None
 
 
-def _heads_apart(tensor: np.ndarray, heads: int) -> np.ndarray:
+def _heads_apart(tensor: np.ndarray, head_dim: int) -> np.ndarray:
     """Undo llama.cpp's order of rotary pairs, [N, H/2, 2, ...] -> [N, 2, H/2, ...] along the first axis."""
-    pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+    pairs = tensor.reshape(-1, head_dim // 2, 2, *tensor.shape[1:])
     return pairs.swapaxes(1, 2).reshape(tensor.shape)
 
 
-def _heads_together(tensor: np.ndarray, heads: int) -> np.ndarray:
+def _heads_together(tensor: np.ndarray, head_dim: int) -> np.ndarray:
     """The inverse of `_heads_apart`."""
-    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    halves = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:])
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
 
-IDENTITY = Transform(lambda t, c: t, lambda t, c: t)
+IDENTITY = Transform(lambda t, c: t, lambda t, c: t, group=lambda c: 1)
 """Stored as ours."""
 
-TRANSPOSE = Transform(lambda t, c: t.T, lambda t, c: t.T, flips=True)
+TRANSPOSE = Transform(lambda t, c: t.T, lambda t, c: t.T, flips=True, group=lambda c: 1)
 """PyTorch's Linear.weight [out, in] against our kernel [in, out]."""
 
-ROTARY_Q = Transform(lambda t, c: _heads_apart(t, c.heads).T, lambda t, c: _heads_together(t.T, c.heads), flips=True)
-"""Query weight [out, in] (or bias [out]) in llama.cpp's order, where rotary pairs are neighbours."""
-
-ROTARY_K = Transform(
-    lambda t, c: _heads_apart(t, c.kv_heads).T, lambda t, c: _heads_together(t.T, c.kv_heads), flips=True
+ROTARY = Transform(
+    lambda t, c: _heads_apart(t, c.head_dim).T,
+    lambda t, c: _heads_together(t.T, c.head_dim),
+    flips=True,
+    group=lambda c: c.head_dim,
 )
-"""The same for keys."""
+"""Query or key weight [out, in] (or bias [out]) in llama.cpp's order, where rotary pairs are neighbours."""
 
 
 @dataclass(frozen=True)

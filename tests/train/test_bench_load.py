@@ -1,0 +1,24 @@
+"""The benchmark of loading, in processes of its own, and the bound on host memory that it shows."""
+
+import pytest
+
+from train.bench_load import LoadBench, bench_load
+
+
+def test_each_of_two_processes_reads_half(tiny_folder):
+    found = bench_load(LoadBench(str(tiny_folder), dtype="float32", devices=(2,), processes=(2,)))
+    both, one = found["2 devices"], found["1 of 2 processes"]
+    norms = 4 * 32 * (2 * 3 + 1) / 1e9  # on every device; the file is fp32
+    assert one["read, GB"] == pytest.approx((both["read, GB"] + norms) / 2)
+    assert one["kept, GB"] == pytest.approx(one["read, GB"])
+    assert both["kept, GB"] == pytest.approx(both["read, GB"] + norms)
+
+
+@pytest.mark.slow
+def test_the_host_holds_what_it_keeps_and_little_else(tmp_path):
+    """Beyond that at most two of the largest shards and 200 MB; all of the model would be 1 GB."""
+    found = bench_load(LoadBench(gigabytes=1.0, folder=str(tmp_path), devices=(1, 8), processes=(4,)))
+    for figures in found.values():
+        assert figures["beyond, GB"] < 2 * figures["largest shard, GB"] + 0.2
+    assert found["1 of 4 processes"]["peak, GB"] < found["1 device"]["peak, GB"] / 2
+    assert not list(tmp_path.iterdir())
