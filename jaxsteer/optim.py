@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsteer.orthogonality import HIGHEST, Orthogonality, project_orthogonal
+from jaxsteer.orthogonality import HIGHEST, NO_SCALES, Orthogonality, Scales, project_orthogonal
 from jaxsteer.steering import with_leaf
 from jaxsteer.types import Array, Plan, PyTree, Steering
 
@@ -144,6 +144,7 @@ def make_optimizer(
     plan: Plan = (),
     orthogonality: Orthogonality = Orthogonality("none"),  # noqa: B008  # frozen
     peaks: Mapping[Group, Rate] | None = None,
+    scales_of: Callable[[PyTree], Scales] = lambda base: NO_SCALES,
 ) -> optax.GradientTransformation:
     """Clip the global norm, then AdamW with a learning rate for each group; then what the plan asks to be kept.
 
@@ -154,6 +155,7 @@ def make_optimizer(
         plan: its methods' orthonormal parameters stay so; needed for that, and for a projection.
         orthogonality: a projection goes around the optimizer where its mode says so (resolved, not `auto`).
         peaks: learning rates instead of the config's, possibly traced.
+        scales_of: for a projection, see `project_orthogonal`.
 
     Raises:
         ValueError: fewer than 1 step.
@@ -170,7 +172,7 @@ def make_optimizer(
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
     tx = optax.chain(clip, optax.partition(groups, trained))
     if orthogonality.mode == "projection":
-        tx = project_orthogonal(tx, plan, orthogonality)
+        tx = project_orthogonal(tx, plan, orthogonality, scales_of)
     # Outermost: making rows orthonormal keeps their span, so a projection survives it.
     return keep_orthonormal(tx, plan) if any(slot.method.orthonormal for slot in plan) else tx
 

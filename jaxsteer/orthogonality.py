@@ -1,15 +1,16 @@
 """Joint adaptation: weight updates and steering in one plan, kept out of each other's subspaces.
 
-Per layer, B [D, R] collects the directions that LoRA writes to the residual stream and S [r, D] those that steering
-reads from it (or writes to it). With the ridge projector P = B (BᵀB + εI)⁻¹ Bᵀ, ε = 1e-6 · tr(BᵀB)/R + 1e-12, their
-overlap is Ω = tr(S P Sᵀ) / ‖S‖², 0 where they share nothing and 1 where S lies in the span of B; R/D is chance.
-The penalty is tr(S P Sᵀ) (or Ω) in the loss; the projection takes the span of B out of S after an update.
+Per layer, B [D, R] collects the directions that LoRA writes to the residual stream (behind a norm, where the family has
+one there) and S [r, D] those that steering reads from it (or writes to it). With the ridge projector
+P = B (BᵀB + εI)⁻¹ Bᵀ, ε = 1e-6 · tr(BᵀB)/R + 1e-12, their overlap is Ω = tr(S P Sᵀ) / ‖S‖²: 0 where they share nothing,
+1 where S lies in the span of B; R/D is chance. The penalty is tr(S P Sᵀ) (or Ω) in the loss; the projection takes the
+span of B out of S after an update.
 arXiv 2603.00425, joint adaptation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,9 @@ WRITERS = ("mlp.down", "attn.o")
 """Projections that write to the residual stream."""
 RIDGE, FLOOR = 1e-6, 1e-12
 """ε = RIDGE · tr(BᵀB)/R + FLOOR; FLOOR is also the least ‖S‖² that Ω divides by, so that S = 0 has Ω = 0."""
+Scales = Mapping[str, Array]
+"""Writing projection -> factors [L, D] that a norm behind it puts on what it writes: diag(g) B stands for B then."""
+NO_SCALES: Scales = {}
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -160,10 +164,16 @@ def joint_layers(plan: Plan, steering: Steering, settings: Orthogonality) -> tup
     return tuple(sorted(where(_steered(plan, settings)) & where(_writers(plan, settings))))
 
 
-def _gather(parts: list[Bundle], steering: Steering, layers: tuple[int, ...]) -> Array:
+def _gather(parts: list[Bundle], steering: Steering, layers: tuple[int, ...], scales: Scales = NO_SCALES) -> Array:
     """All directions of each of `layers` as rows, [len(layers), r, D]; zero rows where a slot is not active."""
-    rows = lambda part: part.to_rows(part.leaf(steering))
-    return jnp.concatenate([_at(layers, rows(part), part.layers(steering)) for part in parts], axis=1)
+
+    def rows(part: Bundle) -> Array:
+        found, active = part.to_rows(part.leaf(steering)), part.layers(steering)
+        if part.site in scales:
+            found = found * scales[part.site][jnp.array(active, jnp.int32), None].astype(found.dtype)
+        return _at(layers, found, active)
+
+    return jnp.concatenate([rows(part) for part in parts], axis=1)
 
 
 def _at(layers: tuple[int, ...], rows: Array, have: tuple[int, ...]) -> Array:
@@ -205,19 +215,21 @@ def shared_energy(steered: Array, written: Array) -> Shared:
     return Shared(jnp.sum(inside**2, axis=(1, 2)), jnp.sum(steered**2, axis=(1, 2)))
 
 
-def _shared(plan: Plan, steering: Steering, settings: Orthogonality) -> Shared:
+def _shared(plan: Plan, steering: Steering, settings: Orthogonality, scales: Scales) -> Shared:
     layers = joint_layers(plan, steering, settings)
-    written = _gather(_writers(plan, settings), steering, layers)
+    written = _gather(_writers(plan, settings), steering, layers, jax.lax.stop_gradient(scales))
     if not settings.through_lora:
         written = jax.lax.stop_gradient(written)
     return shared_energy(_gather(_steered(plan, settings), steering, layers), written)
 
 
-def overlap(plan: Plan, steering: Steering, settings: Orthogonality = Orthogonality()) -> Array:
+def overlap(
+    plan: Plan, steering: Steering, settings: Orthogonality = Orthogonality(), scales: Scales = NO_SCALES
+) -> Array:
     """Ω of each joint layer (`joint_layers`), fp32 [n] in [0, 1]; [0] where the plan has none."""
     if not joint_layers(plan, steering, settings):
         return jnp.zeros(0, jnp.float32)
-    return _ratio(_shared(plan, steering, settings)).astype(jnp.float32)
+    return _ratio(_shared(plan, steering, settings, scales)).astype(jnp.float32)
 
 
 def _ratio(shared: Shared) -> Array:
@@ -237,11 +249,12 @@ def overlap_penalty(
     plan: Plan,
     steering: Steering,
     settings: Orthogonality = Orthogonality("penalty"),
+    scales: Scales = NO_SCALES,
 ) -> Array:
     """strength · Σ over the layers of Ω, or of tr(S P Sᵀ) where not normalised; 0 unless the mode is penalty."""
     if settings.mode != "penalty":
         return jnp.zeros((), jnp.float32)
-    shared = _shared(plan, steering, settings)
+    shared = _shared(plan, steering, settings, scales)
     terms = _ratio(shared) if settings.normalised else shared.inside
     return settings.strength * jnp.sum(terms).astype(jnp.float32)
 
@@ -263,7 +276,10 @@ class ProjectionState(NamedTuple):
 
 
 def project_orthogonal(
-    inner: optax.GradientTransformation, plan: Plan, settings: Orthogonality
+    inner: optax.GradientTransformation,
+    plan: Plan,
+    settings: Orthogonality,
+    scales_of: Callable[[PyTree], Scales] = lambda base: NO_SCALES,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap a whole optimizer: the update's outcome for S has nothing left in the span of LoRA's updated B.
 
@@ -272,6 +288,10 @@ def project_orthogonal(
     It stands around the whole optimizer because it must see LoRA's new B. The trees that it is used on are
     `jaxsteer.optim.Params` with None in frozen leaves; where LoRA is among the frozen ones, or has constants, the
     update is given them: tx.update(grads, state, params, frozen=frozen).
+
+    Args:
+        inner: the whole optimizer. plan, settings: as for `overlap`.
+        scales_of: base tree -> factors behind what LoRA writes, see `Scales`; the base is then given as `frozen` too.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -281,10 +301,10 @@ def project_orthogonal(
     def project(updates: PyTree, state: Any, params: PyTree, frozen: PyTree) -> tuple[PyTree, Any]:
         new: Steering = optax.apply_updates(params, updates).steering
         if frozen is not None:
-            pick = lambda a, b: b if a is None else a
-            new = jax.tree.map(pick, new, frozen.steering, is_leaf=lambda leaf: leaf is None)
+            new = _merged(new, frozen.steering)
         layers = joint_layers(plan, new, settings)
-        basis = write_basis(_gather(_writers(plan, settings), new, layers))
+        scales = scales_of(params.base if frozen is None else _merged(params.base, frozen.base))
+        basis = write_basis(_gather(_writers(plan, settings), new, layers, scales))
         steering, moments = updates.steering, state
         for part in _steered(plan, settings):
             update = part.leaf(steering)
@@ -310,6 +330,11 @@ def project_orthogonal(
         return updates, ProjectionState(inner_state, done)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _merged(trained: PyTree, frozen: PyTree) -> PyTree:
+    """The whole of a tree whose leaves are None where the other has them."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda leaf: leaf is None)
 
 
 def _without_moment(state: Any, part: Bundle, basis: Array) -> Any:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsteer.models.transformer import Model
+from jaxsteer.models.transformer import Model, write_scales
 from jaxsteer.objective import supervised_loss, total_weight
 from jaxsteer.optim import Params, merge
 from jaxsteer.orthogonality import Orthogonality, overlap, overlap_penalty
@@ -91,8 +91,10 @@ def train_step(
         (loss, grads), _ = jax.lax.scan(accumulate, zeros, (batch, indices))
 
     def penalties(params: Params) -> Array:
-        steering = merge(params, frozen).steering
-        return penalty(model.plan, steering, state.step) + overlap_penalty(model.plan, steering, orthogonality)
+        whole = merge(params, frozen)
+        scales = write_scales(model.config, whole.base)
+        apart = overlap_penalty(model.plan, whole.steering, orthogonality, scales)
+        return penalty(model.plan, whole.steering, state.step) + apart
 
     extra, extra_grads = jax.value_and_grad(penalties)(state.params)
     grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, extra_grads)
@@ -107,6 +109,7 @@ def train_step(
         old, new = (state.params, state.opt_state), (params, opt_state)
         params, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
-    shared = overlap(model.plan, merge(params, frozen).steering, orthogonality)
+    whole = merge(params, frozen)
+    shared = overlap(model.plan, whole.steering, orthogonality, write_scales(model.config, whole.base))
     metrics = Metrics(loss, extra, norm, total_weight(batch), tokens, shared)
     return TrainState(params, opt_state, state.step + 1, state.key), metrics

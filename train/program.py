@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxsteer.models.attention import Kernel, choose_attention
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.transformer import Model
+from jaxsteer.models.transformer import Model, write_scales
 from jaxsteer.optim import Params, make_optimizer, param_labels, split
 from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.plan_text import parse_plan
@@ -167,7 +167,8 @@ def make_program(
     orthogonality = config.orthogonality.resolve(plan)
     params = Params(base, steering_shapes(plan, features))
     labels = param_labels(params, plan, train_base=config.train_base, frozen=config.freeze)
-    tx = make_optimizer(config.optim, labels, steps, plan, orthogonality)
+    behind = partial(write_scales, features)
+    tx = make_optimizer(config.optim, labels, steps, plan, orthogonality, scales_of=behind)
     return Program(model, tx, orthogonality, labels, mesh, attention, base, config.nonfinite == "skip")
 
 

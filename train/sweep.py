@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io import LoadedModel
+from jaxsteer.models.transformer import write_scales
 from jaxsteer.optim import Params, make_optimizer, merge, param_labels
 from jaxsteer.training import Metrics, TrainState, train_step
 from jaxsteer.types import Array, Batch, PyTree, Steering
@@ -115,7 +116,15 @@ class SweepProgram:
 
         def step(state: TrainState, batch: Batch, frozen: Params, factor: Array) -> tuple[TrainState, Metrics]:
             peaks = {group: config.optim.peak(group) * factor for group in ("activations", "weights")}
-            tx = make_optimizer(config.optim, labels, first.steps, first.model.plan, first.orthogonality, peaks)  # type: ignore[arg-type]
+            tx = make_optimizer(
+                config.optim,
+                labels,
+                first.steps,
+                first.model.plan,
+                first.orthogonality,
+                peaks,  # type: ignore[arg-type]
+                partial(write_scales, first.model.config),
+            )
             return train_step(state, batch, frozen, model=first.model, tx=tx, orthogonality=first.orthogonality)
 
         rates = jnp.array(factors, jnp.float32)

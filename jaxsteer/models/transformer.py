@@ -81,6 +81,15 @@ def output_embedding(base: PyTree) -> Array:
     return base["head" if "head" in base else "embed"]["embedding"]
 
 
+def write_scales(config: ModelConfig, base: PyTree) -> dict[str, Array]:
+    """For each projection that writes to the residual stream, the factors [L, D] of the norm behind it; {} without."""
+    if not config.post_norm:
+        return {}
+    one = 1.0 if config.norm_plus_one else 0.0
+    factors = lambda part: base["blocks"][part]["post_norm"]["scale"].astype(jnp.float32) + one
+    return {"attn.o": factors("attn"), "mlp.down": factors("mlp")}
+
+
 def logits_of(hidden: Array, head: Array, softcap: float | None = None) -> Array:
     """Hidden [..., D] times the output embedding [V, D] -> logits [..., V] in at least fp32, soft-capped if need be."""
     wide = np.promote_types(hidden.dtype, np.float32)

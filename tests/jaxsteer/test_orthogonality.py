@@ -115,6 +115,12 @@ def test_overlap_does_not_depend_on_sizes():
         close(overlap(PAIR, pair(S, factor * B)), want, 1e-5)
 
 
+def test_a_norm_behind_the_projection_scales_what_is_written():
+    S, B, g = draw(2, 3, 32), draw(2, 32, 4, seed=1), 1 + draw(2, 32, seed=2) / 2
+    got = orthogonality.overlap(PAIR, pair(S, B), Orthogonality(), {"mlp.down": jnp.asarray(g), "attn.o": None})
+    close(got, np.array([omega(s, d[:, None] * b) for s, d, b in zip(S, g, B, strict=True)]), 1e-5)
+
+
 MIXED = (
     Slot("a", LoRA(rank=2), ("mlp.down", "attn.q"), (0, 1)),
     Slot("b", LoRA(rank=3), ("mlp.down", "attn.o"), (1, 2)),

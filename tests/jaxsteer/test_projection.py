@@ -136,6 +136,16 @@ def test_projection_leaves_frozen_steering_alone_and_is_the_same_without_jit():
         close(list(descend(SHARED, draw(2, 32, 4), steps=1)), compiled, 1e-6)
 
 
+def test_a_norm_behind_the_projection_is_heeded():
+    B, factors = draw(2, 32, 4), {"mlp.down": jnp.asarray(1 + draw(2, 32, seed=2) / 2)}
+    tx = jaxsteer.project_orthogonal(optax.set_to_zero(), PAIR, PROJECTION, lambda base: base["factors"])
+    params = Params({"factors": factors}, pair(SHARED, B))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    steering = optax.apply_updates(params, updates).steering
+    assert np.all(jaxsteer.overlap(PAIR, steering, PROJECTION, factors) <= 1e-6)
+    assert np.all(overlap(PAIR, steering) > 1e-3)
+
+
 # ---- in the training step
 
 TINY = ModelConfig(vocab_size=19, width=32, layers=4, heads=2, kv_heads=1, head_dim=8, mlp_width=24)

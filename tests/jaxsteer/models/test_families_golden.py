@@ -14,7 +14,7 @@ from jaxsteer import LoRA, Model, Nonlinear, Slot, init_steering, make_batch
 from jaxsteer.io import load_model, save_hf
 from jaxsteer.models.attention import Scores, Span, attention
 from jaxsteer.models.families import FAMILIES, config_from_hf
-from jaxsteer.models.transformer import forward, init_base, init_cache, logits_of, output_embedding
+from jaxsteer.models.transformer import forward, init_base, init_cache, logits_of, output_embedding, write_scales
 from jaxsteer.types import SITES
 
 LORA = Slot("l", LoRA(rank=2), ("mlp.down", "attn.q"))
@@ -90,6 +90,15 @@ def test_every_site_is_there_and_steering_trains(loaded):
     assert again < loss
     plain = run(Model(model.config), model.base, {}, batch).hidden
     assert np.array_equal(run(Model(model.config, plan), model.base, fresh, batch).hidden, plain)
+
+
+def test_what_a_post_norm_puts_on_writes(golden):
+    """LoRA writes diag(1 + scale) B to the stream."""
+    model = load_model(golden / "families" / "gemma2")
+    (factors,) = {site: f for site, f in write_scales(model.config, model.base).items() if site == "mlp.down"}.values()
+    scale = model.base["blocks"]["mlp"]["post_norm"]["scale"]
+    close(factors, 1 + scale, 1e-6)
+    assert write_scales(load_model(golden / "families" / "qwen3").config, {}) == {}
 
 
 @pytest.mark.parametrize("name", NAMES)
