@@ -1,0 +1,101 @@
+"""Meshes, batch sizes and remat policies: all by the analytic estimate, the best of them by the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import gcd
+
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.transformer import Remat
+from train.config import MeshConfig, TrainConfig
+from train.plan.chips import Topology
+from train.plan.estimate import estimate_training, flops_of, make_estimated, roofline
+from train.plan.figures import Figures, figures_of
+
+MARGIN = 1.15
+"""The estimate may be off: settings that need so many times a chip's memory are still given to the compiler."""
+
+REMATS: tuple[Remat, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings, and tokens/s at the roofline of the estimate."""
+
+    config: TrainConfig
+    tokens_per_second: float
+    peak: int
+
+    def __str__(self) -> str:
+        """As flags of a command."""
+        c = self.config
+        mesh = f"--mesh.data {c.mesh.data} --mesh.fsdp {c.mesh.fsdp} --mesh.tensor {c.mesh.tensor}"
+        return f"{mesh} --rows {c.rows} --accumulate {c.accumulate} --remat {c.remat}"
+
+
+def meshes(features: ModelConfig, chips: int) -> Iterator[MeshConfig]:
+    """Every mesh of powers of two that uses all chips and divides the heads."""
+    powers = [2**k for k in range(chips.bit_length()) if chips % 2**k == 0]
+    for tensor in powers:
+        if gcd(features.heads, features.kv_heads) % tensor == 0:
+            for fsdp in powers:
+                if chips % (tensor * fsdp) == 0:
+                    yield MeshConfig(chips // (tensor * fsdp), fsdp, tensor)
+
+
+def batches(config: TrainConfig) -> Iterator[tuple[int, int]]:
+    """(rows, accumulate): the config's rows in more and more microbatches, and twice and four times as many at once."""
+    for parts in (1, 2, 4, 8, 16):
+        if config.rows % parts == 0:
+            yield config.rows, parts
+    yield 2 * config.rows, 1
+    yield 4 * config.rows, 1
+
+
+def candidates(config: TrainConfig, features: ModelConfig, topology: Topology) -> list[Candidate]:
+    """All settings that may fit, the fastest first; of equals, the one that needs less memory."""
+    found = []
+    for mesh in meshes(features, topology.chips):
+        for rows, accumulate in batches(config):
+            change = replace(config, mesh=mesh, rows=rows, accumulate=accumulate)
+            try:
+                program = make_estimated(change, features, topology)
+            except ValueError:  # this mesh cannot split these rows
+                continue
+            for remat in REMATS:
+                own = replace(change, remat=remat)
+                guess = estimate_training(program, own)
+                if guess.peak > MARGIN * topology.chip.memory:
+                    continue
+                flops = flops_of("train", program, own, 0)
+                seconds = roofline(flops.executed, guess.moved, guess.sent, topology.chip, topology.chips).seconds
+                found.append(Candidate(own, rows * config.row_length / seconds, guess.peak))
+    return sorted(found, key=lambda each: (-round(each.tokens_per_second, -2), each.peak))
+
+
+def search(
+    config: TrainConfig,
+    features: ModelConfig,
+    topology: Topology,
+    best: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[tuple[Candidate, Figures]]:
+    """Compile candidates until `best` of them fit; those, the fastest first. GPUs: by the estimate alone.
+
+    Raises:
+        ValueError: nothing may fit, by the estimate.
+    """
+    ranked = candidates(config, features, topology)
+    if not ranked:
+        raise ValueError(f"{topology}: by the estimate no mesh, batch or remat policy fits; take more or larger chips")
+    say(f"{len(ranked)} settings may fit by the estimate")
+    found: list[tuple[Candidate, Figures]] = []
+    for candidate in ranked[: 3 * best]:
+        figures = figures_of("train", candidate.config, features, topology, 0)
+        say(f"{candidate}: {'fits' if figures.fits else 'does not fit'}")
+        if figures.fits:
+            found.append((candidate, figures))
+        if len(found) == best:
+            break
+    return sorted(found, key=lambda pair: -pair[1].tokens_per_second)
