@@ -129,18 +129,29 @@ def check_shape(
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp, tensor over the first devices; neighbours of the network stay neighbours.
 
+    On several slices of a TPU, `data` alone goes from slice to slice, over the slow network.
+
     Args:
         shape: sizes of the axes.
         devices: by default this process's `jax.devices()`; for compiling ahead of time, those of a topology.
 
     Raises:
-        ValueError: fewer devices than the shape needs.
+        ValueError: fewer devices than the shape needs, or slices that do not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     if shape.size > len(devices):
         raise ValueError(f"mesh {shape} needs {shape.size} devices; there are {len(devices)}")
     sizes = (shape.data, shape.fsdp, shape.tensor)
-    if shape.size < len(devices):
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices > 1:
+        if shape.size < len(devices) or shape.data % slices:
+            raise ValueError(
+                f"mesh {shape}: {slices} slices of together {len(devices)} devices need all devices in the mesh, and a "
+                f"data axis that is a multiple of {slices}"
+            )
+        within = (shape.data // slices, shape.fsdp, shape.tensor)
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    elif shape.size < len(devices):
         grid = np.array(devices[: shape.size]).reshape(sizes)
     else:
         grid = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)

@@ -55,7 +55,9 @@ def weight_gradients(config):
 
 
 def test_there_are_runs_of_every_size():
-    assert {"llama3_8b_joint", "llama3_70b_lora", "listops_smollm2", "compare_listops LoFiT"} <= {each.values[0] for each in FROZEN}
+    assert {"llama3_8b_joint", "llama3_70b_lora", "listops_smollm2", "compare_listops LoFiT"} <= {
+        each.values[0] for each in FROZEN
+    }
 
 
 @pytest.mark.parametrize("name", FROZEN)

@@ -77,7 +77,8 @@ def collectives(text: str, other_trips: int = 1) -> Collectives:
                 _add(total, {kind: _traffic(kind, each)})
             elif each.opcode == "while":
                 trips = trip_count(each, computations[name], computations)
-                _add(total, dict(of(_attribute(each, "body"))), other_trips if trips is None else trips)
+                for part in ("body", "condition"):
+                    _add(total, dict(of(_attribute(each, part))), other_trips if trips is None else trips)
             elif each.opcode == "conditional":  # the costliest branch
                 branches = [dict(of(branch)) for branch in _branches(each)]
                 _add(total, max(branches, key=lambda found: sum(t.sent for t in found.values())))

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -51,6 +51,7 @@ class TooBig:
     seconds: float
 
 
+@lru_cache
 def base_shapes(features: ModelConfig, dtype: Any = jnp.bfloat16) -> PyTree:
     """The base tree of a model as `jax.ShapeDtypeStruct`s."""
     return jax.eval_shape(partial(init_base, features, dtype=dtype), jax.random.key(0))
@@ -58,7 +59,7 @@ def base_shapes(features: ModelConfig, dtype: Any = jnp.bfloat16) -> PyTree:
 
 def batch_shapes(config: TrainConfig, program: Program) -> Batch:
     """The batch of a training step as shapes, with their shardings where there is a mesh."""
-    shape = (config.rows, config.row_length)
+    shape: tuple[int, ...] = (config.rows, config.row_length)
     if config.accumulate > 1:
         shape = (config.accumulate, config.rows // config.accumulate, config.row_length)
     return _rows(shape, program)
