@@ -52,7 +52,7 @@ def test_8b_post_block_on_v5e():
     weights = 16 * found["parts"]["weights"]
     sent = sum(traffic["sent"] for traffic in found["collectives"].values())
     assert 1.9 * weights <= sent <= 3 * weights
-    assert found["estimated"] == pytest.approx(found["needed"], rel=0.2)
+    assert found["estimated"] == pytest.approx(found["needed"], rel=0.1)
 
 
 @needs_libtpu
@@ -309,7 +309,7 @@ def test_a_search_begins_with_what_is_fastest_by_the_estimate(post_block):
     speeds = [each.tokens_per_second for each in found]
     assert all(a >= b - 100 for a, b in pairwise(speeds))
     assert {each.config.mesh.tensor for each in found} >= {1, 2}
-    assert all(each.peak <= 1.15 * there.chip.memory for each in found)
+    assert all(each.peak <= 1.05 * there.chip.memory for each in found)
 
 
 def test_gpus_are_estimated(post_block):
@@ -330,4 +330,4 @@ def test_the_table_is_what_its_data_say():
     compiled = [each for each in data.values() if each["compiled"] and each["fits"] and each["which"] == "train"]
     assert compiled
     for each in compiled:
-        assert each["estimated"] == pytest.approx(each["needed"], rel=0.35), each
+        assert each["estimated"] == pytest.approx(each["needed"], rel=0.1), each

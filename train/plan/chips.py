@@ -16,7 +16,8 @@ GIB = 2**30
 class Chip:
     """Published figures of one accelerator.
 
-    memory     bytes that a program may use: what the compiler knows for TPUs, nine tenths of a GPU's
+    memory     bytes that a program may use: what the compiler allows on TPUs; on GPUs the three quarters that JAX takes
+               unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
     flops      bf16 FLOP/s, dense
     bandwidth  of the memory, bytes/s
     network    bytes/s that it can send to its neighbours, all links together, one way
@@ -38,8 +39,8 @@ CHIPS = {
         Chip("v5e", "tpu", 15.75 * GIB, 197e12, 819e9, 200e9, "https://docs.cloud.google.com/tpu/docs/v5e"),
         Chip("v5p", "tpu", 95.74 * GIB, 459e12, 2765e9, 600e9, "https://docs.cloud.google.com/tpu/docs/v5p"),
         Chip("v6e", "tpu", 31.25 * GIB, 918e12, 1638e9, 400e9, "https://docs.cloud.google.com/tpu/docs/v6e"),
-        Chip("h100", "gpu", 0.9 * 80e9, 989e12, 3350e9, 450e9, "https://www.nvidia.com/en-us/data-center/h100/"),
-        Chip("h200", "gpu", 0.9 * 141e9, 989e12, 4800e9, 450e9, "https://www.nvidia.com/en-us/data-center/h200/"),
+        Chip("h100", "gpu", 0.75 * 80 * GIB, 989e12, 3350e9, 450e9, "https://www.nvidia.com/en-us/data-center/h100/"),
+        Chip("h200", "gpu", 0.75 * 141 * GIB, 989e12, 4800e9, 450e9, "https://www.nvidia.com/en-us/data-center/h200/"),
     )
 }
 

@@ -65,6 +65,7 @@ def plan(config: PlanConfig) -> list[Figures]:
                     topology,
                     config.best,
                     lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True),
+                    compiled=not config.estimate,
                 )
             found += [figures for _, figures in ranked]
             if not quiet:

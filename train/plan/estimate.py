@@ -1,7 +1,7 @@
 """What a program takes, without compiling it: memory by part, bytes that move, arithmetic, and the time that follows.
 
 Sizes of the trees are exact, from their shardings. Activations and traffic are a model of the forward and backward
-pass, within some tenths of what compilers need; `docs/plans.md` has the comparison with compiled programs.
+pass; `docs/plans.md` says how far its peaks are from those of compiled programs.
 """
 
 from __future__ import annotations

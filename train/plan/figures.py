@@ -156,7 +156,7 @@ def _figures(
         topology=topology,
         used=_size(program),
         mesh=" x ".join(f"{name} {size}" for name, size in program.mesh.shape.items()),
-        attention=program.attention if which == "train" else ("dense", "cached decoding reads the whole cache"),
+        attention=program.attention if which == "train" else ("dense", "queries read the whole cache"),
         compiled=False,
         fits=fits,
         needed=guess.peak,

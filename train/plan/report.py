@@ -16,8 +16,8 @@ CURVES = {"arithmetic": "arithmetic", "memory": "memory traffic", "network": "th
 
 
 def gib(size: float) -> str:
-    """E.g. "4.53 GiB"."""
-    return f"{size / GIB:.2f} GiB"
+    """E.g. "4.53 GiB", "6.3 MiB"."""
+    return f"{size / GIB:,.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
 
 
 def verdict(found: Figures) -> str:
@@ -66,9 +66,7 @@ def print_figures(found: Figures) -> None:
         console.print("What would fit, by the analytic estimate:", highlight=False)
         for remedy in found.remedies:
             console.print(f"  {remedy}", highlight=False, soft_wrap=True)
-    table = Table(
-        title="Memory of a chip" + ("" if found.fits and found.compiled else " (estimate)"), title_justify="left"
-    )
+    table = Table(title="Memory of a chip", title_justify="left")
     table.add_column("what")
     table.add_column("size", justify="right")
     for name, size in found.parts.items():

@@ -13,7 +13,7 @@ from train.plan.chips import Topology
 from train.plan.estimate import estimate_training, flops_of, make_estimated, roofline
 from train.plan.figures import Figures, figures_of
 
-MARGIN = 1.15
+MARGIN = 1.05
 """The estimate may be off: settings that need so many times a chip's memory are still given to the compiler."""
 
 REMATS: tuple[Remat, ...] = ("none", "selective", "full")
@@ -34,14 +34,15 @@ class Candidate:
         return f"{mesh} --rows {c.rows} --accumulate {c.accumulate} --remat {c.remat}"
 
 
-def meshes(features: ModelConfig, chips: int) -> Iterator[MeshConfig]:
-    """Every mesh of powers of two that uses all chips and divides the heads."""
+def meshes(features: ModelConfig, topology: Topology) -> Iterator[MeshConfig]:
+    """Every mesh of powers of two that uses all chips, divides the heads, and joins slices by its data axis."""
+    chips = topology.chips // topology.slices
     powers = [2**k for k in range(chips.bit_length()) if chips % 2**k == 0]
     for tensor in powers:
         if gcd(features.heads, features.kv_heads) % tensor == 0:
             for fsdp in powers:
                 if chips % (tensor * fsdp) == 0:
-                    yield MeshConfig(chips // (tensor * fsdp), fsdp, tensor)
+                    yield MeshConfig(topology.slices * chips // (tensor * fsdp), fsdp, tensor)
 
 
 def batches(config: TrainConfig) -> Iterator[tuple[int, int]]:
@@ -56,7 +57,7 @@ def batches(config: TrainConfig) -> Iterator[tuple[int, int]]:
 def candidates(config: TrainConfig, features: ModelConfig, topology: Topology) -> list[Candidate]:
     """All settings that may fit, the fastest first; of equals, the one that needs less memory."""
     found = []
-    for mesh in meshes(features, topology.chips):
+    for mesh in meshes(features, topology):
         for rows, accumulate in batches(config):
             change = replace(config, mesh=mesh, rows=rows, accumulate=accumulate)
             try:
@@ -80,6 +81,8 @@ def search(
     topology: Topology,
     best: int,
     say: Callable[[str], None] = lambda text: None,
+    *,
+    compiled: bool = True,
 ) -> list[tuple[Candidate, Figures]]:
     """Compile candidates until `best` of them fit; those, the fastest first. GPUs: by the estimate alone.
 
@@ -92,7 +95,7 @@ def search(
     say(f"{len(ranked)} settings may fit by the estimate")
     found: list[tuple[Candidate, Figures]] = []
     for candidate in ranked[: 3 * best]:
-        figures = figures_of("train", candidate.config, features, topology, 0)
+        figures = figures_of("train", candidate.config, features, topology, 0, compiled=compiled)
         say(f"{candidate}: {'fits' if figures.fits else 'does not fit'}")
         if figures.fits:
             found.append((candidate, figures))

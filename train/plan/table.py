@@ -49,13 +49,14 @@ def plan_one(name: str, topology: str, which: str) -> dict[str, Any]:
 def collect() -> dict[str, Any]:
     """All that is known, after planning what was not; saved after every program."""
     data: dict[str, Any] = json.loads(DATA.read_text()) if DATA.exists() else {}
-    wanted = [(which, name, there) for which in ("train", "decode") for name in CONFIGS for there in TOPOLOGIES]
-    for number, (which, name, topology) in enumerate(wanted, 1):
-        key = f"{name} {topology} {which}"
+    wanted = [f"{name} {there} {which}" for which in ("train", "decode") for name in CONFIGS for there in TOPOLOGIES]
+    for number, key in enumerate(wanted, 1):
         if key not in data:
+            name, topology, which = key.split()
             print(f"{number} of {len(wanted)}: {key}", file=sys.stderr, flush=True)
             data[key] = plan_one(name, topology, which)
             data[key].pop("compile_seconds")
+            data = {key: data[key] for key in wanted if key in data}
             DATA.write_text(json.dumps(data, indent=1) + "\n")
             PAGE.write_text(page(data))
     return data
@@ -69,12 +70,12 @@ def page(data: dict[str, Any]) -> str:
         if which == "train":
             batch = f"{each['rows']} x {each['length']:,}"
             batch += f" in {each['accumulate']}" if each["accumulate"] > 1 else ""
-            lines.append(_row(_title(name), each["sold"], batch, _mesh(each), *_memory(each), *_speed(each)))
+            lines.append(_row(_title(name), _chips(each), batch, each["mesh"], *_memory(each), *_speed(each)))
     decoding = [key for key in data if key.endswith("decode")]
     if decoding:
         lines += ["", "## Decoding", "", DECODING, "", DECODING_HEAD, "|---|---|---:|---:|---:|---:|"]
         lines += [
-            _row(_title(key.split()[0]), data[key]["sold"], *_memory(data[key]), *_speed(data[key])[:2])
+            _row(_title(key.split()[0]), _chips(data[key]), *_memory(data[key]), _speed(data[key])[0])
             for key in decoding
         ]
     both = [each for each in data.values() if each["compiled"] and each["fits"]]
@@ -108,7 +109,10 @@ TRAINING_HEAD = (
     "| config | chips | batch | mesh | peak, GiB a chip | of | collectives, GiB | tokens/s, at most | MFU, at most |"
 )
 DECODING_HEAD = "| config | chips | peak, GiB a chip | of | collectives, GiB | tokens/s, at most |"
-DECODING = "64 prompts of 512 tokens at a time, 256 new tokens each, on the mesh of the training."
+DECODING = (
+    "64 prompts of 512 tokens at a time, 256 new tokens each, on the mesh of the training: there every token gathers every\n"
+    "weight over `fsdp`, so that the network bounds the speed."
+)
 
 
 def _row(*cells: str) -> str:
@@ -119,8 +123,8 @@ def _title(name: str) -> str:
     return f"[{name}](../configs/{name}.py)"
 
 
-def _mesh(each: dict[str, Any]) -> str:
-    return str(each["mesh"])
+def _chips(each: dict[str, Any]) -> str:
+    return each["topology"] if each["topology"] == each["sold"] else f"{each['topology']} ({each['sold']})"
 
 
 def _memory(each: dict[str, Any]) -> tuple[str, str, str]:
