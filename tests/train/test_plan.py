@@ -71,7 +71,7 @@ def test_what_cannot_fit_is_said_in_words():
     assert found["needed"] > found["limit"]
     assert "exceeds" in found["words"]
     assert any(remedy.startswith("--accumulate 8: about") for remedy in found["remedies"])
-    assert any("--topology v5e:8x8" in remedy for remedy in found["remedies"])
+    assert any(remedy.startswith("--topology v5e:8x16: about") for remedy in found["remedies"])
 
 
 @needs_libtpu
@@ -307,7 +307,7 @@ def test_a_search_begins_with_what_is_fastest_by_the_estimate(post_block):
     features, there = features_of(post_block), parse_topology("v5e:2x2")
     found = candidates(post_block, features, there)
     speeds = [each.tokens_per_second for each in found]
-    assert all(a >= b - 100 for a, b in pairwise(speeds))
+    assert all(a >= 0.99 * b for a, b in pairwise(speeds))
     assert {each.config.mesh.tensor for each in found} >= {1, 2}
     assert all(each.peak <= 1.05 * there.chip.memory for each in found)
 

@@ -60,6 +60,11 @@ class Roofline:
         return max(self.arithmetic, self.memory, self.network)
 
     @property
+    def total(self) -> float:
+        """The three one after the other: of two programs with the same roofline, the one with less is better."""
+        return self.arithmetic + self.memory + self.network
+
+    @property
     def bound(self) -> str:
         """Which of the three it is."""
         return max(("arithmetic", "memory", "network"), key=lambda name: getattr(self, name))

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.plan.chips import GIB
+from train.plan.estimate import Roofline
 from train.plan.figures import Figures
 from train.report import print_facts
 
@@ -30,6 +31,8 @@ def verdict(found: Figures) -> str:
 
 def how(found: Figures) -> str:
     """Where the figures are from."""
+    if found.compiled and not found.fits:
+        return f"the compiler gave up after {found.compile_seconds:.0f} s"
     if found.compiled:
         return f"compiled in {found.compile_seconds:.0f} s"
     return "analytic estimate, not compiled"
@@ -37,13 +40,16 @@ def how(found: Figures) -> str:
 
 def speed(found: Figures) -> str:
     """Time, throughput and utilisation at the roofline."""
-    line, seconds = found.roofline, found.roofline.seconds
     unit = "a step" if found.which == "train" else "for all tokens"
     return (
-        f"at best {seconds:.3g} s {unit}, {found.tokens_per_second:,.0f} tokens/s, MFU {100 * found.mfu:.0f} % "
-        f"(bound by {CURVES[line.bound]}: arithmetic {line.arithmetic:.3g} s, memory {line.memory:.3g} s, "
-        f"network {line.network:.3g} s)"
+        f"{found.roofline.seconds:.3g} s {unit}, {found.tokens_per_second:,.0f} tokens/s, MFU {100 * found.mfu:.0f} %, "
+        f"bound by {CURVES[found.roofline.bound]}"
     )
+
+
+def times(line: Roofline) -> str:
+    """What the roofline is made of."""
+    return f"arithmetic {line.arithmetic:.3g} s, memory traffic {line.memory:.3g} s, network {line.network:.3g} s"
 
 
 def print_figures(found: Figures) -> None:
@@ -57,7 +63,8 @@ def print_figures(found: Figures) -> None:
             "topology": f"{found.topology}; mesh {found.mesh}{idle}",
             "attention": f"{found.attention[0]} ({found.attention[1]})",
             "arithmetic": f"{found.flops.executed:.3g} FLOPs executed, {found.flops.useful:.3g} useful",
-            "roofline": speed(found),
+            "at best": speed(found),
+            "at the peaks": times(found.roofline),
         }
     )
     if found.words:
@@ -66,7 +73,8 @@ def print_figures(found: Figures) -> None:
         console.print("What would fit, by the analytic estimate:", highlight=False)
         for remedy in found.remedies:
             console.print(f"  {remedy}", highlight=False, soft_wrap=True)
-    table = Table(title="Memory of a chip", title_justify="left")
+    title = "Memory of a chip" if found.compiled and found.fits else "Memory of a chip, estimate"
+    table = Table(title=title, title_justify="left")
     table.add_column("what")
     table.add_column("size", justify="right")
     for name, size in found.parts.items():

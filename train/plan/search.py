@@ -21,10 +21,13 @@ REMATS: tuple[Remat, ...] = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings, and tokens/s at the roofline of the estimate."""
+    """Settings, and what the estimate says of them: tokens/s at the roofline, seconds a token without any
+    overlap, bytes at the peak.
+    """
 
     config: TrainConfig
     tokens_per_second: float
+    total: float
     peak: int
 
     def __str__(self) -> str:
@@ -55,7 +58,7 @@ def batches(config: TrainConfig) -> Iterator[tuple[int, int]]:
 
 
 def candidates(config: TrainConfig, features: ModelConfig, topology: Topology) -> list[Candidate]:
-    """All settings that may fit, the fastest first; of equals, the one that needs less memory."""
+    """All settings that may fit, the fastest first; of equals, the one with less traffic."""
     found = []
     for mesh in meshes(features, topology):
         for rows, accumulate in batches(config):
@@ -70,9 +73,15 @@ def candidates(config: TrainConfig, features: ModelConfig, topology: Topology) -
                 if guess.peak > MARGIN * topology.chip.memory:
                     continue
                 flops = flops_of("train", program, own, 0)
-                seconds = roofline(flops.executed, guess.moved, guess.sent, topology.chip, topology.chips).seconds
-                found.append(Candidate(own, rows * config.row_length / seconds, guess.peak))
-    return sorted(found, key=lambda each: (-round(each.tokens_per_second, -2), each.peak))
+                line = roofline(flops.executed, guess.moved, guess.sent, topology.chip, topology.chips)
+                tokens = rows * config.row_length
+                found.append(Candidate(own, tokens / line.seconds, line.total / tokens, guess.peak))
+    return sorted(found, key=lambda each: _rank(each.tokens_per_second, each.total))
+
+
+def _rank(tokens_per_second: float, total: float) -> tuple[float, float]:
+    """The roofline to three digits, then the time without overlap."""
+    return -float(f"{tokens_per_second:.3g}"), total
 
 
 def search(
@@ -101,4 +110,4 @@ def search(
             found.append((candidate, figures))
         if len(found) == best:
             break
-    return sorted(found, key=lambda pair: -pair[1].tokens_per_second)
+    return sorted(found, key=lambda pair: _rank(pair[1].tokens_per_second, pair[1].roofline.total / pair[1].tokens))

@@ -109,10 +109,8 @@ TRAINING_HEAD = (
     "| config | chips | batch | mesh | peak, GiB a chip | of | collectives, GiB | tokens/s, at most | MFU, at most |"
 )
 DECODING_HEAD = "| config | chips | peak, GiB a chip | of | collectives, GiB | tokens/s, at most |"
-DECODING = (
-    "64 prompts of 512 tokens at a time, 256 new tokens each, on the mesh of the training: there every token gathers every\n"
-    "weight over `fsdp`, so that the network bounds the speed."
-)
+DECODING = """64 prompts of 512 tokens at a time, 256 new tokens each, on the mesh of the training: there every token
+gathers every weight over `fsdp`, so that the network bounds the speed."""
 
 
 def _row(*cells: str) -> str:
