@@ -46,3 +46,16 @@ def step_flops(model: Model, rows: int, length: int, supervised: int, *, causal_
     useful = forward + backward * (2.0 * (1 + trained) * weights * tokens + 2 * scores) + (1 + trained) * head
     again = {"none": 0.0, "selective": scores, "full": 2.0 * weights * tokens + 2 * scores}[model.remat]
     return StepFlops(useful, useful + backward * again + trained * head)
+
+
+def decode_flops(config: ModelConfig, rows: int, prompt: int, new_tokens: int) -> StepFlops:
+    """Count decoding `new_tokens` after prompts of `prompt` tokens in `rows` rows, with a cache; steering left out.
+
+    Attention is counted over all slots of the cache, as it is computed.
+    """
+    slots, steps = prompt + new_tokens - 1, new_tokens - 1
+    tokens = rows * (prompt + steps)
+    scores = 4.0 * tokens * slots * config.heads * config.head_dim
+    head = 2.0 * config.width * config.vocab_size * rows * new_tokens
+    total = config.layers * (2.0 * block_weights(config) * tokens + scores) + head
+    return StepFlops(total, total)

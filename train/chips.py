@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class Chip:
     bandwidth: float
     network: float
 
-    def peak(self, dtype: jnp.dtype | type) -> float | None:
+    def peak(self, dtype: npt.DTypeLike) -> float | None:
         """Peak FLOP/s of matrix products of this dtype, at JAX's default precision; None where it is not known.
 
         There, NVIDIA multiplies float32 as TF32, at half the speed of bf16, and a TPU as bf16.
         """
-        dtype = jnp.dtype(dtype)
-        if dtype in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        name = np.dtype(dtype).name
+        if name in ("bfloat16", "float16"):
             return self.flops
-        if dtype == jnp.dtype(jnp.float32):
+        if name == "float32":
             return self.flops if self.name.startswith("TPU") else self.flops / 2
         return None
 
@@ -57,9 +58,9 @@ _GPUS = (
     (("A100",), Chip("A100 80 GB", 312e12, 80e9, 2039e9, 300e9)),
     (("H100", "PCIE"), Chip("H100 PCIe", 1513e12 / 2, 80e9, 2000e9, 64e9)),
     (("H100", "NVL"), Chip("H100 NVL", 1671e12 / 2, 94e9, 3900e9, 300e9)),
-    (("H100",), Chip("H100", 1979e12 / 2, 80e9, 3350e9, 450e9)),
+    (("H100",), Chip("H100", 989e12, 80e9, 3350e9, 450e9)),
     (("H200", "NVL"), Chip("H200 NVL", 1671e12 / 2, 141e9, 4800e9, 450e9)),
-    (("H200",), Chip("H200", 1979e12 / 2, 141e9, 4800e9, 450e9)),
+    (("H200",), Chip("H200", 989e12, 141e9, 4800e9, 450e9)),
     (("B200",), Chip("B200", 4500e12 / 2, 180e9, 8000e9, 900e9)),
 )
 

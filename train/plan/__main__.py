@@ -1,0 +1,16 @@
+"""`python -m train.plan configs/llama3_8b_post_block.py --topology v5e:4x4`."""
+
+from train.plan.environment import prepare
+
+
+def main() -> None:
+    """Plan a run; JAX is imported only when the environment is ready."""
+    prepare()
+    from train.config import run_main
+    from train.plan.command import main as command
+
+    run_main(command)
+
+
+if __name__ == "__main__":
+    main()
