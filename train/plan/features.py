@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxsteer.io import load_config
 from jaxsteer.models.config import ModelConfig, RopeScaling
+from jaxsteer.models.families import config_from_hf
 from train.base_models import resolve_model
 from train.config import TrainConfig
 
@@ -21,12 +22,50 @@ _LLAMA_3_1 = {
 _8B = ModelConfig(width=4096, layers=32, heads=32, mlp_width=14_336, **_LLAMA_3_1)  # type: ignore[arg-type]
 _70B = ModelConfig(width=8192, layers=80, heads=64, mlp_width=28_672, **_LLAMA_3_1)  # type: ignore[arg-type]
 
-KNOWN = {
-    f"meta-llama/Llama-3.1-{size}{kind}": features
-    for size, features in (("8B", _8B), ("70B", _70B))
-    for kind in ("", "-Instruct")
+_QWEN2_5_7B = {
+    "model_type": "qwen2",
+    "vocab_size": 152_064,
+    "hidden_size": 3584,
+    "intermediate_size": 18_944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "rope_theta": 1_000_000.0,
+    "max_position_embeddings": 32_768,
 }
-"""Gated models, planned for without an account: the hub's id -> what its config.json says."""
+_MISTRAL_7B = {
+    "model_type": "mistral",
+    "vocab_size": 32_768,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1_000_000.0,
+    "sliding_window": None,
+    "max_position_embeddings": 32_768,
+}
+_GEMMA2_9B = {
+    "model_type": "gemma2",
+    "vocab_size": 256_000,
+    "hidden_size": 3584,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 42,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+}
+_read = lambda raw: config_from_hf(raw, raw["model_type"])[1]
+
+KNOWN = {
+    **{f"meta-llama/Llama-3.1-8B{kind}": _8B for kind in ("", "-Instruct")},
+    **{f"meta-llama/Llama-3.1-70B{kind}": _70B for kind in ("", "-Instruct")},
+    **{f"Qwen/Qwen2.5-7B{kind}": _read(_QWEN2_5_7B) for kind in ("", "-Instruct")},
+    "mistralai/Mistral-7B-Instruct-v0.3": _read(_MISTRAL_7B),
+    **{f"google/gemma-2-9b{kind}": _read(_GEMMA2_9B) for kind in ("", "-it")},
+}
+"""Models planned for without the hub: its id -> what the config.json there says."""
 
 
 def features_of(config: TrainConfig) -> ModelConfig:

@@ -16,7 +16,8 @@ from train.plan.environment import prepare
 
 ROOT = Path(__file__).parents[2]
 DATA, PAGE = ROOT / "docs" / "plans.json", ROOT / "docs" / "plans.md"
-CONFIGS = tuple(f"llama3_{size}_{kind}" for kind in ("post_block", "lora", "joint") for size in ("8b", "70b"))
+MODELS = ("llama3_8b", "llama3_70b", "qwen2_5_7b", "mistral_7b", "gemma2_9b")
+CONFIGS = tuple(f"{model}_{kind}" for kind in ("post_block", "lora", "joint") for model in MODELS)
 TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4", "v6e:4x4", "h100:8")
 PROMPT_LENGTH = 512
 MOST_PARTS = 64
