@@ -1,6 +1,11 @@
 """Settings and models that all tests share."""
 
+import os
 from pathlib import Path
+
+# Before JAX starts, and for the processes that tests start: tolerances are those of a CPU, and a TPU's compiler without
+# a TPU would be tried first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
