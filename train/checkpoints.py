@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxsteer.types import PyTree
+from train.distributed import together
 from train.leaves import (
     MismatchError,
     SaveError,
@@ -281,7 +281,7 @@ class Checkpoints:
 
     def _restore(self, step: int, like: Mapping[str, PyTree]) -> Restored:
         self.wait()
-        record = _together(lambda: self._record(step))
+        record = together(lambda: self._record(step))
         where = f"{self.folder}, step {step}"
         if missing := sorted(set(like) - set(record["trees"])):
             raise MismatchError(f"{where}: has no tree {missing}; it has {sorted(record['trees'])}")
@@ -297,7 +297,7 @@ class Checkpoints:
         def read() -> dict[str, Any]:
             return dict(self._manager.restore(step, args=ocp.args.Composite(**wanted))) if wanted else {}
 
-        arrays = _together(read)
+        arrays = together(read)
 
         def verify() -> None:
             for name, got in arrays.items():
@@ -305,7 +305,7 @@ class Checkpoints:
                 if damaged := [path for path in got if digest_of(got[path]) != saved[path]["sha256"]]:
                     raise ValueError(f"{name} is damaged: the sha256 of {', '.join(damaged[:3])} differs")
 
-        _together(verify)
+        together(verify)
         trees = {}
         for name, leaves in flat.items():
             saved, got = record["trees"][name], arrays.get(name, {})
@@ -336,13 +336,13 @@ def open_checkpoints(
         read_only: never write, make or remove anything.
 
     Raises:
-        ValueError: `every` or `keep_latest` below 1, an unknown mode.
+        ValueError: `every` or `keep_latest` below 1, an unknown mode; a remote folder that cannot be reached.
     """
     if every < 1 or keep_latest < 1:
         raise ValueError(f"checkpoints {folder}: every and keep_latest must be at least 1, got {every}, {keep_latest}")
     if best_mode not in ("min", "max"):
         raise ValueError(f"checkpoints {folder}: best_mode must be 'min' or 'max', got {best_mode!r}")
-    path = epath.Path(folder)
+    path = _reach(folder)
     path = path if "://" in str(folder) else path.expanduser().absolute()
     keep: list[Any] = [policies.LatestN(keep_latest)]
     best = None if best_metric is None else (best_metric, best_mode)
@@ -366,22 +366,16 @@ def _own(array: Any) -> Any:
     return array.copy() if isinstance(array, np.ndarray) else array
 
 
-def _together(read: Callable[[], Any]) -> Any:
-    """Call `read`; where it fails in one process, fail in all of them, so that all go on to the same step."""
-    if jax.process_count() == 1:
-        return read()
-    error: Exception | None = None
-    value = None
+def _reach(folder: str | Path) -> epath.Path:
+    """The folder, once it is known that it can be looked at."""
+    text = str(folder).removeprefix("file://")
     try:
-        value = read()
-    except Exception as caught:
-        error = caught
-    fine = multihost_utils.process_allgather(np.asarray(error is None))
-    if error is not None:
-        raise error
-    if not bool(np.all(fine)):
-        raise ValueError("another process cannot read it")
-    return value
+        path = epath.Path(text)
+        path.exists()
+    except (KeyError, ImportError, OSError) as error:
+        what = error if isinstance(error, (ImportError, OSError)) else "known are gs://, s3:// and file://"
+        raise ValueError(f"checkpoints {folder}: cannot be reached ({what})") from None
+    return path
 
 
 def _rank(metrics: Mapping[str, Any], name: str, mode: str) -> float:

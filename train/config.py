@@ -132,6 +132,8 @@ class TrainConfig:
     """Of the initialisation and the order of the data."""
     out: str = "runs/sft"
     """Folder of the run: config, metrics, checkpoints, steering file, plots."""
+    checkpoints: str | None = None
+    """Another folder for the checkpoints, which may be remote (gs://bucket/run); by default in `out`."""
     resume: bool = False
     """Go on with the run in `out` from its last good checkpoint."""
     auto_resume: bool = False
@@ -146,6 +148,11 @@ class TrainConfig:
             raise ValueError(f"config: accumulate ({self.accumulate}) must divide rows ({self.rows})")
         if self.max_skipped < 0:
             raise ValueError(f"config: max_skipped must be at least 0, got {self.max_skipped}")
+        if "://" in self.out:
+            raise ValueError(
+                f"config: out must be a folder of this machine, or one mounted here; got {self.out!r}. Checkpoints "
+                "alone may be remote: --checkpoints"
+            )
         parse_steps(self.profile)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"config: steps must be at least 1, got {self.steps}")
@@ -157,9 +164,26 @@ class TrainConfig:
         data = dataclasses.asdict(self)
         data["task"] = task_to_json(self.task)
         # A run that stopped at a non-finite step may be resumed to skip it.
-        other = ("out", "resume", "auto_resume", "mesh", "distributed", "nonfinite", "max_skipped", "track", "profile")
+        other = (
+            "out",
+            "checkpoints",
+            "resume",
+            "auto_resume",
+            "mesh",
+            "distributed",
+            "nonfinite",
+            "max_skipped",
+            "track",
+            "profile",
+        )
         return {key: value for key, value in data.items() if key not in other}
 
+
+# A run that stopped at a non-finite step may be resumed to skip it.
+_NOT_THE_RUN = {
+    *("out", "checkpoints", "resume", "auto_resume", "mesh", "distributed"),
+    *("nonfinite", "max_skipped", "track", "profile"),
+}
 
 C = TypeVar("C", bound=TrainConfig)
 

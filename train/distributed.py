@@ -151,6 +151,24 @@ def on_first(action: Callable[[], T]) -> T:
     return outcome["value"]
 
 
+def together(read: Callable[[], Any]) -> Any:
+    """Call `read`; where it fails in one process, fail in all of them, so that all go on to the same thing."""
+    if jax.process_count() == 1:
+        return read()
+    error: Exception | None = None
+    value = None
+    try:
+        value = read()
+    except Exception as caught:
+        error = caught
+    fine = multihost_utils.process_allgather(np.asarray(error is None))
+    if error is not None:
+        raise error
+    if not bool(np.all(fine)):
+        raise ValueError("another process cannot read it")
+    return value
+
+
 def fetch(tree: PyTree) -> PyTree:
     """Arrays as numpy, whole, on every process; leaf by leaf, so that only the result is held twice."""
 

@@ -76,7 +76,7 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Res
     # ---- checkpoints
     meta = {"plan": plan_to_json(training.model.plan), "model": config.model, "fingerprint": fingerprint(loaded.config)}
     checkpoints = open_checkpoints(
-        run.checkpoints,
+        config.checkpoints or run.checkpoints,
         every=config.checkpoint_every,
         best_metric="accuracy" if config.evaluate_every else "loss",
         best_mode="max" if config.evaluate_every else "min",

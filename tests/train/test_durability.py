@@ -113,6 +113,18 @@ def test_a_save_that_fails_keeps_the_last_good_step(config, monkeypatch, words):
     assert resumed.run.steering.read_bytes() == whole.run.steering.read_bytes()
 
 
+def test_checkpoints_may_lie_elsewhere(config, tmp_path):
+    away = replace(config, checkpoints=f"file://{tmp_path / 'bucket' / 'run'}")
+    first = train(away)
+    assert not first.run.checkpoints.exists()
+    assert (tmp_path / "bucket" / "run" / "4").exists()
+    train(replace(away, resume=True, out=config.out))
+    with pytest.raises(ValueError, match=r"checkpoints hdfs://a/b: cannot be reached \(known are gs://"):
+        open_checkpoints("hdfs://a/b", every=1)
+    with pytest.raises(ValueError, match=r"out must be a folder of this machine.*--checkpoints"):
+        replace(config, out="gs://bucket/run")
+
+
 # ---- the matrix
 
 CONFIG = """
