@@ -60,7 +60,7 @@ def save_hf(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = [tensor for row in rows for tensor in _tensors(row, config, get(base, row.path))]
+    tensors = _fuse([tensor for row in rows for tensor in _tensors(row, config, get(base, row.path))])
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
     ids = {}
     if tokenizer is not None:
@@ -71,6 +71,21 @@ def save_hf(
     write_json(folder / "generation_config.json", generation)
     dtype = str(np.dtype(get(base, "embed/embedding").dtype))
     write_json(folder / "config.json", config_to_hf(table, config) | generation | {"dtype": dtype})
+
+
+def _fuse(tensors: list[ToWrite]) -> list[ToWrite]:
+    """One tensor for all of a name: they are its parts, in order, one above the other."""
+    parts: dict[str, list[ToWrite]] = {}
+    for tensor in tensors:
+        parts.setdefault(tensor.name, []).append(tensor)
+
+    def join(name: str, of: list[ToWrite]) -> ToWrite:
+        if len(of) == 1:
+            return of[0]
+        shape = (sum(part.shape[0] for part in of), *of[0].shape[1:])
+        return ToWrite(name, shape, of[0].dtype, lambda: np.concatenate([part.read() for part in of]))
+
+    return [join(name, of) for name, of in parts.items()]
 
 
 def _tensors(row: Row, config: ModelConfig, leaf: Any) -> list[ToWrite]:

@@ -198,7 +198,20 @@ def all_of(shape: tuple[int, ...]) -> Index:
 
 
 def _tensors(stored: Mapping[str, Stored], row: Row, layout: str, config: ModelConfig) -> list[Stored]:
-    return [stored[name] for name in names(row, layout, config)]
+    tensors = [stored[name] for name in names(row, layout, config)]
+    rows = row.stored_rows(config)
+    return tensors if rows is None else [_rows_of(tensor, *rows[:2]) for tensor in tensors]
+
+
+def _rows_of(tensor: Stored, start: int, stop: int) -> Stored:
+    """Some rows of a stored tensor as one of its own."""
+    shape = (stop - start, *tensor.shape[1:])
+
+    def read(index: Index = ()) -> np.ndarray:
+        rows, *rest = index or all_of(shape)
+        return tensor.read((slice(rows.start + start, rows.stop + start), *rest))
+
+    return Stored(shape, tensor.nbytes * (stop - start) // max(tensor.shape[0], 1), read)
 
 
 def names(row: Row, layout: str, config: ModelConfig) -> list[str]:
@@ -222,8 +235,12 @@ def check_names(stored: Mapping[str, Stored], layout: str, family: Family, confi
     for row in family.parameters(config):
         shape = row.shape(config)
         theirs = shape[::-1] if transform(row, layout).flips else shape
+        if (rows := row.stored_rows(config)) is not None:
+            theirs = (rows[2], *theirs[1:])
         for i in range(config.layers if row.stacked else 1):
             name = getattr(row, layout).replace("{i}", str(i))
+            if name in expected:  # fused: one of several parameters in it
+                continue
             expected.add(name)
             if name not in stored:
                 missing.append(name)

@@ -19,6 +19,7 @@ from transformers import (
     Gemma3TextConfig,
     MistralConfig,
     Olmo2Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -54,6 +55,7 @@ MODELS = {
         },
     ),
     "olmo2": Olmo2Config(**COMMON),
+    "phi3": Phi3Config(**COMMON, sliding_window=7),
 }
 
 

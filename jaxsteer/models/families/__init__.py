@@ -15,6 +15,7 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families.gemma import GEMMA2, GEMMA3
 from jaxsteer.models.families.llama import LLAMA, MISTRAL, SMOLLM3
 from jaxsteer.models.families.olmo import OLMO2
+from jaxsteer.models.families.phi import PHI3
 from jaxsteer.models.families.qwen import QWEN2, QWEN3
 from jaxsteer.models.families.rope import ROPE_FIELDS, rope_from_hf, rope_to_hf
 from jaxsteer.models.families.table import (
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2)
+    family.name: family for family in (LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3)
 }
 """Every family by our name."""
 

@@ -65,6 +65,8 @@ class Row:
     transform       between the Hugging Face tensor and ours
     gguf_transform  between the GGUF tensor and ours; None = the same as `transform`
     when, unless    name of a `ModelConfig` flag that the parameter exists with, or without
+    fused           where several parameters are one stored tensor, one above the other: the outputs of each, in axis
+                    letters; and `part`, which of them this one is
     """
 
     path: str
@@ -75,6 +77,8 @@ class Row:
     gguf_transform: Transform | None = None
     when: str = ""
     unless: str = ""
+    fused: tuple[str, ...] = ()
+    part: int = 0
 
     @property
     def stacked(self) -> bool:
@@ -83,7 +87,18 @@ class Row:
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Our shape for one layer."""
-        sizes = {
+        return tuple(self._sizes(config)[axis] for axis in self.axes)
+
+    def stored_rows(self, config: ModelConfig) -> tuple[int, int, int] | None:
+        """Where it begins and ends in a fused tensor, and how many rows that has; None for one of its own."""
+        if not self.fused:
+            return None
+        sizes = [self._sizes(config)[axis] for axis in self.fused]
+        start = sum(sizes[: self.part])
+        return start, start + sizes[self.part], sum(sizes)
+
+    def _sizes(self, config: ModelConfig) -> dict[str, int]:
+        return {
             "V": config.vocab_size,
             "D": config.width,
             "F": config.mlp_width,
@@ -91,7 +106,6 @@ class Row:
             "KH": config.kv_heads * config.head_dim,
             "H": config.head_dim,
         }
-        return tuple(sizes[axis] for axis in self.axes)
 
     def exists(self, config: ModelConfig) -> bool:
         """Whether a model with these features has the parameter."""

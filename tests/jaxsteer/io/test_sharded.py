@@ -118,6 +118,7 @@ def test_parts_are_the_whole(golden, two_files, write_gguf, tmp_path):
     sources = [
         llama,
         two_files,
+        golden / "families" / "phi3",  # fused tensors
         tmp_path / "biased",
         write_gguf(tmp_path / "hf", load_config(tmp_path / "hf"), "Q8_0", name="quantised.gguf"),
         write_gguf(llama, load_config(llama), name="plain.gguf"),

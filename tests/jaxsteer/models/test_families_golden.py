@@ -138,6 +138,7 @@ COUNTS = {
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-4b": 4_022_468_096,
     "gemma-2-9b": 9_241_705_984,
+    "phi-3-mini": 3_821_079_552,
 }
 PUBLISHED = {
     "llama-3.1-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, {"rms_norm_eps": 1e-5}),
@@ -145,6 +146,7 @@ PUBLISHED = {
     "mistral-7b-v0.1": ("mistral", 32000, 4096, 14336, 32, 32, 8, {"sliding_window": 4096}),
     "qwen2.5-7b": ("qwen2", 152064, 3584, 18944, 28, 28, 4, {"use_sliding_window": False, "sliding_window": 131072}),
     "qwen3-4b": ("qwen3", 151936, 2560, 9728, 36, 32, 8, {"head_dim": 128, "tie_word_embeddings": True}),
+    "phi-3-mini": ("phi3", 32064, 3072, 8192, 32, 32, 32, {"sliding_window": 2047}),
     "gemma-2-9b": ("gemma2", 256000, 3584, 14336, 42, 16, 8, {"head_dim": 256, "query_pre_attn_scalar": 256}),
 }
 

@@ -1,0 +1,45 @@
+"""Phi-3: Llama's block with q, k, v in one stored tensor, and gate and up in another."""
+
+from __future__ import annotations
+
+from jaxsteer.models.families.table import (
+    DIMENSIONS,
+    EMBEDDING,
+    GENERAL_FIXED,
+    GENERAL_IGNORED,
+    Family,
+    Windows,
+    after_blocks,
+    norm,
+    projection,
+)
+
+_QKV, _GATE_UP = ("NH", "KH", "KH"), ("F", "F")
+
+PHI3 = Family(
+    name="phi3",
+    hf_type="phi3",
+    hf_class="Phi3ForCausalLM",
+    gguf="",
+    fields={
+        **DIMENSIONS,
+        "norm_eps": ("rms_norm_eps", 1e-5),
+        "max_length": ("max_position_embeddings", 4096),
+    },
+    fixed={**GENERAL_FIXED, "hidden_act": "silu", "attention_bias": False},
+    ignored=frozenset(GENERAL_IGNORED | {"resid_pdrop", "embd_pdrop", "original_max_position_embeddings", "auto_map"}),
+    rows=(
+        EMBEDDING,
+        norm("attn_norm", "input_layernorm", "attn_norm"),
+        *projection("attn/q", "self_attn.qkv_proj", "attn_qkv", ("D", "NH"), fused=_QKV, part=0),
+        *projection("attn/k", "self_attn.qkv_proj", "attn_qkv", ("D", "KH"), fused=_QKV, part=1),
+        *projection("attn/v", "self_attn.qkv_proj", "attn_qkv", ("D", "KH"), fused=_QKV, part=2),
+        *projection("attn/o", "self_attn.o_proj", "attn_output", ("NH", "D")),
+        norm("mlp_norm", "post_attention_layernorm", "ffn_norm"),
+        *projection("mlp/gate", "mlp.gate_up_proj", "ffn_up", ("D", "F"), fused=_GATE_UP, part=0),
+        *projection("mlp/up", "mlp.gate_up_proj", "ffn_up", ("D", "F"), fused=_GATE_UP, part=1),
+        *projection("mlp/down", "mlp.down_proj", "ffn_down", ("F", "D")),
+        *after_blocks(),
+    ),
+    windows=Windows(None, lambda raw, layer: True, listed=False),
+)
