@@ -1,21 +1,8 @@
-"""LoRA and post-block steering, kept apart by the penalty: Llama-3.1-8B-Instruct, 64 rows of 2,048 tokens."""
+"""LoRA and post-block steering of Llama-3.1-8B-Instruct, kept apart by the penalty: 64 rows of 2,048 tokens."""
 
-from jaxsteer.optim import OptimConfig
 from train.config import TrainConfig
-from train.tasks import JsonlTask
+from train.presets import chat_tuning
 
 
 def config() -> TrainConfig:
-    return TrainConfig(
-        model="meta-llama/Llama-3.1-8B-Instruct",
-        task=JsonlTask(train="train.jsonl", chat=True, max_new_tokens=256),
-        plan=("lora(rank=8) @ projections", "nonlinear(rank=8) @ block"),
-        optim=OptimConfig(lr=2e-3, weights_lr=2e-4, schedule="cosine", warmup=0.05),
-        epochs=3,
-        rows=64,
-        row_length=2048,
-        dtype="bfloat16",
-        remat="full",
-        eval_rows=64,
-        out="runs/llama3_8b_joint",
-    )
+    return chat_tuning("llama3_8b", "meta-llama/Llama-3.1-8B-Instruct", "joint")

@@ -1,21 +1,8 @@
 """Post-block steering of Llama-3.1-8B-Instruct on your own data, 64 rows of 2,048 tokens."""
 
-from jaxsteer.optim import OptimConfig
 from train.config import TrainConfig
-from train.tasks import JsonlTask
+from train.presets import chat_tuning
 
 
 def config() -> TrainConfig:
-    return TrainConfig(
-        model="meta-llama/Llama-3.1-8B-Instruct",
-        task=JsonlTask(train="train.jsonl", chat=True, max_new_tokens=256),
-        plan=("nonlinear(rank=8) @ block",),
-        optim=OptimConfig(lr=2e-3, schedule="cosine", warmup=0.05),
-        epochs=3,
-        rows=64,
-        row_length=2048,
-        dtype="bfloat16",
-        remat="full",
-        eval_rows=64,
-        out="runs/llama3_8b_post_block",
-    )
+    return chat_tuning("llama3_8b", "meta-llama/Llama-3.1-8B-Instruct", "post_block")

@@ -1,21 +1,8 @@
 """LoRA of Mistral-7B-Instruct-v0.3 on your own data, 64 rows of 2,048 tokens."""
 
-from jaxsteer.optim import OptimConfig
 from train.config import TrainConfig
-from train.tasks import JsonlTask
+from train.presets import chat_tuning
 
 
 def config() -> TrainConfig:
-    return TrainConfig(
-        model="mistralai/Mistral-7B-Instruct-v0.3",
-        task=JsonlTask(train="train.jsonl", chat=True, max_new_tokens=256),
-        plan=("lora(rank=8) @ projections",),
-        optim=OptimConfig(lr=2e-4, schedule="cosine", warmup=0.05),
-        epochs=3,
-        rows=64,
-        row_length=2048,
-        dtype="bfloat16",
-        remat="full",
-        eval_rows=64,
-        out="runs/mistral_7b_lora",
-    )
+    return chat_tuning("mistral_7b", "mistralai/Mistral-7B-Instruct-v0.3", "lora")

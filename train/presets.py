@@ -1,0 +1,44 @@
+"""What the configs of large instruction-tuned models have in common."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from jaxsteer.optim import OptimConfig
+from train.config import TrainConfig
+from train.tasks import JsonlTask
+
+Method = Literal["post_block", "lora", "joint"]
+
+STEERING, LORA = "nonlinear(rank=8) @ block", "lora(rank=8) @ projections"
+_PLANS: dict[Method, tuple[str, ...]] = {"post_block": (STEERING,), "lora": (LORA,), "joint": (LORA, STEERING)}
+_RATES: dict[Method, OptimConfig] = {
+    "post_block": OptimConfig(lr=2e-3),
+    "lora": OptimConfig(lr=2e-4),
+    "joint": OptimConfig(lr=2e-3, weights_lr=2e-4),
+}
+
+
+def chat_tuning(name: str, model: str, method: Method, *, rows: int = 64) -> TrainConfig:
+    """Conversations of your own (train.jsonl, see --task.train) in packed rows of 2,048 tokens, three times.
+
+    Args:
+        name: of the model in the run's folder.
+        model: its id on the hub.
+        method: post-block steering, LoRA, or both, kept apart by the penalty.
+        rows: of a batch.
+    """
+    return TrainConfig(
+        model=model,
+        task=JsonlTask(train="train.jsonl", chat=True, max_new_tokens=256),
+        plan=_PLANS[method],
+        optim=replace(_RATES[method], schedule="cosine", warmup=0.05),
+        epochs=3,
+        rows=rows,
+        row_length=2048,
+        dtype="bfloat16",
+        remat="full",
+        eval_rows=64,
+        out=f"runs/{name}_{method}",
+    )
