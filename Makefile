@@ -11,6 +11,10 @@ WORKERS ?= 2
 # Huge pages for large arrays: about a twentieth of a step's time on CPU, where glibc is the allocator.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
+# Programs of tiny models are compiled fast rather than well; the library's tests compile as users do.
+QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadgroup
+
 .PHONY: help install quickstart model test test-all lint format clean
 
 help:
@@ -32,10 +36,12 @@ model: install
 	@$(RUN) -m train.base_models smollm2-135m-instruct
 
 test: install model
-	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
+	$(PYTEST) -m "not slow" --ignore tests/train
+	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not slow" tests/train
 
 test-all: install model
-	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup
+	$(PYTEST) --ignore tests/train
+	XLA_FLAGS="$(QUICK)" $(PYTEST) tests/train
 
 lint: install
 	$(RUN) -m ruff check .

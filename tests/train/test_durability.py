@@ -140,7 +140,10 @@ def config():
 
 @pytest.mark.slow
 def test_the_kill_matrix(tiny_folder, tiny_data, tmp_path):
-    """20 SIGKILLs and 5 SIGTERMs at random moments from the start of the process on; every fifth resumes on a mesh."""
+    """20 SIGKILLs and 5 SIGTERMs at random moments; every fifth resumes on a mesh.
+
+    Every fourth kill comes while Python starts and the model is loaded, the others between or within steps and saves.
+    """
     file = tmp_path / "config.py"
     file.write_text(CONFIG.format(data=str(tiny_data), model=str(tiny_folder)))
 
@@ -157,10 +160,21 @@ def test_the_kill_matrix(tiny_folder, tiny_data, tmp_path):
         assert process.returncode == 0, text
         return text
 
-    finish(tmp_path / "warm")  # compiles
-    began = time.monotonic()
-    finish(tmp_path / "whole")
-    lasts = time.monotonic() - began
+    def count(out):
+        metrics = out / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def wait(process, out, steps):
+        """Until so many steps are done; the seconds that it took."""
+        began = time.monotonic()
+        while process.poll() is None and count(out) < steps:
+            time.sleep(0.001)
+        return time.monotonic() - began
+
+    finish(tmp_path / "whole")  # compiles
+    process = begin(tmp_path / "timed")
+    loading = wait(process, tmp_path / "timed", 1)
+    process.communicate()
     whole = load_steering(tmp_path / "whole" / "steering.safetensors").steering["nonlinear"]["block"]
     losses = [row["loss"] for row in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
 
@@ -168,12 +182,15 @@ def test_the_kill_matrix(tiny_folder, tiny_data, tmp_path):
     for number, kind in enumerate([signal.SIGKILL] * 20 + [signal.SIGTERM] * 5):
         out, devices = tmp_path / str(number), 4 if number % 5 == 4 else 1
         process = begin(out)
-        # The second half of the time is training; SIGTERM before Python listens for it is a kill like another.
-        time.sleep(lasts * moments.uniform(0.0 if kind == signal.SIGKILL else 0.7, 0.95))
+        if kind == signal.SIGKILL and number % 4 == 0:
+            time.sleep(loading * moments.uniform(0, 1))
+        else:
+            wait(process, out, moments.randrange(1, 110))
+            time.sleep(moments.uniform(0, 0.05))
         process.send_signal(kind)
         process.communicate()
         ended = process.returncode
-        assert ended in ((-9, 0) if kind == signal.SIGKILL else (75, -15, 0)), ended
+        assert ended == (-9 if kind == signal.SIGKILL else 75), ended
         steps = [int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdecimal()]
         unfinished = len(list((out / "checkpoints").glob("*tmp*")))
         text = finish(out, devices)
@@ -190,7 +207,7 @@ def test_the_kill_matrix(tiny_folder, tiny_data, tmp_path):
         found.append((kind.name, ended, max(steps, default=0), unfinished, restored, devices))
     for row in found:
         print("{}: exit {}, last step {}, saves under way {}, restored {}, devices {}".format(*row))
-    assert len({last for _, _, last, *_ in found}) > 5  # the moments differ
+    assert len({last for _, _, last, *_ in found}) > 10  # the moments differ
 
 
 @pytest.mark.slow
