@@ -30,9 +30,12 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+OWN = ("JAX_OPTIMIZATION_LEVEL", "XLA_FLAGS")  # a plan's own settings are what is tested
+
+
 def plan(*arguments, status=0):
     """The programs that `python -m train.plan` reports."""
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_OPTIMIZATION_LEVEL"}
+    environment = {name: value for name, value in os.environ.items() if name not in OWN}
     command = [sys.executable, "-m", "train.plan", *arguments, "--json", "-"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=ROOT, env=environment)
     assert done.returncode == status, done.stderr
