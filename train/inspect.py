@@ -21,15 +21,16 @@ from rich.table import Table
 from jaxsteer.batches import make_batch
 from jaxsteer.io import load_config, load_steering
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.transformer import Model, forward
+from jaxsteer.models.transformer import Model, forward, init_base
 from jaxsteer.plan_text import parse_plan
 from jaxsteer.steering import method_name, steering_shapes
 from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
-from train.base_models import resolve_model
+from train.base_models import compute_dtype, resolve_model
 from train.config import TrainConfig, load_config_file, run_main
 from train.generate import load_steered
 from train.machine import enable_compilation_cache
 from train.plots import plot_by_layer
+from train.program import make_program, mesh_of
 
 SHOWN_SITES = ("attn", "mlp", "block")
 
@@ -98,6 +99,9 @@ def main() -> None:
         features = load_config(resolve_model(config.model or run.model))
         plan = parse_plan(run.plan, features.layers)
         print_plan(plan, steering_shapes(plan, features), features)
+        base = jax.eval_shape(lambda key: init_base(features, key, compute_dtype(run.dtype)), jax.random.key(0))
+        kernel, reason = make_program(run, features, base, steps=1, mesh=mesh_of(run)).attention
+        print(f"attention on these devices: {kernel} ({reason})")
         if config.prompt:
             raise ValueError(f"{config.source}: an untrained plan moves nothing; give a steering file for --prompt")
         return

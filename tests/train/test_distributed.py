@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -168,7 +169,13 @@ def test_sigterm_to_one_process_saves_all_at_one_step(config, tmp_path):
         process.communicate(timeout=120)
     (step,) = saved(out)
     assert 2 < step < 60
+    shutil.copytree(out, tmp_path / "one", ignore=shutil.ignore_patterns(".lock*"))
     finish(begin(long, out, resume=True))
+    one = train(replace(long, out=str(tmp_path / "one"), resume=True))  # on one process, one device
+    paths = (one.run.steering, whole / "steering.safetensors")
+    alike = [load_steering(path).steering["nonlinear"]["block"] for path in paths]
+    for name, leaf in alike[0].items():
+        np.testing.assert_allclose(alike[1][name], leaf, 1e-3, 1e-4)
     assert (out / "steering.safetensors").read_bytes() == (whole / "steering.safetensors").read_bytes()
 
 

@@ -249,6 +249,8 @@ def test_the_other_programs(config, tmp_path):
     assert "b>" in run("train.generate", steering, "b>", "c>", "--compare")
     assert "‖Δh‖" in run("train.inspect", steering, "--prompt", "abc")
     assert (result.run.folder / "shift.png").exists()
+    small = ("configs/listops_smollm2.py", "--model", config.model)
+    assert "attention on these devices: rows (one CPU device" in run("train.inspect", *small)
     assert "steered" in run("train.evaluate", steering, "--examples", "8")
     answers = (result.run.folder / "evaluation" / "steered.jsonl").read_text().splitlines()
     assert len(answers) == 8
