@@ -36,7 +36,9 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         purge = None if resume_at is None else resume_at + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+        # A file is named by the second that it is made in: one of a run resumed at once would replace the first.
+        suffix = "" if purge is None else f".{purge}"
+        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10, filename_suffix=suffix)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to the curve of each number."""

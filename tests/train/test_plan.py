@@ -328,9 +328,11 @@ def test_the_table_is_what_its_data_say():
     data = json.loads(table.DATA.read_text())
     assert table.PAGE.read_text() == table.page(data)
     assert {key for key in data if key.endswith("train")} == {
-        f"{config.stem} {topology} train" for config in CONFIGS.glob("llama3_*.py") for topology in table.TOPOLOGIES
+        f"{name} {topology} train" for name in table.CONFIGS for topology in table.TOPOLOGIES
     }
-    compiled = [each for each in data.values() if each["compiled"] and each["fits"] and each["which"] == "train"]
+    assert all((CONFIGS / f"{name}.py").exists() for name in table.CONFIGS)
+    compiled = [key for key, each in data.items() if each["compiled"] and each["fits"] and each["which"] == "train"]
     assert compiled
-    for each in compiled:
-        assert each["estimated"] == pytest.approx(each["needed"], rel=0.1), each
+    for key in compiled:  # the model of the pass was made on Llama; large vocabularies and windows are further off
+        off = 0.1 if key.startswith("llama3") else 0.15
+        assert data[key]["estimated"] == pytest.approx(data[key]["needed"], rel=off), key

@@ -137,7 +137,6 @@ def killed_at(monkeypatch, config, step):
 
 def test_a_resumed_run_goes_on_in_the_same_trackers(config, monkeypatch):
     from tensorboardX.proto.event_pb2 import SessionLog
-    from tensorboardX.record_writer import RecordWriter  # noqa: F401  # the format that is read below
 
     wandb = FakeWandB()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
