@@ -2,8 +2,8 @@
 
     loss_curves.py OUT MESHES PLAN ... [--process 0 --port 1234]
 
-fp32, packed rows. MESHES are sizes of data, fsdp and tensor, such as 1x8x1,1x2x4; a PLAN is the text of its slots, joined
-by semicolons. With --process this is one of two processes with four devices each, otherwise there are eight here.
+fp32, packed rows. MESHES are sizes of data, fsdp and tensor, such as 1x8x1,1x2x4; a PLAN is the text of its slots,
+joined by semicolons. With --process this is one of two processes with four devices each, otherwise eight are here.
 """
 
 import argparse
