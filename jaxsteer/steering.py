@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxsteer.interventions import METHODS
 from jaxsteer.models.config import ModelConfig, site_dims
+from jaxsteer.models.quantise import dequantised
 from jaxsteer.types import (
     ACTIVATIONS,
     PROJECTIONS,
@@ -101,10 +102,11 @@ def init_steering(
         if base is None:
             raise ValueError(f"slot {slot.name!r}: {method_name(slot.method)} starts from the weights; give `base`")
         group, projection = site.split(".")
-        kernel = jnp.asarray(base["blocks"][group][projection]["kernel"])
+        weights = jax.tree.map(jnp.asarray, dict(base["blocks"][group][projection]))
+        of = lambda layer: dequantised({name: leaf[layer] for name, leaf in weights.items()})["kernel"]
         # One layer after another: a singular value decomposition of all at once would need many times their memory.
         return jax.lax.map(
-            lambda one: dict(slot.method.from_kernel(one[0], kernel[one[1]])),
+            lambda one: dict(slot.method.from_kernel(one[0], of(one[1]))),
             (drawn, jnp.array(slot.active_layers(config.layers))),
         )
 
@@ -186,7 +188,7 @@ def _fold_slot(slot: Slot, blocks: PyTree, params: dict) -> PyTree | None:
         return None
     for site in slot.sites:
         group, name = site.split(".")
-        weights = dict(blocks[group][name])
+        weights = dict(dequantised(blocks[group][name]))
         active = jnp.array(slot.active_layers(weights["kernel"].shape[0]))
         kernel, bias = weights["kernel"][active], weights["bias"][active] if "bias" in weights else None
         folded = jax.vmap(slot.method.fold)(params[site], kernel, bias)

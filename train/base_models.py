@@ -79,13 +79,14 @@ def resolve_model(name: str) -> Path | str:
     return path
 
 
-def load(name: str, dtype: str = "auto", place: Place | None = None) -> LoadedModel:
+def load(name: str, dtype: str = "auto", place: Place | None = None, quantised: bool = False) -> LoadedModel:
     """Load a model, with a progress bar in bytes.
 
     Args:
         name: a name in WHEEL_MODELS, a local folder or .gguf file, or a Hugging Face id.
         dtype: of the weights and the compute; "auto" = fp32 on CPU, bf16 on accelerators.
         place: says where a leaf of the base tree lies, see `load_model`.
+        quantised: the projections of the blocks in int8.
     """
     source = resolve_model(name)
     bar = Progress(
@@ -102,6 +103,7 @@ def load(name: str, dtype: str = "auto", place: Place | None = None) -> LoadedMo
             dtype=compute_dtype(dtype),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             place=place,
+            quantised=quantised,
         )
 
 

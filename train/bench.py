@@ -21,7 +21,7 @@ from jaxsteer.flops import step_flops
 from jaxsteer.generate import generate
 from jaxsteer.models.attention import causal_share
 from jaxsteer.models.transformer import Model, Remat
-from jaxsteer.objective import next_tokens
+from jaxsteer.objective import next_tokens, supervised_loss
 from jaxsteer.optim import Params, split
 from jaxsteer.plan_text import parse_plan
 from jaxsteer.steering import init_steering
@@ -61,6 +61,8 @@ class TrainBench:
     """What the backward pass recomputes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights and the compute."""
+    quantise: Literal["none", "int8"] = "none"
+    """int8: of the frozen base's projections."""
     json: str | None = None
     """Write the figures to this file."""
 
@@ -90,7 +92,7 @@ class DecodeBench:
 def bench_train(config: TrainBench) -> dict[str, float]:
     """Run the training benchmark and return its figures."""
     began = time.perf_counter()
-    loaded = load(config.model, config.dtype)
+    loaded = load(config.model, config.dtype, quantised=config.quantise == "int8")
     load_seconds = time.perf_counter() - began
     settings = TrainConfig(
         plan=config.plan,
@@ -108,6 +110,9 @@ def bench_train(config: TrainBench) -> dict[str, float]:
     state = init_state(trained, tx, jax.random.key(1))
     source = _source(config, loaded)
 
+    first = _device(source.batch(0))
+    losses = jax.jit(supervised_loss, static_argnums=0)(model, loaded.base, params.steering, first)
+    loss = float(losses) / float(next_tokens(first).weights.sum())
     step = program.jitted
     batch = _device(source.batch(0))
     began = time.perf_counter()
@@ -115,7 +120,7 @@ def bench_train(config: TrainBench) -> dict[str, float]:
     compile_seconds = time.perf_counter() - began
     state, _ = jax.block_until_ready(compiled(state, batch, frozen))  # the first run touches the memory
 
-    peak = matmul_peak_flops(jax.tree.leaves(loaded.base)[0].dtype)
+    peak = matmul_peak_flops(loaded.base["embed"]["embedding"].dtype)
     seconds, tokens, examples, flops = [], [], [], []
     for k in range(1, config.steps + 1):
         host = source.batch(k)
@@ -139,6 +144,8 @@ def bench_train(config: TrainBench) -> dict[str, float]:
         "executed GFLOP/s": speed / 1e9,
         "matmul peak, GFLOP/s": peak / 1e9,
         "executed / peak, %": 100 * speed / peak,
+        "loss before": loss,
+        "weights, GB": sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.base)) / 1e9,
         "peak memory, GB": peak_memory_bytes() / 1e9,
         "load, s": load_seconds,
         "compile, s": compile_seconds,

@@ -101,6 +101,8 @@ class TrainConfig:
     """What to do with an example longer than a row: stop, or drop and report it. None is ever cut."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
+    quantise: Literal["none", "int8"] = "none"
+    """int8: the frozen base's projections take a byte a weight; what trains does so on top of them."""
     remat: Remat = "selective"
     """What the backward pass recomputes: none, all but the matmuls (selective), or everything (full)."""
     attention: Kernel = "auto"
@@ -144,6 +146,8 @@ class TrainConfig:
         for name in ("rows", "row_length", "accumulate", "eval_rows", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+        if self.quantise != "none" and self.train_base:
+            raise ValueError("config: an int8 base cannot be trained itself; use train_base without quantise")
         if self.rows % self.accumulate:
             raise ValueError(f"config: accumulate ({self.accumulate}) must divide rows ({self.rows})")
         if self.max_skipped < 0:

@@ -159,7 +159,7 @@ def make_program(
             heads=features.heads,
             kv_heads=features.kv_heads,
             head_dim=features.head_dim,
-            dtype=jax.tree.leaves(base)[0].dtype,
+            dtype=base["embed"]["embedding"].dtype,
             softcap=features.attn_softcap,
             mesh=mesh if mesh is not None and mesh.size > 1 else None,
         )

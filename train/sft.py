@@ -60,7 +60,8 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Res
     enable_compilation_cache()
 
     # ---- base model, data, what trains
-    loaded = load(config.model, config.dtype, place_on(config.mesh, config.rows // config.accumulate).base)
+    place = place_on(config.mesh, config.rows // config.accumulate).base
+    loaded = load(config.model, config.dtype, place, config.quantise == "int8")
     training = make_training(config, loaded)
     training = training if initial is None else training.starting_from(initial)
     state = training.state
@@ -105,7 +106,7 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Res
 
             # ---- loop
             step_fn, skipped = training.step, on_first(lambda: _skipped(run))
-            peak = peak_flops(training.program.mesh, jax.tree.leaves(loaded.base)[0].dtype)
+            peak = peak_flops(training.program.mesh, loaded.base["embed"]["embedding"].dtype)
             speed = Speed(lambda supervised: training.flops(config, supervised), peak)
             with progress(training.steps, "Training", start=start) as bar:
                 for step in range(start, training.steps):

@@ -14,6 +14,7 @@ from jaxsteer.io.safetensors_file import ToWrite, write_safetensors
 from jaxsteer.io.stored import get, names
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import FAMILIES, Row, config_to_hf
+from jaxsteer.models.quantise import is_quantised
 from jaxsteer.types import PyTree
 
 
@@ -43,6 +44,10 @@ def save_hf(
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
+    if is_quantised(base):
+        raise ValueError(
+            f"{folder}: the base is in int8, which this format does not have; export the model it was made of"
+        )
     table = FAMILIES[family]
     rows = table.parameters(config)
     problems, expected = [], {row.path for row in rows}

@@ -54,6 +54,7 @@ def load_model(
     dtype: Any = jnp.float32,
     progress: Progress | None = None,
     place: Place | None = None,
+    quantised: bool = False,
 ) -> LoadedModel:
     """Load config, weights and tokenizer.
 
@@ -63,6 +64,7 @@ def load_model(
         progress: called with (bytes read, bytes that this process reads in all) after every tensor or part of one.
         place: (path, shape) -> the sharding of a stacked leaf. Each process reads its own shards only, so that host
             memory stays near what its devices hold. By default all is on one device.
+        quantised: the projections of the blocks in int8, see `jaxsteer.models.quantise`.
 
     Raises:
         ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully.
@@ -70,7 +72,7 @@ def load_model(
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER, *sources.WEIGHTS))
     family, config = _read_config(path)
     tokenizer = load_tokenizer(path) if path.is_file() or has_tokenizer(path) else None
-    base = _load_base(path, family, config, dtype, progress, place)
+    base = _load_base(path, family, config, dtype, progress, place, quantised)
     stops = _stop_tokens(path, tokenizer)
     name = sources.name_of(source, path)
     return LoadedModel(config, base, tokenizer, name, fingerprint(config), family.name, stops)
@@ -82,10 +84,11 @@ def load_base(
     dtype: Any = jnp.float32,
     progress: Progress | None = None,
     place: Place | None = None,
+    quantised: bool = False,
 ) -> PyTree:
     """Load the weights alone; see `load_model`."""
     path = sources.locate(source, (*sources.CONFIG, *sources.WEIGHTS))
-    return _load_base(path, *_read_config(path), dtype, progress, place)
+    return _load_base(path, *_read_config(path), dtype, progress, place, quantised)
 
 
 def load_config(source: str | Path) -> ModelConfig:
@@ -117,10 +120,13 @@ def _load_base(
     dtype: Any,
     progress: Progress | None,
     place: Place | None,
+    quantised: bool,
 ) -> PyTree:
     layout = "gguf" if path.is_file() else "hf"
     stored = parameters_of(open_gguf(path)) if path.is_file() else _open_folder(path)
-    return read_base(stored, layout, family, config, str(path), dtype=dtype, progress=progress, place=place)
+    return read_base(
+        stored, layout, family, config, str(path), dtype=dtype, progress=progress, place=place, quantised=quantised
+    )
 
 
 def _open_folder(folder: Path) -> dict[str, Stored]:

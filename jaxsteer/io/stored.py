@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import Family, Row, Transform
+from jaxsteer.models.quantise import quantise_kernel
 from jaxsteer.types import PyTree
 
 Progress = Callable[[int, int], None]
@@ -60,6 +61,7 @@ def read_base(
     dtype: Any = jnp.float32,
     progress: Progress | None = None,
     place: Place | None = None,
+    quantised: bool = False,
 ) -> PyTree:
     """Read a base tree, one shard of a stacked leaf after the other.
 
@@ -75,6 +77,7 @@ def read_base(
         dtype: of the result; values are rounded to nearest.
         progress: called after every tensor or part of one, with the bytes that this process reads.
         place: says where the parts of a leaf lie; by default all are on the default device.
+        quantised: bring the projections to int8, each where it lies, before the next is read.
 
     Raises:
         ValueError: tensors that are missing, unknown or of the wrong shape, all named in one message.
@@ -95,7 +98,11 @@ def read_base(
 
     base: dict[str, Any] = {}
     for leaf in plan:
-        _put(base, leaf.row.path, leaf.load(jnp.dtype(dtype), count))
+        array = leaf.load(jnp.dtype(dtype), count)
+        if quantised and leaf.row.path.endswith("/kernel"):
+            array, scale = quantise_kernel(array)
+            _put(base, leaf.row.path.replace("/kernel", "/scale"), scale)
+        _put(base, leaf.row.path, array)
     return base
 
 

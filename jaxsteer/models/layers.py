@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxsteer.models.attention import Kernel, Scores, Span, attention
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.quantise import dequantised
 from jaxsteer.types import Array, Cache
 
 
@@ -180,7 +181,7 @@ def norm_of(config: ModelConfig, name: str | None = None) -> RMSNorm | LayerNorm
 
 
 class Projection(nn.Module):
-    """y = x W (+ b), then whatever is steered at `site`."""
+    """y = x W (+ b), then whatever is steered at `site`; W in int8 where it has scales (`jaxsteer.models.quantise`)."""
 
     features: int
     bias: bool
@@ -190,7 +191,10 @@ class Projection(nn.Module):
     def __call__(self, x: Array, steer: Steer) -> Array:
         """X [B, T, in] -> [B, T, features]."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = jnp.einsum("btd,df->btf", x, kernel)
+        y = jnp.einsum("btd,df->btf", x, kernel.astype(x.dtype))
+        if self.has_variable("params", "scale"):
+            y = y * over_last_axis(self.get_variable("params", "scale").astype(y.dtype), y.ndim)
+            kernel = dequantised(self.variables["params"])["kernel"]  # computed only where a method looks at it
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else None
         if bias is not None:
             y = y + over_last_axis(bias, y.ndim)

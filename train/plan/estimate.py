@@ -87,7 +87,7 @@ def make_estimated(config: TrainConfig, features: ModelConfig, topology: Topolog
     return make_program(
         config,
         features,
-        base_shapes(features, dtype),
+        base_shapes(features, dtype, quantised=config.quantise == "int8"),
         steps=config.steps or SCHEDULE_STEPS,
         mesh=mesh,  # type: ignore[arg-type]  # only sizes are asked of it
         platform=topology.chip.platform,
@@ -135,8 +135,9 @@ class _Sizes:
 def _sizes(program: Program) -> _Sizes:
     c, mesh = program.model.config, program.mesh
     data, fsdp, tensor = (1, 1, 1) if mesh is None else (mesh.shape[name] for name in AXES)
-    width = jax.tree.leaves(program.base)[0].dtype.itemsize
-    layer, head = width * block_weights(c) / tensor, width * c.vocab_size * c.width / tensor
+    width = program.base["embed"]["embedding"].dtype.itemsize
+    stored = program.base["blocks"]["mlp"]["up"]["kernel"].dtype.itemsize
+    layer, head = stored * block_weights(c) / tensor, width * c.vocab_size * c.width / tensor
     return _Sizes(width, layer, head, fsdp, tensor, data * fsdp)
 
 
@@ -146,7 +147,8 @@ def estimate_training(program: Program, config: TrainConfig) -> Estimate:
     tokens = config.rows // config.accumulate * config.row_length / s.row_shards  # of a microbatch, on one chip
     backward = _backward_layers(program)
     stream = c.width / (s.tensor if config.mesh.split_sequence else 1)
-    projected = ((c.heads + 2 * c.kv_heads) * c.head_dim + 2 * c.mlp_width) / s.tensor
+    into = 1 + c.gated  # projections into the MLP
+    projected = ((c.heads + 2 * c.kv_heads) * c.head_dim + into * c.mlp_width) / s.tensor
     # ---- what the backward pass waits for, a token and layer
     kept = {
         "full": stream,

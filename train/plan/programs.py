@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal
 
 import jax
@@ -15,6 +15,7 @@ from jax.experimental import topologies
 
 from jaxsteer.generate import generate
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.quantise import quantise
 from jaxsteer.models.transformer import init_base
 from jaxsteer.optim import merge
 from jaxsteer.sharding import batch_shardings
@@ -52,9 +53,10 @@ class TooBig:
 
 
 @lru_cache
-def base_shapes(features: ModelConfig, dtype: Any = jnp.bfloat16) -> PyTree:
+def base_shapes(features: ModelConfig, dtype: Any = jnp.bfloat16, *, quantised: bool = False) -> PyTree:
     """The base tree of a model as `jax.ShapeDtypeStruct`s."""
-    return jax.eval_shape(partial(init_base, features, dtype=dtype), jax.random.key(0))
+    make = lambda key: init_base(features, key, dtype)
+    return jax.eval_shape((lambda key: quantise(make(key))) if quantised else make, jax.random.key(0))
 
 
 def batch_shapes(config: TrainConfig, program: Program) -> Batch:
@@ -76,7 +78,7 @@ def make_planned(config: TrainConfig, features: ModelConfig, topology: Topology)
     return make_program(
         config,
         features,
-        base_shapes(features, dtype),
+        base_shapes(features, dtype, quantised=config.quantise == "int8"),
         steps=config.steps or SCHEDULE_STEPS,
         mesh=mesh_of(config, devices),
         platform=topology.chip.platform,
