@@ -9,7 +9,8 @@ from train.tasks.record import EmptyText, Option, Question, Record, Row
 
 COLUMNS = ("instruction", "output", "answer")
 
-# "... Answer1: cold Answer2: warm\n\nAnswer format: answer1/answer2"
+# "Please choose ...: Which is it?\n\nAnswer1: cold Answer2: warm\n\nAnswer format: answer1/answer2"
+_LEAD = re.compile(r"Please [^:]*: ")
 _ALLOWED = re.compile(r"\s*Answer format: (\S+)\s*$")
 _LISTED = re.compile(r"(?:^|(?<=\s))(?:Answer|Option|Ending|Solution)([1-9]): ")
 
@@ -39,10 +40,8 @@ def read(row: Row) -> Question:
     for name, value in zip(COLUMNS, (text, output, answer), strict=True):
         if not value:
             raise EmptyText(f"{name!r} is empty")
-    lead, colon, body = text.partition(": ")
-    fields = {"lead": lead + colon, "body": body, "after": "", "said": output, "label": "", "rest": ""}
-    if not colon:
-        fields |= {"lead": "", "body": text}
+    lead = found[0] if (found := _LEAD.match(text)) else ""
+    fields = {"lead": lead, "body": text[len(lead) :], "after": "", "said": output, "label": "", "rest": ""}
     allowed = _ALLOWED.search(fields["body"])
     if allowed is None:
         return Question(fields, answer)

@@ -142,9 +142,9 @@ def listops(row: Row) -> Question:
 def alpaca(row: Row) -> Question:
     """An instruction, perhaps with an input."""
     given = _text(row, "input", empty=True) if row.get("input") is not None else ""
-    context = f"### Input:\n{given}\n\n" if given else ""
+    given = f"### Input:\n{given}\n\n" if given else ""
     output = _text(row, "output", empty=True)
-    return Question({"instruction": _text(row, "instruction"), "context": context, "output": output}, output)
+    return Question({"instruction": _text(row, "instruction"), "given": given, "output": output}, output)
 
 
 def conversation(row: Row) -> Question:

@@ -272,13 +272,13 @@ TASKS: dict[str, Record] = {
         splits=_cut("train"),
         columns=("instruction", "output"),
         read=readers.alpaca,
-        prompt="### Instruction:\n{instruction}\n\n{context}### Response:\n",
+        prompt="### Instruction:\n{instruction}\n\n{given}### Response:\n",
         completion="{output}",
         rule="exact",
         max_new_tokens=256,
         paraphrases=(
-            "Instruction: {instruction}\n{context}Response:\n",
-            "{instruction}\n\n{context}",
+            "Instruction: {instruction}\n{given}Response:\n",
+            "{instruction}\n\n{given}",
         ),
     ),
     "chat": Record(
