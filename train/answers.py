@@ -9,16 +9,18 @@ from fractions import Fraction
 TOLERANCE = Fraction(1, 10_000)
 """Numbers closer than this are equal: 33.3333 is a third of a hundred."""
 
-# A currency sign may stand between sign and digits; a minus after a digit or a word is a subtraction's.
+# A currency sign may stand between sign and digits; a minus after a digit or a word, or before a space, subtracts.
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(rf"((?:(?<![\w)\]])[-+\u2212])?)\s?[$€£¥₹]?\s?((?:\d+\s+)?\d+\s*/\s*\d+(?![\d/])|{_PLAIN})")
+_NUMBER = re.compile(
+    rf"((?:(?<![\w)\]])[-+\u2212](?=[.\d$€£¥₹]))?)[$€£¥₹]?\s?((?:\d+\s+)?\d+\s*/\s*\d+(?![\d/])|{_PLAIN})"
+)
 _ANSWER_IS = re.compile(r"(?:answer\s*(?:is\b|:|=)\s*:?|####)\s*([^\n]*)", re.IGNORECASE)
 _FRAC = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _TEX_SPACE = re.compile(r"\\[!,;: ]|\\(?=[$%])")
 
 _WORD = r"(?i:answer|option|solution|ending|choice)"
 # A bare letter must end there, or "Answer: A cat" would be read as A.
-_LABEL = r"(?:\(([A-Za-z1-9])\)|([A-Z1-9]|[a-h])(?=\s*(?:[.):,]|\n|$))|([B-H1-9])(?=\s))"
+_LABEL = r"(?:\(([A-Za-z1-9])\)|([A-Z1-9]|[a-h])(?=\s*(?:[.):,*]|\n|$))|([B-H1-9])(?=\s))"
 _LABELLED = re.compile(rf"{_WORD}\s*(?i:is)?\s*[:=-]?\s*\**{_LABEL}")
 _LABEL_FIRST = re.compile(rf"\s*{_LABEL}")
 _BRACKETED = re.compile(r"\(([A-Ha-h1-9])\)")

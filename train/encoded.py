@@ -8,6 +8,7 @@ import os
 import time
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ def _write(path: Path, rows: Sequence[TokenizedExample], report: Report) -> None
             np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes the names for other arguments
         part.replace(path)
     except OSError:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def _read(path: Path) -> tuple[list[TokenizedExample], Report] | None:

@@ -132,8 +132,8 @@ def asdiv(row: Row) -> Question:
 def listops(row: Row) -> Question:
     """An expression of Long Range Arena, checked against its answer."""
     # Long Range Arena writes X for a closing bracket in some copies, and binary-tree brackets besides.
-    words = _text(row, "Source").replace("(", " ").replace(")", " ").replace("X", "]").split()
-    expression, answer = " ".join(words), str(row["Target"])
+    words = _text(row, "Source").replace("(", " ").replace(")", " ").split()
+    expression, answer = " ".join("]" if word == "X" else word for word in words), str(row["Target"])
     if str(value := evaluate(expression)) != answer:
         raise ValueError(f"the answer given is {answer}, but {expression} is {value}")
     return Question({"expression": expression}, answer)

@@ -88,7 +88,7 @@ def _separated(path: Path, delimiter: str) -> Rows:
                 )
             rows.append((where, row))
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+        raise ValueError(f"{path}:{reader.reader.line_num}: {error}") from None
     return rows
 
 
