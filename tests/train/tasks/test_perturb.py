@@ -81,6 +81,10 @@ def test_an_example_changes_the_same_way_wherever_it_stands(tmp_path):
     assert again[::-1] == texts
     assert [e.turns[0].text for e in perturbed(forward, "test", "typos", seed=1)] != texts
     assert all(f" {i} " in text for i, text in enumerate(texts))
+    # Each example draws for itself.
+    wordings = [e.turns[0].text.partition("Somebody")[0] for e in perturbed(forward, "test", "paraphrase")]
+    assert len(set(wordings)) == len(TASKS["gsm8k"].paraphrases)
+    assert len({e.turns[0].text.isupper() for e in perturbed(forward, "test", "casing")}) == 2
 
 
 def test_misspelt_by_so_much():
