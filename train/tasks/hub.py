@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from train.data import Example
 from train.distributed import console
@@ -57,6 +58,7 @@ class HubTask:
         """Reject an unknown name; resolve what follows from it."""
         if self.name not in TASKS:
             raise ValueError(f"task: there is no {self.name!r}; known are {', '.join(TASKS)}")
+        check_on_empty(self.on_empty)
         if self.max_new_tokens < 1:
             object.__setattr__(self, "max_new_tokens", self.record.max_new_tokens)
         if self.name == "chat":
@@ -105,6 +107,12 @@ class HubTask:
         if self.data is None and any((self.train, self.validation, self.test)):
             return []
         part, record = self.record.splits[split], self.record
+        sources = {each.split for each in record.splits.values()}
+        if self.data is not None and len(sources) > 1 and Path(self.data).is_file():
+            raise ValueError(
+                f"task.data: {self.data} is one file, but {self.name} has the splits {', '.join(sorted(sources))}; "
+                "write {split} into the path in their place, or give whole files by --task.train and --task.test"
+            )
         source, of_record = self.data or record.source, self.data is None
         rows = read_split(
             source,
@@ -115,14 +123,18 @@ class HubTask:
         return [rows[i] for i in part.chosen(len(rows))]
 
 
+def check_on_empty(on_empty: str) -> None:
+    """Raise ValueError for what on_empty cannot be."""
+    if on_empty not in get_args(OnEmpty):
+        raise ValueError(f"on_empty: got {on_empty!r}, allowed are {' and '.join(get_args(OnEmpty))}")
+
+
 def keep(items: list[T], make: Callable[[T], object], on_empty: OnEmpty, what: str) -> list:
     """What is made of each item; those with an empty text are an error, or are left out and counted.
 
     Raises:
-        ValueError: an unknown on_empty; an empty text, or all of them.
+        ValueError: an empty text, or all of them.
     """
-    if on_empty not in ("error", "drop"):
-        raise ValueError(f"on_empty: got {on_empty!r}, allowed are error and drop")
     made, empty = [], 0
     for item in items:
         try:

@@ -68,7 +68,7 @@ TASKS: dict[str, Record] = {
         completion="Answer: {label}.",
         option="{label}: {text}",
         rule="label",
-        max_new_tokens=5,
+        max_new_tokens=8,
         paraphrases=(
             "{sentence}\nFill in the blank with one of these:\n{options}\n",
             "Choose what belongs in the place of the underscore.\n{sentence}\n{options}\n",

@@ -8,7 +8,7 @@ from typing import Any
 from train.data import Example
 from train.data.jsonl import chat_turns
 from train.scoring import Rule, score
-from train.tasks.hub import OnEmpty, around, keep
+from train.tasks.hub import OnEmpty, around, check_on_empty, keep
 from train.tasks.record import EmptyText, Row, Split, fill, holes
 from train.tasks.rows import Rows, check_columns, read_file, read_hub
 
@@ -48,6 +48,7 @@ class TableTask:
 
     def __post_init__(self) -> None:
         """Reject templates that name no column."""
+        check_on_empty(self.on_empty)
         for name in ("prompt", "completion"):
             try:
                 named = holes(getattr(self, name))

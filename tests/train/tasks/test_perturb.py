@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from rows import CHAT, INSTRUCTIONS, ROWS
+from task_rows import CHAT, INSTRUCTIONS, ROWS
 
 from train.scoring import score
 from train.tasks import TASKS, HubTask, JsonlTask, ListOpsTask

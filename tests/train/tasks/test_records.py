@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from rows import CHAT, INSTRUCTIONS, ROWS
+from task_rows import CHAT, INSTRUCTIONS, ROWS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from tiny_tokenizer import END_OF_TEXT, IM_END, tiny_tokenizer

@@ -7,7 +7,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from rows import ROWS
+from task_rows import ROWS
 
 from train.tasks import HubTask, TableTask, on_file, task_from_json, task_to_json
 from train.tasks.listops import ListOpsTask
@@ -84,6 +84,20 @@ def test_a_task_from_files(tmp_path):
     assert len(on_file(task, str(tmp_path / "g_test.jsonl")).load("test")) == 10
     with pytest.raises(ValueError, match=r"has no file of the split 'validation', e\.g\. validation\.jsonl"):
         HubTask("boolq", data=str(tmp_path)).load("test")
+
+
+def test_one_file_is_not_cut_into_splits_that_the_hub_keeps_apart(tmp_path):
+    path = write(tmp_path / "all.jsonl", [{**ROWS["gsm8k"][0], "question": f"{i}?"} for i in range(10)])
+    for split in ("train", "test"):
+        with pytest.raises(
+            ValueError, match=r"all\.jsonl is one file, but gsm8k has the splits test, train; write \{split\}"
+        ):
+            HubTask("gsm8k", data=str(path)).load(split)
+    # A task of one split is.
+    path = write(tmp_path / "one.jsonl", [{**ROWS["asdiv"][0], "question": f"{i}?"} for i in range(10)])
+    splits = [HubTask("asdiv", data=str(path)).load(split) for split in ("train", "validation", "test")]
+    assert [len(each) for each in splits] == [8, 1, 1]
+    assert len({e.source for each in splits for e in each}) == 10
 
 
 def test_listops_from_a_file(tmp_path):
@@ -184,7 +198,7 @@ def test_empty_texts_can_be_left_out_and_are_counted(tmp_path, capsys):
     with pytest.raises(ValueError, match="every row has an empty text"):
         HubTask("alpaca", test=str(write(path, [changed("alpaca", output="")])), on_empty="drop").load("test")
     with pytest.raises(ValueError, match="on_empty: got 'skip'"):
-        HubTask("alpaca", test=str(path), on_empty="skip").load("test")
+        HubTask("alpaca", test=str(path), on_empty="skip")
 
 
 def test_a_table_refuses(tmp_path):
