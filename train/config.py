@@ -98,7 +98,8 @@ class TrainConfig:
     pack: bool = True
     """Put several examples into a row; otherwise one example a row and the rest padding."""
     on_long: OnLong = "error"
-    """What to do with an example longer than a row: stop, or drop and report it. None is ever cut."""
+    """What to do with an example longer than a row: stop, drop it, or cut the beginning of its (plain) prompt; what is
+    dropped or cut is reported."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
     quantise: Literal["none", "int8"] = "none"

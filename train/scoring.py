@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,19 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import scipy.stats
 
-Rule = Literal["exact", "digit", "tagged"]
-"""exact   the whole text, without the white space around it
-digit   the first digit anywhere in the text: the reading most generous to a model that was never taught the format
-tagged  the inside of the first <answer>...</answer>
-"""
+from train import answers
 
-_DIGIT = re.compile(r"([0-9])")
-_TAGGED = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
+Rule = Literal["exact", "digit", "tagged", "number", "label", "last_label", "truth", "relation"]
+"""exact       the whole text, without the white space around it
+digit       the first digit anywhere in the text: the reading most generous to a model that was never taught the format
+tagged      the inside of the first <answer>...</answer>
+number      in the last \\boxed{...}, else after the last "answer:" (or ####), else the last number in the text
+label       of a choice: the first "Answer: (B) ...", "Answer: Option1" or "the answer is answer3", else the label that
+            the text begins with, else the only one in brackets
+last_label  the same, but the last "Answer: ...": for an answer that follows its reasoning
+truth       true or false: the first after "answer:", else the first in the text
+relation    entailment, neutral or contradiction, likewise
+"""
 
 
 def extract(output: str, rule: Rule = "exact") -> str | None:
@@ -28,18 +32,15 @@ def extract(output: str, rule: Rule = "exact") -> str | None:
     Raises:
         ValueError: for an unknown rule.
     """
-    if rule == "exact":
-        return output.strip()
     if rule not in get_args(Rule):
         raise ValueError(f"scoring rule: got {rule!r}, need one of {get_args(Rule)}")
-    found = (_DIGIT if rule == "digit" else _TAGGED).search(output)
-    return found.group(1) if found else None
+    return answers.READERS[rule](output)
 
 
 def score(output: str, gold: str, rule: Rule = "exact") -> bool:
-    """Whether the answer in a generated text is the gold answer, white space around both left aside."""
+    """Whether the answer in a generated text is the gold answer: the same text or label, or equal numbers."""
     answer = extract(output, rule)
-    return answer is not None and answer == gold.strip()
+    return answer is not None and answers.same(answer, gold, rule)
 
 
 def interval(successes: int, n: int) -> tuple[float, float]:

@@ -20,7 +20,8 @@ from jaxsteer.steering import count_parameters, count_trained, init_steering
 from jaxsteer.training import Metrics, TrainState
 from jaxsteer.types import Batch, Steering
 from train.config import TrainConfig
-from train.data import DataSource, Report, encode
+from train.data import DataSource, Report
+from train.encoded import encode_cached
 from train.program import Program, make_program, mesh_of
 
 
@@ -113,7 +114,7 @@ def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
 
 def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Report]:
     positions = loaded.config.max_length if loaded.config.learned_positions else config.row_length
-    tokens, report = encode(
+    tokens, report = encode_cached(
         config.task.load("train"),
         loaded.tokenizer,
         chat=config.task.chat,

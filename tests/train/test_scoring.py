@@ -25,6 +25,62 @@ from train.scoring import Accuracy, accuracy, crossed_interval, extract, interva
         ("4", "tagged", None),
         ("  Paris \n", "exact", "Paris"),
         ("", "exact", ""),
+        # Numbers: separators, currency, full stops, fractions, the last number, boxed.
+        ("so 24+48 = <<24+48=72>>72.\nAnswer: 72", "number", "72"),
+        ("Answer: $1,234.50.", "number", "1234.50"),
+        ("Answer: 12,345,678", "number", "12345678"),
+        ("ANSWER : 7 apples, not 8", "number", "7"),
+        ("Answer: 1\n\nQuestion: x\nAnswer: 2", "number", "2"),
+        ("Answer: none\nAnswer: 2 + 3 = 5.", "number", "5"),
+        ("The answer is 18.", "number", "18"),
+        ("The answer is: \n -3.5", "number", "-3.5"),
+        ("He owes -$5 now", "number", "-5"),
+        ("that is 10-3", "number", "3"),
+        ("(4) - 2", "number", "2"),
+        ("it is \u22127 degrees", "number", "-7"),
+        ("about 3/4 of it", "number", "3/4"),
+        ("Answer: 2 1/2 cups", "number", "2 1/2"),
+        ("Answer: .5", "number", ".5"),
+        ("x = 1\n#### 1,000", "number", "1000"),
+        ("Answer: 3, as \\boxed{4} shows", "number", "4"),
+        (r"\boxed{\frac{3}{8}}", "number", "3/8"),
+        (r"so \(\boxed{\text{about } \$1{,}200}\) then 5", "number", "1200"),
+        (r"no end \boxed{12", "number", "12"),
+        ("50% of them", "number", "50"),
+        ("in 1,2 and 3", "number", "3"),
+        ("nothing", "number", None),
+        ("Answer: none at all", "number", None),
+        # Labels of choices.
+        ("Answer: (B) ice.", "label", "B"),
+        ("Answer: B", "label", "B"),
+        ("answer: b.", "label", "B"),
+        ("Answer: (c) x", "label", "C"),
+        ("Answer: B ice", "label", "B"),
+        ("Answer: A cat sat", "label", None),
+        ("The correct answer is answer3", "label", "3"),
+        ("the correct answer is option2 because", "label", "2"),
+        ("Answer: Option1.", "label", "1"),
+        ("**Answer: (D)**", "label", "D"),
+        ("Answer: **C**", "label", "C"),
+        ("Answer: (A) x\n\nQuestion: y\nAnswer: (B) z", "label", "A"),
+        ("Answer: A, no. Answer: B.", "last_label", "B"),
+        ("B. ice", "label", "B"),
+        ("(C) ice", "label", "C"),
+        ("D", "label", "D"),
+        ("I think it must be (B), since ice is cold", "label", "B"),
+        ("either (A) or (B)", "label", None),
+        ("A cat is an animal", "label", None),
+        ("", "label", None),
+        # Truth and relation.
+        ("Answer: True.", "truth", "true"),
+        ("the correct answer is false", "truth", "false"),
+        ("False, since the truth is not known", "truth", "false"),
+        ("true? The answer: false", "truth", "false"),
+        ("falsehood", "truth", None),
+        ("Answer: ENTAILMENT.", "relation", "entailment"),
+        ("not neutral. Answer: it is contradicted", "relation", "contradiction"),
+        ("entails", "relation", "entailment"),
+        ("unclear", "relation", None),
     ],
 )
 def test_extract(output, rule, answer):
@@ -38,6 +94,34 @@ def test_score():
     assert not score("17", "7", "digit")
     assert not score("7", "7", "tagged")
     assert score("so <answer>7</answer>", "7", "tagged")
+
+
+@pytest.mark.parametrize(
+    ("output", "gold", "rule", "right"),
+    [
+        ("Answer: 1,000.00", "1000", "number", True),
+        ("Answer: 1,000", "1,000", "number", True),
+        ("Answer: 1/4", "0.25", "number", True),
+        ("Answer: 2 1/2", "2.5", "number", True),
+        ("Answer: -1 1/2", "-1.5", "number", True),
+        ("Answer: 33.33333", "33.333333", "number", True),
+        ("Answer: 33.3", "33.333333", "number", False),
+        ("Answer: 3/0", "3", "number", False),
+        ("Answer: 5.0", "$5", "number", True),
+        ("Answer: 72", "27", "number", False),
+        ("Answer: -7", "7", "number", False),
+        ("Answer: (B) x", "B", "label", True),
+        ("Answer: Option1.", "Option1", "label", True),
+        ("Answer: Option1.", "Option2", "label", False),
+        ("the correct answer is answer3", "answer3", "label", True),
+        ("Answer: (b)", "(B)", "label", True),
+        ("TRUE", "True", "truth", True),
+        ("Answer: False.", "True", "truth", False),
+        ("Answer: neutral", "NEUTRAL", "relation", True),
+    ],
+)
+def test_score_by_rule(output, gold, rule, right):
+    assert score(output, gold, rule) == right
 
 
 @pytest.mark.parametrize("rule", ["digits", "Exact"])

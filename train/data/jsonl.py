@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,25 +56,34 @@ def read_jsonl(
     if "{prompt}" not in template:
         raise ValueError(f"template: got {template!r}, need a text that contains {{prompt}}")
     examples = []
+    for where, row in json_lines(path):
+        if keys.messages in row and keys.prompt in row:
+            raise ValueError(
+                f"{where}: has both {keys.messages!r} and {keys.prompt!r}; a line is either a chat "
+                "or a prompt with its completion"
+            )
+        if keys.messages in row:
+            turns = chat_turns(row[keys.messages], keys.messages, where, completions)
+        else:
+            turns = _plain(row, keys, where, template, completions)
+        examples.append(Example(turns, where, _answer(row, keys.answer, keys.completion, where)))
+    if not examples:
+        raise ValueError(f"{path}: no examples; expected one JSON object a line, e.g. {_shape(keys)}")
+    return examples
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("path:line", object) of every line that is not blank, one object a line.
+
+    Raises:
+        ValueError: with file and line, for a line that is not UTF-8 text or no JSON object.
+    """
     with Path(path).open("rb") as file:
         for number, raw in enumerate(file, 1):
             where = f"{path}:{number}"
             row = _parse(raw, where, first=number == 1)
-            if row is None:
-                continue
-            if keys.messages in row and keys.prompt in row:
-                raise ValueError(
-                    f"{where}: has both {keys.messages!r} and {keys.prompt!r}; a line is either a chat "
-                    "or a prompt with its completion"
-                )
-            if keys.messages in row:
-                turns = _chat(row[keys.messages], keys.messages, where, completions)
-            else:
-                turns = _plain(row, keys, where, template, completions)
-            examples.append(Example(turns, where, _answer(row, keys.answer, keys.completion, where)))
-    if not examples:
-        raise ValueError(f"{path}: no examples; expected one JSON object a line, e.g. {_shape(keys)}")
-    return examples
+            if row is not None:
+                yield where, row
 
 
 def _shape(keys: Keys) -> str:
@@ -114,8 +124,17 @@ def _plain(row: dict[str, Any], keys: Keys, where: str, template: str, completio
     return tuple(turns)
 
 
-def _chat(messages: Any, key: str, where: str, completions: bool) -> tuple[Turn, ...]:
-    """Turns of a chat."""
+def chat_turns(messages: Any, key: str, where: str, completions: bool = True) -> tuple[Turn, ...]:
+    """Turns of a chat.
+
+    Args:
+        messages: a list of {"role": ..., "content": ...}, system (first or not at all), user and assistant.
+        key: the list's name and where: its place, both for messages.
+        completions: whether the last message must be the assistant's.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: {key!r} must be a list of at least one message, got {_show(messages)}")
     turns: list[Turn] = []

@@ -6,16 +6,20 @@ would otherwise give a model another prompt in training than the one that genera
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jinja2 import TemplateError
 
 from train.data.examples import Example, TokenizedExample, Turn
 
-OnLong = Literal["error", "drop"]
+OnLong = Literal["error", "drop", "cut"]
+"""What to do with an example over the limit: stop, leave it out, or cut its prompt's beginning off."""
+
+CHUNK = 2_000
+"""Examples given to the tokenizer at once: enough for its threads, few enough to see it move."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Report:
     supervised  of these, tokens with a loss
     longest     length of the longest example given, in tokens
     max_length  the limit; None = no limit
-    too_long    (source, length) of every example over the limit; these were dropped
+    too_long    (source, length) of every example over the limit that was dropped
+    cut         (source, length before) of every example over the limit whose prompt lost its beginning
     """
 
     examples: int
@@ -36,6 +41,7 @@ class Report:
     longest: int
     max_length: int | None
     too_long: tuple[tuple[str, int], ...] = ()
+    cut: tuple[tuple[str, int], ...] = ()
 
     @property
     def kept(self) -> int:
@@ -43,9 +49,10 @@ class Report:
         return self.examples - len(self.too_long)
 
     def __str__(self) -> str:
-        """One line; names the first few examples dropped."""
+        """One line; names the first few examples dropped or cut."""
         text = f"{self.kept:,} examples, {self.tokens:,} tokens ({self.supervised:,} supervised)"
-        return text + (f"; dropped {_long(self)}" if self.too_long else "")
+        text += f"; dropped {_long(self, self.too_long)}" if self.too_long else ""
+        return text + (f"; cut the prompts of {_long(self, self.cut)}" if self.cut else "")
 
 
 def encode(
@@ -55,6 +62,7 @@ def encode(
     chat: bool = False,
     max_length: int | None = None,
     on_long: OnLong = "error",
+    advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[TokenizedExample], Report]:
     """Tokenise examples for training.
 
@@ -66,8 +74,10 @@ def encode(
         examples: Each with at least one supervised turn.
         tokenizer: A fast transformers tokenizer.
         chat: Render through the tokenizer's chat template.
-        max_length: The most tokens of an example, that is, the row length. Nothing is ever cut.
-        on_long: What to do with longer ones: "error" raises, "drop" leaves them out and reports them.
+        max_length: The most tokens of an example, that is, the row length.
+        on_long: What to do with longer ones: "error" raises; "drop" leaves them out; "cut" takes as many tokens as
+            need be from the beginning of a plain prompt, never from a completion. The report names them.
+        advance: Hears how many examples are done.
 
     Returns:
         The examples kept, in order, and the report.
@@ -77,7 +87,7 @@ def encode(
             first supervised token; a template that is not prefix-stable or ends no turn; longer than
             max_length.
     """
-    return _encode(examples, tokenizer, chat, max_length, on_long, generate=False)
+    return _encode(examples, tokenizer, chat, max_length, on_long, generate=False, advance=advance)
 
 
 def encode_prompts(
@@ -119,20 +129,56 @@ def _encode(
     max_length: int | None,
     on_long: OnLong,
     generate: bool,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[TokenizedExample], Report]:
     """Both `encode` and `encode_prompts`."""
-    if on_long not in ("error", "drop"):
-        raise ValueError(f"on_long: got {on_long!r}, allowed are 'error' and 'drop'")
+    if on_long not in get_args(OnLong):
+        raise ValueError(f"on_long: got {on_long!r}, allowed are {', '.join(get_args(OnLong))}")
+    if on_long == "cut" and chat:
+        raise ValueError(
+            "on_long: 'cut' is for plain prompts; a conversation without its beginning is none: use 'drop'"
+        )
     if not examples:
         raise ValueError("no examples to tokenise")
+    start = [] if chat else _beginning(tokenizer)  # a chat template writes its own
+    kept, long, cut, longest = [], [], [], 0
+    for first in range(0, len(examples), CHUNK):
+        chunk = examples[first : first + CHUNK]
+        for row in _rows(chunk, tokenizer, chat, generate, start):
+            longest = max(longest, len(row))
+            over = 0 if max_length is None else len(row) - max_length
+            # A prompt keeps at least one token.
+            if over > 0 and on_long == "cut" and row.prompt_length - len(start) > over:
+                cut.append((row.source, len(row)))
+                kept.append(_without(row, slice(len(start), len(start) + over)))
+            elif over > 0:
+                long.append((row.source, len(row)))
+            else:
+                kept.append(row)
+        advance(first + len(chunk))
+    total = sum(map(len, kept))
+    supervised_total = int(sum(r.weights.sum() for r in kept))
+    report = Report(len(examples), total, supervised_total, longest, max_length, tuple(long), tuple(cut))
+    if long and on_long == "error":
+        raise ValueError(f"{_long(report, long)}; raise max_length, shorten them, or drop them with on_long='drop'")
+    if long and on_long == "cut":
+        raise ValueError(
+            f"{_long(report, long)}, and cutting the prompt is not enough; raise max_length, or use on_long='drop'"
+        )
+    if not kept:
+        raise ValueError(f"no example is left: {_long(report, long)}")
+    return kept, report
+
+
+def _rows(
+    examples: Sequence[Example], tokenizer: Any, chat: bool, generate: bool, start: list[int]
+) -> Iterator[TokenizedExample]:
+    """The tokens of each example; `start` begins each."""
     pieces = _chat_pieces if chat else _plain_pieces
     texts = [pieces(e, tokenizer, generate) for e in examples]
     # One call for all pieces: a fast tokenizer works on a batch in parallel.
-    flat = [text for piece in texts for text, _ in piece]
-    ids = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
-    start = [] if chat else _beginning(tokenizer)  # a chat template writes its own
+    ids = iter(tokenizer([text for piece in texts for text, _ in piece], add_special_tokens=False)["input_ids"])
     specials = _special_ids(tokenizer) if chat else frozenset[int]()
-    kept, long, longest = [], [], 0
     for example, piece in zip(examples, texts, strict=True):
         tokens, weights = list(start), [0.0] * len(start)
         for text, supervised in piece:
@@ -145,20 +191,17 @@ def _encode(
                 trained = len(new)
             tokens += new
             weights += [1.0] * trained + [0.0] * (len(new) - trained)
-        row = _finish(example, tokens, weights, generate)
-        longest = max(longest, len(row))
-        if max_length is not None and len(row) > max_length:
-            long.append((row.source, len(row)))
-        else:
-            kept.append(row)
-    total = sum(map(len, kept))
-    supervised_total = int(sum(r.weights.sum() for r in kept))
-    report = Report(len(examples), total, supervised_total, longest, max_length, tuple(long))
-    if long and on_long == "error":
-        raise ValueError(f"{_long(report)}; raise max_length, shorten them, or drop them with on_long='drop'")
-    if not kept:
-        raise ValueError(f"no example is left: {_long(report)}")
-    return kept, report
+        yield _finish(example, tokens, weights, generate)
+
+
+def _without(row: TokenizedExample, gone: slice) -> TokenizedExample:
+    """A row without some tokens of its prompt."""
+    return replace(
+        row,
+        ids=np.delete(row.ids, gone),
+        weights=np.delete(row.weights, gone),
+        prompt_length=row.prompt_length - (gone.stop - gone.start),
+    )
 
 
 def _finish(example: Example, tokens: list[int], weights: list[float], generate: bool) -> TokenizedExample:
@@ -266,11 +309,11 @@ def _end_of_sequence(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _long(report: Report) -> str:
-    """The examples over the limit, the first few by name."""
-    named = ", ".join(f"{source} ({length})" for source, length in report.too_long[:3])
-    more = ", ..." if len(report.too_long) > 3 else ""
+def _long(report: Report, over: Sequence[tuple[str, int]]) -> str:
+    """Examples over the limit, the first few by name."""
+    named = ", ".join(f"{source} ({length})" for source, length in over[:3])
+    more = ", ..." if len(over) > 3 else ""
     return (
-        f"{len(report.too_long):,} of {report.examples:,} examples longer than {report.max_length} tokens "
+        f"{len(over):,} of {report.examples:,} examples longer than {report.max_length} tokens "
         f"(longest {report.longest}): {named}{more}"
     )

@@ -139,7 +139,34 @@ def test_stop_tokens():
         stop_tokens(tiny_tokenizer(eos=None))
 
 
-def test_long_examples_are_reported_never_cut():
+def test_long_prompts_lose_their_beginning_if_asked_and_are_counted():
+    tokenizer = tiny_tokenizer(bos=True)
+    examples = [Example.of("0123456789", "abc", "f:1"), Example.of("xy", "abc", "f:2")]
+    (long, short), report = encode(examples, tokenizer, max_length=9, on_long="cut")
+    assert tokenizer.decode(long.ids) == "<|im_start|>6789abc<|endoftext|>"
+    assert (long.prompt_length, len(long), long.answer) == (5, 9, "abc")
+    assert spans(tokenizer, long) == ["abc<|endoftext|>"]
+    assert tokenizer.decode(short.ids) == "<|im_start|>xyabc<|endoftext|>"
+    assert (report.cut, report.too_long, report.kept) == ((("f:1", 15),), (), 2)
+    assert "cut the prompts of 1 of 2 examples longer than 9 tokens (longest 15): f:1 (15)" in str(report)
+    # One token of the prompt stays; a completion is never cut.
+    assert encode(examples, tokenizer, max_length=6, on_long="cut")[0][0].prompt_length == 2
+    with pytest.raises(ValueError, match=r"2 of 2 examples longer than 5 .*cutting the prompt is not enough"):
+        encode(examples, tokenizer, max_length=5, on_long="cut")
+    with pytest.raises(ValueError, match="'cut' is for plain prompts"):
+        encode(examples, tokenizer, chat=True, max_length=9, on_long="cut")
+
+
+def test_many_examples_are_tokenised_in_chunks(monkeypatch):
+    monkeypatch.setattr("train.data.tokenize.CHUNK", 3)
+    examples = [Example.of("p" * (n + 1), f"c{n}", f"f:{n}") for n in range(8)]
+    seen = []
+    rows, _ = encode(examples, tiny_tokenizer(), advance=seen.append)
+    assert seen == [3, 6, 8]
+    assert [(r.source, r.answer, r.prompt_length) for r in rows] == [(f"f:{n}", f"c{n}", n + 1) for n in range(8)]
+
+
+def test_long_examples_are_reported_and_not_cut_unasked():
     examples = [Example.of("p" * n, "c", f"f:{n}") for n in (1, 8, 2, 9)]
     rows, report = encode(examples, tiny_tokenizer(), max_length=9, on_long="drop")
     assert [r.source for r in rows] == ["f:1", "f:2"]
@@ -167,7 +194,7 @@ def test_long_examples_are_reported_never_cut():
         (Example.of("p", None, "f:7"), {}, {}, "f:7: nothing to train on"),
         (Example.of("", "c", "f:7"), {}, {}, "f:7: the prompt is empty"),
         (Example.of("p", "c", "f:7"), {}, {"eos": None}, "no end-of-sequence token"),
-        (Example.of("p", "c", "f:7"), {"on_long": "cut"}, {}, "on_long: got 'cut'"),
+        (Example.of("p", "c", "f:7"), {"on_long": "trim"}, {}, "on_long: got 'trim'"),
     ],
 )
 def test_refuses(example, options, tokenizer, message):

@@ -1,0 +1,106 @@
+"""The cache of tokenised data: found by content, whole or not at all."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "data"))
+from tiny_tokenizer import CHATML, tiny_tokenizer
+
+from train import encoded
+from train.data import Example, encode
+from train.encoded import encode_cached
+
+EXAMPLES = [Example.of("Was? ", "ja", "f:1", "yes"), Example.of("p" * 30, "c", "f:2"), Example.of("x", "no", "f:2")]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The cache's folder; everything is worth keeping, and each tokenising is counted."""
+    monkeypatch.setenv("JAXSTEER_CACHE", str(tmp_path))
+    monkeypatch.setattr(encoded, "WORTH_SECONDS", 0.0)
+    return tmp_path / "tokens"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    counted = []
+    monkeypatch.setattr(encoded, "encode", lambda *args, **named: counted.append(1) or encode(*args, **named))
+    return counted
+
+
+def same(a, b):
+    assert a[1] == b[1]
+    for one, other in zip(a[0], b[0], strict=True):
+        for name in ("ids", "weights"):
+            x, y = getattr(one, name), getattr(other, name)
+            np.testing.assert_array_equal(x, y)
+            assert x.dtype == y.dtype
+        assert (one.prompt_length, one.source, one.answer) == (other.prompt_length, other.source, other.answer)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_length": 20, "on_long": "drop"}, {"max_length": 20, "on_long": "cut"}])
+def test_the_second_time_is_read(cache, calls, options):
+    first = encode_cached(EXAMPLES, tiny_tokenizer(), **options)
+    second = encode_cached(EXAMPLES, tiny_tokenizer(), **options)
+    assert len(calls) == 1
+    same(first, second)
+    same(first, encode(EXAMPLES, tiny_tokenizer(), **options))
+    assert [path.suffix for path in cache.iterdir()] == [".npz"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: encode_cached(EXAMPLES[:2], tiny_tokenizer()),
+        lambda: encode_cached([Example.of("Was? ", "ja", "f:1", "no"), *EXAMPLES[1:]], tiny_tokenizer()),
+        lambda: encode_cached([Example.of("Was?", " ja", "f:1", "yes"), *EXAMPLES[1:]], tiny_tokenizer()),
+        lambda: encode_cached(EXAMPLES, tiny_tokenizer(), chat=True),
+        lambda: encode_cached(EXAMPLES, tiny_tokenizer(), max_length=99),
+        lambda: encode_cached(EXAMPLES, tiny_tokenizer(bos=True)),
+        lambda: encode_cached(EXAMPLES, tiny_tokenizer(merges=[("p", "p")])),
+        lambda: encode_cached(EXAMPLES, tiny_tokenizer(eos="<|im_end|>")),
+        lambda: encode_cached(EXAMPLES, tiny_tokenizer(template=CHATML + " ")),
+    ],
+)
+def test_anything_else_is_made_anew(cache, calls, change):
+    encode_cached(EXAMPLES, tiny_tokenizer())
+    change()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"x" * len(raw)])
+def test_a_damaged_file_is_made_anew(cache, calls, damage):
+    first = encode_cached(EXAMPLES, tiny_tokenizer())
+    [path] = cache.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    same(first, encode_cached(EXAMPLES, tiny_tokenizer()))
+    assert len(calls) == 2
+    encode_cached(EXAMPLES, tiny_tokenizer())
+    assert len(calls) == 2
+
+
+def test_what_took_no_time_is_not_kept(cache, monkeypatch):
+    monkeypatch.setattr(encoded, "WORTH_SECONDS", 60.0)
+    encode_cached(EXAMPLES, tiny_tokenizer())
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache):
+    cache.write_text("a file in the folder's place")
+    rows, _ = encode_cached(EXAMPLES, tiny_tokenizer())
+    assert len(rows) == 3
+
+
+def test_an_error_keeps_nothing(cache):
+    with pytest.raises(ValueError, match="longer than 5"):
+        encode_cached(EXAMPLES, tiny_tokenizer(), max_length=5)
+    assert not cache.exists()
+
+
+def test_progress_of_many(cache, monkeypatch, capsys):
+    monkeypatch.setattr(encoded, "CHUNK", 2)
+    encode_cached(EXAMPLES, tiny_tokenizer())
+    assert "Tokenising" in capsys.readouterr().out
