@@ -1,5 +1,8 @@
 """A writer of tiny GGUF files: llama.cpp's layout, made independently of the library's table."""
 
+import json
+import shutil
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -8,21 +11,41 @@ import pytest
 from gguf import GGMLQuantizationType, TokenType
 from gguf.quants import quantize
 
+from jaxsteer.io import load_config
 from jaxsteer.io.safetensors_file import open_safetensors
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+ARCHITECTURES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+PERMUTED = ("llama", "smollm3")  # whose queries and keys llama.cpp's converter puts into another order
+SHIFTED = ("gemma2", "gemma3")  # whose norms it adds one to
+
+# What a converted model of each family says besides the keys of `write_gguf`; None = it does not say it.
+KEYS = {
+    "mistral": {"attention.sliding_window": 7},
+    "gemma2": {
+        "attention.sliding_window": 7,
+        "attention.value_length": 16,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "rope.freq_base": None,
+        "rope.dimension_count": None,
+    },
+    "gemma3": {
+        "attention.sliding_window": 7,
+        "attention.sliding_window_pattern": [True, True, False, True],
+        "attention.value_length": 16,
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 8.0,
+        "rope.dimension_count": None,
+    },
+    "phi3": {"attention.sliding_window": 7, "rope.scaling.original_context_length": 128, "attention.key_length": None},
 }
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+# Features of the tiny models that no GGUF file of their families can say, at the value that llama.cpp takes.
+SAYABLE = {
+    "qwen2": {"use_sliding_window": False},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16},
+}
 
 
 @pytest.fixture(scope="session")
@@ -30,28 +53,41 @@ def golden():
     return GOLDEN
 
 
-def to_gguf(name, value, heads, kv_heads):
-    """llama.cpp's name and row order of a Hugging Face tensor."""
-    stem, _, kind = name.rpartition(".")
-    if stem in TOP:
-        return f"{TOP[stem]}.{kind}", value
-    _, _, layer, part = stem.split(".", 3)
-    if part in ("self_attn.q_proj", "self_attn.k_proj"):
-        count = heads if part == "self_attn.q_proj" else kv_heads
+def to_gguf(name, value, arch, heads, kv_heads):
+    """llama.cpp's name and layout of a Hugging Face tensor, after its converter."""
+    if arch in PERMUTED and (".q_proj." in name or ".k_proj." in name):
+        count = heads if "q_proj" in name else kv_heads
         half = value.shape[0] // count // 2
         # Row 2j of a head is its rotary partner j of the first half, row 2j + 1 that of the second.
         order = [h * 2 * half + s * half + j for h in range(count) for j in range(half) for s in (0, 1)]
         value = value[order]
-    return f"blk.{layer}.{NAMES[part]}.{kind}", value
+    if arch in SHIFTED and name.endswith("norm.weight"):
+        value = value + 1
+    return names_of(arch).get_name(name, try_suffixes=(".weight", ".bias")), value
+
+
+@cache
+def names_of(arch):
+    return gguf.get_tensor_name_map(ARCHITECTURES[arch], 4)
 
 
 @pytest.fixture
 def write_gguf(tmp_path):
     """(folder, **changes) -> path of a GGUF with the folder's weights; a change of None leaves a key out."""
 
-    def write(folder, config, kind="F32", factors=None, tokenizer=True, name="tiny.gguf", **changes):
+    def write(
+        folder,
+        config,
+        kind="F32",
+        factors=None,
+        tokenizer=True,
+        name="tiny.gguf",
+        arch="llama",
+        tensors=None,
+        **changes,
+    ):
         path = tmp_path / name
-        writer = gguf.GGUFWriter(path, "llama")
+        writer = gguf.GGUFWriter(path, arch)
         metadata = {
             "block_count": config.layers,
             "context_length": config.max_length,
@@ -73,11 +109,11 @@ def write_gguf(tmp_path):
                 list: writer.add_array,
             }
             if value is not None:
-                add[type(value)](f"llama.{key}", value)
+                add[type(value)](f"{arch}.{key}", value)
         if tokenizer:
             add_tokenizer(writer)
         for hf, tensor in open_safetensors(folder / "model.safetensors")[0].items():
-            theirs, value = to_gguf(hf, tensor.read(), config.heads, config.kv_heads)
+            theirs, value = to_gguf(hf, tensor.read(), arch, config.heads, config.kv_heads)
             value = np.ascontiguousarray(value)
             target = GGMLQuantizationType[kind]
             if target == GGMLQuantizationType.F32 or value.ndim == 1:
@@ -93,6 +129,21 @@ def write_gguf(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def family_files(golden, tmp_path, write_gguf):
+    """(family) -> a tiny random model of it as a Hugging Face folder and as a GGUF file."""
+
+    def make(family):
+        source = golden / "tiny_llama" if family == "llama" else golden / "families" / family
+        folder = shutil.copytree(source, tmp_path / family)
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | SAYABLE.get(family, {})))
+        arch = "llama" if family == "mistral" else family
+        return folder, write_gguf(folder, load_config(folder), arch=arch, name=f"{family}.gguf", **KEYS.get(family, {}))
+
+    return make
 
 
 def add_tokenizer(writer):
