@@ -114,10 +114,10 @@ def _typed(value: Any, ours: str, what: str) -> Any:
             return value
         raise ValueError(f"{what} is {value!r}; expected a period or a flag for each layer")
     kind = _KINDS.get(ours, int)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{what} is {value!r}; expected one {kind.__name__} for all layers")
     # Stored as fp32: 1e-05 comes back as 9.99e-06 unless it is read as the shortest decimal.
-    return float(str(np.float32(value))) if kind is float else value
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _windows(size: int, local: int | list[bool], layers: int, where: str) -> dict[str, Any]:
