@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
     if unknown := _unknown(family, said):
         raise ValueError(
             f"{where}: "
-            + ", ".join(f"{prefix}{key} is {said[key]!r}" for key in unknown)
+            + ", ".join(f"{prefix}{key} is {reprlib.repr(said[key])}" for key in unknown)
             + f", but for the {family.name} family this is not known; this model cannot be loaded faithfully"
         )
     vocab, width = _embedding(file, family)
@@ -63,7 +64,9 @@ def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
             read[ours] = default(read) if callable(default) else default
     for key, expected in _implied(read).items():
         if said.get(key, expected) != expected:
-            raise ValueError(f"{where}: {prefix}{key} is {said[key]!r}; only {expected} is supported for this model")
+            raise ValueError(
+                f"{where}: {prefix}{key} is {reprlib.repr(said[key])}; only {expected} is supported for this model"
+            )
     read |= {ours: read[ours] or None for ours in _OPTIONAL if ours in read}
     read |= _windows(read.pop("window", 0), read.pop("local_layers", 0), read["layers"], where)
     if "window" not in read:
@@ -112,10 +115,10 @@ def _typed(value: Any, ours: str, what: str) -> Any:
     if ours == "local_layers":
         if type(value) is int or (isinstance(value, list) and all(type(flag) is bool for flag in value)):
             return value
-        raise ValueError(f"{what} is {value!r}; expected a period or a flag for each layer")
+        raise ValueError(f"{what} is {reprlib.repr(value)}; expected a period or a flag for each layer")
     kind = _KINDS.get(ours, int)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{what} is {value!r}; expected one {kind.__name__} for all layers")
+        raise ValueError(f"{what} is {reprlib.repr(value)}; expected one {kind.__name__} for all layers")
     # Stored as fp32: 1e-05 comes back as 9.99e-06 unless it is read as the shortest decimal.
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -136,21 +139,21 @@ def parameters_of(file: Gguf) -> dict[str, Stored]:
 
 
 def _scaling(file: Gguf, theta: float, head_dim: int, said: Mapping[str, Any], where: str) -> RopeScaling | None:
-    kind = said.get("rope.scaling.type", "none")
+    kind, attention = said.get("rope.scaling.type", "none"), said.get("rope.scaling.attn_factor", 1.0)
     factor = said.get("rope.scale_linear", said.get("rope.scaling.factor", 1.0))
     if long := [name for name in LONGROPE_FACTORS if name in file.tensors]:
         raise ValueError(
             f"{where}: {', '.join(long)}: the rotary positions are scaled by longrope; supported are none, linear and "
             "llama3's factors. Use the model's variant for short contexts"
         )
-    if kind not in ("none", "linear") or said.get("rope.scaling.attn_factor", 1.0) != 1.0:
+    if kind not in ("none", "linear") or attention != 1.0:
         raise ValueError(
-            f"{where}: rope.scaling.type is {kind!r} and rope.scaling.attn_factor "
-            f"{said.get('rope.scaling.attn_factor', 1.0)!r}; supported are none, linear and llama3's factors, unscaled"
+            f"{where}: rope.scaling.type is {reprlib.repr(kind)} and rope.scaling.attn_factor is "
+            f"{reprlib.repr(attention)}; supported are none, linear and llama3's factors, with an attention factor of 1"
         )
     linear = kind == "linear" or factor != 1.0
     if linear and (type(factor) is not float or not 0 < factor < math.inf):
-        raise ValueError(f"{where}: rope.scaling.factor is {factor!r}; expected a positive number")
+        raise ValueError(f"{where}: rope.scaling.factor is {reprlib.repr(factor)}; expected a positive number")
     if ROPE_FACTORS not in file.tensors:
         return RopeScaling("linear", float(str(np.float32(factor)))) if linear else None
     factors = file.tensors[ROPE_FACTORS]

@@ -54,6 +54,7 @@ def load_model(
     dtype: Any = jnp.float32,
     progress: Progress | None = None,
     place: Place | None = None,
+    tokenizer: str | Path | None = None,
 ) -> LoadedModel:
     """Load config, weights and tokenizer.
 
@@ -63,17 +64,19 @@ def load_model(
         progress: called with (bytes read, bytes that this process reads in all) after every tensor or part of one.
         place: (path, shape) -> the sharding of a stacked leaf. Each process reads its own shards only, so that host
             memory stays near what its devices hold. By default all is on one device.
+        tokenizer: where it comes from, if not from `source`: a GGUF file may have one of a kind that is not known.
 
     Raises:
         ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully.
     """
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER, *sources.WEIGHTS))
     family, config = _read_config(path)
-    tokenizer = load_tokenizer(path) if path.is_file() or has_tokenizer(path) else None
+    own = path if path.is_file() or has_tokenizer(path) else None
+    words = None if (given := tokenizer or own) is None else load_tokenizer(given)
     base = _load_base(path, family, config, dtype, progress, place)
-    stops = _stop_tokens(path, tokenizer)
+    stops = _stop_tokens(path, words)
     name = sources.name_of(source, path)
-    return LoadedModel(config, base, tokenizer, name, fingerprint(config), family.name, stops)
+    return LoadedModel(config, base, words, name, fingerprint(config), family.name, stops)
 
 
 def load_base(

@@ -111,12 +111,12 @@ def write_gguf(tmp_path):
             if value is not None:
                 add[type(value)](f"{arch}.{key}", value)
         if tokenizer:
-            add_tokenizer(writer)
+            (add_pieces if tokenizer == "pieces" else add_tokenizer)(writer)
         for hf, tensor in open_safetensors(folder / "model.safetensors")[0].items():
             theirs, value = to_gguf(hf, tensor.read(), arch, config.heads, config.kv_heads)
             value = np.ascontiguousarray(value)
             target = GGMLQuantizationType[kind]
-            if target == GGMLQuantizationType.F32 or value.ndim == 1:
+            if target == GGMLQuantizationType.F32 or value.ndim == 1 or value.shape[-1] % 32:
                 writer.add_tensor(theirs, value)
             else:
                 writer.add_tensor(theirs, quantize(value, target), raw_dtype=target)
@@ -156,3 +156,18 @@ def add_tokenizer(writer):
     writer.add_token_merges(["a b", "Ġ ab"])
     writer.add_eos_token_id(0)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}")
+
+
+def add_pieces(writer):
+    """SentencePiece's vocabulary: every byte, the space, two letters and what they merge to."""
+    pieces = ["<unk>", "<bos>", "<eos>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "ab", "▁ab"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([0.0] * 259 + [-6.0, -7.0, -8.0, -2.0, -1.0])
+    writer.add_token_types(
+        [TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, *[TokenType.BYTE] * 256, *[TokenType.NORMAL] * 5]
+    )
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_space_prefix(False)
