@@ -13,7 +13,7 @@ import malformed
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import KEYS
+from published import KEYS
 from safetensors.numpy import load_file, save_file
 
 from jaxsteer.io import load_config, load_model, save_hf
