@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
-from published import KEYS, SAYABLE, add_pieces, add_tokenizer, to_gguf
+from published import ARCHITECTURE, KEYS, SAYABLE, add_pieces, add_tokenizer, to_gguf
 
 from jaxsteer.io import load_config
 from jaxsteer.io.safetensors_file import open_safetensors
@@ -91,7 +91,7 @@ def family_files(golden, tmp_path, write_gguf):
         folder = shutil.copytree(source, tmp_path / family)
         raw = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(raw | SAYABLE.get(family, {})))
-        arch = "llama" if family == "mistral" else family
+        arch = ARCHITECTURE.get(family, family)
         return folder, write_gguf(folder, load_config(folder), arch=arch, name=f"{family}.gguf", **KEYS.get(family, {}))
 
     return make

@@ -1,4 +1,4 @@
-"""Tiny models as others publish them: llama.cpp's names, layout and keys, made independently of the library's tables."""
+"""Tiny models as others publish them: llama.cpp's names, layout and keys, made apart from the library's tables."""
 
 import json
 from functools import cache
@@ -32,6 +32,8 @@ KEYS = {
     },
     "phi3": {"attention.sliding_window": 7, "rope.scaling.original_context_length": 128, "attention.key_length": None},
 }
+ARCHITECTURE = {"mistral": "llama"}  # where it is not our name of the family
+
 # Features of the tiny models that no GGUF file of their families can say, at the value that llama.cpp takes.
 SAYABLE = {
     "qwen2": {"use_sliding_window": False},
@@ -50,7 +52,7 @@ def to_gguf(name, value, arch, heads, kv_heads):
         value = value[order]
     if arch in SHIFTED and name.endswith("norm.weight"):
         value = value + 1
-    return names_of(arch).get_name(name, try_suffixes=(".weight", ".bias")), value
+    return names_of(arch).get_name(name, try_suffixes=(".weight", ".bias")) or name, value
 
 
 @cache

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import close, run
+from tiny import close, identical, run
 
 from jaxsteer import Model, make_batch
-from jaxsteer.io import load_model
+from jaxsteer.io import load_model, save_hf
 from jaxsteer.io.gguf_config import config_from_gguf
 from jaxsteer.io.gguf_file import Gguf
 from jaxsteer.io.stored import Stored
@@ -22,12 +22,16 @@ def logits(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_model_as_the_folder(family_files, family):
+def test_same_model_as_the_folder(family_files, family, tmp_path):
     folder, file = family_files(family)
     theirs, ours = load_model(folder), load_model(file)
     assert ours.config == theirs.config
     assert ours.family == family
     close(logits(ours), logits(theirs), 1e-5)
+    save_hf(tmp_path / "out", ours.config, ours.base, ours.family)
+    again = load_model(tmp_path / "out")
+    assert again.config == ours.config
+    identical(again.base, ours.base)
 
 
 def described(arch, vocab=64, width=32, tensors=(), **keys):
