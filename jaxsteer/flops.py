@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxsteer.models.config import ModelConfig, site_dims
+from jaxsteer.models.config import ModelConfig, projections_of, site_dims
 from jaxsteer.models.transformer import Model
-from jaxsteer.types import PROJECTIONS
 
 
 class StepFlops(NamedTuple):
@@ -22,7 +21,7 @@ class StepFlops(NamedTuple):
 
 def block_weights(config: ModelConfig) -> int:
     """Weights of one block's projections."""
-    return sum(site_dims(config, site).x[0] * site_dims(config, site).y[0] for site in PROJECTIONS)
+    return sum(site_dims(config, site).x[0] * site_dims(config, site).y[0] for site in projections_of(config))
 
 
 def step_flops(model: Model, rows: int, length: int, supervised: int, *, causal_share: float = 1.0) -> StepFlops:

@@ -8,7 +8,8 @@ import re
 from collections.abc import Sequence
 
 from jaxsteer.interventions import METHODS
-from jaxsteer.types import PROJECTIONS, Plan, Positions, Slot
+from jaxsteer.models.config import ModelConfig, projections_of
+from jaxsteer.types import Plan, Positions, Slot
 
 GRAMMAR = "method(setting=value, ...) @ site,site layers=... positions=... name=..."
 _SLOT = re.compile(
@@ -16,24 +17,24 @@ _SLOT = re.compile(
 )
 
 
-def parse_plan(texts: Sequence[str], num_layers: int) -> Plan:
+def parse_plan(texts: Sequence[str], config: ModelConfig) -> Plan:
     """Read a plan from one text a slot.
 
     Each text is `method(setting=value, ...) @ site,site layers=... positions=... name=...`; all after the sites may be
-    left out. The site `projections` stands for the seven projections. layers: all · 0-3,7 · first:4 · last:8.
+    left out. The site `projections` stands for all that the model has. layers: all · 0-3,7 · first:4 · last:8.
     positions: as in `Positions.parse`. name: the slot's, by default the method's.
 
     Args:
         texts: the slots, in order.
-        num_layers: of the model, for `first` and `last`.
+        config: of the model, for its projections and layers.
 
     Raises:
         ValueError: names the text, what is wrong in it, and what is allowed.
     """
-    return tuple(_parse_slot(text, num_layers) for text in texts)
+    return tuple(_parse_slot(text, config) for text in texts)
 
 
-def _parse_slot(text: str, num_layers: int) -> Slot:
+def _parse_slot(text: str, config: ModelConfig) -> Slot:
     where = f"plan {text!r}"
     found = _SLOT.fullmatch(text)
     if not found:
@@ -59,13 +60,13 @@ def _parse_slot(text: str, num_layers: int) -> Slot:
         options[key] = value
     sites: list[str] = []
     for site in (part.strip() for part in found["sites"].split(",")):
-        sites += PROJECTIONS if site == "projections" else [site]
+        sites += projections_of(config) if site == "projections" else [site]
     try:
         positions = Positions.parse(options["positions"])
         built = method(**settings)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return Slot(options["name"], built, tuple(sites), _layers(options["layers"], num_layers, where), positions)
+    return Slot(options["name"], built, tuple(sites), _layers(options["layers"], config.layers, where), positions)
 
 
 def _value(text: str, default: object, where: str) -> object:

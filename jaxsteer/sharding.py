@@ -38,6 +38,7 @@ dimension that the mesh's axes do not divide."""
 
 BASE_AXES: dict[str, Axes] = {
     "embedding": ("vocab", "width"),
+    "positions": (None, "width"),
     "q/kernel": ("width", "heads"),
     "k/kernel": ("width", "heads"),
     "v/kernel": ("width", "heads"),

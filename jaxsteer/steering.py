@@ -101,7 +101,7 @@ def init_steering(
         if base is None:
             raise ValueError(f"slot {slot.name!r}: {method_name(slot.method)} starts from the weights; give `base`")
         group, projection = site.split(".")
-        kernel = base["blocks"][group][projection]["kernel"]
+        kernel = jnp.asarray(base["blocks"][group][projection]["kernel"])
         # One layer after another: a singular value decomposition of all at once would need many times their memory.
         return jax.lax.map(
             lambda one: dict(slot.method.from_kernel(one[0], kernel[one[1]])),

@@ -148,7 +148,7 @@ def bench_train(config: TrainBench) -> dict[str, float]:
 def bench_decode(config: DecodeBench) -> dict[str, float]:
     """Run the decoding benchmark and return its figures."""
     loaded = load(config.model, config.dtype)
-    plan = parse_plan(config.plan, loaded.config.layers)
+    plan = parse_plan(config.plan, loaded.config)
     # Not the fresh initialisation, whose zeros a compiler could not know but a cache might like.
     steering = jax.tree.map(lambda x: x + 0.01, init_steering(plan, loaded.config, jax.random.key(0), base=loaded.base))
     tokens = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (config.rows, config.prompt))

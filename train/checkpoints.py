@@ -234,7 +234,9 @@ class Checkpoints:
         except Exception as error:
             with suppress(Exception):  # one that is still on its way may arrive
                 self._manager.wait_until_finished()
-            good = [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
+            good: list[int] = []
+            with suppress(Exception):  # a storage that cannot be written may not be readable either
+                good = ocp.utils.checkpoint_steps(self.folder)
             why = next((words for words in _DISK if words in str(error)), _reason(error))
             raise SaveError(
                 f"{self.folder}: a checkpoint could not be written ({why}). The last good one is step "
@@ -343,7 +345,7 @@ def open_checkpoints(
     if best_mode not in ("min", "max"):
         raise ValueError(f"checkpoints {folder}: best_mode must be 'min' or 'max', got {best_mode!r}")
     path = _reach(folder)
-    path = path if "://" in str(folder) else path.expanduser().absolute()
+    path = path.expanduser().absolute() if is_local(str(folder)) else path
     keep: list[Any] = [policies.LatestN(keep_latest)]
     best = None if best_metric is None else (best_metric, best_mode)
     rank = None if best is None else lambda metrics: _rank(metrics, *best)
@@ -360,6 +362,11 @@ def open_checkpoints(
         best_mode="max",
     )
     return Checkpoints(path, ocp.CheckpointManager(path, options=options), every, best, read_only)
+
+
+def is_local(folder: str) -> bool:
+    """Whether a folder of checkpoints lies in a file system of this machine."""
+    return "://" not in folder.removeprefix("file://")
 
 
 def _own(array: Any) -> Any:

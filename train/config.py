@@ -163,20 +163,7 @@ class TrainConfig:
         """What makes the run what it is, for config.json: all but where it lies, how it is watched, and on what."""
         data = dataclasses.asdict(self)
         data["task"] = task_to_json(self.task)
-        # A run that stopped at a non-finite step may be resumed to skip it.
-        other = (
-            "out",
-            "checkpoints",
-            "resume",
-            "auto_resume",
-            "mesh",
-            "distributed",
-            "nonfinite",
-            "max_skipped",
-            "track",
-            "profile",
-        )
-        return {key: value for key, value in data.items() if key not in other}
+        return {key: value for key, value in data.items() if key not in _NOT_THE_RUN}
 
 
 # A run that stopped at a non-finite step may be resumed to skip it.

@@ -97,7 +97,7 @@ def main() -> None:
     if config.source.endswith(".py"):
         run = load_config_file(config.source, TrainConfig)
         features = load_config(resolve_model(config.model or run.model))
-        plan = parse_plan(run.plan, features.layers)
+        plan = parse_plan(run.plan, features)
         print_plan(plan, steering_shapes(plan, features), features)
         base = jax.eval_shape(lambda key: init_base(features, key, compute_dtype(run.dtype)), jax.random.key(0))
         kernel, reason = make_program(run, features, base, steps=1, mesh=mesh_of(run)).attention

@@ -137,7 +137,7 @@ def make_program(
     Raises:
         ValueError: a plan that does not fit the model, a mesh that cannot split the model or the batch.
     """
-    plan = parse_plan(config.plan, features.layers)
+    plan = parse_plan(config.plan, features)
     rows = config.rows // config.accumulate
     if mesh is not None:
         check_shape(

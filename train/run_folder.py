@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,7 +96,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
         files.write_json(run.config, settings)  # what was there stopped at a bad setting, before its first step
         return run
     if run.config.exists():
-        if differing := _differences(files.read_json(run.config), settings):
+        if differing := differences(files.read_json(run.config), settings):
             raise ValueError(
                 f"{run.folder}: holds a run with other settings: {'; '.join(differing)}. "
                 "Use the same settings, or another --out"
@@ -129,7 +129,9 @@ def locked(folder: str | Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        said = files.read_json(owner) if owner.exists() else {}
+        said = {}
+        with suppress(OSError, ValueError):  # gone or damaged between two looks
+            said = files.read_json(owner)
         who = f"process {said['process']} on {said['host']}, since {said['since']}" if said else "another process"
         raise ValueError(
             f"{folder}: a run is writing here at this moment ({who}). Wait for it or stop it, or use another --out"
@@ -170,7 +172,7 @@ def _entries(folder: Path) -> list[str]:
     return sorted(name for name in names if not passing(name))
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Each differing setting, nested names joined by dots: 'optim.lr is 0.1 there, 0.2 here'."""
     old, new = _flat(there), _flat(here)
 

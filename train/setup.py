@@ -112,11 +112,12 @@ def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
 
 
 def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Report]:
+    positions = loaded.config.max_length if loaded.config.learned_positions else config.row_length
     tokens, report = encode(
         config.task.load("train"),
         loaded.tokenizer,
         chat=config.task.chat,
-        max_length=config.row_length,
+        max_length=min(config.row_length, positions),
         on_long=config.on_long,
     )
     return DataSource(tokens, config.rows, config.row_length, config.seed, config.pack), report

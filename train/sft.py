@@ -6,6 +6,7 @@ metrics, checkpoints, a portable steering file, the answers before and after, a 
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from jaxsteer.io import LoadedModel, fingerprint, save_hf, save_steering
 from jaxsteer.steering import plan_to_json
 from jaxsteer.types import Steering
 from train.base_models import load
-from train.checkpoints import open_checkpoints
+from train.checkpoints import Checkpoints, is_local, open_checkpoints
 from train.config import TO_BE_RESUMED, TrainConfig, from_command_line, run_main
 from train.distributed import console, fetch, is_first, join, on_first
 from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
@@ -31,7 +32,7 @@ from train.placement import place_on
 from train.preemption import preemption
 from train.profiling import Profiler
 from train.report import print_facts, print_result
-from train.run_folder import RunFolder, locked, open_run
+from train.run_folder import RunFolder, differences, locked, open_run
 from train.scoring import Accuracy
 from train.setup import Training, make_training, to_floats
 from train.speed import Speed
@@ -74,7 +75,12 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Res
     )
 
     # ---- checkpoints
-    meta = {"plan": plan_to_json(training.model.plan), "model": config.model, "fingerprint": fingerprint(loaded.config)}
+    meta = {
+        "plan": plan_to_json(training.model.plan),
+        "model": config.model,
+        "fingerprint": fingerprint(loaded.config),
+        "config": json.loads(json.dumps(config.to_json())),
+    }
     checkpoints = open_checkpoints(
         config.checkpoints or run.checkpoints,
         every=config.checkpoint_every,
@@ -82,12 +88,9 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Res
         best_mode="max" if config.evaluate_every else "min",
     )
     with checkpoints, preemption() as stop:
-        if config.resume:
-            state, start = _resume(checkpoints, state, meta)
-        else:
-            start = 0
-
-        resume_at = (start or -1) if config.resume else None
+        resume = config.resume or _left(config, checkpoints)
+        state, start = _resume(checkpoints, state, meta) if resume else (state, 0)
+        resume_at = (start or -1) if resume else None
         profiler = Profiler(config.profile, run.profile, start, training.steps)
         shown_at = config.track if is_first() else ()
         trackers = open_trackers(shown_at, run.folder, config.to_json(), resume_at=resume_at)
@@ -198,6 +201,8 @@ def _open(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, bool]:
         if resume and not run.config.exists():
             open_run(run.folder, config.to_json(), resume=True)  # says what is wrong
         held.enter_context(locked(run.folder))
+        if config.checkpoints is not None and is_local(config.checkpoints):
+            held.enter_context(locked(config.checkpoints.removeprefix("file://")))
         open_run(run.folder, config.to_json(), resume=resume)
         return resume
 
@@ -222,7 +227,7 @@ def _skipped(run: RunFolder) -> int:
     return max((row.get("skipped", 0) for row in read_metrics(run.metrics)), default=0)
 
 
-def _stopped(config: TrainConfig, happened: str, checkpoints: Any) -> str:
+def _stopped(config: TrainConfig, happened: str, checkpoints: Checkpoints) -> str:
     """Why a run stops at a step that is not finite, and what can be done."""
     limit = f" That is one more than --max-skipped {config.max_skipped} allows." * (config.nonfinite == "skip")
     return (
@@ -242,7 +247,22 @@ def _spread(training: Training) -> dict[str, str]:
     return {"mesh": f"{sizes}{idle}", "attention": f"{kernel}: {reason}"}
 
 
-def _resume(checkpoints: Any, state: Any, meta: dict[str, Any]) -> tuple[Any, int]:
+def _left(config: TrainConfig, checkpoints: Checkpoints) -> bool:
+    """Whether to go on from checkpoints that outlived the run's folder: those of another machine, in a bucket.
+
+    Raises:
+        ValueError: there are some, but nothing said to resume.
+    """
+    steps = checkpoints.steps()
+    if steps and not config.auto_resume:
+        raise ValueError(
+            f"{checkpoints.folder}: holds checkpoints already, the last of step {steps[-1]}, but {config.out} holds no "
+            "run. --auto-resume goes on from there; else use another --checkpoints"
+        )
+    return bool(steps)
+
+
+def _resume(checkpoints: Checkpoints, state: Any, meta: dict[str, Any]) -> tuple[Any, int]:
     """The newest good checkpoint's state and step; the fresh state and 0 where nothing was saved yet."""
     restored = checkpoints.restore_latest(_trees(state))
     if restored is None:
@@ -250,8 +270,8 @@ def _resume(checkpoints: Any, state: Any, meta: dict[str, Any]) -> tuple[Any, in
         return state, 0
     for message in restored.skipped:
         console().print(message, markup=False, highlight=False, soft_wrap=True)
-    if differing := [key for key in meta if restored.meta.get(key) != meta[key]]:
-        raise ValueError(f"{checkpoints.folder}: was saved with another {', '.join(differing)}")
+    if differing := differences(restored.meta, meta):
+        raise ValueError(f"{checkpoints.folder}: was saved with other settings: {'; '.join(differing)}")
     console().print(f"Restored step {restored.step}.", highlight=False)
     trees = restored.trees
     params = state.params._replace(base=trees["base"], steering=trees["steering"])

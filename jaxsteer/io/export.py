@@ -60,7 +60,7 @@ def save_hf(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _fuse([tensor for row in rows for tensor in _tensors(row, config, get(base, row.path))])
+    tensors = _fuse([(tensor, row) for row in rows for tensor in _tensors(row, config, get(base, row.path))])
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
     ids = {}
     if tokenizer is not None:
@@ -73,17 +73,20 @@ def save_hf(
     write_json(folder / "config.json", config_to_hf(table, config) | generation | {"dtype": dtype})
 
 
-def _fuse(tensors: list[ToWrite]) -> list[ToWrite]:
-    """One tensor for all of a name: they are its parts, in order, one above the other."""
+def _fuse(tensors: list[tuple[ToWrite, Row]]) -> list[ToWrite]:
+    """One tensor for all of a name: they are its parts, in order, joined along their outputs."""
     parts: dict[str, list[ToWrite]] = {}
-    for tensor in tensors:
+    axes: dict[str, int] = {}
+    for tensor, row in tensors:
         parts.setdefault(tensor.name, []).append(tensor)
+        axes[tensor.name] = row.transform.outputs_axis(len(row.axes))
 
     def join(name: str, of: list[ToWrite]) -> ToWrite:
         if len(of) == 1:
             return of[0]
-        shape = (sum(part.shape[0] for part in of), *of[0].shape[1:])
-        return ToWrite(name, shape, of[0].dtype, lambda: np.concatenate([part.read() for part in of]))
+        axis, first = axes[name], of[0].shape
+        shape = (*first[:axis], sum(part.shape[axis] for part in of), *first[axis + 1 :])
+        return ToWrite(name, shape, of[0].dtype, lambda: np.concatenate([part.read() for part in of], axis))
 
     return [join(name, of) for name, of in parts.items()]
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from jaxsteer.io.gguf_file import Gguf
-from jaxsteer.io.stored import Stored
+from jaxsteer.io.stored import Stored, repeats_embedding
 from jaxsteer.models.config import ModelConfig, RopeScaling
-from jaxsteer.models.families import Family, families_of, flags_of_layers, unrotated_layers, window_fields
+from jaxsteer.models.families import Family, Row, families_of, flags_of_layers, unrotated_layers, window_fields
 from jaxsteer.models.families.table import REQUIRED
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -73,7 +73,7 @@ def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
         read.pop("local_rope_theta", None)
     read |= unrotated_layers(family, {}, read["layers"], where)
     read |= {row.when: row.gguf.replace("{i}", "0") in file.tensors for row in family.rows if row.when}
-    read |= {row.unless: row.gguf not in file.tensors for row in family.rows if row.unless}
+    read |= {row.unless: _is_elsewhere(file, row, family) for row in family.rows if row.unless}
     if "rope_theta" in read:
         read["rope_scaling"] = _scaling(file, read["rope_theta"], read["head_dim"], said, where)
     return family, ModelConfig(**read | dict(family.features))
@@ -108,6 +108,11 @@ def _embedding(file: Gguf, family: Family) -> tuple[int, ...]:
     if len(shape) != 2:
         raise ValueError(f"{file.path}: {name} has shape {list(shape)}; expected two axes")
     return shape
+
+
+def _is_elsewhere(file: Gguf, row: Row, family: Family) -> bool:
+    """Whether a head is the embedding: it is not stored, or as old converters did it, once more."""
+    return row.gguf not in file.tensors or repeats_embedding(file.tensors, row.gguf, "gguf", family)
 
 
 def _typed(value: Any, ours: str, what: str) -> Any:

@@ -80,6 +80,8 @@ def read_base(
         ValueError: tensors that are missing, unknown or of the wrong shape, all named in one message.
     """
     rows = family.parameters(config)
+    if layout == "hf" and not any(name.startswith(family.prefix) for name in stored):
+        stored = {family.prefix + name: tensor for name, tensor in stored.items()}
     check_names(stored, layout, family, config, where)
     plan = [_Leaf(row, _tensors(stored, row, layout, config), transform(row, layout), config, place) for row in rows]
     total = sum(leaf.nbytes for leaf in plan)
@@ -199,19 +201,23 @@ def all_of(shape: tuple[int, ...]) -> Index:
 
 def _tensors(stored: Mapping[str, Stored], row: Row, layout: str, config: ModelConfig) -> list[Stored]:
     tensors = [stored[name] for name in names(row, layout, config)]
-    rows = row.stored_rows(config)
-    return tensors if rows is None else [_rows_of(tensor, *rows[:2]) for tensor in tensors]
+    part = row.stored_outputs(config)
+    if part is None:
+        return tensors
+    axis = transform(row, layout).outputs_axis(len(row.axes))
+    return [_part_of(tensor, axis, *part[:2]) for tensor in tensors]
 
 
-def _rows_of(tensor: Stored, start: int, stop: int) -> Stored:
-    """Some rows of a stored tensor as one of its own."""
-    shape = (stop - start, *tensor.shape[1:])
+def _part_of(tensor: Stored, axis: int, start: int, stop: int) -> Stored:
+    """From start to stop along an axis of a stored tensor, as one of its own."""
+    shape = (*tensor.shape[:axis], stop - start, *tensor.shape[axis + 1 :])
 
     def read(index: Index = ()) -> np.ndarray:
-        rows, *rest = index or all_of(shape)
-        return tensor.read((slice(rows.start + start, rows.stop + start), *rest))
+        spans = list(index or all_of(shape))
+        spans[axis] = slice(spans[axis].start + start, spans[axis].stop + start)
+        return tensor.read(tuple(spans))
 
-    return Stored(shape, tensor.nbytes * (stop - start) // max(tensor.shape[0], 1), read)
+    return Stored(shape, tensor.nbytes * (stop - start) // max(tensor.shape[axis], 1), read)
 
 
 def names(row: Row, layout: str, config: ModelConfig) -> list[str]:
@@ -234,9 +240,11 @@ def check_names(stored: Mapping[str, Stored], layout: str, family: Family, confi
     missing, misshapen, expected = [], [], set()
     for row in family.parameters(config):
         shape = row.shape(config)
-        theirs = shape[::-1] if transform(row, layout).flips else shape
-        if (rows := row.stored_rows(config)) is not None:
-            theirs = (rows[2], *theirs[1:])
+        change = transform(row, layout)
+        theirs = shape[::-1] if change.flips else shape
+        if (part := row.stored_outputs(config)) is not None:
+            axis = change.outputs_axis(len(shape))
+            theirs = (*theirs[:axis], part[2], *theirs[axis + 1 :])
         for i in range(config.layers if row.stacked else 1):
             name = getattr(row, layout).replace("{i}", str(i))
             if name in expected:  # fused: one of several parameters in it
@@ -254,7 +262,7 @@ def check_names(stored: Mapping[str, Stored], layout: str, family: Family, confi
         for name in stored
         if name not in expected
         and not any(re.fullmatch(pattern, name) for pattern in family.harmless)
-        and not (config.tied_head and name in tied and _repeats_embedding(stored, name, layout, family))
+        and not (config.tied_head and name in tied and repeats_embedding(stored, name, layout, family))
     ]
     problems = [
         f"{title}: {', '.join(found)}"
@@ -269,7 +277,7 @@ def check_names(stored: Mapping[str, Stored], layout: str, family: Family, confi
         )
 
 
-def _repeats_embedding(stored: Mapping[str, Stored], name: str, layout: str, family: Family) -> bool:
+def repeats_embedding(stored: Mapping[str, Stored], name: str, layout: str, family: Family) -> bool:
     """Whether the head that is stored in spite of being tied is the embedding once more."""
     embedding = next(getattr(row, layout) for row in family.rows if row.path == "embed/embedding")
     if embedding not in stored or stored[embedding].shape != stored[name].shape:

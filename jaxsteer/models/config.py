@@ -53,10 +53,16 @@ class ModelConfig:
     """Norm of the residual stream in front of attention and MLP."""
     post_norm: bool = False
     """Norm of what attention and MLP add to the residual stream."""
+    norm: Literal["rms", "layer"] = "rms"
+    """Every norm is an RMSNorm, or a LayerNorm with a bias."""
     norm_plus_one: bool = False
     """RMSNorms multiply by 1 + scale."""
+    gated: bool = True
+    """The MLP is act(x W_gate) ⊙ x W_up, or else act(x W_up), before W_down."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    """Of the MLP's gate."""
+    """Of the MLP."""
+    learned_positions: bool = False
+    """A learned vector for each of max_length positions is added to the embedding; q and k are not rotated."""
     scaled_embedding: bool = False
     """Embeddings are multiplied by √D."""
     query_scale: float | None = None
@@ -84,7 +90,7 @@ class ModelConfig:
                 f"model config: {self.heads} heads cannot be shared by {self.kv_heads} key/value heads; "
                 "kv_heads must divide heads"
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 and not self.learned_positions:
             raise ValueError(f"model config: rotary positions need an even head_dim, got {self.head_dim}")
         for name in ("local_layers", "unrotated_layers"):
             if (count := len(getattr(self, name))) not in (0, self.layers):
@@ -96,11 +102,16 @@ class ModelConfig:
             raise ValueError("model config: local layers need a window")
 
 
+def projections_of(config: ModelConfig) -> tuple[str, ...]:
+    """The projections that a block of this model has."""
+    return tuple(site for site in PROJECTIONS if config.gated or site != "mlp.gate")
+
+
 def site_dims(config: ModelConfig, site: str) -> SiteDims:
     """Shapes of a site's x and y.
 
     Raises:
-        ValueError: `site` is not one of SITES.
+        ValueError: `site` is not one of SITES, or the model does not have it.
     """
     width, mlp = config.width, config.mlp_width
     heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -116,5 +127,7 @@ def site_dims(config: ModelConfig, site: str) -> SiteDims:
     }
     if site not in SITES:
         raise ValueError(f"unknown site {site!r}; the sites are {', '.join(SITES)}")
+    if site in PROJECTIONS and site not in projections_of(config):
+        raise ValueError(f"this model has no {site!r}; its projections are {', '.join(projections_of(config))}")
     assert site in table or site not in PROJECTIONS
     return SiteDims(*table.get(site, ((width,), (width,))))

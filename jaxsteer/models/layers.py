@@ -55,11 +55,12 @@ class LayerCache(NamedTuple):
 class Inputs(NamedTuple):
     """What a block reads besides the residual stream.
 
-    sin, cos [B, T, H/2] · the tokens' places · whether the layer attends within the window, a bool or bool []
+    sin, cos [B, T, H/2], None without rotary positions · the tokens' places · whether the layer attends within the
+    window, a bool or bool []
     """
 
-    sin: Array
-    cos: Array
+    sin: Array | None
+    cos: Array | None
     span: Span
     local: Array | bool = True
 
@@ -102,6 +103,8 @@ def rotary_angles(config: ModelConfig, positions: Array, *, local: bool = False)
 
 def layer_inputs(config: ModelConfig, span: Span) -> Callable[[Array], Inputs]:
     """What each block reads besides the residual stream, by the layer's index; computed once for all layers."""
+    if config.learned_positions:
+        return lambda layer: Inputs(None, None, span, local=config.window is not None)
     turned = rotary_angles(config, span.positions)
     turned_locally = turned if config.local_rope_theta is None else rotary_angles(config, span.positions, local=True)
 
@@ -119,11 +122,13 @@ def layer_inputs(config: ModelConfig, span: Span) -> Callable[[Array], Inputs]:
     return of
 
 
-def rotate(x: Array, sin: Array, cos: Array) -> Array:
-    """Rotate the pairs (i, i + H/2) of each head by its token's angles: x [B, T, N, H] -> the same.
+def rotate(x: Array, sin: Array | None, cos: Array | None) -> Array:
+    """Rotate the pairs (i, i + H/2) of each head by its token's angles: x [B, T, N, H] -> the same; x without angles.
 
     Source: RoFormer (Su et al. 2021), in the half-split layout of GPT-NeoX and Llama's HF weights.
     """
+    if sin is None or cos is None:
+        return x
     a, b = jnp.split(at_least_fp32(x), 2, axis=-1)
     sin, cos = sin[:, :, None].astype(a.dtype), cos[:, :, None].astype(a.dtype)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -148,6 +153,30 @@ class RMSNorm(nn.Module):
         factor = scale.astype(wide.dtype)
         factor = 1.0 + factor if self.plus_one else factor
         return (wide * over_last_axis(factor, wide.ndim)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / √(variance + ε) · scale + bias over the last axis, in at least fp32 (Ba et al. 2016)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """X [..., D] -> [..., D], in x's dtype."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        wide = at_least_fp32(x)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        factor, shift = (over_last_axis(leaf.astype(wide.dtype), wide.ndim) for leaf in (scale, bias))
+        return (wide * factor + shift).astype(x.dtype)
+
+
+def norm_of(config: ModelConfig, name: str | None = None) -> RMSNorm | LayerNorm:
+    """The norm that a family has everywhere."""
+    if config.norm == "layer":
+        return LayerNorm(config.norm_eps, name=name)
+    return RMSNorm(config.norm_eps, config.norm_plus_one, name=name)
 
 
 class Projection(nn.Module):
@@ -187,7 +216,7 @@ class Attention(nn.Module):
             y = Projection(heads * c.head_dim, c.attn_bias or c.qkv_bias, f"attn.{name}", name=name)(x, steer)
             if name == "v" or c.qk_norm == "none":
                 return y.reshape(B, T, heads, c.head_dim)
-            norm = RMSNorm(c.norm_eps, c.norm_plus_one, name=f"{name}_norm")
+            norm = norm_of(c, f"{name}_norm")
             if c.qk_norm == "whole":
                 return norm(y).reshape(B, T, heads, c.head_dim)
             return norm(y.reshape(B, T, heads, c.head_dim))
@@ -211,7 +240,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": nn.silu, "gelu_tanh"
 
 
 class MLP(nn.Module):
-    """Gated MLP, (act(x W_gate) ⊙ x W_up) W_down (Shazeer 2020)."""
+    """(act(x W_gate) ⊙ x W_up) W_down, gated (Shazeer 2020), or act(x W_up) W_down."""
 
     config: ModelConfig
 
@@ -219,15 +248,16 @@ class MLP(nn.Module):
     def __call__(self, x: Array, steer: Steer) -> Array:
         """x [B, T, D], normalised -> the MLP's contribution to the residual stream."""
         c = self.config
-        gate = Projection(c.mlp_width, c.mlp_bias, "mlp.gate", name="gate")(x, steer)
-        up = Projection(c.mlp_width, c.mlp_bias, "mlp.up", name="up")(x, steer)
-        y = Projection(c.width, c.mlp_bias, "mlp.down", name="down")(ACTIVATIONS[c.activation](gate) * up, steer)
+        act = ACTIVATIONS[c.activation]
+        into = lambda name: Projection(c.mlp_width, c.mlp_bias, f"mlp.{name}", name=name)(x, steer)
+        middle = act(into("gate")) * into("up") if c.gated else act(into("up"))
+        y = Projection(c.width, c.mlp_bias, "mlp.down", name="down")(middle, steer)
         return steer("mlp", x, _post_norm(c, y))
 
 
 def _post_norm(config: ModelConfig, y: Array) -> Array:
     """A sublayer's output, normalised where the model does so before it is added to the residual stream."""
-    return RMSNorm(config.norm_eps, config.norm_plus_one, name="post_norm")(y) if config.post_norm else y
+    return norm_of(config, "post_norm")(y) if config.post_norm else y
 
 
 class Block(nn.Module):
@@ -242,7 +272,7 @@ class Block(nn.Module):
     ) -> tuple[Array, LayerCache | None]:
         """h [B, T, D], the residual stream -> the stream after the block, and the cache written to."""
         c = self.config
-        norm = lambda x, name: RMSNorm(c.norm_eps, c.norm_plus_one, name=name)(x) if c.pre_norm else x
+        norm = lambda x, name: norm_of(c, name)(x) if c.pre_norm else x
         y, cache = Attention(c, self.kernel, name="attn")(norm(h, "attn_norm"), inputs, cache, steer)
         middle = checkpoint_name(h + y, "residual")
         x = steer("mlp.in", middle, norm(middle, "mlp_norm"))
@@ -251,14 +281,18 @@ class Block(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding, E[tokens], times √D where the family scales it."""
+    """Token embedding, E[tokens], times √D where the family scales it, plus P[positions] where those are learned."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens: Array) -> Array:
-        """Tokens [B, T] -> [B, T, D]."""
+    def __call__(self, tokens: Array, positions: Array) -> Array:
+        """Tokens and their positions [B, T] -> [B, T, D]; NaN at a position that has no learned vector."""
         shape = (self.config.vocab_size, self.config.width)
         embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
         h = jnp.take(embedding, tokens, axis=0)
-        return h * jnp.array(self.config.width**0.5, h.dtype) if self.config.scaled_embedding else h
+        h = h * jnp.array(self.config.width**0.5, h.dtype) if self.config.scaled_embedding else h
+        if not self.config.learned_positions:
+            return h
+        learned = self.param("positions", nn.initializers.normal(0.02), (self.config.max_length, self.config.width))
+        return h + jnp.take(learned, positions, axis=0)

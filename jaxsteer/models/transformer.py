@@ -19,8 +19,8 @@ from jax import lax
 
 from jaxsteer.batches import select
 from jaxsteer.models.attention import Kernel, Span
-from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.layers import Block, Embed, LayerCache, RMSNorm, layer_inputs
+from jaxsteer.models.config import ModelConfig, site_dims
+from jaxsteer.models.layers import Block, Embed, LayerCache, layer_inputs, norm_of
 from jaxsteer.sharding import constrain
 from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Context, Output, Plan, PyTree, Steering, Taps
 
@@ -55,7 +55,7 @@ def init_base(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> PyTr
     """Random weights in the layout of the base tree, layers stacked on a leading axis.
 
     {"embed": {"embedding": [V, D]}, "blocks": {... leaves [L, ...]}, "final_norm": {"scale": [D]}} and, unless the
-    head is tied, "head": {"embedding": [V, D]}.
+    head is tied, "head": {"embedding": [V, D]}; with learned positions "embed" has "positions" [max_length, D] too.
     """
     embed, blocks, head = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 2), jnp.int32)
@@ -64,12 +64,12 @@ def init_base(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> PyTr
     inputs = layer_inputs(config, span)(jnp.zeros((), jnp.int32))
     init_block = lambda k: Block(config).init(k, h, inputs, None, _unsteered)["params"]
     base = {
-        "embed": Embed(config).init(embed, tokens)["params"],
+        "embed": Embed(config).init(embed, tokens, tokens)["params"],
         "blocks": jax.vmap(init_block)(jax.random.split(blocks, config.layers)),
-        "final_norm": {"scale": jnp.full(config.width, 0.0 if config.norm_plus_one else 1.0)},
+        "final_norm": norm_of(config).init(head, h)["params"],
     }
     if not config.tied_head:
-        base["head"] = Embed(config).init(head, tokens)["params"]
+        base["head"] = {"embedding": Embed(config).init(head, tokens, tokens)["params"]["embedding"]}
     return jax.tree.map(lambda leaf: leaf.astype(dtype), base)
 
 
@@ -141,6 +141,7 @@ def forward(
     for site in capture:
         if site not in SITES:
             raise ValueError(f"cannot capture {site!r}; the sites are {', '.join(SITES)}")
+        site_dims(config, site)
     missing = [slot.name for slot in plan if slot.name not in steering]
     if missing or len(steering) > len(plan):
         raise ValueError(
@@ -177,9 +178,9 @@ def forward(
         h, at = Block(config, model.attention).apply({"params": weights}, h, inputs_of(layer), at, steer)  # type: ignore[assignment]
         return (constrain(h, *stream), None if at is None else at.cache), taps
 
-    h = constrain(Embed(config).apply({"params": base["embed"]}, batch.tokens), *stream)  # type: ignore[arg-type]
+    h = constrain(Embed(config).apply({"params": base["embed"]}, batch.tokens, batch.positions), *stream)  # type: ignore[arg-type]
     (h, cache), taps = _scan_blocks(model, block, base["blocks"], (h, cache), per_layer)
-    hidden: Array = RMSNorm(config.norm_eps, config.norm_plus_one).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
+    hidden: Array = norm_of(config).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
     if cache is not None:
         cache = cache._replace(used=cache.used + batch.tokens.shape[1])
     return Output(hidden, cache, taps)

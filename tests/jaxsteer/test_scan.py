@@ -52,7 +52,7 @@ one_layer = fast_jit(one_layer, static_argnames=("model", "steered"))
 
 def unrolled(model, base, steering, batch, layers):
     """The stack as a plain loop over blocks, steered at some layers."""
-    h = Embed(model.config).apply({"params": base["embed"]}, batch.tokens)
+    h = Embed(model.config).apply({"params": base["embed"]}, batch.tokens, batch.positions)
     for layer in range(model.config.layers):
         index = layers.index(layer) if layer in layers else 0
         own = jax.tree.map(lambda leaf, i=index: leaf[i], steering)

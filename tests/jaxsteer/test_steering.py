@@ -260,7 +260,7 @@ def test_plans_as_text(name, tiny_config):
     (made,) = all_methods(tiny_config, [name], layers=(0, 2, 3), kinds=("first:2+last:1",), draws=True)
     settings = ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(made.method).items())
     text = f"{name}({settings}) @ {','.join(made.sites)} layers=0,2-3 positions=first:2+last:1"
-    assert parse_plan([text, f"{name} @ {made.sites[0]} name=other"], 4) == (
+    assert parse_plan([text, f"{name} @ {made.sites[0]} name=other"], tiny_config) == (
         made,
         Slot("other", METHODS[name](), made.sites[:1]),
     )

@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +125,24 @@ def test_checkpoints_may_lie_elsewhere(config, tmp_path):
         open_checkpoints("hdfs://a/b", every=1)
     with pytest.raises(ValueError, match=r"out must be a folder of this machine.*--checkpoints"):
         replace(config, out="gs://bucket/run")
+
+
+def test_checkpoints_outlive_their_run(config, tmp_path, capsys):
+    """A machine that is gone took the run's folder with it; the checkpoints were kept elsewhere, here in memory."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as memory:
+        away = replace(config, checkpoints=f"file://{memory}", auto_resume=True)
+        first = train(replace(away, auto_resume=False))
+        with pytest.raises(ValueError, match=r"holds checkpoints already, the last of step 4, .*--auto-resume goes on"):
+            train(replace(away, out=config.out + "-2", auto_resume=False))
+        with pytest.raises(ValueError, match=r"was saved with other settings: config\.seed is 0 there, 1 here"):
+            train(replace(away, out=config.out + "-3", seed=1))
+        shutil.rmtree(Path(memory) / "4")
+        again = train(replace(away, out=config.out + "-4"))
+        assert "Restored step 2" in capsys.readouterr().out
+        assert first.run.steering.read_bytes() == again.run.steering.read_bytes()
+        assert [row["step"] for row in read_metrics(again.run.metrics)] == [3, 4]
+        with locked(memory), pytest.raises(ValueError, match="a run is writing here at this moment"):
+            train(replace(away, out=config.out + "-5"))
 
 
 # ---- the matrix

@@ -1,74 +1,32 @@
-"""Training on a mesh is training on one device: eight CPU devices in a process of their own."""
+"""Training on a mesh is training on one device: eight CPU devices in a process of their own, or in two."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from jaxsteer import interventions
 from train.config import MeshConfig, TrainConfig
 from train.program import mesh_of
 
 ROOT = Path(__file__).parents[2]
 
-CURVES = """
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-import numpy as np
-from train.config import MeshConfig, SINGLE, TrainConfig
-from train.data import DataSource, TokenizedExample
-from train.program import make_program, mesh_of
-from train.setup import step_batch
-from jaxsteer import ModelConfig, OptimConfig, Params, init_base, init_steering, split
-
-features = ModelConfig(vocab_size=64, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, mlp_width=48)
-base = jax.jit(init_base, static_argnums=0)(features, jax.random.key(0))
-base["embed"]["embedding"] *= 25
-draw = np.random.default_rng(0)
-examples = []
-for length in draw.integers(4, 16, 256):
-    prompt = int(draw.integers(1, length))
-    weights = (np.arange(length) >= prompt).astype(np.float32)
-    examples.append(TokenizedExample(draw.integers(3, 64, length).astype(np.int32), weights, prompt, ""))
-data = DataSource(examples, 32, 16)
-assert data.fill > 0.9 and (data.batch(0).segments.max(axis=1) > 1).any()
-
-def curve(mesh, accumulate):
-    config = TrainConfig(
-        plan=("nonlinear(rank=4) @ block", "lora(rank=2) @ projections layers=last:1"), optim=OptimConfig(lr=1e-2),
-        rows=32, row_length=16, accumulate=accumulate, mesh=mesh,
-    )
-    program = make_program(config, features, base, steps=10, mesh=mesh_of(config))
-    steering = init_steering(program.model.plan, features, jax.random.key(1), base=base)
-    trained, frozen = split(Params(base, steering), program.labels)
-    state, frozen = program.begin(trained, jax.random.key(2)), program.place_frozen(frozen)
-    before = jax.tree.map(lambda leaf: leaf.sharding, state)
-    losses = []
-    for step in range(10):
-        state, metrics = program.step(state, program.placement.batch(step_batch(config, data, step)), frozen)
-        losses.append([float(metrics.loss), float(metrics.grad_norm)])
-    if program.mesh is not None:
-        assert jax.tree.map(lambda leaf: leaf.sharding, state) == before
-        q = frozen.base["blocks"]["attn"]["q"]["kernel"]
-        assert q.addressable_shards[0].data.size * program.mesh.shape["fsdp"] * program.mesh.shape["tensor"] == q.size
-    return np.array(losses)
-
-meshes = {
-    "one device": SINGLE, "data": MeshConfig(8, 1), "fsdp": MeshConfig(1, 8), "fsdp x tensor": MeshConfig(1, 2, 4),
-}
-for accumulate in (1, 4):
-    curves = {name: curve(mesh, accumulate) for name, mesh in meshes.items()}
-    want = curves["one device"]
-    if accumulate == 1:
-        first = want
-        assert want[-1, 0] < want[0, 0]
-    np.testing.assert_allclose(want, first, 1e-5, 1e-5)
-    for name, got in curves.items():
-        np.testing.assert_allclose(got, want, 1e-5, 1e-5, err_msg=f"{name}, accumulate {accumulate}")
-        print("equal", name, accumulate)
-"""
+CURVES = Path(__file__).with_name("loss_curves.py")
+JOINT = "nonlinear(rank=4) @ block;lora(rank=2) @ projections layers=last:1"
+SINGLE, PAIR = "1x1x1", "2x2x2"
+ON_EIGHT = ("8x1x1", "1x8x1", "1x2x4")
+METHODS = (
+    *("fixed @ block", "linear(rank=4) @ block", "nonlinear(rank=4) @ mlp.in", "loreft(rank=4) @ block"),
+    *("direft(rank=4) @ block", "lofit_scale @ attn.heads", "lofit @ attn.heads", "jola @ attn.heads"),
+    *("lora(rank=2) @ projections", "rslora(rank=2) @ projections", "dora(rank=2) @ projections"),
+    "pissa(rank=2) @ projections",
+)
 
 RUN = """
 import sys
@@ -87,24 +45,76 @@ print("devices", len(jax.tree.leaves(result.params.base)[0].sharding.device_set)
 """
 
 
-def run(code, *arguments):
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = os.environ | {"XLA_FLAGS": fast}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
+FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+
+
+def run(*arguments):
+    """Output of a Python program with eight CPU devices."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=ROOT, env=os.environ | FAST)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_loss_curves_agree():
+def curves(folder, meshes, plans, *options, processes=1):
+    """{(plan, mesh, microbatches): [loss, gradient's norm] of ten steps}, from one process or from two."""
+    files = [folder / f"{processes}-{number}.jsonl" for number in range(processes)]
+    if processes == 1:
+        run(CURVES, files[0], ",".join(meshes), *plans, *options)
+    else:
+        command = lambda out: [sys.executable, CURVES, out, ",".join(meshes), *plans, *options]
+        both = pair(command(files[0]), command(files[1]), FAST)
+        outputs = [process.communicate(timeout=1200)[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0], "\n----\n".join(outputs)
+    found = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    assert all(each == found[0] for each in found)
+    return {(row["plan"], row["mesh"], row["accumulate"]): np.array(row["losses"]) for row in found[0]}
+
+
+def pair(first, second, environment):
+    """Two processes that are to find each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return [
+        subprocess.Popen(
+            [*map(str, command), "--process", str(number), "--port", port],
+            cwd=ROOT,
+            env=os.environ | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for number, command in enumerate((first, second))
+    ]
+
+
+def agree(found, tolerance=1e-5):
+    """All curves of a plan agree, whatever the mesh and, where nothing is drawn anew, the number of microbatches."""
+    for (plan, mesh, accumulate), got in found.items():
+        first = found[plan, SINGLE, accumulate if "jola" in plan else 1]
+        np.testing.assert_allclose(got, first, tolerance, tolerance, err_msg=f"{plan}, {mesh}, {accumulate}")
+        assert got[-1, 0] < got[0, 0]
+
+
+def test_loss_curves_agree(tmp_path):
     """Ten steps in fp32, packed, post-block and LoRA together, with and without accumulation."""
-    out = run(CURVES)
-    assert out.count("equal") == 8
+    found = curves(tmp_path, (SINGLE, *ON_EIGHT), [JOINT]) | curves(tmp_path, [PAIR], [JOINT], processes=2)
+    assert len(found) == 10
+    agree(found)
+
+
+@pytest.mark.slow
+def test_loss_curves_of_every_method_agree(tmp_path):
+    assert {text.partition("(")[0].split()[0] for text in METHODS} == set(interventions.METHODS)
+    found = curves(tmp_path, (SINGLE, *ON_EIGHT), METHODS) | curves(tmp_path, [PAIR], METHODS, processes=2)
+    assert len(found) == 10 * len(METHODS)
+    agree(found)
 
 
 def test_a_run_on_eight_devices(tiny_folder, tiny_data, tmp_path):
     """From loading to evaluation and the steering file; four of the rows' shards, two of the heads'."""
-    out = run(RUN, tiny_folder, tiny_data, tmp_path / "run")
+    out = run("-c", RUN, tiny_folder, tiny_data, tmp_path / "run")
     assert "data 1 x fsdp 4 x tensor 2" in out
     assert "devices 8" in out
     assert (tmp_path / "run" / "steering.safetensors").exists()

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families.gemma import GEMMA2, GEMMA3
+from jaxsteer.models.families.gpt2 import GPT2
 from jaxsteer.models.families.llama import LLAMA, MISTRAL, SMOLLM3
 from jaxsteer.models.families.olmo import OLMO2
 from jaxsteer.models.families.phi import PHI3
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3)
+    family.name: family for family in (LLAMA, MISTRAL, SMOLLM3, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, PHI3, GPT2)
 }
 """Every family by our name."""
 
@@ -99,6 +100,8 @@ def config_from_hf(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelCon
                 raise ValueError(f"{where}: {name} is missing; a {family.name} config must say it")
             value = default(read) if callable(default) else default
         read[ours] = None if value is None and ours in _OPTIONAL else _typed(value, ours, name, where)
+    read.setdefault("kv_heads", read["heads"])
+    read.setdefault("head_dim", read["width"] // read["heads"])
     _refuse_unknown(family, raw, where)
     if "query_scale" in read:
         read["query_scale"] **= -0.5
@@ -204,4 +207,4 @@ def config_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
             raw["layer_types"] = [("full_attention", "sliding_attention")[flag] for flag in local]
     if family.unrotated is not None:
         raw["no_rope_layers"] = [int(not flag) for flag in config.unrotated_layers or (False,) * config.layers]
-    return raw | rope_to_hf(config)
+    return raw if config.learned_positions else raw | rope_to_hf(config)

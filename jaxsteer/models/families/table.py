@@ -27,6 +27,10 @@ class Transform:
     flips: bool = False
     group: Callable[[ModelConfig], int] | None = None
 
+    def outputs_axis(self, ndim: int) -> int:
+        """Which axis of a stored tensor is our last, the outputs of a projection."""
+        return 0 if self.flips else ndim - 1
+
 
 def _heads_apart(tensor: np.ndarray, head_dim: int) -> np.ndarray:
     """Undo llama.cpp's order of rotary pairs, [N, H/2, 2, ...] -> [N, 2, H/2, ...] along the first axis."""
@@ -68,8 +72,8 @@ class Row:
     transform       between the Hugging Face tensor and ours
     gguf_transform  between the GGUF tensor and ours; None = the same as `transform`
     when, unless    name of a `ModelConfig` flag that the parameter exists with, or without
-    fused           where several parameters are one stored tensor, one above the other: the outputs of each, in axis
-                    letters; and `part`, which of them this one is
+    fused           where several parameters are one stored tensor, joined along their outputs: the outputs of each, in
+                    axis letters; and `part`, which of them this one is
     """
 
     path: str
@@ -92,8 +96,8 @@ class Row:
         """Our shape for one layer."""
         return tuple(self._sizes(config)[axis] for axis in self.axes)
 
-    def stored_rows(self, config: ModelConfig) -> tuple[int, int, int] | None:
-        """Where it begins and ends in a fused tensor, and how many rows that has; None for one of its own."""
+    def stored_outputs(self, config: ModelConfig) -> tuple[int, int, int] | None:
+        """Where it begins and ends in a fused tensor, and how many outputs that has; None for one of its own."""
         if not self.fused:
             return None
         sizes = [self._sizes(config)[axis] for axis in self.fused]
@@ -108,6 +112,7 @@ class Row:
             "NH": config.heads * config.head_dim,
             "KH": config.kv_heads * config.head_dim,
             "H": config.head_dim,
+            "P": config.max_length,
         }
 
     def exists(self, config: ModelConfig) -> bool:
@@ -172,6 +177,7 @@ class Family:
     local_theta  the same of local layers, where they have one of their own
     unrotated  (config fields, layer) -> whether a layer has no rotary positions
     gguf_keys  our field -> (key in GGUF files, its default in llama.cpp or REQUIRED)
+    prefix    of all names in `rows`, which some files leave out
     """
 
     name: str
@@ -189,6 +195,7 @@ class Family:
     local_theta: float | None = None
     unrotated: Callable[[Mapping[str, Any], int], bool] | None = None
     gguf_keys: Mapping[str, tuple[str, Any]] = field(default_factory=lambda: GGUF_KEYS)
+    prefix: str = ""
 
     def parameters(self, config: ModelConfig) -> tuple[Row, ...]:
         """The rows of the parameters that a model with these features has."""

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 ARCHITECTURES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
 PERMUTED = ("llama", "smollm3")  # whose queries and keys llama.cpp's converter puts into another order
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 SHIFTED = ("gemma2", "gemma3")  # whose norms it adds one to
 
 # What a converted model of each family says besides the keys of `write_gguf`; None = it does not say it.
@@ -29,6 +30,11 @@ KEYS = {
         "rope.scaling.type": "linear",
         "rope.scaling.factor": 8.0,
         "rope.dimension_count": None,
+    },
+    "gpt2": {
+        "attention.layer_norm_epsilon": 1e-5,
+        **dict.fromkeys(("attention.layer_norm_rms_epsilon", "attention.head_count_kv", "attention.key_length")),
+        **dict.fromkeys(("rope.freq_base", "rope.dimension_count")),
     },
     "phi3": {"attention.sliding_window": 7, "rope.scaling.original_context_length": 128, "attention.key_length": None},
 }
@@ -52,6 +58,8 @@ def to_gguf(name, value, arch, heads, kv_heads):
         value = value[order]
     if arch in SHIFTED and name.endswith("norm.weight"):
         value = value + 1
+    if name.endswith(TRANSPOSED):
+        value = value.T
     return names_of(arch).get_name(name, try_suffixes=(".weight", ".bias")) or name, value
 
 

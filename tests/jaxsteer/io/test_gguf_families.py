@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from published import KEYS
+from safetensors.numpy import load_file, save_file
 from tiny import close, identical, run
 
 from jaxsteer import Model, make_batch
-from jaxsteer.io import load_model, save_hf
+from jaxsteer.io import load_base, load_config, load_model, save_hf
 from jaxsteer.io.gguf_config import config_from_gguf
-from jaxsteer.io.gguf_file import Gguf
+from jaxsteer.io.gguf_file import Gguf, open_gguf
 from jaxsteer.io.stored import Stored
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import logits_of, output_embedding
@@ -48,6 +50,20 @@ def described(arch, vocab=64, width=32, tensors=(), **keys):
     shapes = {"token_embd.weight": (vocab, width)} | dict.fromkeys(tensors, (4,))
     stored = {name: Stored(shape, 0, lambda index=(): np.ones(4)) for name, shape in shapes.items()}
     return Gguf(Path("x.gguf"), metadata, stored)
+
+
+def test_a_head_that_repeats_the_embedding_is_tied(family_files, write_gguf):
+    """As GPT-2's old converter wrote it."""
+    folder, file = family_files("gpt2")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}, folder / "model.safetensors")
+    again = write_gguf(folder, load_config(folder), arch="gpt2", name="again.gguf", **KEYS["gpt2"])
+    assert "output.weight" in open_gguf(again).tensors
+    assert load_config(again) == load_config(file)
+    identical(load_base(again), load_base(file))
+    save_file(tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1}, folder / "model.safetensors")
+    other = write_gguf(folder, load_config(file), arch="gpt2", name="other.gguf", **KEYS["gpt2"])
+    assert not load_config(other).tied_head
 
 
 PERIOD_6 = (True,) * 5 + (False,)
@@ -106,7 +122,12 @@ def test_keys_and_llama_cpps_defaults(arch, keys, expected):
         ("phi3", {"rope__scaling__attn_factor": 1.19}, ["attn_factor", "1.19"]),
         ("llama", {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, ["'yarn'", "linear", "llama3"]),
         ("qwen3", {"rope__scaling__yarn_beta_fast": 32.0}, ["yarn_beta_fast is 32.0"]),
-        ("mistral3", {}, ["general.architecture is 'mistral3'", "llama, smollm3, qwen2, qwen3, gemma2, gemma3, olmo2"]),
+        (
+            "mistral3",
+            {},
+            ["'mistral3'", "llama, smollm3, qwen2, qwen3, gemma2, gemma3, olmo2, phi3, gpt2"],
+        ),
+        ("gpt2", {"rope__freq_base": 1e4, "attention__layer_norm_epsilon": 1e-5}, ["gpt2.rope.freq_base is 10000.0"]),
     ],
 )
 def test_what_no_family_follows_is_refused_by_name(arch, keys, words):

@@ -13,7 +13,8 @@ from jaxsteer.io import load_base, load_config, load_model
 from jaxsteer.io.files import read_json
 from jaxsteer.models.families import FAMILIES, config_from_hf
 
-OUT, DOWN, NORM = "model.layers.1.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
+NAMES = ("model.layers.1.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight")
+GPT2_NAMES = ("transformer.h.1.attn.c_proj.weight", "transformer.h.0.mlp.c_proj.weight", "transformer.ln_f.weight")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -21,20 +22,26 @@ def test_all_wrong_tensors_are_named_at_once(family_files, write_gguf, family):
     folder, _ = family_files(family)
     path, config = folder / "model.safetensors", load_config(folder)
     tensors = load_file(path)
-    wide, narrow = list(tensors[DOWN].shape), [tensors[DOWN].shape[0] - 1, tensors[DOWN].shape[1]]
-    spoilt = {name: tensor for name, tensor in tensors.items() if name not in (OUT, NORM)}
-    spoilt |= {DOWN: tensors[DOWN][1:], "some.more.weight": np.ones(3, np.float32)}
-    save_file(spoilt, path)
+    out, down, norm = GPT2_NAMES if family == "gpt2" else NAMES
+    right, wrong = tensors[down], tensors[down][1:]
+    kept = {name: tensor for name, tensor in tensors.items() if name not in (out, norm)}
+    save_file(kept | {down: wrong, "some.more.weight": np.ones(3, np.float32)}, path)
     arch = ARCHITECTURE.get(family, family)
     file = write_gguf(folder, config, arch=arch, name="spoilt.gguf", **KEYS.get(family, {}))
-    for source, name in ((folder, lambda hf: hf), (file, lambda hf: to_gguf(hf, tensors[hf], arch, 1, 1)[0])):
+
+    def in_gguf(name, value):
+        return to_gguf(name, value, arch, config.heads, config.kv_heads)
+
+    for source, stored in ((folder, lambda *tensor: tensor), (file, in_gguf)):
         with pytest.raises(ValueError, match=source.name) as error:
             load_base(source)
+        lost = [stored(name, tensors[name])[0] for name in (out, norm)]
+        (name, got), (_, expected) = stored(down, wrong), stored(down, right)
         for words in (
             f"not those of a {family} model",
-            f"missing: {name(OUT)}, {name(NORM)};",
+            f"missing: {', '.join(lost)};",
             "unknown: some.more.weight;",
-            f"misshapen: {name(DOWN)} has shape {narrow}, expected {wide}.",
+            f"misshapen: {name} has shape {list(got.shape)}, expected {list(expected.shape)}.",
         ):
             assert words in str(error.value)
 

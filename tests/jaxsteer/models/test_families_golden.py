@@ -13,12 +13,15 @@ from tiny import close, fast_jit, layouts, loss_and_grads, random_steering, run,
 from jaxsteer import LoRA, Model, Nonlinear, Slot, init_steering, make_batch
 from jaxsteer.io import load_model, save_hf
 from jaxsteer.models.attention import Scores, Span, attention
+from jaxsteer.models.config import projections_of
 from jaxsteer.models.families import FAMILIES, config_from_hf
+from jaxsteer.models.layers import MLP, Attention, layer_inputs, norm_of
 from jaxsteer.models.transformer import forward, init_base, init_cache, logits_of, output_embedding, write_scales
-from jaxsteer.types import SITES
+from jaxsteer.types import ACTIVATIONS
 
 LORA = Slot("l", LoRA(rank=2), ("mlp.down", "attn.q"))
 NAMES = [name for name in FAMILIES if name != "llama"]  # which has files of its own
+GROUPED = [f"{name}-{kind}" for name in FAMILIES if name != "gpt2" for kind in ("mha", "mqa")]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,45 @@ def test_logits_and_hidden_states(loaded, theirs):
     close(
         logits_of(out.hidden, output_embedding(model.base), model.config.final_softcap), theirs[f"{name}/logits"], 1e-5
     )
+
+
+def test_each_part_of_each_block(loaded, theirs):
+    """Norm, rotary angles, attention and MLP by themselves, each from what transformers' own reads."""
+    name, model = loaded
+    config, batch = model.config, make_batch(theirs["ids"])
+    inputs_of = layer_inputs(config, Span(batch.segments, batch.positions))
+    unsteered = lambda site, x, y, *weights: y
+
+    @fast_jit
+    def parts(layer, weights, h, attn_in, mlp_in):
+        inputs = inputs_of(layer)
+        norm = norm_of(config).apply({"params": weights["attn_norm"]}, h) if config.pre_norm else h
+        attn, _ = Attention(config).apply({"params": weights["attn"]}, attn_in, inputs, None, unsteered)
+        return norm, inputs.sin, inputs.cos, attn, MLP(config).apply({"params": weights["mlp"]}, mlp_in, unsteered)
+
+    for layer in range(config.layers):
+        read = lambda part, layer=layer: theirs[f"{name}/{part}"][layer]
+        weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.base["blocks"])
+        norm, sin, cos, attn, mlp = parts(jnp.array(layer), weights, read("hidden"), read("attn_in"), read("mlp_in"))
+        close(norm, read("attn_in"), 1e-5)
+        close(attn, read("attn"), 1e-5)
+        close(mlp, read("mlp"), 1e-5)
+        if sin is not None and not (config.unrotated_layers and config.unrotated_layers[layer]):
+            half = config.head_dim // 2
+            for ours, part in ((sin, "sin"), (cos, "cos")):
+                close(ours[0], read(part)[:, :half], 1e-5)
+                close(ours[0], read(part)[:, half:], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GROUPED)
+def test_every_grouping_of_the_heads(name, golden, theirs):
+    """A key/value head for each query head, and one for all."""
+    model = load_model(golden / "families" / name)
+    assert model.config.kv_heads == (model.config.heads if name.endswith("mha") else 1)
+    test_logits_and_hidden_states((name, model), theirs)
+    test_decoding_is_the_full_forward((name, model), theirs)
+    test_packed_and_padded_are_single((name, model))
 
 
 def test_decoding_is_the_full_forward(loaded, theirs):
@@ -70,18 +112,16 @@ def test_packed_and_padded_are_single(loaded):
 
 def test_every_site_is_there_and_steering_trains(loaded):
     _, model = loaded
-    plan = (
-        Slot("s", Nonlinear(rank=2), ("block", "mlp", "attn", "mlp.in")),
-        LORA,
-    )
+    plan = (Slot("s", Nonlinear(rank=2), ("block", "mlp", "attn", "mlp.in")), LORA)
+    sites = set(ACTIVATIONS) | set(projections_of(model.config))
     batch = supervised_batch(model.config.vocab_size)
     steering = random_steering(plan, model.config)
     taps = jax.eval_shape(
-        lambda base, steering: forward(Model(model.config, plan), base, steering, batch, capture=SITES).taps,
+        lambda base, steering: forward(Model(model.config, plan), base, steering, batch, capture=tuple(sites)).taps,
         model.base,
         steering,
     )
-    assert set(taps) == set(SITES)
+    assert set(taps) == sites
     assert {tap.shape[0] for tap in taps.values()} == {model.config.layers}
     fresh = init_steering(plan, model.config, jax.random.key(0))
     loss, grads = loss_and_grads(Model(model.config, plan), model.base, fresh, batch)
@@ -139,6 +179,8 @@ COUNTS = {
     "qwen3-4b": 4_022_468_096,
     "gemma-2-9b": 9_241_705_984,
     "phi-3-mini": 3_821_079_552,
+    "smollm2-135m": 134_515_008,
+    "gpt2": 124_439_808,
 }
 PUBLISHED = {
     "llama-3.1-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, {"rms_norm_eps": 1e-5}),
@@ -147,26 +189,30 @@ PUBLISHED = {
     "qwen2.5-7b": ("qwen2", 152064, 3584, 18944, 28, 28, 4, {"use_sliding_window": False, "sliding_window": 131072}),
     "qwen3-4b": ("qwen3", 151936, 2560, 9728, 36, 32, 8, {"head_dim": 128, "tie_word_embeddings": True}),
     "phi-3-mini": ("phi3", 32064, 3072, 8192, 32, 32, 32, {"sliding_window": 2047}),
+    "smollm2-135m": ("llama", 49152, 576, 1536, 30, 9, 3, {"tie_word_embeddings": True}),
     "gemma-2-9b": ("gemma2", 256000, 3584, 14336, 42, 16, 8, {"head_dim": 256, "query_pre_attn_scalar": 256}),
 }
 
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_sizes(name):
-    family, vocab, width, mlp, layers, heads, kv_heads, more = PUBLISHED[name]
-    raw = {
-        "model_type": family,
-        "vocab_size": vocab,
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
-    _, config = config_from_hf(raw | more, "config.json")
+    if name == "gpt2":
+        raw = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_ctx": 1024}
+    else:
+        family, vocab, width, mlp, layers, heads, kv_heads, more = PUBLISHED[name]
+        raw = {
+            "model_type": family,
+            "vocab_size": vocab,
+            "hidden_size": width,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+        } | more
+    _, config = config_from_hf(raw, "config.json")
     base = jax.eval_shape(lambda key: init_base(config, key), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(base)) == COUNTS[name]
-    if family == "gemma2":
+    if name == "gemma-2-9b":
         assert config.local_layers == (True, False) * 21
         assert config.query_scale == 256**-0.5
 
