@@ -12,7 +12,15 @@ import numpy as np
 from jaxsteer.io.gguf_file import Gguf
 from jaxsteer.io.stored import Stored, repeats_embedding
 from jaxsteer.models.config import ModelConfig, RopeScaling
-from jaxsteer.models.families import Family, Row, families_of, flags_of_layers, unrotated_layers, window_fields
+from jaxsteer.models.families import (
+    Family,
+    Row,
+    families_of,
+    flags_of_layers,
+    model_config,
+    unrotated_layers,
+    window_fields,
+)
 from jaxsteer.models.families.table import REQUIRED
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -76,7 +84,7 @@ def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
     read |= {row.unless: _is_elsewhere(file, row, family) for row in family.rows if row.unless}
     if "rope_theta" in read:
         read["rope_scaling"] = _scaling(file, read["rope_theta"], read["head_dim"], said, where)
-    return family, ModelConfig(**read | dict(family.features))
+    return family, model_config(read | dict(family.features), where)
 
 
 def _unknown(family: Family, said: Mapping[str, Any]) -> list[str]:

@@ -153,9 +153,9 @@ def _open_folder(folder: Path) -> dict[str, Stored]:
 
 
 def _stop_tokens(path: Path, tokenizer: Any) -> tuple[int, ...]:
-    """What generation_config.json says, or config.json, or the tokenizer."""
-    if path.is_file():
-        return stop_tokens_from_gguf(open_gguf(path).metadata)
+    """What a GGUF file says, or generation_config.json, or config.json, or the tokenizer."""
+    if path.is_file() and (named := stop_tokens_from_gguf(open_gguf(path).metadata)):
+        return named
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
             said = read_json(path / name).get("eos_token_id")

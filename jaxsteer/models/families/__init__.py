@@ -42,6 +42,7 @@ __all__ = [
     "config_to_hf",
     "families_of",
     "flags_of_layers",
+    "model_config",
     "unrotated_layers",
     "window_fields",
 ]
@@ -101,17 +102,30 @@ def config_from_hf(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelCon
             value = default(read) if callable(default) else default
         read[ours] = None if value is None and ours in _OPTIONAL else _typed(value, ours, name, where)
     read.setdefault("kv_heads", read["heads"])
-    read.setdefault("head_dim", read["width"] // read["heads"])
+    read.setdefault("head_dim", read["width"] // max(read["heads"], 1))
     _refuse_unknown(family, raw, where)
     if "query_scale" in read:
+        if read["query_scale"] <= 0:
+            raise ValueError(f"{where}: query_pre_attn_scalar is {read['query_scale']}; expected a positive number")
         read["query_scale"] **= -0.5
     windows = _windows(family, raw, read["layers"], where)
     rope = rope_from_hf(raw, read["max_length"], where, theta=family.theta, local_theta=family.local_theta)
     if "window" not in windows:
         rope.pop("local_rope_theta", None)
-    return family, ModelConfig(
-        **read, **family.features, **windows, **unrotated_layers(family, raw, read["layers"], where), **rope
-    )
+    still = unrotated_layers(family, raw, read["layers"], where)
+    return family, model_config({**read, **family.features, **windows, **still, **rope}, where)
+
+
+def model_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
+    """The config with these fields.
+
+    Raises:
+        ValueError: no model can have them; the message names the file.
+    """
+    try:
+        return ModelConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _refuse_unknown(family: Family, raw: Mapping[str, Any], where: str) -> None:

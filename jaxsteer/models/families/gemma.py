@@ -29,7 +29,12 @@ _norm = partial(norm, gguf_transform=ONE_ADDED)
 
 def _query_scale(largest: int) -> Callable[[Mapping[str, Any]], float]:
     """1/√H, and 1/√(D/N) in the largest model. GGUF files do not say it: that one is known by its number of layers."""
-    return lambda read: (read["width"] // read["heads"] if read["layers"] == largest else read["head_dim"]) ** -0.5
+
+    def scale(read: Mapping[str, Any]) -> float:
+        size = read["width"] // max(read["heads"], 1) if read["layers"] == largest else read["head_dim"]
+        return float(max(size, 1)) ** -0.5
+
+    return scale
 
 
 GEMMA2 = Family(

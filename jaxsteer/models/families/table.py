@@ -250,7 +250,7 @@ DIMENSIONS: dict[str, tuple[str, Any]] = {
     "layers": ("num_hidden_layers", REQUIRED),
     "heads": ("num_attention_heads", REQUIRED),
     "kv_heads": ("num_key_value_heads", lambda read: read["heads"]),
-    "head_dim": ("head_dim", lambda read: read["width"] // read["heads"]),
+    "head_dim": ("head_dim", lambda read: read["width"] // max(read["heads"], 1)),
     "mlp_width": ("intermediate_size", REQUIRED),
     "norm_eps": ("rms_norm_eps", 1e-6),
     "tied_head": ("tie_word_embeddings", False),

@@ -135,11 +135,26 @@ def spoil(data, form, number):
     return (spoil_numbers if form == "gguf" else spoil_entries)(data, draw, pick)
 
 
+def spoil_config(raw, number):
+    """(a config.json with one field changed, or one put in, what was done)."""
+    draw = np.random.default_rng(number)
+    pick = lambda among: among[int(draw.integers(len(among)))]
+    raw = json.loads(json.dumps(raw))
+    inner = [value for value in raw.values() if isinstance(value, dict)]
+    place = pick(inner) if inner and draw.random() < 0.2 else raw
+    name = pick([*place, "rope_scaling", "layer_types", "sliding_window", "no_rope_layers", "rope_theta"])
+    odd = [None, True, False, -1, 0, 1, 3, 1.5, "x", "", [], {}, [[2]], [None] * 4, {"a": {}}, 10**9, 10**30]
+    odd += [float("nan"), float("inf"), "\ud800", {"rope_type": "linear"}, {"rope_type": []}, ["full_attention"] * 4]
+    place[name] = pick(odd)
+    return raw, f"{name}: {place[name]!r}"
+
+
 def spoil_numbers(data, draw, pick):
     """One number of a GGUF header, most often one that says how long, how many, of what type or where."""
     spots = read_gguf(data)[2]
     telling = [spot for spot in spots if " of " in spot[0] or spot[0].startswith(("axes", "type"))]
-    what, at, form = pick(telling if draw.random() < 0.8 else spots)
+    keys = [spot for spot in spots if spot[0].startswith(("llama.", "gemma3."))]
+    what, at, form = pick(telling if draw.random() < 0.6 else keys)
     size = struct.calcsize("<" + form)
     (old,) = struct.unpack_from("<" + {1: "B", 2: "H", 4: "I", 8: "Q"}[size], data, at)
     new = pick([*HARD, old + 1, old - 1, old * 2, old + 32, old - 32, int(draw.integers(16)), int(draw.integers(64))])

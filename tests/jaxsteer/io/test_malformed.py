@@ -144,6 +144,26 @@ def test_spoilt_files(sources, form, block):
     assert not (wrong := list(filter(None, found))), f"{len(wrong)} of {len(found)}:\n" + "\n".join(wrong)
 
 
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_spoilt_configs(golden, tmp_path, count):
+    """A clear error that names the file, or the features of a model: never another kind of error."""
+    folders = [golden / "tiny_llama_rope", *(golden / "families" / name for name in FAMILIES if name != "llama")]
+    raws = [json.loads((folder / "config.json").read_text()) for folder in folders]
+    path, wrong = tmp_path / "config.json", []
+    for number in range(count):
+        raw, what = malformed.spoil_config(raws[number % len(raws)], number)
+        path.write_text(json.dumps(raw))
+        try:
+            with working_time(SECONDS):
+                load_config(tmp_path)
+        except ValueError as error:
+            if "config.json: " not in str(error) or len(str(error)) > WORDS:
+                wrong.append(f"{number} ({what}): {str(error)[:WORDS]}")
+        except Exception as error:
+            wrong.append(f"{number} ({what}): {type(error).__name__}: {error}")
+    assert not wrong, f"{len(wrong)} of {count}:\n" + "\n".join(wrong)
+
+
 def test_a_long_file_whose_header_lies_is_not_read_as_a_header(tmp_path):
     """A file of four gigabytes (a hole on the disk) has room for every length that its header could claim."""
     path = tmp_path / "long.gguf"
