@@ -2,6 +2,7 @@
 
 import json
 import struct
+from functools import cache
 
 import ml_dtypes
 import numpy as np
@@ -93,10 +94,22 @@ def read_gguf(data):
     return metadata, out, reader.spots
 
 
+@cache
+def numbers_in(data):
+    """Of the numbers in a GGUF header: what, where, in which form."""
+    return read_gguf(data)[2]
+
+
+@cache
+def names_in(data, form):
+    """The tensors' names."""
+    return list(read_gguf(data)[1] if form == "gguf" else read_safetensors(data))
+
+
 def header_end(data, form):
     """Where the tensors' bytes begin, about."""
     if form == "gguf":
-        return max(at for _, at, _ in read_gguf(data)[2]) + 8
+        return max(at for _, at, _ in numbers_in(data)) + 8
     return 8 + struct.unpack_from("<Q", data)[0]
 
 
@@ -151,7 +164,7 @@ def spoil_config(raw, number):
 
 def spoil_numbers(data, draw, pick):
     """One number of a GGUF header, most often one that says how long, how many, of what type or where."""
-    spots = read_gguf(data)[2]
+    spots = numbers_in(data)
     telling = [spot for spot in spots if " of " in spot[0] or spot[0].startswith(("axes", "type"))]
     keys = [spot for spot in spots if spot[0].startswith(("llama.", "gemma3."))]
     what, at, form = pick(telling if draw.random() < 0.6 else keys)

@@ -27,7 +27,7 @@ from jaxsteer.models.transformer import init_base
 
 SECONDS = 20  # of this process alone, however busy the machine is; a file takes a hundredth of a second
 MEMORY = 8_000_000  # bytes; the files have 30,000 to 190,000
-WORDS = 8_000  # letters of an error; the names of all tensors take half of that
+WORDS = 40_000  # letters of an error, which names up to 1000 missing tensors
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def check_what_is_read(form, source, path, model):
 
 def attempt(form, number, source, path, whole):
     """None, or what went wrong."""
-    names = malformed.read_gguf(whole)[1] if form == "gguf" else malformed.read_safetensors(whole)
+    names = malformed.names_in(whole, form)
     spoilt, what = malformed.spoil(whole, form, number)
     path.write_bytes(spoilt)
     tracemalloc.clear_traces()
