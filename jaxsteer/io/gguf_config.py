@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import math
+import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxsteer.io.gguf_file import Gguf
-from jaxsteer.io.stored import Stored
+from jaxsteer.io.stored import Stored, repeats_embedding
 from jaxsteer.models.config import ModelConfig, RopeScaling
-from jaxsteer.models.families import Family, family_of
+from jaxsteer.models.families import (
+    Family,
+    Row,
+    families_of,
+    flags_of_layers,
+    model_config,
+    unrotated_layers,
+    window_fields,
+)
+from jaxsteer.models.families.table import REQUIRED
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Constant tensor [H/2] of a scaled model: what each rotary frequency is to be divided by."""
+
+LONGROPE_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
+"""The same for long and for short contexts, in models that are not read."""
 
 _IGNORED = {"rope.scaling.finetuned", "rope.scaling.original_context_length", "attention.causal"}
 """Keys (without the architecture's prefix) that change nothing once the others are followed."""
 
 _ZERO = {"expert_count", "expert_used_count", "attention.sliding_window", "attention.clamp_kqv"}
-"""Keys of features that are off at 0 and that the forward pass does not have."""
+"""Keys of features that are off at 0; of a family that has them they are among its `gguf_keys`."""
+
+_SCALING = {"rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor"}
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("norm_eps", "rope_theta", "local_rope_theta", "query_scale"), float),
+    **dict.fromkeys(("attn_softcap", "final_softcap"), float),
+}
+_OPTIONAL = ("attn_softcap", "final_softcap")
+"""Fields that 0 switches off."""
 
 
 def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
@@ -29,59 +51,99 @@ def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
         ValueError: an unknown architecture; a key that is missing, of the wrong type, or not known.
     """
     where = str(file.path)
-    family = family_of("gguf", file.metadata.get("general.architecture"), where)
-    prefix = f"{family.gguf}."
-    left = {key.removeprefix(prefix): v for key, v in file.metadata.items() if key.startswith(prefix)}
-
-    def number(key: str, default: Any = None, kind: type[int] | type[float] = int) -> Any:
-        value: Any = left.pop(key, default)
-        if value is None:
+    families = families_of("gguf", file.metadata.get("general.architecture"), where)
+    prefix = f"{families[0].gguf}."
+    said = {key.removeprefix(prefix): v for key, v in file.metadata.items() if key.startswith(prefix)}
+    family = min(families, key=lambda family: len(_unknown(family, said)))
+    if unknown := _unknown(family, said):
+        raise ValueError(
+            f"{where}: "
+            + ", ".join(f"{prefix}{key} is {reprlib.repr(said[key])}" for key in unknown)
+            + f", but for the {family.name} family this is not known; this model cannot be loaded faithfully"
+        )
+    vocab, width = _embedding(file, family)
+    read: dict[str, Any] = {"vocab_size": vocab, "width": width}
+    for ours, (key, default) in family.gguf_keys.items():
+        if key in said:
+            read[ours] = _typed(said[key], ours, f"{where}: {prefix}{key}")
+        elif default is REQUIRED:
             raise ValueError(f"{where}: {prefix}{key} is missing")
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
-            raise ValueError(f"{where}: {prefix}{key} is {value!r}; expected one {kind.__name__} for all layers")
-        # Stored as fp32: 1e-05 comes back as 9.99e-06 unless it is read as the shortest decimal.
-        return float(str(np.float32(value))) if kind is float else value
-
-    embedding = next(row.gguf for row in family.rows if row.path == "embed/embedding")
-    if embedding not in file.tensors:
-        raise ValueError(f"{where}: the tensor {embedding} is missing; is this a part of a split model?")
-    vocab, width = file.tensors[embedding].shape
-    heads = number("attention.head_count")
-    head_dim = number("attention.key_length", width // max(heads, 1))
-    for key, expected in (
-        ("embedding_length", width),
-        ("vocab_size", vocab),
-        ("attention.value_length", head_dim),
-        ("rope.dimension_count", head_dim),
-    ):
-        if (value := left.pop(key, expected)) != expected:
-            raise ValueError(f"{where}: {prefix}{key} is {value!r}; only {expected} is supported for this model")
-    flags: dict[str, Any] = {row.when: row.gguf.replace("{i}", "0") in file.tensors for row in family.rows if row.when}
-    flags |= {row.unless: row.gguf not in file.tensors for row in family.rows if row.unless}
-    theta = number("rope.freq_base", 10_000.0, float)
-    kind, factor = left.pop("rope.scaling.type", "none"), left.pop("rope.scaling.factor", 1.0)
-    config = ModelConfig(
-        vocab_size=vocab,
-        width=width,
-        layers=number("block_count"),
-        heads=heads,
-        kv_heads=number("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        mlp_width=number("feed_forward_length"),
-        norm_eps=number("attention.layer_norm_rms_epsilon", kind=float),
-        rope_theta=theta,
-        rope_scaling=_scaling(file, theta, head_dim, kind, left.pop("rope.scale_linear", factor), where),
-        max_length=number("context_length"),
-        **family.features,
-        **flags,
-    )
-    for key, value in left.items():
-        if key not in _IGNORED and not (key in _ZERO and value == 0):
+        else:
+            read[ours] = default(read) if callable(default) else default
+    for key, expected in _implied(read).items():
+        if said.get(key, expected) != expected:
             raise ValueError(
-                f"{where}: {prefix}{key} is {value!r}, but for the {family.name} family this key is not "
-                "known; this model cannot be loaded faithfully"
+                f"{where}: {prefix}{key} is {reprlib.repr(said[key])}; only {expected} is supported for this model"
             )
-    return family, config
+    read |= {ours: read[ours] or None for ours in _OPTIONAL if ours in read}
+    read |= _windows(read.pop("window", 0), read.pop("local_layers", 0), read["layers"], where)
+    if "window" not in read:
+        read.pop("local_rope_theta", None)
+    read |= unrotated_layers(family, {}, read["layers"], where)
+    read |= {row.when: row.gguf.replace("{i}", "0") in file.tensors for row in family.rows if row.when}
+    read |= {row.unless: _is_elsewhere(file, row, family) for row in family.rows if row.unless}
+    if "rope_theta" in read:
+        read["rope_scaling"] = _scaling(file, read["rope_theta"], read["head_dim"], said, where)
+    return family, model_config(read | dict(family.features), where)
+
+
+def _unknown(family: Family, said: Mapping[str, Any]) -> list[str]:
+    """The keys that a family does not know how to follow."""
+    known = {key for key, _ in family.gguf_keys.values()} | set(_implied(family.gguf_keys)) | _IGNORED
+    if "rope_theta" in family.gguf_keys:
+        known |= _SCALING
+    return [key for key, value in said.items() if key not in known and not (key in _ZERO and value == 0)]
+
+
+def _implied(read: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that can only repeat what others say; of the fields' names alone, which keys those are."""
+    head_dim = read.get("head_dim")
+    same = {"embedding_length": read.get("width"), "vocab_size": read.get("vocab_size")}
+    same |= dict.fromkeys(
+        ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"), head_dim
+    )
+    if "rope_theta" in read:
+        same |= dict.fromkeys(("rope.dimension_count", "rope.dimension_count_swa"), head_dim)
+    return same
+
+
+def _embedding(file: Gguf, family: Family) -> tuple[int, ...]:
+    """The shape of the token embedding, [V, D]."""
+    name = next(row.gguf for row in family.rows if row.path == "embed/embedding")
+    if name not in file.tensors:
+        raise ValueError(f"{file.path}: the tensor {name} is missing; is this a part of a split model?")
+    shape = file.tensors[name].shape
+    if len(shape) != 2:
+        raise ValueError(f"{file.path}: {name} has shape {list(shape)}; expected two axes")
+    return shape
+
+
+def _is_elsewhere(file: Gguf, row: Row, family: Family) -> bool:
+    """Whether a head is the embedding: it is not stored, or as old converters did it, once more."""
+    return row.gguf not in file.tensors or repeats_embedding(file.tensors, row.gguf, "gguf", family)
+
+
+def _typed(value: Any, ours: str, what: str) -> Any:
+    """The value of a key, if it has the type of our field."""
+    if ours == "local_layers":
+        if type(value) is int or (isinstance(value, list) and all(type(flag) is bool for flag in value)):
+            return value
+        raise ValueError(f"{what} is {reprlib.repr(value)}; expected a period or a flag for each layer")
+    kind = _KINDS.get(ours, int)
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{what} is {reprlib.repr(value)}; expected one {kind.__name__} for all layers")
+    # Stored as fp32: 1e-05 comes back as 9.99e-06 unless it is read as the shortest decimal.
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _windows(size: int, local: int | list[bool], layers: int, where: str) -> dict[str, Any]:
+    if size == 0:
+        return {}
+    if isinstance(local, list):
+        if len(local) != layers:
+            raise ValueError(f"{where}: attention.sliding_window_pattern has {len(local)} flags for {layers} layers")
+        return window_fields(size, tuple(local))
+    return window_fields(size, flags_of_layers(lambda layer: local == 0 or layer % local < local - 1, layers, where))
 
 
 def parameters_of(file: Gguf) -> dict[str, Stored]:
@@ -89,12 +151,22 @@ def parameters_of(file: Gguf) -> dict[str, Stored]:
     return {name: tensor for name, tensor in file.tensors.items() if name != ROPE_FACTORS}
 
 
-def _scaling(file: Gguf, theta: float, head_dim: int, kind: Any, factor: Any, where: str) -> RopeScaling | None:
-    if kind not in ("none", "linear"):
-        raise ValueError(f"{where}: rope.scaling.type is {kind!r}; supported are none, linear and llama3's factors")
+def _scaling(file: Gguf, theta: float, head_dim: int, said: Mapping[str, Any], where: str) -> RopeScaling | None:
+    kind, attention = said.get("rope.scaling.type", "none"), said.get("rope.scaling.attn_factor", 1.0)
+    factor = said.get("rope.scale_linear", said.get("rope.scaling.factor", 1.0))
+    if long := [name for name in LONGROPE_FACTORS if name in file.tensors]:
+        raise ValueError(
+            f"{where}: {', '.join(long)}: the rotary positions are scaled by longrope; supported are none, linear and "
+            "llama3's factors. Use the model's variant for short contexts"
+        )
+    if kind not in ("none", "linear") or attention != 1.0:
+        raise ValueError(
+            f"{where}: rope.scaling.type is {reprlib.repr(kind)} and rope.scaling.attn_factor is "
+            f"{reprlib.repr(attention)}; supported are none, linear and llama3's factors, with an attention factor of 1"
+        )
     linear = kind == "linear" or factor != 1.0
     if linear and (type(factor) is not float or not 0 < factor < math.inf):
-        raise ValueError(f"{where}: rope.scaling.factor is {factor!r}; expected a positive number")
+        raise ValueError(f"{where}: rope.scaling.factor is {reprlib.repr(factor)}; expected a positive number")
     if ROPE_FACTORS not in file.tensors:
         return RopeScaling("linear", float(str(np.float32(factor)))) if linear else None
     factors = file.tensors[ROPE_FACTORS]

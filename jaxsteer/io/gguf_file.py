@@ -8,7 +8,10 @@ can exhaust the memory) and takes seconds over a large vocabulary; the block for
 from __future__ import annotations
 
 import mmap
+import reprlib
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ SCALARS = {
 STRING, ARRAY = 8, 9
 PLAIN: dict[str, np.dtype] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 VERSIONS = (2, 3)
+AXES_LIMIT = 4
+HEADER_LIMIT = 1 << 26  # bytes; a vocabulary of 262,144 takes 6 million. What a header asks for is a few times its size
 
 
 @dataclass(frozen=True)
@@ -49,10 +54,11 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
+        self.end = min(len(data), HEADER_LIMIT)
 
     def take(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
-            raise ValueError(f"{count} bytes are due at byte {self.at} of {len(self.data)}")
+        if count > self.end - self.at:
+            raise ValueError(f"{count} bytes are due at byte {self.at} of {self.end}")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -62,6 +68,12 @@ class _Cursor:
     def text(self) -> str:
         # Vocabularies may hold pieces of characters; they must come back as the bytes they are.
         return self.take(self.scalar("<Q")).decode("utf-8", "surrogateescape")
+
+    def name(self) -> str:
+        try:
+            return self.take(self.scalar("<Q")).decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"the name that ends at byte {self.at} is not UTF-8") from None
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind in SCALARS:
@@ -74,8 +86,8 @@ class _Cursor:
         if inner in SCALARS:
             form = np.dtype(SCALARS[inner])
             return np.frombuffer(self.take(count * form.itemsize), form).tolist()
-        if count * 8 > len(self.data) - self.at:  # a string or an array takes at least its length
-            raise ValueError(f"{count} values are due at byte {self.at} of {len(self.data)}")
+        if count * 8 > self.end - self.at:  # a string or an array takes at least its length
+            raise ValueError(f"{count} values are due at byte {self.at} of {self.end}")
         return [self.value(inner, depth + 1) for _ in range(count)]
 
 
@@ -90,7 +102,7 @@ def open_gguf(path: Path) -> Gguf:
             return _parse(path, _Cursor(data))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (ValueError, struct.error, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path}: not a complete GGUF file ({error}). Was the download or the copy cut short?"
         ) from None
@@ -107,37 +119,51 @@ def _parse(path: Path, cursor: _Cursor) -> Gguf:
     tensor_count, pair_count = cursor.scalar("<Q"), cursor.scalar("<Q")
     metadata: dict[str, Any] = {}
     for _ in range(pair_count):
-        key = cursor.text()
+        key = cursor.name()
         if key in metadata:
-            raise ValueError(f"{key} is given twice")
-        metadata[key] = cursor.value(cursor.scalar("<I"))
+            raise ValueError(f"{key!r} is given twice")
+        with _about(f"the value of {key!r}"):
+            metadata[key] = cursor.value(cursor.scalar("<I"))
 
     infos: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
     for _ in range(tensor_count):
-        name, dims = cursor.text(), cursor.scalar("<I")
-        if name in infos or dims > 4:
-            raise ValueError(f"tensor {name!r} with {dims} dimensions, or given twice")
-        shape = tuple(cursor.scalar("<Q") for _ in range(dims))[::-1]
-        code, offset = cursor.scalar("<I"), cursor.scalar("<Q")
-        try:
+        name = cursor.name()
+        with _about(f"tensor {name!r}"):
+            dims = cursor.scalar("<I")
+            if name in infos or dims > AXES_LIMIT:
+                raise ValueError(f"it has {dims} axes, or is given twice")
+            shape = tuple(cursor.scalar("<Q") for _ in range(dims))[::-1]
+            code, offset = cursor.scalar("<I"), cursor.scalar("<Q")
+            if code not in GGML_QUANT_SIZES:
+                raise ValueError(f"it is of type {code}, which this gguf package does not know")
             infos[name] = shape, GGMLQuantizationType(code), offset
-        except ValueError:
-            raise ValueError(f"tensor {name} is of type {code}, which this gguf package does not know") from None
 
     alignment = metadata.get("general.alignment", 32)
-    if type(alignment) is not int or alignment < 1:
-        raise ValueError(f"general.alignment is {alignment!r}")
-    start = -(-cursor.at // alignment) * alignment
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {reprlib.repr(alignment)}; expected a power of two")
+    start = at = -(-cursor.at // alignment) * alignment
     tensors = {}
     for name, (shape, kind, offset) in infos.items():
         block, width = GGML_QUANT_SIZES[kind]
         if not shape or 0 in shape or shape[-1] % block:
-            raise ValueError(f"tensor {name} of shape {list(shape)} is not made of {kind.name} blocks of {block}")
+            raise ValueError(f"tensor {name!r} of shape {list(shape)} is not made of {kind.name} blocks of {block}")
         nbytes = size(shape) // block * width
-        if start + offset + nbytes > len(cursor.data):
-            raise ValueError(f"tensor {name} would end at byte {start + offset + nbytes} of {len(cursor.data)}")
-        tensors[name] = Stored(shape, nbytes, _reader(path, name, shape, kind, start + offset))
+        if start + offset != at:
+            raise ValueError(f"tensor {name!r} begins at byte {start + offset}, where {at} was due")
+        if at + nbytes > len(cursor.data):
+            raise ValueError(f"tensor {name!r} would end at byte {at + nbytes} of {len(cursor.data)}")
+        tensors[name] = Stored(shape, nbytes, _reader(path, name, shape, kind, at))
+        at += -(-nbytes // alignment) * alignment
     return Gguf(path, metadata, tensors)
+
+
+@contextmanager
+def _about(what: str) -> Iterator[None]:
+    """Says what an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def _reader(path: Path, name: str, shape: tuple[int, ...], kind: Any, offset: int) -> Read:

@@ -55,6 +55,7 @@ def load_model(
     progress: Progress | None = None,
     place: Place | None = None,
     quantised: bool = False,
+    tokenizer: str | Path | None = None,
 ) -> LoadedModel:
     """Load config, weights and tokenizer.
 
@@ -65,17 +66,19 @@ def load_model(
         place: (path, shape) -> the sharding of a stacked leaf. Each process reads its own shards only, so that host
             memory stays near what its devices hold. By default all is on one device.
         quantised: the projections of the blocks in int8, see `jaxsteer.models.quantise`.
+        tokenizer: where it comes from, if not from `source`: a GGUF file may have one of a kind that is not known.
 
     Raises:
         ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully.
     """
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER, *sources.WEIGHTS))
     family, config = _read_config(path)
-    tokenizer = load_tokenizer(path) if path.is_file() or has_tokenizer(path) else None
+    own = path if path.is_file() or has_tokenizer(path) else None
+    words = None if (given := tokenizer or own) is None else load_tokenizer(given)
     base = _load_base(path, family, config, dtype, progress, place, quantised)
-    stops = _stop_tokens(path, tokenizer)
+    stops = _stop_tokens(path, words)
     name = sources.name_of(source, path)
-    return LoadedModel(config, base, tokenizer, name, fingerprint(config), family.name, stops)
+    return LoadedModel(config, base, words, name, fingerprint(config), family.name, stops)
 
 
 def load_base(
@@ -156,9 +159,9 @@ def _open_folder(folder: Path) -> dict[str, Stored]:
 
 
 def _stop_tokens(path: Path, tokenizer: Any) -> tuple[int, ...]:
-    """What generation_config.json says, or config.json, or the tokenizer."""
-    if path.is_file():
-        return stop_tokens_from_gguf(open_gguf(path).metadata)
+    """What a GGUF file says, or generation_config.json, or config.json, or the tokenizer."""
+    if path.is_file() and (named := stop_tokens_from_gguf(open_gguf(path).metadata)):
+        return named
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
             said = read_json(path / name).get("eos_token_id")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ DTYPES: dict[str, Any] = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 HEADER_LIMIT = 100_000_000  # the format's own
+AXES_LIMIT = 8
 
 
 class ToWrite(NamedTuple):
@@ -65,39 +67,61 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             head = int.from_bytes(file.read(8), "little")
             if length < 8 or head > min(length - 8, HEADER_LIMIT):
                 raise ValueError(f"the header would end at byte {8 + head} of {length}")
-            header = json.loads(file.read(head))
+            header = json.loads(file.read(head), object_pairs_hook=_once)
         return _parse(path, header, 8 + head, length)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: not a complete safetensors file ({error}). Was the download or the copy cut short?"
         ) from None
 
 
-def _parse(path: Path, header: dict[str, Any], start: int, length: int) -> tuple[dict[str, Stored], dict[str, str]]:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object that names nothing twice: of two entries for a tensor neither can be believed."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is given twice")
+        found[name] = value
+    return found
+
+
+def _parse(path: Path, header: Any, start: int, length: int) -> tuple[dict[str, Stored], dict[str, str]]:
+    if not isinstance(header, dict):
+        raise ValueError("the header is no JSON object")
     metadata = header.pop("__metadata__", None) or {}
-    if not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ holds something other than text")
     spans, stored = [], {}
     for name, entry in header.items():
-        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if code not in DTYPES:
-            raise ValueError(f"{name} has the unknown type {code!r}")
-        if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
-            raise ValueError(f"{name} has shape {list(shape)} at {[begin, end]}")
+        code, shape, begin, end = _entry(name, entry)
         if end - begin != size(shape) * DTYPES[code].itemsize:
-            raise ValueError(f"{name} of shape {list(shape)} and type {code} cannot take {end - begin} bytes")
+            raise ValueError(f"{name!r} of shape {list(shape)} and type {code} cannot take {end - begin} bytes")
         spans.append((begin, end, name))
         stored[name] = Stored(shape, end - begin, _reader(path, name, code, shape, start + begin))
     at = 0
     for begin, end, name in sorted(spans):
         if begin != at:
-            raise ValueError(f"{name} begins at byte {begin} of the data, where {at} was due")
+            raise ValueError(f"{name!r} begins at byte {begin} of the data, where {at} was due")
         at = end
     if start + at != length:
         raise ValueError(f"the tensors end at byte {start + at}, the file at {length}")
     return stored, metadata
+
+
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape, begin and end of a tensor, as the header says them."""
+    fields = ("dtype", "shape", "data_offsets")
+    if not isinstance(entry, dict) or any(field not in entry for field in fields):
+        raise ValueError(f"{name!r} is {reprlib.repr(entry)}; expected an object with {', '.join(fields)}")
+    code, shape, offsets = (entry[field] for field in fields)
+    if not isinstance(code, str) or code not in DTYPES:
+        raise ValueError(f"{name!r} has the unknown type {reprlib.repr(code)}")
+    numbers = all(isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, offsets))
+    if not numbers or len(shape) > AXES_LIMIT or len(offsets) != 2:
+        raise ValueError(f"{name!r} has shape {reprlib.repr(shape)} and data_offsets {reprlib.repr(offsets)}")
+    return code, tuple(shape), *offsets
 
 
 def _reader(path: Path, name: str, code: str, shape: tuple[int, ...], offset: int) -> Read:

@@ -269,7 +269,7 @@ def check_names(stored: Mapping[str, Stored], layout: str, family: Family, confi
         for name in stored
         if name not in expected
         and not any(re.fullmatch(pattern, name) for pattern in family.harmless)
-        and not (config.tied_head and name in tied and _repeats_embedding(stored, name, layout, family))
+        and not (config.tied_head and name in tied and repeats_embedding(stored, name, layout, family))
     ]
     problems = [
         f"{title}: {', '.join(found)}"
@@ -284,7 +284,7 @@ def check_names(stored: Mapping[str, Stored], layout: str, family: Family, confi
         )
 
 
-def _repeats_embedding(stored: Mapping[str, Stored], name: str, layout: str, family: Family) -> bool:
+def repeats_embedding(stored: Mapping[str, Stored], name: str, layout: str, family: Family) -> bool:
     """Whether the head that is stored in spite of being tied is the embedding once more."""
     embedding = next(getattr(row, layout) for row in family.rows if row.path == "embed/embedding")
     if embedding not in stored or stored[embedding].shape != stored[name].shape:

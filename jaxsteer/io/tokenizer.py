@@ -7,6 +7,7 @@ Both come back as transformers' `PreTrainedTokenizerFast`: encode, decode, apply
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,25 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-SPLITS = {"llama-bpe": _LLAMA3, "qwen2": _QWEN2, "smollm": "", "gpt-2": "", "default": ""}
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    "llama-bpe": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
+    "dbrx": _LLAMA3,
+    "qwen2": _QWEN2,
+    "tekken": _TEKKEN,
+    **dict.fromkeys(("smollm", "gpt-2", "olmo", "default"), ""),
+}
 """`tokenizer.ggml.pre` -> pattern; "" is GPT-2's, which `tokenizers` has built in."""
+
+_WHOLE_FIRST = ("llama-bpe", "tekken")  # a word that is in the vocabulary is not made by merges
+
+ELSEWHERE = "Give the model's Hugging Face folder or id as `tokenizer`"
+"""What to do about a vocabulary that is not known; see `jaxsteer.io.load_model`."""
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 """A folder that has one of these has a tokenizer."""
@@ -65,32 +83,35 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Any:
     from tokenizers import AddedToken
 
     said = {k.removeprefix("tokenizer."): v for k, v in metadata.items() if k.startswith("tokenizer.")}
-    tokens = said.get("ggml.tokens")
+    tokens = _listed(said, "ggml.tokens", str, where)
     if not tokens:
-        raise ValueError(f"{where}: no vocabulary (tokenizer.ggml.tokens); take the tokenizer from elsewhere")
-    kinds = said.get("ggml.token_type") or [1] * len(tokens)
+        raise ValueError(f"{where}: no vocabulary (tokenizer.ggml.tokens); {ELSEWHERE}")
+    kinds = _listed(said, "ggml.token_type", int, where) or [1] * len(tokens)
     model = said.get("ggml.model")
     if model not in ("gpt2", "llama"):
-        raise ValueError(f"{where}: tokenizer.ggml.model is {model!r}; supported are 'gpt2' and 'llama'")
+        raise ValueError(
+            f"{where}: tokenizer.ggml.model is {reprlib.repr(model)}; supported are 'gpt2' and 'llama'. {ELSEWHERE}"
+        )
     if len(kinds) != len(tokens):
         raise ValueError(f"{where}: {len(tokens)} tokens but {len(kinds)} token types")
-    try:
-        built = (_byte_level if model == "gpt2" else _sentencepiece)(said, tokens, kinds, where)
-        for token, kind in zip(tokens, kinds, strict=True):
-            special = kind == CONTROL or (kind == UNKNOWN and model == "llama")
-            if special or kind == USER_DEFINED:
-                added = [AddedToken(token, special=special, normalized=False)]
-                built.add_special_tokens(added) if special else built.add_tokens(added)
-    except (TypeError, UnicodeError) as error:
-        raise ValueError(f"{where}: the vocabulary cannot be read ({error})") from None
+    if type(template := said.get("chat_template", "")) is not str:
+        raise ValueError(f"{where}: tokenizer.chat_template is {reprlib.repr(template)}; expected text")
 
     def named(name: str) -> str | None:
         i = said.get(f"ggml.{name}_token_id")
         if i is not None and not (type(i) is int and 0 <= i < len(tokens)):
-            raise ValueError(f"{where}: tokenizer.ggml.{name}_token_id is {i!r}, the vocabulary has {len(tokens)}")
+            raise ValueError(
+                f"{where}: tokenizer.ggml.{name}_token_id is {reprlib.repr(i)}, the vocabulary has {len(tokens)}"
+            )
         return None if i is None else tokens[i]
 
     roles = {"bos": named("bos"), "eos": named("eos"), "unk": named("unknown"), "pad": named("padding")}
+    built = (_byte_level if model == "gpt2" else _sentencepiece)(said, tokens, kinds, where)
+    for token, kind in zip(tokens, kinds, strict=True):
+        special = kind == CONTROL or (kind == UNKNOWN and model == "llama")
+        if special or kind == USER_DEFINED:
+            added = [AddedToken(token, special=special, normalized=False)]
+            built.add_special_tokens(added) if special else built.add_tokens(added)
     # llama.cpp's defaults where the file is silent.
     add_bos = said.get("ggml.add_bos_token", model == "llama" or said.get("ggml.pre") == "llama-bpe")
     architecture = metadata.get("general.architecture")
@@ -108,6 +129,20 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str) -> Any:
     )
 
 
+def _listed(said: Mapping[str, Any], key: str, kind: type, where: str) -> list[Any]:
+    """A key's list, [] where there is none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = said.get(key, [])
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise ValueError(f"{where}: tokenizer.{key} is not a list of {kind.__name__}")
+    if kind is str and any(0xD800 <= ord(letter) < 0xE000 for letter in set("".join(value))):
+        raise ValueError(f"{where}: tokenizer.{key} holds text that is not UTF-8")
+    return value
+
+
 def stop_tokens_from_gguf(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """Ids that end a reply: end of text, of turn and of message, as far as the file names them."""
     found = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
@@ -118,15 +153,14 @@ def _byte_level(said: Mapping[str, Any], tokens: list[str], kinds: list[int], wh
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = said.get("ggml.pre")
-    if pre not in SPLITS:
+    if not isinstance(pre, str) or pre not in SPLITS:
         raise ValueError(
-            f"{where}: tokenizer.ggml.pre is {pre!r}; supported are {', '.join(SPLITS)}. Load the tokenizer "
-            "from the model's Hugging Face folder instead"
+            f"{where}: tokenizer.ggml.pre is {reprlib.repr(pre)}; supported are {', '.join(SPLITS)}. {ELSEWHERE}"
         )
-    merges = [tuple(line.split(" ", 1)) for line in said.get("ggml.merges", ())]
+    merges = [tuple(line.split(" ", 1)) for line in _listed(said, "ggml.merges", str, where)]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
-        bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
+        bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_FIRST)
     except Exception as error:  # the binding raises plain Exception
         raise ValueError(f"{where}: the merges do not fit the vocabulary ({error})") from None
     tokenizer = Tokenizer(bpe)
@@ -147,8 +181,8 @@ def _sentencepiece(said: Mapping[str, Any], tokens: list[str], kinds: list[int],
     """SentencePiece BPE: a piece's score ranks the merges that make it, whatever their split."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = said.get("ggml.scores")
-    if scores is None or len(scores) != len(tokens):
+    scores = _listed(said, "ggml.scores", float, where)
+    if len(scores) != len(tokens):
         raise ValueError(f"{where}: a SentencePiece vocabulary needs tokenizer.ggml.scores, one a token")
     vocab = {token: i for i, token in enumerate(tokens)}
     ranked = []

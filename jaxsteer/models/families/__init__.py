@@ -8,7 +8,7 @@ parameter. Anything that a published model says and its family does not list is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxsteer.models.config import ModelConfig
@@ -40,7 +40,11 @@ __all__ = [
     "Transform",
     "config_from_hf",
     "config_to_hf",
-    "family_of",
+    "families_of",
+    "flags_of_layers",
+    "model_config",
+    "unrotated_layers",
+    "window_fields",
 ]
 
 FAMILIES: dict[str, Family] = {
@@ -56,9 +60,11 @@ _KINDS: dict[str, type] = {
 _OPTIONAL = ("attn_softcap", "final_softcap")
 """Fields that null switches off."""
 
+_LAYERS_LIMIT = 100_000  # of models whose layers differ: a file that lies must not make a tuple of billions
 
-def family_of(kind: str, name: Any, where: str) -> Family:
-    """The family with this published name.
+
+def families_of(kind: str, name: Any, where: str) -> list[Family]:
+    """The families with this published name; GGUF has one for several.
 
     Args:
         kind: "hf_type" (`model_type` of a config.json) or "gguf" (`general.architecture`).
@@ -68,11 +74,10 @@ def family_of(kind: str, name: Any, where: str) -> Family:
     Raises:
         ValueError: no family has it.
     """
-    for family in FAMILIES.values():
-        if name and getattr(family, kind) == name:
-            return family
+    if found := [family for family in FAMILIES.values() if name and getattr(family, kind) == name]:
+        return found
     key = "model_type" if kind == "hf_type" else "general.architecture"
-    known = ", ".join(filter(None, (getattr(family, kind) for family in FAMILIES.values())))
+    known = ", ".join(dict.fromkeys(getattr(family, kind) for family in FAMILIES.values()))
     raise ValueError(f"{where}: {key} is {name!r}; the families known here are {known}")
 
 
@@ -87,7 +92,7 @@ def config_from_hf(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelCon
         ValueError: an unknown family; a field that is missing, of the wrong type, or that the family does not
             know how to follow. The message names the field and its value.
     """
-    family = family_of("hf_type", raw.get("model_type"), where)
+    (family,) = families_of("hf_type", raw.get("model_type"), where)
     read: dict[str, Any] = {}
     for ours, (name, default) in family.fields.items():
         value = raw.get(name)
@@ -97,15 +102,30 @@ def config_from_hf(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelCon
             value = default(read) if callable(default) else default
         read[ours] = None if value is None and ours in _OPTIONAL else _typed(value, ours, name, where)
     read.setdefault("kv_heads", read["heads"])
-    read.setdefault("head_dim", read["width"] // read["heads"])
+    read.setdefault("head_dim", read["width"] // max(read["heads"], 1))
     _refuse_unknown(family, raw, where)
     if "query_scale" in read:
+        if read["query_scale"] <= 0:
+            raise ValueError(f"{where}: query_pre_attn_scalar is {read['query_scale']}; expected a positive number")
         read["query_scale"] **= -0.5
     windows = _windows(family, raw, read["layers"], where)
     rope = rope_from_hf(raw, read["max_length"], where, theta=family.theta, local_theta=family.local_theta)
     if "window" not in windows:
         rope.pop("local_rope_theta", None)
-    return family, ModelConfig(**read, **family.features, **windows, **_unrotated(family, raw, read["layers"]), **rope)
+    still = unrotated_layers(family, raw, read["layers"], where)
+    return family, model_config({**read, **family.features, **windows, **still, **rope}, where)
+
+
+def model_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
+    """The config with these fields.
+
+    Raises:
+        ValueError: no model can have them; the message names the file.
+    """
+    try:
+        return ModelConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _refuse_unknown(family: Family, raw: Mapping[str, Any], where: str) -> None:
@@ -147,8 +167,8 @@ def _windows(family: Family, raw: Mapping[str, Any], layers: int, where: str) ->
     size = raw.get("sliding_window", windows.default)  # null is no window, and no default
     said = raw.get("layer_types")
     if said is None:
-        local = tuple(bool(windows.local(raw, layer)) for layer in range(layers))
-    elif isinstance(said, list) and len(said) == layers and set(said) <= set(_LAYER_TYPES):
+        local = flags_of_layers(lambda layer: windows.local(raw, layer), layers, where)
+    elif isinstance(said, list) and len(said) == layers and all(kind in _LAYER_TYPES for kind in said):
         local = tuple(_LAYER_TYPES[kind] for kind in said)
     else:
         raise ValueError(f"{where}: layer_types is {said!r}; expected {layers} words out of {', '.join(_LAYER_TYPES)}")
@@ -156,14 +176,33 @@ def _windows(family: Family, raw: Mapping[str, Any], layers: int, where: str) ->
         return {}
     if type(size) is not int or size < 1:
         raise ValueError(f"{where}: sliding_window is {size!r}; expected a positive whole number")
+    return window_fields(size, local)
+
+
+def window_fields(size: int, local: tuple[bool, ...]) -> dict[str, Any]:
+    """The fields of a `ModelConfig` that say that these layers have a window; {} where it holds in none."""
+    if not any(local):
+        return {}
     return {"window": size} if all(local) else {"window": size, "local_layers": local}
 
 
-def _unrotated(family: Family, raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    if family.unrotated is None:
+def unrotated_layers(family: Family, raw: Mapping[str, Any], layers: int, where: str) -> dict[str, Any]:
+    """The field of a `ModelConfig` that names layers without rotary positions; {} where all have them."""
+    if (rule := family.unrotated) is None:
         return {}
-    still = tuple(bool(family.unrotated(raw, layer)) for layer in range(layers))
+    still = flags_of_layers(lambda layer: rule(raw, layer), layers, where)
     return {"unrotated_layers": still} if any(still) else {}
+
+
+def flags_of_layers(rule: Callable[[int], Any], layers: int, where: str) -> tuple[bool, ...]:
+    """A flag for every layer.
+
+    Raises:
+        ValueError: so many layers that only a damaged file can have them.
+    """
+    if layers > _LAYERS_LIMIT:
+        raise ValueError(f"{where}: {layers} layers; a model whose layers differ has at most {_LAYERS_LIMIT}")
+    return tuple(bool(rule(layer)) for layer in range(layers))
 
 
 def config_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:

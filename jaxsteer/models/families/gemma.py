@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from jaxsteer.models.families.table import (
     DIMENSIONS,
     EMBEDDING,
     GENERAL_FIXED,
     GENERAL_IGNORED,
+    GGUF_KEYS,
+    ONE_ADDED,
+    REQUIRED,
     Family,
     Windows,
     after_blocks,
@@ -18,12 +24,24 @@ from jaxsteer.models.families.table import (
 )
 
 _GELU = "gelu_pytorch_tanh"
+_norm = partial(norm, gguf_transform=ONE_ADDED)
+
+
+def _query_scale(largest: int) -> Callable[[Mapping[str, Any]], float]:
+    """1/√H, and 1/√(D/N) in the largest model. GGUF files do not say it: that one is known by its number of layers."""
+
+    def scale(read: Mapping[str, Any]) -> float:
+        size = read["width"] // max(read["heads"], 1) if read["layers"] == largest else read["head_dim"]
+        return float(max(size, 1)) ** -0.5
+
+    return scale
+
 
 GEMMA2 = Family(
     name="gemma2",
     hf_type="gemma2",
     hf_class="Gemma2ForCausalLM",
-    gguf="",
+    gguf="gemma2",
     fields={
         **DIMENSIONS,
         "kv_heads": ("num_key_value_heads", 4),
@@ -44,19 +62,27 @@ GEMMA2 = Family(
     ignored=frozenset(GENERAL_IGNORED),
     rows=(
         EMBEDDING,
-        norm("attn_norm", "input_layernorm", "attn_norm"),
+        _norm("attn_norm", "input_layernorm", "attn_norm"),
         *projection("attn/q", "self_attn.q_proj", "attn_q", ("D", "NH")),
         *projection("attn/k", "self_attn.k_proj", "attn_k", ("D", "KH")),
         *projection("attn/v", "self_attn.v_proj", "attn_v", ("D", "KH")),
         *projection("attn/o", "self_attn.o_proj", "attn_output", ("NH", "D")),
-        norm("attn/post_norm", "post_attention_layernorm", "post_attention_norm"),
-        norm("mlp_norm", "pre_feedforward_layernorm", "ffn_norm"),
+        _norm("attn/post_norm", "post_attention_layernorm", "post_attention_norm"),
+        _norm("mlp_norm", "pre_feedforward_layernorm", "ffn_norm"),
         *gated_mlp(),
-        norm("mlp/post_norm", "post_feedforward_layernorm", "post_ffw_norm"),
-        *after_blocks(),
+        _norm("mlp/post_norm", "post_feedforward_layernorm", "post_ffw_norm"),
+        *after_blocks(gguf_transform=ONE_ADDED),
     ),
     features={"norm_plus_one": True, "post_norm": True, "activation": "gelu_tanh", "scaled_embedding": True},
     windows=Windows(4096, lambda raw, layer: layer % 2 == 0),
+    gguf_keys={
+        **GGUF_KEYS,
+        "window": ("attention.sliding_window", 4096),
+        "local_layers": ("attention.sliding_window_pattern", 2),
+        "query_scale": ("attention.scale", _query_scale(46)),
+        "attn_softcap": ("attn_logit_softcapping", 50.0),
+        "final_softcap": ("final_logit_softcapping", 30.0),
+    },
 )
 
 GEMMA3 = replace(
@@ -64,7 +90,7 @@ GEMMA3 = replace(
     name="gemma3",
     hf_type="gemma3_text",
     hf_class="Gemma3ForCausalLM",
-    gguf="",
+    gguf="gemma3",
     fields={
         **GEMMA2.fields,
         "max_length": ("max_position_embeddings", 131_072),
@@ -73,8 +99,8 @@ GEMMA3 = replace(
     },
     rows=(
         *GEMMA2.rows,
-        norm("attn/q_norm", "self_attn.q_norm", "attn_q_norm", "H"),
-        norm("attn/k_norm", "self_attn.k_norm", "attn_k_norm", "H"),
+        _norm("attn/q_norm", "self_attn.q_norm", "attn_q_norm", "H"),
+        _norm("attn/k_norm", "self_attn.k_norm", "attn_k_norm", "H"),
     ),
     features={**GEMMA2.features, "qk_norm": "head"},
     windows=Windows(
@@ -84,4 +110,13 @@ GEMMA3 = replace(
     ),
     theta=1_000_000.0,
     local_theta=10_000.0,
+    gguf_keys={
+        **GGUF_KEYS,
+        "window": ("attention.sliding_window", REQUIRED),
+        "local_layers": ("attention.sliding_window_pattern", 6),
+        "local_rope_theta": ("rope.freq_base_swa", 10_000.0),
+        "query_scale": ("attention.scale", _query_scale(62)),
+        "attn_softcap": ("attn_logit_softcapping", 0.0),
+        "final_softcap": ("final_logit_softcapping", 0.0),
+    },
 )

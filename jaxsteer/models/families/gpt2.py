@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxsteer.models.families.table import GENERAL_FIXED, GENERAL_IGNORED, REQUIRED, TRANSPOSE, Family, Row
+from jaxsteer.models.families.table import (
+    GENERAL_FIXED,
+    GENERAL_IGNORED,
+    GGUF_KEYS,
+    REQUIRED,
+    TRANSPOSE,
+    Family,
+    Row,
+)
 
 _QKV = ("NH", "NH", "NH")
 
@@ -30,7 +38,7 @@ GPT2 = Family(
     name="gpt2",
     hf_type="gpt2",
     hf_class="GPT2LMHeadModel",
-    gguf="",
+    gguf="gpt2",
     fields={
         "vocab_size": ("vocab_size", REQUIRED),
         "width": ("n_embd", REQUIRED),
@@ -76,5 +84,7 @@ GPT2 = Family(
         "gated": False,
         "activation": "gelu_tanh",
     },
+    gguf_keys={ours: key for ours, key in GGUF_KEYS.items() if ours != "rope_theta"}
+    | {"norm_eps": ("attention.layer_norm_epsilon", REQUIRED)},
     prefix="transformer.",
 )

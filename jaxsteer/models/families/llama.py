@@ -11,6 +11,7 @@ from jaxsteer.models.families.table import (
     EMBEDDING,
     GENERAL_FIXED,
     GENERAL_IGNORED,
+    GGUF_KEYS,
     ROTARY,
     Family,
     Windows,
@@ -48,9 +49,10 @@ MISTRAL = replace(
     name="mistral",
     hf_type="mistral",
     hf_class="MistralForCausalLM",
-    gguf="",
+    gguf="llama",
     fields={**DIMENSIONS, "kv_heads": ("num_key_value_heads", 8), "max_length": ("max_position_embeddings", 131_072)},
     windows=Windows(4096, lambda raw, layer: True, listed=False),
+    gguf_keys={**GGUF_KEYS, "window": ("attention.sliding_window", 0)},
 )
 
 
@@ -67,7 +69,7 @@ SMOLLM3 = replace(
     name="smollm3",
     hf_type="smollm3",
     hf_class="SmolLM3ForCausalLM",
-    gguf="",
+    gguf="smollm3",
     fields={
         **LLAMA.fields,
         "kv_heads": ("num_key_value_heads", 4),

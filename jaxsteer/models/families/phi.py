@@ -7,6 +7,7 @@ from jaxsteer.models.families.table import (
     EMBEDDING,
     GENERAL_FIXED,
     GENERAL_IGNORED,
+    GGUF_KEYS,
     Family,
     Windows,
     after_blocks,
@@ -20,7 +21,7 @@ PHI3 = Family(
     name="phi3",
     hf_type="phi3",
     hf_class="Phi3ForCausalLM",
-    gguf="",
+    gguf="phi3",
     fields={
         **DIMENSIONS,
         "norm_eps": ("rms_norm_eps", 1e-5),
@@ -42,4 +43,5 @@ PHI3 = Family(
         *after_blocks(),
     ),
     windows=Windows(None, lambda raw, layer: True, listed=False),
+    gguf_keys={**GGUF_KEYS, "window": ("attention.sliding_window", 0)},
 )

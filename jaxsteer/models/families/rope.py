@@ -89,7 +89,7 @@ def _rope(raw: Mapping[str, Any], max_length: int, where: str, default: float) -
                     "rope_parameters, rope_scaling); keep one"
                 )
     kind = said.pop("rope_type", "default")
-    if kind not in _ROPE_NUMBERS:
+    if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         raise ValueError(
             f"{where}: rope_type is {kind!r}; supported are {', '.join(_ROPE_NUMBERS)}. This model's "
             "position encoding cannot be computed faithfully"

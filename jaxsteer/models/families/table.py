@@ -58,6 +58,9 @@ ROTARY = Transform(
 )
 """Query or key weight [out, in] (or bias [out]) in llama.cpp's order, where rotary pairs are neighbours."""
 
+ONE_ADDED = Transform(lambda t, c: t - 1, lambda t, c: t + 1, group=lambda c: 1)
+"""Scale of a norm that multiplies by 1 + scale, stored as what it multiplies by."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -120,6 +123,22 @@ class Row:
 REQUIRED = object()
 """In place of a default: the published config must say it."""
 
+GGUF_KEYS: dict[str, tuple[str, Any]] = {
+    "layers": ("block_count", REQUIRED),
+    "heads": ("attention.head_count", REQUIRED),
+    "kv_heads": ("attention.head_count_kv", lambda read: read["heads"]),
+    "head_dim": ("attention.key_length", lambda read: read["width"] // max(read["heads"], 1)),
+    "mlp_width": ("feed_forward_length", REQUIRED),
+    "norm_eps": ("attention.layer_norm_rms_epsilon", REQUIRED),
+    "rope_theta": ("rope.freq_base", 10_000.0),
+    "max_length": ("context_length", REQUIRED),
+}
+"""Our field -> (key of a GGUF file after its architecture's name, llama.cpp's default); nearly every family has these.
+
+`local_layers` is a flag for each layer or a period n: every nth layer is global, none at 0. A default may be a function
+of the fields before it, and of the vocab_size and width that the embedding has.
+"""
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -146,7 +165,7 @@ class Family:
     name      ours
     hf_type   `model_type` in config.json
     hf_class  the class in transformers that reads what we export
-    gguf      `general.architecture` in GGUF files; "" where they are not read
+    gguf      `general.architecture` in GGUF files; families that share it differ in the keys that they know
     fields    our field -> (Hugging Face field, its default in transformers or REQUIRED)
     fixed     Hugging Face fields that the forward pass knows one value of
     ignored   Hugging Face fields that change no result of a forward pass
@@ -157,6 +176,7 @@ class Family:
     theta     the rotary base where the config does not say it
     local_theta  the same of local layers, where they have one of their own
     unrotated  (config fields, layer) -> whether a layer has no rotary positions
+    gguf_keys  our field -> (key in GGUF files, its default in llama.cpp or REQUIRED)
     prefix    of all names in `rows`, which some files leave out
     """
 
@@ -174,6 +194,7 @@ class Family:
     theta: float = 10_000.0
     local_theta: float | None = None
     unrotated: Callable[[Mapping[str, Any], int], bool] | None = None
+    gguf_keys: Mapping[str, tuple[str, Any]] = field(default_factory=lambda: GGUF_KEYS)
     prefix: str = ""
 
     def parameters(self, config: ModelConfig) -> tuple[Row, ...]:
@@ -229,7 +250,7 @@ DIMENSIONS: dict[str, tuple[str, Any]] = {
     "layers": ("num_hidden_layers", REQUIRED),
     "heads": ("num_attention_heads", REQUIRED),
     "kv_heads": ("num_key_value_heads", lambda read: read["heads"]),
-    "head_dim": ("head_dim", lambda read: read["width"] // read["heads"]),
+    "head_dim": ("head_dim", lambda read: read["width"] // max(read["heads"], 1)),
     "mlp_width": ("intermediate_size", REQUIRED),
     "norm_eps": ("rms_norm_eps", 1e-6),
     "tied_head": ("tie_word_embeddings", False),

@@ -1,28 +1,20 @@
-"""A writer of tiny GGUF files: llama.cpp's layout, made independently of the library's table."""
+"""Writers of tiny model files."""
 
+import json
+import shutil
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, TokenType
+from gguf import GGMLQuantizationType
 from gguf.quants import quantize
+from published import ARCHITECTURE, KEYS, SAYABLE, add_pieces, add_tokenizer, to_gguf
 
+from jaxsteer.io import load_config
 from jaxsteer.io.safetensors_file import open_safetensors
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 @pytest.fixture(scope="session")
@@ -30,28 +22,23 @@ def golden():
     return GOLDEN
 
 
-def to_gguf(name, value, heads, kv_heads):
-    """llama.cpp's name and row order of a Hugging Face tensor."""
-    stem, _, kind = name.rpartition(".")
-    if stem in TOP:
-        return f"{TOP[stem]}.{kind}", value
-    _, _, layer, part = stem.split(".", 3)
-    if part in ("self_attn.q_proj", "self_attn.k_proj"):
-        count = heads if part == "self_attn.q_proj" else kv_heads
-        half = value.shape[0] // count // 2
-        # Row 2j of a head is its rotary partner j of the first half, row 2j + 1 that of the second.
-        order = [h * 2 * half + s * half + j for h in range(count) for j in range(half) for s in (0, 1)]
-        value = value[order]
-    return f"blk.{layer}.{NAMES[part]}.{kind}", value
-
-
 @pytest.fixture
 def write_gguf(tmp_path):
     """(folder, **changes) -> path of a GGUF with the folder's weights; a change of None leaves a key out."""
 
-    def write(folder, config, kind="F32", factors=None, tokenizer=True, name="tiny.gguf", **changes):
+    def write(
+        folder,
+        config,
+        kind="F32",
+        factors=None,
+        tokenizer=True,
+        name="tiny.gguf",
+        arch="llama",
+        tensors=None,
+        **changes,
+    ):
         path = tmp_path / name
-        writer = gguf.GGUFWriter(path, "llama")
+        writer = gguf.GGUFWriter(path, arch)
         metadata = {
             "block_count": config.layers,
             "context_length": config.max_length,
@@ -73,14 +60,14 @@ def write_gguf(tmp_path):
                 list: writer.add_array,
             }
             if value is not None:
-                add[type(value)](f"llama.{key}", value)
+                add[type(value)](f"{arch}.{key}", value)
         if tokenizer:
-            add_tokenizer(writer)
+            (add_pieces if tokenizer == "pieces" else add_tokenizer)(writer)
         for hf, tensor in open_safetensors(folder / "model.safetensors")[0].items():
-            theirs, value = to_gguf(hf, tensor.read(), config.heads, config.kv_heads)
+            theirs, value = to_gguf(hf, tensor.read(), arch, config.heads, config.kv_heads)
             value = np.ascontiguousarray(value)
             target = GGMLQuantizationType[kind]
-            if target == GGMLQuantizationType.F32 or value.ndim == 1:
+            if target == GGMLQuantizationType.F32 or value.ndim == 1 or value.shape[-1] % 32:
                 writer.add_tensor(theirs, value)
             else:
                 writer.add_tensor(theirs, quantize(value, target), raw_dtype=target)
@@ -95,13 +82,16 @@ def write_gguf(tmp_path):
     return write
 
 
-def add_tokenizer(writer):
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    tokens = ["<eos>", "<tool>", "a", "b", "c", "1", "2", "Ġ", "ab", "Ġab"]
-    kinds = [TokenType.CONTROL, TokenType.USER_DEFINED] + [TokenType.NORMAL] * 8
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(["a b", "Ġ ab"])
-    writer.add_eos_token_id(0)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}<eos>{% endfor %}")
+@pytest.fixture
+def family_files(golden, tmp_path, write_gguf):
+    """(family) -> a tiny random model of it as a Hugging Face folder and as a GGUF file."""
+
+    def make(family):
+        source = golden / "tiny_llama" if family == "llama" else golden / "families" / family
+        folder = shutil.copytree(source, tmp_path / family)
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | SAYABLE.get(family, {})))
+        arch = ARCHITECTURE.get(family, family)
+        return folder, write_gguf(folder, load_config(folder), arch=arch, name=f"{family}.gguf", **KEYS.get(family, {}))
+
+    return make

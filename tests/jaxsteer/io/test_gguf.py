@@ -109,7 +109,7 @@ def test_header_agrees_with_the_packages_reader(golden, write_gguf):
     ("changes", "words"),
     [
         ({"expert_count": 8}, ["llama.expert_count", "8"]),
-        ({"attention__sliding_window": 4096}, ["sliding_window"]),
+        ({"attention__sliding_window": -1.5}, ["llama.attention.sliding_window", "-1.5"]),
         ({"something_new": 1.5}, ["llama.something_new", "1.5"]),
         ({"rope__dimension_count": 6}, ["rope.dimension_count", "6", "12"]),
         ({"block_count": None}, ["llama.block_count", "missing"]),

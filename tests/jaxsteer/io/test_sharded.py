@@ -1,6 +1,6 @@
 """A model that is loaded part by part onto eight devices is the model that is loaded whole."""
 
-import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +9,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from published import into_files
 from safetensors.numpy import load_file, save_file
 
 from jaxsteer.io import load_config, save_hf
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import init_base
 
 ROOT = Path(__file__).parents[3]
@@ -51,6 +53,21 @@ from dataclasses import replace
 stored.transform = lambda row, layout, own=stored.transform: replace(own(row, layout), group=None)
 jax.tree.map(np.testing.assert_array_equal, load_base(source, place=on(2, 2, 2)), load_base(source))
 print("equal from whole tensors")
+"""
+
+EVERY_FAMILY = """
+for source in sys.argv[1:]:
+    whole = load_base(source)
+    for sizes in ((1, 4, 2), (1, 2, 4)):
+        place = on(*sizes)
+        parts = load_base(source, place=place)
+        jax.tree.map(np.testing.assert_array_equal, parts, whole)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(parts):
+            name = "/".join(key.key for key in path)
+            assert leaf.sharding == place(name, leaf.shape), name
+        cut = [leaf for leaf in jax.tree.leaves(parts) if not leaf.sharding.is_fully_replicated]
+        assert len(cut) >= 7, len(cut)
+        print("equal")
 """
 
 COUNTED = """
@@ -98,16 +115,10 @@ def save(folder, config):
 @pytest.fixture
 def two_files(golden, tmp_path):
     """tiny_llama in bf16, in two files."""
-    folder = tmp_path / "two"
-    folder.mkdir()
-    (folder / "config.json").write_bytes((golden / "tiny_llama" / "config.json").read_bytes())
-    tensors = load_file(golden / "tiny_llama" / "model.safetensors")
-    names = {name: f"{i % 2}.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in ("0.safetensors", "1.safetensors"):
-        chosen = {name: tensors[name].astype(ml_dtypes.bfloat16) for name in names if names[name] == file}
-        save_file(chosen, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    return folder
+    folder = shutil.copytree(golden / "tiny_llama", tmp_path / "two")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t.astype(ml_dtypes.bfloat16) for name, t in tensors.items()}, folder / "model.safetensors")
+    return into_files(folder, 2)
 
 
 def test_parts_are_the_whole(golden, two_files, write_gguf, tmp_path):
@@ -125,6 +136,14 @@ def test_parts_are_the_whole(golden, two_files, write_gguf, tmp_path):
     ]
     lines = run(EQUAL, *sources).splitlines()
     assert lines == ["equal"] * (len(sources) * 2 * 4) + ["equal from whole tensors"]
+
+
+def test_parts_are_the_whole_in_every_family(family_files):
+    """Heads, MLP and width cut; weights in three files with an index, and in a GGUF file."""
+    sources = [source for family in FAMILIES for source in family_files(family)]
+    for folder in sources[::2]:
+        into_files(folder, 3)
+    assert run(EVERY_FAMILY, *sources).splitlines() == ["equal"] * (len(sources) * 2)
 
 
 def test_only_what_the_devices_hold_is_read(golden):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxsteer.io import load_config, load_model, load_tokenizer
-from jaxsteer.io.tokenizer import tokenizer_from_gguf
+from jaxsteer.io.tokenizer import SPLITS, tokenizer_from_gguf
 
 BYTES = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
 BYTES += [chr(256 + i) for i in range(256 - len(BYTES))]
@@ -38,6 +38,10 @@ def tokens(text, **changes):
         ("gpt-2", ["123", "4", "ab"]),
         ("default", ["123", "4", "ab"]),
         ("qwen2", ["1", "2", "3", "4", "ab"]),
+        ("dbrx", ["123", "4", "ab"]),
+        ("smaug-bpe", ["123", "4", "ab"]),
+        ("tekken", ["1", "2", "3", "4", "ab"]),
+        ("olmo", ["123", "4", "ab"]),
     ],
 )
 def test_pre_tokenizers(pre, expected):
@@ -56,7 +60,7 @@ def test_specials_are_matched_whole_and_only_control_tokens_are_special():
 
 def test_any_text_comes_back():
     text = "  Größe \u2013 東京 🙂\n\tx = 1234;  "
-    for pre in ("smollm", "llama-bpe", "gpt-2", "qwen2"):
+    for pre in SPLITS:
         tokenizer = tokenizer_from_gguf(metadata(ggml__pre=pre, ggml__add_bos_token=False), "file")
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -95,12 +99,32 @@ def test_sentencepiece():
     assert plain.convert_ids_to_tokens(plain.encode("ab")) == ["<s>", "ab"]
 
 
+def test_a_tokenizer_from_elsewhere(golden, write_gguf, tmp_path):
+    """For a file whose own is not known."""
+    folder = golden / "tiny_llama"
+    known = load_tokenizer(write_gguf(folder, load_config(folder)))
+    known.save_pretrained(tmp_path / "words")
+    bare = write_gguf(folder, load_config(folder), tokenizer=False, name="bare.gguf")
+    with pytest.raises(ValueError, match=r"bare\.gguf: no vocabulary .*folder or id as `tokenizer`"):
+        load_model(bare)
+    model = load_model(bare, tokenizer=tmp_path / "words")
+    assert model.tokenizer.encode("ab1<eos>") == known.encode("ab1<eos>") == [8, 5, 0]
+    assert model.stop_tokens == (0,)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"ggml__pre": "deepseek-llm"}, "tokenizer.ggml.pre is 'deepseek-llm'; supported are llama-bpe"),
         ({"ggml__pre": None}, "tokenizer.ggml.pre is None"),
-        ({"ggml__model": "t5"}, "tokenizer.ggml.model is 't5'"),
+        ({"ggml__model": "t5"}, "tokenizer.ggml.model is 't5'; supported are 'gpt2' and 'llama'. Give the model's"),
+        ({"ggml__pre": ["smollm"]}, "tokenizer.ggml.pre is ['smollm']"),
+        ({"ggml__tokens": "ab"}, "tokenizer.ggml.tokens is not a list of str"),
+        ({"ggml__tokens": ["\udcff"]}, "tokenizer.ggml.tokens holds text that is not UTF-8"),
+        ({"ggml__token_type": [1.5] * 263}, "tokenizer.ggml.token_type is not a list of int"),
+        ({"ggml__merges": [1]}, "tokenizer.ggml.merges is not a list of str"),
+        ({"ggml__unknown_token_id": 999, "ggml__model": "llama"}, "unknown_token_id is 999"),
+        ({"chat_template": 7}, "tokenizer.chat_template is 7"),
         ({"ggml__tokens": None}, "no vocabulary"),
         ({"ggml__token_type": [1]}, "263 tokens but 1 token types"),
         ({"ggml__merges": ["q zz"]}, "merges do not fit"),

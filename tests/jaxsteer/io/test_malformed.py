@@ -1,0 +1,210 @@
+"""Spoilt files give a clear error or what they now say; never a crash, a hang, or memory that only a header wants."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import tracemalloc
+from contextlib import contextmanager
+
+import jax
+import malformed
+import ml_dtypes
+import numpy as np
+import pytest
+from published import KEYS
+from safetensors.numpy import load_file, save_file
+
+from jaxsteer.io import load_config, load_model, save_hf
+from jaxsteer.io.gguf_config import ROPE_FACTORS
+from jaxsteer.io.gguf_file import open_gguf
+from jaxsteer.io.safetensors_file import open_safetensors
+from jaxsteer.io.stored import Stored, read_base
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.families import FAMILIES
+from jaxsteer.models.transformer import init_base
+
+SECONDS = 20  # of this process alone, however busy the machine is; a file takes a hundredth of a second
+MEMORY = 8_000_000  # bytes; the files have 30,000 to 190,000
+WORDS = 40_000  # letters of an error, which names up to 1000 missing tensors
+
+
+@contextmanager
+def working_time(seconds):
+    """Fails what takes more of the processor's time."""
+
+    def stop(*_):
+        raise TimeoutError(f"{seconds} s of work")
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+@pytest.fixture
+def sources(golden, tmp_path, write_gguf):
+    """{format: [(what is loaded, the file that is spoilt)]}: fused tensors and three float types; quantised blocks."""
+    phi3 = shutil.copytree(golden / "families" / "phi3", tmp_path / "phi3")
+    weights = load_file(phi3 / "model.safetensors")
+    kinds = (np.float32, np.float16, ml_dtypes.bfloat16)
+    save_file(
+        {n: t.astype(kinds[i % 3]) for i, (n, t) in enumerate(sorted(weights.items()))}, phi3 / "model.safetensors"
+    )
+    gemma3 = golden / "families" / "gemma3"
+    llama = tmp_path / "llama"
+    config = ModelConfig(64, 32, 2, 2, 1, 16, 64)
+    shapes = jax.eval_shape(lambda: init_base(config, jax.random.key(0)))
+    draw = np.random.default_rng(0)
+    save_hf(llama, config, jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), shapes), "llama")
+    one = write_gguf(llama, config, "Q8_0", factors=[1.0] * 8, name="llama.gguf")
+    other = write_gguf(
+        gemma3, load_config(gemma3), arch="gemma3", name="gemma3.gguf", tokenizer="pieces", **KEYS["gemma3"]
+    )
+    return {
+        "safetensors": [(folder, folder / "model.safetensors") for folder in (phi3, llama)],
+        "gguf": [(file, file) for file in (one, other)],
+    }
+
+
+def stored(arrays):
+    """Tensors in memory as if they lay in a file."""
+    return {n: Stored(a.shape, a.nbytes, lambda index=(), a=a: a[index] if index else a) for n, a in arrays.items()}
+
+
+def check_what_is_read(form, source, path, model):
+    """The file's header and bytes by the other reader, and the tree that follows from them."""
+    with np.errstate(all="ignore"):
+        if form == "gguf":
+            metadata, arrays, _ = malformed.read_gguf(path.read_bytes())
+            ours = open_gguf(path)
+            assert repr(ours.metadata) == repr(metadata)
+            tensors = ours.tensors
+            arrays_of_model = {name: array for name, array in arrays.items() if name != ROPE_FACTORS}
+        else:
+            arrays_of_model = arrays = malformed.read_safetensors(path.read_bytes())
+            tensors = open_safetensors(path)[0]
+        assert set(tensors) == set(arrays)
+        for name, array in arrays.items():
+            assert tensors[name].shape == array.shape
+            np.testing.assert_array_equal(tensors[name].read(), array)
+        expected = read_base(
+            stored(arrays_of_model), "gguf" if form == "gguf" else "hf", FAMILIES[model.family], model.config, "memory"
+        )
+        jax.tree.map(np.testing.assert_array_equal, model.base, expected)
+
+
+def attempt(form, number, source, path, whole):
+    """None, or what went wrong."""
+    names = malformed.names_in(whole, form)
+    spoilt, what = malformed.spoil(whole, form, number)
+    path.write_bytes(spoilt)
+    tracemalloc.clear_traces()
+    try:
+        with working_time(SECONDS), np.errstate(all="ignore"):
+            try:
+                model = load_model(source)
+            except ValueError as error:
+                model, said = None, str(error)
+            peak = tracemalloc.get_traced_memory()[1]
+            if model is not None:
+                check_what_is_read(form, source, path, model)
+            elif path.name not in said and source.name not in said:
+                return f"{form} {number} ({what}): the error names no file: {said}"
+            elif len(said) > WORDS:
+                return f"{form} {number} ({what}): an error of {len(said)} letters"
+            elif any(what.startswith(start) for start in malformed.OF_A_TENSOR) and not any(n in said for n in names):
+                return f"{form} {number} ({what}): the error names no tensor: {said}"
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return f"{form} {number} ({what}): {type(error).__name__}: {error}"
+    return f"{form} {number} ({what}): {peak} bytes" if peak > MEMORY else None
+
+
+BLOCKS = [(0, 200), *(pytest.param((at, at + 300), marks=pytest.mark.slow) for at in range(200, 2000, 300))]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_spoilt_files(sources, form, block):
+    wholes = [path.read_bytes() for _, path in sources[form]]
+    for source, _ in sources[form]:
+        load_model(source)  # imports are not part of what is measured
+    tracemalloc.start()
+    try:
+        found = [
+            attempt(form, number, *sources[form][number // 8 % 2], wholes[number // 8 % 2]) for number in range(*block)
+        ]
+    finally:
+        tracemalloc.stop()
+    assert not (wrong := list(filter(None, found))), f"{len(wrong)} of {len(found)}:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_spoilt_configs(golden, tmp_path, count):
+    """A clear error that names the file, or the features of a model: never another kind of error."""
+    folders = [golden / "tiny_llama_rope", *(golden / "families" / name for name in FAMILIES if name != "llama")]
+    raws = [json.loads((folder / "config.json").read_text()) for folder in folders]
+    path, wrong = tmp_path / "config.json", []
+    for number in range(count):
+        raw, what = malformed.spoil_config(raws[number % len(raws)], number)
+        path.write_text(json.dumps(raw))
+        try:
+            with working_time(SECONDS):
+                load_config(tmp_path)
+        except ValueError as error:
+            if "config.json: " not in str(error) or len(str(error)) > WORDS:
+                wrong.append(f"{number} ({what}): {str(error)[:WORDS]}")
+        except Exception as error:
+            wrong.append(f"{number} ({what}): {type(error).__name__}: {error}")
+    assert not wrong, f"{len(wrong)} of {count}:\n" + "\n".join(wrong)
+
+
+def test_a_long_file_whose_header_lies_is_not_read_as_a_header(tmp_path):
+    """A file of four gigabytes (a hole on the disk) has room for every length that its header could claim."""
+    path = tmp_path / "long.gguf"
+    start = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + struct.pack("<Q1sI", 1, b"k", 9)
+    lies = [struct.pack("<IQ", 0, 1 << 31), struct.pack("<IQ", 8, 1 << 28), struct.pack("<IQQ", 8, 1, 1 << 31)]
+    for lie in lies:
+        path.write_bytes(start + lie)
+        os.truncate(path, 1 << 32)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"long\.gguf: .*the value of 'k': "):
+            open_gguf(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < MEMORY
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0]}, "'a' has shape"),
+        ({"dtype": "F32", "shape": [1] * 9, "data_offsets": [0, 4]}, "'a' has shape"),
+        ({"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}, "'a' has shape '2'"),
+        ({"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, "'a' has the unknown type ['F32']"),
+        ({"shape": [2], "data_offsets": [0, 8]}, "'a' is {"),
+        ([], "'a' is []"),
+    ],
+)
+def test_an_entry_that_is_none_is_named(tmp_path, header, words):
+    path = tmp_path / "x.safetensors"
+    text = json.dumps({"a": header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ValueError, match=r"x\.safetensors") as error:
+        open_safetensors(path)
+    assert words in str(error.value)
+
+
+def test_what_is_given_twice_is_refused(tmp_path):
+    """JSON's readers take the last of two; so would a file that was joined wrongly be read."""
+    entry = '"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+    text = f"{{{entry}, {entry}}}".encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ValueError, match="'a' is given twice"):
+        open_safetensors(path)
