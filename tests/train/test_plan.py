@@ -86,6 +86,16 @@ def test_8b_with_256_rows_fits():
 
 @needs_libtpu
 @pytest.mark.slow
+def test_two_slices():
+    """The batch is split over the slices, the weights within each: only small things go between them."""
+    (found,) = plan(POST_BLOCK, "--topology", "v5e:4x4", "--slices", "2", "--programs", "train")
+    assert found["fits"]
+    assert found["mesh"] == "data 2 x fsdp 16 x tensor 1"
+    assert found["collectives"]["all-reduce"]["sent"] < 0.01 * found["collectives"]["all-gather"]["sent"]
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_decoding_and_a_comparison_of_chips():
     """All of a chip's new tokens are gathered for: the collectives of the data-dependent loop count as often."""
     found = plan(POST_BLOCK, "--topologies", "v5e:4x4,h100:8", "--programs", "decode")
