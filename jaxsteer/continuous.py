@@ -131,7 +131,9 @@ def insert(
     real = column < places.length[:, None]
     from_column = jnp.minimum(places.start[:, None] + column, filled.segments.shape[1] - 1)
     put = lambda field, new: field.at[places.row].set(new.astype(field.dtype), mode="drop")
-    window = lambda stack: jax.vmap(lambda source, at: stack[:, source][:, :, at], out_axes=1)(places.source, from_column)
+    window = lambda stack: jax.vmap(lambda source, at: stack[:, source][:, :, at], out_axes=1)(
+        places.source, from_column
+    )
     move = lambda stack, new: stack.at[:, places.row, :, :T].set(window(new), mode="drop")
     cache = cache._replace(
         k=move(cache.k, filled.k),
@@ -211,10 +213,15 @@ def shrink(rows: Rows, prompt: int) -> Rows:
     cache = rows.cache
     dropped = cache.segments.shape[1] - rows.ring - prompt
     cut = lambda field, axis: jnp.concatenate(
-        [jax.lax.slice_in_dim(field, 0, prompt, axis=axis), jax.lax.slice_in_dim(field, prompt + dropped, None, axis=axis)],
+        [
+            jax.lax.slice_in_dim(field, 0, prompt, axis=axis),
+            jax.lax.slice_in_dim(field, prompt + dropped, None, axis=axis),
+        ],
         axis,
     )
-    cache = Cache(cut(cache.k, 3), cut(cache.v, 3), cut(cache.segments, 1), cut(cache.positions, 1), cache.used - dropped)
+    cache = Cache(
+        cut(cache.k, 3), cut(cache.v, 3), cut(cache.segments, 1), cut(cache.positions, 1), cache.used - dropped
+    )
     return _spread(rows._replace(cache=cache))
 
 

@@ -128,5 +128,11 @@ def generate(
     empty = ~jnp.any(real, axis=1)
     none = Generated(jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32), empty)
     token, out = draw(hidden, jnp.zeros((), jnp.int32), none)
-    start = (jnp.ones((), jnp.int32), token, at_last(prompts.positions) + 1, more_slots(prefill.cache, max_new_tokens - 1), out)
+    start = (
+        jnp.ones((), jnp.int32),
+        token,
+        at_last(prompts.positions) + 1,
+        more_slots(prefill.cache, max_new_tokens - 1),
+        out,
+    )
     return jax.lax.while_loop(going, advance, start)[-1]

@@ -240,9 +240,7 @@ def cached_attention(q: Array, query: Span, held: Held, new: Held, scores: Score
     return jax.vmap(row)(q, query, held, new)
 
 
-def attention(
-    q: Array, k: Array, v: Array, query: Span, *, kernel: Kernel = "auto", scores: Scores = PLAIN
-) -> Array:
+def attention(q: Array, k: Array, v: Array, query: Span, *, kernel: Kernel = "auto", scores: Scores = PLAIN) -> Array:
     """Causal grouped-query attention of rows on themselves, within segments: q [B, T, N, H], k and v [B, T, K, H].
 
     On one CPU the batch is mapped over a few rows at a time and rematerialised, so that scores stay in the processor's

@@ -176,9 +176,7 @@ class Attention(nn.Module):
     kernel: Kernel = "auto"
 
     @nn.compact
-    def __call__(
-        self, x: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer
-    ) -> tuple[Array, KeysValues]:
+    def __call__(self, x: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer) -> tuple[Array, KeysValues]:
         """x [B, T, D], normalised -> the attention's contribution to the residual stream, and the keys and values."""
         c = self.config
         B, T, _ = x.shape
@@ -236,9 +234,7 @@ class Block(nn.Module):
     kernel: Kernel = "auto"
 
     @nn.compact
-    def __call__(
-        self, h: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer
-    ) -> tuple[Array, KeysValues]:
+    def __call__(self, h: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer) -> tuple[Array, KeysValues]:
         """h [B, T, D], the residual stream -> the stream after the block, and the attention's keys and values."""
         c = self.config
         norm = lambda x, name: RMSNorm(c.norm_eps, c.norm_plus_one, name=name)(x) if c.pre_norm else x

@@ -155,6 +155,7 @@ def forward(
     masks = {slot.name: select(slot.positions, batch) for slot in plan}
     stream = ("rows", "sequence" if model.split_sequence else None, None)
     per_layer = _spread(plan, steering, config.layers)
+
     def block(weights: PyTree, h: Array, layer: Array, p: Steering | None) -> tuple[Array, PyTree]:
         taps: Taps = {}
 
@@ -195,9 +196,7 @@ def _append(cache: Cache, new: KeysValues, batch: Batch) -> Cache:
     )
 
 
-def _scan_blocks(
-    model: Model, block: Callable, weights: PyTree, h: Array, per_layer: Steering
-) -> tuple[Array, PyTree]:
+def _scan_blocks(model: Model, block: Callable, weights: PyTree, h: Array, per_layer: Steering) -> tuple[Array, PyTree]:
     """Scan `block` over the layers, split at the first one that needs a gradient: below it nothing is saved.
 
     Slicing a stack would copy it, so a split stack is read layer by layer from inside the body; above the split that
