@@ -1,8 +1,8 @@
 """Continuous batching: many prompts decoded in few rows, each finished row taken over by a prompt that waits.
 
-All shapes are static. A row's cache has a slot for each token of a prompt, and behind them a ring: every step writes one
-slot of it, the same in all rows, whenever a row began. Which slots a row reads follows from their segments, so a new
-prompt takes a row over by overwriting its prompt's slots and clearing the segments of its ring.
+All shapes are static. A row's cache has a slot for each token of a prompt, and behind them a ring: every step writes
+one slot of it, the same in all rows, whenever a row began. Which slots a row reads follows from their segments, so a
+new prompt takes a row over by overwriting its prompt's slots and clearing the segments of its ring.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ STEPS = 32
 """The most steps between two looks at what is finished."""
 
 
+GREEDY = Sampling()
+
+
 class Answer(NamedTuple):
     """What a prompt was continued with.
 
@@ -52,7 +55,7 @@ class Rows(NamedTuple):
     cache                       slots for T prompt tokens, then a ring; `used` is the next slot to write
     token, position [B]         the last token drawn, not yet read by the model, and where it stands
     prompt_length, number [B]   of the prompt; its number tells its random draws from another's
-    out [B, M], count [B]       tokens drawn, and how many
+    out [B, M], drawn [B]       tokens drawn, and how many
     stopped, done [B] bool      whether a stop token was drawn; whether the row is free
     margin [B]                  see `Answer`
     """
@@ -63,7 +66,7 @@ class Rows(NamedTuple):
     prompt_length: Array
     number: Array
     out: Array
-    count: Array
+    drawn: Array
     stopped: Array
     done: Array
     margin: Array
@@ -75,16 +78,16 @@ class Rows(NamedTuple):
 
 
 class Places(NamedTuple):
-    """For each new prompt, int32 [n]: the row that it takes over (too large = none), where in the prefill it stands (row,
-    first column, length), its prompt length, and its number.
+    """For each new prompt, int32 [n]: the row that it takes over (too large = none), where in the prefill it stands
+    (row, first column, length), its prompt length, and its number.
     """
 
-    row: np.ndarray
-    source: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    prompt_length: np.ndarray
-    number: np.ndarray
+    row: Array
+    source: Array
+    start: Array
+    length: Array
+    prompt_length: Array
+    number: Array
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -186,11 +189,11 @@ def advance(
         output = forward(model, base, steering, batch, cache=rows.cache)
         assert output.cache is not None
         cache = output.cache._replace(used=first + (output.cache.used - first) % ring)
-        token, margin = _draw(model, base, output.hidden[:, 0], rows.number, rows.count, key, sampling)
+        token, margin = _draw(model, base, output.hidden[:, 0], rows.number, rows.drawn, key, sampling)
         stopped = active & jnp.isin(token, stops)
         kept = active & ~stopped
-        here = column(kept) & (jnp.arange(M, dtype=jnp.int32)[None] == column(rows.count))
-        count = rows.count + kept.astype(jnp.int32)
+        here = column(kept) & (jnp.arange(M, dtype=jnp.int32)[None] == column(rows.drawn))
+        count = rows.drawn + kept.astype(jnp.int32)
         return step + 1, Rows(
             cache,
             jnp.where(kept, token, 0),
@@ -235,7 +238,7 @@ def generate_all(
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
     rows: int = 64,
-    sampling: Sampling = Sampling(),  # frozen
+    sampling: Sampling = GREEDY,
     place: Callable[[Batch], Batch] = lambda batch: jax.tree.map(jnp.asarray, batch),
 ) -> Iterator[tuple[int, Answer]]:
     """Continue every prompt, as `generate` does, with rows that are never left empty while a prompt waits.
@@ -281,8 +284,8 @@ def generate_all(
             taken, free = free[: len(new)], free[len(new) :]
             places = _places([prompts[index] for index in new], new, packed, taken, rows)
             state = insert(model, base, state, hidden, filled, places, stops, key, sampling=sampling)
-            for row, index in zip(taken, new, strict=True):
-                held[row] = index
+            for row, number in zip(taken, new, strict=True):
+                held[row] = number
             for _ in new:
                 waiting.popleft()
         needed = bucket_length(max([*(length(i) for i in held if i is not None), *map(length, islice(waiting, 1))]))
@@ -291,7 +294,7 @@ def generate_all(
         enough = len(_next(waiting, prompts, rows, -(-rows // 4))[0]) if waiting else rows
         state = advance(model, base, steering, state, np.int32(enough), stops, key, sampling=sampling)
         done, out, count, stopped, margin = (
-            np.asarray(field) for field in (state.done, state.out, state.count, state.stopped, state.margin)
+            np.asarray(field) for field in (state.done, state.out, state.drawn, state.stopped, state.margin)
         )
         for row, index in enumerate(held):
             if index is not None and done[row]:
@@ -326,7 +329,7 @@ def _places(new: Sequence[Tokens], numbers: list[int], packed: list[list[int]], 
             length = len(new[i].ids)
             fields[:, i] = taken[i], source, start, length, min(new[i].prompt_length, length), numbers[i]
             start += length
-    return Places(*fields)
+    return Places(*map(jnp.asarray, fields))
 
 
 def _draw(

@@ -87,7 +87,7 @@ def attend_row(q: Array, k: Array, v: Array, query: Span, key: Span, how: Scores
     (padding) gets the mean of v, which nothing reads.
     """
     T, N, H = q.shape
-    S, K, _ = k.shape
+    K = k.shape[1]
     q = how.queries(q).transpose(1, 0, 2).reshape(K, N // K * T, H)  # the query heads of a group share one matmul
     scores = jnp.einsum("kth,skh->kts", q, k, preferred_element_type=np.promote_types(q.dtype, np.float32))
     weights = _weights(scores, visible(query, key, how), how).astype(v.dtype)
@@ -244,7 +244,8 @@ def attention(q: Array, k: Array, v: Array, query: Span, *, kernel: Kernel = "au
     """Causal grouped-query attention of rows on themselves, within segments: q [B, T, N, H], k and v [B, T, K, H].
 
     On one CPU the batch is mapped over a few rows at a time and rematerialised, so that scores stay in the processor's
-    cache and are never stored. XLA's kernels are free of custom derivative rules: jvp, vjp and any nesting of them pass through.
+    cache and are never stored. XLA's kernels are free of custom derivative rules: jvp, vjp and any nesting of them pass
+    through.
 
     Raises:
         ValueError: an unknown kernel, or one that cannot take these shapes.

@@ -1,7 +1,8 @@
 """The functional face of a model: `forward` runs the stack as one scan and injects the steering pytree.
 
 The stack is a `lax.scan` of `Block.apply` over parameters stacked on a leading axis L, so there is one trace whatever
-the depth. Steering slices and the layer index are scanned along; the KV cache is read by each layer and written after the scan.
+the depth. Steering slices and the layer index are scanned along; the KV cache is read by each layer and written after
+the scan.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ def forward(
             return y
 
         at = None if cache is None else LayerCache(cache, layer)
-        h, new = Block(config, model.attention).apply({"params": weights}, h, inputs_of(layer), at, steer)  # type: ignore[assignment]
+        h, new = Block(config, model.attention).apply({"params": weights}, h, inputs_of(layer), at, steer)
         return constrain(h, *stream), (taps, new if keep_cache or cache is not None else None)
 
     h = constrain(Embed(config).apply({"params": base["embed"]}, batch.tokens), *stream)  # type: ignore[arg-type]
@@ -178,7 +179,7 @@ def forward(
     if cache is not None:
         cache = _append(cache, new, batch)
     elif keep_cache:
-        cache = Cache(*new, batch.segments, batch.positions, jnp.int32(batch.tokens.shape[1]))
+        cache = Cache(new.k, new.v, batch.segments, batch.positions, jnp.int32(batch.tokens.shape[1]))
     return Output(hidden, cache, taps)
 
 

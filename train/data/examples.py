@@ -33,19 +33,28 @@ class Example:
     turns   in order; what is supervised follows from the roles
     source  where it came from, "file:line", for messages
     answer  the gold answer; None where the last supervised text is itself the answer
+    choices candidate completions, of which exactly one is right; empty for a free answer
     """
 
     turns: tuple[Turn, ...]
     source: str
     answer: str | None = None
+    choices: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, prompt: str, completion: str | None, source: str, answer: str | None = None) -> Example:
+    def of(
+        cls,
+        prompt: str,
+        completion: str | None,
+        source: str,
+        answer: str | None = None,
+        choices: tuple[str, ...] = (),
+    ) -> Example:
         """One prompt and, unless None, its completion."""
         turns: tuple[Turn, ...] = (Turn("prompt", prompt),)
         if completion is not None:
             turns += (Turn("completion", completion),)
-        return cls(turns, source, answer)
+        return cls(turns, source, answer, choices)
 
     @property
     def gold(self) -> str | None:
@@ -59,7 +68,7 @@ class Example:
         """The example without its final supervised turn: what generation starts from."""
         if not self.turns or not self.turns[-1].supervised:
             return self
-        return Example(self.turns[:-1], self.source, self.gold)
+        return Example(self.turns[:-1], self.source, self.gold, self.choices)
 
 
 @dataclass(frozen=True, eq=False)
