@@ -17,22 +17,19 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jaxsteer.io import fingerprint
-from jaxsteer.models.transformer import Model
-from jaxsteer.steering import only, plan_to_json
+from jaxsteer.steering import only
 from jaxsteer.types import Kind, Plan, Steering
+from train.answering import Answering, By, summary_of
 from train.config import MeshConfig, TrainConfig, load_config_file, run_main
 from train.distributed import DistributedConfig, is_first, join
-from train.evaluation import Decoded, Normalise, accuracy_of, choose, decode, make_prompts, write_answers
+from train.evaluation import Normalise, accuracy_of
 from train.generate import load_steered, steered
 from train.machine import enable_compilation_cache
-from train.metrics import progress
 from train.paired import compare_answers, find_answers
 from train.placement import place_on
 from train.report import percent
 from train.run_folder import write_json
 from train.tasks import JsonlTask, Split, Task, task_from_json
-from train.unfinished import Unfinished, hash_prompts, hash_tree
 
 Part = Literal["all", "lora_only", "steering_only"]
 
@@ -55,7 +52,7 @@ class EvaluateConfig:
     """The most examples."""
     rows: int = 64
     """Prompts answered at a time."""
-    by: Literal["generation", "likelihood"] = "generation"
+    by: By = "generation"
     """Let the model write its answer, or take the likeliest of the example's choices."""
     normalise: Normalise = "none"
     """What the log-likelihood of a choice is divided by: none, its tokens or its characters."""
@@ -125,17 +122,6 @@ def names_of(parts: Sequence[Part], *, steered: bool) -> list[tuple[str, Part]]:
     return [("steered" if part == "all" else part, part) for part in dict.fromkeys(parts)]
 
 
-def summary_of(decoded: Sequence[Decoded]) -> dict[str, Any]:
-    """Figures of an evaluation, JSON values."""
-    found = accuracy_of(decoded)
-    return {
-        "accuracy": found.rate,
-        "interval": list(found.interval),
-        "truncated": sum(each.truncated for each in decoded),
-        "near_ties": sum(each.near_tie for each in decoded),
-    }
-
-
 def main() -> None:
     """Evaluate and print a table."""
     config = tyro.cli(EvaluateConfig, prog="python -m train.evaluate", description=__doc__)
@@ -149,14 +135,12 @@ def main() -> None:
     examples = task.load(config.split)[: config.examples]
     if not examples:
         raise ValueError(f"the task has no {config.split} examples")
-    by_choice = config.by == "likelihood"
-    prompts = make_prompts(examples, loaded.tokenizer, loaded.stop_tokens, task, choices=by_choice)
     plan, steering = steered(file)
-    model = Model(loaded.config, plan)
     runs = {name: part_of(plan, steering, part) for name, part in names_of(config.parts, steered=file is not None)}
     if file and config.base:
         runs = {"base": jax.tree.map(jnp.zeros_like, steering), **runs}
     last = next(reversed(runs))
+    other = None if config.against is None else find_answers(config.against, last)
 
     beside = Path(config.steering).parent if file else Path("runs")
     out = Path(config.out) if config.out else beside / "evaluation"
@@ -164,39 +148,17 @@ def main() -> None:
     table = Table(title=f"{config.split}: {len(examples)} examples", title_justify="left")
     for column in ("model", "accuracy (95 %)", "unfinished answers", "near ties"):
         table.add_column(column)
-    common = {
-        "model": config.model or (file.model_name if file else ""),
-        "base": fingerprint(loaded.config),
-        "dtype": jax.tree.leaves(loaded.base)[0].dtype.name,
-        "plan": plan_to_json(plan),
-        "prompts": hash_prompts(prompts),
-        "by": f"{config.by}, {config.normalise}" if by_choice else config.by,
-    }
+    asking = Answering(
+        config.model or (file.model_name if file else ""), loaded, place, config.rows, config.by, config.normalise
+    )
     summary: dict[str, Any] = {}
     compared = None
     for name, params in runs.items():
-        path = out / f"{name}.jsonl"
-        with Unfinished(path, {**common, "steering": hash_tree(params)}) as unfinished:
-            with progress(len(examples), f"Evaluating {name}", start=len(unfinished.done)) as bar, place.on_mesh():
-                how: dict[str, Any] = {
-                    "rows": config.rows,
-                    "advance": bar.update,
-                    "place": place.batch,
-                    "done": unfinished.done,
-                    "keep": unfinished.add,
-                }
-                on_mesh = place.copies(params)
-                if by_choice:
-                    decoded = choose(model, loaded.base, on_mesh, prompts, normalise=config.normalise, **how)
-                else:
-                    decoded = decode(model, loaded.base, on_mesh, prompts, loaded.tokenizer, **how)
-            if is_first():
-                write_answers(path, decoded)
-            unfinished.remove()
-        summary[name] = summary_of(decoded)
-        table.add_row(name, percent(accuracy_of(decoded)), *(str(summary[name][k]) for k in ("truncated", "near_ties")))
-        if config.against is not None and name == last:
-            compared = compare_answers(decoded, find_answers(config.against, name))
+        answers = asking.answer(out / f"{name}.jsonl", f"Evaluating {name}", examples, task, plan, params)
+        summary[name] = summary_of(answers)
+        table.add_row(name, percent(accuracy_of(answers)), *(str(summary[name][k]) for k in ("truncated", "near_ties")))
+        if other is not None and name == last:
+            compared = compare_answers(answers, other)
             summary[name]["against"] = {"answers": config.against, **asdict(compared)}
     if is_first():
         write_json(out / "summary.json", {"split": config.split, "examples": len(examples), **summary})
