@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.models.transformer import Model, forward, init_cache, logits_of, output_embedding
-from jaxsteer.types import Array, Batch, PyTree, Steering
+from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
+from jaxsteer.types import Array, Batch, Cache, PyTree, Steering
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ def sample(logits: Array, sampling: Sampling, key: Array) -> Array:
         least = jnp.min(jnp.where(before < sampling.top_p, ranked, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+def more_slots(cache: Cache, slots: int) -> Cache:
+    """The cache with so many empty slots behind those that it has."""
+    wider = lambda x, axis: jnp.pad(x, [(0, slots if i == axis else 0) for i in range(x.ndim)])
+    return Cache(wider(cache.k, 3), wider(cache.v, 3), wider(cache.segments, 1), wider(cache.positions, 1), cache.used)
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampling"))
@@ -116,11 +122,17 @@ def generate(
         token, out = draw(output.hidden[:, 0], step, out)
         return step + 1, token, position + 1, output.cache, out
 
-    cache = init_cache(model.config, B, T + max_new_tokens - 1, base["embed"]["embedding"].dtype)
-    prefill = forward(model, base, steering, prompts, cache=cache)
+    prefill = forward(model, base, steering, prompts, keep_cache=True)
+    assert prefill.cache is not None
     hidden = jnp.take_along_axis(prefill.hidden, last[:, None, None], axis=1)[:, 0]
     empty = ~jnp.any(real, axis=1)
     none = Generated(jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32), empty)
     token, out = draw(hidden, jnp.zeros((), jnp.int32), none)
-    start = (jnp.ones((), jnp.int32), token, at_last(prompts.positions) + 1, prefill.cache, out)
+    start = (
+        jnp.ones((), jnp.int32),
+        token,
+        at_last(prompts.positions) + 1,
+        more_slots(prefill.cache, max_new_tokens - 1),
+        out,
+    )
     return jax.lax.while_loop(going, advance, start)[-1]

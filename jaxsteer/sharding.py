@@ -270,5 +270,5 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
 
 def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
     """Rows over data x fsdp, heads over tensor."""
-    axes: dict[int, Axes] = {5: (None, "rows", None, "heads", None), 2: ("rows", None), 0: ()}  # by rank
+    axes: dict[int, Axes] = {5: (None, "rows", "heads", None, None), 2: ("rows", None), 0: ()}  # by rank
     return jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x.shape, axes[len(x.shape)], mesh)), cache)

@@ -214,7 +214,7 @@ class Batch(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of earlier tokens, one slot (S) a token; `used` slots are filled in every row.
 
-    k, v [L, B, S, K, H] · segments, positions [B, S] (segment 0 = not to be attended) · used int32 []
+    k, v [L, B, K, S, H] · segments, positions [B, S] (segment 0 = not to be attended) · used int32 []
     """
 
     k: Array

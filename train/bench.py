@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m train.bench train --rows 8 --length 256`, `python -m train.bench decode`, `... load`.
+"""Benchmarks: `python -m train.bench train --rows 8 --length 256`, `... decode`, `... eval`, `... load`.
 
 Each prints a table and, with --json, writes the figures. Compare two settings by interleaved runs on a quiet machine.
 """
@@ -28,6 +28,7 @@ from jaxsteer.steering import init_steering
 from jaxsteer.training import init_state
 from jaxsteer.types import Batch, Steering
 from train.base_models import load
+from train.bench_eval import EvalBench, bench_eval
 from train.bench_load import LoadBench, bench_load
 from train.config import SINGLE, TrainConfig, run_main
 from train.data import DataSource, Keys, ListOps, TokenizedExample, encode, read_jsonl, stack_rows
@@ -220,6 +221,7 @@ def _device(batch: Batch) -> Batch:
 Bench = (
     Annotated[TrainBench, tyro.conf.subcommand("train")]
     | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
+    | Annotated[EvalBench, tyro.conf.subcommand("eval")]
     | Annotated[LoadBench, tyro.conf.subcommand("load")]
 )
 
@@ -235,7 +237,8 @@ def main() -> None:
         for name in next(iter(figures.values())):
             table.add_row(name, *(_text(each[name]) for each in figures.values()))
     else:
-        figures = bench_train(config) if isinstance(config, TrainBench) else bench_decode(config)
+        runs = {TrainBench: bench_train, DecodeBench: bench_decode, EvalBench: bench_eval}
+        figures = runs[type(config)](config)  # type: ignore[operator]
         table = Table(title=device_summary(), title_justify="left", show_header=False)
         for name, value in figures.items():
             table.add_row(name, _text(value))

@@ -115,6 +115,9 @@ class TrainConfig:
     """How the processes of a run on several hosts find each other."""
     evaluate_every: int = 0
     """Steps between evaluations on validation examples; 0 = only at the end."""
+    patience: int = 0
+    """End the training after so many evaluations in a row without a better accuracy than the best before; what is kept
+    is then the best checkpoint's. 0 = never."""
     validation_examples: int = 128
     """The most validation examples to generate answers for."""
     test_examples: int = 512
@@ -151,6 +154,11 @@ class TrainConfig:
             raise ValueError("config: an int8 base cannot be trained itself; use train_base without quantise")
         if self.rows % self.accumulate:
             raise ValueError(f"config: accumulate ({self.accumulate}) must divide rows ({self.rows})")
+        if self.patience < 0 or (self.patience and not (self.evaluate_every and self.validation_examples)):
+            raise ValueError(
+                "config: patience must be at least 0, and needs evaluate_every and validation_examples; got "
+                f"{self.patience}, {self.evaluate_every} and {self.validation_examples}"
+            )
         if self.max_skipped < 0:
             raise ValueError(f"config: max_skipped must be at least 0, got {self.max_skipped}")
         if "://" in self.out:
@@ -174,7 +182,7 @@ class TrainConfig:
 # A run that stopped at a non-finite step may be resumed to skip it.
 _NOT_THE_RUN = {
     *("out", "checkpoints", "resume", "auto_resume", "mesh", "distributed"),
-    *("nonfinite", "max_skipped", "track", "profile"),
+    *("nonfinite", "max_skipped", "track", "profile", "patience"),
 }
 
 C = TypeVar("C", bound=TrainConfig)

@@ -1,14 +1,15 @@
 """Evaluate a steering file, and the untouched model beside it: `python -m train.evaluate runs/x/steering.safetensors`.
 
-Answers are decoded, scored by exact match, and kept one a line in a JSONL file.
+Answers are decoded (or chosen by likelihood), scored, and kept one a line in a JSONL file. A killed evaluation goes on
+where it was when it is called again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +17,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jaxsteer.models.transformer import Model
 from jaxsteer.steering import only
 from jaxsteer.types import Kind, Plan, Steering
+from train.answering import Answering, By, summary_of
 from train.config import MeshConfig, TrainConfig, load_config_file, run_main
 from train.distributed import DistributedConfig, is_first, join
-from train.evaluation import accuracy_of, decode, make_prompts, write_answers
+from train.evaluation import Normalise, accuracy_of
 from train.generate import load_steered, steered
 from train.machine import enable_compilation_cache
-from train.metrics import progress
+from train.paired import compare_answers, find_answers
 from train.placement import place_on
 from train.report import percent
 from train.run_folder import write_json
@@ -50,7 +51,13 @@ class EvaluateConfig:
     examples: int = 512
     """The most examples."""
     rows: int = 64
-    """Prompts decoded at a time."""
+    """Prompts answered at a time."""
+    by: By = "generation"
+    """Let the model write its answer, or take the likeliest of the example's choices."""
+    normalise: Normalise = "none"
+    """What the log-likelihood of a choice is divided by: none, its tokens or its characters."""
+    against: str | None = None
+    """Answers to the same examples (a .jsonl file, or a folder of an evaluation) to compare with, one by one."""
     base: bool = True
     """Evaluate the untouched model too."""
     parts: tuple[Part, ...] = ("all",)
@@ -128,41 +135,36 @@ def main() -> None:
     examples = task.load(config.split)[: config.examples]
     if not examples:
         raise ValueError(f"the task has no {config.split} examples")
-    prompts = make_prompts(examples, loaded.tokenizer, loaded.stop_tokens, task)
     plan, steering = steered(file)
-    model = Model(loaded.config, plan)
     runs = {name: part_of(plan, steering, part) for name, part in names_of(config.parts, steered=file is not None)}
     if file and config.base:
         runs = {"base": jax.tree.map(jnp.zeros_like, steering), **runs}
+    last = next(reversed(runs))
+    other = None if config.against is None else find_answers(config.against, last)
 
     beside = Path(config.steering).parent if file else Path("runs")
     out = Path(config.out) if config.out else beside / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     table = Table(title=f"{config.split}: {len(examples)} examples", title_justify="left")
-    for column in ("model", "accuracy (95 %)", "unfinished answers"):
+    for column in ("model", "accuracy (95 %)", "unfinished answers", "near ties"):
         table.add_column(column)
-    summary = {}
+    asking = Answering(
+        config.model or (file.model_name if file else ""), loaded, place, config.rows, config.by, config.normalise
+    )
+    summary: dict[str, Any] = {}
+    compared = None
     for name, params in runs.items():
-        with progress(len(examples), f"Evaluating {name}") as bar, place.on_mesh():
-            decoded = decode(
-                model,
-                loaded.base,
-                place.copies(params),
-                prompts,
-                loaded.tokenizer,
-                rows=config.rows,
-                advance=bar.update,
-                place=place.batch,
-            )
-        found = accuracy_of(decoded)
-        if is_first():
-            write_answers(out / f"{name}.jsonl", decoded)
-        truncated = sum(d.truncated for d in decoded)
-        summary[name] = {"accuracy": found.rate, "interval": list(found.interval), "truncated": truncated}
-        table.add_row(name, percent(found), str(truncated))
+        answers = asking.answer(out / f"{name}.jsonl", f"Evaluating {name}", examples, task, plan, params)
+        summary[name] = summary_of(answers)
+        table.add_row(name, percent(accuracy_of(answers)), *(str(summary[name][k]) for k in ("truncated", "near_ties")))
+        if other is not None and name == last:
+            compared = compare_answers(answers, other)
+            summary[name]["against"] = {"answers": config.against, **asdict(compared)}
     if is_first():
         write_json(out / "summary.json", {"split": config.split, "examples": len(examples), **summary})
         Console().print(table)
+        if compared is not None:
+            print(f"{last} against {config.against}: {compared}")
         print(f"answers and summary: {out}")
 
 

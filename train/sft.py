@@ -28,6 +28,7 @@ from train.machine import device_summary, enable_compilation_cache, peak_flops, 
 from train.metrics import MetricsWriter, progress, read_metrics
 from train.nonfinite import describe, is_finite, sources
 from train.outcome import Result, bare, notes_of, write_outcome
+from train.patience import patience_after
 from train.placement import place_on
 from train.preemption import preemption
 from train.profiling import Profiler
@@ -105,11 +106,13 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Res
                 _validate(config, training, loaded, training.state, validation, writer, 0, untouched=True)
 
             # ---- loop
+            rows = read_metrics(run.metrics) if start and run.metrics.exists() else []
+            patience = patience_after(config.patience, (r["accuracy"] for r in rows if r["step"] and "accuracy" in r))
             step_fn, skipped = training.step, on_first(lambda: _skipped(run))
             peak = peak_flops(training.program.mesh, loaded.base["embed"]["embedding"].dtype)
             speed = Speed(lambda supervised: training.flops(config, supervised), peak)
             with progress(training.steps, "Training", start=start) as bar:
-                for step in range(start, training.steps):
+                for step in range(start, start if patience.over else training.steps):
                     profiler.before(step + 1)
                     batch = training.batch(config, step)
                     state, metrics = step_fn(state, batch, training.frozen)
@@ -135,19 +138,27 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Res
                     with speed.pause():
                         last = done == training.steps
                         measured: dict[str, float] = {}
+                        best = False
                         if validation and config.evaluate_every and (done % config.evaluate_every == 0 or last):
                             found = _validate(config, training, loaded, state, validation, writer, done)
                             bar.note(f"step {done}: validation accuracy {found}")
                             measured["accuracy"] = found.rate
+                            best = patience.hear(found.rate) and config.patience > 0
                         elif not config.evaluate_every:
                             measured["loss"] = values["loss"]
                         stopping = stop.requested(done)
-                        if done % config.checkpoint_every == 0 or last or stopping:
+                        if done % config.checkpoint_every == 0 or last or stopping or best or patience.over:
                             checkpoints.save(done, _trees(state), meta, measured, force=True)
                     if stopping and not last:
                         checkpoints.wait()
                         bar.note(f"Asked to stop: saved at step {done}. Add --resume to go on.")
                         return None
+                    if patience.over:
+                        bar.note(f"Step {done}: no better accuracy in {config.patience} evaluations; training ends.")
+                        break
+            if patience.over and (kept := checkpoints.restore_best(_trees(state))) is not None:
+                state = _from(kept.trees, state)
+                console().print(f"Kept: step {kept.step}, the best of the validation.", highlight=False)
             if skipped:
                 console().print(f"{skipped} steps were skipped: the lines of {run.metrics} with 'examples' say which.")
 
@@ -274,9 +285,13 @@ def _resume(checkpoints: Checkpoints, state: Any, meta: dict[str, Any]) -> tuple
     if differing := differences(restored.meta, meta):
         raise ValueError(f"{checkpoints.folder}: was saved with other settings: {'; '.join(differing)}")
     console().print(f"Restored step {restored.step}.", highlight=False)
-    trees = restored.trees
+    return _from(restored.trees, state), restored.step
+
+
+def _from(trees: dict[str, Any], state: Any) -> Any:
+    """A state of the parts that `_trees` gives."""
     params = state.params._replace(base=trees["base"], steering=trees["steering"])
-    return state._replace(params=params, opt_state=trees["optimizer"], **trees["progress"]), restored.step
+    return state._replace(params=params, opt_state=trees["optimizer"], **trees["progress"])
 
 
 def _trees(state: Any) -> dict[str, Any]:

@@ -87,16 +87,50 @@ def attend_row(q: Array, k: Array, v: Array, query: Span, key: Span, how: Scores
     (padding) gets the mean of v, which nothing reads.
     """
     T, N, H = q.shape
-    S, K, _ = k.shape
+    K = k.shape[1]
     q = how.queries(q).transpose(1, 0, 2).reshape(K, N // K * T, H)  # the query heads of a group share one matmul
     scores = jnp.einsum("kth,skh->kts", q, k, preferred_element_type=np.promote_types(q.dtype, np.float32))
+    weights = _weights(scores, visible(query, key, how), how).astype(v.dtype)
+    return jnp.einsum("kts,skh->kth", weights, v).reshape(N, T, H).transpose(1, 0, 2)
+
+
+class Held(NamedTuple):
+    """Keys and values as they lie in a cache, k and v [B, K, S, H], and where they stand."""
+
+    k: Array
+    v: Array
+    span: Span
+
+
+def attend_held_row(q: Array, query: Span, *parts: Held, how: Scores = PLAIN) -> Array:
+    """`attend_row` to several stores of keys: q [T, N, H], k and v of each [K, S, H], S its own.
+
+    Scores are joined, which are small; keys and values would have to be copied.
+    """
+    T, N, H = q.shape
+    K = parts[0].k.shape[0]
+    q = how.queries(q).transpose(1, 0, 2).reshape(K, N // K * T, H)
+    wide = np.promote_types(q.dtype, np.float32)
+    scores = [jnp.einsum("kth,ksh->kts", q, part.k, preferred_element_type=wide) for part in parts]
+    seen = jnp.concatenate([visible(query, part.span, how) for part in parts], axis=-1)
+    weights = _weights(jnp.concatenate(scores, axis=-1), seen, how).astype(q.dtype)
+    edges = np.cumsum([part.k.shape[1] for part in parts])[:-1]
+    read = (
+        jnp.einsum("kts,ksh->kth", some, part.v)
+        for some, part in zip(jnp.split(weights, edges, axis=-1), parts, strict=True)
+    )
+    return sum(read, start=jnp.zeros_like(q)).reshape(N, T, H).transpose(1, 0, 2)
+
+
+def _weights(scores: Array, seen: Array, how: Scores) -> Array:
+    """Softmax of scores [K, G · T, S] where a query sees the key: seen [T, S]."""
+    (K, GT, S), T = scores.shape, len(seen)
     if how.softcap is not None:
         scores = how.softcap * jnp.tanh(scores / how.softcap)
     # Added, not selected: a sum has no derivative to compute, and a masked weight of 0 passes none on.
-    bias = jnp.where(visible(query, key, how), 0.0, 0.5 * np.finfo(scores.dtype).min).astype(scores.dtype)
-    scores = scores.reshape(K, N // K, T, S) + bias[None, None]
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(K, N // K * T, S)
-    return jnp.einsum("kts,skh->kth", weights, v).reshape(N, T, H).transpose(1, 0, 2)
+    bias = jnp.where(seen, 0.0, 0.5 * np.finfo(scores.dtype).min).astype(scores.dtype)
+    scores = scores.reshape(K, GT // T, T, S) + bias[None, None]
+    return jax.nn.softmax(scores, axis=-1).reshape(K, GT, S)
 
 
 def query_blocks(length: int) -> list[int]:
@@ -198,20 +232,20 @@ def choose_attention(
     return plain, f"no kernel of its own for {platform}"
 
 
-def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    query: Span,
-    key: Span | None = None,
-    kernel: Kernel = "auto",
-    scores: Scores = PLAIN,
-) -> Array:
-    """Causal grouped-query attention within segments: q [B, T, N, H], k and v [B, S, K, H] -> [B, T, N, H].
+def cached_attention(q: Array, query: Span, held: Held, new: Held, scores: Scores = PLAIN) -> Array:
+    """Attention of new tokens to those in a cache and to themselves: q [B, T, N, H] -> [B, T, N, H]."""
+    row = partial(attend_held_row, how=scores)
+    if current_platform() == "cpu" and current_mesh() is None and q.shape[1] > 1:
+        return jax.lax.map(lambda each: row(*each), (q, query, held, new), batch_size=CPU_ROWS)
+    return jax.vmap(row)(q, query, held, new)
 
-    `key` tells where cached keys stand; without it the row attends to itself, by `kernel`. On one CPU the batch is
-    mapped over a few rows at a time and rematerialised, so that scores stay in the processor's cache and are never
-    stored. XLA's kernels are free of custom derivative rules: jvp, vjp and any nesting of them pass through.
+
+def attention(q: Array, k: Array, v: Array, query: Span, *, kernel: Kernel = "auto", scores: Scores = PLAIN) -> Array:
+    """Causal grouped-query attention of rows on themselves, within segments: q [B, T, N, H], k and v [B, T, K, H].
+
+    On one CPU the batch is mapped over a few rows at a time and rematerialised, so that scores stay in the processor's
+    cache and are never stored. XLA's kernels are free of custom derivative rules: jvp, vjp and any nesting of them pass
+    through.
 
     Raises:
         ValueError: an unknown kernel, or one that cannot take these shapes.
@@ -219,11 +253,6 @@ def attention(
     if kernel not in get_args(Kernel):
         raise ValueError(f"unknown attention kernel {kernel!r}: use {', '.join(get_args(Kernel))}")
     mesh, platform = current_mesh(), current_platform()
-    if key is not None:
-        if platform == "cpu" and mesh is None and q.shape[1] > 1:
-            row = partial(attend_row, how=scores)
-            return jax.lax.map(lambda each: row(*each), (q, k, v, query, key), batch_size=CPU_ROWS)
-        return _rows(q, k, v, query, key, scores)
     if kernel == "auto":
         (B, T, N, H), K = q.shape, k.shape[2]
         kernel, _ = choose_attention(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxsteer.models.attention import Kernel, Scores, Span, attention
+from jaxsteer.models.attention import Held, Kernel, Scores, Span, attention, cached_attention
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.quantise import dequantised
 from jaxsteer.types import Array, Cache
@@ -31,26 +31,26 @@ class Steer(Protocol):
         ...
 
 
-class LayerCache(NamedTuple):
-    """The cache of all layers, and the layer whose part is read and written.
+class KeysValues(NamedTuple):
+    """Keys and values as they lie in a cache, [B, K, T, H] each."""
 
-    It rides whole in the scan's carry, so that writing is in place. Where the tokens to be written stand is in
-    `cache.segments` and `cache.positions` already.
+    k: Array
+    v: Array
+
+
+class LayerCache(NamedTuple):
+    """The cache of all layers, and the layer whose part is read.
+
+    The layers only read it: written inside their loop, XLA would copy the whole stack for every layer.
     """
 
     cache: Cache
     layer: Array
 
-    def write(self, k: Array, v: Array) -> LayerCache:
-        """Put new keys and values [B, T, K, H] at the first free slots."""
-        at = (self.layer, 0, self.cache.used, 0, 0)
-        put = lambda stack, new: jax.lax.dynamic_update_slice(stack, new[None].astype(stack.dtype), at)
-        return self._replace(cache=self.cache._replace(k=put(self.cache.k, k), v=put(self.cache.v, v)))
-
-    def read(self, dtype: Any) -> tuple[Array, Array]:
-        """All keys and values of the layer, two [B, S, K, H]."""
+    def read(self, dtype: Any) -> Held:
+        """What the layer holds of earlier tokens."""
         get = lambda stack: jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False).astype(dtype)
-        return get(self.cache.k), get(self.cache.v)
+        return Held(get(self.cache.k), get(self.cache.v), Span(self.cache.segments, self.cache.positions))
 
 
 class Inputs(NamedTuple):
@@ -209,10 +209,8 @@ class Attention(nn.Module):
     kernel: Kernel = "auto"
 
     @nn.compact
-    def __call__(
-        self, x: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer
-    ) -> tuple[Array, LayerCache | None]:
-        """x [B, T, D], normalised -> the attention's contribution to the residual stream, and the cache written to."""
+    def __call__(self, x: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer) -> tuple[Array, KeysValues]:
+        """x [B, T, D], normalised -> the attention's contribution to the residual stream, and the keys and values."""
         c = self.config
         B, T, _ = x.shape
 
@@ -229,15 +227,14 @@ class Attention(nn.Module):
         k = rotate(project("k", c.kv_heads), inputs.sin, inputs.cos)
         v = project("v", c.kv_heads)
         scores = Scores(c.query_scale, c.attn_softcap, c.window, inputs.local)
+        new = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if cache is None:
             heads = attention(q, k, v, inputs.span, kernel=self.kernel, scores=scores)
         else:
-            cache = cache.write(k, v)
-            there = Span(cache.cache.segments, cache.cache.positions)
-            heads = attention(q, *cache.read(x.dtype), inputs.span, there, scores=scores)
+            heads = cached_attention(q, inputs.span, cache.read(x.dtype), Held(*new, inputs.span), scores)
         heads = steer("attn.heads", x, heads)
         y = Projection(c.width, c.attn_bias, "attn.o", name="o")(heads.reshape(B, T, -1), steer)
-        return steer("attn", x, _post_norm(c, y)), cache
+        return steer("attn", x, _post_norm(c, y)), new
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
@@ -271,17 +268,15 @@ class Block(nn.Module):
     kernel: Kernel = "auto"
 
     @nn.compact
-    def __call__(
-        self, h: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer
-    ) -> tuple[Array, LayerCache | None]:
-        """h [B, T, D], the residual stream -> the stream after the block, and the cache written to."""
+    def __call__(self, h: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer) -> tuple[Array, KeysValues]:
+        """h [B, T, D], the residual stream -> the stream after the block, and the attention's keys and values."""
         c = self.config
         norm = lambda x, name: norm_of(c, name)(x) if c.pre_norm else x
-        y, cache = Attention(c, self.kernel, name="attn")(norm(h, "attn_norm"), inputs, cache, steer)
+        y, new = Attention(c, self.kernel, name="attn")(norm(h, "attn_norm"), inputs, cache, steer)
         middle = checkpoint_name(h + y, "residual")
         x = steer("mlp.in", middle, norm(middle, "mlp_norm"))
         out = checkpoint_name(middle + MLP(c, name="mlp")(x, steer), "residual")
-        return steer("block", h, out), cache
+        return steer("block", h, out), new
 
 
 class Embed(nn.Module):

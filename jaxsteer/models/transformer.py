@@ -1,7 +1,8 @@
 """The functional face of a model: `forward` runs the stack as one scan and injects the steering pytree.
 
 The stack is a `lax.scan` of `Block.apply` over parameters stacked on a leading axis L, so there is one trace whatever
-the depth. Steering slices and the layer index are scanned along; the KV cache rides in the carry.
+the depth. Steering slices and the layer index are scanned along; the KV cache is read by each layer and written after
+the scan.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jax import lax
 from jaxsteer.batches import select
 from jaxsteer.models.attention import Kernel, Span
 from jaxsteer.models.config import ModelConfig, site_dims
-from jaxsteer.models.layers import Block, Embed, LayerCache, layer_inputs, norm_of
+from jaxsteer.models.layers import Block, Embed, KeysValues, LayerCache, layer_inputs, norm_of
 from jaxsteer.sharding import constrain
 from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Context, Output, Plan, PyTree, Steering, Taps
 
@@ -99,7 +100,7 @@ def logits_of(hidden: Array, head: Array, softcap: float | None = None) -> Array
 
 def init_cache(config: ModelConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache for `slots` tokens in each of `rows` rows."""
-    shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+    shape = (config.layers, rows, config.kv_heads, slots, config.head_dim)
     empty = jnp.zeros((rows, slots), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, empty, jnp.zeros((), jnp.int32))
 
@@ -111,6 +112,7 @@ def forward(
     batch: Batch,
     *,
     cache: Cache | None = None,
+    keep_cache: bool = False,
     capture: Sequence[str] = (),
     key: Array | None = None,
     train: bool = False,
@@ -123,6 +125,7 @@ def forward(
         steering: the steering pytree of `model.plan`, as made by `jaxsteer.init_steering`.
         batch: [B, T] rows, packed or padded either way.
         cache: keys and values of earlier tokens; the batch's are appended. Its slots must have room for T more.
+        keep_cache: without a cache to go on with: return one that holds the batch, its T slots all used.
         capture: sites whose values come back as taps.
         key: for methods that draw at random in training; folded per slot, site and layer.
         train: passed to the methods (dropout, gates).
@@ -154,15 +157,8 @@ def forward(
     masks = {slot.name: select(slot.positions, batch) for slot in plan}
     stream = ("rows", "sequence" if model.split_sequence else None, None)
     per_layer = _spread(plan, steering, config.layers)
-    if cache is not None:
-        at = (0, cache.used)
-        cache = cache._replace(
-            segments=lax.dynamic_update_slice(cache.segments, batch.segments, at),
-            positions=lax.dynamic_update_slice(cache.positions, batch.positions, at),
-        )
 
-    def block(weights: PyTree, state: tuple, layer: Array, p: Steering | None) -> tuple[tuple, Taps]:
-        h, cache = state
+    def block(weights: PyTree, h: Array, layer: Array, p: Steering | None) -> tuple[Array, PyTree]:
         taps: Taps = {}
 
         def steer(site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None) -> Array:
@@ -175,20 +171,34 @@ def forward(
             return y
 
         at = None if cache is None else LayerCache(cache, layer)
-        h, at = Block(config, model.attention).apply({"params": weights}, h, inputs_of(layer), at, steer)  # type: ignore[assignment]
-        return (constrain(h, *stream), None if at is None else at.cache), taps
+        h, new = Block(config, model.attention).apply({"params": weights}, h, inputs_of(layer), at, steer)
+        return constrain(h, *stream), (taps, new if keep_cache or cache is not None else None)
 
     h = constrain(Embed(config).apply({"params": base["embed"]}, batch.tokens, batch.positions), *stream)  # type: ignore[arg-type]
-    (h, cache), taps = _scan_blocks(model, block, base["blocks"], (h, cache), per_layer)
+    h, (taps, new) = _scan_blocks(model, block, base["blocks"], h, per_layer)
     hidden: Array = norm_of(config).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
     if cache is not None:
-        cache = cache._replace(used=cache.used + batch.tokens.shape[1])
+        cache = _append(cache, new, batch)
+    elif keep_cache:
+        cache = Cache(new.k, new.v, batch.segments, batch.positions, jnp.int32(batch.tokens.shape[1]))
     return Output(hidden, cache, taps)
 
 
-def _scan_blocks(
-    model: Model, block: Callable, weights: PyTree, state: tuple, per_layer: Steering
-) -> tuple[tuple, Taps]:
+def _append(cache: Cache, new: KeysValues, batch: Batch) -> Cache:
+    """The cache with the keys and values of a batch [L, B, K, T, H] in its first free slots."""
+    here = cache.used
+    stack = lambda held, new: lax.dynamic_update_slice(held, new.astype(held.dtype), (0, 0, 0, here, 0))
+    field = lambda held, new: lax.dynamic_update_slice(held, new, (0, here))
+    return Cache(
+        stack(cache.k, new.k),
+        stack(cache.v, new.v),
+        field(cache.segments, batch.segments),
+        field(cache.positions, batch.positions),
+        here + batch.tokens.shape[1],
+    )
+
+
+def _scan_blocks(model: Model, block: Callable, weights: PyTree, h: Array, per_layer: Steering) -> tuple[Array, PyTree]:
     """Scan `block` over the layers, split at the first one that needs a gradient: below it nothing is saved.
 
     Slicing a stack would copy it, so a split stack is read layer by layer from inside the body; above the split that
@@ -203,21 +213,19 @@ def _scan_blocks(
         policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
     remat = lambda f: f if model.remat == "none" else jax.checkpoint(f, policy=policy, prevent_cse=False)
     if split == 0:
-        body = remat(lambda state, xs: block(xs[0], state, xs[1], xs[2]))
-        return lax.scan(body, state, (weights, indices, per_layer))
+        body = remat(lambda h, xs: block(xs[0], h, xs[1], xs[2]))
+        return lax.scan(body, h, (weights, indices, per_layer))
 
-    def indexed(state: tuple, xs: tuple) -> tuple[tuple, Taps]:
+    def indexed(h: Array, xs: tuple) -> tuple[Array, PyTree]:
         layer, p = xs
-        return block(
-            jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=False), weights), state, layer, p
-        )
+        return block(jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=False), weights), h, layer, p)
 
     part = lambda tree, start, stop: jax.tree.map(lambda leaf: leaf[start:stop], tree)
     # No steering at all below: its zeros depend on the steering tree, and would be differentiated through every layer.
-    state, below = lax.scan(lambda state, layer: indexed(state, (layer, None)), state, indices[:split])
+    h, below = lax.scan(lambda h, layer: indexed(h, (layer, None)), h, indices[:split])
     upper = indexed if model.remat == "none" else remat(indexed)
-    state, above = lax.scan(upper, state, part((indices, per_layer), split, L))
-    return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), below, above)
+    h, above = lax.scan(upper, h, part((indices, per_layer), split, L))
+    return h, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), below, above)
 
 
 def _spread(plan: Plan, steering: Steering, layers: int) -> Steering:

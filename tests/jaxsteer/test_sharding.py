@@ -55,7 +55,7 @@ def test_base(tiny_config):
 def test_cache(tiny_config):
     cache = jax.eval_shape(partial(init_cache, tiny_config, 8, 16))
     got = specs(cache_shardings(cache, MESH))
-    assert got.k == got.v == P(None, ROWS, None, ("tensor",), None)
+    assert got.k == got.v == P(None, ROWS, ("tensor",), None, None)
     assert got.segments == P(ROWS, None)
     assert got.used == P()
 

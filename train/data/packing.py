@@ -8,39 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxsteer.rows import pack, stack_rows
 from jaxsteer.types import Batch
 from train.data.examples import TokenizedExample
-
-
-def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Put items into rows, each into the fullest row that has room for it (best fit), in the order given.
-
-    Args:
-        lengths: Of the items, each from 1 to row_length.
-        row_length: Room in a row.
-
-    Returns:
-        For each row the indices of its items.
-    """
-    rows: list[list[int]] = []
-    # Rows by the room they have left, and the same as bits of one number: the lowest set bit from n upwards
-    # is the tightest room for n, so an item costs row_length / 64 machine words and no search.
-    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    rooms = 0
-    for i, n in enumerate(lengths):
-        fitting = rooms >> n
-        if fitting:
-            room = n + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, row = row_length, len(rows)
-            rows.append([])
-        rows[row].append(i)
-        by_room[room - n].append(row)
-        rooms |= 1 << (room - n)
-    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,38 +119,3 @@ class DataSource:
 def _generator(seed: int, stream: int) -> np.random.Generator:
     """Independent random numbers for each (seed, stream): Philox is a function of its key and a counter."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], np.uint64)))
-
-
-def stack_rows(rows: Sequence[Sequence[TokenizedExample]], length: int, *, left: bool = False) -> Batch:
-    """Write examples into rows one after another.
-
-    Args:
-        rows: Examples of each row; a row may be empty.
-        length: T; what examples do not fill is padding: zeros in every field.
-        left: Put the padding before the examples instead of after them.
-
-    Returns:
-        numpy Batch, [len(rows), length]. Segments count from 1 in each row, positions from 0 in each example.
-        The first token of an example has weight 0: nothing before it predicts it.
-
-    Raises:
-        ValueError: where the examples of a row are longer than it.
-    """
-    shape = (len(rows), length)
-    tokens, segments, positions, prompt_lengths = (np.zeros(shape, np.int32) for _ in range(4))
-    weights = np.zeros(shape, np.float32)
-    for r, row in enumerate(rows):
-        total = sum(map(len, row))
-        if total > length:
-            raise ValueError(f"row {r} (from {row[0].source}): {total} tokens do not fit a row of {length}")
-        at = length - total if left else 0
-        for segment, example in enumerate(row, 1):
-            span = slice(at, at + len(example))
-            tokens[r, span] = example.ids
-            segments[r, span] = segment
-            positions[r, span] = np.arange(len(example))
-            prompt_lengths[r, span] = example.prompt_length
-            weights[r, span] = example.weights
-            weights[r, at] = 0
-            at = span.stop
-    return Batch(tokens, segments, positions, prompt_lengths, weights)  # type: ignore[arg-type]  # numpy on the host

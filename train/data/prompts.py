@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from jaxsteer.rows import bucket_length, stack_rows
 from jaxsteer.types import Batch
 from train.data.examples import TokenizedExample
-from train.data.packing import stack_rows
 
 
 class PromptBatch(NamedTuple):
@@ -66,18 +66,3 @@ def prompt_batches(
         empty = rows - len(chosen)
         batch = stack_rows([[prompts[i]] for i in chosen] + [[] for _ in range(empty)], length, left=side == "left")
         yield PromptBatch(batch, np.array(chosen + [-1] * empty, np.int32))
-
-
-def bucket_length(length: int, smallest: int = 16) -> int:
-    """The next of smallest · (1, 1.5, 2, 3, 4, 6, 8, 12, ...): two shapes for each doubling of the length.
-
-    Args:
-        length: In tokens.
-        smallest: Even; the shortest length returned.
-    """
-    power = smallest
-    while True:
-        for bucket in (power, power + power // 2):
-            if length <= bucket:
-                return bucket
-        power *= 2

@@ -1,0 +1,94 @@
+"""Two evaluations of the same examples, compared example by example."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+
+from train.evaluation import Decoded, read_answers
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How the accuracy of one evaluation differs from another's on the same examples.
+
+    total                examples
+    difference           accuracy minus the other's
+    low, high            its 95 % interval, by the bootstrap over examples (percentiles)
+    only_here, only_there  examples that only one of the two has right
+    p                    McNemar's exact test: how likely so uneven a split of those is between equals
+    """
+
+    total: int
+    difference: float
+    low: float
+    high: float
+    only_here: int
+    only_there: int
+    p: float
+
+    def __str__(self) -> str:
+        """E.g. "+3.2 points (95 %: +0.4 to +6.0; McNemar p = 0.03; right only here 40, only there 24)"."""
+        points = f"{100 * self.difference:+.1f} points (95 %: {100 * self.low:+.1f} to {100 * self.high:+.1f}"
+        return f"{points}; McNemar p = {self.p:.2g}; right only here {self.only_here}, only there {self.only_there})"
+
+
+def compare(here: Sequence[bool], there: Sequence[bool], seed: int = 0) -> Paired:
+    """Compare scores of the same examples in the same order.
+
+    Raises:
+        ValueError: not two scores for each of at least one example.
+    """
+    if len(here) != len(there) or not len(here):
+        raise ValueError(f"compare: need two scores for each example, got {len(here)} and {len(there)}")
+    differences = np.asarray(here, float) - np.asarray(there, float)
+    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    low = high = float(differences[0])
+    if np.ptp(differences):
+        # Resampling examples is drawing how many of each kind of difference there are.
+        share = np.array([gained, lost, len(differences) - gained - lost]) / len(differences)
+        drawn = np.random.default_rng(seed).multinomial(len(differences), share, RESAMPLES)
+        low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / len(differences), (2.5, 97.5)).tolist()
+    p = scipy.stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return Paired(len(differences), float(differences.mean()), low, high, gained, lost, float(p))
+
+
+def compare_answers(here: Sequence[Decoded], there: Sequence[Decoded]) -> Paired:
+    """Compare answers to the same prompts, in whatever order.
+
+    Raises:
+        ValueError: the two do not hold the same examples.
+    """
+    key = lambda each: (each.source, each.prompt, str(each.gold))
+    first, second = sorted(here, key=key), sorted(there, key=key)
+    if [*map(key, first)] != [*map(key, second)]:
+        common = len({*map(key, first)} & {*map(key, second)})
+        raise ValueError(
+            f"the two evaluations must answer the same examples: {len(first)} here, {len(second)} there, {common} in "
+            "common (same source, prompt and gold answer); give both the same task, split, number and template"
+        )
+    return compare([each.correct for each in first], [each.correct for each in second])
+
+
+def find_answers(path: str | Path, name: str = "steered") -> list[Decoded]:
+    """Read an answers file, or the one of this name in a folder, its `evaluation` or above it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(path)
+    files = [f"{name}.jsonl", "answers.jsonl", "steered.jsonl", "base.jsonl"]
+    places = [folder / file for folder in (path, path / "evaluation") for file in dict.fromkeys(files)]
+    found = path if path.is_file() else next((each for each in places if each.is_file()), None)
+    if found is None:
+        raise ValueError(f"{path}: no answers there; expected a .jsonl file of train.evaluate, or a folder with one")
+    try:
+        return read_answers(found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{found}: not answers of train.evaluate ({error})") from None

@@ -1,0 +1,243 @@
+"""What steering keeps and what it breaks: `python -m train.robustness a/steering.safetensors b/steering.safetensors`.
+
+One table: each method's accuracy on its task, under perturbed prompts, and on a task that it was not trained on, and
+how far it moves the model's predictions on neutral text. Answers are kept; what is there already is not asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jaxsteer.divergence import kl_from_base
+from jaxsteer.io import LoadedModel, SteeringFile, load_steering
+from jaxsteer.models.transformer import Model
+from jaxsteer.types import Plan, Steering
+from train.answering import Answering, By, summary_of
+from train.config import MeshConfig, TrainConfig, load_config_file, run_main
+from train.data import Example, TokenizedExample, stack_rows
+from train.distributed import DistributedConfig, fetch, is_first, join
+from train.evaluate import EvaluateConfig, find_task
+from train.evaluation import Decoded, Normalise, accuracy_of
+from train.generate import load_steered, steered
+from train.machine import enable_compilation_cache
+from train.placement import Placement, place_on
+from train.report import percent
+from train.run_folder import write_json
+from train.scoring import Estimate, crossed_interval
+from train.tasks import Split, Task
+
+NEUTRAL = Path(__file__).with_name("neutral.txt")
+
+Perturbed = Callable[[Task, Split, Any, int], list[Example]]
+"""(task, split, kind, seed) -> the split's examples, each perturbed."""
+
+
+@dataclass(frozen=True)
+class RobustnessConfig:
+    """Steering files of one base model, on their task, perturbed, transferred, and on neutral text."""
+
+    steering: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Steering files (*.safetensors); the untouched model is always in the table."""
+    names: tuple[str, ...] = ()
+    """What they are called in the table; by default the names of their folders."""
+    model: str | None = None
+    """The base model; by default the one named in the first file."""
+    config: str | None = None
+    """A config file whose task is evaluated; by default the task of the first file's run."""
+    data: str | None = None
+    """A file of examples to evaluate instead, as in train.evaluate."""
+    transfer: str | None = None
+    """A config file whose task is a related one that was not trained on."""
+    perturb: tuple[str, ...] = ("typos", "casing")
+    """Kinds of perturbation: typos, casing, paraphrase, choices."""
+    split: Split = "test"
+    """Which examples of the tasks."""
+    examples: int = 512
+    """The most examples of each."""
+    rows: int = 64
+    """Prompts answered at a time."""
+    by: By = "generation"
+    """Let the model write its answer, or take the likeliest of the example's choices."""
+    normalise: Normalise = "none"
+    """What the log-likelihood of a choice is divided by: none, its tokens or its characters."""
+    neutral: str = str(NEUTRAL)
+    """A text file with a neutral text in each line; by default twenty short ones on everyday matters."""
+    seed: int = 0
+    """Of the perturbations."""
+    out: str = "runs/robustness"
+    """Folder for the answers and the table."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights and the compute."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How weights and prompts are spread over several devices."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How processes on several hosts find each other."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's line: its answers to each set of examples, and its divergence on neutral text, nats a token."""
+
+    name: str
+    answers: Mapping[str, Sequence[Decoded]]
+    divergence: Estimate
+
+
+def divergence(
+    loaded: LoadedModel,
+    place: Placement,
+    plan: Plan,
+    steering: Steering,
+    texts: Sequence[str],
+    *,
+    rows: int = 8,
+    length: int = 128,
+) -> Estimate:
+    """KL(base ‖ steered), nats a token, over texts, with a 95 % interval.
+
+    The second half of each text counts as completion, as if the first had been the prompt, and is what is measured: so
+    steering of prompts and of answers both show.
+
+    Args:
+        texts: at least 2. rows: at a time. length: texts are cut to so many tokens.
+
+    Raises:
+        ValueError: fewer than 2 texts of at least 4 tokens.
+    """
+    tokenised = []
+    for number, text in enumerate(texts, 1):
+        ids = np.asarray(loaded.tokenizer(text)["input_ids"][:length], np.int32)
+        half = len(ids) // 2
+        weights = (np.arange(len(ids)) >= half).astype(np.float32)
+        if len(ids) >= 4:
+            tokenised.append(TokenizedExample(ids, weights, half, f"neutral text {number}"))
+    if len(tokenised) < 2:
+        raise ValueError(f"neutral text: need at least 2 texts of 4 tokens or more, one a line; got {len(tokenised)}")
+    found: list[float] = []
+    with place.on_mesh():
+        model, params = Model(loaded.config, plan), place.copies(steering)
+        for start in range(0, len(tokenised), rows):
+            some = tokenised[start : start + rows]
+            batch = stack_rows([*([each] for each in some), *([] for _ in range(rows - len(some)))], length)
+            kl = fetch(kl_from_base(model, loaded.base, params, place.batch(batch)))
+            found += [float(each) for each in kl[: len(some)]]
+    return crossed_interval([found])
+
+
+def example_sets(
+    config: RobustnessConfig, task: Task, transferred: Task | None, perturbed: Perturbed
+) -> dict[str, tuple[Task, list[Example]]]:
+    """Each column's task and examples: as trained, perturbed in each way, transferred.
+
+    Raises:
+        ValueError: a set without examples.
+    """
+    sets = {"as trained": (task, task.load(config.split))}
+    sets |= {kind: (task, perturbed(task, config.split, kind, config.seed)) for kind in config.perturb}
+    if transferred is not None:
+        sets["transferred"] = (transferred, transferred.load(config.split))
+    for name, (_, examples) in sets.items():
+        if not examples:
+            raise ValueError(f"{name}: the task has no {config.split} examples")
+    return {name: (own, examples[: config.examples]) for name, (own, examples) in sets.items()}
+
+
+def measure(
+    config: RobustnessConfig,
+    asking: Answering,
+    methods: Mapping[str, tuple[Plan, Steering]],
+    sets: Mapping[str, tuple[Task, list[Example]]],
+) -> list[Row]:
+    """Every method on every set of examples and on the neutral text."""
+    texts = [line for line in Path(config.neutral).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = []
+    for name, (plan, steering) in methods.items():
+        folder = Path(config.out) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        answers = {}
+        for kind, (task, examples) in sets.items():
+            path, title = folder / f"{kind.replace(' ', '_')}.jsonl", f"{name}, {kind}"
+            answers[kind] = asking.answer(path, title, examples, task, plan, steering, reuse=True)
+        lines.append(Row(name, answers, divergence(asking.loaded, asking.place, plan, steering, texts)))
+    return lines
+
+
+def table_of(lines: Sequence[Row]) -> list[list[str]]:
+    """The table as text, its head first."""
+    kinds = list(lines[0].answers)
+    head = ["method", *(f"{kind}, n = {len(lines[0].answers[kind])}" for kind in kinds), "KL from base, nats a token"]
+    cells = lambda line: [percent(accuracy_of(line.answers[kind])) for kind in kinds]
+    kl = lambda e: f"{e.mean:.3g} ({max(0.0, e.low):.3g} to {e.high:.3g})"
+    return [head, *([line.name, *cells(line), kl(line.divergence)] for line in lines)]
+
+
+def read_methods(config: RobustnessConfig) -> dict[str, SteeringFile]:
+    """The steering files by their names in the table.
+
+    Raises:
+        ValueError: no files, not a name for each, or the same name twice.
+    """
+    if not config.steering:
+        raise ValueError("robustness: give at least one steering file")
+    if missing := [path for path in config.steering if not Path(path).is_file()]:
+        raise ValueError(f"{missing[0]}: no such steering file")
+    names = config.names or tuple(Path(path).resolve().parent.name for path in config.steering)
+    if len(names) != len(config.steering) or len({*names, "base"}) != len(names) + 1:
+        raise ValueError(
+            f"--names: need a different name, not 'base', for each of the {len(config.steering)} files; got {names}"
+        )
+    return {name: load_steering(path) for name, path in zip(names, config.steering, strict=True)}
+
+
+def main() -> None:
+    """Measure, print the table, and write it."""
+    config = tyro.cli(RobustnessConfig, prog="python -m train.robustness", description=__doc__)
+    join(config.distributed)
+    enable_compilation_cache()
+    from train.tasks.perturb import perturbed
+
+    files = read_methods(config)
+    place = place_on(config.mesh, config.rows)
+    loaded, first = load_steered(config.steering[0], config.model, config.dtype, place.base)
+    model_name = config.model or (first.model_name if first else "")
+    for path in config.steering[1:]:
+        load_steering(path, loaded.config)
+    task = find_task(EvaluateConfig("none", config=config.config, data=config.data), next(iter(files.values())).notes)
+    transferred = load_config_file(config.transfer, TrainConfig).task if config.transfer else None
+    sets = example_sets(config, task, transferred, perturbed)
+    asking = Answering(model_name, loaded, place, config.rows, config.by, config.normalise)
+    methods: dict[str, tuple[Plan, Steering]] = {"base": ((), {})}
+    methods |= {name: steered(file) for name, file in files.items()}
+    lines = measure(config, asking, methods, sets)
+    if not is_first():
+        return
+    text = table_of(lines)
+    table = Table(*text[0], title=f"{model_name}, 95 % intervals", title_justify="left")
+    for row in text[1:]:
+        table.add_row(*row)
+    Console().print(table)
+    out = Path(config.out)
+    rule = ["| " + " | ".join("---" for _ in text[0]) + " |"]
+    rows = ["| " + " | ".join(row) + " |" for row in text]
+    (out / "robustness.md").write_text("\n".join([rows[0], *rule, *rows[1:]]) + "\n", encoding="utf-8")
+    figures = {
+        line.name: {
+            "divergence": line.divergence._asdict(),
+            **{kind: summary_of(answers) for kind, answers in line.answers.items()},
+        }
+        for line in lines
+    }
+    write_json(out / "robustness.json", figures)
+    print(f"table and answers: {out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
