@@ -1,4 +1,4 @@
-"""The fine-tunings that docs/theory.md measures: LoRA on compact ListOps; `--plan --train-base --optim.lr 1e-4` for all weights."""
+"""The fine-tunings that docs/theory.md measures: LoRA; with `--plan --train-base --optim.lr 1e-4` all weights."""
 
 from jaxsteer.optim import OptimConfig
 from train.config import TrainConfig

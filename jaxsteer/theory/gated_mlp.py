@@ -8,9 +8,9 @@
     pre-MLP   δy = W_d J(x) δx,  J(x) δx = σ'(a_g) ⊙ a_u ⊙ W_g δx + σ(a_g) ⊙ W_u δx
     post-MLP  δy = what the steering adds
 
-Weights are one layer's of the base tree, {"gate" | "up" | "down": {"kernel": [in, out], and "bias" where there is one}};
-updates have the same form and may leave out what stays. The twin of each is one `jax.jvp` of `gated_mlp`. In families with
-a norm behind the MLP, y is the site `mlp.down`, before it.
+Weights are one layer's of the base tree, {"gate" | "up" | "down": {"kernel": [in, out], "bias": [out] if there is one}};
+updates have the same form and may leave out what stays. The twin of each is one `jax.jvp` of `gated_mlp`. In families
+with a norm behind the MLP, y is the site `mlp.down`, before it.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def adapter_shift(
 ) -> Array:
     """α (ΔU act(D y) + U (act'(D y) ⊙ ΔD y)): what low-rank steering adds to y [..., D] when (D, U) change.
 
-    Post-MLP, with y the MLP's output, this is the shift itself; pre-MLP it is the δx of `pre_mlp_shift`. At U = 0, where
-    training starts, only the first term is there.
+    Post-MLP, with y the MLP's output, this is the shift itself; pre-MLP it is the δx of `pre_mlp_shift`. At U = 0,
+    where training starts, only the first term is there.
 
     Args:
         p, delta: {"D": [R, D], "U": [D, R]}.
@@ -111,7 +111,7 @@ SLOPES: dict[str, Callable[[Array], Array]] = {
     "relu": lambda a: (a > 0).astype(a.dtype),
     "tanh": lambda a: 1 - jnp.square(jnp.tanh(a)),
 }
-"""σ' of the MLP's and of the steering's activations."""
+"""The derivatives of the MLP's and of the steering's activations."""
 
 
 def _gated(weights: Weights, x: Array, activation: str) -> Array:

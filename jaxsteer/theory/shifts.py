@@ -168,7 +168,7 @@ def reach(scales: Array, share: Array, level: float = 0.9) -> Array:
 
 
 def log_slope(scales: Array, sizes: Array) -> Array:
-    """The least-squares slope of log sizes over log scales: the power at which sizes grow. [S] and [S, ...] -> [...]."""
+    """The least-squares slope of log sizes over log scales, the power at which they grow: [S] and [S, ...] -> [...]."""
     x = jnp.log(jnp.asarray(scales))
     x = x - jnp.mean(x)
     return jnp.einsum("s,s...->...", x, jnp.log(jnp.asarray(sizes)).astype(x.dtype)) / jnp.vdot(x, x)

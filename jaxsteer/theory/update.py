@@ -91,7 +91,7 @@ def _fill(part: Any, whole: Any) -> Any:
 
 
 def _check(tree: Params, at: Params, what: str, *, whole: bool) -> None:
-    """Raise ValueError where `tree` has a leaf that `at` has not, one of another shape or, if it must be whole, too few."""
+    """Raise ValueError where `tree` has a leaf that `at` lacks, one of another shape or, if it must be whole, too few."""
     leaves = lambda t: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
     got, there = leaves(tree), leaves(at)
     if strange := sorted(set(got) - set(there)):

@@ -7,7 +7,18 @@ import pytest
 from tiny import close, fast_jit, layouts, random_steering, slot_of, supervised_batch
 
 from jaxsteer import LoRA, Model, ModelConfig, Params, Slot, init_base
-from jaxsteer.theory import Remainders, difference, energy, explained, first_order, higher_order, merged, reach, remainders, shift
+from jaxsteer.theory import (
+    Remainders,
+    difference,
+    energy,
+    explained,
+    first_order,
+    higher_order,
+    merged,
+    reach,
+    remainders,
+    shift,
+)
 from jaxsteer.theory.shifts import log_slope
 from jaxsteer.types import SITES
 
@@ -34,7 +45,9 @@ def noise(tree, seed, scale):
 
 @pytest.fixture(scope="module")
 def base():
-    base = jax.tree.map(lambda leaf: np.asarray(leaf) * 2, fast_jit(init_base, static_argnums=0)(SMALL, jax.random.key(0)))
+    base = jax.tree.map(
+        lambda leaf: np.asarray(leaf) * 2, fast_jit(init_base, static_argnums=0)(SMALL, jax.random.key(0))
+    )
     return base | {"embed": {"embedding": base["embed"]["embedding"] * 25}}  # next to a small one all would bend early
 
 
@@ -132,7 +145,9 @@ def test_composes_with_grad_and_vmap(at, batch):
     updates = [noise(Params({}, at.steering), seed, 0.02) for seed in (1, 2)]
 
     def size(update):
-        bent = jax.tree.map(jnp.subtract, shift(model, at, update, batch, block), first_order(model, at, update, batch, block))
+        bent = jax.tree.map(
+            jnp.subtract, shift(model, at, update, batch, block), first_order(model, at, update, batch, block)
+        )
         return energy(bent, batch)["block"].sum()
 
     @fast_jit
@@ -196,15 +211,15 @@ def test_bad_input_is_refused(at, batch):
         first_order(model, at, Params(wide, {}), batch, block)
     with pytest.raises(ValueError, match="one architecture"):
         difference(Params(wide, {}), Params(at.base, {}))
-    with pytest.raises(ValueError, match="lacks.*blocks"):
+    with pytest.raises(ValueError, match=r"lacks.*blocks"):
         difference(Params({"embed": at.base["embed"]}, {}), Params(at.base, {}))
-    with pytest.raises(ValueError, match="router.*has not"):
+    with pytest.raises(ValueError, match=r"router.*has not"):
         shift(model, at, Params({"blocks": {"router": np.zeros(3)}}, {}), batch, block)
     with pytest.raises(ValueError, match="changes nothing"):
         shift(model, at, Params(None, {}), batch, block)
     with pytest.raises(ValueError, match=r"\['s'\] cannot be merged"):
         merged(PLAN, at.base, at.steering)
-    with pytest.raises(ValueError, match="'cudnn'.*forward-mode"):
+    with pytest.raises(ValueError, match=r"'cudnn'.*forward-mode"):
         shift(Model(SMALL, PLAN, attention="cudnn"), at, update, batch, block)
     one = np.ones(1)
     with pytest.raises(ValueError, match="order 2"):
