@@ -1,4 +1,4 @@
-"""Weight updates as activation shifts, measured on any model: pure functions that compose with JAX's transformations."""
+"""Weight updates as activation shifts, on any model: pure functions that compose with JAX's transformations."""
 
 from jaxsteer.theory.curvature import (
     dense,
@@ -18,7 +18,7 @@ from jaxsteer.theory.gated_mlp import (
 )
 from jaxsteer.theory.shifts import Remainders, energy, explained, first_order, higher_order, reach, remainders, shift
 from jaxsteer.theory.tangent import tangent_forward, tangent_logits, tangent_loss
-from jaxsteer.theory.update import difference, merged
+from jaxsteer.theory.update import difference, merged, written
 
 __all__ = [
     "Remainders",
@@ -46,4 +46,5 @@ __all__ = [
     "tangent_logits",
     "tangent_loss",
     "up_shift",
+    "written",
 ]

@@ -8,7 +8,7 @@
     pre-MLP   δy = W_d J(x) δx,  J(x) δx = σ'(a_g) ⊙ a_u ⊙ W_g δx + σ(a_g) ⊙ W_u δx
     post-MLP  δy = what the steering adds
 
-Weights are one layer's of the base tree, {"gate" | "up" | "down": {"kernel": [in, out], "bias": [out] if there is one}};
+Weights are one layer's of the base tree, {"gate" | "up" | "down": {"kernel": [in, out], "bias": [out] if any}};
 updates have the same form and may leave out what stays. The twin of each is one `jax.jvp` of `gated_mlp`. In families
 with a norm behind the MLP, y is the site `mlp.down`, before it.
 """

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxsteer.models.transformer import Model, forward
 from jaxsteer.optim import Params, merge
@@ -97,7 +98,7 @@ def higher_order(
 
 
 def remainders(
-    model: Model, at: Params, update: Params, batch: Batch, terms: Sequence[Taps], scales: Array
+    model: Model, at: Params, update: Params, batch: Batch, terms: Sequence[Taps], scales: ArrayLike
 ) -> Remainders:
     """How much of the shift the expansion leaves unexplained, order by order, at each scale of the update.
 
@@ -121,9 +122,9 @@ def remainders(
             left.append(energy(rest, batch))
         return whole, jax.tree.map(lambda *each: jnp.stack(each), *left)
 
-    scales = jnp.asarray(scales)
-    whole, left = jax.lax.map(at_scale, scales)
-    return Remainders(scales, whole, jax.tree.map(lambda e: e.swapaxes(0, 1), left))
+    factors = jnp.asarray(scales)
+    whole, left = jax.lax.map(at_scale, factors)
+    return Remainders(factors, whole, jax.tree.map(lambda e: e.swapaxes(0, 1), left))
 
 
 def energy(taps: Taps, batch: Batch) -> dict[str, Array]:
@@ -150,24 +151,23 @@ def explained(found: Remainders, order: int = 1) -> dict[str, Array]:
     return {site: 1 - found.remainder[site][order - 1] / found.shift[site] for site in found.shift}
 
 
-def reach(scales: Array, share: Array, level: float = 0.9) -> Array:
+def reach(scales: ArrayLike, share: ArrayLike, level: float = 0.9) -> Array:
     """The scale up to which a share stays at `level` or above, interpolated on a log axis. [S] and [S, ...] -> [...].
 
     inf where it stays so on all scales, 0 where the smallest scale is below already.
     """
-    scales, share = jnp.asarray(scales), jnp.asarray(share)
-    low = ~(share >= level)
+    shares, log = jnp.asarray(share), jnp.log(jnp.asarray(scales))
+    low = ~(shares >= level)
     first = jnp.argmax(low, axis=0)
-    pick = lambda index: jnp.take_along_axis(share, index[None], axis=0)[0]
+    pick = lambda index: jnp.take_along_axis(shares, index[None], axis=0)[0]
     before = jnp.maximum(first - 1, 0)
     high, under = pick(before), pick(first)
     way = (high - level) / jnp.where(high > under, high - under, 1)
-    log = jnp.log(scales)
     crossing = jnp.exp(log[before] + way * (log[first] - log[before]))
     return jnp.where(jnp.any(low, axis=0), jnp.where(first == 0, 0.0, crossing), jnp.inf)
 
 
-def log_slope(scales: Array, sizes: Array) -> Array:
+def log_slope(scales: ArrayLike, sizes: ArrayLike) -> Array:
     """The least-squares slope of log sizes over log scales, the power at which they grow: [S] and [S, ...] -> [...]."""
     x = jnp.log(jnp.asarray(scales))
     x = x - jnp.mean(x)

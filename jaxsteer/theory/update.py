@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.optim import Params
-from jaxsteer.steering import fold
+from jaxsteer.steering import fold, with_leaf
 from jaxsteer.types import Array, Plan, PyTree, Steering
 
 _is_none = lambda leaf: leaf is None
@@ -48,6 +48,25 @@ def merged(plan: Plan, base: PyTree, steering: Steering) -> Params:
             "all tokens; use their steering trees as the update instead, see `difference`"
         )
     return difference(Params(after, {}), Params(wide, {}))
+
+
+def written(plan: Plan, base: PyTree, steering: Steering) -> tuple[Params, Params]:
+    """(θ, δ) from steering switched off to steering as it is: δ is what its methods write with (U, B, v).
+
+    At θ these are zero, so it is the plain model; what they read with stays, or U D would begin at order two.
+
+    Raises:
+        ValueError: a slot whose method names nothing that it writes with.
+    """
+    off = steering
+    for slot in plan:
+        if not slot.method.writes:
+            raise ValueError(f"slot {slot.name!r}: its method names no parameters that it writes with")
+        for site in slot.sites:
+            for name, _ in slot.method.writes:
+                off = with_leaf(off, (slot.name, site, name), jnp.zeros_like(steering[slot.name][site][name]))
+    at = Params(base, off)
+    return at, difference(Params(base, steering), at)
 
 
 def complete(update: Params, at: Params) -> Params:
@@ -91,7 +110,7 @@ def _fill(part: Any, whole: Any) -> Any:
 
 
 def _check(tree: Params, at: Params, what: str, *, whole: bool) -> None:
-    """Raise ValueError where `tree` has a leaf that `at` lacks, one of another shape or, if it must be whole, too few."""
+    """Raise ValueError where `tree` has a leaf that `at` lacks, one of another shape, or (if whole) too few."""
     leaves = lambda t: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
     got, there = leaves(tree), leaves(at)
     if strange := sorted(set(got) - set(there)):
