@@ -121,8 +121,9 @@ def plot_lines(path: str | Path, panels: Sequence[Panel], *, title: str = "") ->
     shared = len({panel.xlabel for panel in panels}) == 1
     figure, axes = _figure(len(panels), title, height=0.6 + 3.2 * len(panels), ratios=(1,) * len(panels), shared=shared)
     for axis, panel in zip(axes, panels, strict=True):
-        for index, (label, (x, y)) in enumerate(panel.series.items()):
-            guide = label.startswith("_")
+        labels = [label for label in panel.series if not label.startswith("_")]
+        for label, (x, y) in panel.series.items():
+            guide, index = label.startswith("_"), labels.index(label) if label in labels else 0
             axis.plot(
                 np.asarray(x, float),
                 np.asarray(y, float),
@@ -144,7 +145,7 @@ def plot_lines(path: str | Path, panels: Sequence[Panel], *, title: str = "") ->
             axis.set_xlabel(panel.xlabel)
         if panel.title:
             axis.set_title(panel.title, fontsize=11, color=_INK, loc="left")
-        if sum(not label.startswith("_") for label in panel.series) > 1:
+        if len(labels) > 1:
             _legend(axis)
     _save(figure, path)
 

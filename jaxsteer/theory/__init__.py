@@ -18,7 +18,7 @@ from jaxsteer.theory.gated_mlp import (
 )
 from jaxsteer.theory.shifts import Remainders, energy, explained, first_order, higher_order, reach, remainders, shift
 from jaxsteer.theory.tangent import tangent_forward, tangent_logits, tangent_loss
-from jaxsteer.theory.update import difference, merged, written
+from jaxsteer.theory.update import difference, merged, only_layer, written
 
 __all__ = [
     "Remainders",
@@ -37,6 +37,7 @@ __all__ = [
     "higher_order",
     "merged",
     "mlp_shift",
+    "only_layer",
     "per_example_gradients",
     "pre_mlp_shift",
     "reach",

@@ -69,6 +69,23 @@ def written(plan: Plan, base: PyTree, steering: Steering) -> tuple[Params, Param
     return at, difference(Params(base, steering), at)
 
 
+def only_layer(update: Params, layer: Array | int) -> Params:
+    """The update of one block's weights alone; everything before that block stays as it was.
+
+    Raises:
+        ValueError: it changes no weights of the blocks.
+    """
+    blocks = (update.base or {}).get("blocks")
+    if not jax.tree.leaves(blocks):
+        raise ValueError("the update changes no weights of the blocks, so it has no part that is one layer's")
+
+    def keep(leaf: Array) -> Array:
+        here = jnp.arange(leaf.shape[0]) == layer
+        return jnp.where(here.reshape((-1,) + (1,) * (leaf.ndim - 1)), leaf, jnp.zeros_like(leaf))
+
+    return Params({"blocks": jax.tree.map(keep, blocks)}, {})
+
+
 def complete(update: Params, at: Params) -> Params:
     """The update in the form of `at`: None for what it leaves out, each leaf in the dtype of the one it changes.
 
