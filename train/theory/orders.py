@@ -61,8 +61,8 @@ class Orders:
     """The largest."""
     level: float = 0.9
     """The share, 1 - |shift - first order|² / |shift|², whose loss is looked for."""
-    local: bool = True
-    """Measure each layer's own update too, in float32."""
+    local_every: int = 3
+    """Measure the own update of every so many layers too, in float32; 0 = of none."""
     rows: int = 2
     """Rows of a batch."""
     length: int = 96
@@ -100,8 +100,9 @@ class Orders:
         loaded = load(config.model, "float32")
         batches = held_out(config, loaded, rows=self.rows, length=self.length, batches=self.batches)
         subjects = [read_subject(path, loaded) for path in self.tuned]
-        weights = [self.local and bool(jax.tree.leaves(subject.update.base)) for subject in subjects]
-        own = loaded.config.layers * (3 + len(self.local_scales))
+        weights = [self.local_every > 0 and bool(jax.tree.leaves(subject.update.base)) for subject in subjects]
+        layers = range(0, loaded.config.layers, self.local_every or 1)
+        own = len(layers) * (3 + len(self.local_scales))
         whole = 2**self.order + len(self.scales) + -(-len(self.scales) // TOGETHER)
         data: dict[str, Any] = {"model": config.model, "level": self.level, "tokens": self.rows * self.length}
         with progress(self.batches * (len(subjects) * whole + sum(weights) * own), "Forward passes") as bar:
@@ -115,13 +116,11 @@ class Orders:
             for subject, has_own in zip(subjects, weights, strict=True):
                 with jax.enable_x64(True) if self.dtype == "float64" else nullcontext():
                     found = added([self._expand(subject, batch, advance) for batch in batches])
-                    data[subject.name] = {"whole": self._summary(found)}
+                    data[subject.name] = {"whole": self._summary(found, range(loaded.config.layers))}
                     self._draw_remainders(found, subject.name, config.model)
                 if has_own:
-                    found = added(
-                        [self._each_layer(subject, batch, loaded.config.layers, advance) for batch in batches]
-                    )
-                    data[subject.name]["local"] = self._summary(found)
+                    found = added([self._each_layer(subject, batch, layers, advance) for batch in batches])
+                    data[subject.name]["local"] = self._summary(found, layers)
         self._report(data)
 
     def _expand(self, subject: Subject, batch: Batch, advance: Advance) -> Remainders:
@@ -139,7 +138,7 @@ class Orders:
         whole = jax.tree.map(join(0), *[part.shift for part in parts])
         return Remainders(jnp.asarray(self.scales), whole, jax.tree.map(join(1), *[part.remainder for part in parts]))
 
-    def _each_layer(self, subject: Subject, batch: Batch, layers: int, advance: Advance) -> Remainders:
+    def _each_layer(self, subject: Subject, batch: Batch, layers: Sequence[int], advance: Advance) -> Remainders:
         """Of each layer's own update, at that layer, first order only."""
 
         @jax.jit
@@ -151,19 +150,20 @@ class Orders:
             return Remainders(found.scales, jax.tree.map(here, found.shift), jax.tree.map(here, found.remainder))
 
         parts = []
-        for layer in range(layers):
+        for layer in layers:
             parts.append(jax.device_get(measure(subject.at, subject.update, jnp.asarray(layer))))
             advance(3 + len(self.local_scales))
         stack = lambda *each: np.stack(each, axis=-1)
         whole = jax.tree.map(stack, *[part.shift for part in parts])
         return Remainders(parts[0].scales, whole, jax.tree.map(stack, *[part.remainder for part in parts]))
 
-    def _summary(self, found: Remainders) -> dict[str, Any]:
+    def _summary(self, found: Remainders, layers: Sequence[int]) -> dict[str, Any]:
         """Shares [S][L], the scale that each order reaches [L] (None = beyond all), slopes [L]; by order and site."""
         orders = range(1, next(iter(found.remainder.values())).shape[0] + 1)
         shares = {str(k): {s: np.asarray(v) for s, v in explained(found, k).items()} for k in orders}
         far = lambda share: [float(v) if np.isfinite(v) else None for v in reach(found.scales, share, self.level)]
         return {
+            "layers": list(layers),
             "scales": np.asarray(found.scales).tolist(),
             "share": {k: {site: v.tolist() for site, v in by.items()} for k, by in shares.items()},
             "reach": {k: {site: far(v) for site, v in by.items()} for k, by in shares.items()},
@@ -203,7 +203,7 @@ class Orders:
                 means = {site: (scales, np.clip(np.median(v, axis=1), 0, 1)) for site, v in first.items()}
                 share.append(Panel(means, "scale of the update", "share explained", title, "x", self.level))
                 reached = {s: [scales[-1] if v is None else v for v in far] for s, far in found["reach"]["1"].items()}
-                lines = {site: (np.arange(len(v)), v) for site, v in reached.items()}
+                lines = {site: (found["layers"], v) for site, v in reached.items()}
                 reaching.append(Panel(lines, "layer", "scale reached", title, "y", 1.0))
                 one = scales.index(1.0)
                 print_facts(
