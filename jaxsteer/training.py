@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -53,6 +54,7 @@ def train_step(
     tx: optax.GradientTransformation,
     orthogonality: Orthogonality = Orthogonality("none"),  # noqa: B008  # frozen
     skip_nonfinite: bool = False,
+    loss: Callable[..., Array] = supervised_loss,
 ) -> tuple[TrainState, Metrics]:
     """Update the trained leaves on one batch: L = Σ weight · nll / Σ weight + penalties.
 
@@ -76,19 +78,19 @@ def train_step(
     def share_of_loss(params: Params, micro: Batch, index: Array) -> Array:
         whole = merge(params, frozen)
         own = jax.random.fold_in(key, index)
-        loss = supervised_loss(model, whole.base, whole.steering, micro, own, train=True)
-        return loss / total.astype(loss.dtype)
+        value = loss(model, whole.base, whole.steering, micro, own, train=True)
+        return value / total.astype(value.dtype)
 
     def accumulate(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-        loss, grads = jax.value_and_grad(share_of_loss)(state.params, *xs)
-        return jax.tree.map(jnp.add, carry, (loss.astype(jnp.float32), grads)), None
+        value, grads = jax.value_and_grad(share_of_loss)(state.params, *xs)
+        return jax.tree.map(jnp.add, carry, (value.astype(jnp.float32), grads)), None
 
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
     indices = jnp.arange(batch.tokens.shape[0])
     if batch.tokens.shape[0] == 1:
-        (loss, grads), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], (batch, indices)))
+        (value, grads), _ = accumulate(zeros, jax.tree.map(lambda x: x[0], (batch, indices)))
     else:
-        (loss, grads), _ = jax.lax.scan(accumulate, zeros, (batch, indices))
+        (value, grads), _ = jax.lax.scan(accumulate, zeros, (batch, indices))
 
     def penalties(params: Params) -> Array:
         whole = merge(params, frozen)
@@ -105,11 +107,11 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     norm = optax.tree.norm(grads)
     if skip_nonfinite:
-        good = jnp.isfinite(loss) & jnp.isfinite(extra) & jnp.isfinite(norm)
+        good = jnp.isfinite(value) & jnp.isfinite(extra) & jnp.isfinite(norm)
         old, new = (state.params, state.opt_state), (params, opt_state)
         params, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
     whole = merge(params, frozen)
     shared = overlap(model.plan, whole.steering, orthogonality, write_scales(model.config, whole.base))
-    metrics = Metrics(loss, extra, norm, total_weight(batch), tokens, shared)
+    metrics = Metrics(value, extra, norm, total_weight(batch), tokens, shared)
     return TrainState(params, opt_state, state.step + 1, state.key), metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
 
 # Okabe and Ito's palette, told apart by colour-blind readers; markers tell the lines apart in grey too.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -82,6 +84,69 @@ def plot_by_layer(path: str | Path, series: Mapping[str, Sequence[float]], *, yl
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 1:
         _legend(axis)
+    _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the panels of `plot_lines`.
+
+    series  (x, y) of each line by its label; NaN leaves a gap, a label that begins with "_" stays out of the legend
+    xlabel, ylabel, title  what stands there
+    log     which axes are logarithmic: "", "x", "y" or "xy"
+    level   a dashed line across
+    """
+
+    series: Mapping[str, tuple[ArrayLike, ArrayLike]]
+    xlabel: str
+    ylabel: str
+    title: str = ""
+    log: str = ""
+    level: float | None = None
+
+
+def plot_lines(path: str | Path, panels: Sequence[Panel], *, title: str = "") -> None:
+    """Draw panels of lines below one another.
+
+    Args:
+        path: of the PNG; its folder exists.
+        panels: what is drawn.
+        title: above the figure.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    if not any(np.size(x) for panel in panels for x, _ in panel.series.values()):
+        raise ValueError(f"{path}: nothing to draw, every series is empty")
+    shared = len({panel.xlabel for panel in panels}) == 1
+    figure, axes = _figure(len(panels), title, height=0.6 + 3.2 * len(panels), ratios=(1,) * len(panels), shared=shared)
+    for axis, panel in zip(axes, panels, strict=True):
+        labels = [label for label in panel.series if not label.startswith("_")]
+        for label, (x, y) in panel.series.items():
+            guide, index = label.startswith("_"), labels.index(label) if label in labels else 0
+            axis.plot(
+                np.asarray(x, float),
+                np.asarray(y, float),
+                color=_GREY if guide else _COLORS[index % len(_COLORS)],
+                marker="" if guide else _MARKERS[index % len(_MARKERS)],
+                linestyle=":" if guide else ("-", "--")[index // len(_COLORS) % 2],
+                markersize=4,
+                linewidth=1.0 if guide else 1.6,
+                label=label,
+            )
+        if "x" in panel.log:
+            axis.set_xscale("log")
+        if "y" in panel.log:
+            axis.set_yscale("log")
+        if panel.level is not None:
+            axis.axhline(panel.level, color=_GREY, linestyle="--", linewidth=1.0)
+        axis.set_ylabel(panel.ylabel)
+        if panel is panels[-1] or not shared:
+            axis.set_xlabel(panel.xlabel)
+        if panel.title:
+            axis.set_title(panel.title, fontsize=11, color=_INK, loc="left")
+        if len(labels) > 1:
+            _legend(axis)
     _save(figure, path)
 
 
@@ -223,10 +288,12 @@ def _draw_accuracy(axis: Axes, points: np.ndarray) -> None:
     )
 
 
-def _figure(panels: int, title: str, *, height: float, ratios: Sequence[int]) -> tuple[Figure, list[Axes]]:
+def _figure(
+    panels: int, title: str, *, height: float, ratios: Sequence[int], shared: bool = True
+) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(8.0, height), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(panels, 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": list(ratios)})
+    grid = figure.subplots(panels, 1, sharex=shared, squeeze=False, gridspec_kw={"height_ratios": list(ratios)})
     axes = list(grid[:, 0])
     if title:
         figure.suptitle(title, fontsize=13, color=_INK)
