@@ -55,7 +55,7 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     busy for a while slows both.
     """
     loaded = load(config.model, config.dtype)
-    plan = parse_plan(config.plan, loaded.config.layers)
+    plan = parse_plan(config.plan, loaded.config)
     model = Model(loaded.config, plan)
     steering = init_steering(plan, loaded.config, jax.random.key(0), base=loaded.base)
     prompts = _prompts(config, loaded.tokenizer)
