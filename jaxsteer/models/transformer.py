@@ -148,17 +148,41 @@ def forward(
             "they must be the same"
         )
 
-    span = Span(batch.segments, batch.positions)
-    inputs_of = layer_inputs(config, span)
-    masks = {slot.name: select(slot.positions, batch) for slot in plan}
-    stream = ("rows", "sequence" if model.split_sequence else None, None)
-    per_layer = _spread(plan, steering, config.layers)
+    per_layer = spread(plan, steering, config.layers)
     if cache is not None:
         at = (0, cache.used)
         cache = cache._replace(
             segments=lax.dynamic_update_slice(cache.segments, batch.segments, at),
             positions=lax.dynamic_update_slice(cache.positions, batch.positions, at),
         )
+
+    block = block_function(model, batch, capture=capture, key=key, train=train)
+    h = embed(model, base, batch)
+    (h, cache), taps = _scan_blocks(model, block, base["blocks"], (h, cache), per_layer)
+    hidden: Array = RMSNorm(config.norm_eps, config.norm_plus_one).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
+    if cache is not None:
+        cache = cache._replace(used=cache.used + batch.tokens.shape[1])
+    return Output(hidden, cache, taps)
+
+
+def embed(model: Model, base: PyTree, batch: Batch) -> Array:
+    """The residual stream [B, T, D] that the first block reads."""
+    h: Array = Embed(model.config).apply({"params": base["embed"]}, batch.tokens)  # type: ignore[assignment]
+    return constrain(h, *_stream(model))
+
+
+def block_function(
+    model: Model, batch: Batch, *, capture: Sequence[str] = (), key: Array | None = None, train: bool = False
+) -> Callable[[PyTree, tuple[Array, Cache | None], Array, Steering | None], tuple[tuple[Array, Cache | None], Taps]]:
+    """One block as a function (weights, (h, cache), layer, p) -> ((h, cache), taps): what `forward` scans.
+
+    weights are one layer's of `base["blocks"]`, h [B, T, D] is the stream that the block reads, and p one layer's
+    slices of `spread(plan, steering, layers)`, or None to steer nothing. What all layers share is computed here, once.
+    The arguments are those of `forward`.
+    """
+    config, plan = model.config, model.plan
+    inputs_of = layer_inputs(config, Span(batch.segments, batch.positions))
+    masks = {slot.name: select(slot.positions, batch) for slot in plan}
 
     def block(weights: PyTree, state: tuple, layer: Array, p: Steering | None) -> tuple[tuple, Taps]:
         h, cache = state
@@ -175,14 +199,13 @@ def forward(
 
         at = None if cache is None else LayerCache(cache, layer)
         h, at = Block(config, model.attention).apply({"params": weights}, h, inputs_of(layer), at, steer)  # type: ignore[assignment]
-        return (constrain(h, *stream), None if at is None else at.cache), taps
+        return (constrain(h, *_stream(model)), None if at is None else at.cache), taps
 
-    h = constrain(Embed(config).apply({"params": base["embed"]}, batch.tokens), *stream)  # type: ignore[arg-type]
-    (h, cache), taps = _scan_blocks(model, block, base["blocks"], (h, cache), per_layer)
-    hidden: Array = RMSNorm(config.norm_eps, config.norm_plus_one).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
-    if cache is not None:
-        cache = cache._replace(used=cache.used + batch.tokens.shape[1])
-    return Output(hidden, cache, taps)
+    return block
+
+
+def _stream(model: Model) -> tuple[str | None, ...]:
+    return ("rows", "sequence" if model.split_sequence else None, None)
 
 
 def _scan_blocks(
@@ -219,16 +242,16 @@ def _scan_blocks(
     return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), below, above)
 
 
-def _spread(plan: Plan, steering: Steering, layers: int) -> Steering:
+def spread(plan: Plan, steering: Steering, layers: int) -> Steering:
     """Scatter each slot's active layers into [L, ...] zeros; zeros are the identity, so the others stay as they are."""
 
-    def spread(leaf: Array, active: tuple[int, ...]) -> Array:
+    def put(leaf: Array, active: tuple[int, ...]) -> Array:
         if len(active) == layers:
             return leaf
         return jnp.zeros((layers, *leaf.shape[1:]), leaf.dtype).at[jnp.array(active)].set(leaf)
 
     return {
-        slot.name: jax.tree.map(lambda leaf, s=slot: spread(leaf, s.active_layers(layers)), steering[slot.name])
+        slot.name: jax.tree.map(lambda leaf, s=slot: put(leaf, s.active_layers(layers)), steering[slot.name])
         for slot in plan
     }
 
