@@ -95,7 +95,7 @@ def test_the_targets_spectrum(tokens, factor):
 
 
 def test_memory_does_not_grow_with_the_tokens():
-    """10 thousand and 100 thousand tokens: the same arrays are alive, of the same sizes, and the same programs ran."""
+    """10 thousand and 100 thousand tokens: the same arrays are alive, of the same sizes."""
 
     @fast_jit
     def take(factor, sample, number):
@@ -120,7 +120,6 @@ def test_memory_does_not_grow_with_the_tokens():
     alive(1)
     few, many = alive(10), alive(100)
     assert many == few > 0
-    assert take._cache_size() == 1
 
 
 def test_a_sample_is_uniform():
