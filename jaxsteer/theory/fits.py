@@ -247,6 +247,15 @@ def fit_nonlinear(
     return Fit(read, write_of(best)[1].T, jnp.zeros(factor.n_out, read.dtype))
 
 
+def unexplained_nonlinear(sample: Sample, found: Fit, activation: str) -> Array:
+    """Σ‖y − U act(D x)‖² / Σ‖y‖² over a sample. Scalar."""
+    read = ACTIVATION_FUNCTIONS[activation](jnp.matmul(sample.x, found.read.T, precision=HIGHEST))
+    there = (sample.priority > -jnp.inf)[:, None]
+    left = jnp.where(there, sample.y - jnp.matmul(read, found.write.T, precision=HIGHEST), 0)
+    whole = jnp.sum(jnp.where(there, sample.y, 0) ** 2)
+    return jnp.sum(left**2) / jnp.maximum(whole, jnp.finfo(whole.dtype).tiny)
+
+
 def _triangle(rows: Array) -> Array:
     return jnp.linalg.qr(rows, mode="r")
 
