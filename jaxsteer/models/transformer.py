@@ -152,13 +152,47 @@ def forward(
             "they must be the same"
         )
 
-    span = Span(batch.segments, batch.positions)
-    inputs_of = layer_inputs(config, span)
-    masks = {slot.name: select(slot.positions, batch) for slot in plan}
-    stream = ("rows", "sequence" if model.split_sequence else None, None)
-    per_layer = _spread(plan, steering, config.layers)
+    per_layer = spread(plan, steering, config.layers)
+    block = block_function(model, batch, cache=cache, keep_cache=keep_cache, capture=capture, key=key, train=train)
+    h, (taps, new) = _scan_blocks(model, block, base["blocks"], embed(model, base, batch), per_layer)
+    hidden: Array = norm_of(config).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
+    if cache is not None:
+        cache = _append(cache, new, batch)
+    elif keep_cache:
+        cache = Cache(new.k, new.v, batch.segments, batch.positions, jnp.int32(batch.tokens.shape[1]))
+    return Output(hidden, cache, taps)
 
-    def block(weights: PyTree, h: Array, layer: Array, p: Steering | None) -> tuple[Array, PyTree]:
+
+def embed(model: Model, base: PyTree, batch: Batch) -> Array:
+    """The residual stream [B, T, D] that the first block reads."""
+    h: Array = Embed(model.config).apply({"params": base["embed"]}, batch.tokens, batch.positions)  # type: ignore[assignment]
+    return constrain(h, *_stream(model))
+
+
+BlockFunction = Callable[[PyTree, Array, Array, Steering | None], tuple[Array, tuple[Taps, KeysValues | None]]]
+
+
+def block_function(
+    model: Model,
+    batch: Batch,
+    *,
+    cache: Cache | None = None,
+    keep_cache: bool = False,
+    capture: Sequence[str] = (),
+    key: Array | None = None,
+    train: bool = False,
+) -> BlockFunction:
+    """One block as a function (weights, h, layer, p) -> (h, (taps, keys and values)): what `forward` scans.
+
+    weights are one layer's of `base["blocks"]`, h [B, T, D] is the stream that the block reads, and p one layer's
+    slices of `spread(plan, steering, layers)`, or None to steer nothing. Keys and values are None where no cache is to
+    have them. What all layers share is computed here, once. The arguments are those of `forward`.
+    """
+    config, plan = model.config, model.plan
+    inputs_of = layer_inputs(config, Span(batch.segments, batch.positions))
+    masks = {slot.name: select(slot.positions, batch) for slot in plan}
+
+    def block(weights: PyTree, h: Array, layer: Array, p: Steering | None) -> Any:
         taps: Taps = {}
 
         def steer(site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None) -> Array:
@@ -172,16 +206,13 @@ def forward(
 
         at = None if cache is None else LayerCache(cache, layer)
         h, new = Block(config, model.attention).apply({"params": weights}, h, inputs_of(layer), at, steer)
-        return constrain(h, *stream), (taps, new if keep_cache or cache is not None else None)
+        return constrain(h, *_stream(model)), (taps, new if keep_cache or cache is not None else None)
 
-    h = constrain(Embed(config).apply({"params": base["embed"]}, batch.tokens, batch.positions), *stream)  # type: ignore[arg-type]
-    h, (taps, new) = _scan_blocks(model, block, base["blocks"], h, per_layer)
-    hidden: Array = norm_of(config).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
-    if cache is not None:
-        cache = _append(cache, new, batch)
-    elif keep_cache:
-        cache = Cache(new.k, new.v, batch.segments, batch.positions, jnp.int32(batch.tokens.shape[1]))
-    return Output(hidden, cache, taps)
+    return block
+
+
+def _stream(model: Model) -> tuple[str | None, ...]:
+    return ("rows", "sequence" if model.split_sequence else None, None)
 
 
 def _append(cache: Cache, new: KeysValues, batch: Batch) -> Cache:
@@ -228,16 +259,16 @@ def _scan_blocks(model: Model, block: Callable, weights: PyTree, h: Array, per_l
     return h, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), below, above)
 
 
-def _spread(plan: Plan, steering: Steering, layers: int) -> Steering:
+def spread(plan: Plan, steering: Steering, layers: int) -> Steering:
     """Scatter each slot's active layers into [L, ...] zeros; zeros are the identity, so the others stay as they are."""
 
-    def spread(leaf: Array, active: tuple[int, ...]) -> Array:
+    def put(leaf: Array, active: tuple[int, ...]) -> Array:
         if len(active) == layers:
             return leaf
         return jnp.zeros((layers, *leaf.shape[1:]), leaf.dtype).at[jnp.array(active)].set(leaf)
 
     return {
-        slot.name: jax.tree.map(lambda leaf, s=slot: spread(leaf, s.active_layers(layers)), steering[slot.name])
+        slot.name: jax.tree.map(lambda leaf, s=slot: put(leaf, s.active_layers(layers)), steering[slot.name])
         for slot in plan
     }
 

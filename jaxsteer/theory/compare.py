@@ -1,0 +1,148 @@
+"""How far one network's predictions are from another's: KL divergence, agreement, and right answers, token by token."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer.models.transformer import logits_of, output_embedding
+from jaxsteer.objective import any_left, next_tokens
+from jaxsteer.theory.oracle import Network, check_comparable
+from jaxsteer.types import Array, Batch, PyTree
+
+Where = Literal["answers", "all"]
+"""Which predictions count: those of the supervised tokens, or those of every token of an example but its first."""
+CHUNK = 128
+"""Predictions whose logits, over the whole vocabulary, exist at one time."""
+
+
+class Comparison(NamedTuple):
+    """Of each prediction, fp32 [B, T]; 0 where none counts.
+
+    kl       KL(tuned ‖ other), nats
+    same     1 where the two have the same most likely token
+    right    1 where the other's most likely token is the next one
+    counted  1 where a prediction counts
+    """
+
+    kl: Array
+    same: Array
+    right: Array
+    counted: Array
+
+
+class Totals(NamedTuple):
+    """Sums over predictions and examples; those of several batches add up (`jax.tree.map`). Scalars, fp32.
+
+    kl, same, right  of `Comparison`, summed
+    predictions      that count
+    solved           examples of which every prediction that counts is right
+    examples         with any prediction that counts
+    """
+
+    kl: Array
+    same: Array
+    right: Array
+    predictions: Array
+    solved: Array
+    examples: Array
+
+
+class Means(NamedTuple):
+    """kl in nats a prediction; agreement with the tuned model and token accuracy, shares of the predictions; accuracy,
+    share of the examples whose answer is right throughout.
+    """
+
+    kl: float
+    agreement: float
+    token_accuracy: float
+    accuracy: float
+
+
+def counted_predictions(batch: Batch, where: Where) -> Array:
+    """Which positions' predictions count, bool [B, T].
+
+    Raises:
+        ValueError: an unknown `where`.
+    """
+    if where == "answers":
+        return next_tokens(batch).weights > 0
+    if where != "all":
+        raise ValueError(f"which predictions? answers or all, got {where!r}")
+    return next_tokens(batch._replace(weights=jnp.ones_like(batch.weights))).weights > 0
+
+
+def compare(tuned: Network, other: Network, batch: Batch, where: Where = "answers") -> Comparison:
+    """Two networks' predictions of one batch. Differentiable in both, through kl.
+
+    Raises:
+        ValueError: models of different shapes.
+    """
+    check_comparable(tuned, other)
+    return compare_hidden(tuned(batch).hidden, tuned, other(batch).hidden, other, batch, where)
+
+
+def compare_hidden(
+    told: Array, tuned: Network, hidden: Array, other: Network, batch: Batch, where: Where = "answers"
+) -> Comparison:
+    """The same, from the hidden states [B, T, D] that the two networks have come to."""
+    counted, targets = counted_predictions(batch, where), next_tokens(batch).tokens
+    heads = [_head(network) for network in (tuned, other)]
+    B, T, D = hidden.shape
+    chunks = -(-B * T // CHUNK)
+    order = jnp.argsort(~counted.reshape(-1), stable=True)  # what counts first, so that most chunks of the rest rest
+    front = lambda field: jnp.pad(
+        field.reshape(B * T, *field.shape[2:])[order], ((0, chunks * CHUNK - B * T), *((0, 0),) * (field.ndim - 2))
+    ).reshape(chunks, CHUNK, *field.shape[2:])
+
+    @jax.checkpoint  # or the backward pass would keep the logits of all chunks
+    def differ(told: Array, hidden: Array, target: Array, counts: Array) -> tuple[Array, Array, Array]:
+        mask = counts[:, None]
+        a, b = (logits_of(jnp.where(mask, h, 0), *head) for h, head in zip((told, hidden), heads, strict=True))
+        log_p, log_q = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
+        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        top = jnp.argmax(b, axis=-1)
+        values = (kl, jnp.argmax(a, axis=-1) == top, top == target)
+        return tuple(jnp.where(counts, value.astype(jnp.float32), 0) for value in values)  # type: ignore[return-value]
+
+    def visit(chunk: tuple) -> tuple[Array, Array, Array]:
+        nothing = (jnp.zeros(CHUNK, jnp.float32),) * 3
+        return jax.lax.cond(any_left(chunk[-1]), lambda: differ(*chunk), lambda: nothing)
+
+    found = jax.lax.map(visit, (front(told), front(hidden), front(targets), front(counted)))
+    back = lambda values: jnp.zeros(B * T, jnp.float32).at[order].set(values.reshape(-1)[: B * T]).reshape(B, T)
+    return Comparison(*(back(values) for values in found), counted.astype(jnp.float32))
+
+
+def _head(network: Network) -> tuple[PyTree, float | None]:
+    return output_embedding(network.base), network.model.config.final_softcap
+
+
+def by_example(values: Array, batch: Batch) -> Array:
+    """Sums of values [..., B, T] over the tokens of each example, [..., B, T + 1]; by its number in the row, 0 padding."""
+    B, T = batch.segments.shape
+    rows = jnp.arange(B)[:, None]
+    zeros = jnp.zeros((*values.shape[:-1], T + 1), values.dtype)
+    return zeros.at[..., rows, batch.segments].add(values)
+
+
+def totals(comparison: Comparison, batch: Batch) -> Totals:
+    """Sum a comparison over its predictions and examples."""
+    wrong = by_example(comparison.counted - comparison.right, batch)
+    asked = by_example(comparison.counted, batch) > 0
+    count = lambda mask: jnp.sum(mask.astype(jnp.float32))
+    sums = [jnp.sum(field) for field in comparison]
+    return Totals(*sums, count(asked & (wrong == 0)), count(asked))
+
+
+def means(sums: Totals) -> Means:
+    """Averages of the sums; NaN where nothing counted."""
+    values = Totals(*(float(np.asarray(value)) for value in sums))
+    over = lambda value, n: value / n if n else float("nan")
+    return Means(
+        *(over(value, values.predictions) for value in values[:3]),
+        over(values.solved, values.examples),
+    )

@@ -1,0 +1,196 @@
+"""Oracle steering: the shift, token by token, that makes a base model go where a fine-tuned one goes.
+
+With h_ℓ the fine-tuned stream after block ℓ and S the steered layers, the base model runs and at each ℓ in S receives
+
+    d_ℓ = h_ℓ − block_ℓ(g_{ℓ−1}),    g_ℓ = h_ℓ for ℓ in S, else block_ℓ(g_{ℓ−1}).
+
+At a single layer that is the plain difference of the two streams; at every layer the increments, what each base block
+misses on the fine-tuned stream (plain differences, added at every layer, would count what came from below again).
+arXiv 2603.00425.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxsteer.models.transformer import Model, block_function, embed, forward, spread
+from jaxsteer.types import (
+    SITES,
+    Array,
+    Batch,
+    Context,
+    Intervention,
+    Kind,
+    Output,
+    ParamSpec,
+    PyTree,
+    SiteDims,
+    Slot,
+    Steering,
+    Taps,
+)
+
+BlockStep = Callable[[tuple[PyTree, Steering], Array, Array], tuple[Array, Taps]]
+"""((weights, steering) of one layer, h [B, T, D], layer) -> (the stream after the block, taps)."""
+SLOT = "oracle"
+"""Name of the slot that a replay adds to a plan."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "steering"], meta_fields=["model"])
+@dataclass(frozen=True)
+class Network:
+    """A model with its weights, as one tree: the first three arguments of `forward`. Goes through jit and grad."""
+
+    model: Model
+    base: PyTree
+    steering: Steering
+
+    def __call__(self, batch: Batch, capture: Sequence[str] = ()) -> Output:
+        """`forward` on a batch."""
+        return forward(self.model, self.base, self.steering, batch, capture=capture)
+
+    def steered(self, slot: Slot, params: dict[str, dict[str, Array]]) -> Network:
+        """The network with one slot more, behind those that it has.
+
+        Raises:
+            ValueError: it has a slot of that name.
+        """
+        if slot.name in self.steering:
+            raise ValueError(f"the network has a slot {slot.name!r} already; give the new one another name")
+        model = replace(self.model, plan=(*self.model.plan, slot))
+        return Network(model, self.base, {**self.steering, slot.name: params})
+
+
+@dataclass(frozen=True)
+class Replay(Intervention):
+    """y' = y + shift, another shift for every token of one batch: what an oracle knows, and no method could learn."""
+
+    kind: ClassVar[Kind] = "activation"
+
+    def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
+        """Nothing can be drawn: a shift belongs to a batch.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a replay holds the shifts of one batch: take them from `oracle`, and steer by `replayed`")
+
+    def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
+        """y + shift."""
+        return y + p["shift"]
+
+
+def check_comparable(one: Network, other: Network) -> None:
+    """Raise ValueError unless the two have streams of one width, over as many layers, and one vocabulary."""
+    for name in ("layers", "width", "vocab_size"):
+        a, b = getattr(one.model.config, name), getattr(other.model.config, name)
+        if a != b:
+            raise ValueError(
+                f"the two models cannot be compared: {name} is {a} in one and {b} in the other; "
+                "both must come from the same base model"
+            )
+
+
+def check_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The layers, None being all. ValueError unless they are ascending and in the model."""
+    layers = tuple(range(count)) if layers is None else tuple(layers)
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= count:
+        raise ValueError(f"layers {list(layers)}: give some of 0 to {count - 1}, ascending, each once")
+    return layers
+
+
+def check_site(site: str) -> None:
+    """Raise ValueError unless it is a site."""
+    if site not in SITES:
+        raise ValueError(f"no model has a site {site!r}; the sites are {', '.join(SITES)}")
+
+
+def oracle(
+    network: Network, tuned: Network, batch: Batch, layers: Sequence[int] | None = None, site: str = "block"
+) -> Array:
+    """The shifts d_ℓ that put `network` at each of the layers where `tuned` is, [A, B, T, ...] in the order of `layers`.
+
+    Both run side by side, a layer at a time: nothing but the shifts is kept.
+
+    Args:
+        network: that is to be steered (and may be, already). tuned: where to.
+        batch: [B, T] rows, packed or padded.
+        layers: static, ascending; None = all. site: static; where the shift is taken, and then added.
+
+    Raises:
+        ValueError: models of different shapes, an unknown site or layer.
+    """
+    check_comparable(network, tuned)
+    check_site(site)
+    count = network.model.config.layers
+    layers = check_layers(layers, count)
+    own, theirs = (block_step(each, batch, (site,)) for each in (network, tuned))
+    # What the site's shift does to the rest of its block is another run of it, but at the block's end.
+    again = None if site == "block" else block_step(replayed(network, jnp.zeros(0), site=site), batch)
+
+    def step(state: tuple, xs: tuple) -> tuple[tuple, Array]:
+        g, h = state
+        (layer, pinned), mine, yours = xs
+        after, taps = own(mine, g, layer)
+        h, told = theirs(yours, h, layer)
+        shift = jnp.where(pinned, told[site] - taps[site], 0)
+        if again is None:
+            after = after + shift
+        else:
+            weights, p = mine
+            after, _ = again((weights, {**p, SLOT: {site: {"shift": shift}}}), g, layer)
+        return (after, h), shift
+
+    flags = jnp.zeros(count, bool).at[jnp.array(layers)].set(True)
+    start = (embed(network.model, network.base, batch), embed(tuned.model, tuned.base, batch))
+    xs = ((jnp.arange(count, dtype=jnp.int32), flags), stacked(network), stacked(tuned))
+    return jax.lax.scan(step, start, xs)[1][jnp.array(layers)]
+
+
+def replayed(network: Network, shifts: Array, layers: Sequence[int] | None = None, site: str = "block") -> Network:
+    """The network with the shifts [A, B, T, ...] of one batch added at the site of those layers."""
+    check_site(site)
+    layers = None if layers is None else tuple(layers)
+    return network.steered(Slot(SLOT, Replay(), (site,), layers), {site: {"shift": shifts}})
+
+
+def stacked(network: Network) -> tuple[PyTree, Steering]:
+    """What a scan over the layers takes of a network: (weights, steering), each leaf [L, ...]."""
+    model = network.model
+    return network.base["blocks"], spread(model.plan, network.steering, model.config.layers)
+
+
+def blocks_on(network: Network, batch: Batch, inputs: Array, capture: Sequence[str]) -> Taps:
+    """Every block run by itself, on an input of its own.
+
+    Args:
+        inputs: the streams that the blocks read, [L, B, T, D].
+        capture: sites whose values come back, [L, B, T, ...].
+    """
+    block = block_step(network, batch, capture)
+    layers = jnp.arange(network.model.config.layers, dtype=jnp.int32)
+    step = lambda _, xs: (None, block(xs[0], xs[1], xs[2])[1])
+    return jax.lax.scan(step, None, (stacked(network), inputs, layers))[1]
+
+
+def block_inputs(network: Network, batch: Batch) -> Array:
+    """The streams that a network's blocks read, [L, B, T, D]."""
+    after = network(batch, capture=("block",)).taps["block"]
+    return jnp.concatenate([embed(network.model, network.base, batch)[None], after[:-1]])
+
+
+def block_step(network: Network, batch: Batch, capture: Sequence[str] = ()) -> BlockStep:
+    """One block of a network as a function of what `stacked` holds of it."""
+    block = block_function(network.model, batch, capture=capture)
+
+    def run(mine: tuple[PyTree, Steering], h: Array, layer: Array) -> tuple[Array, Taps]:
+        h, (taps, _) = block(mine[0], h, layer, mine[1])
+        return h, taps
+
+    return run
