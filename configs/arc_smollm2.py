@@ -1,0 +1,19 @@
+"""Post-block steering of SmolLM2-135M-Instruct on ARC-Challenge. Without the hub: --task.train and --task.test."""
+
+from jaxsteer.optim import OptimConfig
+from train.config import TrainConfig
+from train.tasks import HubTask
+
+
+def config() -> TrainConfig:
+    return TrainConfig(
+        model="smollm2-135m-instruct",
+        task=HubTask("arc_challenge"),
+        plan=("nonlinear(rank=8) @ block",),
+        optim=OptimConfig(lr=2e-3, schedule="cosine", warmup=0.05),
+        epochs=3,
+        rows=8,
+        row_length=512,
+        test_examples=1024,
+        out="runs/arc_smollm2",
+    )
