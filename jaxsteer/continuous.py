@@ -210,6 +210,12 @@ def advance(
     return _spread(jax.lax.while_loop(going, step, (jnp.int32(0), rows))[1])
 
 
+@partial(jax.jit, donate_argnames="rows")
+def free_rows(rows: Rows, mask: Array) -> Rows:
+    """The same with more rows done, bool [B]. `rows` are donated."""
+    return _spread(rows._replace(done=rows.done | mask, stopped=rows.stopped | mask))
+
+
 @partial(jax.jit, static_argnames="prompt")
 def shrink(rows: Rows, prompt: int) -> Rows:
     """The same rows with slots for prompts of at most `prompt` tokens: each step reads all slots, used or not."""
@@ -240,6 +246,7 @@ def generate_all(
     rows: int = 64,
     sampling: Sampling = GREEDY,
     place: Callable[[Batch], Batch] = lambda batch: jax.tree.map(jnp.asarray, batch),
+    ended: Callable[[int, np.ndarray], bool] = lambda index, tokens: False,
 ) -> Iterator[tuple[int, Answer]]:
     """Continue every prompt, as `generate` does, with rows that are never left empty while a prompt waits.
 
@@ -252,6 +259,7 @@ def generate_all(
         max_new_tokens, stop_tokens, sampling: as in `generate`.
         rows: decoded at a time.
         place: puts a batch on the devices that the weights lie on.
+        ended: asked now and then whether the tokens of a prompt's unfinished answer are enough; it counts as stopped.
 
     Yields:
         (index of the prompt, its answer), as they are finished: the longest prompts begin.
@@ -296,6 +304,12 @@ def generate_all(
         done, out, count, stopped, margin = (
             np.asarray(field) for field in (state.done, state.out, state.drawn, state.stopped, state.margin)
         )
+        enough_said = np.array(
+            [i is not None and not done[r] and ended(i, out[r, : count[r]]) for r, i in enumerate(held)], bool
+        )
+        if enough_said.any():
+            state = free_rows(state, enough_said)
+            done, stopped = done | enough_said, stopped | enough_said
         for row, index in enumerate(held):
             if index is not None and done[row]:
                 held[row] = None

@@ -21,7 +21,8 @@ RANKS = {
     "jaxsteer": 3,  # steering, optim, objective, training, generate, ...
     "jaxsteer.theory": 4,
     "jaxsteer.io": 5,
-    "train": 6,
+    "jaxsteer.lm_eval": 6,
+    "train": 7,
 }
 
 

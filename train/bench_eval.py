@@ -61,7 +61,7 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     prompts = _prompts(config, loaded.tokenizer)
     stops = tuple(sorted({*loaded.stop_tokens, *stop_tokens(loaded.tokenizer)}))
 
-    def answer(some: Sequence[TokenizedExample], rows: int) -> tuple[list[Answer], float]:
+    def answer(some: Sequence[TokenizedExample], rows: int, cut_short: bool = False) -> tuple[list[Answer], float]:
         began = time.perf_counter()
         found = dict(
             generate_all(
@@ -72,6 +72,7 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
                 max_new_tokens=config.new_tokens,
                 stop_tokens=stops,
                 rows=rows,
+                ended=lambda index, tokens: cut_short,
             )
         )
         return [found[i] for i in range(len(some))], time.perf_counter() - began
@@ -80,9 +81,9 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     count = min(config.alone, len(prompts))
     chosen = [by_length[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
     # The first runs compile.
-    answer(prompts, config.rows)
+    answer(prompts, config.rows, cut_short=True)
     for i in chosen:
-        answer([prompts[i]], 1)
+        answer([prompts[i]], 1, cut_short=True)
     first = [answer([prompts[i]], 1) for i in chosen]
     batched, seconds = answer(prompts, config.rows)
     second = [answer([prompts[i]], 1) for i in chosen]

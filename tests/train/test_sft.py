@@ -15,9 +15,11 @@ import pytest
 
 from jaxsteer.io import load_model, load_steering
 from jaxsteer.optim import OptimConfig
-from train import setup
+from train import setup, sft
 from train.config import TrainConfig, from_command_line, load_config_file
 from train.metrics import read_metrics
+from train.patience import patience_after
+from train.scoring import Accuracy
 from train.sft import train
 from train.tasks import JsonlTask, ListOpsTask, task_from_json, task_to_json
 
@@ -70,6 +72,33 @@ def test_a_run_leaves_what_it_promises(config):
     file = load_steering(run.steering, load_model(config.model).config)
     assert [slot.name for slot in file.plan] == ["nonlinear", "lora"]
     assert file.notes["template"] == "{prompt}"
+
+
+def test_patience_ends_a_run_and_keeps_the_best(config, monkeypatch):
+    rates, seen = iter([2, 5, 4, 3, 9]), []  # tenths; the first is the untouched model's
+
+    def validate(config, training, loaded, state, prompts, writer, step, *, untouched=False):
+        seen.append(jax.device_get(training.params(state).steering))
+        return Accuracy(next(rates), 10)
+
+    monkeypatch.setattr(sft, "_validate", validate)
+    ended = train(replace(config, evaluate_every=2, patience=2, test_examples=0, checkpoint_every=100))
+    assert [row["step"] for row in read_metrics(ended.run.metrics)] == [1, 2, 3, 4, 5, 6]
+    for kept, best, last in zip(leaves(ended.run.steering), *map(jax.tree.leaves, (seen[1], seen[3])), strict=True):
+        np.testing.assert_array_equal(kept, best)
+        assert np.any(kept != last)
+
+
+def test_patience_starts_anew_with_each_better_accuracy():
+    patience = patience_after(2, [0.5, 0.4])
+    assert patience.hear(0.6)
+    assert not patience.hear(0.6)
+    assert not patience.over
+    assert not patience.hear(0.1)
+    assert patience.over
+    assert not patience_after(0, [0.5, 0.4, 0.3]).over
+    with pytest.raises(ValueError, match="patience"):
+        TrainConfig(patience=1)
 
 
 def test_full_fine_tuning_writes_a_model(config, tmp_path):

@@ -1,0 +1,254 @@
+"""Evaluation: answers in full rows and by choice, on disk, resumed, compared, tabled."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxsteer import Model, init_steering, parse_plan
+from jaxsteer.io import load_model, save_steering
+from jaxsteer.models.transformer import forward, logits_of, output_embedding
+from train import evaluate
+from train.answering import Answering, summary_of
+from train.config import SINGLE
+from train.data import Example, encode, stack_rows
+from train.evaluation import Decoded, choose, decode, make_prompts, read_answers, write_answers
+from train.paired import compare, compare_answers, find_answers
+from train.placement import place_on
+from train.robustness import RobustnessConfig, divergence, example_sets, measure, read_methods, table_of
+from train.tasks import JsonlTask
+from train.unfinished import Unfinished
+
+ROOT = Path(__file__).parents[2]
+PLAN = ("nonlinear(rank=4) @ block",)
+TASK = JsonlTask("none", max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_folder):
+    return load_model(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def steered(loaded):
+    plan = parse_plan(PLAN, loaded.config.layers)
+    zeros = init_steering(plan, loaded.config, jax.random.key(0))
+    draw = np.random.default_rng(0)
+    return plan, jax.tree.map(lambda x: x + draw.normal(0, 0.3, x.shape).astype(np.float32), zeros)
+
+
+@pytest.fixture(scope="module")
+def steering_file(steered, loaded, tiny_folder, tiny_data, tmp_path_factory):
+    plan, steering = steered
+    path = tmp_path_factory.mktemp("steered") / "one" / "steering.safetensors"
+    path.parent.mkdir()
+    task = {"type": "JsonlTask", "train": str(tiny_data), "validation": str(tiny_data), "max_new_tokens": 4}
+    task |= {"keys": {}}
+    save_steering(
+        path, steering, plan, model_name=str(tiny_folder), config=loaded.config, notes={"config": {"task": task}}
+    )
+    return path
+
+
+def letters(count=11):
+    return [Example.of(f"{'xyz'[: 1 + i % 3]}{chr(97 + i)}>", None, f"letters:{i}", chr(98 + i)) for i in range(count)]
+
+
+def said(answers):
+    """Answers without their margins, which round as the rows around them do."""
+    return [replace(answer, margin=None) for answer in answers]
+
+
+def asking(loaded, **settings):
+    return Answering("tiny", loaded, place_on(SINGLE, 4), **({"rows": 4} | settings))
+
+
+def test_answers_come_in_order_and_say_how_sure_they_are(loaded, steered):
+    plan, steering = steered
+    prompts = make_prompts(letters(), loaded.tokenizer, loaded.stop_tokens, TASK)
+    model = Model(loaded.config, plan)
+    kept, told = {}, []
+    answers = decode(
+        model, loaded.base, steering, prompts, loaded.tokenizer, rows=4, keep=kept.__setitem__, advance=told.append
+    )
+    assert [each.source for each in answers] == [f"letters:{i}" for i in range(11)]
+    assert kept == dict(enumerate(answers))
+    assert told == list(range(1, 12))
+    assert all(each.margin >= 0 and each.truncated for each in answers)
+    # What is known already is not asked again.
+    fresh, known = {}, {3: replace(answers[3], output="known")}
+    again = decode(model, loaded.base, steering, prompts, loaded.tokenizer, rows=4, done=known, keep=fresh.__setitem__)
+    assert again[3].output == "known"
+    assert said(again[:3] + again[4:]) == said(answers[:3] + answers[4:])
+    assert sorted(fresh) == [i for i in range(11) if i != 3]
+
+
+CHOICES = (" b", " cd", " efgh")
+
+
+def test_choices_score_as_completions_in_training_do(loaded, steered):
+    plan, steering = steered
+    model = Model(loaded.config, plan)
+    examples = [Example.of(f"{chr(97 + i)}>", CHOICES[i], f"letters:{i}", choices=CHOICES) for i in range(3)]
+    prompts = make_prompts(examples, loaded.tokenizer, loaded.stop_tokens, TASK, choices=True)
+    answers = choose(model, loaded.base, steering, prompts, rows=2)
+    for example, answer in zip(examples, answers, strict=True):
+        for choice, got in zip(CHOICES, answer.scores, strict=True):
+            trained, _ = encode([Example.of(example.turns[0].text, choice, "here")], loaded.tokenizer)
+            batch = stack_rows([trained], 16)
+            hidden = forward(model, loaded.base, steering, jax.tree.map(jax.numpy.asarray, batch)).hidden[0]
+            logp = jax.nn.log_softmax(logits_of(hidden, output_embedding(loaded.base)))
+            supervised = np.flatnonzero(batch.weights[0])
+            assert len(supervised) == len(choice) + 1  # bytes, and the end of the sequence
+            want = sum(float(logp[t - 1, batch.tokens[0, t]]) for t in supervised)
+            np.testing.assert_allclose(got, want, atol=1e-4)
+        assert answer.output == CHOICES[int(np.argmax(answer.scores))]
+        assert answer.correct == (answer.output == example.turns[1].text)
+    sizes = {"tokens": [3, 4, 6], "characters": [2, 3, 5]}
+    for normalise, size in sizes.items():
+        found = choose(model, loaded.base, steering, prompts, rows=2, normalise=normalise)
+        for plain, each in zip(answers, found, strict=True):
+            np.testing.assert_allclose(each.scores, np.divide(plain.scores, size), rtol=1e-5)
+            assert each.output == CHOICES[int(np.argmax(each.scores))]
+
+
+def test_choices_that_cannot_be_scored_raise(loaded):
+    make = lambda example: make_prompts([example], loaded.tokenizer, loaded.stop_tokens, TASK, choices=True)
+    with pytest.raises(ValueError, match="here: has no choices"):
+        make(Example.of("a", "b", "here"))
+    with pytest.raises(ValueError, match="here: the answer 'x' is none of"):
+        make(Example.of("a", "x", "here", choices=("b", "c")))
+
+
+def test_a_killed_evaluation_goes_on(loaded, steered, tmp_path, monkeypatch):
+    plan, steering = steered
+    path = tmp_path / "answers.jsonl"
+    ask = lambda out, **settings: asking(loaded, **settings).answer(out, "x", letters(), TASK, plan, steering)
+    whole = ask(tmp_path / "whole.jsonl")
+    keep, count = Unfinished.add, []
+
+    def dying(self, index, answer):
+        if len(count) == 5:
+            raise KeyboardInterrupt
+        count.append(index)
+        keep(self, index, answer)
+
+    monkeypatch.setattr(Unfinished, "add", dying)
+    with pytest.raises(KeyboardInterrupt):
+        ask(path)
+    monkeypatch.setattr(Unfinished, "add", lambda self, index, answer: (count.append(index), keep(self, index, answer)))
+    part = tmp_path / "answers.jsonl.unfinished"
+    assert len(part.read_text().splitlines()) == 6
+    with part.open("a") as file:
+        file.write('{"index": 10, "prom')  # killed in the middle of a line
+    header = json.loads(part.read_text().splitlines()[0])["evaluation"]
+    with pytest.raises(ValueError, match="with another by was not finished"):
+        Unfinished(path, {**header, "by": "likelihood"})
+    assert said(ask(path)) == said(whole)
+    assert sorted(count) == list(range(11))  # each was asked once
+    assert not part.exists()
+    finished = read_answers(path)
+    assert said(finished) == said(read_answers(tmp_path / "whole.jsonl")) == said(whole)
+    # What is there is read, if it is the same; otherwise asked anew.
+    count.clear()
+    assert asking(loaded).answer(path, "x", letters(), TASK, plan, steering, reuse=True) == finished
+    assert not count
+    asking(loaded).answer(path, "x", letters(5), TASK, plan, steering, reuse=True)
+    assert len(count) == 5
+
+
+def answer(number, correct, source="s"):
+    return Decoded(f"p{number}", "o", "o", "g", correct, False, f"{source}:{number}")
+
+
+def test_paired_comparison_by_hand():
+    here = [True] * 9 + [False] * 3 + [True] * 8
+    there = [False] * 9 + [True] * 3 + [True] * 8
+    found = compare(here, there)
+    assert (found.total, found.only_here, found.only_there) == (20, 9, 3)
+    assert found.difference == pytest.approx(0.3)
+    # Twice the tail of a fair coin's 12 throws: (1 + 12 + 66 + 220) / 4096.
+    assert found.p == pytest.approx(2 * 299 / 4096)
+    spread = np.std(np.subtract(here, there, dtype=float)) / np.sqrt(20)
+    assert found.low == pytest.approx(0.3 - 1.96 * spread, abs=0.05)
+    assert found.high == pytest.approx(0.3 + 1.96 * spread, abs=0.05)
+    same = compare([True, False], [True, False])
+    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+    with pytest.raises(ValueError, match="two scores"):
+        compare([True], [])
+
+
+def test_only_the_same_examples_are_compared(tmp_path):
+    here, there = ([answer(i, right) for i, right in enumerate(s)] for s in ([True, False, True], [False, False, True]))
+    assert compare_answers(here, there[::-1]).difference == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="3 here, 2 there, 2 in common"):
+        compare_answers(here, there[:2])
+    (tmp_path / "evaluation").mkdir()
+    with pytest.raises(ValueError, match="no answers there"):
+        find_answers(tmp_path)
+    write_answers(tmp_path / "evaluation" / "steered.jsonl", there)
+    assert find_answers(tmp_path) == find_answers(tmp_path / "evaluation" / "steered.jsonl") == there
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match="not answers"):
+        find_answers(tmp_path / "x.jsonl")
+
+
+def test_the_program_is_killed_and_goes_on(steering_file, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "train.evaluate", str(steering_file), "--examples", "60", "--rows", "2"]
+    command += ["--no-base", "--out", str(out)]
+    part = out / "steered.jsonl.unfinished"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 8):
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert part.exists(), "it was finished before it could be killed"
+    before = part.read_text().splitlines()[1:-1]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answers = {each.source: each for each in read_answers(out / "steered.jsonl")}
+    assert len(answers) == 60
+    for line in before:
+        row = json.loads(line)
+        assert answers[row["source"]].output == row["output"]
+    monkeypatch.setattr(sys, "argv", [*command[2:], "--against", str(out)])
+    evaluate.main()
+    assert "+0.0 points" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steered"]["against"]["p"] == 1.0
+
+
+def test_the_table_of_robustness(loaded, steered, steering_file, tmp_path):
+    config = RobustnessConfig(
+        (str(steering_file),), perturb=("shout",), examples=6, rows=4, out=str(tmp_path), split="test"
+    )
+    task = replace(TASK, test=json.loads(json.dumps(str(steering_file.parent / "data.jsonl"))))
+    Path(task.test).write_text(
+        "".join(json.dumps({"prompt": e.turns[0].text, "completion": e.answer}) + "\n" for e in letters(8))
+    )
+    shout = lambda task, split, kind, seed: [
+        Example.of(e.turns[0].text.upper(), None, e.source, e.gold) for e in task.load(split)
+    ]
+    sets = example_sets(config, task, task, shout)
+    assert list(sets) == ["as trained", "shout", "transferred"]
+    methods = {name: (file.plan, file.steering) for name, file in read_methods(config).items()}
+    assert list(methods) == ["one"]
+    lines = measure(config, asking(loaded), {"base": ((), {}), **methods}, sets)
+    head, base, one = table_of(lines)
+    assert head[1:3] == ["as trained, n = 6", "shout, n = 6"]
+    assert base[0] == "base"
+    assert base[-1] == "0 (0 to 0)"
+    assert lines[1].divergence.low > 0
+    assert one[1] != one[2] or lines[1].answers["as trained"] != lines[1].answers["shout"]
+    assert summary_of(lines[1].answers["transferred"]) == summary_of(lines[1].answers["as trained"])
+    with pytest.raises(ValueError, match="at least 2 texts"):
+        divergence(loaded, asking(loaded).place, *steered, ["one text only"])
+    with pytest.raises(ValueError, match="different name"):
+        read_methods(replace(config, names=("base",)))
