@@ -61,7 +61,7 @@ def test_every_family(name, golden):
                 forward(model, at.base, s, batch).hidden, output_embedding(at.base), config.final_softcap
             )
             z, dot = jax.jvp(logits, (at.steering,), (update.steering,))
-            p, weight = jax.nn.softmax(z), next_tokens(batch).weights
+            p, weight = jax.nn.softmax(z), next_tokens(batch).weights.astype(z.dtype)
             spread = jnp.sum(p * dot**2, axis=-1) - jnp.sum(p * dot, axis=-1) ** 2
             bent = gauss_newton_product(model, *at, batch, update.steering)
             pairs = zip(jax.tree.leaves(update.steering), jax.tree.leaves(bent), strict=True)

@@ -8,6 +8,8 @@ import pytest
 from tiny import fast_jit, random_steering, run, slot_of, supervised_batch
 
 from jaxsteer import Model, Params
+from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS
+from jaxsteer.models.layers import ACTIVATIONS
 from jaxsteer.models.transformer import init_base
 from jaxsteer.theory import (
     adapter_shift,
@@ -21,7 +23,7 @@ from jaxsteer.theory import (
 )
 from jaxsteer.theory.gated_mlp import SLOPES, layer_mlp
 
-pytestmark = pytest.mark.xdist_group("theory")
+pytestmark = pytest.mark.xdist_group("theory_gated_mlp")
 
 LAYER = 2
 first = fast_jit(first_order, static_argnames=("model", "sites"))
@@ -75,10 +77,7 @@ def test_all_weights_and_steering_in_front(layer):
 
 
 def test_slopes_are_the_derivatives_of_the_activations():
-    a = np.linspace(-4, 4, 31, dtype=np.float32) + 1e-3
-    from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS
-    from jaxsteer.models.layers import ACTIVATIONS
-
+    a = np.linspace(-4, 4, 31, dtype=np.float32) + np.float32(1e-3)
     functions = ACTIVATIONS | ACTIVATION_FUNCTIONS
     assert set(functions) == set(SLOPES)
     slopes = fast_jit(lambda a: {name: slope(a) for name, slope in SLOPES.items()})(a)

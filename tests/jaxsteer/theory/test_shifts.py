@@ -22,7 +22,7 @@ from jaxsteer.theory import (
 from jaxsteer.theory.shifts import log_slope
 from jaxsteer.types import SITES
 
-pytestmark = pytest.mark.xdist_group("theory")  # the tests share compiled programs
+pytestmark = pytest.mark.xdist_group("theory_shifts")  # the tests share compiled programs
 
 SMALL = ModelConfig(vocab_size=13, width=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_width=10)
 PLAN = (Slot("lora", LoRA(rank=2), ("attn.q", "attn.o", "mlp.gate", "mlp.down")), slot_of("nonlinear", SMALL))

@@ -26,7 +26,7 @@ from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from jaxsteer.objective import next_tokens, supervised_loss
 from jaxsteer.theory import tangent_logits, tangent_loss
 
-pytestmark = pytest.mark.xdist_group("theory")
+pytestmark = pytest.mark.xdist_group("theory_tangent")
 
 SMALL = ModelConfig(
     vocab_size=13, width=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_width=10, tied_head=True, final_softcap=3.0
