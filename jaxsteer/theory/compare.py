@@ -14,7 +14,7 @@ from jaxsteer.theory.oracle import Network, check_comparable
 from jaxsteer.types import Array, Batch, PyTree
 
 Where = Literal["answers", "all"]
-"""Which predictions count: those of the supervised tokens, or those of every token of an example but its first."""
+"""Which predictions count: those of the supervised tokens, or what is predicted after every token of an example."""
 CHUNK = 128
 """Predictions whose logits, over the whole vocabulary, exist at one time."""
 
@@ -72,7 +72,7 @@ def counted_predictions(batch: Batch, where: Where) -> Array:
         return next_tokens(batch).weights > 0
     if where != "all":
         raise ValueError(f"which predictions? answers or all, got {where!r}")
-    return next_tokens(batch._replace(weights=jnp.ones_like(batch.weights))).weights > 0
+    return batch.segments > 0
 
 
 def compare(tuned: Network, other: Network, batch: Batch, where: Where = "answers") -> Comparison:
@@ -89,7 +89,9 @@ def compare_hidden(
     told: Array, tuned: Network, hidden: Array, other: Network, batch: Batch, where: Where = "answers"
 ) -> Comparison:
     """The same, from the hidden states [B, T, D] that the two networks have come to."""
-    counted, targets = counted_predictions(batch, where), next_tokens(batch).tokens
+    counted = counted_predictions(batch, where)
+    following = next_tokens(batch._replace(weights=jnp.ones_like(batch.weights)))
+    targets = jnp.where(following.weights > 0, following.tokens, -1)  # nothing is right after an example's end
     heads = [_head(network) for network in (tuned, other)]
     B, T, D = hidden.shape
     chunks = -(-B * T // CHUNK)

@@ -67,7 +67,12 @@ def plan_of(form: Form, rank: int, activation: str = "silu", layers: Sequence[in
     shift = Slot(SHIFT, Fixed(), ("block",), layers)
     linear = Slot(STEER, Linear(rank=rank), ("block",), layers)
     nonlinear = Slot(STEER, Nonlinear(rank=rank, activation=activation), ("block",), layers)
-    plans: dict[str, Plan] = {"fixed": (shift,), "linear": (linear,), "affine": (linear, shift), "nonlinear": (nonlinear,)}
+    plans: dict[str, Plan] = {
+        "fixed": (shift,),
+        "linear": (linear,),
+        "affine": (linear, shift),
+        "nonlinear": (nonlinear,),
+    }
     if form not in plans:
         raise ValueError(f"unknown form {form!r} of steering: {', '.join(plans)}")
     return plans[form]
@@ -77,7 +82,7 @@ def to_steering(
     tuned: Network,
     base: Network,
     batches: Sequence[Batch],
-    settings: FitSettings = FitSettings(),  # noqa: B008  # frozen
+    settings: FitSettings = FitSettings(),  # frozen
     layers: Sequence[int] | None = None,
     key: Array | None = None,
     advance: Callable[[int], None] = lambda done: None,
@@ -259,9 +264,7 @@ def _at(network: Network, layer: Array) -> tuple[PyTree, Steering]:
 
 
 @jax.jit
-def _run_both(
-    base: Network, target: Network, batch: Batch, layer: Array, g: Array, h: Array
-) -> tuple[Array, Array]:
+def _run_both(base: Network, target: Network, batch: Batch, layer: Array, g: Array, h: Array) -> tuple[Array, Array]:
     """Both streams after one more block, before it is steered."""
     y, _ = block_step(base, batch)(_at(base, layer), g, layer)
     h, _ = block_step(target, batch)(_at(target, layer), h, layer)

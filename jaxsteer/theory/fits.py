@@ -273,6 +273,8 @@ def _ridged(factor: Factor, form: Form, ridge: float) -> tuple[Array, Array]:
     rows = factor.triangle[1:, 1:] if form == "affine" else factor.triangle[:, 1:]
     scale = jnp.sum(rows[:, :n_in] ** 2) / n_in
     lam = ridge * scale + jnp.finfo(dtype).tiny
-    below = jnp.concatenate([jnp.sqrt(lam) * jnp.eye(n_in, dtype=dtype), jnp.zeros((n_in, rows.shape[1] - n_in), dtype)], 1)
+    below = jnp.concatenate(
+        [jnp.sqrt(lam) * jnp.eye(n_in, dtype=dtype), jnp.zeros((n_in, rows.shape[1] - n_in), dtype)], 1
+    )
     triangle = _triangle(jnp.concatenate([rows, below]))
     return triangle[:n_in, :n_in], triangle[:n_in, n_in:]

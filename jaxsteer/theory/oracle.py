@@ -194,5 +194,3 @@ def block_step(network: Network, batch: Batch, capture: Sequence[str] = ()) -> B
         return h, taps
 
     return run
-
-

@@ -117,16 +117,12 @@ def promise(factor: fits.Factor, ridge: float = 1e-3) -> Promise:
 
     def one(factor: fits.Factor) -> Promise:
         energy = fits.energy(factor)
-        return Promise(
-            energy, energy * fits.mean_share(factor), energy * jnp.cumsum(fits.gains(factor, ridge=ridge))
-        )
+        return Promise(energy, energy * fits.mean_share(factor), energy * jnp.cumsum(fits.gains(factor, ridge=ridge)))
 
     return jax.lax.map(one, factor)
 
 
-def aligned_start(
-    plan: Plan, steering: Steering, factors: dict[str, fits.Factor], ridge: float = 1e-3
-) -> Steering:
+def aligned_start(plan: Plan, steering: Steering, factors: dict[str, fits.Factor], ridge: float = 1e-3) -> Steering:
     """A fresh steering tree whose D reads what the gradient asks for; U stays zero, so it is still the base model.
 
     In each block, D becomes the rows that the best rank-R map y → −g reads, made as long as D's own rows are: the first

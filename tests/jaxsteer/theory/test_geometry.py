@@ -59,7 +59,10 @@ def test_top_directions_hold_the_most_energy():
 
 
 def test_maps_of_a_plan(tiny_config):
-    plan = (Slot("s", Nonlinear(rank=2, alpha=3.0), ("block",), (1, 3)), Slot("l", LoRA(rank=2, alpha=5.0), ("mlp.up",)))
+    plan = (
+        Slot("s", Nonlinear(rank=2, alpha=3.0), ("block",), (1, 3)),
+        Slot("l", LoRA(rank=2, alpha=5.0), ("mlp.up",)),
+    )
     steering = random_steering(plan, tiny_config)
     found = geometry.map_directions(plan, steering)
     s, lo = steering["s"]["block"], steering["l"]["mlp.up"]

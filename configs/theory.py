@@ -1,0 +1,29 @@
+"""The fine-tunings that docs/theory.md measures: LoRA; with `--plan --train-base --optim.lr 1e-4` all weights."""
+
+from jaxsteer.optim import OptimConfig
+from train.config import TrainConfig
+from train.data import ListOps
+from train.tasks import ListOpsTask
+
+
+def config() -> TrainConfig:
+    problems = ListOps(
+        operations=("MAX", "MIN", "MED", "SM", "FIRST", "LAST"),
+        max_length=8,
+        train=1500,
+        validation=250,
+        test=500,
+        style="compact",
+    )
+    return TrainConfig(
+        model="smollm2-135m-instruct",
+        task=ListOpsTask(problems),
+        plan=("lora(rank=8) @ projections",),
+        optim=OptimConfig(lr=6e-3, schedule="cosine", warmup=0.05),
+        rows=2,
+        row_length=96,
+        eval_rows=128,
+        test_examples=500,
+        checkpoint_every=1000,
+        out="runs/theory/lora",
+    )

@@ -1,0 +1,1 @@
+"""Studies of what weight updates do to activations, on real models: `python -m train.theory STUDY`."""
