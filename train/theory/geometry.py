@@ -64,10 +64,10 @@ class GeometryStudy:
             "gradients": effective_rank(gradients.values),
         }
         spans = {"oracle": shifts.rows[:, : self.rank], "gradient": gradients.rows[:, : self.rank]}
-        for path, kind in ((self.tuned, "LoRA"), (self.steering, "steering")):
-            if path is None or Path(path).is_dir():
+        for name, kind in ((self.tuned, "LoRA"), (self.steering, "steering")):
+            if name is None or Path(name).is_dir():
                 continue
-            file = load_steering(path, pair.loaded.config)
+            file = load_steering(name, pair.loaded.config)
             for (_, site), (inputs, outputs) in map_directions(file.plan, file.steering).items():
                 if site not in ("mlp.down", "attn.o", "block") or len(outputs.rows) != len(shifts.rows):
                     continue
@@ -88,14 +88,14 @@ class GeometryStudy:
             "chance": chances,
             "mean_overlap": {name: float(np.mean(each)) for name, each in overlaps.items()},
         }
-        path = write_result(self.out, "geometry", data)
+        folder = write_result(self.out, "geometry", data).parent
         draw = lambda name, series, ylabel, title: plot_by_layer(
-            path.parent / name, plain(series), ylabel=ylabel, title=title
+            folder / name, plain(series), ylabel=ylabel, title=title
         )
         draw("ranks.png", ranks, "effective rank", "Over how many directions the energy is spread")
         shown = {name: each for name, each in overlaps.items() if name.startswith("oracle")}
         draw("overlaps.png", shown, "mean cos² of principal angles", f"Overlap with the oracle's top {self.rank}")
-        print(f"figures and numbers: {path.parent}")
+        print(f"figures and numbers: {folder}")
 
     def _observe(self, pair: Pair) -> tuple[Any, Any]:
         """Directions of the oracle's increments, and of the gradients at the base model, in every layer."""
@@ -112,6 +112,5 @@ class GeometryStudy:
                 ):
                     kept.append(np.asarray(values)[:, real])
                     tick()
-        return tuple(  # type: ignore[return-value]
-            jax.lax.map(lambda rows: top_directions(rows), jnp.asarray(np.concatenate(kept, axis=1))) for kept in seen
-        )
+        shifts, gradients = (jax.lax.map(top_directions, jnp.asarray(np.concatenate(kept, axis=1))) for kept in seen)
+        return shifts, gradients

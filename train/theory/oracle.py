@@ -15,7 +15,7 @@ from rich.table import Table
 
 from jaxsteer.theory.compare import Means, compare, means, totals
 from jaxsteer.theory.oracle import Network, oracle, replayed
-from jaxsteer.theory.shares import SHARED_SITES, examples_of, share_intervals, site_shares
+from jaxsteer.theory.shares import SHARED_SITES, Stream, examples_of, share_intervals, site_shares
 from jaxsteer.types import Array, Batch
 from train.metrics import progress
 from train.plots import plot_by_layer
@@ -57,7 +57,8 @@ class OracleStudy:
         data: dict[str, Any] = {"examples": self.examples, "layers": single}
         with progress(total, "Replaying") as bar:
             tick = counter(bar.update)
-            shares = {stream: self._shares(pair.base, pair.tuned, batches, stream, tick) for stream in ("own", "whole")}
+            both: tuple[Stream, ...] = ("own", "whole")
+            shares = {stream: self._shares(pair.base, pair.tuned, batches, stream, tick) for stream in both}
             found = self._replays(pair.base, pair.tuned, batches, single, tick)
         data["shares"] = {
             stream: {
@@ -79,7 +80,7 @@ class OracleStudy:
         Console().print(table)
         print(f"figures and numbers: {path.parent}")
 
-    def _shares(self, base: Network, tuned: Network, batches: list[Batch], stream: str, tick: Any) -> Any:
+    def _shares(self, base: Network, tuned: Network, batches: list[Batch], stream: Stream, tick: Any) -> Any:
         parts = []
         run = jax.jit(partial(site_shares, stream=stream))
         for batch in batches:
@@ -133,7 +134,7 @@ class OracleStudy:
             values[:, layer] = found["kl"], found["recovered"]
         plot_by_layer(
             folder / "oracle_layers.png",
-            {"KL to the fine-tuned model, nats": values[0], "share of the accuracy gain": values[1]},
+            {"KL to the fine-tuned model, nats": values[0].tolist(), "share of the accuracy gain": values[1].tolist()},
             ylabel="",
             title="The oracle's shift at one block alone",
         )

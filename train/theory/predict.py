@@ -147,8 +147,8 @@ class PredictStudy:
         plot_by_layer(
             folder / "layers.png",
             {
-                "promised, largest = 1": expected / expected.max(),
-                f"after {self.steps} steps, largest = 1": measured,
+                "promised, largest = 1": (expected / expected.max()).tolist(),
+                f"after {self.steps} steps, largest = 1": measured.tolist(),
                 "share of the gradient's energy": share(data["promise"]["block"]),
             },
             ylabel="fall of the loss",
@@ -157,7 +157,7 @@ class PredictStudy:
         curves = {name: jnp.mean(jnp.array(each["training loss"]), axis=0) for name, each in data["starts"].items()}
         plot_by_layer(
             folder / "starts.png",
-            {name: np.asarray(curve) for name, curve in curves.items()},
+            {name: np.asarray(curve).tolist() for name, curve in curves.items()},
             xlabel="step",
             ylabel="training loss",
             title="Post-block steering from a drawn and from an aligned D",
