@@ -53,14 +53,24 @@ def plot_training(
     _save(figure, path)
 
 
-def plot_by_layer(path: str | Path, series: Mapping[str, Sequence[float]], *, ylabel: str, title: str = "") -> None:
+def plot_by_layer(
+    path: str | Path,
+    series: Mapping[str, Sequence[float]],
+    *,
+    ylabel: str,
+    xlabel: str = "layer",
+    title: str = "",
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+) -> None:
     """Draw one line over the layers for each label.
 
     Args:
         path: of the PNG; its folder exists.
         series: a value for each layer, from layer 0; NaN leaves a gap.
         ylabel: what the values are.
+        xlabel: what they are numbered by.
         title: above the figure.
+        bands: (low, high) around the values of a label, shaded.
 
     Raises:
         ValueError: nothing to draw.
@@ -69,6 +79,9 @@ def plot_by_layer(path: str | Path, series: Mapping[str, Sequence[float]], *, yl
         raise ValueError(f"{path}: nothing to draw, every series is empty")
     figure, (axis,) = _figure(1, title, height=3.8, ratios=(1,))
     for index, (label, values) in enumerate(series.items()):
+        if bands and label in bands:
+            color = _COLORS[index % len(_COLORS)]
+            axis.fill_between(np.arange(len(values)), *bands[label], color=color, alpha=0.2, linewidth=0)
         axis.plot(
             np.arange(len(values)),
             np.asarray(values, dtype=float),
@@ -79,7 +92,7 @@ def plot_by_layer(path: str | Path, series: Mapping[str, Sequence[float]], *, yl
             linewidth=1.6,
             label=label,
         )
-    axis.set_xlabel("layer")
+    axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 1:

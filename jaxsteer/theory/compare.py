@@ -14,7 +14,7 @@ from jaxsteer.theory.oracle import Network, check_comparable
 from jaxsteer.types import Array, Batch, PyTree
 
 Where = Literal["answers", "all"]
-"""Which predictions count: those of the supervised tokens, or those of every token of an example but its first."""
+"""Which predictions count: those of the supervised tokens, or what is predicted after every token of an example."""
 CHUNK = 128
 """Predictions whose logits, over the whole vocabulary, exist at one time."""
 
@@ -72,7 +72,7 @@ def counted_predictions(batch: Batch, where: Where) -> Array:
         return next_tokens(batch).weights > 0
     if where != "all":
         raise ValueError(f"which predictions? answers or all, got {where!r}")
-    return next_tokens(batch._replace(weights=jnp.ones_like(batch.weights))).weights > 0
+    return batch.segments > 0
 
 
 def compare(tuned: Network, other: Network, batch: Batch, where: Where = "answers") -> Comparison:
@@ -89,9 +89,11 @@ def compare_hidden(
     told: Array, tuned: Network, hidden: Array, other: Network, batch: Batch, where: Where = "answers"
 ) -> Comparison:
     """The same, from the hidden states [B, T, D] that the two networks have come to."""
-    counted, targets = counted_predictions(batch, where), next_tokens(batch).tokens
+    counted = counted_predictions(batch, where)
+    following = next_tokens(batch._replace(weights=jnp.ones_like(batch.weights)))
+    targets = jnp.where(following.weights > 0, following.tokens, -1)  # nothing is right after an example's end
     heads = [_head(network) for network in (tuned, other)]
-    B, T, D = hidden.shape
+    B, T, _ = hidden.shape
     chunks = -(-B * T // CHUNK)
     order = jnp.argsort(~counted.reshape(-1), stable=True)  # what counts first, so that most chunks of the rest rest
     front = lambda field: jnp.pad(
@@ -114,7 +116,8 @@ def compare_hidden(
 
     found = jax.lax.map(visit, (front(told), front(hidden), front(targets), front(counted)))
     back = lambda values: jnp.zeros(B * T, jnp.float32).at[order].set(values.reshape(-1)[: B * T]).reshape(B, T)
-    return Comparison(*(back(values) for values in found), counted.astype(jnp.float32))
+    kl, same, right = (back(values) for values in found)
+    return Comparison(kl, same, right, counted.astype(jnp.float32))
 
 
 def _head(network: Network) -> tuple[PyTree, float | None]:
@@ -122,7 +125,7 @@ def _head(network: Network) -> tuple[PyTree, float | None]:
 
 
 def by_example(values: Array, batch: Batch) -> Array:
-    """Sums of values [..., B, T] over the tokens of each example, [..., B, T + 1]; by its number in the row, 0 padding."""
+    """Sums of values [..., B, T] over the examples, [..., B, T + 1], by their number in the row (0 = padding)."""
     B, T = batch.segments.shape
     rows = jnp.arange(B)[:, None]
     zeros = jnp.zeros((*values.shape[:-1], T + 1), values.dtype)
@@ -134,15 +137,12 @@ def totals(comparison: Comparison, batch: Batch) -> Totals:
     wrong = by_example(comparison.counted - comparison.right, batch)
     asked = by_example(comparison.counted, batch) > 0
     count = lambda mask: jnp.sum(mask.astype(jnp.float32))
-    sums = [jnp.sum(field) for field in comparison]
-    return Totals(*sums, count(asked & (wrong == 0)), count(asked))
+    kl, same, right, counted = (jnp.sum(field) for field in comparison)
+    return Totals(kl, same, right, counted, count(asked & (wrong == 0)), count(asked))
 
 
 def means(sums: Totals) -> Means:
     """Averages of the sums; NaN where nothing counted."""
-    values = Totals(*(float(np.asarray(value)) for value in sums))
+    kl, same, right, predictions, solved, examples = (float(np.asarray(value)) for value in sums)
     over = lambda value, n: value / n if n else float("nan")
-    return Means(
-        *(over(value, values.predictions) for value in values[:3]),
-        over(values.solved, values.examples),
-    )
+    return Means(over(kl, predictions), over(same, predictions), over(right, predictions), over(solved, examples))

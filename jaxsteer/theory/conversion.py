@@ -82,7 +82,7 @@ def to_steering(
     tuned: Network,
     base: Network,
     batches: Sequence[Batch],
-    settings: FitSettings = FitSettings(),  # noqa: B008  # frozen
+    settings: FitSettings = FitSettings(),  # frozen
     layers: Sequence[int] | None = None,
     key: Array | None = None,
     advance: Callable[[int], None] = lambda done: None,

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxsteer.interventions import Linear, LoRA, Nonlinear
 from jaxsteer.orthogonality import HIGHEST, Bundle
 from jaxsteer.types import Array, Plan, Steering
 
@@ -71,7 +72,7 @@ def top_directions(rows: Array, rank: int | None = None) -> Directions:
 
 
 def product_directions(read: Array, write: Array) -> tuple[Directions, Directions]:
-    """Singular values of the map writeᵀ · read, with its directions in (inputs, outputs); nothing of [out, in] is formed.
+    """Singular values of the map writeᵀ · read, with its (input, output) directions; nothing of [out, in] is formed.
 
     Args:
         read: rows [..., R, in]. write: rows [..., R, out], e.g. D and Uᵀ of steering, A and Bᵀ of LoRA.
@@ -144,8 +145,8 @@ def map_directions(plan: Plan, steering: Steering) -> dict[tuple[str, str], tupl
     for slot in plan:
         for site in slot.sites:
             p = steering[slot.name][site]
-            if {"D", "U"} <= set(p):
+            if isinstance(slot.method, Linear | Nonlinear):
                 found[slot.name, site] = product_directions(p["D"] * slot.method.alpha, p["U"].swapaxes(-1, -2))
-            elif {"A", "B"} <= set(p):
+            elif isinstance(slot.method, LoRA):
                 found[slot.name, site] = product_directions(p["A"] * slot.method.scale, p["B"].swapaxes(-1, -2))
     return found

@@ -114,7 +114,7 @@ def check_site(site: str) -> None:
 def oracle(
     network: Network, tuned: Network, batch: Batch, layers: Sequence[int] | None = None, site: str = "block"
 ) -> Array:
-    """The shifts d_ℓ that put `network` at each of the layers where `tuned` is, [A, B, T, ...] in the order of `layers`.
+    """The shifts d_ℓ that put `network` where `tuned` is at each of the layers, [A, B, T, ...] in their order.
 
     Both run side by side, a layer at a time: nothing but the shifts is kept.
 

@@ -129,7 +129,8 @@ def aligned_start(plan: Plan, steering: Steering, factors: dict[str, fits.Factor
     step of U then goes where the loss falls fastest. Slots without D and U, and sites without a factor, stay.
 
     Args:
-        plan, steering: freshly drawn. factors: of `gradient_factors`, at the sites to be aligned. ridge: as in `promise`.
+        plan, steering: freshly drawn. factors: of `gradient_factors`, at the sites to be aligned.
+        ridge: as in `promise`.
 
     Raises:
         ValueError: nothing in the plan that could be aligned.

@@ -130,7 +130,8 @@ def test_comparisons_count_what_is_asked(base, tuned, batches):
     assert counted.sum() == 8 * 8
     assert not np.any(found.kl[~counted])
     everything = compare(tuned, base, batch, "all")
-    assert everything.counted.sum() == 8 * 30 - 8  # no first tokens, no padding
+    assert everything.counted.sum() == 8 * 32 - 8  # no padding
+    assert not np.any(everything.right[:, 15])  # after an example's end
     same = means(totals(compare(tuned, tuned, batch, "all"), batch))
     assert same.kl == pytest.approx(0, abs=1e-6)
     assert same.agreement == 1

@@ -21,7 +21,8 @@ def rows(*shape):
 def test_angles_are_those_of_scipy(r, s):
     a, b = rows(2, r, 12), rows(2, s, 12)
     b = b.at[1, 0].set(a[1, 0] + 1e-4 * rows(12))  # a small angle, which a cosine in fp32 would lose
-    want = [np.sort(scipy.linalg.subspace_angles(np.asarray(x.T, float), np.asarray(y.T, float))) for x, y in zip(a, b)]
+    angles = lambda x, y: np.sort(scipy.linalg.subspace_angles(np.asarray(x.T, float), np.asarray(y.T, float)))
+    want = [angles(a[i], b[i]) for i in range(2)]
     got = geometry.principal_angles(a, b)
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
     assert got.shape == (2, min(r, s))
@@ -54,7 +55,7 @@ def test_top_directions_hold_the_most_energy():
     want = np.linalg.svd(np.asarray(tokens))
     close(found.values, want[1][:2], 1e-4)
     close(jnp.abs(found.rows @ want[2][:2].T), np.eye(2), 1e-4)
-    with pytest.raises(ValueError, match="rank 9: .* between 1 and 8"):
+    with pytest.raises(ValueError, match=r"rank 9: .* between 1 and 8"):
         geometry.top_directions(tokens, 9)
 
 
