@@ -79,7 +79,14 @@ def resolve_model(name: str) -> Path | str:
     return path
 
 
-def load(name: str, dtype: str = "auto", place: Place | None = None, quantised: bool = False) -> LoadedModel:
+def load(
+    name: str,
+    dtype: str = "auto",
+    place: Place | None = None,
+    *,
+    quantised: bool = False,
+    tokenizer: str | None = None,
+) -> LoadedModel:
     """Load a model, with a progress bar in bytes.
 
     Args:
@@ -87,6 +94,7 @@ def load(name: str, dtype: str = "auto", place: Place | None = None, quantised: 
         dtype: of the weights and the compute; "auto" = fp32 on CPU, bf16 on accelerators.
         place: says where a leaf of the base tree lies, see `load_model`.
         quantised: the projections of the blocks in int8.
+        tokenizer: where it comes from, if not with the model.
     """
     source = resolve_model(name)
     bar = Progress(
@@ -104,6 +112,7 @@ def load(name: str, dtype: str = "auto", place: Place | None = None, quantised: 
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             place=place,
             quantised=quantised,
+            tokenizer=tokenizer,
         )
 
 

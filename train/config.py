@@ -102,6 +102,8 @@ class TrainConfig:
     dropped or cut is reported."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
+    tokenizer: str | None = None
+    """A folder or hub id to take the tokenizer from: for GGUF files whose own is of a kind that is not known."""
     quantise: Literal["none", "int8"] = "none"
     """int8: the frozen base's projections take a byte a weight; what trains does so on top of them."""
     remat: Remat = "selective"

@@ -73,6 +73,8 @@ def load_steered(
 ) -> tuple[LoadedModel, SteeringFile | None]:
     """A steering file and its base model; the file is checked against the model before the weights are read.
 
+    The base is in int8 and has the tokenizer that the training had, if the file says so.
+
     Args:
         path: of the steering file, or "none".
         model: the base model's name, None = as the file says.
@@ -88,7 +90,9 @@ def load_steered(
         raise ValueError("which model? Give --model, or a steering file, which names its own")
     if file is not None:
         load_steering(path, load_config(resolve_model(name)))
-    return load(name, dtype, place), file
+    run = file.notes.get("config", {}) if file else {}
+    quantised = run.get("quantise") == "int8"
+    return load(name, dtype, place, quantised=quantised, tokenizer=run.get("tokenizer")), file
 
 
 def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:

@@ -62,7 +62,7 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Res
 
     # ---- base model, data, what trains
     place = place_on(config.mesh, config.rows // config.accumulate).base
-    loaded = load(config.model, config.dtype, place, config.quantise == "int8")
+    loaded = load(config.model, config.dtype, place, quantised=config.quantise == "int8", tokenizer=config.tokenizer)
     training = make_training(config, loaded)
     training = training if initial is None else training.starting_from(initial)
     state = training.state

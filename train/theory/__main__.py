@@ -15,12 +15,20 @@ import tyro
 
 from train.config import run_main
 from train.machine import enable_compilation_cache
+from train.theory.convert import ConvertStudy
+from train.theory.geometry import GeometryStudy
+from train.theory.oracle import OracleStudy
 from train.theory.orders import Orders
+from train.theory.predict import PredictStudy
 from train.theory.tangent import Tangent
 
 STUDIES: dict[str, Any] = {
     "orders": Orders,
     "tangent": Tangent,
+    "oracle": OracleStudy,
+    "convert": ConvertStudy,
+    "geometry": GeometryStudy,
+    "predict": PredictStudy,
 }
 """A study by its name: a frozen dataclass of settings whose `run()` carries it out."""
 
