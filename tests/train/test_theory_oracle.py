@@ -1,0 +1,86 @@
+"""The studies of oracles, conversions, geometry and predictions, on a model small enough for a test."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+
+from jaxsteer import LoRA, Slot, steering_shapes
+from jaxsteer.io import load_steering, save_steering
+from jaxsteer.types import PROJECTIONS
+from train.theory.convert import ConvertStudy
+from train.theory.geometry import GeometryStudy
+from train.theory.oracle import OracleStudy
+from train.theory.pair import read_pair
+from train.theory.predict import PredictStudy
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory, tiny_folder, tiny_data):
+    """Arguments of a study: a fine-tuning of the tiny model, and the config that it could be trained with."""
+    folder = tmp_path_factory.mktemp("theory")
+    plan, draw = (Slot("lora", LoRA(rank=2), PROJECTIONS),), np.random.default_rng(0)
+    steering = jax.tree.map(
+        lambda leaf: draw.normal(0, 0.2, leaf.shape).astype(np.float32), steering_shapes(plan, TINY)
+    )
+    save_steering(folder / "lora.safetensors", steering, plan, model_name=str(tiny_folder), config=TINY)
+    config = folder / "config.py"
+    config.write_text(
+        "from train.config import TrainConfig\nfrom train.tasks import JsonlTask\n\n\n"
+        f"def config():\n    return TrainConfig(model={str(tiny_folder)!r}, rows=2, row_length=32, "
+        f"task=JsonlTask({str(tiny_data)!r}, {str(tiny_data)!r}))\n"
+    )
+    return {"tuned": str(folder / "lora.safetensors"), "config": str(config)}
+
+
+def result(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_examples_are_all_there_once_and_prompts_show_no_label(setting):
+    pair = read_pair(setting["tuned"], setting["config"])
+    whole, prompts = (pair.batches("train", 20, rows=2, length=16, answers=answers) for answers in (True, False))
+    assert sum(int(np.sum(np.asarray(b.positions == 0) & np.asarray(b.segments > 0))) for b in whole) == 20
+    assert {b.tokens.shape for b in whole} == {(2, 16)}
+    assert all(np.any(b.weights > 0) for b in whole)
+    assert not any(np.any(b.weights > 0) for b in prompts)
+    assert sum(int(np.sum(b.segments > 0)) for b in prompts) == 40  # two bytes each: a letter and >
+    with pytest.raises(ValueError, match=r"no such fine-tuning; make it first: python -m train.sft"):
+        read_pair("nowhere.safetensors", setting["config"])
+
+
+@pytest.mark.slow
+def test_the_oracle_study(setting, tmp_path):
+    OracleStudy(**setting, examples=12, rows=2, length=32, every=2, out=str(tmp_path)).run()
+    found = result(tmp_path, "oracle")
+    assert found["replays"]["every block"]["kl"] < 1e-4 < found["replays"]["base"]["kl"]
+    assert found["replays"]["fine-tuned"]["agreement"] == 1
+    np.testing.assert_allclose(found["shares"]["whole"]["block"]["share"], 1, atol=1e-4)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+
+
+@pytest.mark.slow
+def test_conversion_then_geometry(setting, tmp_path):
+    small = {"rows": 2, "length": 32, "examples": 12}
+    ConvertStudy(**setting, **small, rank=2, prompts=40, distill_steps=3, out=str(tmp_path)).run()
+    models = result(tmp_path, "convert")["models"]
+    assert models["affine"]["kl"] < models["base"]["kl"]
+    assert load_steering(tmp_path / "distilled.safetensors", TINY).plan[0].sites == ("block",)
+    steering = str(tmp_path / "linear.safetensors")
+    GeometryStudy(**setting, **small, rank=2, steering=steering, out=str(tmp_path)).run()
+    found = result(tmp_path, "geometry")
+    assert {len(each) for each in found["overlap"].values()} == {TINY.layers}
+    assert "oracle · steering writes, block" in found["mean_overlap"]
+    assert max(found["effective_rank"]["LoRA at mlp.down"]) <= 2
+
+
+@pytest.mark.slow
+def test_the_prediction_study(setting, tmp_path):
+    study = PredictStudy(setting["config"], "nonlinear(rank=2) @ {site}", batches=1, rows=2, steps=2, every=2)
+    PredictStudy(**{**vars(study), "out": str(tmp_path)}).run()
+    found = result(tmp_path, "predict")
+    assert len(found["fall at one layer"]) == len(found["layers"]) == 2
+    assert set(found["starts"]) == {"drawn D", "aligned D"}
+    assert -1 <= found["rank correlation over layers"] <= 1
