@@ -7,7 +7,7 @@ where it was when it is called again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +29,9 @@ from train.paired import compare_answers, find_answers
 from train.placement import place_on
 from train.report import percent
 from train.run_folder import write_json
-from train.tasks import JsonlTask, Split, Task, task_from_json
+from train.tasks import JsonlTask, Split, Task, on_file, task_from_json
+from train.tasks.perturb import Kind as Perturbation
+from train.tasks.perturb import perturbed
 
 Part = Literal["all", "lora_only", "steering_only"]
 
@@ -45,9 +47,13 @@ class EvaluateConfig:
     config: str | None = None
     """A config file whose task is evaluated; by default the task of the training run."""
     data: str | None = None
-    """A JSONL file to evaluate instead, with the template that the steering was trained with."""
+    """A file of the task's kind to evaluate instead, with the template that the steering was trained with."""
     split: Split = "test"
     """Which examples of the task."""
+    perturb: Perturbation | None = None
+    """Ask otherwise: with typos, in another casing, in other words, or with the choices in another order."""
+    perturb_seed: int = 0
+    """Of the perturbation."""
     examples: int = 512
     """The most examples."""
     rows: int = 64
@@ -82,18 +88,7 @@ def find_task(config: EvaluateConfig, notes: dict) -> Task:
     if task is None and "config" in notes:
         task = task_from_json(notes["config"]["task"])
     if config.data is not None:
-        if isinstance(task, JsonlTask):
-            return replace(task, test=config.data, validation=config.data)
-        if task is None:
-            return JsonlTask(config.data, config.data)
-        return JsonlTask(
-            config.data,
-            config.data,
-            template=task.template,
-            chat=task.chat,
-            rule=task.rule,
-            max_new_tokens=task.max_new_tokens,
-        )
+        return JsonlTask(config.data, config.data) if task is None else on_file(task, config.data)
     if task is None:
         raise ValueError(
             "which examples? Give --config or --data: the steering file does not say what it was trained on"
@@ -132,7 +127,10 @@ def main() -> None:
     place = place_on(config.mesh, config.rows)
     loaded, file = load_steered(config.steering, config.model, config.dtype, place.base)
     task = find_task(config, file.notes if file else {})
-    examples = task.load(config.split)[: config.examples]
+    if config.perturb is None:
+        examples = task.load(config.split)[: config.examples]
+    else:
+        examples = perturbed(task, config.split, config.perturb, config.perturb_seed)[: config.examples]
     if not examples:
         raise ValueError(f"the task has no {config.split} examples")
     plan, steering = steered(file)
@@ -161,7 +159,8 @@ def main() -> None:
             compared = compare_answers(answers, other)
             summary[name]["against"] = {"answers": config.against, **asdict(compared)}
     if is_first():
-        write_json(out / "summary.json", {"split": config.split, "examples": len(examples), **summary})
+        asked = {"split": config.split, "perturbed": config.perturb, "examples": len(examples)}
+        write_json(out / "summary.json", asked | summary)
         Console().print(table)
         if compared is not None:
             print(f"{last} against {config.against}: {compared}")

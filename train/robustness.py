@@ -6,10 +6,10 @@ how far it moves the model's predictions on neutral text. Answers are kept; what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -33,11 +33,9 @@ from train.report import percent
 from train.run_folder import write_json
 from train.scoring import Estimate, crossed_interval
 from train.tasks import Split, Task
+from train.tasks.perturb import Kind, perturbed
 
 NEUTRAL = Path(__file__).with_name("neutral.txt")
-
-Perturbed = Callable[[Task, Split, Any, int], list[Example]]
-"""(task, split, kind, seed) -> the split's examples, each perturbed."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class RobustnessConfig:
     """A file of examples to evaluate instead, as in train.evaluate."""
     transfer: str | None = None
     """A config file whose task is a related one that was not trained on."""
-    perturb: tuple[str, ...] = ("typos", "casing")
+    perturb: tuple[Kind, ...] = ("typos", "casing")
     """Kinds of perturbation: typos, casing, paraphrase, choices."""
     split: Split = "test"
     """Which examples of the tasks."""
@@ -133,7 +131,7 @@ def divergence(
 
 
 def example_sets(
-    config: RobustnessConfig, task: Task, transferred: Task | None, perturbed: Perturbed
+    config: RobustnessConfig, task: Task, transferred: Task | None
 ) -> dict[str, tuple[Task, list[Example]]]:
     """Each column's task and examples: as trained, perturbed in each way, transferred.
 
@@ -202,8 +200,6 @@ def main() -> None:
     config = tyro.cli(RobustnessConfig, prog="python -m train.robustness", description=__doc__)
     join(config.distributed)
     enable_compilation_cache()
-    from train.tasks.perturb import perturbed
-
     files = read_methods(config)
     place = place_on(config.mesh, config.rows)
     loaded, first = load_steered(config.steering[0], config.model, config.dtype, place.base)
@@ -212,7 +208,7 @@ def main() -> None:
         load_steering(path, loaded.config)
     task = find_task(EvaluateConfig("none", config=config.config, data=config.data), next(iter(files.values())).notes)
     transferred = load_config_file(config.transfer, TrainConfig).task if config.transfer else None
-    sets = example_sets(config, task, transferred, perturbed)
+    sets = example_sets(config, task, transferred)
     asking = Answering(model_name, loaded, place, config.rows, config.by, config.normalise)
     methods: dict[str, tuple[Plan, Steering]] = {"base": ((), {})}
     methods |= {name: steered(file) for name, file in files.items()}

@@ -37,7 +37,7 @@ def loaded(tiny_folder):
 
 @pytest.fixture(scope="module")
 def steered(loaded):
-    plan = parse_plan(PLAN, loaded.config.layers)
+    plan = parse_plan(PLAN, loaded.config)
     zeros = init_steering(plan, loaded.config, jax.random.key(0))
     draw = np.random.default_rng(0)
     return plan, jax.tree.map(lambda x: x + draw.normal(0, 0.3, x.shape).astype(np.float32), zeros)
@@ -227,26 +227,23 @@ def test_the_program_is_killed_and_goes_on(steering_file, tmp_path, monkeypatch,
 
 def test_the_table_of_robustness(loaded, steered, steering_file, tmp_path):
     config = RobustnessConfig(
-        (str(steering_file),), perturb=("shout",), examples=6, rows=4, out=str(tmp_path), split="test"
+        (str(steering_file),), perturb=("casing",), examples=6, rows=4, out=str(tmp_path), split="test"
     )
     task = replace(TASK, test=json.loads(json.dumps(str(steering_file.parent / "data.jsonl"))))
     Path(task.test).write_text(
         "".join(json.dumps({"prompt": e.turns[0].text, "completion": e.answer}) + "\n" for e in letters(8))
     )
-    shout = lambda task, split, kind, seed: [
-        Example.of(e.turns[0].text.upper(), None, e.source, e.gold) for e in task.load(split)
-    ]
-    sets = example_sets(config, task, task, shout)
-    assert list(sets) == ["as trained", "shout", "transferred"]
+    sets = example_sets(config, task, task)
+    assert list(sets) == ["as trained", "casing", "transferred"]
     methods = {name: (file.plan, file.steering) for name, file in read_methods(config).items()}
     assert list(methods) == ["one"]
     lines = measure(config, asking(loaded), {"base": ((), {}), **methods}, sets)
     head, base, one = table_of(lines)
-    assert head[1:3] == ["as trained, n = 6", "shout, n = 6"]
+    assert head[1:3] == ["as trained, n = 6", "casing, n = 6"]
     assert base[0] == "base"
     assert base[-1] == "0 (0 to 0)"
     assert lines[1].divergence.low > 0
-    assert one[1] != one[2] or lines[1].answers["as trained"] != lines[1].answers["shout"]
+    assert one[1] != one[2] or lines[1].answers["as trained"] != lines[1].answers["casing"]
     assert summary_of(lines[1].answers["transferred"]) == summary_of(lines[1].answers["as trained"])
     with pytest.raises(ValueError, match="at least 2 texts"):
         divergence(loaded, asking(loaded).place, *steered, ["one text only"])

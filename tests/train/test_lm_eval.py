@@ -27,7 +27,7 @@ def loaded(tiny_folder):
 
 @pytest.fixture(scope="module")
 def steered(loaded):
-    plan = parse_plan(("nonlinear(rank=4) @ block positions=completion",), loaded.config.layers)
+    plan = parse_plan(("nonlinear(rank=4) @ block positions=completion",), loaded.config)
     draw = np.random.default_rng(0)
     start = init_steering(plan, loaded.config, jax.random.key(0))
     return plan, jax.tree.map(lambda x: x + draw.normal(0, 0.3, x.shape).astype(np.float32), start)
