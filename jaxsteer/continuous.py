@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.generate import Sampling, sample
-from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.config import ModelConfig, check_length
 from jaxsteer.models.transformer import Model, forward, init_cache, logits_of, output_embedding
 from jaxsteer.rows import Tokens, bucket_length, pack, stack_rows
 from jaxsteer.sharding import constrain, row_shards
@@ -265,7 +265,8 @@ def generate_all(
         (index of the prompt, its answer), as they are finished: the longest prompts begin.
 
     Raises:
-        ValueError: fewer than 1 new token or row, an empty prompt, or sampling without a key.
+        ValueError: fewer than 1 new token or row, an empty prompt, sampling without a key, or more tokens than the
+            model has learned positions.
     """
     if max_new_tokens < 1 or rows < 1:
         raise ValueError(f"max_new_tokens and rows must be at least 1, got {max_new_tokens} and {rows}")
@@ -273,6 +274,8 @@ def generate_all(
         raise ValueError("sampling with a temperature above 0 needs a key")
     if empty := [prompt.source for prompt in prompts if not len(prompt.ids)]:
         raise ValueError(f"{empty[0]}: an empty prompt; there is nothing to continue")
+    for prompt in prompts:
+        check_length(model.config, len(prompt.ids) + max_new_tokens, prompt.source)
     if not prompts:
         return
     key = jax.random.key(0) if key is None else key

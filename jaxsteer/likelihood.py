@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.generate import more_slots
+from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.rows import Tokens, bucket_length, stack_rows
 from jaxsteer.sharding import constrain
@@ -87,13 +88,15 @@ def score_continuations(
         (index of the prompt, a score for each of its continuations), those with the most and the longest first.
 
     Raises:
-        ValueError: an empty prompt or continuation, or fewer than one row.
+        ValueError: an empty prompt or continuation, fewer than one row, or more tokens than the model has learned
+            positions.
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
     for prompt, own in zip(prompts, continuations, strict=True):
         if not len(prompt.ids) or not own or not all(map(len, own)):
             raise ValueError(f"{prompt.source}: a prompt, and each of its continuations, needs at least one token")
+        check_length(model.config, len(prompt.ids) + max(map(len, own)), prompt.source)
     size = lambda i: (
         len(continuations[i]),
         bucket_length(len(prompts[i].ids)),

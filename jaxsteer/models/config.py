@@ -102,6 +102,19 @@ class ModelConfig:
             raise ValueError("model config: local layers need a window")
 
 
+def check_length(config: ModelConfig, tokens: int, where: str) -> None:
+    """Refuse an example that has no learned positions left.
+
+    Raises:
+        ValueError: it may take more tokens than the model has positions.
+    """
+    if config.learned_positions and tokens > config.max_length:
+        raise ValueError(
+            f"{where}: takes up to {tokens} tokens, but this model has learned positions for {config.max_length} only; "
+            "shorten the prompt, or ask for fewer new tokens"
+        )
+
+
 def projections_of(config: ModelConfig) -> tuple[str, ...]:
     """The projections that a block of this model has."""
     return tuple(site for site in PROJECTIONS if config.gated or site != "mlp.gate")

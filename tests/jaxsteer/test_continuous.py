@@ -1,6 +1,6 @@
 """Continuous batching against one prompt at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -9,6 +9,7 @@ from tiny import random_steering, rows, slot_of
 
 from jaxsteer import Model, Positions, Sampling, generate
 from jaxsteer.continuous import generate_all
+from jaxsteer.likelihood import score_continuations
 
 NEW = 7
 TIE = 1e-4
@@ -129,3 +130,14 @@ def test_impossible_requests_raise(tiny_config, tiny_base):
         ask(sampling=Sampling(temperature=1.0))
     with pytest.raises(ValueError, match="here: an empty prompt"):
         ask([Prompt(np.zeros(0, np.int32), np.zeros(0, np.float32), 0)])
+
+
+def test_learned_positions_end(tiny_config):
+    """Rotary positions go on, learned ones do not."""
+    model = Model(replace(tiny_config, learned_positions=True, max_length=20))
+    asked = [Prompt(np.arange(3, 17, dtype=np.int32), np.zeros(14, np.float32), 14, "mine:3")]
+    answers = generate_all(model, {}, {}, asked, max_new_tokens=7, stop_tokens=())
+    with pytest.raises(ValueError, match=r"mine:3: takes up to 21 tokens, but .* learned positions for 20 only"):
+        next(answers)
+    with pytest.raises(ValueError, match="mine:3: takes up to 21 tokens"):
+        next(score_continuations(model, {}, {}, asked, [[np.arange(7, dtype=np.int32)]]))
