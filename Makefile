@@ -11,8 +11,9 @@ WORKERS ?= 2
 # Huge pages for large arrays: about a twentieth of a step's time on CPU, where glibc is the allocator.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-# Programs of tiny models are compiled fast rather than well; the library's tests compile as users do.
+# Where many programs of tiny models are compiled, they are compiled fast rather than well; the others as users do.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+QUICKLY := tests/train tests/jaxsteer/theory tests/jaxsteer/io tests/jaxsteer/test_continuous.py tests/jaxsteer/test_likelihood.py
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: help install quickstart model test test-all lint format clean
@@ -36,12 +37,12 @@ model: install
 	@$(RUN) -m train.base_models smollm2-135m-instruct
 
 test: install model
-	$(PYTEST) -m "not slow" --ignore tests/train
-	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not slow" tests/train
+	$(PYTEST) -m "not slow" $(addprefix --ignore ,$(QUICKLY))
+	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not slow" $(QUICKLY)
 
 test-all: install model
-	$(PYTEST) --ignore tests/train
-	XLA_FLAGS="$(QUICK)" $(PYTEST) tests/train
+	$(PYTEST) $(addprefix --ignore ,$(QUICKLY))
+	XLA_FLAGS="$(QUICK)" $(PYTEST) $(QUICKLY)
 
 lint: install
 	$(RUN) -m ruff check .

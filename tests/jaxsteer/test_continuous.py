@@ -94,6 +94,7 @@ def test_the_margin_is_how_far_the_first_is_ahead(tiny_config, tiny_base):
     assert drawn[0].margin == 0.0
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_prompt_and_not_on_its_neighbours(tiny_config, tiny_base):
     asked, model = prompts(tiny_config.vocab_size, 9), Model(tiny_config)
 

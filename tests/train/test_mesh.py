@@ -98,17 +98,20 @@ def agree(found, tolerance=1e-5):
 
 
 def test_loss_curves_agree(tmp_path):
-    """Ten steps in fp32, packed, post-block and LoRA together, with and without accumulation."""
-    found = curves(tmp_path, (SINGLE, *ON_EIGHT), [JOINT]) | curves(tmp_path, [PAIR], [JOINT], processes=2)
-    assert len(found) == 10
+    """Ten steps in fp32, packed, post-block and LoRA together: a process, and two that accumulate."""
+    found = curves(tmp_path, (SINGLE, "1x2x4"), [JOINT], "--accumulate", 1)
+    found |= curves(tmp_path, [PAIR], [JOINT], "--accumulate", 4, processes=2)
+    assert len(found) == 3
     agree(found)
 
 
 @pytest.mark.slow
-def test_loss_curves_of_every_method_agree(tmp_path):
+def test_loss_curves_of_every_plan_agree(tmp_path):
+    """Post-block and LoRA together, and every method alone, on every mesh, with and without accumulation."""
+    plans = (JOINT, *METHODS)
     assert {text.partition("(")[0].split()[0] for text in METHODS} == set(interventions.METHODS)
-    found = curves(tmp_path, (SINGLE, *ON_EIGHT), METHODS) | curves(tmp_path, [PAIR], METHODS, processes=2)
-    assert len(found) == 10 * len(METHODS)
+    found = curves(tmp_path, (SINGLE, *ON_EIGHT), plans) | curves(tmp_path, [PAIR], plans, processes=2)
+    assert len(found) == 10 * len(plans)
     agree(found)
 
 

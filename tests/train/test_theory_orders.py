@@ -70,6 +70,7 @@ def test_orders(config, tuned, tmp_path):
     assert written == {"orders.json", "share.png", "reach.png", *(f"remainders_{name}.png" for name in names)}
 
 
+@pytest.mark.slow
 def test_tangent(config, tmp_path):
     Tangent(config, ("lora(rank=2) @ projections",), lr=0.05, steps=6, every=3, length=16, out=str(tmp_path)).run()
     rows = json.loads((tmp_path / "tangent.json").read_text())["rows"]

@@ -55,7 +55,13 @@ def kl(tuned, network, batches):
     return means(measure(tuned, network, batches, "all")).kl
 
 
-@pytest.mark.parametrize("method", [Linear(rank=4), Nonlinear(rank=4)], ids=["linear", "nonlinear"])
+PLANTED = (
+    pytest.param(Linear(rank=4), id="linear"),
+    pytest.param(Nonlinear(rank=4), id="nonlinear", marks=pytest.mark.slow),
+)
+
+
+@pytest.mark.parametrize("method", PLANTED)
 def test_a_planted_tree_is_found(method, base, batches, held_out):
     tuned = planted(base, method, 0.12)
     form = "linear" if isinstance(method, Linear) else "nonlinear"
@@ -76,6 +82,7 @@ def tuned(tiny_config, tiny_base):
     return fine_tuned(tiny_config, tiny_base)
 
 
+@pytest.mark.slow
 def test_later_blocks_make_up_for_earlier_ones(tuned, base, batches):
     """Fitted to the increments of the fine-tuned stream instead, errors pile up."""
     settings = FitSettings("affine", rank=4)
@@ -89,6 +96,7 @@ def test_later_blocks_make_up_for_earlier_ones(tuned, base, batches):
     assert ours < theirs
 
 
+@pytest.mark.slow
 def test_steering_at_one_layer_only(tuned, base, batches):
     found = to_steering(tuned, base, batches, FitSettings("affine", rank=4), layers=(3,))
     (steer, _) = found.network.model.plan
@@ -97,6 +105,7 @@ def test_steering_at_one_layer_only(tuned, base, batches):
     assert kl(tuned, found.network, batches) < kl(tuned, base, batches)
 
 
+@pytest.mark.slow
 def test_distillation_lowers_the_divergence_further(tuned, base, batches):
     start = to_steering(tuned, base, batches, FitSettings("linear", rank=2)).network
     done = distill(tuned, start, batches, steps=60, lr=2e-2)

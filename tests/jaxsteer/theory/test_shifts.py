@@ -139,6 +139,7 @@ def test_a_fixed_vector_is_exactly_linear_at_its_own_site(base, batch):
         assert np.all(np.asarray(found.remainder["block"])[0, :, 1] > 1e-4)
 
 
+@pytest.mark.slow
 def test_composes_with_grad_and_vmap(at, batch):
     """The gradient of a size of the shift in the update is its jvp; shifts of several updates at once."""
     model, block = Model(SMALL, PLAN), ("block",)
