@@ -188,7 +188,7 @@ def _fold_slot(slot: Slot, blocks: PyTree, params: dict) -> PyTree | None:
         return None
     for site in slot.sites:
         group, name = site.split(".")
-        weights = dict(dequantised(blocks[group][name]))
+        weights = jax.tree.map(jnp.asarray, dict(dequantised(blocks[group][name])))
         active = jnp.array(slot.active_layers(weights["kernel"].shape[0]))
         kernel, bias = weights["kernel"][active], weights["bias"][active] if "bias" in weights else None
         folded = jax.vmap(slot.method.fold)(params[site], kernel, bias)
