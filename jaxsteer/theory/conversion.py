@@ -146,7 +146,8 @@ def to_lora(
     """The best LoRA on `mlp.down` for going where a steered model goes, in least squares, block after block.
 
     What the update should add is the steered stream less the block's own output: before the norm that follows the
-    projection in families with one, as far as a norm's output can be had at all.
+    projection in families with one, as far as a norm's output can be had at all; a block that such a fit does not bring
+    nearer is left as it is.
 
     Args:
         steered: where to. base, batches, advance: as for `to_steering`.
@@ -169,10 +170,19 @@ def to_lora(
             streams[i] = (streams[i][0], h)
         best = fits.fit(factor, "linear", rank, ridge)
         params = {"A": best.read, "B": best.write}
-        left.append(fits.unexplained(factor, best))
+        share = fits.unexplained(factor, best)
+        run = lambda params, index=index, before=before: [
+            _run_with(base, slot, params, batch, index, g) for batch, g in zip(batches, before, strict=True)
+        ]
+        wanted, after = [stream[1] for stream in streams], run(params)
+        if config.post_norm:  # a fit in front of a norm need not help behind it
+            none = jax.tree.map(jnp.zeros_like, params)
+            without = run(none)
+            if not _distance(after, wanted, batches) < _distance(without, wanted, batches):
+                params, after, share = none, without, jnp.ones_like(share)
+        left.append(share)
         found.append(params)
-        for i, batch in enumerate(batches):
-            streams[i] = (_run_with(base, slot, params, batch, index, before[i]), streams[i][1])
+        streams = list(zip(after, wanted, strict=True))
         advance(layer + 1)
     stacks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
     return Converted(base.steered(slot, {"mlp.down": stacks}), jnp.stack(left))
@@ -308,9 +318,11 @@ def _observe_projection(
     """The factor with what `mlp.down` reads and should add, and the target's stream after the block."""
     config = base.model.config
     mine = _at(base, layer)
-    y, taps = block_step(base, batch, ("mlp.gate", "mlp.up", "mlp.down", "mlp"))(mine, g, layer)
+    into = ("mlp.gate", "mlp.up") if config.gated else ("mlp.up",)
+    y, taps = block_step(base, batch, (*into, "mlp.down", "mlp"))(mine, g, layer)
     h, _ = block_step(target, batch)(_at(target, layer), h, layer)
-    x = ACTIVATIONS[config.activation](taps["mlp.gate"]) * taps["mlp.up"]
+    act = ACTIVATIONS[config.activation]
+    x = act(taps["mlp.gate"]) * taps["mlp.up"] if config.gated else act(taps["mlp.up"])
     missing = h - y
     if scales := write_scales(config, base.base):
         # norm(z) = g z / rms(z): the z of the wanted output, with the length that it has now.
@@ -319,6 +331,12 @@ def _observe_projection(
         wanted = (taps["mlp"] + missing) / factors.reshape(1, 1, -1)
         missing = wanted * rms - z
     return fits.absorb(factor, x, missing, (batch.segments > 0).astype(jnp.float32)), h
+
+
+def _distance(streams: Sequence[Array], wanted: Sequence[Array], batches: Sequence[Batch]) -> float:
+    """Σ‖·‖² of what two streams differ by, over tokens that are not padding."""
+    off = lambda a, b, batch: jnp.sum(jnp.where((batch.segments > 0)[..., None], a - b, 0) ** 2)
+    return float(sum(off(*each) for each in zip(streams, wanted, batches, strict=True)))
 
 
 @partial(jax.jit, static_argnames="slot")

@@ -30,7 +30,13 @@ Weights = Mapping[str, Mapping[str, Array]]
 
 
 def layer_mlp(base: PyTree, layer: int) -> dict[str, Any]:
-    """The MLP's weights of one layer of a base tree."""
+    """The MLP's weights of one layer of a base tree.
+
+    Raises:
+        ValueError: the MLP has no gate.
+    """
+    if "gate" not in base["blocks"]["mlp"]:
+        raise ValueError("this model's MLP has no gate; the closed forms are those of gated MLPs")
     stacked = {name: base["blocks"]["mlp"][name] for name in ("gate", "up", "down")}
     return jax.tree.map(lambda leaf: leaf[layer], stacked)
 

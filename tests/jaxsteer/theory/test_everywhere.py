@@ -12,13 +12,14 @@ from tiny import fast_jit, layouts, slot_of
 
 from jaxsteer import Model, Params
 from jaxsteer.io import load_model
+from jaxsteer.models.config import projections_of
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from jaxsteer.objective import next_tokens, supervised_loss
 from jaxsteer.steering import steering_shapes
 from jaxsteer.theory import first_order, gauss_newton_product, mlp_shift, only_layer, shift, tangent_loss
 from jaxsteer.theory.gated_mlp import layer_mlp
-from jaxsteer.types import SITES
+from jaxsteer.types import ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[3]
 FAST = "gemma2"  # soft-caps, a window in half of the layers, norms behind the sublayers, 1 + scale
@@ -38,6 +39,7 @@ def test_every_family(name, golden):
     plan = (slot_of("nonlinear", config, sites=("mlp", "block")),)
     model, layer = Model(config, plan), config.layers - 1
     real = np.asarray(batch.segments) > 0
+    sites = (*ACTIVATIONS, *projections_of(config))
     with jax.enable_x64(True):
         base = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), loaded.base)
         at = Params(base, noise(steering_shapes(plan, config), 1, 0.1))
@@ -45,17 +47,20 @@ def test_every_family(name, golden):
 
         @fast_jit
         def measure(at, update):
-            found = first_order(model, at, update, batch, SITES)
-            ahead, behind = (shift(model, at, update, batch, SITES, scale) for scale in (1e-5, -1e-5))
+            found = first_order(model, at, update, batch, sites)
+            ahead, behind = (shift(model, at, update, batch, sites, scale) for scale in (1e-5, -1e-5))
             difference = jax.tree.map(lambda a, b: (a - b) / 2e-5, ahead, behind)
 
             own = only_layer(update, layer)
             taps = forward(model, *at, batch, capture=("mlp.in",)).taps
-            of_mlp = {part: own.base["blocks"]["mlp"][part] for part in ("gate", "up", "down")}
+            parts = tuple(site.removeprefix("mlp.") for site in sites if site in ("mlp.gate", "mlp.up", "mlp.down"))
+            of_mlp = {part: own.base["blocks"]["mlp"][part] for part in parts}
             own = Params({"blocks": {"mlp": of_mlp}}, {})
             by_jvp = first_order(model, at, own, batch, ("mlp.down",))["mlp.down"][layer]
-            weights, change = layer_mlp(at.base, layer), jax.tree.map(lambda leaf: leaf[layer], of_mlp)
-            closed = mlp_shift(weights, change, taps["mlp.in"][layer], config.activation)
+            closed = by_jvp
+            if config.gated:
+                weights, change = layer_mlp(at.base, layer), jax.tree.map(lambda leaf: leaf[layer], of_mlp)
+                closed = mlp_shift(weights, change, taps["mlp.in"][layer], config.activation)
 
             logits = lambda s: logits_of(
                 forward(model, at.base, s, batch).hidden, output_embedding(at.base), config.final_softcap
@@ -70,7 +75,7 @@ def test_every_family(name, golden):
             return found, difference, (by_jvp, closed), curvature, losses
 
         found, difference, (by_jvp, closed), curvature, losses = jax.device_get(measure(at, update))
-    for site in SITES:
+    for site in sites:
         got, want = found[site][:, real], difference[site][:, real]
         assert np.abs(want).max() > 1e-6
         np.testing.assert_allclose(got, want, 1e-5, 1e-5 * np.abs(want).max(), err_msg=site)
