@@ -111,11 +111,9 @@ def bench_train(config: TrainBench) -> dict[str, float]:
     state = init_state(trained, tx, jax.random.key(1))
     source = _source(config, loaded)
 
-    first = _device(source.batch(0))
-    losses = jax.jit(supervised_loss, static_argnums=0)(model, loaded.base, params.steering, first)
-    loss = float(losses) / float(next_tokens(first).weights.sum())
-    step = program.jitted
-    batch = _device(source.batch(0))
+    step, batch = program.jitted, _device(source.batch(0))
+    losses = jax.jit(supervised_loss, static_argnums=0)(model, loaded.base, params.steering, batch)
+    loss = float(losses) / float(next_tokens(batch).weights.sum())
     began = time.perf_counter()
     compiled = step.lower(state, batch, frozen).compile()
     compile_seconds = time.perf_counter() - began

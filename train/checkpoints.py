@@ -345,7 +345,7 @@ def open_checkpoints(
     if best_mode not in ("min", "max"):
         raise ValueError(f"checkpoints {folder}: best_mode must be 'min' or 'max', got {best_mode!r}")
     path = _reach(folder)
-    path = path.expanduser().absolute() if is_local(str(folder)) else path
+    path = path if (local := local_folder(folder)) is None else epath.Path(local)
     keep: list[Any] = [policies.LatestN(keep_latest)]
     best = None if best_metric is None else (best_metric, best_mode)
     rank = None if best is None else lambda metrics: _rank(metrics, *best)
@@ -364,9 +364,10 @@ def open_checkpoints(
     return Checkpoints(path, ocp.CheckpointManager(path, options=options), every, best, read_only)
 
 
-def is_local(folder: str) -> bool:
-    """Whether a folder of checkpoints lies in a file system of this machine."""
-    return "://" not in folder.removeprefix("file://")
+def local_folder(folder: str | Path) -> Path | None:
+    """Where a folder of checkpoints lies in a file system of this machine; None for one that is remote."""
+    text = str(folder).removeprefix("file://")
+    return None if "://" in text else Path(text).expanduser().absolute()
 
 
 def _own(array: Any) -> Any:

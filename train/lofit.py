@@ -15,13 +15,12 @@ from typing import NamedTuple
 from jaxsteer.io import load_steering
 from jaxsteer.optim import Params
 from jaxsteer.types import Steering
-from train.base_models import load
 from train.config import TO_BE_RESUMED, TrainConfig, from_command_line, run_main
 from train.outcome import Result
 from train.recipes import lofit
 from train.report import print_result
 from train.run_folder import RunFolder
-from train.setup import count_steps
+from train.setup import count_steps, load_base_model
 from train.sft import train
 
 
@@ -56,7 +55,7 @@ def run(config: TrainConfig, heads: int, share: float = 0.4) -> Result | None:
     Raises:
         ValueError: bad settings or data; more heads than the model has.
     """
-    steps = config.steps or count_steps(config, load(config.model, config.dtype))
+    steps = config.steps or count_steps(config, load_base_model(config))
 
     def fit(stage: str, own: TrainConfig, initial: Sequence[Steering] | None) -> list[Result | Finished]:
         folder = RunFolder(Path(config.out) / stage)

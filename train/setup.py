@@ -12,6 +12,7 @@ import optax
 
 from jaxsteer.flops import step_flops
 from jaxsteer.io import LoadedModel
+from jaxsteer.io.stored import Place
 from jaxsteer.models.attention import causal_share
 from jaxsteer.models.transformer import Model
 from jaxsteer.optim import Params, merge, split
@@ -19,6 +20,7 @@ from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.steering import count_parameters, count_trained, init_steering
 from jaxsteer.training import Metrics, TrainState
 from jaxsteer.types import Batch, Steering
+from train.base_models import load
 from train.config import TrainConfig
 from train.data import DataSource, Report
 from train.encoded import encode_cached
@@ -86,6 +88,15 @@ class Training:
     def params(self, state: TrainState) -> Params:
         """The whole base and steering trees of a state."""
         return merge(state.params, self.frozen)
+
+
+def load_base_model(config: TrainConfig, place: Place | None = None) -> LoadedModel:
+    """The base model of a run, in the form that its config asks for.
+
+    Args:
+        place: says where a leaf of the base tree lies, see `train.placement`.
+    """
+    return load(config.model, config.dtype, place, quantised=config.quantise == "int8", tokenizer=config.tokenizer)
 
 
 def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:

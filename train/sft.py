@@ -19,8 +19,7 @@ import numpy as np
 from jaxsteer.io import LoadedModel, fingerprint, save_hf, save_steering
 from jaxsteer.steering import plan_to_json
 from jaxsteer.types import Steering
-from train.base_models import load
-from train.checkpoints import Checkpoints, is_local, open_checkpoints
+from train.checkpoints import Checkpoints, local_folder, open_checkpoints
 from train.config import TO_BE_RESUMED, TrainConfig, from_command_line, run_main
 from train.distributed import console, fetch, is_first, join, on_first
 from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
@@ -35,7 +34,7 @@ from train.profiling import Profiler
 from train.report import print_facts, print_result
 from train.run_folder import RunFolder, differences, locked, open_run
 from train.scoring import Accuracy
-from train.setup import Training, make_training, to_floats
+from train.setup import Training, load_base_model, make_training, to_floats
 from train.speed import Speed
 from train.trackers import check_trackers, open_trackers
 
@@ -61,8 +60,7 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Res
     enable_compilation_cache()
 
     # ---- base model, data, what trains
-    place = place_on(config.mesh, config.rows // config.accumulate).base
-    loaded = load(config.model, config.dtype, place, quantised=config.quantise == "int8", tokenizer=config.tokenizer)
+    loaded = load_base_model(config, place_on(config.mesh, config.rows // config.accumulate).base)
     training = make_training(config, loaded)
     training = training if initial is None else training.starting_from(initial)
     state = training.state
@@ -213,8 +211,8 @@ def _open(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, bool]:
         if resume and not run.config.exists():
             open_run(run.folder, config.to_json(), resume=True)  # says what is wrong
         held.enter_context(locked(run.folder))
-        if config.checkpoints is not None and is_local(config.checkpoints):
-            held.enter_context(locked(config.checkpoints.removeprefix("file://")))
+        if config.checkpoints is not None and (away := local_folder(config.checkpoints)) is not None:
+            held.enter_context(locked(away))
         open_run(run.folder, config.to_json(), resume=resume)
         return resume
 

@@ -16,7 +16,6 @@ import tyro
 from rich.console import Console
 
 from jaxsteer.io import files
-from train.base_models import load
 from train.compare.config import CompareConfig
 from train.compare.report import write_report
 from train.compare.runs import Comparison, search
@@ -26,7 +25,7 @@ from train.machine import device_summary, enable_compilation_cache
 from train.metrics import Bar, progress
 from train.report import print_facts
 from train.run_folder import RunFolder, locked, open_run, write_json
-from train.setup import count_steps
+from train.setup import count_steps, load_base_model
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 
 def _compare(config: CompareConfig, run: RunFolder) -> dict[str, Any]:
-    loaded = load(config.base.model, config.base.dtype)
+    loaded = load_base_model(config.base)
     console = Console()
     config = replace(config, base=replace(config.base, steps=count_steps(config.base, loaded)))
     assert config.base.steps is not None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from train.base_models import load
 from train.config import TrainConfig, load_config_file
 from train.data import encode, encode_prompts, stack_rows
 from train.data.packing import pack
+from train.run_folder import write_json
 from train.tasks import Split
 
 
@@ -102,9 +102,9 @@ def counter(update: Callable[..., None]) -> Callable[..., None]:
     return one
 
 
-def write_result(folder: str | Path, name: str, data: Any) -> Path:
+def write_result(folder: str | Path, name: str, data: Mapping[str, Any]) -> Path:
     """Write NAME.json into the study's folder, which is made."""
     path = Path(folder) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_json(path, data)
     return path
