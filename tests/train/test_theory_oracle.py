@@ -5,10 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
 
 from jaxsteer import LoRA, Slot, steering_shapes
-from jaxsteer.io import load_steering, save_steering
+from jaxsteer.io import load_config, load_steering, save_steering
 from jaxsteer.types import PROJECTIONS
 from train.theory.convert import ConvertStudy
 from train.theory.geometry import GeometryStudy
@@ -22,17 +21,18 @@ def setting(tmp_path_factory, tiny_folder, tiny_data):
     """Arguments of a study: a fine-tuning of the tiny model, and the config that it could be trained with."""
     folder = tmp_path_factory.mktemp("theory")
     plan, draw = (Slot("lora", LoRA(rank=2), PROJECTIONS),), np.random.default_rng(0)
+    config = load_config(tiny_folder)
     steering = jax.tree.map(
-        lambda leaf: draw.normal(0, 0.2, leaf.shape).astype(np.float32), steering_shapes(plan, TINY)
+        lambda leaf: draw.normal(0, 0.2, leaf.shape).astype(np.float32), steering_shapes(plan, config)
     )
-    save_steering(folder / "lora.safetensors", steering, plan, model_name=str(tiny_folder), config=TINY)
-    config = folder / "config.py"
-    config.write_text(
+    save_steering(folder / "lora.safetensors", steering, plan, model_name=str(tiny_folder), config=config)
+    training = folder / "config.py"
+    training.write_text(
         "from train.config import TrainConfig\nfrom train.tasks import JsonlTask\n\n\n"
         f"def config():\n    return TrainConfig(model={str(tiny_folder)!r}, rows=2, row_length=32, "
         f"task=JsonlTask({str(tiny_data)!r}, {str(tiny_data)!r}))\n"
     )
-    return {"tuned": str(folder / "lora.safetensors"), "config": str(config)}
+    return {"tuned": str(folder / "lora.safetensors"), "config": str(training)}
 
 
 def result(folder, name):
@@ -62,16 +62,17 @@ def test_the_oracle_study(setting, tmp_path):
 
 
 @pytest.mark.slow
-def test_conversion_then_geometry(setting, tmp_path):
+def test_conversion_then_geometry(setting, tiny_folder, tmp_path):
+    config = load_config(tiny_folder)
     small = {"rows": 2, "length": 32, "examples": 12}
     ConvertStudy(**setting, **small, rank=2, prompts=40, distill_steps=3, out=str(tmp_path)).run()
     models = result(tmp_path, "convert")["models"]
     assert models["affine"]["kl"] < models["base"]["kl"]
-    assert load_steering(tmp_path / "distilled.safetensors", TINY).plan[0].sites == ("block",)
+    assert load_steering(tmp_path / "distilled.safetensors", config).plan[0].sites == ("block",)
     steering = str(tmp_path / "linear.safetensors")
     GeometryStudy(**setting, **small, rank=2, steering=steering, out=str(tmp_path)).run()
     found = result(tmp_path, "geometry")
-    assert {len(each) for each in found["overlap"].values()} == {TINY.layers}
+    assert {len(each) for each in found["overlap"].values()} == {config.layers}
     assert "oracle · steering writes, block" in found["mean_overlap"]
     assert max(found["effective_rank"]["LoRA at mlp.down"]) <= 2
 
