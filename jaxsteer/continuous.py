@@ -30,6 +30,8 @@ PREFILL_LENGTH = 64
 """Short prompts share a row of the prefill: fewer shapes to compile, larger products."""
 STEPS = 32
 """The most steps between two looks at what is finished."""
+FEWEST = 8
+"""Rows are halved while no prompt waits and half of them are free, but not below so many: each number is compiled."""
 
 
 GREEDY = Sampling()
@@ -234,6 +236,15 @@ def shrink(rows: Rows, prompt: int) -> Rows:
     return _spread(rows._replace(cache=cache))
 
 
+@jax.jit
+def keep_rows(rows: Rows, kept: Array) -> Rows:
+    """Some of the rows, int32 [n]: a free row costs as much as a busy one."""
+    some = lambda field: field[kept]
+    cache = rows.cache
+    fewer = Cache(cache.k[:, kept], cache.v[:, kept], some(cache.segments), some(cache.positions), cache.used)
+    return _spread(Rows(fewer, *map(some, rows[1:])))
+
+
 def generate_all(
     model: Model,
     base: PyTree,
@@ -302,7 +313,12 @@ def generate_all(
         needed = bucket_length(max([*(length(i) for i in held if i is not None), *map(length, islice(waiting, 1))]))
         if needed < room:
             state, room = shrink(state, needed), needed
-        enough = len(_next(waiting, prompts, rows, -(-rows // 4))[0]) if waiting else rows
+        half = _half(rows)
+        if not waiting and half and sum(index is not None for index in held) <= half:
+            kept = sorted(range(rows), key=lambda row: held[row] is None)[:half]
+            state, held, rows = keep_rows(state, np.array(kept, np.int32)), [held[row] for row in kept], half
+            continue
+        enough = len(_next(waiting, prompts, rows, -(-rows // 4))[0]) if waiting else rows - half
         state = advance(model, base, steering, state, np.int32(enough), stops, key, sampling=sampling)
         done, out, count, stopped, margin = (
             np.asarray(field) for field in (state.done, state.out, state.drawn, state.stopped, state.margin)
@@ -317,6 +333,12 @@ def generate_all(
             if index is not None and done[row]:
                 held[row] = None
                 yield index, Answer(out[row, : count[row]].copy(), bool(stopped[row]), float(margin[row]))
+
+
+def _half(rows: int) -> int:
+    """Half as many rows, or 0 where that is too few or not shared evenly by the devices."""
+    half = rows // 2
+    return half if half >= FEWEST and half % row_shards() == 0 else 0
 
 
 def _next(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import random_steering, rows, slot_of
 
-from jaxsteer import Model, Positions, Sampling, generate
+from jaxsteer import Model, Positions, Sampling, continuous, generate
 from jaxsteer.continuous import generate_all
 from jaxsteer.likelihood import score_continuations
 
@@ -65,8 +65,11 @@ def upto(said, stops):
 
 
 @pytest.mark.parametrize("at_a_time", [3, 40])
-def test_answers_are_those_of_one_at_a_time(at_a_time, steered, tiny_base, alone):
+def test_answers_are_those_of_one_at_a_time(at_a_time, steered, tiny_base, alone, monkeypatch):
     model, steering = steered
+    kept, keep_rows = [], continuous.keep_rows
+    counted = lambda state, rows: kept.append(len(rows)) or keep_rows(state, rows)
+    monkeypatch.setattr(continuous, "keep_rows", counted)
     asked, stops, want = alone
     found = dict(generate_all(model, tiny_base, steering, asked, max_new_tokens=NEW, stop_tokens=stops, rows=at_a_time))
     assert sorted(found) == list(range(len(asked)))
@@ -78,6 +81,7 @@ def test_answers_are_those_of_one_at_a_time(at_a_time, steered, tiny_base, alone
             assert found[index].stopped == stopped
         lengths.add(len(found[index].tokens))
     assert sum(found[index].margin <= TIE for index in found) <= 1
+    assert kept == ([11] if at_a_time == 40 else [])  # half of the 23 rows, once the others are done
     assert {0, NEW} < lengths  # rows end at different times
 
 

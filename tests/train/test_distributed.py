@@ -139,11 +139,26 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(config, alone, tmp
     assert json.loads((out / "summary.json").read_text())["trainable_parameters"] == alone.trainable
 
 
+@pytest.fixture(scope="module")
+def choosing(tiny_folder, tiny_data, tmp_path_factory):
+    """A config file whose task lists choices."""
+    path = tmp_path_factory.mktemp("choosing") / "config.py"
+    path.write_text(
+        "from train.config import TrainConfig\nfrom train.tasks import TableTask\n"
+        f"task = TableTask({str(tiny_data)!r}, {str(tiny_data)!r}, choices=('{{completion}}', ' several', 'Z'))\n"
+        f"config = lambda: TrainConfig(task=task, model={str(tiny_folder)!r})\n"
+    )
+    return str(path)
+
+
 @pytest.mark.slow
-def test_two_processes_answer_as_one_does(config, alone, tmp_path):
+@pytest.mark.parametrize("by", ["generation", "likelihood"])
+def test_two_processes_answer_as_one_does(by, config, alone, choosing, tmp_path):
     single, pair = tmp_path / "single", tmp_path / "pair"
     steering = str(Path(config.out) / "steering.safetensors")
-    arguments = ("--split", "validation", "--examples", "20", "--rows", "8", "--no-base")
+    arguments = ("--split", "validation", "--examples", "20", "--rows", "8", "--no-base", "--by", by)
+    if by == "likelihood":
+        arguments += ("--config", choosing)
     done = subprocess.run(
         [sys.executable, "-m", "train.evaluate", steering, *arguments, "--out", str(single)],
         cwd=ROOT,
@@ -154,10 +169,11 @@ def test_two_processes_answer_as_one_does(config, alone, tmp_path):
     finish(start("train.evaluate", steering, *arguments, "--out", str(pair), "--mesh.tensor", "2"))
     lines = [(folder / "steered.jsonl").read_text().splitlines() for folder in (single, pair)]
     one, other = ([json.loads(line) for line in each] for each in lines)
-    margins = [[answer.pop("margin") for answer in answers] for answers in (one, other)]
+    field = "margin" if by == "generation" else "scores"
+    sizes = [[answer.pop(field) for answer in answers] for answers in (one, other)]
     assert one == other
     assert len(one) == 20
-    np.testing.assert_allclose(*margins, 1e-4, 1e-6)
+    np.testing.assert_allclose(*sizes, 1e-4, 1e-6)
 
 
 @pytest.mark.slow

@@ -94,7 +94,8 @@ from functools import partial
 from jaxsteer import Model, ModelConfig, Params, Slot, Nonlinear, init_base, make_batch
 from jaxsteer.sharding import MeshShape, base_shardings, batch_shardings, make_mesh
 from jaxsteer.steering import steering_shapes
-from jaxsteer.theory import gauss_newton_product, higher_order, remainders, tangent_loss
+from jaxsteer.theory import FitSettings, Network, gauss_newton_product, higher_order, measure, means, remainders
+from jaxsteer.theory import tangent_loss, to_lora, to_steering
 
 config = ModelConfig(vocab_size=64, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, mlp_width=48)
 plan = (Slot("s", Nonlinear(rank=4), ("block",)),)
@@ -107,7 +108,7 @@ segments = np.repeat([[1, 2]], 8, axis=0).repeat(8, axis=1)
 weights = (np.arange(16) % 8 > 3) * np.ones((8, 1), np.float32)
 batch = make_batch(draw.integers(3, 64, (8, 16)), segments, weights)
 
-def measure(at, update, batch):
+def observe(at, update, batch):
     model = Model(config, plan)
     terms = higher_order(model, at, update, batch, ("mlp", "block"), order=2)
     found = remainders(model, at, update, batch, terms, np.array([0.5, 1.0], np.float32))
@@ -115,15 +116,28 @@ def measure(at, update, batch):
     bent = gauss_newton_product(model, *at, batch, update.steering)
     return terms, found, bent, tangent_loss(model, *moved, batch, at=at)
 
-want = jax.device_get(jax.jit(measure)(at, update, batch))
+def converted(at, batch):
+    tuned, plain = Network(Model(config, plan), *at), Network(Model(config), at.base, {})
+    fitted = to_steering(tuned, plain, [batch], FitSettings("affine", rank=4))
+    lora = to_lora(fitted.network, plain, [batch], rank=4)
+    kl = lambda network: means(measure(tuned, network, [batch], "all")).kl
+    return np.array([kl(plain), kl(fitted.network), kl(lora.network)]), fitted.unexplained, lora.unexplained
+
+want = jax.device_get(jax.jit(observe)(at, update, batch))
+fitted = converted(at, batch)
+assert fitted[0][1] < fitted[0][0] / 2, fitted
 for shape in (MeshShape(data=8), MeshShape(fsdp=8), MeshShape(fsdp=2, tensor=4)):
     mesh = make_mesh(shape)
     with jax.set_mesh(mesh):
         put = lambda tree: Params(jax.device_put(tree.base, base_shardings(tree.base, mesh)), tree.steering)
-        got = jax.jit(measure)(put(at), put(update), jax.device_put(batch, batch_shardings(batch, mesh)))
+        spread, rows = put(at), jax.device_put(batch, batch_shardings(batch, mesh))
+        got = jax.jit(observe)(spread, put(update), rows)
+        same = converted(spread, rows)
     assert len(got[0][0]["block"].sharding.device_set) == 8
     for a, b in zip(jax.tree.leaves(jax.device_get(got)), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, 1e-3, 1e-4 * np.abs(b).max())
+    for a, b in zip(same, fitted, strict=True):
+        np.testing.assert_allclose(a, b, 1e-3, 1e-5)
     print("equal", shape)
 """
 
