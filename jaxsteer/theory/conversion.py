@@ -19,10 +19,10 @@ import optax
 
 from jaxsteer.interventions import Fixed, Linear, LoRA, Nonlinear
 from jaxsteer.models.layers import ACTIVATIONS
-from jaxsteer.models.transformer import embed, forward, write_scales
+from jaxsteer.models.transformer import embed, write_scales
 from jaxsteer.steering import validate_plan
 from jaxsteer.theory import fits
-from jaxsteer.theory.compare import Totals, Where, compare, compare_hidden, totals
+from jaxsteer.theory.compare import Totals, Where, compare, compare_hidden, means, totals
 from jaxsteer.theory.oracle import Network, block_step, check_comparable, check_layers, stacked
 from jaxsteer.types import Array, Batch, Context, Plan, PyTree, Slot, Steering
 
@@ -189,10 +189,14 @@ def to_lora(
 
 
 class Distilled(NamedTuple):
-    """The network with its steering trained, and the KL of every step, fp32 [steps]."""
+    """The network with its steering trained, the KL of every step, fp32 [steps], and the mean KL over the text before
+    and after, nats a prediction. Where descent has not lowered that, the network is the one that it began with.
+    """
 
     network: Network
     kl: Array
+    before: float
+    after: float
 
 
 def distill(
@@ -200,46 +204,64 @@ def distill(
     network: Network,
     batches: Sequence[Batch],
     steps: int,
-    lr: float = 1e-3,
+    lr: float = 1e-4,
     where: Where = "all",
     advance: Callable[[int, float], None] = lambda done, kl: None,
 ) -> Distilled:
     """Adam on the mean KL(tuned ‖ network) a prediction, over the network's steering; the batches in turn.
 
+    What was fitted to streams with a few very large entries has entries of very different sizes itself, and a step of
+    one size for all would ruin the small ones. So each entry p moves as p₀ + |p₀| q, Adam's being q: `lr` is the share
+    of itself that an entry moves by (of at least a hundredth of its layer's root mean square; a layer of zeros moves
+    by lr itself).
+
     Args:
         tuned: the target, any weights or plan. network: whose steering trains, from where it stands.
         batches: all of one shape. where: the predictions that count; "all" looks at no label.
-        steps: of Adam. lr: at the first step, down to 0 by a cosine.
+        steps: of Adam. lr: after an eighth of them, from 0; down to 0 again by a cosine.
         advance: hears how many steps are done, and the KL.
 
     Raises:
         ValueError: models of different shapes, nothing to train, no batches.
     """
     check_comparable(tuned, network)
-    if not batches or not jax.tree.leaves(network.steering) or steps < 1:
+    start = network.steering
+    if not batches or not jax.tree.leaves(start) or steps < 1:
         raise ValueError("distillation needs batches, a network with steering, and at least 1 step")
-    tx = optax.adam(optax.cosine_decay_schedule(lr, steps))
+    tx = optax.adam(optax.warmup_cosine_decay_schedule(0.0, lr, min(steps - 1, -(-steps // 8)), steps))
+    units = jax.tree.map(_units, start)
+    moved = lambda q: jax.tree.map(lambda p, unit, by: p + unit * by, start, units, q)
 
     @jax.jit
-    def step(tuned: Network, base: PyTree, steering: Steering, state: Any, batch: Batch) -> tuple[Steering, Any, Array]:
+    def step(tuned: Network, base: PyTree, q: Steering, state: Any, batch: Batch) -> tuple[Steering, Any, Array]:
         told = tuned(batch).hidden
 
-        def loss(steering: Steering) -> Array:
-            hidden = forward(network.model, base, steering, batch).hidden
-            found = compare_hidden(told, tuned, hidden, Network(network.model, base, steering), batch, where)
+        def loss(q: Steering) -> Array:
+            other = Network(network.model, base, moved(q))
+            found = compare_hidden(told, tuned, other(batch).hidden, other, batch, where)
             return jnp.sum(found.kl) / jnp.maximum(jnp.sum(found.counted), 1)
 
-        kl, gradient = jax.value_and_grad(loss)(steering)
+        kl, gradient = jax.value_and_grad(loss)(q)
         with jax.numpy_dtype_promotion("standard"):
-            updates, state = tx.update(gradient, state, steering)
-        return optax.apply_updates(steering, updates), state, kl
+            updates, state = tx.update(gradient, state, q)
+        return optax.apply_updates(q, updates), state, kl
 
-    steering, state, seen = network.steering, tx.init(network.steering), []
+    over_all = lambda network: means(measure(tuned, network, batches[:steps], where)).kl
+    q = jax.tree.map(jnp.zeros_like, start)
+    state, seen, before = tx.init(q), [], over_all(network)
     for i in range(steps):
-        steering, state, kl = step(tuned, network.base, steering, state, batches[i % len(batches)])
+        q, state, kl = step(tuned, network.base, q, state, batches[i % len(batches)])
         seen.append(kl)
         advance(i + 1, float(kl))
-    return Distilled(Network(network.model, network.base, steering), jnp.stack(seen))
+    done = Network(network.model, network.base, moved(q))
+    after = over_all(done)
+    return Distilled(done if after < before else network, jnp.stack(seen), before, after)
+
+
+def _units(leaf: Array) -> Array:
+    """What one unit of a stacked leaf's entries [A, ...] is, see `distill`."""
+    size = jnp.sqrt(jnp.mean(leaf**2, axis=tuple(range(1, leaf.ndim)), keepdims=True))
+    return jnp.where(size > 0, jnp.maximum(jnp.abs(leaf), 0.01 * size), 1.0)
 
 
 def measure(tuned: Network, network: Network, batches: Sequence[Batch], where: Where = "answers") -> Totals:

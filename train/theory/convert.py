@@ -47,8 +47,8 @@ class ConvertStudy:
     """Steps of distillation, from the last form; 0 = none."""
     distill_rows: int = 2
     """Rows of a step of it."""
-    distill_lr: float = 2e-3
-    """Its first learning rate."""
+    distill_lr: float = 1e-4
+    """Its learning rate: the share of itself that an entry moves by in a step."""
     lora: bool = True
     """Make a LoRA from the last form's steering."""
     out: str = "runs/theory/convert"
@@ -93,6 +93,7 @@ class ConvertStudy:
                 rows = pair.batches("train", self.prompts, rows=self.distill_rows, length=self.length, answers=False)
                 done = distill(pair.tuned, last, rows, self.distill_steps, self.distill_lr, advance=tick)
                 check(f"{self.forms[-1]}, distilled", done.network)
+                bar.note(f"distillation: KL on the prompts {done.before:.4f} before, {done.after:.4f} after")
                 self._save(folder, "distilled", pair, done.network)
         base, tuned = found["base"], found["fine-tuned"]
         data = {

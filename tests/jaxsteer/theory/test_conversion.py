@@ -108,10 +108,15 @@ def test_steering_at_one_layer_only(tuned, base, batches):
 @pytest.mark.slow
 def test_distillation_lowers_the_divergence_further(tuned, base, batches):
     start = to_steering(tuned, base, batches, FitSettings("linear", rank=2)).network
-    done = distill(tuned, start, batches, steps=60, lr=2e-2)
+    done = distill(tuned, start, batches, steps=60, lr=0.1)
     assert done.kl.shape == (60,)
     assert kl(tuned, done.network, batches) < 0.8 * kl(tuned, start, batches)
     assert kl(tuned, done.network, batches) == pytest.approx(float(np.mean(done.kl[-4:])), rel=0.1)
+    assert (done.before, done.after) == pytest.approx([kl(tuned, each, batches) for each in (start, done.network)])
+    # Steps that are too large leave it as it was.
+    failed = distill(tuned, start, batches, steps=3, lr=30.0)
+    assert failed.after > failed.before
+    assert failed.network is start
 
 
 def test_a_lora_is_found_for_steering(base, batches):
