@@ -85,18 +85,22 @@ def to_steering(
     settings: FitSettings = FitSettings(),  # frozen
     layers: Sequence[int] | None = None,
     key: Array | None = None,
+    flat: bool = False,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Converted:
     """The best post-block steering of `base` for going where `tuned` goes, in least squares, block after block.
 
-    Both streams of every batch wait between blocks, two vectors a token; of the tokens, a fit keeps what
-    `jaxsteer.theory.fits` keeps. Each block of either model is run once on each batch.
+    Of the tokens, a fit keeps what `jaxsteer.theory.fits` keeps. Both streams of every batch wait between blocks, two
+    vectors a token, so that each block of either model is run once on each batch; unless `flat` is asked for.
 
     Args:
         tuned: where to: merged weights, or any plan. base: that is to be steered.
-        batches: all of one shape; no label is looked at, every token that is not padding counts.
+        batches: all of one shape; no label is looked at, every token that is not padding counts. They are gone through
+            once a block, so they may be made when they are asked for.
         layers: steered, ascending; None = all.
         key: draws the sample of the nonlinear form.
+        flat: keep no streams, but run the blocks below again for each block, (L + 1)/2 times the work: memory does not
+            grow with the tokens.
         advance: hears how many blocks are done.
 
     Returns:
@@ -111,23 +115,40 @@ def to_steering(
     _check(tuned, base, batches, plan)
     key = jax.random.key(0) if key is None else key
     width = base.model.config.width
-    streams = [_start(base, tuned, batch) for batch in batches]
-    found: list[Steering] = []
+    kept: dict[int, tuple[Array, Array]] = {}
+    fitted: dict[int, Steering] = {}
+
+    def enter(i: int, batch: Batch, layer: int) -> tuple[Array, Array]:
+        """Both streams where they enter a block."""
+        if layer == 0:
+            return _start(base, tuned, batch)
+        y, h = leave(i, batch, layer - 1) if flat else kept[i]
+        below = fitted.get(layer - 1)
+        return (y if below is None else _steer(plan, below, jnp.array(layer - 1, jnp.int32), y, h)), h
+
+    def leave(i: int, batch: Batch, layer: int) -> tuple[Array, Array]:
+        """Both where they leave it, not steered there yet."""
+        return _run_both(base, tuned, batch, jnp.array(layer, jnp.int32), *enter(i, batch, layer))
+
     left = []
     for layer in range(count):
-        index = jnp.array(layer, jnp.int32)
         factor, sample = fits.empty(width, width), fits.empty_sample(settings.sample, width, width)
         for i, batch in enumerate(batches):
-            streams[i] = y, h = _run_both(base, tuned, batch, index, *streams[i])
+            if flat and layer not in layers:
+                break
+            y, h = leave(i, batch, layer)
             if layer in layers:
                 own = jax.random.fold_in(jax.random.fold_in(key, layer), i)
                 factor, sample = _observe(factor, sample, own, y, h, batch, draws=settings.form == "nonlinear")
+            if flat:
+                jax.block_until_ready(factor)  # or what is asked for ahead would be in memory together
+            else:
+                kept[i] = y, h
         if layer in layers:
-            params, share = _fit(factor, sample, settings)
-            streams = [(_steer(plan, params, index, *stream), stream[1]) for stream in streams]
-            found.append(params)
+            fitted[layer], share = _fit(factor, sample, settings)
             left.append(share)
         advance(layer + 1)
+    found = list(fitted.values())
     steering = jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
     network = base
     for slot in plan:

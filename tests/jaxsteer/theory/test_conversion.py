@@ -1,5 +1,6 @@
 """Weights to steering and back: planted trees are found again, later blocks make up for earlier ones."""
 
+import gc
 from dataclasses import replace
 
 import jax
@@ -103,6 +104,45 @@ def test_steering_at_one_layer_only(tuned, base, batches):
     assert steer.layers == (3,)
     assert found.network.steering["steer"]["block"]["D"].shape == (1, 4, 32)
     assert kl(tuned, found.network, batches) < kl(tuned, base, batches)
+
+
+class Stream:
+    """Batches that exist while they are looked at, and the most bytes that any of them found in memory."""
+
+    def __init__(self, vocab, count):
+        self.vocab, self.count, self.most = vocab, count, 0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if i >= self.count:
+            raise IndexError(i)
+        self.most = max(self.most, sum(array.nbytes for array in jax.live_arrays()))
+        return jax.tree.map(lambda leaf: jnp.tile(leaf, (4, 1)), token_batches(self.vocab, 1, seed=i)[0])
+
+
+@pytest.mark.slow
+def test_flat_conversions_are_the_same(tuned, base, batches):
+    settings = FitSettings("affine", rank=4)
+    one, other = (to_steering(tuned, base, batches, settings, flat=flat).network.steering for flat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6), one, other)
+
+
+def test_flat_conversions_do_not_grow_with_the_tokens(tuned, base):
+    """10 thousand tokens and 100 thousand: 10 and 100 batches of 32 rows of 32."""
+    settings = FitSettings("fixed")
+
+    def most(count, flat):
+        gc.collect()
+        before = sum(array.nbytes for array in jax.live_arrays())
+        stream = Stream(base.model.config.vocab_size, count)
+        to_steering(tuned, base, stream, settings, layers=(0,), flat=flat)
+        return stream.most - before
+
+    few, many = most(10, True), most(100, True)
+    assert many <= 1.01 * few
+    assert most(10, False) > few + 8 * 2 * 32 * 32 * 32 * 4  # two streams of each token
 
 
 @pytest.mark.slow
