@@ -59,6 +59,7 @@ def test_8b_post_block_on_v5e():
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_70b_post_block_on_v5p():
     (found,) = plan("configs/llama3_70b_post_block.py", "--topology", "v5p:4x4x4", "--programs", "train")
     assert found["fits"]

@@ -84,4 +84,4 @@ def test_the_prediction_study(setting, tmp_path):
     found = result(tmp_path, "predict")
     assert len(found["fall at one layer"]) == len(found["layers"]) == 2
     assert set(found["starts"]) == {"drawn D", "aligned D"}
-    assert -1 <= found["rank correlation over layers"] <= 1
+    assert all(-1 <= each <= 1 for each in found["rank correlation over layers"].values())

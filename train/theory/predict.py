@@ -25,6 +25,17 @@ from train.setup import Training, make_training
 from train.theory.pair import Pair, counter, write_result
 
 
+def correlations(data: dict[str, Any]) -> dict[str, float]:
+    """Spearman's, over the layers that were trained alone, of the fall that training found with each prediction."""
+    block = {name: np.array(each)[data["layers"]] for name, each in data["promise"]["block"].items()}
+    predictions = {
+        "promise of rank 8": block["rank 8"],
+        "energy": block["energy"],
+        "share of the energy that rank 8 reaches": block["rank 8"] / block["energy"],
+    }
+    return {name: float(spearmanr(values, data["fall at one layer"]).statistic) for name, values in predictions.items()}
+
+
 @dataclass(frozen=True)
 class PredictStudy:
     """Which layers and sites should pay, by the gradients of a few batches at the base model; which do, by training
@@ -114,8 +125,7 @@ class PredictStudy:
             name: {"held-out loss": [f[0] for f in each], "training loss": [f[1] for f in each]}
             for name, each in found.items()
         }
-        block = np.asarray(promises["block"].ranks[:, 7])[layers]
-        data["rank correlation over layers"] = float(spearmanr(np.sqrt(block), data["fall at one layer"]).statistic)
+        data["rank correlation over layers"] = correlations(data)
         self._draw(data, count, layers, np.sqrt(np.asarray(promises["block"].ranks[:, 7])))
         print(f"figures and numbers: {write_result(self.out, 'predict', data).parent}")
 
