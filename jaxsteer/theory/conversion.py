@@ -168,7 +168,7 @@ def to_lora(
 
     What the update should add is the steered stream less the block's own output: before the norm that follows the
     projection in families with one, as far as a norm's output can be had at all; a block that such a fit does not bring
-    nearer is left as it is.
+    nearer is left as it is. Tokens count by the inverse of their stream's mean square, in `unexplained` too.
 
     Args:
         steered: where to. base, batches, advance: as for `to_steering`.
@@ -373,7 +373,15 @@ def _observe_projection(
         rms = jnp.sqrt(jnp.mean(z**2, axis=-1, keepdims=True) + config.norm_eps)
         wanted = (taps["mlp"] + missing) / factors.reshape(1, 1, -1)
         missing = wanted * rms - z
-    return fits.absorb(factor, x, missing, (batch.segments > 0).astype(jnp.float32)), h
+    return fits.absorb(factor, x, missing, _weights(batch, h)), h
+
+
+def _weights(batch: Batch, stream: Array) -> Array:
+    """Of each token in a fit, fp32 [B, T]: what follows reads the stream through a norm, so errors count against the
+    token's own size, and the first token of an example, far larger than the others, does not count for all of them.
+    """
+    size = jnp.mean(stream.astype(jnp.float32) ** 2, axis=-1)
+    return jnp.where(batch.segments > 0, 1 / jnp.maximum(size, 1e-12), 0)
 
 
 def _distance(streams: Sequence[Array], wanted: Sequence[Array], batches: Sequence[Batch]) -> float:
