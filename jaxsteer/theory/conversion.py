@@ -161,7 +161,7 @@ def to_lora(
     base: Network,
     batches: Sequence[Batch],
     rank: int = 8,
-    ridge: float = 1e-5,
+    ridge: float = 1e-2,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Converted:
     """The best LoRA on `mlp.down` for going where a steered model goes, in least squares, block after block.
@@ -172,7 +172,8 @@ def to_lora(
 
     Args:
         steered: where to. base, batches, advance: as for `to_steering`.
-        rank, ridge: of each block's fit.
+        rank, ridge: of each block's fit. Not small: the MLP's inputs have many dimensions, and a fit that is free to do
+            so follows each of few tokens.
 
     Raises:
         ValueError: models of different shapes, a rank above the widths, no batches.

@@ -35,6 +35,8 @@ class ConvertStudy:
     """Of the steering, and of the LoRA made from it."""
     ridge: float = 1e-5
     """Of the fits, as a share of the mean square of an input."""
+    lora_ridge: float = 1e-2
+    """The same for the LoRA, whose inputs have more dimensions."""
     prompts: int = 800
     """Training prompts to fit on; their answers are not looked at."""
     examples: int = 120
@@ -86,7 +88,7 @@ class ConvertStudy:
                 check(form, last)
                 self._save(folder, form, pair, last)
             if self.lora:
-                made = to_lora(last, pair.base, fit_on, self.rank, self.ridge, advance=tick)
+                made = to_lora(last, pair.base, fit_on, self.rank, self.lora_ridge, advance=tick)
                 left["LoRA from the steering"] = np.asarray(made.unexplained).tolist()
                 check(f"LoRA from {self.forms[-1]}", made.network)
             if self.distill_steps:
