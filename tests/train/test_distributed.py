@@ -156,7 +156,7 @@ def choosing(tiny_folder, tiny_data, tmp_path_factory):
 def test_two_processes_answer_as_one_does(by, config, alone, choosing, tmp_path):
     single, pair = tmp_path / "single", tmp_path / "pair"
     steering = str(Path(config.out) / "steering.safetensors")
-    arguments = ("--split", "validation", "--examples", "20", "--rows", "8", "--no-base", "--by", by)
+    arguments = ("--split", "validation", "--examples", "20", "--rows", "16", "--no-base", "--by", by)  # 16 are halved
     if by == "likelihood":
         arguments += ("--config", choosing)
     done = subprocess.run(
