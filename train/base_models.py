@@ -18,8 +18,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from jaxsteer.io import LoadedModel, load_model
 from jaxsteer.io.stored import Place
-from train.distributed import console
-from train.machine import cache_folder
+from train.devices.machine import cache_folder
+from train.devices.processes import console
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,16 @@ from jaxsteer.types import Batch, Steering
 from train.base_models import load
 from train.bench_eval import EvalBench, bench_eval
 from train.bench_load import LoadBench, bench_load
-from train.config import SINGLE, TrainConfig, run_main
+from train.config import TrainConfig, run_main
 from train.data import DataSource, Keys, ListOps, TokenizedExample, encode, read_jsonl, stack_rows
 from train.data.listops import generate as generate_listops
-from train.machine import device_summary, enable_compilation_cache, matmul_peak_flops, peak_memory_bytes
+from train.devices.machine import (
+    device_summary,
+    enable_compilation_cache,
+    matmul_peak_flops,
+    peak_memory_bytes,
+)
+from train.devices.placement import SINGLE
 from train.program import make_program
 from train.run_folder import write_json
 

@@ -19,10 +19,9 @@ import numpy as np
 from jaxsteer.io import load_base, save_hf
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import init_base
-from train.config import MeshConfig
-from train.distributed import DistributedConfig, join
-from train.machine import peak_memory_bytes
-from train.placement import place_on
+from train.devices.machine import peak_memory_bytes
+from train.devices.placement import MeshConfig, place_on
+from train.devices.processes import DistributedConfig, join
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxsteer.types import PyTree
-from train.distributed import together
+from train.devices.processes import together
 from train.leaves import (
     MismatchError,
     SaveError,

@@ -16,9 +16,9 @@ from jaxsteer.models.attention import Kernel
 from jaxsteer.models.transformer import Remat
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
-from jaxsteer.sharding import MeshShape, default_shape
 from train.data.tokenize import OnLong
-from train.distributed import DistributedConfig
+from train.devices.placement import MeshConfig
+from train.devices.processes import DistributedConfig
 from train.profiling import parse_steps
 from train.tasks import ListOpsTask, Task, task_to_json
 from train.trackers import Kind
@@ -27,43 +27,6 @@ T = TypeVar("T")
 
 TO_BE_RESUMED = 75
 """Exit status of a run that was asked to stop before its end, and has saved: EX_TEMPFAIL, try again."""
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """How a run is spread over the devices; by default over as many as can share a microbatch's rows equally."""
-
-    data: int | None = None
-    """Copies of the base, each with a part of the rows."""
-    fsdp: int | None = None
-    """Parts that the base and the rows are split into. Where neither is given, up to 16."""
-    tensor: int = 1
-    """Parts that heads, MLP and vocabulary are split into."""
-    split_sequence: bool = False
-    """Split the residual stream's positions over `tensor` too, between sublayers: less memory."""
-
-    def shape(self, devices: int, rows: int, slices: int = 1) -> MeshShape:
-        """The mesh on so many devices, which are so many TPU slices, for a microbatch of so many rows.
-
-        Raises:
-            ValueError: an axis below 1, or one that does not divide the devices.
-        """
-        rest, left = divmod(devices, max(1, self.tensor) * max(1, self.data or 1) * max(1, self.fsdp or 1))
-        if self.data is not None and self.fsdp is not None:
-            return MeshShape(self.data, self.fsdp, self.tensor)
-        if left or not rest:
-            raise ValueError(
-                f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}: {devices} devices cannot be split so; "
-                "each given axis must divide their number"
-            )
-        if self.data is None and self.fsdp is None:
-            whole = default_shape(rest, rows, slices)
-            return MeshShape(whole.data, whole.fsdp, self.tensor)
-        return MeshShape(self.data or rest, self.fsdp or rest, self.tensor)
-
-
-SINGLE = MeshConfig(1, 1, 1)
-"""One device, however many there are."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from train.data import Example, Report, TokenizedExample, encode
 from train.data.tokenize import CHUNK, OnLong
-from train.machine import cache_folder
+from train.devices.machine import cache_folder
 from train.metrics import progress
 
 WORTH_SECONDS = 2.0

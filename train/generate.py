@@ -16,12 +16,12 @@ from jaxsteer.io.stored import Place
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
 from train.base_models import load, resolve_model
-from train.config import MeshConfig, run_main
+from train.config import run_main
 from train.data import Example
-from train.distributed import DistributedConfig, is_first, join
+from train.devices.machine import enable_compilation_cache
+from train.devices.placement import MeshConfig, place_on
+from train.devices.processes import DistributedConfig, is_first, join
 from train.evaluation import decode, make_prompts
-from train.machine import enable_compilation_cache
-from train.placement import place_on
 from train.scoring import Rule
 
 
@@ -79,7 +79,7 @@ def load_steered(
         path: of the steering file, or "none".
         model: the base model's name, None = as the file says.
         dtype: of the weights.
-        place: says where a leaf of the weights lies, see `train.placement`.
+        place: says where a leaf of the weights lies, see `train.devices.placement`.
 
     Raises:
         ValueError: neither names a model, or the file belongs to another one.

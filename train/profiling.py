@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from train.distributed import console, is_first
+from train.devices.processes import console, is_first
 
 
 def parse_steps(text: str | None) -> range:

@@ -34,7 +34,7 @@ from jaxsteer.steering import param_specs, steering_shapes
 from jaxsteer.training import TrainState, init_state, train_step
 from jaxsteer.types import Array, Batch, PyTree
 from train.config import TrainConfig
-from train.placement import Placement, place_on
+from train.devices.placement import Placement, place_on
 
 
 @dataclass(frozen=True)

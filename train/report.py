@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from train.distributed import console
+from train.devices.processes import console
 from train.evaluation import Decoded, accuracy_of
 from train.scoring import Accuracy
 

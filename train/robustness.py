@@ -21,14 +21,19 @@ from jaxsteer.io import LoadedModel, SteeringFile, load_steering
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
 from train.answering import Answering, By, summary_of
-from train.config import MeshConfig, TrainConfig, load_config_file, run_main
+from train.config import TrainConfig, load_config_file, run_main
 from train.data import Example, TokenizedExample, stack_rows
-from train.distributed import DistributedConfig, fetch, is_first, join
+from train.devices.machine import enable_compilation_cache
+from train.devices.placement import MeshConfig, Placement, place_on
+from train.devices.processes import (
+    DistributedConfig,
+    fetch,
+    is_first,
+    join,
+)
 from train.evaluate import EvaluateConfig, find_task
 from train.evaluation import Decoded, Normalise, accuracy_of
 from train.generate import load_steered, steered
-from train.machine import enable_compilation_cache
-from train.placement import Placement, place_on
 from train.report import percent
 from train.run_folder import write_json
 from train.scoring import Estimate, crossed_interval

@@ -94,7 +94,7 @@ def load_base_model(config: TrainConfig, place: Place | None = None) -> LoadedMo
     """The base model of a run, in the form that its config asks for.
 
     Args:
-        place: says where a leaf of the base tree lies, see `train.placement`.
+        place: says where a leaf of the base tree lies, see `train.devices.placement`.
     """
     return load(config.model, config.dtype, place, quantised=config.quantise == "int8", tokenizer=config.tokenizer)
 

@@ -21,14 +21,25 @@ from jaxsteer.steering import plan_to_json
 from jaxsteer.types import Steering
 from train.checkpoints import Checkpoints, local_folder, open_checkpoints
 from train.config import TO_BE_RESUMED, TrainConfig, from_command_line, run_main
-from train.distributed import console, fetch, is_first, join, on_first
+from train.devices.machine import (
+    device_summary,
+    enable_compilation_cache,
+    peak_flops,
+    peak_memory_bytes,
+)
+from train.devices.placement import place_on
+from train.devices.processes import (
+    console,
+    fetch,
+    is_first,
+    join,
+    on_first,
+)
 from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
-from train.machine import device_summary, enable_compilation_cache, peak_flops, peak_memory_bytes
 from train.metrics import MetricsWriter, progress, read_metrics
 from train.nonfinite import describe, is_finite, sources
 from train.outcome import Result, bare, notes_of, write_outcome
 from train.patience import patience_after
-from train.placement import place_on
 from train.preemption import preemption
 from train.profiling import Profiler
 from train.report import print_facts, print_result

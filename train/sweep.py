@@ -20,7 +20,8 @@ from jaxsteer.models.transformer import write_scales
 from jaxsteer.optim import Params, make_optimizer, merge, param_labels
 from jaxsteer.training import Metrics, TrainState, train_step
 from jaxsteer.types import Array, Batch, PyTree, Steering
-from train.config import SINGLE, TrainConfig
+from train.config import TrainConfig
+from train.devices.placement import SINGLE
 from train.setup import Training, make_training, step_batch
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxsteer.types import PyTree
-from train.distributed import is_first, on_first
+from train.devices.processes import is_first, on_first
 from train.evaluation import Decoded, Prompts, answer_from_json
 
 

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from jaxsteer import ModelConfig, OptimConfig, Params, init_base, init_steering, split
-from train.config import MeshConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import DataSource, TokenizedExample
-from train.distributed import DistributedConfig, join
+from train.devices.placement import MeshConfig
+from train.devices.processes import DistributedConfig, join
 from train.program import make_program, mesh_of
 from train.setup import step_batch
 

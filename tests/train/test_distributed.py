@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from jaxsteer.io import load_steering
-from train import distributed
-from train.config import MeshConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import DataSource, TokenizedExample
-from train.distributed import DistributedConfig
+from train.devices import processes as distributed
+from train.devices.placement import MeshConfig
+from train.devices.processes import DistributedConfig
 from train.metrics import read_metrics
 from train.setup import step_batch
 from train.sft import train

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from train.compare.config import CompareConfig
-from train.config import SINGLE, TrainConfig, load_config_file
+from train.config import TrainConfig, load_config_file
+from train.devices.placement import SINGLE
 from train.plan.features import features_of
 from train.plan.programs import base_shapes, lower_training
 from train.program import make_program

@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.machine import cache_folder, device_summary, matmul_peak_flops, peak_memory_bytes
+from train.devices.machine import (
+    cache_folder,
+    device_summary,
+    matmul_peak_flops,
+    peak_memory_bytes,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +31,7 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from train.machine import enable_compilation_cache
+from train.devices.machine import enable_compilation_cache
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
 enable_compilation_cache()

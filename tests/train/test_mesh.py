@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from jaxsteer import interventions
-from train.config import MeshConfig, TrainConfig
+from train.config import TrainConfig
+from train.devices.placement import MeshConfig
 from train.program import mesh_of
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from jaxsteer.models.families import config_from_hf
-from train.config import MeshConfig, TrainConfig, load_config_file
+from train.config import TrainConfig, load_config_file
+from train.devices.placement import MeshConfig
 from train.plan import table
 from train.plan.chips import GIB, parse_topology
 from train.plan.estimate import estimate_training, make_estimated, resident

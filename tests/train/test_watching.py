@@ -13,9 +13,9 @@ import pytest
 from jaxsteer.optim import OptimConfig
 from train import setup, sft
 from train.base_models import load
-from train.chips import chip_of
 from train.config import TrainConfig
-from train.machine import peak_flops
+from train.devices.chips import chip_of
+from train.devices.machine import peak_flops
 from train.metrics import read_metrics
 from train.profiling import Profiler, parse_steps
 from train.setup import make_training, step_batch

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from jaxsteer.io import LoadedModel
-from train.config import SINGLE, TrainConfig
+from train.config import TrainConfig
+from train.devices.placement import SINGLE
 from train.setup import make_training
 from train.sweep import SweepProgram
 

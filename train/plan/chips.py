@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from train.chips import Chip as Figures
-from train.chips import chip_of
+from train.devices.chips import Chip as Figures
+from train.devices.chips import chip_of
 
 SOLD = Path(__file__).parents[2] / "tpu_scripts" / "topologies.txt"
 GIB = 2**30

@@ -8,7 +8,8 @@ from math import gcd
 
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Remat
-from train.config import MeshConfig, TrainConfig
+from train.config import TrainConfig
+from train.devices.placement import MeshConfig
 from train.plan.chips import Topology
 from train.plan.estimate import estimate_training, flops_of, make_estimated, roofline
 from train.plan.figures import Figures, figures_of

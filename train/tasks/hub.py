@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 from train.data import Example
-from train.distributed import console
+from train.devices.processes import console
 from train.scoring import Rule
 from train.tasks.instructions import as_instructions
 from train.tasks.record import EmptyText, Question, Record, Split, holes

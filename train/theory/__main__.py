@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from train.config import run_main
-from train.machine import enable_compilation_cache
+from train.devices.machine import enable_compilation_cache
 from train.theory.convert import ConvertStudy
 from train.theory.geometry import GeometryStudy
 from train.theory.oracle import OracleStudy

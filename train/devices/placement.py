@@ -13,9 +13,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsteer.io.stored import Place
-from jaxsteer.sharding import base_sharding, batch_sharding, make_mesh, slices_of
+from jaxsteer.sharding import MeshShape, base_sharding, batch_sharding, default_shape, make_mesh, slices_of
 from jaxsteer.types import Array, Batch, PyTree
-from train.config import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -108,3 +107,40 @@ def _put(leaf: Any, like: Any) -> Array:
         return jax.device_put(leaf, like.sharding)
     whole = np.asarray(leaf)
     return jax.make_array_from_callback(whole.shape, like.sharding, lambda index: whole[index])
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How a run is spread over the devices; by default over as many as can share a microbatch's rows equally."""
+
+    data: int | None = None
+    """Copies of the base, each with a part of the rows."""
+    fsdp: int | None = None
+    """Parts that the base and the rows are split into. Where neither is given, up to 16."""
+    tensor: int = 1
+    """Parts that heads, MLP and vocabulary are split into."""
+    split_sequence: bool = False
+    """Split the residual stream's positions over `tensor` too, between sublayers: less memory."""
+
+    def shape(self, devices: int, rows: int, slices: int = 1) -> MeshShape:
+        """The mesh on so many devices, which are so many TPU slices, for a microbatch of so many rows.
+
+        Raises:
+            ValueError: an axis below 1, or one that does not divide the devices.
+        """
+        rest, left = divmod(devices, max(1, self.tensor) * max(1, self.data or 1) * max(1, self.fsdp or 1))
+        if self.data is not None and self.fsdp is not None:
+            return MeshShape(self.data, self.fsdp, self.tensor)
+        if left or not rest:
+            raise ValueError(
+                f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}: {devices} devices cannot be split so; "
+                "each given axis must divide their number"
+            )
+        if self.data is None and self.fsdp is None:
+            whole = default_shape(rest, rows, slices)
+            return MeshShape(whole.data, whole.fsdp, self.tensor)
+        return MeshShape(self.data or rest, self.fsdp or rest, self.tensor)
+
+
+SINGLE = MeshConfig(1, 1, 1)
+"""One device, however many there are."""

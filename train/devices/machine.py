@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxsteer.types import Array
-from train.chips import chip_of
+from train.devices.chips import chip_of
 
 _PROJECTION = (2048, 576, 1536)  # rows, inner, columns: a SmolLM2 MLP projection over 2,048 tokens
 _SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192), "tpu": (4096, 8192)}
