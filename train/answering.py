@@ -17,8 +17,8 @@ from jaxsteer.types import Plan, Steering
 from train.data import Example
 from train.devices.placement import Placement
 from train.devices.processes import is_first, on_first
+from train.display.console import progress
 from train.evaluation import Decoded, Normalise, accuracy_of, choose, decode, make_prompts, read_answers, write_answers
-from train.metrics import progress
 from train.run_folder import write_json
 from train.unfinished import Unfinished, hash_prompts, hash_tree
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from jaxsteer.io import LoadedModel, load_model
 from jaxsteer.io.stored import Place
 from train.devices.machine import cache_folder
-from train.devices.processes import console
+from train.display.console import get_console
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def load(
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
-        console=console(stderr=True),
+        console=get_console(stderr=True),
     )
     with bar:
         task = bar.add_task("load", total=None)

@@ -18,7 +18,7 @@ import numpy as np
 from train.data import Example, Report, TokenizedExample, encode
 from train.data.tokenize import CHUNK, OnLong
 from train.devices.machine import cache_folder
-from train.metrics import progress
+from train.display.console import progress
 
 WORTH_SECONDS = 2.0
 """What took less to tokenise is not kept."""

@@ -28,8 +28,8 @@ from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
 from train.base_models import compute_dtype, resolve_model
 from train.config import TrainConfig, load_config_file, run_main
 from train.devices.machine import enable_compilation_cache
+from train.display.plots import plot_by_layer
 from train.generate import load_steered
-from train.plots import plot_by_layer
 from train.program import make_program, mesh_of
 
 SHOWN_SITES = ("attn", "mlp", "block")

@@ -5,21 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-
-from train.devices.processes import console as first_console
 from train.trackers import Tracker, numbers
 
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_WINDOW = 32  # updates that the speed is taken from
 
 
 class MetricsWriter:
@@ -105,107 +97,6 @@ def _words(value: Any) -> Any:
     return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
-class Bar:
-    """The progress of a run, as made by `progress`."""
-
-    def __init__(
-        self,
-        total: int,
-        description: str,
-        start: int,
-        console: Console,
-        every: float,
-        clock: Callable[[], float],
-    ) -> None:
-        self._total, self._description, self._console = total, description, console
-        self._every, self._clock = every, clock
-        self._seen: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
-        self._pending: str | None = None
-        self._printed_at: float | None = None
-        self._live: Progress | None = None
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[facts]}"),
-            )
-            self._live = Progress(*columns, console=console)
-            self._task = self._live.add_task(description, total=total, completed=start, facts=f"{start}/{total}")
-            self._live.start()
-
-    def update(self, step: int, **facts: Any) -> None:
-        """Show that `step` steps are done, with facts: loss=..., tokens_per_second=..., any other number."""
-        now = self._clock()
-        self._seen.append((step, now))
-        parts = [f"{step}/{self._total}", *(_fact(name, value) for name, value in facts.items())]
-        left = self.seconds_left()
-        if left is not None and step < self._total:
-            parts.append(f"{_duration(left)} left")
-        text = "  ".join(parts)
-        if self._live is not None:
-            self._live.update(self._task, completed=step, facts=text)
-            return
-        first = self._printed_at is None
-        if first or step >= self._total or now - (self._printed_at or 0.0) >= self._every:
-            self._print(text, now)
-        else:
-            self._pending = text
-
-    def note(self, text: str) -> None:
-        """Print a line of its own, above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def seconds_left(self) -> float | None:
-        """Expected time to the last step, at the speed of the latest steps; None before the second update.
-
-        It counts from the first update on, so the compilation in front of it does not enter.
-        """
-        if len(self._seen) < 2:
-            return None
-        (step_0, time_0), (step_1, time_1) = self._seen[0], self._seen[-1]
-        if step_1 <= step_0:
-            return None
-        return (self._total - step_1) * (time_1 - time_0) / (step_1 - step_0)
-
-    def close(self) -> None:
-        """Stop the bar; the facts of the last update stay on the screen."""
-        if self._live is not None:
-            self._live.stop()
-        elif self._pending is not None:
-            self._print(self._pending, self._clock())
-
-    def _print(self, text: str, now: float) -> None:
-        self.note(f"{self._description}  {text}")
-        self._pending, self._printed_at = None, now
-
-
-@contextmanager
-def progress(
-    total_steps: int,
-    description: str,
-    start: int = 0,
-    *,
-    console: Console | None = None,
-    every_seconds: float = 5.0,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Bar]:
-    """Show progress while the block runs: a live bar on a terminal, else a plain line now and then.
-
-    Args:
-        total_steps: the step at which the run is complete.
-        description: what runs, in front of the bar.
-        start: steps done before (a resumed run).
-        console: None = standard output, of process 0 alone.
-        every_seconds: between plain lines; the first and the last update always print.
-        clock: seconds, for tests.
-    """
-    bar = Bar(total_steps, description, start, console or first_console(), every_seconds, clock)
-    try:
-        yield bar
-    finally:
-        bar.close()
-
-
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The lines of the file with what they say; without a half line at the end."""
     lines = path.read_bytes().split(b"\n")
@@ -235,20 +126,3 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(name, each) for each in value]
     raise ValueError(f"metric {name!r}: got {type(value).__name__}, need numbers, text, a boolean or None")
-
-
-def _fact(name: str, value: Any) -> str:
-    if name == "tokens_per_second":
-        return f"{float(value):,.0f} tokens/s"
-    if name == "mfu":
-        return f"MFU {100 * float(value):.1f} %"
-    if name == "loss":
-        return f"loss {float(value):.4f}"
-    shown = value if isinstance(value, (str, int)) else f"{float(value):.4g}"
-    return f"{name.replace('_', ' ')} {shown}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from train.devices.processes import console, is_first
+from train.devices.processes import is_first
+from train.display.console import get_console
 
 
 def parse_steps(text: str | None) -> range:
@@ -69,7 +70,7 @@ class Profiler:
         """End a trace that an early stop left under way."""
         if self._active:
             self._stop()
-            console().print(f"The trace in {self._folder} ends before step {self._steps[-1]}: the run stopped.")
+            get_console().print(f"The trace in {self._folder} ends before step {self._steps[-1]}: the run stopped.")
 
     def _stop(self) -> None:
         self._active = False

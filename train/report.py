@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from train.devices.processes import console
+from train.display.console import get_console, print_facts
 from train.evaluation import Decoded, accuracy_of
 from train.scoring import Accuracy
 
 SHOWN = 3
 """Problems whose answers are printed."""
-
-
-def print_facts(facts: Mapping[str, str]) -> None:
-    """One aligned line a fact."""
-    width = max(map(len, facts))
-    for name, value in facts.items():
-        console().print(f"[bold]{name:<{width}}[/bold]  {escape(value)}", soft_wrap=True, highlight=False)
 
 
 def percent(found: Accuracy) -> str:
@@ -32,7 +24,7 @@ def percent(found: Accuracy) -> str:
 
 def print_result(result: Any) -> None:
     """The table of a finished run, a few answers before and after, and where everything lies."""
-    out = console()
+    out = get_console()
     table = Table(title="Result", title_justify="left", show_header=False)
     for name, decoded in (("before", result.before), ("after", result.after)):
         if decoded:

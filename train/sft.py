@@ -29,20 +29,20 @@ from train.devices.machine import (
 )
 from train.devices.placement import place_on
 from train.devices.processes import (
-    console,
     fetch,
     is_first,
     join,
     on_first,
 )
+from train.display.console import get_console, print_facts, progress
 from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
-from train.metrics import MetricsWriter, progress, read_metrics
+from train.metrics import MetricsWriter, read_metrics
 from train.nonfinite import describe, is_finite, sources
 from train.outcome import Result, bare, notes_of, write_outcome
 from train.patience import patience_after
 from train.preemption import preemption
 from train.profiling import Profiler
-from train.report import print_facts, print_result
+from train.report import print_result
 from train.run_folder import RunFolder, differences, locked, open_run
 from train.scoring import Accuracy
 from train.setup import Training, load_base_model, make_training, to_floats
@@ -167,9 +167,11 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Res
                         break
             if patience.over and (kept := checkpoints.restore_best(_trees(state))) is not None:
                 state = _from(kept.trees, state)
-                console().print(f"Kept: step {kept.step}, the best of the validation.", highlight=False)
+                get_console().print(f"Kept: step {kept.step}, the best of the validation.", highlight=False)
             if skipped:
-                console().print(f"{skipped} steps were skipped: the lines of {run.metrics} with 'examples' say which.")
+                get_console().print(
+                    f"{skipped} steps were skipped: the lines of {run.metrics} with 'examples' say which."
+                )
 
     # ---- what is kept
     params = training.params(state)
@@ -287,13 +289,13 @@ def _resume(checkpoints: Checkpoints, state: Any, meta: dict[str, Any]) -> tuple
     """The newest good checkpoint's state and step; the fresh state and 0 where nothing was saved yet."""
     restored = checkpoints.restore_latest(_trees(state))
     if restored is None:
-        console().print("Nothing was saved yet: starting from step 0.")
+        get_console().print("Nothing was saved yet: starting from step 0.")
         return state, 0
     for message in restored.skipped:
-        console().print(message, markup=False, highlight=False, soft_wrap=True)
+        get_console().print(message, markup=False, highlight=False, soft_wrap=True)
     if differing := differences(restored.meta, meta):
         raise ValueError(f"{checkpoints.folder}: was saved with other settings: {'; '.join(differing)}")
-    console().print(f"Restored step {restored.step}.", highlight=False)
+    get_console().print(f"Restored step {restored.step}.", highlight=False)
     return _from(restored.trees, state), restored.step
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from train.metrics import MetricsWriter, progress, read_metrics
+from train.display.console import progress
+from train.metrics import MetricsWriter, read_metrics
 
 ROOT = Path(__file__).parents[2]
 

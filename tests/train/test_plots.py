@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.plots import plot_by_layer, plot_comparison, plot_overlap, plot_training, smooth
+from train.display.plots import (
+    plot_by_layer,
+    plot_comparison,
+    plot_overlap,
+    plot_training,
+    smooth,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +81,7 @@ def test_smoothing_is_a_mean_that_leaves_out_gaps():
 
 
 def test_no_display_and_no_global_figure_state():
-    code = "import sys, train.plots; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import sys, train.display.plots; assert 'matplotlib.pyplot' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

@@ -22,8 +22,7 @@ from train.compare.runs import Comparison, search
 from train.compare.timing import measure
 from train.config import load_config_file, run_main
 from train.devices.machine import device_summary, enable_compilation_cache
-from train.metrics import Bar, progress
-from train.report import print_facts
+from train.display.console import Bar, print_facts, progress
 from train.run_folder import RunFolder, locked, open_run, write_json
 from train.setup import count_steps, load_base_model
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxsteer.io import LoadedModel
 from jaxsteer.steering import count_parameters
 from train.devices.machine import device_summary
-from train.plots import plot_comparison, plot_overlap
+from train.display.plots import plot_comparison, plot_overlap
 from train.run_folder import write_json
 from train.scoring import Estimate, crossed_interval
 

@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from rich.console import Console
 
 from jaxsteer.types import PyTree
 
@@ -121,11 +120,6 @@ def own_gpus(environment: Mapping[str, str]) -> list[int] | None:
 def is_first() -> bool:
     """Whether this is process 0, which writes the files and speaks to the console."""
     return jax.process_index() == 0
-
-
-def console(**settings: Any) -> Console:
-    """The console of process 0; silent on the others."""
-    return Console(quiet=not is_first(), **settings)
 
 
 def on_first(action: Callable[[], T]) -> T:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from train.display.console import print_facts
 from train.plan.chips import GIB
 from train.plan.estimate import Roofline
 from train.plan.figures import Figures
-from train.report import print_facts
 
 NAMES = {"train": "training step", "decode": "decoding"}
 CURVES = {"arithmetic": "arithmetic", "memory": "memory traffic", "network": "the network"}

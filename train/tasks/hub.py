@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 from train.data import Example
-from train.devices.processes import console
+from train.display.console import get_console
 from train.scoring import Rule
 from train.tasks.instructions import as_instructions
 from train.tasks.record import EmptyText, Question, Record, Split, holes
@@ -144,7 +144,7 @@ def keep(items: list[T], make: Callable[[T], object], on_empty: OnEmpty, what: s
                 raise
             empty += 1
     if empty:
-        console(stderr=True).print(f"{what}: left out {empty} of {len(items)} rows with an empty text")
+        get_console(stderr=True).print(f"{what}: left out {empty} of {len(items)} rows with an empty text")
     if items and not made:
         raise ValueError(f"{what}: every row has an empty text")
     return made

@@ -14,8 +14,8 @@ from jaxsteer.io import save_steering
 from jaxsteer.theory.compare import Means
 from jaxsteer.theory.conversion import FitSettings, Form, distill, to_lora, to_steering
 from jaxsteer.theory.oracle import Network
-from train.metrics import progress
-from train.plots import plot_by_layer
+from train.display.console import progress
+from train.display.plots import plot_by_layer
 from train.theory.pair import counter, judge, read_pair, recovered, write_result
 
 

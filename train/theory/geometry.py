@@ -22,8 +22,8 @@ from jaxsteer.theory.geometry import (
 from jaxsteer.theory.oracle import oracle
 from jaxsteer.theory.predict import site_gradients
 from jaxsteer.types import Array
-from train.metrics import progress
-from train.plots import plot_by_layer
+from train.display.console import progress
+from train.display.plots import plot_by_layer
 from train.theory.pair import Pair, counter, read_pair, write_result
 
 

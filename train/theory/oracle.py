@@ -17,8 +17,8 @@ from jaxsteer.theory.compare import Means, compare, means, totals
 from jaxsteer.theory.oracle import Network, oracle, replayed
 from jaxsteer.theory.shares import SHARED_SITES, Stream, examples_of, share_intervals, site_shares
 from jaxsteer.types import Array, Batch
-from train.metrics import progress
-from train.plots import plot_by_layer
+from train.display.console import progress
+from train.display.plots import plot_by_layer
 from train.theory.pair import counter, read_pair, recovered, write_result
 
 

@@ -19,8 +19,8 @@ from jaxsteer.theory.predict import STREAM_SITES, aligned_start, gradient_factor
 from jaxsteer.types import Steering
 from train.base_models import load
 from train.config import TrainConfig, load_config_file
-from train.metrics import progress
-from train.plots import plot_by_layer
+from train.display.console import progress
+from train.display.plots import plot_by_layer
 from train.setup import Training, make_training
 from train.theory.pair import Pair, counter, write_result
 

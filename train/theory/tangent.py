@@ -19,9 +19,8 @@ from jaxsteer.training import train_step
 from jaxsteer.types import Array, Batch
 from train.base_models import load
 from train.config import TrainConfig, load_config_file
-from train.metrics import progress
-from train.plots import Panel, plot_lines
-from train.report import print_facts
+from train.display.console import print_facts, progress
+from train.display.plots import Panel, plot_lines
 from train.run_folder import write_json
 from train.setup import Training, make_training
 from train.theory.subjects import held_out
