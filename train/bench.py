@@ -30,7 +30,8 @@ from jaxsteer.types import Batch, Steering
 from train.base_models import load
 from train.bench_eval import EvalBench, bench_eval
 from train.bench_load import LoadBench, bench_load
-from train.config import TrainConfig, run_main
+from train.cli import run_main
+from train.config import TrainConfig
 from train.data import DataSource, Keys, ListOps, TokenizedExample, encode, read_jsonl, stack_rows
 from train.data.listops import generate as generate_listops
 from train.devices.machine import (

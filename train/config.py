@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import tyro
+from typing import Any, Literal
 
 from jaxsteer.models.attention import Kernel
 from jaxsteer.models.transformer import Remat
@@ -19,11 +13,7 @@ from jaxsteer.orthogonality import Orthogonality
 from train.data.tokenize import OnLong
 from train.devices.placement import MeshConfig
 from train.devices.processes import DistributedConfig
-from train.profiling import parse_steps
 from train.tasks import ListOpsTask, Task, task_to_json
-from train.trackers import Kind
-
-T = TypeVar("T")
 
 TO_BE_RESUMED = 75
 """Exit status of a run that was asked to stop before its end, and has saved: EX_TEMPFAIL, try again."""
@@ -150,59 +140,21 @@ _NOT_THE_RUN = {
     *("nonfinite", "max_skipped", "track", "profile", "patience"),
 }
 
-C = TypeVar("C", bound=TrainConfig)
 
-
-def load_config_file(path: str | Path, kind: type[T]) -> T:
-    """Call `config()` of a Python file.
+def parse_steps(text: str | None) -> range:
+    """The steps of "10:13", which are 10, 11 and 12, numbered from 1 as in metrics.jsonl; none for None.
 
     Raises:
-        ValueError: no such file, or it does not define `config()` of this kind.
+        ValueError: another form, or no step in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    built = module.config() if hasattr(module, "config") else None
-    if not isinstance(built, kind):
-        raise ValueError(f"{path}: must define `def config() -> {kind.__name__}`")
-    return built
+    if text is None:
+        return range(0)
+    first, colon, stop = text.partition(":")
+    if not (colon and first.isdecimal() and stop.isdecimal() and 1 <= int(first) < int(stop)):
+        raise ValueError(
+            f"config: profile must be first:stop with 1 <= first < stop, got {text!r}; 10:13 is the steps 10, 11 and 12"
+        )
+    return range(int(first), int(stop))
 
 
-def from_command_line(program: str, description: str, kind: type[C], argv: list[str] | None = None) -> C:
-    """`[config.py] [--key value ...]`: a config file's settings (or the defaults), then overrides.
-
-    Args:
-        kind: TrainConfig, or one with settings of its own besides; a config file sets the common ones.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    common = TrainConfig()
-    if argv and not argv[0].startswith("-"):
-        common, argv = load_config_file(argv[0], TrainConfig), argv[1:]
-    default = kind(**{each.name: getattr(common, each.name) for each in dataclasses.fields(TrainConfig)})
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type, misc]
-        prog=f"python -m train.{program}",
-        args=argv,
-        default=default,
-        description=description + "\n\nThe first argument may be a config file, e.g. configs/listops_smollm2.py; "
-        "what follows overrides it.",
-    )
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run a program; an error that is the user's to mend is one sentence on stderr, exit status 1."""
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        from rich.console import Console
-        from rich.text import Text
-
-        Console(stderr=True).print(Text("error: ", style="bold red").append(Text(str(error), style="not bold default")))
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+Kind = Literal["tensorboard", "wandb"]

@@ -20,7 +20,8 @@ from rich.table import Table
 from jaxsteer.steering import only
 from jaxsteer.types import Kind, Plan, Steering
 from train.answering import Answering, By, summary_of
-from train.config import TrainConfig, load_config_file, run_main
+from train.cli import load_config_file, run_main
+from train.config import TrainConfig
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, is_first, join

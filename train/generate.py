@@ -16,7 +16,7 @@ from jaxsteer.io.stored import Place
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
 from train.base_models import load, resolve_model
-from train.config import run_main
+from train.cli import run_main
 from train.data import Example
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on

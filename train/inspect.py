@@ -26,7 +26,8 @@ from jaxsteer.plan_text import parse_plan
 from jaxsteer.steering import method_name, steering_shapes
 from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
 from train.base_models import compute_dtype, resolve_model
-from train.config import TrainConfig, load_config_file, run_main
+from train.cli import load_config_file, run_main
+from train.config import TrainConfig
 from train.devices.machine import enable_compilation_cache
 from train.display.plots import plot_by_layer
 from train.generate import load_steered

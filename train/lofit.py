@@ -15,7 +15,8 @@ from typing import NamedTuple
 from jaxsteer.io import load_steering
 from jaxsteer.optim import Params
 from jaxsteer.types import Steering
-from train.config import TO_BE_RESUMED, TrainConfig, from_command_line, run_main
+from train.cli import from_command_line, run_main
+from train.config import TO_BE_RESUMED, TrainConfig
 from train.outcome import Result
 from train.recipes import lofit
 from train.report import print_result

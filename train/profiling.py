@@ -8,24 +8,9 @@ from typing import Any
 
 import jax
 
+from train.config import parse_steps
 from train.devices.processes import is_first
 from train.display.console import get_console
-
-
-def parse_steps(text: str | None) -> range:
-    """The steps of "10:13", which are 10, 11 and 12, numbered from 1 as in metrics.jsonl; none for None.
-
-    Raises:
-        ValueError: another form, or no step in it.
-    """
-    if text is None:
-        return range(0)
-    first, colon, stop = text.partition(":")
-    if not (colon and first.isdecimal() and stop.isdecimal() and 1 <= int(first) < int(stop)):
-        raise ValueError(
-            f"config: profile must be first:stop with 1 <= first < stop, got {text!r}; 10:13 is the steps 10, 11 and 12"
-        )
-    return range(int(first), int(stop))
 
 
 class Profiler:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import tyro
 
 from configs.listops_smollm2 import config as listops_config
-from train.config import run_main
+from train.cli import run_main
 from train.report import print_result
 from train.sft import train
 

@@ -21,7 +21,8 @@ from jaxsteer.io import LoadedModel, SteeringFile, load_steering
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
 from train.answering import Answering, By, summary_of
-from train.config import TrainConfig, load_config_file, run_main
+from train.cli import load_config_file, run_main
+from train.config import TrainConfig
 from train.data import Example, TokenizedExample, stack_rows
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, Placement, place_on

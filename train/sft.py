@@ -20,7 +20,8 @@ from jaxsteer.io import LoadedModel, fingerprint, save_hf, save_steering
 from jaxsteer.steering import plan_to_json
 from jaxsteer.types import Steering
 from train.checkpoints import Checkpoints, local_folder, open_checkpoints
-from train.config import TO_BE_RESUMED, TrainConfig, from_command_line, run_main
+from train.cli import from_command_line, run_main
+from train.config import TO_BE_RESUMED, TrainConfig
 from train.devices.machine import (
     device_summary,
     enable_compilation_cache,

@@ -7,9 +7,9 @@ import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-Kind = Literal["tensorboard", "wandb"]
+from train.config import Kind
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 

@@ -18,7 +18,8 @@ import pytest
 from jaxsteer.io import load_steering
 from train import sft
 from train.checkpoints import open_checkpoints
-from train.config import TrainConfig, run_main
+from train.cli import run_main
+from train.config import TrainConfig
 from train.metrics import read_metrics
 from train.run_folder import locked
 from train.sft import train

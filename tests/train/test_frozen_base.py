@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from train.cli import load_config_file
 from train.compare.config import CompareConfig
-from train.config import TrainConfig, load_config_file
+from train.config import TrainConfig
 from train.devices.placement import SINGLE
 from train.plan.features import features_of
 from train.plan.programs import base_shapes, lower_training

@@ -8,8 +8,8 @@ import pytest
 
 from jaxsteer.orthogonality import Orthogonality
 from train.base_models import load
+from train.cli import load_config_file
 from train.compare.config import CompareConfig
-from train.config import load_config_file
 from train.sweep import Run, train_runs
 
 ROOT = Path(__file__).parents[2]

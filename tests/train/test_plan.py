@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from jaxsteer.models.families import config_from_hf
-from train.config import TrainConfig, load_config_file
+from train.cli import load_config_file
+from train.config import TrainConfig
 from train.devices.placement import MeshConfig
 from train.plan import table
 from train.plan.chips import GIB, parse_topology

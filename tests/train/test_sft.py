@@ -16,7 +16,8 @@ import pytest
 from jaxsteer.io import load_model, load_steering
 from jaxsteer.optim import OptimConfig
 from train import setup, sft
-from train.config import TrainConfig, from_command_line, load_config_file
+from train.cli import from_command_line, load_config_file
+from train.config import TrainConfig
 from train.metrics import read_metrics
 from train.patience import patience_after
 from train.scoring import Accuracy

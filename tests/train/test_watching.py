@@ -13,11 +13,11 @@ import pytest
 from jaxsteer.optim import OptimConfig
 from train import setup, sft
 from train.base_models import load
-from train.config import TrainConfig
+from train.config import TrainConfig, parse_steps
 from train.devices.chips import chip_of
 from train.devices.machine import peak_flops
 from train.metrics import read_metrics
-from train.profiling import Profiler, parse_steps
+from train.profiling import Profiler
 from train.setup import make_training, step_batch
 from train.sft import train
 from train.tasks import JsonlTask

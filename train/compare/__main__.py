@@ -16,11 +16,11 @@ import tyro
 from rich.console import Console
 
 from jaxsteer.io import files
+from train.cli import load_config_file, run_main
 from train.compare.config import CompareConfig
 from train.compare.report import write_report
 from train.compare.runs import Comparison, search
 from train.compare.timing import measure
-from train.config import load_config_file, run_main
 from train.devices.machine import device_summary, enable_compilation_cache
 from train.display.console import Bar, print_facts, progress
 from train.run_folder import RunFolder, locked, open_run, write_json

@@ -6,7 +6,7 @@ from train.plan.environment import prepare
 def main() -> None:
     """Plan a run; JAX is imported only when the environment is ready."""
     prepare()
-    from train.config import run_main
+    from train.cli import run_main
     from train.plan.command import main as command
 
     run_main(command)

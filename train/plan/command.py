@@ -9,7 +9,8 @@ from typing import Literal
 
 from rich.console import Console
 
-from train.config import TrainConfig, from_command_line
+from train.cli import from_command_line
+from train.config import TrainConfig
 from train.plan.chips import parse_topology
 from train.plan.features import features_of
 from train.plan.figures import Figures, figures_of

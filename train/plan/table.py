@@ -26,7 +26,8 @@ GIB = 2**30
 
 def plan_one(name: str, topology: str, which: str) -> dict[str, Any]:
     """Plan a program. The training step takes as few microbatches as fit; the batch stays what the config says."""
-    from train.config import TrainConfig, load_config_file
+    from train.cli import load_config_file
+    from train.config import TrainConfig
     from train.plan.chips import parse_topology
     from train.plan.estimate import estimate_training, make_estimated
     from train.plan.features import features_of

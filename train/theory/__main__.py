@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from train.config import run_main
+from train.cli import run_main
 from train.devices.machine import enable_compilation_cache
 from train.theory.convert import ConvertStudy
 from train.theory.geometry import GeometryStudy

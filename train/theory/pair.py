@@ -18,7 +18,8 @@ from jaxsteer.theory.conversion import measure
 from jaxsteer.theory.oracle import Network
 from jaxsteer.types import Batch
 from train.base_models import load
-from train.config import TrainConfig, load_config_file
+from train.cli import load_config_file
+from train.config import TrainConfig
 from train.data import encode, encode_prompts, stack_rows
 from train.data.packing import pack
 from train.run_folder import write_json

@@ -18,7 +18,8 @@ from jaxsteer.theory.oracle import Network
 from jaxsteer.theory.predict import STREAM_SITES, aligned_start, gradient_factors, promise
 from jaxsteer.types import Steering
 from train.base_models import load
-from train.config import TrainConfig, load_config_file
+from train.cli import load_config_file
+from train.config import TrainConfig
 from train.display.console import progress
 from train.display.plots import plot_by_layer
 from train.setup import Training, make_training

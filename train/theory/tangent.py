@@ -18,7 +18,8 @@ from jaxsteer.theory import explained, first_order, remainders, tangent_loss
 from jaxsteer.training import train_step
 from jaxsteer.types import Array, Batch
 from train.base_models import load
-from train.config import TrainConfig, load_config_file
+from train.cli import load_config_file
+from train.config import TrainConfig
 from train.display.console import print_facts, progress
 from train.display.plots import Panel, plot_lines
 from train.run_folder import write_json
