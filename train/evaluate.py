@@ -28,11 +28,11 @@ from train.devices.processes import DistributedConfig, is_first, join
 from train.evaluation import Normalise, accuracy_of
 from train.generate import load_steered, steered
 from train.paired import compare_answers, find_answers
-from train.report import percent
 from train.run_folder import write_json
 from train.tasks import JsonlTask, Split, Task, on_file, task_from_json
 from train.tasks.perturb import Kind as Perturbation
 from train.tasks.perturb import perturbed
+from train.tasks.scoring import percent
 
 Part = Literal["all", "lora_only", "steering_only"]
 

@@ -10,16 +10,10 @@ from rich.table import Table
 
 from train.display.console import get_console, print_facts
 from train.evaluation import Decoded, accuracy_of
-from train.scoring import Accuracy
+from train.tasks.scoring import percent
 
 SHOWN = 3
 """Problems whose answers are printed."""
-
-
-def percent(found: Accuracy) -> str:
-    """E.g. "84.0 % (71.5 to 91.7)"."""
-    low, high = found.interval
-    return f"{100 * found.rate:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def print_result(result: Any) -> None:

@@ -35,11 +35,10 @@ from train.devices.processes import (
 from train.evaluate import EvaluateConfig, find_task
 from train.evaluation import Decoded, Normalise, accuracy_of
 from train.generate import load_steered, steered
-from train.report import percent
 from train.run_folder import write_json
-from train.scoring import Estimate, crossed_interval
 from train.tasks import Split, Task
 from train.tasks.perturb import Kind, perturbed
+from train.tasks.scoring import Estimate, crossed_interval, percent
 
 NEUTRAL = Path(__file__).with_name("neutral.txt")
 

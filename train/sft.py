@@ -45,9 +45,9 @@ from train.preemption import preemption
 from train.profiling import Profiler
 from train.report import print_result
 from train.run_folder import RunFolder, differences, locked, open_run
-from train.scoring import Accuracy
 from train.setup import Training, load_base_model, make_training, to_floats
 from train.speed import Speed
+from train.tasks.scoring import Accuracy
 from train.trackers import check_trackers, open_trackers
 
 

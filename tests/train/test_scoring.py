@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from train.scoring import Accuracy, accuracy, crossed_interval, extract, interval, majority, score
+from train.tasks.scoring import (
+    Accuracy,
+    accuracy,
+    crossed_interval,
+    extract,
+    interval,
+    majority,
+    score,
+)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from train.cli import from_command_line, load_config_file
 from train.config import TrainConfig
 from train.metrics import read_metrics
 from train.patience import patience_after
-from train.scoring import Accuracy
 from train.sft import train
 from train.tasks import JsonlTask, ListOpsTask, task_from_json, task_to_json
+from train.tasks.scoring import Accuracy
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple, TypeVar, get_args
 
 from train.data import Example
 from train.display.console import get_console
-from train.scoring import Rule
 from train.tasks.instructions import as_instructions
 from train.tasks.record import EmptyText, Question, Record, Split, holes
 from train.tasks.records import TASKS
 from train.tasks.rows import Rows, check_columns, read_file, read_split
+from train.tasks.scoring import Rule
 
 OnEmpty = Literal["error", "drop"]
 T = TypeVar("T")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from train.data import Example, Keys, read_jsonl
-from train.scoring import Rule
 from train.tasks.record import Split
+from train.tasks.scoring import Rule
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class JsonlTask:
     chat: bool = False
     """Render through the model's chat template (always, for lines with messages)."""
     rule: Rule = "exact"
-    """How an answer is read from the output, see `train.scoring`."""
+    """How an answer is read from the output, see `train.tasks.scoring`."""
     max_new_tokens: int = 64
     """Tokens that an answer may take."""
 

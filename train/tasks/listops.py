@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from train.data import Example, ListOps
 from train.data.listops import TEMPLATES, generate, read_tsv
-from train.scoring import Rule
 from train.tasks.record import Split
+from train.tasks.scoring import Rule
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from train.data.examples import Example, Turn
-from train.scoring import Rule
+from train.tasks.scoring import Rule
 
 Split = Literal["train", "validation", "test"]
 Row = Mapping[str, Any]
@@ -90,7 +90,7 @@ class Record:
     read           what a row asks; raises ValueError for a value that cannot be
     prompt         template of the prompt
     completion     template of what is trained on; may name the gold option's {label} and {text}
-    rule           how an answer is read from an output, see `train.scoring`
+    rule           how an answer is read from an output, see `train.tasks.scoring`
     max_new_tokens that an answer may take
     choice         template of a candidate completion, where it is not `completion`
     option         template of a line in the list of candidates, with {label} and {text}

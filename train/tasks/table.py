@@ -7,10 +7,10 @@ from typing import Any
 
 from train.data import Example
 from train.data.jsonl import chat_turns
-from train.scoring import Rule, score
 from train.tasks.hub import OnEmpty, around, check_on_empty, keep
 from train.tasks.record import EmptyText, Row, Split, fill, holes
 from train.tasks.rows import Rows, check_columns, read_file, read_hub
+from train.tasks.scoring import Rule, score
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TableTask:
     chat: bool = False
     """Ask through the model's chat template (always, for conversations)."""
     rule: Rule = "exact"
-    """How an answer is read from the output, see `train.scoring`."""
+    """How an answer is read from the output, see `train.tasks.scoring`."""
     max_new_tokens: int = 64
     """Tokens that an answer may take."""
     on_empty: OnEmpty = "error"

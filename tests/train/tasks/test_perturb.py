@@ -6,9 +6,9 @@ import random
 import pytest
 from task_rows import CHAT, INSTRUCTIONS, ROWS
 
-from train.scoring import score
 from train.tasks import TASKS, HubTask, JsonlTask, ListOpsTask
 from train.tasks.perturb import misspelt, perturbed
+from train.tasks.scoring import score
 
 
 def task(tmp_path, name, rows):

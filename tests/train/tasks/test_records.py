@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from tiny_tokenizer import END_OF_TEXT, IM_END, tiny_tokenizer
 
 from train.data import Turn, encode, encode_prompts
-from train.scoring import score
 from train.tasks import TASKS, HubTask, task_from_json, task_to_json
+from train.tasks.__main__ import documentation
 from train.tasks.instructions import as_instructions
 from train.tasks.record import Part, holes
 from train.tasks.records import _cut
-from train.tasks.table_of_tasks import documentation
+from train.tasks.scoring import score
 
 NAMES = list(ROWS)
 

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import scipy.stats
 
-from train import answers
+from train.tasks import extract as answers
 
 Rule = Literal["exact", "digit", "tagged", "number", "label", "last_label", "truth", "relation"]
 """exact       the whole text, without the white space around it
@@ -149,3 +149,9 @@ def majority(golds: Iterable[str]) -> Accuracy:
     """What giving the most frequent gold answer every time would score: the floor to beat."""
     counts = Counter(g.strip() for g in golds)
     return Accuracy(max(counts.values(), default=0), sum(counts.values()))
+
+
+def percent(found: Accuracy) -> str:
+    """E.g. "84.0 % (71.5 to 91.7)"."""
+    low, high = found.interval
+    return f"{100 * found.rate:.1f} % ({100 * low:.1f} to {100 * high:.1f})"

@@ -1,4 +1,4 @@
-"""Answers in generated texts: how each rule of `train.scoring` finds one, and when two are the same."""
+"""Answers in generated texts: how each rule of `train.tasks.scoring` finds one, and when two are the same."""
 
 from __future__ import annotations
 
