@@ -23,7 +23,7 @@ from jaxsteer.types import Batch, Steering
 from train.base_models import load
 from train.config import TrainConfig
 from train.data import DataSource, Report
-from train.encoded import encode_cached
+from train.data.cache import encode_cached
 from train.program import Program, make_program, mesh_of
 
 

@@ -9,9 +9,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
-from train import encoded
 from train.data import Example, encode
-from train.encoded import encode_cached
+from train.data import cache as encoded
+from train.data.cache import encode_cached
 
 EXAMPLES = [Example.of("Was? ", "ja", "f:1", "yes"), Example.of("p" * 30, "c", "f:2"), Example.of("x", "no", "f:2")]
 

@@ -7,8 +7,7 @@ read_jsonl / listops.generate -> [Example] -> encode -> [TokenizedExample] -> Da
 from train.data.examples import Example, TokenizedExample, Turn
 from train.data.jsonl import Keys, read_jsonl
 from train.data.listops import ListOps
-from train.data.packing import DataSource, pack, stack_rows
-from train.data.prompts import PromptBatch, bucket_length, prompt_batches
+from train.data.packing import DataSource, PromptBatch, bucket_length, pack, prompt_batches, stack_rows
 from train.data.tokenize import Report, encode, encode_prompts, stop_tokens
 
 __all__ = [
