@@ -19,7 +19,7 @@ from jaxsteer.plan_text import parse_plan
 from jaxsteer.steering import init_steering
 from train.base_models import load
 from train.data import Example, TokenizedExample, encode_prompts, stop_tokens
-from train.evaluation import NEAR_TIE
+from train.evaluation.answers import NEAR_TIE
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from rich.table import Table
 
 from jaxsteer.steering import only
 from jaxsteer.types import Kind, Plan, Steering
-from train.answering import Answering, By, summary_of
 from train.cli import load_config_file, run_main
 from train.config import TrainConfig
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, is_first, join
-from train.evaluation import Normalise, accuracy_of
+from train.evaluation.answers import Normalise, accuracy_of
+from train.evaluation.saved import Answering, By, summary_of
+from train.evaluation.statistics import compare_answers, find_answers
 from train.generate import load_steered, steered
-from train.paired import compare_answers, find_answers
 from train.run_folder import write_json
 from train.tasks import JsonlTask, Split, Task, on_file, task_from_json
 from train.tasks.perturb import Kind as Perturbation

@@ -21,7 +21,7 @@ from train.data import Example
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, is_first, join
-from train.evaluation import decode, make_prompts
+from train.evaluation.answers import decode, make_prompts
 from train.tasks.scoring import Rule
 
 

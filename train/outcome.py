@@ -12,7 +12,7 @@ from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.types import Steering
 from train.config import TrainConfig
 from train.display.plots import plot_overlap, plot_training
-from train.evaluation import Decoded, accuracy_of, write_answers
+from train.evaluation.answers import Decoded, accuracy_of, write_answers
 from train.metrics import read_metrics
 from train.run_folder import RunFolder, write_json
 from train.setup import Training

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from train.display.console import get_console, print_facts
-from train.evaluation import Decoded, accuracy_of
+from train.evaluation.answers import Decoded, accuracy_of
 from train.tasks.scoring import percent
 
 SHOWN = 3

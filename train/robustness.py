@@ -20,7 +20,6 @@ from jaxsteer.divergence import kl_from_base
 from jaxsteer.io import LoadedModel, SteeringFile, load_steering
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
-from train.answering import Answering, By, summary_of
 from train.cli import load_config_file, run_main
 from train.config import TrainConfig
 from train.data import Example, TokenizedExample, stack_rows
@@ -33,12 +32,14 @@ from train.devices.processes import (
     join,
 )
 from train.evaluate import EvaluateConfig, find_task
-from train.evaluation import Decoded, Normalise, accuracy_of
+from train.evaluation.answers import Decoded, Normalise, accuracy_of
+from train.evaluation.saved import Answering, By, summary_of
+from train.evaluation.statistics import Estimate, crossed_interval
 from train.generate import load_steered, steered
 from train.run_folder import write_json
 from train.tasks import Split, Task
 from train.tasks.perturb import Kind, perturbed
-from train.tasks.scoring import Estimate, crossed_interval, percent
+from train.tasks.scoring import percent
 
 NEUTRAL = Path(__file__).with_name("neutral.txt")
 

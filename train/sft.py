@@ -36,7 +36,15 @@ from train.devices.processes import (
     on_first,
 )
 from train.display.console import get_console, print_facts, progress
-from train.evaluation import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
+from train.evaluation.answers import (
+    Decoded,
+    Prompts,
+    accuracy_of,
+    decode,
+    make_prompts,
+    read_answers,
+    write_answers,
+)
 from train.metrics import MetricsWriter, read_metrics
 from train.nonfinite import describe, is_finite, sources
 from train.outcome import Result, bare, notes_of, write_outcome

@@ -15,14 +15,20 @@ from jaxsteer import Model, init_steering, parse_plan
 from jaxsteer.io import load_model, save_steering
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from train import evaluate
-from train.answering import Answering, summary_of
 from train.data import Example, encode, stack_rows
 from train.devices.placement import SINGLE, place_on
-from train.evaluation import Decoded, choose, decode, make_prompts, read_answers, write_answers
-from train.paired import compare, compare_answers, find_answers
+from train.evaluation.answers import (
+    Decoded,
+    choose,
+    decode,
+    make_prompts,
+    read_answers,
+    write_answers,
+)
+from train.evaluation.saved import Answering, Unfinished, summary_of
+from train.evaluation.statistics import compare, compare_answers, find_answers
 from train.robustness import RobustnessConfig, divergence, example_sets, measure, read_methods, table_of
 from train.tasks import JsonlTask
-from train.unfinished import Unfinished
 
 ROOT = Path(__file__).parents[2]
 PLAN = ("nonlinear(rank=4) @ block",)

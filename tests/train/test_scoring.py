@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from train.evaluation.statistics import crossed_interval
 from train.tasks.scoring import (
     Accuracy,
     accuracy,
-    crossed_interval,
     extract,
     interval,
     majority,

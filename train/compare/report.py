@@ -13,8 +13,8 @@ from jaxsteer.io import LoadedModel
 from jaxsteer.steering import count_parameters
 from train.devices.machine import device_summary
 from train.display.plots import plot_comparison, plot_overlap
+from train.evaluation.statistics import Estimate, crossed_interval
 from train.run_folder import write_json
-from train.tasks.scoring import Estimate, crossed_interval
 
 
 def summarise(

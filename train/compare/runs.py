@@ -13,7 +13,7 @@ from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.types import PyTree, Steering
 from train.compare.config import CompareConfig, Entry
 from train.config import TrainConfig
-from train.evaluation import Prompts, decode, make_prompts
+from train.evaluation.answers import Prompts, decode, make_prompts
 from train.recipes import lofit
 from train.run_folder import write_json
 from train.sweep import Run, Trained, train_runs

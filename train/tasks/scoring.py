@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
-
-import numpy as np
-import scipy.stats
+from typing import Literal, get_args
 
 from train.tasks import extract as answers
 
@@ -99,50 +96,6 @@ def accuracy(results: Iterable[bool]) -> Accuracy:
     """Summary of the scores of a data set, at least one."""
     scores = list(results)
     return Accuracy(sum(map(bool, scores)), len(scores))
-
-
-class Estimate(NamedTuple):
-    """A mean with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def crossed_interval(scores: Sequence[Sequence[float]]) -> Estimate:
-    """Mean of scores [seeds, examples] and its 95 % interval over both: other seeds and other examples.
-
-    Two-way random effects without replication: Var(mean) = (MS_seeds + MS_examples - MS_rest) / (S n), at least the
-    larger of its two parts alone, with Satterthwaite's degrees of freedom. One seed: over the examples only. Scores may
-    be differences of two methods' scores on the same examples.
-
-    Raises:
-        ValueError: no seeds, fewer than 2 examples, or rows of different lengths.
-    """
-    if not len(scores) or len({len(row) for row in scores}) != 1 or len(scores[0]) < 2:
-        raise ValueError("crossed_interval: need scores [seeds, examples], at least 1 and 2, rows of one length")
-    x = np.asarray(scores, float)
-    seeds, n = x.shape
-    mean = float(x.mean())
-    examples_ms = seeds * float(x.mean(axis=0).var(ddof=1))
-    if seeds == 1:
-        variance, freedom = examples_ms / n, n - 1.0
-    else:
-        seeds_ms = n * float(x.mean(axis=1).var(ddof=1))
-        rest = x - x.mean(axis=0, keepdims=True) - x.mean(axis=1, keepdims=True) + mean
-        rest_df = (seeds - 1) * (n - 1)
-        rest_ms = float((rest**2).sum()) / rest_df
-        parts = [(seeds_ms, seeds - 1), (examples_ms, n - 1), (rest_ms, rest_df)]
-        total = seeds_ms + examples_ms - rest_ms
-        # The difference of estimates can fall below what one source alone gives: then that source is the estimate.
-        larger = max(parts[:2])
-        if total <= larger[0]:
-            total, parts = larger[0], [larger]
-        variance = total / (seeds * n)
-        spread = sum(ms**2 / df for ms, df in parts)
-        freedom = total**2 / spread if spread else 1.0
-    half = float(scipy.stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
-    return Estimate(mean, mean - half, mean + half)
 
 
 def majority(golds: Iterable[str]) -> Accuracy:
