@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxsteer.io import LoadedModel, load_model
+from jaxsteer.io import LoadedModel, SteeringFile, load_config, load_model, load_steering
 from jaxsteer.io.stored import Place
+from jaxsteer.types import Plan, Steering
 from train.devices.machine import cache_folder
 from train.display.console import get_console
 
@@ -139,3 +140,35 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def load_steered(
+    path: str, model: str | None, dtype: str = "auto", place: Place | None = None
+) -> tuple[LoadedModel, SteeringFile | None]:
+    """A steering file and its base model; the file is checked against the model before the weights are read.
+
+    The base is in int8 and has the tokenizer that the training had, if the file says so.
+
+    Args:
+        path: of the steering file, or "none".
+        model: the base model's name, None = as the file says.
+        dtype: of the weights.
+        place: says where a leaf of the weights lies, see `train.devices.placement`.
+
+    Raises:
+        ValueError: neither names a model, or the file belongs to another one.
+    """
+    file = None if path == "none" else load_steering(path)
+    name = model or (file.model_name if file else None)
+    if name is None:
+        raise ValueError("which model? Give --model, or a steering file, which names its own")
+    if file is not None:
+        load_steering(path, load_config(resolve_model(name)))
+    run = file.notes.get("config", {}) if file else {}
+    quantised = run.get("quantise") == "int8"
+    return load(name, dtype, place, quantised=quantised, tokenizer=run.get("tokenizer")), file
+
+
+def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
+    """A file's plan and steering; those of the plain model without one."""
+    return (file.plan, file.steering) if file else ((), {})

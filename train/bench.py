@@ -19,6 +19,7 @@ from rich.table import Table
 
 from jaxsteer.flops import step_flops
 from jaxsteer.generate import generate
+from jaxsteer.io.files import write_json
 from jaxsteer.models.attention import causal_share
 from jaxsteer.models.transformer import Model, Remat
 from jaxsteer.objective import next_tokens, supervised_loss
@@ -42,7 +43,6 @@ from train.devices.machine import (
 )
 from train.devices.placement import SINGLE
 from train.program import make_program
-from train.run_folder import write_json
 
 
 @dataclass(frozen=True)

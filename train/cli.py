@@ -12,6 +12,8 @@ from typing import TypeVar
 import tyro
 
 from train.config import TrainConfig
+from train.evaluate import EvaluateConfig
+from train.tasks import JsonlTask, Task, on_file, task_from_json
 
 T = TypeVar("T")
 
@@ -72,3 +74,21 @@ def run_main(main: Callable[[], None]) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def find_task(config: EvaluateConfig, notes: dict) -> Task:
+    """The task to evaluate: of --config, of --data, or the one that the steering was trained on.
+
+    Raises:
+        ValueError: none of the three is at hand.
+    """
+    task = load_config_file(config.config, TrainConfig).task if config.config else None
+    if task is None and "config" in notes:
+        task = task_from_json(notes["config"]["task"])
+    if config.data is not None:
+        return JsonlTask(config.data, config.data) if task is None else on_file(task, config.data)
+    if task is None:
+        raise ValueError(
+            "which examples? Give --config or --data: the steering file does not say what it was trained on"
+        )
+    return task

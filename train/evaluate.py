@@ -17,19 +17,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jaxsteer.io.files import write_json
 from jaxsteer.steering import only
 from jaxsteer.types import Kind, Plan, Steering
-from train.cli import load_config_file, run_main
-from train.config import TrainConfig
+from train.base_models import load_steered, steered
+from train.cli import find_task, run_main
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, is_first, join
 from train.evaluation.answers import Normalise, accuracy_of
 from train.evaluation.saved import Answering, By, summary_of
 from train.evaluation.statistics import compare_answers, find_answers
-from train.generate import load_steered, steered
-from train.run_folder import write_json
-from train.tasks import JsonlTask, Split, Task, on_file, task_from_json
+from train.tasks import Split
 from train.tasks.perturb import Kind as Perturbation
 from train.tasks.perturb import perturbed
 from train.tasks.scoring import percent
@@ -77,24 +76,6 @@ class EvaluateConfig:
     """How weights and prompts are spread over several devices."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How processes on several hosts find each other."""
-
-
-def find_task(config: EvaluateConfig, notes: dict) -> Task:
-    """The task to evaluate: of --config, of --data, or the one that the steering was trained on.
-
-    Raises:
-        ValueError: none of the three is at hand.
-    """
-    task = load_config_file(config.config, TrainConfig).task if config.config else None
-    if task is None and "config" in notes:
-        task = task_from_json(notes["config"]["task"])
-    if config.data is not None:
-        return JsonlTask(config.data, config.data) if task is None else on_file(task, config.data)
-    if task is None:
-        raise ValueError(
-            "which examples? Give --config or --data: the steering file does not say what it was trained on"
-        )
-    return task
 
 
 def part_of(plan: Plan, steering: Steering, part: Part) -> Steering:

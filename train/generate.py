@@ -11,11 +11,9 @@ import jax
 import tyro
 
 from jaxsteer.generate import Sampling
-from jaxsteer.io import LoadedModel, SteeringFile, load_config, load_steering
-from jaxsteer.io.stored import Place
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
-from train.base_models import load, resolve_model
+from train.base_models import load_steered, steered
 from train.cli import run_main
 from train.data import Example
 from train.devices.machine import enable_compilation_cache
@@ -66,38 +64,6 @@ class Ask:
     chat: bool
     max_new_tokens: int
     rule: Rule = "exact"
-
-
-def load_steered(
-    path: str, model: str | None, dtype: str = "auto", place: Place | None = None
-) -> tuple[LoadedModel, SteeringFile | None]:
-    """A steering file and its base model; the file is checked against the model before the weights are read.
-
-    The base is in int8 and has the tokenizer that the training had, if the file says so.
-
-    Args:
-        path: of the steering file, or "none".
-        model: the base model's name, None = as the file says.
-        dtype: of the weights.
-        place: says where a leaf of the weights lies, see `train.devices.placement`.
-
-    Raises:
-        ValueError: neither names a model, or the file belongs to another one.
-    """
-    file = None if path == "none" else load_steering(path)
-    name = model or (file.model_name if file else None)
-    if name is None:
-        raise ValueError("which model? Give --model, or a steering file, which names its own")
-    if file is not None:
-        load_steering(path, load_config(resolve_model(name)))
-    run = file.notes.get("config", {}) if file else {}
-    quantised = run.get("quantise") == "int8"
-    return load(name, dtype, place, quantised=quantised, tokenizer=run.get("tokenizer")), file
-
-
-def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
-    """A file's plan and steering; those of the plain model without one."""
-    return (file.plan, file.steering) if file else ((), {})
 
 
 def main() -> None:

@@ -25,12 +25,11 @@ from jaxsteer.models.transformer import Model, forward, init_base
 from jaxsteer.plan_text import parse_plan
 from jaxsteer.steering import method_name, steering_shapes
 from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
-from train.base_models import compute_dtype, resolve_model
+from train.base_models import compute_dtype, load_steered, resolve_model
 from train.cli import load_config_file, run_main
 from train.config import TrainConfig
 from train.devices.machine import enable_compilation_cache
 from train.display.plots import plot_by_layer
-from train.generate import load_steered
 from train.program import make_program, mesh_of
 
 SHOWN_SITES = ("attn", "mlp", "block")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsteer.io.files import write_json
 from jaxsteer.optim import Params
 from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.types import Steering
@@ -14,7 +15,7 @@ from train.config import TrainConfig
 from train.display.plots import plot_overlap, plot_training
 from train.evaluation.answers import Decoded, accuracy_of, write_answers
 from train.metrics import read_metrics
-from train.run_folder import RunFolder, write_json
+from train.run_folder import RunFolder
 from train.setup import Training
 
 

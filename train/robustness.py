@@ -18,9 +18,11 @@ from rich.table import Table
 
 from jaxsteer.divergence import kl_from_base
 from jaxsteer.io import LoadedModel, SteeringFile, load_steering
+from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
-from train.cli import load_config_file, run_main
+from train.base_models import load_steered, steered
+from train.cli import find_task, load_config_file, run_main
 from train.config import TrainConfig
 from train.data import Example, TokenizedExample, stack_rows
 from train.devices.machine import enable_compilation_cache
@@ -31,12 +33,10 @@ from train.devices.processes import (
     is_first,
     join,
 )
-from train.evaluate import EvaluateConfig, find_task
+from train.evaluate import EvaluateConfig
 from train.evaluation.answers import Decoded, Normalise, accuracy_of
 from train.evaluation.saved import Answering, By, summary_of
 from train.evaluation.statistics import Estimate, crossed_interval
-from train.generate import load_steered, steered
-from train.run_folder import write_json
 from train.tasks import Split, Task
 from train.tasks.perturb import Kind, perturbed
 from train.tasks.scoring import percent

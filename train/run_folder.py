@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from jaxsteer.io import files
+from jaxsteer.io.files import write_json
 
 LOCK, OWNER = ".lock", ".lock.json"
 """The lock of a run's folder, and who holds it."""
@@ -93,7 +94,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
     if run.folder.exists() and not run.folder.is_dir():
         raise ValueError(f"{run.folder}: a file, need a folder for the run; use another --out")
     if run.config.exists() and not resume and not run.begun:
-        files.write_json(run.config, settings)  # what was there stopped at a bad setting, before its first step
+        write_json(run.config, settings)  # what was there stopped at a bad setting, before its first step
         return run
     if run.config.exists():
         if differing := differences(files.read_json(run.config), settings):
@@ -109,7 +110,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
     if found := _entries(run.folder):
         raise ValueError(f"{run.folder}: not empty and not a run (holds {', '.join(found[:3])}); use another --out")
     run.folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(run.config, settings)
+    write_json(run.config, settings)
     return run
 
 
@@ -141,26 +142,11 @@ def locked(folder: str | Path) -> Iterator[None]:
         return
     try:
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        files.write_json(owner, {"process": os.getpid(), "host": platform.node(), "since": since})
+        write_json(owner, {"process": os.getpid(), "host": platform.node(), "since": since})
         yield
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
-
-
-def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write an indented JSON object, whole or not at all: a killed process leaves the old file.
-
-    NaN and the infinities, which JSON does not have, become the text "NaN", "Infinity", "-Infinity".
-
-    Raises:
-        ValueError: a value that JSON cannot hold.
-    """
-    try:
-        values = json.loads(json.dumps(dict(data)), parse_constant=str)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be written as JSON ({error})") from None
-    files.write_json(Path(path), values)
 
 
 def _entries(folder: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,12 +27,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a JSON object, whole or not at all."""
-    with replacing(path) as file:
-        file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its place once complete, and goes on an error."""
@@ -45,3 +39,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write an indented JSON object, whole or not at all: a killed process leaves the old file.
+
+    NaN and the infinities, which JSON does not have, become the text "NaN", "Infinity", "-Infinity".
+
+    Raises:
+        ValueError: a value that JSON cannot hold.
+    """
+    try:
+        values = json.loads(json.dumps(dict(data)), parse_constant=str)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be written as JSON ({error})") from None
+    with replacing(Path(path)) as file:
+        file.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jaxsteer.models.quantise import is_quantised
+from train.base_models import load_steered
 from train.config import TrainConfig
-from train.generate import load_steered
 from train.metrics import read_metrics
 from train.sft import train
 from train.tasks import JsonlTask

@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from jaxsteer.io import files
+from jaxsteer.io.files import write_json
 from train.cli import load_config_file, run_main
 from train.compare.config import CompareConfig
 from train.compare.report import write_report
@@ -23,7 +24,7 @@ from train.compare.runs import Comparison, search
 from train.compare.timing import measure
 from train.devices.machine import device_summary, enable_compilation_cache
 from train.display.console import Bar, print_facts, progress
-from train.run_folder import RunFolder, locked, open_run, write_json
+from train.run_folder import RunFolder, locked, open_run
 from train.setup import count_steps, load_base_model
 
 

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from jaxsteer.io import LoadedModel
+from jaxsteer.io.files import write_json
 from jaxsteer.steering import count_parameters
 from train.devices.machine import device_summary
 from train.display.plots import plot_comparison, plot_overlap
 from train.evaluation.statistics import Estimate, crossed_interval
-from train.run_folder import write_json
 
 
 def summarise(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.io import LoadedModel, files, load_steering, save_steering
+from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.types import PyTree, Steering
@@ -15,7 +16,6 @@ from train.compare.config import CompareConfig, Entry
 from train.config import TrainConfig
 from train.evaluation.answers import Prompts, decode, make_prompts
 from train.recipes import lofit
-from train.run_folder import write_json
 from train.sweep import Run, Trained, train_runs
 
 

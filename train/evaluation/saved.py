@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxsteer.io import LoadedModel, fingerprint
+from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.steering import plan_to_json
 from jaxsteer.types import Plan, PyTree, Steering
@@ -32,7 +33,6 @@ from train.evaluation.answers import (
     read_answers,
     write_answers,
 )
-from train.run_folder import write_json
 
 By = Literal["generation", "likelihood"]
 """How an answer is found: the model writes it, or the likeliest of the example's choices is taken."""

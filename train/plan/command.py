@@ -9,6 +9,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from jaxsteer.io.files import write_json
 from train.cli import from_command_line
 from train.config import TrainConfig
 from train.plan.chips import parse_topology
@@ -16,7 +17,6 @@ from train.plan.features import features_of
 from train.plan.figures import Figures, figures_of
 from train.plan.report import print_comparison, print_figures
 from train.plan.search import search
-from train.run_folder import write_json
 
 DESCRIPTION = """Will a run fit, and how fast can it be: on TPUs by compiling its real programs for them here, without a
 TPU (with libtpu, the extra "tpu"); on GPUs by an analytic estimate.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsteer.io.files import write_json
 from jaxsteer.optim import Params
 from jaxsteer.theory import Remainders, explained, first_order, higher_order, only_layer, reach, remainders
 from jaxsteer.theory.shifts import check_sites, log_slope
@@ -22,7 +23,6 @@ from train.cli import load_config_file
 from train.config import TrainConfig
 from train.display.console import print_facts, progress
 from train.display.plots import Panel, plot_lines
-from train.run_folder import write_json
 from train.theory.subjects import Subject, cast, held_out, read_subject
 
 WINDOW = (-11, -8)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsteer.io import LoadedModel, load_steering
+from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.steering import fold
 from jaxsteer.theory.compare import Means, Where, means
@@ -22,7 +23,6 @@ from train.cli import load_config_file
 from train.config import TrainConfig
 from train.data import encode, encode_prompts, stack_rows
 from train.data.packing import pack
-from train.run_folder import write_json
 from train.tasks import Split
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.objective import supervised_loss, total_weight
 from jaxsteer.optim import Params, merge
@@ -22,7 +23,6 @@ from train.cli import load_config_file
 from train.config import TrainConfig
 from train.display.console import print_facts, progress
 from train.display.plots import Panel, plot_lines
-from train.run_folder import write_json
 from train.setup import Training, make_training
 from train.theory.subjects import held_out
 
