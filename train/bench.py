@@ -42,7 +42,7 @@ from train.devices.machine import (
     peak_memory_bytes,
 )
 from train.devices.placement import SINGLE
-from train.program import make_program
+from train.run.program import make_program
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from train.cli import load_config_file, run_main
 from train.config import TrainConfig
 from train.devices.machine import enable_compilation_cache
 from train.display.plots import plot_by_layer
-from train.program import make_program, mesh_of
+from train.run.program import make_program, mesh_of
 
 SHOWN_SITES = ("attn", "mlp", "block")
 

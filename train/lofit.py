@@ -17,11 +17,10 @@ from jaxsteer.optim import Params
 from jaxsteer.types import Steering
 from train.cli import from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
-from train.outcome import Result
-from train.recipes import lofit
-from train.report import print_result
-from train.run_folder import RunFolder
-from train.setup import count_steps, load_base_model
+from train.run.folder import RunFolder
+from train.run.lofit import lofit
+from train.run.result import Result, print_result
+from train.run.training import count_steps, load_base_model
 from train.sft import train
 
 

@@ -12,7 +12,7 @@ import tyro
 
 from configs.listops_smollm2 import config as listops_config
 from train.cli import run_main
-from train.report import print_result
+from train.run.result import print_result
 from train.sft import train
 
 

@@ -19,7 +19,6 @@ import numpy as np
 from jaxsteer.io import LoadedModel, fingerprint, save_hf, save_steering
 from jaxsteer.steering import plan_to_json
 from jaxsteer.types import Steering
-from train.checkpoints import Checkpoints, local_folder, open_checkpoints
 from train.cli import from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
 from train.devices.machine import (
@@ -45,18 +44,32 @@ from train.evaluation.answers import (
     read_answers,
     write_answers,
 )
-from train.metrics import MetricsWriter, read_metrics
-from train.nonfinite import describe, is_finite, sources
-from train.outcome import Result, bare, notes_of, write_outcome
-from train.patience import patience_after
-from train.preemption import preemption
-from train.profiling import Profiler
-from train.report import print_result
-from train.run_folder import RunFolder, differences, locked, open_run
-from train.setup import Training, load_base_model, make_training, to_floats
-from train.speed import Speed
+from train.run.checkpoints import Checkpoints, local_folder, open_checkpoints
+from train.run.folder import (
+    RunFolder,
+    differences,
+    locked,
+    open_run,
+)
+from train.run.metrics import MetricsWriter, read_metrics
+from train.run.preemption import preemption
+from train.run.profiling import Profiler
+from train.run.result import (
+    Result,
+    bare,
+    notes_of,
+    print_result,
+    write_outcome,
+)
+from train.run.trackers import check_trackers, open_trackers
+from train.run.training import (
+    Training,
+    load_base_model,
+    make_training,
+    to_floats,
+)
+from train.run.watch import Speed, describe, is_finite, patience_after, sources
 from train.tasks.scoring import Accuracy
-from train.trackers import check_trackers, open_trackers
 
 
 def train(config: TrainConfig, initial: Steering | None = None) -> Result | None:

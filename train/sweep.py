@@ -22,7 +22,7 @@ from jaxsteer.training import Metrics, TrainState, train_step
 from jaxsteer.types import Array, Batch, PyTree, Steering
 from train.config import TrainConfig
 from train.devices.placement import SINGLE
-from train.setup import Training, make_training, step_batch
+from train.run.training import Training, make_training, step_batch
 
 
 @dataclass(frozen=True)

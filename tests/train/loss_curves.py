@@ -18,8 +18,8 @@ from train.config import TrainConfig
 from train.data import DataSource, TokenizedExample
 from train.devices.placement import MeshConfig
 from train.devices.processes import DistributedConfig, join
-from train.program import make_program, mesh_of
-from train.setup import step_batch
+from train.run.program import make_program, mesh_of
+from train.run.training import step_batch
 
 FEATURES = ModelConfig(vocab_size=64, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, mlp_width=48)
 ROWS, LENGTH, STEPS = 32, 16, 10

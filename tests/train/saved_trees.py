@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.checkpoints import open_checkpoints
+from train.run.checkpoints import open_checkpoints
 
 ROOT = Path(__file__).parents[2]
 

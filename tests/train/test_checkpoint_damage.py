@@ -5,7 +5,7 @@ import signal
 import pytest
 from saved_trees import abstract, assert_same, run, save_three, small
 
-from train.checkpoints import open_checkpoints
+from train.run.checkpoints import open_checkpoints
 
 
 def payload(folder, step):
@@ -84,7 +84,7 @@ def test_lost_and_cut_files_are_skipped_and_all_damaged_is_an_error(tmp_path):
 KILLED = """
 import os, signal, sys
 import jax.numpy as jnp
-from train.checkpoints import open_checkpoints
+from train.run.checkpoints import open_checkpoints
 checkpoints = open_checkpoints(sys.argv[1], every=1)
 checkpoints.save(1, {"t": {"x": jnp.full(64, 1.0)}}, {})
 checkpoints.wait()

@@ -13,7 +13,7 @@ import optax
 import pytest
 from saved_trees import abstract, assert_same, run, save_three, small
 
-from train.checkpoints import open_checkpoints
+from train.run.checkpoints import open_checkpoints
 
 ROOT = Path(__file__).parents[2]
 DTYPES = ["bool", "int8", "uint32", "float16", "bfloat16", "float32", "float8_e4m3fn", "complex64"]
@@ -228,7 +228,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 import jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from train.checkpoints import open_checkpoints
+from train.run.checkpoints import open_checkpoints
 
 mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 place = lambda *spec: NamedSharding(mesh, P(*spec))
@@ -263,7 +263,7 @@ wait = {"heartbeat_timeout_seconds": 20, "shutdown_timeout_seconds": 20}
 jax.distributed.initialize(f"localhost:{port}", 2, index, **wait)
 import jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from train.checkpoints import open_checkpoints
+from train.run.checkpoints import open_checkpoints
 
 mesh = Mesh(np.array(jax.devices()), ("fsdp",))
 host = np.arange(4 * 6, dtype=np.float32).reshape(4, 6)

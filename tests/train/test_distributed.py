@@ -21,8 +21,8 @@ from train.data import DataSource, TokenizedExample
 from train.devices import processes as distributed
 from train.devices.placement import MeshConfig
 from train.devices.processes import DistributedConfig
-from train.metrics import read_metrics
-from train.setup import step_batch
+from train.run.metrics import read_metrics
+from train.run.training import step_batch
 from train.sft import train
 from train.tasks import JsonlTask
 

@@ -17,11 +17,11 @@ import pytest
 
 from jaxsteer.io import load_steering
 from train import sft
-from train.checkpoints import open_checkpoints
 from train.cli import run_main
 from train.config import TrainConfig
-from train.metrics import read_metrics
-from train.run_folder import locked
+from train.run.checkpoints import open_checkpoints
+from train.run.folder import locked
+from train.run.metrics import read_metrics
 from train.sft import train
 from train.tasks import JsonlTask
 
@@ -58,7 +58,7 @@ def test_a_folder_is_locked_while_its_run_lasts(config):
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    code = f"import time\nfrom train.run_folder import locked\nwith locked({str(tmp_path)!r}): time.sleep(60)"
+    code = f"import time\nfrom train.run.folder import locked\nwith locked({str(tmp_path)!r}): time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
         while not (tmp_path / ".lock.json").exists():

@@ -14,7 +14,7 @@ from train.config import TrainConfig
 from train.devices.placement import SINGLE
 from train.plan.features import features_of
 from train.plan.programs import base_shapes, lower_training
-from train.program import make_program
+from train.run.program import make_program
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {"rows": 3, "row_length": 160, "accumulate": 1, "mesh": SINGLE}

@@ -14,7 +14,7 @@ import pytest
 from jaxsteer import interventions
 from train.config import TrainConfig
 from train.devices.placement import MeshConfig
-from train.program import mesh_of
+from train.run.program import mesh_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from train.display.console import progress
-from train.metrics import MetricsWriter, read_metrics
+from train.run.metrics import MetricsWriter, read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,7 +109,7 @@ def test_what_is_no_number_is_refused_by_name(tmp_path, value):
 
 KILLED = """
 import os, signal, sys
-from train.metrics import MetricsWriter
+from train.run.metrics import MetricsWriter
 writer = MetricsWriter(sys.argv[1])
 for step in range(1, 4):
     writer.write(step, loss=1.0)

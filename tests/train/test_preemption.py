@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from train.preemption import preemption
+from train.run.preemption import preemption
 
 
 def test_a_signal_becomes_a_question_and_handlers_come_back():

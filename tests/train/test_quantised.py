@@ -7,7 +7,7 @@ import pytest
 from jaxsteer.models.quantise import is_quantised
 from train.base_models import load_steered
 from train.config import TrainConfig
-from train.metrics import read_metrics
+from train.run.metrics import read_metrics
 from train.sft import train
 from train.tasks import JsonlTask
 

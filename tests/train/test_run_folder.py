@@ -6,7 +6,7 @@ import math
 import pytest
 
 from jaxsteer.io.files import write_json
-from train.run_folder import RunFolder, open_run
+from train.run.folder import RunFolder, open_run
 
 CONFIG = {"model": "tiny", "optim": {"lr": 0.1, "warmup": 0.03}, "layers": (1, 2), "plan": []}
 

@@ -15,11 +15,12 @@ import pytest
 
 from jaxsteer.io import load_model, load_steering
 from jaxsteer.optim import OptimConfig
-from train import setup, sft
+from train import sft
 from train.cli import from_command_line, load_config_file
 from train.config import TrainConfig
-from train.metrics import read_metrics
-from train.patience import patience_after
+from train.run import training as setup
+from train.run.metrics import read_metrics
+from train.run.watch import patience_after
 from train.sft import train
 from train.tasks import JsonlTask, ListOpsTask, task_from_json, task_to_json
 from train.tasks.scoring import Accuracy
@@ -291,7 +292,7 @@ def test_the_other_programs(config, tmp_path):
 
 def test_one_trace_serves_every_step(config):
     from train.base_models import load
-    from train.setup import make_training, step_batch
+    from train.run.training import make_training, step_batch
 
     training = make_training(config, load(config.model))
     state, step = training.state, training.step

@@ -12,7 +12,7 @@ from jaxsteer.orthogonality import Orthogonality
 from train.base_models import load
 from train.config import TrainConfig
 from train.lofit import run as run_lofit
-from train.recipes import lofit
+from train.run.lofit import lofit
 from train.sweep import Run, train_runs
 from train.tasks import JsonlTask
 

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from jaxsteer.optim import OptimConfig
-from train import setup, sft
+from train import sft
 from train.base_models import load
 from train.config import TrainConfig, parse_steps
 from train.devices.chips import chip_of
 from train.devices.machine import peak_flops
-from train.metrics import read_metrics
-from train.profiling import Profiler
-from train.setup import make_training, step_batch
+from train.run import training as setup
+from train.run.metrics import read_metrics
+from train.run.profiling import Profiler
+from train.run.trackers import numbers
+from train.run.training import make_training, step_batch
 from train.sft import train
 from train.tasks import JsonlTask
-from train.trackers import numbers
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from train.compare.runs import Comparison, search
 from train.compare.timing import measure
 from train.devices.machine import device_summary, enable_compilation_cache
 from train.display.console import Bar, print_facts, progress
-from train.run_folder import RunFolder, locked, open_run
-from train.setup import count_steps, load_base_model
+from train.run.folder import RunFolder, locked, open_run
+from train.run.training import count_steps, load_base_model
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxsteer.types import PyTree, Steering
 from train.compare.config import CompareConfig, Entry
 from train.config import TrainConfig
 from train.evaluation.answers import Prompts, decode, make_prompts
-from train.recipes import lofit
+from train.run.lofit import lofit
 from train.sweep import Run, Trained, train_runs
 
 

@@ -12,7 +12,7 @@ import jax
 from jaxsteer.io import LoadedModel
 from train.config import TrainConfig
 from train.devices.placement import SINGLE
-from train.setup import make_training
+from train.run.training import make_training
 from train.sweep import SweepProgram
 
 REPEATS = 3

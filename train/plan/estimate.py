@@ -23,7 +23,7 @@ from jaxsteer.types import PyTree
 from train.config import TrainConfig
 from train.plan.chips import Chip, Topology
 from train.plan.programs import SCHEDULE_STEPS, Which, base_shapes
-from train.program import Program, make_program
+from train.run.program import Program, make_program
 
 FP32 = 4
 

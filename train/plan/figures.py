@@ -21,7 +21,7 @@ from train.plan.estimate import (
 )
 from train.plan.hlo import Collectives
 from train.plan.programs import TooBig, Which, compile_for
-from train.program import Program
+from train.run.program import Program
 
 
 @dataclass(frozen=True)

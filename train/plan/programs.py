@@ -23,7 +23,7 @@ from jaxsteer.types import Batch, PyTree
 from train.config import TrainConfig
 from train.plan.chips import GIB, Topology
 from train.plan.hlo import Collectives, collectives
-from train.program import Program, make_program, mesh_of
+from train.run.program import Program, make_program, mesh_of
 
 Which = Literal["train", "decode"]
 

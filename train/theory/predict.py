@@ -22,7 +22,7 @@ from train.cli import load_config_file
 from train.config import TrainConfig
 from train.display.console import progress
 from train.display.plots import plot_by_layer
-from train.setup import Training, make_training
+from train.run.training import Training, make_training
 from train.theory.pair import Pair, counter, write_result
 
 

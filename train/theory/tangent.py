@@ -23,7 +23,7 @@ from train.cli import load_config_file
 from train.config import TrainConfig
 from train.display.console import print_facts, progress
 from train.display.plots import Panel, plot_lines
-from train.setup import Training, make_training
+from train.run.training import Training, make_training
 from train.theory.subjects import held_out
 
 

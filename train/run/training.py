@@ -24,7 +24,7 @@ from train.base_models import load
 from train.config import TrainConfig
 from train.data import DataSource, Report
 from train.data.cache import encode_cached
-from train.program import Program, make_program, mesh_of
+from train.run.program import Program, make_program, mesh_of
 
 
 @dataclass(frozen=True)

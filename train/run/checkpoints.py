@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxsteer.types import PyTree
 from train.devices.processes import together
-from train.leaves import (
+from train.run.leaves import (
     MismatchError,
     SaveError,
     check,

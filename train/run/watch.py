@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from train.data import DataSource
 
 
 class Speed:
@@ -64,3 +70,57 @@ class Speed:
         return (
             0.0 if self._compiled_at is None or not self._tokens else self._tokens / (self._ended - self._compiled_at)
         )
+
+
+def is_finite(values: Mapping[str, Any]) -> bool:
+    """Whether a step's loss, penalty and gradient are finite: what `train_step` decides a skip by."""
+    return bool(np.isfinite([values["loss"], values["penalty"], values["grad_norm"]]).all())
+
+
+def sources(data: DataSource, step: int) -> list[list[str]]:
+    """For each row of a step's batch, where its examples came from ("file:line"). step: from 0."""
+    return [[data.examples[index].source for index in row] for row in data.row_members(step)]
+
+
+def describe(step: int, values: Mapping[str, Any], rows: list[list[str]]) -> str:
+    """What happened at a step (from 1), and the first examples of its batch."""
+    shown = "; ".join(
+        f"row {row}: {', '.join(members[:3])}{', ...' * (len(members) > 3)}"
+        for row, members in list(enumerate(rows))[:4]
+    )
+    more = "; ..." if len(rows) > 4 else ""
+    return (
+        f"step {step}: the loss is {values['loss']}, the penalty {values['penalty']}, the gradient's norm "
+        f"{values['grad_norm']}. Its batch held {shown}{more} (all of it: 'examples' of that step in metrics.jsonl)"
+    )
+
+
+@dataclass
+class Patience:
+    """Counts evaluations in a row that were not better than the best before.
+
+    limit  of them; 0 = without end
+    """
+
+    limit: int
+    best: float = float("-inf")
+    waited: int = 0
+
+    def hear(self, accuracy: float) -> bool:
+        """Take note of an evaluation; whether it is the best so far."""
+        better = accuracy > self.best
+        self.best, self.waited = (accuracy, 0) if better else (self.best, self.waited + 1)
+        return better
+
+    @property
+    def over(self) -> bool:
+        """Whether the run is to end."""
+        return 0 < self.limit <= self.waited
+
+
+def patience_after(limit: int, accuracies: Iterable[float]) -> Patience:
+    """The patience that is left after earlier evaluations."""
+    patience = Patience(limit)
+    for accuracy in accuracies:
+        patience.hear(accuracy)
+    return patience
