@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.bench_load import LoadBench, bench_load
+from train.bench.load import LoadBench, bench_load
 
 
 def test_each_of_two_processes_reads_half(tiny_folder):

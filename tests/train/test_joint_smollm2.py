@@ -10,7 +10,7 @@ from jaxsteer.orthogonality import Orthogonality
 from train.base_models import load
 from train.cli import load_config_file
 from train.compare.config import CompareConfig
-from train.sweep import Run, train_runs
+from train.compare.sweep import Run, train_runs
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,12 +16,12 @@ from train.cli import load_config_file
 from train.config import TrainConfig
 from train.devices.placement import MeshConfig
 from train.plan import table
-from train.plan.chips import GIB, parse_topology
 from train.plan.estimate import estimate_training, make_estimated, resident
 from train.plan.features import KNOWN, features_of
 from train.plan.figures import figures_of
 from train.plan.hlo import Traffic, collectives
 from train.plan.search import candidates
+from train.plan.topology import GIB, parse_topology
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -124,7 +124,7 @@ def test_slices_meet_on_the_data_axis():
     code = (
         "from train.plan.environment import prepare; prepare()\n"
         "from jaxsteer.sharding import MeshShape, make_mesh\n"
-        "from train.plan.chips import parse_topology\n"
+        "from train.plan.topology import parse_topology\n"
         "from train.plan.programs import tpu_devices\n"
         "devices = tpu_devices(parse_topology('v5e:2x2', slices=2))\n"
         "grid = make_mesh(MeshShape(4, 2), devices).devices\n"

@@ -10,10 +10,10 @@ from jaxsteer.interventions import strongest_heads
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
 from train.base_models import load
+from train.compare.sweep import Run, train_runs
 from train.config import TrainConfig
 from train.lofit import run as run_lofit
 from train.run.lofit import lofit
-from train.sweep import Run, train_runs
 from train.tasks import JsonlTask
 
 JOINT = ("lora(rank=2) @ mlp.down", "nonlinear(rank=4) @ block", "loreft(rank=2) @ block", "jola @ attn.heads")

@@ -12,8 +12,8 @@ from jaxsteer.types import PROJECTIONS
 from train.theory.convert import ConvertStudy
 from train.theory.geometry import GeometryStudy
 from train.theory.oracle import OracleStudy
-from train.theory.pair import read_pair
 from train.theory.predict import PredictStudy
+from train.theory.subjects import read_pair
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from jaxsteer.models.transformer import Model
 from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.types import PyTree, Steering
 from train.compare.config import CompareConfig, Entry
+from train.compare.sweep import Run, Trained, train_runs
 from train.config import TrainConfig
 from train.evaluation.answers import Prompts, decode, make_prompts
 from train.run.lofit import lofit
-from train.sweep import Run, Trained, train_runs
 
 
 class Comparison:

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 
 from jaxsteer.io import LoadedModel
+from train.compare.sweep import SweepProgram
 from train.config import TrainConfig
 from train.devices.placement import SINGLE
 from train.run.training import make_training
-from train.sweep import SweepProgram
 
 REPEATS = 3
 

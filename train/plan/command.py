@@ -12,11 +12,11 @@ from rich.console import Console
 from jaxsteer.io.files import write_json
 from train.cli import from_command_line
 from train.config import TrainConfig
-from train.plan.chips import parse_topology
 from train.plan.features import features_of
 from train.plan.figures import Figures, figures_of
 from train.plan.report import print_comparison, print_figures
 from train.plan.search import search
+from train.plan.topology import parse_topology
 
 DESCRIPTION = """Will a run fit, and how fast can it be: on TPUs by compiling its real programs for them here, without a
 TPU (with libtpu, the extra "tpu"); on GPUs by an analytic estimate.

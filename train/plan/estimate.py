@@ -21,8 +21,8 @@ from jaxsteer.objective import CHUNK_TOKENS
 from jaxsteer.sharding import AXES
 from jaxsteer.types import PyTree
 from train.config import TrainConfig
-from train.plan.chips import Chip, Topology
 from train.plan.programs import SCHEDULE_STEPS, Which, base_shapes
+from train.plan.topology import Chip, Topology
 from train.run.program import Program, make_program
 
 FP32 = 4

@@ -8,7 +8,6 @@ from typing import Any
 from jaxsteer.flops import StepFlops
 from jaxsteer.models.config import ModelConfig
 from train.config import TrainConfig
-from train.plan.chips import CHIPS, GIB, Topology, parse_topology, sold_names
 from train.plan.estimate import (
     Estimate,
     Roofline,
@@ -21,6 +20,13 @@ from train.plan.estimate import (
 )
 from train.plan.hlo import Collectives
 from train.plan.programs import TooBig, Which, compile_for
+from train.plan.topology import (
+    CHIPS,
+    GIB,
+    Topology,
+    parse_topology,
+    sold_names,
+)
 from train.run.program import Program
 
 

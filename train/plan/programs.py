@@ -21,8 +21,8 @@ from jaxsteer.optim import merge
 from jaxsteer.sharding import batch_shardings
 from jaxsteer.types import Batch, PyTree
 from train.config import TrainConfig
-from train.plan.chips import GIB, Topology
 from train.plan.hlo import Collectives, collectives
+from train.plan.topology import GIB, Topology
 from train.run.program import Program, make_program, mesh_of
 
 Which = Literal["train", "decode"]

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from train.display.console import print_facts
-from train.plan.chips import GIB
 from train.plan.estimate import Roofline
 from train.plan.figures import Figures
+from train.plan.topology import GIB
 
 NAMES = {"train": "training step", "decode": "decoding"}
 CURVES = {"arithmetic": "arithmetic", "memory": "memory traffic", "network": "the network"}

@@ -10,9 +10,9 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Remat
 from train.config import TrainConfig
 from train.devices.placement import MeshConfig
-from train.plan.chips import Topology
 from train.plan.estimate import estimate_training, flops_of, make_estimated, roofline
 from train.plan.figures import Figures, figures_of
+from train.plan.topology import Topology
 
 MARGIN = 1.05
 """The estimate may be off: settings that need so many times a chip's memory are still given to the compiler."""

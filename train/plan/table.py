@@ -28,10 +28,10 @@ def plan_one(name: str, topology: str, which: str) -> dict[str, Any]:
     """Plan a program. The training step takes as few microbatches as fit; the batch stays what the config says."""
     from train.cli import load_config_file
     from train.config import TrainConfig
-    from train.plan.chips import parse_topology
     from train.plan.estimate import estimate_training, make_estimated
     from train.plan.features import features_of
     from train.plan.figures import figures_of
+    from train.plan.topology import parse_topology
 
     config = load_config_file(ROOT / "configs" / f"{name}.py", TrainConfig)
     features, there = features_of(config), parse_topology(topology)

@@ -16,7 +16,13 @@ from jaxsteer.theory.conversion import FitSettings, Form, distill, to_lora, to_s
 from jaxsteer.theory.oracle import Network
 from train.display.console import progress
 from train.display.plots import plot_by_layer
-from train.theory.pair import counter, judge, read_pair, recovered, write_result
+from train.theory.subjects import (
+    counter,
+    judge,
+    read_pair,
+    recovered,
+    write_result,
+)
 
 
 @dataclass(frozen=True)

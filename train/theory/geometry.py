@@ -24,7 +24,12 @@ from jaxsteer.theory.predict import site_gradients
 from jaxsteer.types import Array
 from train.display.console import progress
 from train.display.plots import plot_by_layer
-from train.theory.pair import Pair, counter, read_pair, write_result
+from train.theory.subjects import (
+    Pair,
+    counter,
+    read_pair,
+    write_result,
+)
 
 
 @dataclass(frozen=True)

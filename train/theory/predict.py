@@ -23,7 +23,7 @@ from train.config import TrainConfig
 from train.display.console import progress
 from train.display.plots import plot_by_layer
 from train.run.training import Training, make_training
-from train.theory.pair import Pair, counter, write_result
+from train.theory.subjects import Pair, counter, write_result
 
 
 def correlations(data: dict[str, Any]) -> dict[str, float]:

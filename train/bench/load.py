@@ -92,7 +92,7 @@ def _measure(model: str, dtype: str, devices: int, processes: int) -> dict[str, 
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     tasks = [_Task(model, dtype, devices, processes, number, port) for number in range(processes)]
-    command = [sys.executable, "-m", "train.bench_load"]
+    command = [sys.executable, "-m", "train.bench.load"]
     started = [
         subprocess.Popen(
             [*command, json.dumps(asdict(task))], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
