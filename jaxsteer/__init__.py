@@ -10,7 +10,7 @@ The functional face, all pure functions over pytrees:
 """
 
 from jaxsteer.batches import make_batch
-from jaxsteer.generate import Sampling, generate
+from jaxsteer.inference.generate import Sampling, generate
 from jaxsteer.interventions import (
     METHODS,
     DiReFT,

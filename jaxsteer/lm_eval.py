@@ -21,10 +21,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from jaxsteer.continuous import generate_all
-from jaxsteer.generate import Sampling
+from jaxsteer.inference.continuous import generate_all
+from jaxsteer.inference.generate import Sampling
+from jaxsteer.inference.likelihood import score_continuations
 from jaxsteer.io import LoadedModel, load_config, load_model, load_steering
-from jaxsteer.likelihood import score_continuations
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from jaxsteer.generate import Sampling
+from jaxsteer.inference.generate import Sampling
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
 from train.base_models import load_steered, steered

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tiny import random_steering, rows, slot_of
 
-from jaxsteer import Model, Positions, Sampling, continuous, generate
-from jaxsteer.continuous import generate_all
-from jaxsteer.likelihood import score_continuations
+from jaxsteer import Model, Positions, Sampling
+from jaxsteer.inference import continuous, generate
+from jaxsteer.inference.continuous import generate_all
+from jaxsteer.inference.likelihood import score_continuations
 
 NEW = 7
 TIE = 1e-4

@@ -9,7 +9,7 @@ from tiny import random_steering, rows, run, slot_of
 
 from jaxsteer import Model, Positions
 from jaxsteer.divergence import kl_from_base
-from jaxsteer.likelihood import score_continuations
+from jaxsteer.inference.likelihood import score_continuations
 from jaxsteer.models.transformer import logits_of, output_embedding
 
 WIDTH = 36

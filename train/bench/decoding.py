@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxsteer.generate import generate
+from jaxsteer.inference.generate import generate
 from jaxsteer.models.transformer import Model
 from jaxsteer.plan_text import parse_plan
 from jaxsteer.steering import init_steering

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxsteer.continuous import Answer, generate_all
+from jaxsteer.inference.continuous import Answer, generate_all
 from jaxsteer.models.transformer import Model
 from jaxsteer.plan_text import parse_plan
 from jaxsteer.steering import init_steering

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.continuous import Answer, generate_all
-from jaxsteer.generate import Sampling
-from jaxsteer.likelihood import Likelihood, score_continuations
+from jaxsteer.inference.continuous import Answer, generate_all
+from jaxsteer.inference.generate import Sampling
+from jaxsteer.inference.likelihood import Likelihood, score_continuations
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Batch, PyTree, Steering
 from train.data import Example, TokenizedExample, Turn, encode, encode_prompts, stop_tokens

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from jaxsteer.generate import generate
+from jaxsteer.inference.generate import generate
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.quantise import quantise
 from jaxsteer.models.transformer import init_base

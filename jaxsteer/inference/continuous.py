@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.generate import Sampling, sample
+from jaxsteer.inference.generate import Sampling, sample
 from jaxsteer.models.config import ModelConfig, check_length
 from jaxsteer.models.transformer import Model, forward, init_cache, logits_of, output_embedding
 from jaxsteer.rows import Tokens, bucket_length, pack, stack_rows

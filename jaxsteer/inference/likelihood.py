@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.generate import more_slots
+from jaxsteer.inference.generate import more_slots
 from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.rows import Tokens, bucket_length, stack_rows
