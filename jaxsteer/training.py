@@ -11,8 +11,8 @@ import optax
 
 from jaxsteer.models.transformer import Model, write_scales
 from jaxsteer.objective import supervised_loss, total_weight
-from jaxsteer.optim import Params, merge
 from jaxsteer.orthogonality import Orthogonality, overlap, overlap_penalty
+from jaxsteer.params import Params, merge
 from jaxsteer.steering import penalty
 from jaxsteer.types import Array, Batch
 

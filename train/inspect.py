@@ -22,8 +22,8 @@ from jaxsteer.batches import make_batch
 from jaxsteer.io import load_config, load_steering
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, forward, init_base
-from jaxsteer.plan_text import parse_plan
-from jaxsteer.steering import method_name, steering_shapes
+from jaxsteer.plans import method_name, parse_plan
+from jaxsteer.steering import steering_shapes
 from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
 from train.base_models import compute_dtype, load_steered, resolve_model
 from train.cli import load_config_file, run_main

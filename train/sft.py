@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io import LoadedModel, fingerprint, save_hf, save_steering
-from jaxsteer.steering import plan_to_json
+from jaxsteer.plans import plan_to_json
 from jaxsteer.types import Steering
 from train.cli import from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig

@@ -21,7 +21,8 @@ import numpy as np
 from jaxsteer.io.identity import config_from_json, config_to_json, differences, fingerprint
 from jaxsteer.io.safetensors_file import ToWrite, open_safetensors, write_safetensors
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.steering import param_specs, plan_from_json, plan_to_json, validate_plan
+from jaxsteer.plans import plan_from_json, plan_to_json, validate_plan
+from jaxsteer.steering import param_specs
 from jaxsteer.types import Plan, Steering
 
 FORMAT = "jaxsteer-steering"

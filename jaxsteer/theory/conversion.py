@@ -20,7 +20,7 @@ import optax
 from jaxsteer.interventions import Fixed, Linear, LoRA, Nonlinear
 from jaxsteer.models.layers import ACTIVATIONS
 from jaxsteer.models.transformer import embed, write_scales
-from jaxsteer.steering import validate_plan
+from jaxsteer.plans import validate_plan
 from jaxsteer.theory import fits
 from jaxsteer.theory.compare import Totals, Where, compare, compare_hidden, means, totals
 from jaxsteer.theory.oracle import Network, block_step, check_comparable, check_layers, stacked

@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsteer.models.transformer import Model, forward
-from jaxsteer.optim import Params, merge
+from jaxsteer.params import Params, merge
 from jaxsteer.sharding import current_platform
 from jaxsteer.theory.update import complete, moved, split_at
 from jaxsteer.types import SITES, Array, Batch, Taps

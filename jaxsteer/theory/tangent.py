@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.objective import next_tokens
-from jaxsteer.optim import Params, merge
+from jaxsteer.params import Params, merge
 from jaxsteer.theory.curvature import by_columns
 from jaxsteer.theory.shifts import forward_mode
 from jaxsteer.theory.update import complete, split_at

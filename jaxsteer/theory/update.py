@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.optim import Params
+from jaxsteer.params import Params
 from jaxsteer.steering import fold, with_leaf
 from jaxsteer.types import Array, Plan, PyTree, Steering
 

@@ -14,7 +14,8 @@ from tiny import all_methods
 
 import jaxsteer
 from jaxsteer.models.transformer import init_base, init_cache
-from jaxsteer.optim import OptimConfig, Params, make_optimizer, param_labels, split
+from jaxsteer.optim import OptimConfig, make_optimizer
+from jaxsteer.params import Params, param_labels, split
 from jaxsteer.sharding import (
     AXES,
     MeshShape,

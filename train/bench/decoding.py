@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsteer.inference.generate import generate
 from jaxsteer.models.transformer import Model
-from jaxsteer.plan_text import parse_plan
+from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
 from jaxsteer.types import Steering
 from train.base_models import load

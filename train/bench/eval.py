@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxsteer.inference.continuous import Answer, generate_all
 from jaxsteer.models.transformer import Model
-from jaxsteer.plan_text import parse_plan
+from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
 from train.base_models import load
 from train.data import Example, TokenizedExample, encode_prompts, stop_tokens

@@ -15,7 +15,7 @@ from jaxsteer.flops import step_flops
 from jaxsteer.models.attention import causal_share
 from jaxsteer.models.transformer import Remat
 from jaxsteer.objective import next_tokens, supervised_loss
-from jaxsteer.optim import Params, split
+from jaxsteer.params import Params, split
 from jaxsteer.steering import init_steering
 from jaxsteer.training import init_state
 from jaxsteer.types import Batch

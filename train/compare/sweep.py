@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxsteer.io import LoadedModel
 from jaxsteer.models.transformer import write_scales
-from jaxsteer.optim import Params, make_optimizer, merge, param_labels
+from jaxsteer.optim import make_optimizer
+from jaxsteer.params import Params, merge, param_labels
 from jaxsteer.training import Metrics, TrainState, train_step
 from jaxsteer.types import Array, Batch, PyTree, Steering
 from train.config import TrainConfig

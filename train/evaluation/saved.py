@@ -15,7 +15,7 @@ import numpy as np
 from jaxsteer.io import LoadedModel, fingerprint
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
-from jaxsteer.steering import plan_to_json
+from jaxsteer.plans import plan_to_json
 from jaxsteer.types import Plan, PyTree, Steering
 from train.data import Example
 from train.devices.placement import Placement

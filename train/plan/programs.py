@@ -17,7 +17,7 @@ from jaxsteer.inference.generate import generate
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.quantise import quantise
 from jaxsteer.models.transformer import init_base
-from jaxsteer.optim import merge
+from jaxsteer.params import merge
 from jaxsteer.sharding import batch_shardings
 from jaxsteer.types import Batch, PyTree
 from train.config import TrainConfig

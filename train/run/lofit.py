@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import jax.numpy as jnp
 
 from jaxsteer.interventions import strongest_heads
-from jaxsteer.optim import Params
+from jaxsteer.params import Params
 from jaxsteer.types import Steering
 from train.config import TrainConfig
 

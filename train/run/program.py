@@ -20,9 +20,10 @@ from jax.sharding import PartitionSpec as P
 from jaxsteer.models.attention import Kernel, choose_attention
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, write_scales
-from jaxsteer.optim import Params, make_optimizer, param_labels, split
+from jaxsteer.optim import make_optimizer
 from jaxsteer.orthogonality import Orthogonality
-from jaxsteer.plan_text import parse_plan
+from jaxsteer.params import Params, param_labels, split
+from jaxsteer.plans import parse_plan
 from jaxsteer.sharding import (
     MeshShape,
     base_shardings,

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxsteer.io.files import write_json
-from jaxsteer.optim import Params
 from jaxsteer.orthogonality import chance_overlap
+from jaxsteer.params import Params
 from jaxsteer.types import Steering
 from train.config import TrainConfig
 from train.display.console import get_console, print_facts

@@ -15,8 +15,8 @@ from jaxsteer.io import LoadedModel
 from jaxsteer.io.stored import Place
 from jaxsteer.models.attention import causal_share
 from jaxsteer.models.transformer import Model
-from jaxsteer.optim import Params, merge, split
 from jaxsteer.orthogonality import Orthogonality
+from jaxsteer.params import Params, merge, split
 from jaxsteer.steering import count_parameters, count_trained, init_steering
 from jaxsteer.training import Metrics, TrainState
 from jaxsteer.types import Batch, Steering

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io.files import write_json
-from jaxsteer.optim import Params
+from jaxsteer.params import Params
 from jaxsteer.theory import Remainders, explained, first_order, higher_order, only_layer, reach, remainders
 from jaxsteer.theory.shifts import check_sites, log_slope
 from jaxsteer.types import Array, Batch

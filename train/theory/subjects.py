@@ -14,7 +14,7 @@ import numpy as np
 from jaxsteer.io import LoadedModel, load_steering
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
-from jaxsteer.optim import Params
+from jaxsteer.params import Params
 from jaxsteer.steering import fold
 from jaxsteer.theory import difference, merged, written
 from jaxsteer.theory.compare import Means, Where, means

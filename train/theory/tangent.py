@@ -14,7 +14,7 @@ import numpy as np
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.objective import supervised_loss, total_weight
-from jaxsteer.optim import Params, merge
+from jaxsteer.params import Params, merge
 from jaxsteer.theory import explained, first_order, remainders, tangent_loss
 from jaxsteer.training import train_step
 from jaxsteer.types import Array, Batch

@@ -6,10 +6,11 @@ import ast
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from jaxsteer.interventions import METHODS
-from jaxsteer.models.config import ModelConfig, projections_of
-from jaxsteer.types import Plan, Positions, Slot
+from jaxsteer.models.config import ModelConfig, projections_of, site_dims
+from jaxsteer.types import ACTIVATIONS, PROJECTIONS, SITES, Plan, Positions, Slot
 
 GRAMMAR = "method(setting=value, ...) @ site,site layers=... positions=... name=..."
 _SLOT = re.compile(
@@ -97,3 +98,93 @@ def _layers(text: str, num_layers: int, where: str) -> tuple[int, ...] | None:
         else:
             raise ValueError(f"{where}: cannot read layers {text!r}; use all, 0-3,7, first:4 or last:8")
     return tuple(sorted(layers))
+
+
+def validate_plan(plan: Plan, config: ModelConfig) -> None:
+    """Check that a plan can be carried out on a model.
+
+    Raises:
+        ValueError: two slots of one name; an unknown site or layer; a site that the method's kind has no place at; a
+            rank that does not fit. The message names the slot and says what is allowed.
+    """
+    names = [slot.name for slot in plan]
+    for slot in plan:
+        where = f"slot {slot.name!r}"
+        if names.count(slot.name) > 1:
+            raise ValueError(f"{where}: two slots have this name; give each its own")
+        if not slot.name or "/" in slot.name:
+            raise ValueError(f"{where}: a name must not be empty or contain '/'")
+        allowed = PROJECTIONS if slot.method.kind == "weight" else ACTIVATIONS
+        if not slot.sites or len(set(slot.sites)) < len(slot.sites):
+            raise ValueError(f"{where}: needs at least one site, each once; got {list(slot.sites)}")
+        for site in slot.sites:
+            if site not in SITES:
+                raise ValueError(f"{where}: unknown site {site!r}; the sites are {', '.join(SITES)}")
+            if site not in allowed:
+                raise ValueError(
+                    f"{where}: {method_name(slot.method)} is a {slot.method.kind} method and cannot sit at "
+                    f"{site!r}; its sites are {', '.join(allowed)}"
+                )
+            try:
+                slot.method.param_specs(site_dims(config, site))
+            except ValueError as error:
+                raise ValueError(f"{where} at {site!r}: {error}") from None
+        layers = slot.active_layers(config.layers)
+        if not layers or list(layers) != sorted(set(layers)):
+            raise ValueError(f"{where}: layers must be ascending, each once, at least one; got {list(layers)}")
+        if layers[0] < 0 or layers[-1] >= config.layers:
+            raise ValueError(
+                f"{where}: layers {list(layers)} are not all in the model, which has layers 0 to {config.layers - 1}"
+            )
+
+
+def method_name(method: Any) -> str:
+    """The name under which METHODS lists a method."""
+    for name, cls in METHODS.items():
+        if type(method) is cls:
+            return name
+    raise ValueError(f"{type(method).__name__} is not in METHODS ({', '.join(METHODS)})")
+
+
+def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
+    """A plan as plain lists and dicts; `plan_from_json` reads it back."""
+    return [
+        {
+            "name": slot.name,
+            "method": {"name": method_name(slot.method), **dataclasses.asdict(slot.method)},  # type: ignore[call-overload]
+            "sites": list(slot.sites),
+            "layers": None if slot.layers is None else list(slot.layers),
+            "positions": str(slot.positions),
+        }
+        for slot in plan
+    ]
+
+
+def plan_from_json(data: Sequence[dict[str, Any]]) -> Plan:
+    """Read a plan back.
+
+    Raises:
+        ValueError: a method that this version does not know, or a setting that its method does not have.
+    """
+    slots = []
+    for entry in data:
+        settings = dict(entry["method"])
+        name = settings.pop("name")
+        if name not in METHODS:
+            raise ValueError(f"slot {entry['name']!r}: unknown method {name!r}; known are {', '.join(METHODS)}")
+        known = {field.name for field in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(
+                f"slot {entry['name']!r}: {name} has no setting {', '.join(unknown)}; it has {sorted(known)}"
+            )
+        layers = None if entry["layers"] is None else tuple(entry["layers"])
+        slots.append(
+            Slot(
+                entry["name"],
+                METHODS[name](**settings),
+                tuple(entry["sites"]),
+                layers,
+                Positions.parse(entry["positions"]),
+            )
+        )
+    return tuple(slots)
