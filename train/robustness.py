@@ -16,10 +16,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jaxsteer.divergence import kl_from_base
 from jaxsteer.io import LoadedModel, SteeringFile, load_steering
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
+from jaxsteer.theory.compare import kl_from_base
 from jaxsteer.types import Plan, Steering
 from train.base_models import load_steered, steered
 from train.cli import find_task, load_config_file, run_main

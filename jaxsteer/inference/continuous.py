@@ -17,10 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsteer.batches import (
+    Tokens,
+    bucket_length,
+    pack,
+    stack_rows,
+)
 from jaxsteer.inference.generate import Sampling, sample
 from jaxsteer.models.config import ModelConfig, check_length
 from jaxsteer.models.transformer import Model, forward, init_cache, logits_of, output_embedding
-from jaxsteer.rows import Tokens, bucket_length, pack, stack_rows
 from jaxsteer.sharding import constrain, row_shards
 from jaxsteer.types import Array, Batch, Cache, PyTree, Steering
 

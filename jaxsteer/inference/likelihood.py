@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsteer.batches import Tokens, bucket_length, stack_rows
 from jaxsteer.inference.generate import more_slots
 from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
-from jaxsteer.rows import Tokens, bucket_length, stack_rows
 from jaxsteer.sharding import constrain
 from jaxsteer.types import Array, Batch, PyTree, Steering
 

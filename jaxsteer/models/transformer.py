@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import chex
@@ -23,7 +24,7 @@ from jaxsteer.models.attention import Kernel, Span
 from jaxsteer.models.config import ModelConfig, site_dims
 from jaxsteer.models.layers import Block, Embed, KeysValues, LayerCache, layer_inputs, norm_of
 from jaxsteer.sharding import constrain
-from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Context, Output, Plan, PyTree, Steering, Taps
+from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Context, Output, Plan, PyTree, Slot, Steering, Taps
 
 Remat = Literal["none", "selective", "full"]
 SAVED = (*PROJECTIONS[:3], "mlp.gate", "mlp.up", "residual")
@@ -294,3 +295,28 @@ def _fold_key(key: Array | None, slot: str, site: str, layer: Array) -> Array | 
 
 def _unsteered(site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None) -> Array:
     return y
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["base", "steering"], meta_fields=["model"])
+@dataclass(frozen=True)
+class Network:
+    """A model with its weights, as one tree: the first three arguments of `forward`. Goes through jit and grad."""
+
+    model: Model
+    base: PyTree
+    steering: Steering
+
+    def __call__(self, batch: Batch, capture: Sequence[str] = ()) -> Output:
+        """`forward` on a batch."""
+        return forward(self.model, self.base, self.steering, batch, capture=capture)
+
+    def steered(self, slot: Slot, params: dict[str, dict[str, Array]]) -> Network:
+        """The network with one slot more, behind those that it has.
+
+        Raises:
+            ValueError: it has a slot of that name.
+        """
+        if slot.name in self.steering:
+            raise ValueError(f"the network has a slot {slot.name!r} already; give the new one another name")
+        model = replace(self.model, plan=(*self.model.plan, slot))
+        return Network(model, self.base, {**self.steering, slot.name: params})

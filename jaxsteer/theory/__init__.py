@@ -1,5 +1,6 @@
 """Weight updates as activation shifts, on any model: pure functions that compose with JAX's transformations."""
 
+from jaxsteer.models.transformer import Network
 from jaxsteer.theory.compare import Comparison, Means, Totals, compare, means, totals
 from jaxsteer.theory.conversion import Converted, Distilled, FitSettings, distill, measure, to_lora, to_steering
 from jaxsteer.theory.curvature import (
@@ -29,7 +30,7 @@ from jaxsteer.theory.geometry import (
     principal_angles,
     top_directions,
 )
-from jaxsteer.theory.oracle import Network, oracle, replayed
+from jaxsteer.theory.oracle import oracle, replayed
 from jaxsteer.theory.predict import Promise, aligned_start, gradient_factors, promise, site_gradients
 from jaxsteer.theory.shares import Shares, examples_of, share_intervals, site_shares
 from jaxsteer.theory.shifts import Remainders, energy, explained, first_order, higher_order, reach, remainders, shift

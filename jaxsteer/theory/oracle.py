@@ -12,14 +12,13 @@ arXiv 2603.00425.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.models.transformer import Model, block_function, embed, forward, spread
+from jaxsteer.models.transformer import Network, block_function, embed, spread
 from jaxsteer.types import (
     SITES,
     Array,
@@ -27,7 +26,6 @@ from jaxsteer.types import (
     Context,
     Intervention,
     Kind,
-    Output,
     ParamSpec,
     PyTree,
     SiteDims,
@@ -40,31 +38,6 @@ BlockStep = Callable[[tuple[PyTree, Steering], Array, Array], tuple[Array, Taps]
 """((weights, steering) of one layer, h [B, T, D], layer) -> (the stream after the block, taps)."""
 SLOT = "oracle"
 """Name of the slot that a replay adds to a plan."""
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["base", "steering"], meta_fields=["model"])
-@dataclass(frozen=True)
-class Network:
-    """A model with its weights, as one tree: the first three arguments of `forward`. Goes through jit and grad."""
-
-    model: Model
-    base: PyTree
-    steering: Steering
-
-    def __call__(self, batch: Batch, capture: Sequence[str] = ()) -> Output:
-        """`forward` on a batch."""
-        return forward(self.model, self.base, self.steering, batch, capture=capture)
-
-    def steered(self, slot: Slot, params: dict[str, dict[str, Array]]) -> Network:
-        """The network with one slot more, behind those that it has.
-
-        Raises:
-            ValueError: it has a slot of that name.
-        """
-        if slot.name in self.steering:
-            raise ValueError(f"the network has a slot {slot.name!r} already; give the new one another name")
-        model = replace(self.model, plan=(*self.model.plan, slot))
-        return Network(model, self.base, {**self.steering, slot.name: params})
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.config import site_dims
+from jaxsteer.models.transformer import Network
 from jaxsteer.objective import supervised_loss, total_weight
 from jaxsteer.steering import with_leaf
 from jaxsteer.theory import fits
-from jaxsteer.theory.oracle import SLOT, Network, Replay, check_site
+from jaxsteer.theory.oracle import SLOT, Replay, check_site
 from jaxsteer.types import Array, Batch, Plan, Slot, Steering, Taps
 
 STREAM_SITES = ("attn", "mlp.in", "mlp", "block")

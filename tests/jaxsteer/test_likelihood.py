@@ -8,9 +8,9 @@ from test_continuous import Prompt, prompts
 from tiny import random_steering, rows, run, slot_of
 
 from jaxsteer import Model, Positions
-from jaxsteer.divergence import kl_from_base
 from jaxsteer.inference.likelihood import score_continuations
 from jaxsteer.models.transformer import logits_of, output_embedding
+from jaxsteer.theory.compare import kl_from_base
 
 WIDTH = 36
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jaxsteer.rows import bucket_length, pack, stack_rows
+from jaxsteer.batches import bucket_length, pack, stack_rows
 from jaxsteer.types import Batch
 from train.data.examples import TokenizedExample
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsteer.io import save_steering
+from jaxsteer.models.transformer import Network
 from jaxsteer.theory.compare import Means
 from jaxsteer.theory.conversion import FitSettings, Form, distill, to_lora, to_steering
-from jaxsteer.theory.oracle import Network
 from train.display.console import progress
 from train.display.plots import plot_by_layer
 from train.theory.subjects import (

@@ -13,8 +13,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxsteer.models.transformer import Network
 from jaxsteer.theory.compare import Means, compare, means, totals
-from jaxsteer.theory.oracle import Network, oracle, replayed
+from jaxsteer.theory.oracle import oracle, replayed
 from jaxsteer.theory.shares import SHARED_SITES, Stream, examples_of, share_intervals, site_shares
 from jaxsteer.types import Array, Batch
 from train.display.console import progress

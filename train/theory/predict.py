@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import spearmanr
 
-from jaxsteer.models.transformer import Model
+from jaxsteer.models.transformer import Model, Network
 from jaxsteer.objective import mean_loss
 from jaxsteer.steering import init_steering
-from jaxsteer.theory.oracle import Network
 from jaxsteer.theory.predict import STREAM_SITES, aligned_start, gradient_factors, promise
 from jaxsteer.types import Steering
 from train.base_models import load

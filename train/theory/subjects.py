@@ -13,13 +13,12 @@ import numpy as np
 
 from jaxsteer.io import LoadedModel, load_steering
 from jaxsteer.io.files import write_json
-from jaxsteer.models.transformer import Model
+from jaxsteer.models.transformer import Model, Network
 from jaxsteer.params import Params
 from jaxsteer.steering import fold
 from jaxsteer.theory import difference, merged, written
 from jaxsteer.theory.compare import Means, Where, means
 from jaxsteer.theory.conversion import measure
-from jaxsteer.theory.oracle import Network
 from jaxsteer.types import Batch, PyTree
 from train.base_models import load
 from train.cli import load_config_file

@@ -13,9 +13,9 @@ from tiny import layouts, random_steering
 from jaxsteer import Linear, Model, Nonlinear, Slot, forward, make_batch
 from jaxsteer.io import load_model
 from jaxsteer.models.families import FAMILIES
+from jaxsteer.models.transformer import Network
 from jaxsteer.theory.compare import compare, means, totals
 from jaxsteer.theory.conversion import FitSettings, distill, measure, plan_of, to_lora, to_steering
-from jaxsteer.theory.oracle import Network
 
 pytestmark = pytest.mark.xdist_group("conversion")  # the tests share compiled programs
 

@@ -11,8 +11,14 @@ from tiny import close, fast_jit, layouts, random_steering, run, slot_of
 from jaxsteer import LoRA, Model, Slot, fold
 from jaxsteer.io import load_model
 from jaxsteer.models.families import FAMILIES
-from jaxsteer.models.transformer import logits_of, output_embedding
-from jaxsteer.theory.oracle import Network, Replay, block_inputs, blocks_on, oracle, replayed
+from jaxsteer.models.transformer import Network, logits_of, output_embedding
+from jaxsteer.theory.oracle import (
+    Replay,
+    block_inputs,
+    blocks_on,
+    oracle,
+    replayed,
+)
 from jaxsteer.types import PROJECTIONS
 
 LORA = (Slot("l", LoRA(rank=2), PROJECTIONS),)

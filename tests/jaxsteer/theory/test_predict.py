@@ -9,8 +9,8 @@ from test_oracle import fine_tuned
 from tiny import close, fast_jit
 
 from jaxsteer import Fixed, Linear, Model, Slot, forward, init_steering, mean_loss
+from jaxsteer.models.transformer import Network
 from jaxsteer.theory import fits
-from jaxsteer.theory.oracle import Network
 from jaxsteer.theory.predict import STREAM_SITES, aligned_start, gradient_factors, promise, site_gradients
 from jaxsteer.theory.shares import SHARED_SITES, examples_of, share_intervals, site_shares
 
