@@ -1,6 +1,7 @@
 """LoRA of Llama-3.1-8B-Instruct on your own data, 64 rows of 2,048 tokens."""
 
-from configs.common import chat_tuning
+from common import chat_tuning
+
 from train.config import TrainConfig
 
 

@@ -1,6 +1,7 @@
 """Post-block steering of Mistral-7B-Instruct-v0.3 on your own data, 64 rows of 2,048 tokens."""
 
-from configs.common import chat_tuning
+from common import chat_tuning
+
 from train.config import TrainConfig
 
 

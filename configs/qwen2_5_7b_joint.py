@@ -1,6 +1,7 @@
 """LoRA and post-block steering of Qwen2.5-7B-Instruct, kept apart by the penalty: 64 rows of 2,048 tokens."""
 
-from configs.common import chat_tuning
+from common import chat_tuning
+
 from train.config import TrainConfig
 
 

@@ -31,21 +31,9 @@ from jaxsteer.models.transformer import Model, forward, init_base, output_embedd
 from jaxsteer.objective import mean_loss
 from jaxsteer.optim import OptimConfig, make_optimizer
 from jaxsteer.orthogonality import Orthogonality, chance_overlap, overlap, overlap_penalty, project_orthogonal
-from jaxsteer.params import (
-    Params,
-    merge,
-    param_labels,
-    split,
-)
+from jaxsteer.params import Params, merge, param_labels, split
 from jaxsteer.plans import parse_plan, plan_from_json, plan_to_json, validate_plan
-from jaxsteer.steering import (
-    count_parameters,
-    count_trained,
-    fold,
-    init_steering,
-    only,
-    steering_shapes,
-)
+from jaxsteer.steering import count_parameters, count_trained, fold, init_steering, only, steering_shapes
 from jaxsteer.training import TrainState, init_state, train_step
 from jaxsteer.types import ACTIVATIONS, PROJECTIONS, SITES, Batch, Plan, Positions, Slot, Steering
 

@@ -13,16 +13,7 @@ import numpy as np
 from jaxsteer.models.config import ModelConfig, site_dims
 from jaxsteer.models.quantise import dequantised
 from jaxsteer.plans import method_name, validate_plan
-from jaxsteer.types import (
-    Array,
-    Intervention,
-    Kind,
-    ParamSpec,
-    Plan,
-    PyTree,
-    Slot,
-    Steering,
-)
+from jaxsteer.types import Array, Intervention, Kind, ParamSpec, Plan, PyTree, Slot, Steering
 
 
 def param_specs(plan: Plan, config: ModelConfig) -> dict[str, dict[str, dict[str, ParamSpec]]]:

@@ -5,36 +5,58 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 from train.config import TrainConfig
-from train.evaluate import EvaluateConfig
 from train.tasks import JsonlTask, Task, on_file, task_from_json
 
 T = TypeVar("T")
-
-
 C = TypeVar("C", bound=TrainConfig)
 
+_HERE = Path(__file__).resolve().parent
+CONFIGS = next((f for f in (_HERE / "configs", _HERE.parent / "configs") if f.is_dir()), _HERE / "configs")
+"""The configs that come with jaxsteer: in this package where it is installed, beside it in a clone."""
 
-def load_config_file(path: str | Path, kind: type[T]) -> T:
-    """Call `config()` of a Python file.
+
+def find_config_file(name: str | Path) -> Path:
+    """A config file: a path, or the name of one that comes with jaxsteer ("listops_smollm2").
+
+    Raises:
+        ValueError: there is neither such a file nor such a name.
+    """
+    shipped = {path.stem: path for path in CONFIGS.glob("*.py") if path.stem != "common"}
+    path = Path(name)
+    if path.is_file():
+        return path
+    if str(name) in shipped:
+        return shipped[str(name)]
+    raise ValueError(f"{name}: no such config file, and none of the configs shipped here: {', '.join(sorted(shipped))}")
+
+
+def load_config_file(name: str | Path, kind: type[T]) -> T:
+    """Call `config()` of a Python file, which may import its neighbours as a script may.
+
+    Args:
+        name: a path or a shipped config's name, see `find_config_file`.
+        kind: the class of the settings that the file must return.
 
     Raises:
         ValueError: no such file, or it does not define `config()` of this kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file")
+    path = find_config_file(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     built = module.config() if hasattr(module, "config") else None
     if not isinstance(built, kind):
         raise ValueError(f"{path}: must define `def config() -> {kind.__name__}`")
@@ -76,17 +98,22 @@ def run_main(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
-def find_task(config: EvaluateConfig, notes: dict) -> Task:
-    """The task to evaluate: of --config, of --data, or the one that the steering was trained on.
+def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) -> Task:
+    """The task to evaluate: that of a config file, or the one that a steering file was trained on; on `data` if given.
+
+    Args:
+        config: path of a config file (--config).
+        data: path of a data file to read instead of the task's own (--data).
+        notes: those of the steering file.
 
     Raises:
-        ValueError: none of the three is at hand.
+        ValueError: nothing says what the task is.
     """
-    task = load_config_file(config.config, TrainConfig).task if config.config else None
+    task = load_config_file(config, TrainConfig).task if config else None
     if task is None and "config" in notes:
         task = task_from_json(notes["config"]["task"])
-    if config.data is not None:
-        return JsonlTask(config.data, config.data) if task is None else on_file(task, config.data)
+    if data is not None:
+        return JsonlTask(data, data) if task is None else on_file(task, data)
     if task is None:
         raise ValueError(
             "which examples? Give --config or --data: the steering file does not say what it was trained on"

@@ -108,7 +108,7 @@ def main() -> None:
         raise ValueError(f"{config.steering}: no such file (a steering file, or the word none)")
     place = place_on(config.mesh, config.rows)
     loaded, file = load_steered(config.steering, config.model, config.dtype, place.base)
-    task = find_task(config, file.notes if file else {})
+    task = find_task(config.config, config.data, file.notes if file else {})
     if config.perturb is None:
         examples = task.load(config.split)[: config.examples]
     else:

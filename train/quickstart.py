@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import tyro
 
-from configs.listops_smollm2 import config as listops_config
-from train.cli import run_main
+from train.cli import load_config_file, run_main
+from train.config import TrainConfig
 from train.run.result import print_result
 from train.sft import train
 
@@ -31,7 +31,7 @@ def main() -> None:
     settings = tyro.cli(QuickstartConfig, prog="python -m train.quickstart", description=__doc__)
     if settings.out == QuickstartConfig.out:
         shutil.rmtree(settings.out, ignore_errors=True)
-    config = replace(listops_config(), model=settings.model, out=settings.out)
+    config = replace(load_config_file("listops_smollm2", TrainConfig), model=settings.model, out=settings.out)
     result = train(config)
     if result is not None:
         print_result(result)

@@ -27,13 +27,7 @@ from train.config import TrainConfig
 from train.data import Example, TokenizedExample, stack_rows
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, Placement, place_on
-from train.devices.processes import (
-    DistributedConfig,
-    fetch,
-    is_first,
-    join,
-)
-from train.evaluate import EvaluateConfig
+from train.devices.processes import DistributedConfig, fetch, is_first, join
 from train.evaluation.answers import Decoded, Normalise, accuracy_of
 from train.evaluation.saved import Answering, By, summary_of
 from train.evaluation.statistics import Estimate, crossed_interval
@@ -212,7 +206,7 @@ def main() -> None:
     model_name = config.model or (first.model_name if first else "")
     for path in config.steering[1:]:
         load_steering(path, loaded.config)
-    task = find_task(EvaluateConfig("none", config=config.config, data=config.data), next(iter(files.values())).notes)
+    task = find_task(config.config, config.data, next(iter(files.values())).notes)
     transferred = load_config_file(config.transfer, TrainConfig).task if config.transfer else None
     sets = example_sets(config, task, transferred)
     asking = Answering(model_name, loaded, place, config.rows, config.by, config.normalise)

@@ -21,53 +21,19 @@ from jaxsteer.plans import plan_to_json
 from jaxsteer.types import Steering
 from train.cli import from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
-from train.devices.machine import (
-    device_summary,
-    enable_compilation_cache,
-    peak_flops,
-    peak_memory_bytes,
-)
+from train.devices.machine import device_summary, enable_compilation_cache, peak_flops, peak_memory_bytes
 from train.devices.placement import place_on
-from train.devices.processes import (
-    fetch,
-    is_first,
-    join,
-    on_first,
-)
+from train.devices.processes import fetch, is_first, join, on_first
 from train.display.console import get_console, print_facts, progress
-from train.evaluation.answers import (
-    Decoded,
-    Prompts,
-    accuracy_of,
-    decode,
-    make_prompts,
-    read_answers,
-    write_answers,
-)
+from train.evaluation.answers import Decoded, Prompts, accuracy_of, decode, make_prompts, read_answers, write_answers
 from train.run.checkpoints import Checkpoints, local_folder, open_checkpoints
-from train.run.folder import (
-    RunFolder,
-    differences,
-    locked,
-    open_run,
-)
+from train.run.folder import RunFolder, differences, locked, open_run
 from train.run.metrics import MetricsWriter, read_metrics
 from train.run.preemption import preemption
 from train.run.profiling import Profiler
-from train.run.result import (
-    Result,
-    bare,
-    notes_of,
-    print_result,
-    write_outcome,
-)
+from train.run.result import Result, bare, notes_of, print_result, write_outcome
 from train.run.trackers import check_trackers, open_trackers
-from train.run.training import (
-    Training,
-    load_base_model,
-    make_training,
-    to_floats,
-)
+from train.run.training import Training, load_base_model, make_training, to_floats
 from train.run.watch import Speed, describe, is_finite, patience_after, sources
 from train.tasks.scoring import Accuracy
 

@@ -17,12 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.batches import (
-    Tokens,
-    bucket_length,
-    pack,
-    stack_rows,
-)
+from jaxsteer.batches import Tokens, bucket_length, pack, stack_rows
 from jaxsteer.inference.generate import Sampling, sample
 from jaxsteer.models.config import ModelConfig, check_length
 from jaxsteer.models.transformer import Model, forward, init_cache, logits_of, output_embedding

@@ -15,12 +15,7 @@ from jaxsteer.io.gguf_file import open_gguf
 from jaxsteer.io.identity import fingerprint
 from jaxsteer.io.safetensors_file import open_safetensors
 from jaxsteer.io.stored import Place, Progress, Stored, read_base
-from jaxsteer.io.tokenizer import (
-    has_tokenizer,
-    stop_tokens_from_gguf,
-    tokenizer_from_folder,
-    tokenizer_from_gguf,
-)
+from jaxsteer.io.tokenizer import has_tokenizer, stop_tokens_from_gguf, tokenizer_from_folder, tokenizer_from_gguf
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import Family, config_from_hf
 from jaxsteer.types import PyTree

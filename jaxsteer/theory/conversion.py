@@ -23,12 +23,7 @@ from jaxsteer.models.transformer import Network, embed, write_scales
 from jaxsteer.plans import validate_plan
 from jaxsteer.theory import fits
 from jaxsteer.theory.compare import Totals, Where, compare, compare_hidden, means, totals
-from jaxsteer.theory.oracle import (
-    block_step,
-    check_comparable,
-    check_layers,
-    stacked,
-)
+from jaxsteer.theory.oracle import block_step, check_comparable, check_layers, stacked
 from jaxsteer.types import Array, Batch, Context, Plan, PyTree, Slot, Steering
 
 Form = Literal["fixed", "linear", "affine", "nonlinear"]

@@ -19,13 +19,7 @@ import numpy as np
 
 from jaxsteer.models.transformer import Network
 from jaxsteer.theory.compare import by_example
-from jaxsteer.theory.oracle import (
-    block_inputs,
-    blocks_on,
-    check_comparable,
-    check_site,
-    replayed,
-)
+from jaxsteer.theory.oracle import block_inputs, blocks_on, check_comparable, check_site, replayed
 from jaxsteer.types import Array, Batch
 
 Stream = Literal["own", "whole"]

@@ -9,13 +9,7 @@ import optax
 import pytest
 from tiny import close, fast_jit, identical, random_steering
 
-from jaxsteer import (
-    Fixed,
-    LoRA,
-    Nonlinear,
-    Slot,
-    orthogonality,
-)
+from jaxsteer import Fixed, LoRA, Nonlinear, Slot, orthogonality
 from jaxsteer.interventions import LoReFT
 from jaxsteer.orthogonality import Orthogonality, joint_layers, shared_energy
 

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 from tiny import close
 
-from jaxsteer import (
-    Model,
-    Nonlinear,
-    Slot,
-    forward,
-    init_steering,
-    make_batch,
-)
+from jaxsteer import Model, Nonlinear, Slot, forward, init_steering, make_batch
 from jaxsteer.inference import generate
 from jaxsteer.models.transformer import logits_of, output_embedding
 

@@ -12,6 +12,7 @@ from tiny_tokenizer import CHATML, tiny_tokenizer
 from train.data import Example, encode
 from train.data import cache as encoded
 from train.data.cache import encode_cached
+from train.run.training import tokenising
 
 EXAMPLES = [Example.of("Was? ", "ja", "f:1", "yes"), Example.of("p" * 30, "c", "f:2"), Example.of("x", "no", "f:2")]
 
@@ -19,7 +20,6 @@ EXAMPLES = [Example.of("Was? ", "ja", "f:1", "yes"), Example.of("p" * 30, "c", "
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """The cache's folder; everything is worth keeping, and each tokenising is counted."""
-    monkeypatch.setenv("JAXSTEER_CACHE", str(tmp_path))
     monkeypatch.setattr(encoded, "WORTH_SECONDS", 0.0)
     return tmp_path / "tokens"
 
@@ -43,8 +43,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("options", [{}, {"max_length": 20, "on_long": "drop"}, {"max_length": 20, "on_long": "cut"}])
 def test_the_second_time_is_read(cache, calls, options):
-    first = encode_cached(EXAMPLES, tiny_tokenizer(), **options)
-    second = encode_cached(EXAMPLES, tiny_tokenizer(), **options)
+    first = encode_cached(EXAMPLES, tiny_tokenizer(), cache, **options)
+    second = encode_cached(EXAMPLES, tiny_tokenizer(), cache, **options)
     assert len(calls) == 1
     same(first, second)
     same(first, encode(EXAMPLES, tiny_tokenizer(), **options))
@@ -54,53 +54,53 @@ def test_the_second_time_is_read(cache, calls, options):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda: encode_cached(EXAMPLES[:2], tiny_tokenizer()),
-        lambda: encode_cached([Example.of("Was? ", "ja", "f:1", "no"), *EXAMPLES[1:]], tiny_tokenizer()),
-        lambda: encode_cached([Example.of("Was?", " ja", "f:1", "yes"), *EXAMPLES[1:]], tiny_tokenizer()),
-        lambda: encode_cached(EXAMPLES, tiny_tokenizer(), chat=True),
-        lambda: encode_cached(EXAMPLES, tiny_tokenizer(), max_length=99),
-        lambda: encode_cached(EXAMPLES, tiny_tokenizer(bos=True)),
-        lambda: encode_cached(EXAMPLES, tiny_tokenizer(merges=[("p", "p")])),
-        lambda: encode_cached(EXAMPLES, tiny_tokenizer(eos="<|im_end|>")),
-        lambda: encode_cached(EXAMPLES, tiny_tokenizer(template=CHATML + " ")),
+        lambda cache: encode_cached(EXAMPLES[:2], tiny_tokenizer(), cache),
+        lambda cache: encode_cached([Example.of("Was? ", "ja", "f:1", "no"), *EXAMPLES[1:]], tiny_tokenizer(), cache),
+        lambda cache: encode_cached([Example.of("Was?", " ja", "f:1", "yes"), *EXAMPLES[1:]], tiny_tokenizer(), cache),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(), cache, chat=True),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(), cache, max_length=99),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(bos=True), cache),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(merges=[("p", "p")]), cache),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(eos="<|im_end|>"), cache),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(template=CHATML + " "), cache),
     ],
 )
 def test_anything_else_is_made_anew(cache, calls, change):
-    encode_cached(EXAMPLES, tiny_tokenizer())
-    change()
+    encode_cached(EXAMPLES, tiny_tokenizer(), cache)
+    change(cache)
     assert len(calls) == 2
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"x" * len(raw)])
 def test_a_damaged_file_is_made_anew(cache, calls, damage):
-    first = encode_cached(EXAMPLES, tiny_tokenizer())
+    first = encode_cached(EXAMPLES, tiny_tokenizer(), cache)
     [path] = cache.iterdir()
     path.write_bytes(damage(path.read_bytes()))
-    same(first, encode_cached(EXAMPLES, tiny_tokenizer()))
+    same(first, encode_cached(EXAMPLES, tiny_tokenizer(), cache))
     assert len(calls) == 2
-    encode_cached(EXAMPLES, tiny_tokenizer())
+    encode_cached(EXAMPLES, tiny_tokenizer(), cache)
     assert len(calls) == 2
 
 
 def test_what_took_no_time_is_not_kept(cache, monkeypatch):
     monkeypatch.setattr(encoded, "WORTH_SECONDS", 60.0)
-    encode_cached(EXAMPLES, tiny_tokenizer())
+    encode_cached(EXAMPLES, tiny_tokenizer(), cache)
     assert not cache.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache):
     cache.write_text("a file in the folder's place")
-    rows, _ = encode_cached(EXAMPLES, tiny_tokenizer())
+    rows, _ = encode_cached(EXAMPLES, tiny_tokenizer(), cache)
     assert len(rows) == 3
 
 
 def test_an_error_keeps_nothing(cache):
     with pytest.raises(ValueError, match="longer than 5"):
-        encode_cached(EXAMPLES, tiny_tokenizer(), max_length=5)
+        encode_cached(EXAMPLES, tiny_tokenizer(), cache, max_length=5)
     assert not cache.exists()
 
 
 def test_progress_of_many(cache, monkeypatch, capsys):
     monkeypatch.setattr(encoded, "CHUNK", 2)
-    encode_cached(EXAMPLES, tiny_tokenizer())
+    encode_cached(EXAMPLES, tiny_tokenizer(), cache, watch=tokenising)
     assert "Tokenising" in capsys.readouterr().out

@@ -17,14 +17,7 @@ from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from train import evaluate
 from train.data import Example, encode, stack_rows
 from train.devices.placement import SINGLE, place_on
-from train.evaluation.answers import (
-    Decoded,
-    choose,
-    decode,
-    make_prompts,
-    read_answers,
-    write_answers,
-)
+from train.evaluation.answers import Decoded, choose, decode, make_prompts, read_answers, write_answers
 from train.evaluation.saved import Answering, Unfinished, summary_of
 from train.evaluation.statistics import compare, compare_answers, find_answers
 from train.robustness import RobustnessConfig, divergence, example_sets, measure, read_methods, table_of

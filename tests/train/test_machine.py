@@ -9,12 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.devices.machine import (
-    cache_folder,
-    device_summary,
-    matmul_peak_flops,
-    peak_memory_bytes,
-)
+from train.devices.machine import cache_folder, device_summary, matmul_peak_flops, peak_memory_bytes
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,13 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.display.plots import (
-    plot_by_layer,
-    plot_comparison,
-    plot_overlap,
-    plot_training,
-    smooth,
-)
+from train.display.plots import plot_by_layer, plot_comparison, plot_overlap, plot_training, smooth
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,14 +5,7 @@ import pytest
 import scipy.stats
 
 from train.evaluation.statistics import crossed_interval
-from train.tasks.scoring import (
-    Accuracy,
-    accuracy,
-    extract,
-    interval,
-    majority,
-    score,
-)
+from train.tasks.scoring import Accuracy, accuracy, extract, interval, majority, score
 
 
 @pytest.mark.parametrize(

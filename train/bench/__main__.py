@@ -17,10 +17,7 @@ from train.bench.eval import EvalBench, bench_eval
 from train.bench.load import LoadBench, bench_load
 from train.bench.training import TrainBench, bench_train
 from train.cli import run_main
-from train.devices.machine import (
-    device_summary,
-    enable_compilation_cache,
-)
+from train.devices.machine import device_summary, enable_compilation_cache
 
 Bench = (
     Annotated[TrainBench, tyro.conf.subcommand("train")]

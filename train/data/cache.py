@@ -7,8 +7,8 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,37 +17,43 @@ import numpy as np
 
 from train.data import Example, Report, TokenizedExample, encode
 from train.data.tokenize import CHUNK, OnLong
-from train.devices.machine import cache_folder
-from train.display.console import progress
 
 WORTH_SECONDS = 2.0
 """What took less to tokenise is not kept."""
 
+Watch = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
 _FORM = 1  # of the files; another number makes the older ones unread
+
+
+def _unwatched(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda done: None)
 
 
 def encode_cached(
     examples: Sequence[Example],
     tokenizer: Any,
+    folder: Path,
     *,
     chat: bool = False,
     max_length: int | None = None,
     on_long: OnLong = "error",
+    watch: Watch = _unwatched,
 ) -> tuple[list[TokenizedExample], Report]:
-    """`train.data.encode`, out of `cache_folder()/tokens` where the same was tokenised before.
+    """`train.data.encode`, read from `folder` where the same was tokenised before.
 
     A file's name is a hash of the examples, the tokenizer and the settings; it is written beside its place and moved
-    there, so several processes may do so at once. A damaged file is made anew. More than a chunk of examples shows a
-    progress bar.
+    there, so several processes may do so at once. A damaged file is made anew. `watch(total)` is
+    entered where there is more than a chunk of examples to tokenise, and gives the callback for their number so far.
     """
-    path = cache_folder() / "tokens" / f"{_key(examples, tokenizer, chat, max_length, on_long)}.npz"
+    path = folder / f"{_key(examples, tokenizer, chat, max_length, on_long)}.npz"
     if (found := _read(path)) is not None:
         return found
     settings: dict[str, Any] = {"chat": chat, "max_length": max_length, "on_long": on_long}
     began = time.perf_counter()
     if len(examples) > CHUNK:
-        with progress(len(examples), "Tokenising") as bar:
-            done = encode(examples, tokenizer, advance=bar.update, **settings)
+        with watch(len(examples)) as advance:
+            done = encode(examples, tokenizer, advance=advance, **settings)
     else:
         done = encode(examples, tokenizer, **settings)
     if time.perf_counter() - began >= WORTH_SECONDS:

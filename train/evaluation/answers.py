@@ -18,13 +18,7 @@ from jaxsteer.inference.likelihood import Likelihood, score_continuations
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Batch, PyTree, Steering
 from train.data import Example, TokenizedExample, Turn, encode, encode_prompts, stop_tokens
-from train.tasks.scoring import (
-    Accuracy,
-    Rule,
-    accuracy,
-    extract,
-    score,
-)
+from train.tasks.scoring import Accuracy, Rule, accuracy, extract, score
 
 Normalise = Literal["none", "tokens", "characters"]
 """What the log-likelihood of a choice is divided by: nothing, its number of tokens, or of characters."""

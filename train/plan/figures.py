@@ -8,25 +8,10 @@ from typing import Any
 from jaxsteer.flops import StepFlops
 from jaxsteer.models.config import ModelConfig
 from train.config import TrainConfig
-from train.plan.estimate import (
-    Estimate,
-    Roofline,
-    cache_bytes,
-    estimate,
-    flops_of,
-    make_estimated,
-    resident,
-    roofline,
-)
+from train.plan.estimate import Estimate, Roofline, cache_bytes, estimate, flops_of, make_estimated, resident, roofline
 from train.plan.hlo import Collectives
 from train.plan.programs import TooBig, Which, compile_for
-from train.plan.topology import (
-    CHIPS,
-    GIB,
-    Topology,
-    parse_topology,
-    sold_names,
-)
+from train.plan.topology import CHIPS, GIB, Topology, parse_topology, sold_names
 from train.run.program import Program
 
 

@@ -24,13 +24,7 @@ from jaxsteer.optim import make_optimizer
 from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.params import Params, param_labels, split
 from jaxsteer.plans import parse_plan
-from jaxsteer.sharding import (
-    MeshShape,
-    base_shardings,
-    check_shape,
-    state_shardings,
-    steering_shardings,
-)
+from jaxsteer.sharding import MeshShape, base_shardings, check_shape, state_shardings, steering_shardings
 from jaxsteer.steering import param_specs, steering_shapes
 from jaxsteer.training import TrainState, init_state, train_step
 from jaxsteer.types import Array, Batch, PyTree

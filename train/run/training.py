@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +26,8 @@ from train.base_models import load
 from train.config import TrainConfig
 from train.data import DataSource, Report
 from train.data.cache import encode_cached
+from train.devices.machine import cache_folder
+from train.display.console import progress
 from train.run.program import Program, make_program, mesh_of
 
 
@@ -123,14 +127,23 @@ def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
     return Training(program, state, frozen, data, report, steps, trainable, total)
 
 
+@contextmanager
+def tokenising(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over `total` examples; gives the callback for how many are done."""
+    with progress(total, "Tokenising") as bar:
+        yield bar.update
+
+
 def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Report]:
     positions = loaded.config.max_length if loaded.config.learned_positions else config.row_length
     tokens, report = encode_cached(
         config.task.load("train"),
         loaded.tokenizer,
+        cache_folder() / "tokens",
         chat=config.task.chat,
         max_length=min(config.row_length, positions),
         on_long=config.on_long,
+        watch=tokenising,
     )
     return DataSource(tokens, config.rows, config.row_length, config.seed, config.pack), report
 

@@ -16,13 +16,7 @@ from jaxsteer.theory.compare import Means
 from jaxsteer.theory.conversion import FitSettings, Form, distill, to_lora, to_steering
 from train.display.console import progress
 from train.display.plots import plot_by_layer
-from train.theory.subjects import (
-    counter,
-    judge,
-    read_pair,
-    recovered,
-    write_result,
-)
+from train.theory.subjects import counter, judge, read_pair, recovered, write_result
 
 
 @dataclass(frozen=True)

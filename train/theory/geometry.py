@@ -11,25 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io import load_steering
-from jaxsteer.theory.geometry import (
-    chance,
-    directions_for,
-    effective_rank,
-    map_directions,
-    overlap,
-    top_directions,
-)
+from jaxsteer.theory.geometry import chance, directions_for, effective_rank, map_directions, overlap, top_directions
 from jaxsteer.theory.oracle import oracle
 from jaxsteer.theory.predict import site_gradients
 from jaxsteer.types import Array
 from train.display.console import progress
 from train.display.plots import plot_by_layer
-from train.theory.subjects import (
-    Pair,
-    counter,
-    read_pair,
-    write_result,
-)
+from train.theory.subjects import Pair, counter, read_pair, write_result
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,7 @@ from jaxsteer.theory.shares import SHARED_SITES, Stream, examples_of, share_inte
 from jaxsteer.types import Array, Batch
 from train.display.console import progress
 from train.display.plots import plot_by_layer
-from train.theory.subjects import (
-    counter,
-    read_pair,
-    recovered,
-    write_result,
-)
+from train.theory.subjects import counter, read_pair, recovered, write_result
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,7 @@ from jaxsteer.models.families.olmo import OLMO2
 from jaxsteer.models.families.phi import PHI3
 from jaxsteer.models.families.qwen import QWEN2, QWEN3
 from jaxsteer.models.families.rope import ROPE_FIELDS, rope_from_hf, rope_to_hf
-from jaxsteer.models.families.table import (
-    GENERAL_FIXED,
-    IDENTITY,
-    REQUIRED,
-    ROTARY,
-    TRANSPOSE,
-    Family,
-    Row,
-    Transform,
-)
+from jaxsteer.models.families.table import GENERAL_FIXED, IDENTITY, REQUIRED, ROTARY, TRANSPOSE, Family, Row, Transform
 
 __all__ = [
     "FAMILIES",

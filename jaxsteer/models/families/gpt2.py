@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxsteer.models.families.table import (
-    GENERAL_FIXED,
-    GENERAL_IGNORED,
-    GGUF_KEYS,
-    REQUIRED,
-    TRANSPOSE,
-    Family,
-    Row,
-)
+from jaxsteer.models.families.table import GENERAL_FIXED, GENERAL_IGNORED, GGUF_KEYS, REQUIRED, TRANSPOSE, Family, Row
 
 _QKV = ("NH", "NH", "NH")
 

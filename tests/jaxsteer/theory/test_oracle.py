@@ -12,13 +12,7 @@ from jaxsteer import LoRA, Model, Slot, fold
 from jaxsteer.io import load_model
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import Network, logits_of, output_embedding
-from jaxsteer.theory.oracle import (
-    Replay,
-    block_inputs,
-    blocks_on,
-    oracle,
-    replayed,
-)
+from jaxsteer.theory.oracle import Replay, block_inputs, blocks_on, oracle, replayed
 from jaxsteer.types import PROJECTIONS
 
 LORA = (Slot("l", LoRA(rank=2), PROJECTIONS),)
