@@ -12,8 +12,8 @@ def config() -> TrainConfig:
         plan=("nonlinear(rank=8) @ block",),
         optim=OptimConfig(lr=2e-3, schedule="cosine", warmup=0.05),
         epochs=3,
-        rows=8,
-        row_length=512,
+        batch_size=8,
+        sequence_length=512,
         test_examples=1024,
         out="runs/arc_smollm2",
     )

@@ -12,8 +12,8 @@ def config() -> TrainConfig:
         plan=("nonlinear(rank=8) @ block",),
         optim=OptimConfig(lr=1e-3, schedule="cosine", warmup=0.05),
         epochs=1,
-        rows=8,
-        row_length=1024,
+        batch_size=8,
+        sequence_length=1024,
         on_long="drop",
         # A conversation has no one right answer to count.
         test_examples=0,

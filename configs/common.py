@@ -20,14 +20,14 @@ _RATES: dict[Method, OptimConfig] = {
 }
 
 
-def chat_tuning(name: str, model: str, method: Method, *, rows: int = 64) -> TrainConfig:
+def chat_tuning(name: str, model: str, method: Method, *, batch_size: int = 64) -> TrainConfig:
     """Conversations of your own (train.jsonl, see --task.train) in packed rows of 2,048 tokens, three times.
 
     Args:
         name: of the model in the run's folder.
         model: its id on the hub.
         method: post-block steering, LoRA, or both, kept apart by the penalty.
-        rows: of a batch.
+        batch_size: rows of a batch.
     """
     return TrainConfig(
         model=model,
@@ -35,10 +35,10 @@ def chat_tuning(name: str, model: str, method: Method, *, rows: int = 64) -> Tra
         plan=_PLANS[method],
         optim=replace(_RATES[method], schedule="cosine", warmup=0.05),
         epochs=3,
-        rows=rows,
-        row_length=2048,
+        batch_size=batch_size,
+        sequence_length=2048,
         dtype="bfloat16",
         remat="full",
-        eval_rows=64,
+        eval_batch_size=64,
         out=f"runs/{name}_{method}",
     )

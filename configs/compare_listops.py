@@ -26,11 +26,11 @@ def config() -> CompareConfig:
             model="smollm2-135m-instruct",
             task=ListOpsTask(problems),
             optim=OptimConfig(schedule="cosine", warmup=0.05),
-            rows=2,
-            row_length=96,  # about 16 problems a step, the paper's batch
+            batch_size=2,
+            sequence_length=96,  # about 16 problems a step, the paper's batch
             validation_examples=250,
             test_examples=500,
-            eval_rows=128,
+            eval_batch_size=128,
         ),
         entries=(
             Entry("full fine-tuning", (), lr=1e-4, train_base=True),

@@ -13,7 +13,7 @@ def config() -> TrainConfig:
         plan=("nonlinear(rank=8) @ block",),
         optim=OptimConfig(lr=2e-3, schedule="cosine", warmup=0.05),
         epochs=3,
-        rows=8,
-        row_length=640,
+        batch_size=8,
+        sequence_length=640,
         out="runs/gsm8k_smollm2",
     )

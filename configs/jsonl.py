@@ -11,7 +11,7 @@ def config() -> TrainConfig:
         plan=("nonlinear(rank=8) @ block",),
         optim=OptimConfig(lr=2e-3, schedule="cosine"),
         epochs=3,
-        rows=8,
-        row_length=512,
+        batch_size=8,
+        sequence_length=512,
         out="runs/jsonl",
     )

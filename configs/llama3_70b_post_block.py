@@ -6,4 +6,4 @@ from train.config import TrainConfig
 
 
 def config() -> TrainConfig:
-    return chat_tuning("llama3_70b", "meta-llama/Llama-3.1-70B-Instruct", "post_block", rows=128)
+    return chat_tuning("llama3_70b", "meta-llama/Llama-3.1-70B-Instruct", "post_block", batch_size=128)

@@ -18,8 +18,8 @@ def config() -> TrainConfig:
         plan=("nonlinear(rank=8) @ block",),
         optim=OptimConfig(lr=2e-3, schedule="cosine"),
         epochs=3,
-        rows=8,
-        row_length=512,
+        batch_size=8,
+        sequence_length=512,
         on_long="cut",
         out="runs/table",
     )

@@ -3,7 +3,7 @@
 The functional face, all pure functions over pytrees:
 
     loaded = jaxsteer.io.load_model("path or hub id")
-    plan = (Slot("steer", Nonlinear(rank=8), sites=("block",)),)
+    plan = (Slot("steer", NonlinearSteering(rank=8), sites=("block",)),)
     model = Model(loaded.config, plan)
     steering = init_steering(plan, loaded.config, jax.random.key(0))
     hidden = forward(model, loaded.base, steering, make_batch(tokens)).hidden
@@ -15,14 +15,14 @@ from jaxsteer.interventions import (
     METHODS,
     DiReFT,
     DoRA,
-    Fixed,
+    FixedVector,
     JoLA,
-    Linear,
+    LinearSteering,
     LoFiT,
     LoFiTScale,
     LoRA,
     LoReFT,
-    Nonlinear,
+    NonlinearSteering,
     PiSSA,
     RsLoRA,
 )
@@ -30,10 +30,10 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, forward, init_base, output_embedding
 from jaxsteer.objective import mean_loss
 from jaxsteer.optim import OptimConfig, make_optimizer
-from jaxsteer.orthogonality import Orthogonality, chance_overlap, overlap, overlap_penalty, project_orthogonal
-from jaxsteer.params import Params, merge, param_labels, split
+from jaxsteer.orthogonality import Orthogonality, chance_overlap, joint_overlap, overlap_penalty, project_orthogonal
+from jaxsteer.params import Params, combine, param_labels, partition
 from jaxsteer.plans import parse_plan, plan_from_json, plan_to_json, validate_plan
-from jaxsteer.steering import count_parameters, count_trained, fold, init_steering, only, steering_shapes
+from jaxsteer.steering import count_parameters, count_trained, fold_weights, init_steering, keep_kind, steering_shapes
 from jaxsteer.training import TrainState, init_state, train_step
 from jaxsteer.types import ACTIVATIONS, PROJECTIONS, SITES, Batch, Plan, Positions, Slot, Steering
 
@@ -47,16 +47,16 @@ __all__ = [
     "Batch",
     "DiReFT",
     "DoRA",
-    "Fixed",
+    "FixedVector",
     "JoLA",
-    "Linear",
+    "LinearSteering",
     "LoFiT",
     "LoFiTScale",
     "LoRA",
     "LoReFT",
     "Model",
     "ModelConfig",
-    "Nonlinear",
+    "NonlinearSteering",
     "OptimConfig",
     "Orthogonality",
     "Params",
@@ -69,28 +69,28 @@ __all__ = [
     "Steering",
     "TrainState",
     "chance_overlap",
+    "combine",
     "count_parameters",
     "count_trained",
-    "fold",
+    "fold_weights",
     "forward",
     "generate",
     "init_base",
     "init_state",
     "init_steering",
+    "joint_overlap",
+    "keep_kind",
     "make_batch",
     "make_optimizer",
     "mean_loss",
-    "merge",
-    "only",
     "output_embedding",
-    "overlap",
     "overlap_penalty",
     "param_labels",
     "parse_plan",
+    "partition",
     "plan_from_json",
     "plan_to_json",
     "project_orthogonal",
-    "split",
     "steering_shapes",
     "train_step",
     "validate_plan",

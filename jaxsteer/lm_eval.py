@@ -113,7 +113,7 @@ class JaxsteerLM(TemplateLM):
         self.loaded, self.steering = loaded, steering
         self.steered = Model(loaded.config, plan)
         self.tokenizer = loaded.tokenizer
-        self.rows, self.key = rows, jax.random.key(seed)
+        self.batch_size, self.key = rows, jax.random.key(seed)
         self.max_length = max_length or loaded.config.max_length
         plain, whole = (self.tokenizer("x", add_special_tokens=add)["input_ids"] for add in (False, True))
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
@@ -172,7 +172,7 @@ class JaxsteerLM(TemplateLM):
             self.steering,
             [_Text(np.asarray(context, np.int32), f"context {i}") for i, context in enumerate(contexts)],
             [[ids for _, ids in members[context]] for context in contexts],
-            rows=self.rows,
+            batch_size=self.batch_size,
         )
         for index, scores in found:
             for (number, _ids), score in zip(members[contexts[index]], scores, strict=True):
@@ -225,7 +225,7 @@ class JaxsteerLM(TemplateLM):
                 self.key,
                 max_new_tokens=new,
                 stop_tokens=tuple(sorted({*self.loaded.stop_tokens, self.eot_token_id})),
-                rows=self.rows,
+                rows=self.batch_size,
                 sampling=_sampling(settings),
                 ended=partial(self._has_one, until),
             )

@@ -223,7 +223,7 @@ def _shared(plan: Plan, steering: Steering, settings: Orthogonality, scales: Sca
     return shared_energy(_gather(_steered(plan, settings), steering, layers), written)
 
 
-def overlap(
+def joint_overlap(
     plan: Plan, steering: Steering, settings: Orthogonality = Orthogonality(), scales: Scales = NO_SCALES
 ) -> Array:
     """Ω of each joint layer (`joint_layers`), fp32 [n] in [0, 1]; [0] where the plan has none."""
@@ -290,7 +290,7 @@ def project_orthogonal(
     update is given them: tx.update(grads, state, params, frozen=frozen).
 
     Args:
-        inner: the whole optimizer. plan, settings: as for `overlap`.
+        inner: the whole optimizer. plan, settings: as for `joint_overlap`.
         scales_of: base tree -> factors behind what LoRA writes, see `Scales`; the base is then given as `frozen` too.
     """
     inner = optax.with_extra_args_support(inner)

@@ -41,7 +41,7 @@ def param_labels(params: Params, plan: Plan, *, train_base: bool = False, frozen
     return Params(base, steering)
 
 
-def split(params: Params, labels: PyTree) -> tuple[Params, Params]:
+def partition(params: Params, labels: PyTree) -> tuple[Params, Params]:
     """(trained, frozen): two trees of the same form, each with None where the leaf is in the other.
 
     None is no leaf to JAX: gradients, optimizer state and checkpoints of the trained tree hold nothing for it.
@@ -51,7 +51,7 @@ def split(params: Params, labels: PyTree) -> tuple[Params, Params]:
     return trained, frozen
 
 
-def merge(trained: Params, frozen: Params) -> Params:
-    """Undo `split`."""
+def combine(trained: Params, frozen: Params) -> Params:
+    """Undo `partition`."""
     pick = lambda a, b: b if a is None else a
     return jax.tree.map(pick, trained, frozen, is_leaf=lambda leaf: leaf is None)

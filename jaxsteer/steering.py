@@ -84,7 +84,7 @@ def with_leaf(steering: Steering, place: tuple[str, str, str], leaf: Any) -> Ste
     return steering | {slot: steering[slot] | {site: steering[slot][site] | {name: leaf}}}
 
 
-def only(plan: Plan, steering: Steering, kind: Kind) -> Steering:
+def keep_kind(plan: Plan, steering: Steering, kind: Kind) -> Steering:
     """The steering with the slots of the other kind switched off: zeros are the identity."""
     return {
         slot.name: steering[slot.name]
@@ -100,7 +100,7 @@ def penalty(plan: Plan, steering: Steering, step: Array) -> Array:
     return sum(terms, jnp.zeros((), jnp.float32))
 
 
-def fold(plan: Plan, base: PyTree, steering: Steering) -> tuple[PyTree, Plan, Steering]:
+def fold_weights(plan: Plan, base: PyTree, steering: Steering) -> tuple[PyTree, Plan, Steering]:
     """Merge into the base weights every slot that can be; a serving model then pays nothing for them.
 
     A method that looks at the kernel (DoRA) is merged where no other slot meets it: each would change what the other

@@ -11,8 +11,8 @@ import optax
 
 from jaxsteer.models.transformer import Model, write_scales
 from jaxsteer.objective import supervised_loss, total_weight
-from jaxsteer.orthogonality import Orthogonality, overlap, overlap_penalty
-from jaxsteer.params import Params, merge
+from jaxsteer.orthogonality import Orthogonality, joint_overlap, overlap_penalty
+from jaxsteer.params import Params, combine
 from jaxsteer.steering import penalty
 from jaxsteer.types import Array, Batch
 
@@ -41,7 +41,7 @@ class Metrics(NamedTuple):
 
 
 def init_state(params: Params, tx: optax.GradientTransformation, key: Array) -> TrainState:
-    """The state before the first step. `params` holds the trained leaves only, see `jaxsteer.optim.split`."""
+    """The state before the first step. `params` holds the trained leaves only, see `jaxsteer.params.partition`."""
     return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32), key)
 
 
@@ -76,7 +76,7 @@ def train_step(
     key = jax.random.fold_in(state.key, state.step)
 
     def share_of_loss(params: Params, micro: Batch, index: Array) -> Array:
-        whole = merge(params, frozen)
+        whole = combine(params, frozen)
         own = jax.random.fold_in(key, index)
         value = loss(model, whole.base, whole.steering, micro, own, train=True)
         return value / total.astype(value.dtype)
@@ -93,7 +93,7 @@ def train_step(
         (value, grads), _ = jax.lax.scan(accumulate, zeros, (batch, indices))
 
     def penalties(params: Params) -> Array:
-        whole = merge(params, frozen)
+        whole = combine(params, frozen)
         scales = write_scales(model.config, whole.base)
         apart = overlap_penalty(model.plan, whole.steering, orthogonality, scales)
         return penalty(model.plan, whole.steering, state.step) + apart
@@ -111,7 +111,7 @@ def train_step(
         old, new = (state.params, state.opt_state), (params, opt_state)
         params, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
     tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
-    whole = merge(params, frozen)
-    shared = overlap(model.plan, whole.steering, orthogonality, write_scales(model.config, whole.base))
+    whole = combine(params, frozen)
+    shared = joint_overlap(model.plan, whole.steering, orthogonality, write_scales(model.config, whole.base))
     metrics = Metrics(value, extra, norm, total_weight(batch), tokens, shared)
     return TrainState(params, opt_state, state.step + 1, state.key), metrics

@@ -119,6 +119,16 @@ def test_the_rule_itself(importer, imported, wrong):
     assert forbidden(importer, imported) == wrong
 
 
+def test_no_exported_name_hides_a_module():
+    hidden = []
+    for face in FILES:
+        if face.name == "__init__.py":
+            taken = [node for node in ast.walk(ast.parse(face.read_text())) if isinstance(node, ast.ImportFrom)]
+            names = {alias.name for node in taken if node.module != module_of(face) for alias in node.names}
+            hidden += [f"{module_of(face)}.{path.stem}" for path in face.parent.iterdir() if path.stem in names]
+    assert hidden == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_files_are_short_and_free_of_torch(path):
     assert len(path.read_text().splitlines()) <= MAX_LINES

@@ -42,11 +42,11 @@ class TrainConfig:
     """Number of updates; None = as many as `epochs` gives."""
     epochs: float = 1.0
     """Passes over the training examples, if `steps` is not given."""
-    rows: int = 8
+    batch_size: int = 8
     """Rows of a batch."""
-    row_length: int = 256
+    sequence_length: int = 256
     """Tokens of a row; several examples share one."""
-    accumulate: int = 1
+    grad_accumulation: int = 1
     """Microbatches that a batch's rows are split into, one after another, to save memory."""
     pack: bool = True
     """Put several examples into a row; otherwise one example a row and the rest padding."""
@@ -77,7 +77,7 @@ class TrainConfig:
     """The most validation examples to generate answers for."""
     test_examples: int = 512
     """The most test examples, before training and after it."""
-    eval_rows: int = 64
+    eval_batch_size: int = 64
     """Prompts decoded at a time."""
     checkpoint_every: int = 50
     """Steps between checkpoints; the last, the one before it and the best are kept."""
@@ -102,13 +102,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Reject settings that no run could have."""
-        for name in ("rows", "row_length", "accumulate", "eval_rows", "checkpoint_every"):
+        for name in ("batch_size", "sequence_length", "grad_accumulation", "eval_batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
         if self.quantise != "none" and self.train_base:
             raise ValueError("config: an int8 base cannot be trained itself; use train_base without quantise")
-        if self.rows % self.accumulate:
-            raise ValueError(f"config: accumulate ({self.accumulate}) must divide rows ({self.rows})")
+        if self.batch_size % self.grad_accumulation:
+            raise ValueError(
+                f"config: grad_accumulation ({self.grad_accumulation}) must divide batch_size ({self.batch_size})"
+            )
         if self.patience < 0 or (self.patience and not (self.evaluate_every and self.validation_examples)):
             raise ValueError(
                 "config: patience must be at least 0, and needs evaluate_every and validation_examples; got "

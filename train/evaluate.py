@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsteer.io.files import write_json
-from jaxsteer.steering import only
+from jaxsteer.steering import keep_kind
 from jaxsteer.types import Kind, Plan, Steering
 from train.base_models import load_steered, steered
 from train.cli import find_task, run_main
@@ -56,7 +56,7 @@ class EvaluateConfig:
     """Of the perturbation."""
     examples: int = 512
     """The most examples."""
-    rows: int = 64
+    batch_size: int = 64
     """Prompts answered at a time."""
     by: By = "generation"
     """Let the model write its answer, or take the likeliest of the example's choices."""
@@ -89,7 +89,7 @@ def part_of(plan: Plan, steering: Steering, part: Part) -> Steering:
     kind: Kind = "weight" if part == "lora_only" else "activation"
     if not any(slot.method.kind == kind for slot in plan):
         raise ValueError(f"--parts {part}: the plan has no {kind} method, only {', '.join(slot.name for slot in plan)}")
-    return only(plan, steering, kind)
+    return keep_kind(plan, steering, kind)
 
 
 def names_of(parts: Sequence[Part], *, steered: bool) -> list[tuple[str, Part]]:
@@ -106,7 +106,7 @@ def main() -> None:
     enable_compilation_cache()
     if config.steering != "none" and not Path(config.steering).exists():
         raise ValueError(f"{config.steering}: no such file (a steering file, or the word none)")
-    place = place_on(config.mesh, config.rows)
+    place = place_on(config.mesh, config.batch_size)
     loaded, file = load_steered(config.steering, config.model, config.dtype, place.base)
     task = find_task(config.config, config.data, file.notes if file else {})
     if config.perturb is None:
@@ -129,7 +129,7 @@ def main() -> None:
     for column in ("model", "accuracy (95 %)", "unfinished answers", "near ties"):
         table.add_column(column)
     asking = Answering(
-        config.model or (file.model_name if file else ""), loaded, place, config.rows, config.by, config.normalise
+        config.model or (file.model_name if file else ""), loaded, place, config.batch_size, config.by, config.normalise
     )
     summary: dict[str, Any] = {}
     compared = None

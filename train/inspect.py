@@ -96,11 +96,11 @@ def main() -> None:
         raise ValueError(f"{config.source}: no such file (a steering file or a config file)")
     if config.source.endswith(".py"):
         run = load_config_file(config.source, TrainConfig)
-        features = load_config(resolve_model(config.model or run.model))
-        plan = parse_plan(run.plan, features)
-        print_plan(plan, steering_shapes(plan, features), features)
-        base = jax.eval_shape(lambda key: init_base(features, key, compute_dtype(run.dtype)), jax.random.key(0))
-        kernel, reason = make_program(run, features, base, steps=1, mesh=mesh_of(run)).attention
+        model_config = load_config(resolve_model(config.model or run.model))
+        plan = parse_plan(run.plan, model_config)
+        print_plan(plan, steering_shapes(plan, model_config), model_config)
+        base = jax.eval_shape(lambda key: init_base(model_config, key, compute_dtype(run.dtype)), jax.random.key(0))
+        kernel, reason = make_program(run, model_config, base, steps=1, mesh=mesh_of(run)).attention
         print(f"attention on these devices: {kernel} ({reason})")
         if config.prompt:
             raise ValueError(f"{config.source}: an untrained plan moves nothing; give a steering file for --prompt")

@@ -60,7 +60,7 @@ class RobustnessConfig:
     """Which examples of the tasks."""
     examples: int = 512
     """The most examples of each."""
-    rows: int = 64
+    batch_size: int = 64
     """Prompts answered at a time."""
     by: By = "generation"
     """Let the model write its answer, or take the likeliest of the example's choices."""
@@ -96,7 +96,7 @@ def divergence(
     steering: Steering,
     texts: Sequence[str],
     *,
-    rows: int = 8,
+    batch_size: int = 8,
     length: int = 128,
 ) -> Estimate:
     """KL(base ‖ steered), nats a token, over texts, with a 95 % interval.
@@ -105,7 +105,7 @@ def divergence(
     steering of prompts and of answers both show.
 
     Args:
-        texts: at least 2. rows: at a time. length: texts are cut to so many tokens.
+        texts: at least 2. batch_size: texts at a time. length: maximum number of tokens of a text.
 
     Raises:
         ValueError: fewer than 2 texts of at least 4 tokens.
@@ -122,9 +122,9 @@ def divergence(
     found: list[float] = []
     with place.on_mesh():
         model, params = Model(loaded.config, plan), place.copies(steering)
-        for start in range(0, len(tokenised), rows):
-            some = tokenised[start : start + rows]
-            batch = stack_rows([*([each] for each in some), *([] for _ in range(rows - len(some)))], length)
+        for start in range(0, len(tokenised), batch_size):
+            some = tokenised[start : start + batch_size]
+            batch = stack_rows([*([each] for each in some), *([] for _ in range(batch_size - len(some)))], length)
             kl = fetch(kl_from_base(model, loaded.base, params, place.batch(batch)))
             found += [float(each) for each in kl[: len(some)]]
     return crossed_interval([found])
@@ -201,7 +201,7 @@ def main() -> None:
     join(config.distributed)
     enable_compilation_cache()
     files = read_methods(config)
-    place = place_on(config.mesh, config.rows)
+    place = place_on(config.mesh, config.batch_size)
     loaded, first = load_steered(config.steering[0], config.model, config.dtype, place.base)
     model_name = config.model or (first.model_name if first else "")
     for path in config.steering[1:]:
@@ -209,7 +209,7 @@ def main() -> None:
     task = find_task(config.config, config.data, next(iter(files.values())).notes)
     transferred = load_config_file(config.transfer, TrainConfig).task if config.transfer else None
     sets = example_sets(config, task, transferred)
-    asking = Answering(model_name, loaded, place, config.rows, config.by, config.normalise)
+    asking = Answering(model_name, loaded, place, config.batch_size, config.by, config.normalise)
     methods: dict[str, tuple[Plan, Steering]] = {"base": ((), {})}
     methods |= {name: steered(file) for name, file in files.items()}
     lines = measure(config, asking, methods, sets)

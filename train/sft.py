@@ -59,7 +59,7 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None) -> Res
     enable_compilation_cache()
 
     # ---- base model, data, what trains
-    loaded = load_base_model(config, place_on(config.mesh, config.rows // config.accumulate).base)
+    loaded = load_base_model(config, place_on(config.mesh, config.batch_size // config.grad_accumulation).base)
     training = make_training(config, loaded)
     training = training if initial is None else training.starting_from(initial)
     state = training.state
@@ -325,7 +325,7 @@ def _answer(
         steering,
         prompts,
         loaded.tokenizer,
-        rows=config.eval_rows,
+        batch_size=config.eval_batch_size,
         advance=advance,
         place=training.program.placement.batch,
     )

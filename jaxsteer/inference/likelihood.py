@@ -73,7 +73,7 @@ def score_continuations(
     prompts: Sequence[Tokens],
     continuations: Sequence[Sequence[np.ndarray]],
     *,
-    rows: int = 32,
+    batch_size: int = 32,
     place: Callable[[Batch], Batch] = lambda batch: jax.tree.map(jnp.asarray, batch),
 ) -> Iterator[tuple[int, list[Likelihood]]]:
     """Score the continuations of every prompt.
@@ -81,7 +81,7 @@ def score_continuations(
     Args:
         prompts: each with at least one token.
         continuations: for each prompt the token ids, int32 [n], n at least 1, of one or more continuations.
-        rows: prompts at a time.
+        batch_size: prompts at a time.
         place: puts a batch [B, T] or [C, B, T] on the devices that the weights lie on.
 
     Yields:
@@ -91,8 +91,8 @@ def score_continuations(
         ValueError: an empty prompt or continuation, fewer than one row, or more tokens than the model has learned
             positions.
     """
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     for prompt, own in zip(prompts, continuations, strict=True):
         if not len(prompt.ids) or not own or not all(map(len, own)):
             raise ValueError(f"{prompt.source}: a prompt, and each of its continuations, needs at least one token")
@@ -103,7 +103,7 @@ def score_continuations(
         bucket_length(max(map(len, continuations[i])), SHORTEST),
     )
     order = sorted(range(len(prompts)), key=lambda i: (*(-n for n in size(i)), i))
-    rows = min(rows, max(1, len(prompts)))
+    rows = min(batch_size, max(1, len(prompts)))
     start = 0
     while start < len(order):
         count, T, _ = size(order[start])

@@ -2,21 +2,21 @@
 
 from jaxsteer.interventions.direft import DiReFT
 from jaxsteer.interventions.dora import DoRA
-from jaxsteer.interventions.fixed import Fixed
+from jaxsteer.interventions.fixed import FixedVector
 from jaxsteer.interventions.jola import JoLA
-from jaxsteer.interventions.linear import Linear
+from jaxsteer.interventions.linear import LinearSteering
 from jaxsteer.interventions.lofit import LoFiT, LoFiTScale, select_heads, strongest_heads
 from jaxsteer.interventions.lora import LoRA
 from jaxsteer.interventions.loreft import LoReFT
-from jaxsteer.interventions.nonlinear import Nonlinear
+from jaxsteer.interventions.nonlinear import NonlinearSteering
 from jaxsteer.interventions.pissa import PiSSA
 from jaxsteer.interventions.rslora import RsLoRA
 from jaxsteer.types import Intervention
 
 METHODS: dict[str, type[Intervention]] = {
-    "fixed": Fixed,
-    "linear": Linear,
-    "nonlinear": Nonlinear,
+    "fixed": FixedVector,
+    "linear": LinearSteering,
+    "nonlinear": NonlinearSteering,
     "loreft": LoReFT,
     "direft": DiReFT,
     "lofit_scale": LoFiTScale,
@@ -33,14 +33,14 @@ __all__ = [
     "METHODS",
     "DiReFT",
     "DoRA",
-    "Fixed",
+    "FixedVector",
     "JoLA",
-    "Linear",
+    "LinearSteering",
     "LoFiT",
     "LoFiTScale",
     "LoRA",
     "LoReFT",
-    "Nonlinear",
+    "NonlinearSteering",
     "PiSSA",
     "RsLoRA",
     "select_heads",

@@ -12,7 +12,7 @@ from jaxsteer.types import Array, Context, Directions, Intervention, Kind, Param
 
 
 @dataclass(frozen=True)
-class Fixed(Intervention):
+class FixedVector(Intervention):
     """y' = y + v, the same shift for every token (the paper's fixed steering vector). v starts at zero."""
 
     kind: ClassVar[Kind] = "activation"

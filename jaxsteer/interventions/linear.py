@@ -13,7 +13,7 @@ from jaxsteer.types import Array, Context, Directions, Intervention, Kind, Param
 
 
 @dataclass(frozen=True)
-class Linear(Intervention):
+class LinearSteering(Intervention):
     """y' = y + α · U D y, the linear variant of the paper's steering. D starts small, U at zero.
 
     rank        R

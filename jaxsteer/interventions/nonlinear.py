@@ -13,7 +13,7 @@ from jaxsteer.types import Array, Context, Directions, Intervention, Kind, Param
 
 
 @dataclass(frozen=True)
-class Nonlinear(Intervention):
+class NonlinearSteering(Intervention):
     """y' = y + α · U act(D y), arXiv 2603.00425 at site `block`. D starts small, U at zero.
 
     rank        R

@@ -1,7 +1,7 @@
 """Weight updates as activation shifts, on any model: pure functions that compose with JAX's transformations."""
 
 from jaxsteer.models.transformer import Network
-from jaxsteer.theory.compare import Comparison, Means, Totals, compare, means, totals
+from jaxsteer.theory.compare import Comparison, Means, Totals, compare_networks, means, totals
 from jaxsteer.theory.conversion import Converted, Distilled, FitSettings, distill, measure, to_lora, to_steering
 from jaxsteer.theory.curvature import (
     dense,
@@ -26,11 +26,11 @@ from jaxsteer.theory.geometry import (
     effective_rank,
     map_directions,
     method_directions,
-    overlap,
     principal_angles,
+    subspace_overlap,
     top_directions,
 )
-from jaxsteer.theory.oracle import oracle, replayed
+from jaxsteer.theory.oracle import oracle_steering, replayed
 from jaxsteer.theory.predict import Promise, aligned_start, gradient_factors, promise, site_gradients
 from jaxsteer.theory.shares import Shares, examples_of, share_intervals, site_shares
 from jaxsteer.theory.shifts import Remainders, energy, explained, first_order, higher_order, reach, remainders, shift
@@ -54,7 +54,7 @@ __all__ = [
     "adapter_shift",
     "aligned_start",
     "captured",
-    "compare",
+    "compare_networks",
     "dense",
     "difference",
     "directions_for",
@@ -84,8 +84,7 @@ __all__ = [
     "method_directions",
     "mlp_shift",
     "only_layer",
-    "oracle",
-    "overlap",
+    "oracle_steering",
     "per_example_gradients",
     "pre_mlp_shift",
     "principal_angles",
@@ -97,6 +96,7 @@ __all__ = [
     "shift",
     "site_gradients",
     "site_shares",
+    "subspace_overlap",
     "tangent_forward",
     "tangent_logits",
     "tangent_loss",

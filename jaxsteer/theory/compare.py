@@ -76,7 +76,7 @@ def counted_predictions(batch: Batch, where: Where) -> Array:
     return batch.segments > 0
 
 
-def compare(tuned: Network, other: Network, batch: Batch, where: Where = "answers") -> Comparison:
+def compare_networks(tuned: Network, other: Network, batch: Batch, where: Where = "answers") -> Comparison:
     """Two networks' predictions of one batch. Differentiable in both, through kl.
 
     Raises:

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsteer.interventions import Fixed, Linear, LoRA, Nonlinear
+from jaxsteer.interventions import FixedVector, LinearSteering, LoRA, NonlinearSteering
 from jaxsteer.models.layers import ACTIVATIONS
 from jaxsteer.models.transformer import Network, embed, write_scales
 from jaxsteer.plans import validate_plan
 from jaxsteer.theory import fits
-from jaxsteer.theory.compare import Totals, Where, compare, compare_hidden, means, totals
+from jaxsteer.theory.compare import Totals, Where, compare_hidden, compare_networks, means, totals
 from jaxsteer.theory.oracle import block_step, check_comparable, check_layers, stacked
 from jaxsteer.types import Array, Batch, Context, Plan, PyTree, Slot, Steering
 
@@ -64,9 +64,9 @@ def plan_of(form: Form, rank: int, activation: str = "silu", layers: Sequence[in
         ValueError: an unknown form or activation.
     """
     layers = None if layers is None else tuple(layers)
-    shift = Slot(SHIFT, Fixed(), ("block",), layers)
-    linear = Slot(STEER, Linear(rank=rank), ("block",), layers)
-    nonlinear = Slot(STEER, Nonlinear(rank=rank, activation=activation), ("block",), layers)
+    shift = Slot(SHIFT, FixedVector(), ("block",), layers)
+    linear = Slot(STEER, LinearSteering(rank=rank), ("block",), layers)
+    nonlinear = Slot(STEER, NonlinearSteering(rank=rank, activation=activation), ("block",), layers)
     plans: dict[str, Plan] = {
         "fixed": (shift,),
         "linear": (linear,),
@@ -294,7 +294,7 @@ def measure(tuned: Network, network: Network, batches: Sequence[Batch], where: W
 
 @partial(jax.jit, static_argnames="where")
 def _totals(tuned: Network, network: Network, batch: Batch, where: Where) -> Totals:
-    return totals(compare(tuned, network, batch, where), batch)
+    return totals(compare_networks(tuned, network, batch, where), batch)
 
 
 def _check(target: Network, base: Network, batches: Sequence[Batch], plan: Plan) -> None:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions import Linear, LoRA, Nonlinear
+from jaxsteer.interventions import LinearSteering, LoRA, NonlinearSteering
 from jaxsteer.orthogonality import HIGHEST, Bundle
 from jaxsteer.types import Array, Plan, Steering
 
@@ -101,7 +101,7 @@ def principal_angles(one: Array, other: Array) -> Array:
     return jnp.where(small, jnp.arcsin(jnp.clip(sines, 0, 1)), jnp.arccos(jnp.clip(cosines, 0, 1)))
 
 
-def overlap(one: Array, other: Array) -> Array:
+def subspace_overlap(one: Array, other: Array) -> Array:
     """Mean cos² of the principal angles, in [0, 1]; `chance` is what random spans have: [...]."""
     return jnp.mean(jnp.cos(principal_angles(one, other)) ** 2, axis=-1)
 
@@ -145,7 +145,7 @@ def map_directions(plan: Plan, steering: Steering) -> dict[tuple[str, str], tupl
     for slot in plan:
         for site in slot.sites:
             p = steering[slot.name][site]
-            if isinstance(slot.method, Linear | Nonlinear):
+            if isinstance(slot.method, LinearSteering | NonlinearSteering):
                 found[slot.name, site] = product_directions(p["D"] * slot.method.alpha, p["U"].swapaxes(-1, -2))
             elif isinstance(slot.method, LoRA):
                 found[slot.name, site] = product_directions(p["A"] * slot.method.scale, p["B"].swapaxes(-1, -2))

@@ -52,7 +52,7 @@ class Replay(Intervention):
         Raises:
             ValueError: always.
         """
-        raise ValueError("a replay holds the shifts of one batch: take them from `oracle`, and steer by `replayed`")
+        raise ValueError("a replay holds one batch's shifts: take them from `oracle_steering`, and steer by `replayed`")
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + shift."""
@@ -84,7 +84,7 @@ def check_site(site: str) -> None:
         raise ValueError(f"no model has a site {site!r}; the sites are {', '.join(SITES)}")
 
 
-def oracle(
+def oracle_steering(
     network: Network, tuned: Network, batch: Batch, layers: Sequence[int] | None = None, site: str = "block"
 ) -> Array:
     """The shifts d_ℓ that put `network` where `tuned` is at each of the layers, [A, B, T, ...] in their order.

@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsteer.models.transformer import Model, forward
-from jaxsteer.params import Params, merge
+from jaxsteer.params import Params, combine
 from jaxsteer.sharding import current_platform
 from jaxsteer.theory.update import complete, moved, split_at
 from jaxsteer.types import SITES, Array, Batch, Taps
@@ -184,7 +184,7 @@ def _curve(
     model = forward_mode(replace(model, train_base=bool(jax.tree.leaves(update.base))))
 
     def f(changed: Params) -> Taps:
-        taps = forward(model, *merge(changed, still), batch, capture=captured).taps
+        taps = forward(model, *combine(changed, still), batch, capture=captured).taps
         return jax.tree.map(lambda tap: tap.astype(np.promote_types(tap.dtype, np.float32)), taps)
 
     return f, point, update

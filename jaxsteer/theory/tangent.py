@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.objective import next_tokens
-from jaxsteer.params import Params, merge
+from jaxsteer.params import Params, combine
 from jaxsteer.theory.curvature import by_columns
 from jaxsteer.theory.shifts import forward_mode
 from jaxsteer.theory.update import complete, split_at
@@ -48,7 +48,7 @@ def tangent_forward(model: Model, at: Params, params: Params, batch: Batch) -> E
     plain = forward_mode(model)
 
     def parts(changed: Params) -> tuple[Array, Array]:
-        whole = merge(changed, still)
+        whole = combine(changed, still)
         return forward(plain, *whole, batch).hidden, output_embedding(whole.base)
 
     (hidden, head), (dot, head_dot) = jax.jvp(parts, (at,), (jax.tree.map(jnp.subtract, now, at),))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.params import Params
-from jaxsteer.steering import fold, with_leaf
+from jaxsteer.steering import fold_weights, with_leaf
 from jaxsteer.types import Array, Plan, PyTree, Steering
 
 _is_none = lambda leaf: leaf is None
@@ -41,7 +41,7 @@ def merged(plan: Plan, base: PyTree, steering: Steering) -> Params:
         ValueError: a slot that cannot be merged into the weights.
     """
     wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, np.promote_types(leaf.dtype, np.float32)), base)
-    after, rest, _ = fold(plan, wide, steering)
+    after, rest, _ = fold_weights(plan, wide, steering)
     if rest:
         raise ValueError(
             f"slots {[slot.name for slot in rest]} cannot be merged into the weights: they are no weight updates of "

@@ -29,7 +29,7 @@ from tiny import (
 )
 
 import jaxsteer
-from jaxsteer import METHODS, Model, Positions, fold, init_base, init_steering, make_batch
+from jaxsteer import METHODS, Model, Positions, fold_weights, init_base, init_steering, make_batch
 from jaxsteer.models.config import site_dims
 from jaxsteer.models.transformer import forward, init_cache
 from jaxsteer.types import PROJECTIONS, Batch, Context
@@ -145,7 +145,7 @@ def test_cached_decoding_is_the_full_forward_pass(name, tiny_config, tiny_base):
 
 def merged_and_unmerged(plan, config, base, steering):
     """The hidden states with everything merged, and with nothing merged."""
-    merged, rest, left = fold(plan, base, steering)
+    merged, rest, left = fold_weights(plan, base, steering)
     assert rest == ()
     assert left == {}
     batch = supervised_batch(config.vocab_size)
@@ -186,7 +186,7 @@ def test_what_cannot_be_merged_stays(tiny_config, tiny_base):
         for slot in all_methods(tiny_config)
     )
     steering = random_steering(plan, tiny_config)
-    merged, rest, left = fold(plan, tiny_base, steering)
+    merged, rest, left = fold_weights(plan, tiny_base, steering)
     assert rest == plan
     identical(left, steering)
     identical(merged, tiny_base)
@@ -197,7 +197,7 @@ def test_dora_and_its_neighbours_are_not_merged(names, tiny_config, tiny_base):
     """Its norms are those of the base's own weights, which a merged neighbour would change."""
     one, other = all_methods(tiny_config, names)
     plan = (dataclasses.replace(one, layers=(0, 2)), dataclasses.replace(other, sites=("mlp.down",)))
-    merged, rest, _ = fold(plan, tiny_base, random_steering(plan, tiny_config))
+    merged, rest, _ = fold_weights(plan, tiny_base, random_steering(plan, tiny_config))
     assert rest == plan
     identical(merged, tiny_base)
 

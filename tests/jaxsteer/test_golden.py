@@ -9,13 +9,13 @@ import optax
 import pytest
 from tiny import close, fast_jit, identical, run
 
-from jaxsteer import Fixed, Linear, LoRA, Model, Nonlinear, Params, Positions, Slot, make_batch
+from jaxsteer import FixedVector, LinearSteering, LoRA, Model, NonlinearSteering, Params, Positions, Slot, make_batch
 from jaxsteer.interventions import DiReFT, DoRA, LoReFT, RsLoRA
 from jaxsteer.io import load_model
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from jaxsteer.objective import Targets, cross_entropy
-from jaxsteer.orthogonality import Orthogonality, overlap, project_orthogonal
-from jaxsteer.steering import only, steering_shapes
+from jaxsteer.orthogonality import Orthogonality, joint_overlap, project_orthogonal
+from jaxsteer.steering import keep_kind, steering_shapes
 from jaxsteer.types import PROJECTIONS, Context
 
 HF_PROJECTIONS = {
@@ -36,18 +36,18 @@ def weights(method):
     return (Slot("lora", method, PROJECTIONS),)
 
 
-JOINT = weights(LoRA(rank=4, alpha=8.0)) + post_block(Nonlinear(rank=4))
+JOINT = weights(LoRA(rank=4, alpha=8.0)) + post_block(NonlinearSteering(rank=4))
 
 CASES = {
-    "steerling/block_silu": post_block(Nonlinear(rank=4, alpha=1.5)),
-    "steerling/block_linear": post_block(Linear(rank=4)),
-    "steerling/block_relu": post_block(Nonlinear(rank=3, activation="relu")),
-    "steerling/block_gelu": post_block(Nonlinear(rank=3, activation="gelu")),
-    "steerling/block_tanh": post_block(Nonlinear(rank=3, activation="tanh")),
-    "steerling/block_last_token": post_block(Nonlinear(rank=4), positions=Positions("last")),
-    "steerling/block_layers_0_2": post_block(Nonlinear(rank=4), layers=(0, 2)),
-    "steerling/submodules": (Slot("steer", Nonlinear(rank=4), ("mlp.in", "mlp")),),
-    "steerling/fixed_block_attn_mlp": (Slot("steer", Fixed(), ("block", "mlp.in", "mlp")),),
+    "steerling/block_silu": post_block(NonlinearSteering(rank=4, alpha=1.5)),
+    "steerling/block_linear": post_block(LinearSteering(rank=4)),
+    "steerling/block_relu": post_block(NonlinearSteering(rank=3, activation="relu")),
+    "steerling/block_gelu": post_block(NonlinearSteering(rank=3, activation="gelu")),
+    "steerling/block_tanh": post_block(NonlinearSteering(rank=3, activation="tanh")),
+    "steerling/block_last_token": post_block(NonlinearSteering(rank=4), positions=Positions("last")),
+    "steerling/block_layers_0_2": post_block(NonlinearSteering(rank=4), layers=(0, 2)),
+    "steerling/submodules": (Slot("steer", NonlinearSteering(rank=4), ("mlp.in", "mlp")),),
+    "steerling/fixed_block_attn_mlp": (Slot("steer", FixedVector(), ("block", "mlp.in", "mlp")),),
     "peft/lora": weights(LoRA(rank=4, alpha=6.0)),
     "peft/rslora": weights(RsLoRA(rank=4, alpha=6.0)),
     "peft/dora": weights(DoRA(rank=4, alpha=6.0)),
@@ -125,7 +125,7 @@ def test_steered_logits_loss_and_gradients(case, reference, golden_llama):
 )
 def test_one_kind_of_a_joint_plan_is_the_reference_without_the_other(case, kind, kept, reference, golden_llama):
     joint = read(reference, "joint/all", JOINT, "param", golden_llama)
-    (value, logits), grads = evaluate(golden_llama, JOINT, only(JOINT, joint, kind), reference)
+    (value, logits), grads = evaluate(golden_llama, JOINT, keep_kind(JOINT, joint, kind), reference)
     close(logits, reference[f"{case}/logits"], 1e-5)
     close(value, reference[f"{case}/loss"], 1e-5)
     close(grads[kept], read(reference, case, JOINT, "grad", golden_llama)[kept], 1e-5)
@@ -134,7 +134,7 @@ def test_one_kind_of_a_joint_plan_is_the_reference_without_the_other(case, kind,
 def test_joint_overlap(reference, golden_llama):
     joint = read(reference, "joint/all", JOINT, "param", golden_llama)
     want = jnp.stack([reference[f"joint/overlap/layer{i}"] for i in range(3)])
-    close(overlap(JOINT, joint), want, 1e-5)
+    close(joint_overlap(JOINT, joint), want, 1e-5)
 
 
 def test_projection_leaves_of_the_adapter_what_the_reference_leaves(reference, golden_llama):

@@ -27,7 +27,7 @@ def test_scores_are_those_of_whole_texts(steered, tiny_base):
     draw = np.random.default_rng(1)
     asked = prompts(61, 9)
     texts = [[draw.integers(3, 61, draw.integers(1, 9)).astype(np.int32) for _ in range(2 + i % 2)] for i in range(9)]
-    found = dict(score_continuations(model, tiny_base, steering, asked, texts, rows=4))
+    found = dict(score_continuations(model, tiny_base, steering, asked, texts, batch_size=4))
     assert sorted(found) == list(range(9))
     lengths, greedy = set(), 0
     for i, (prompt, own) in enumerate(zip(asked, texts, strict=True)):

@@ -11,19 +11,19 @@ from tiny import close, fast_jit, identical, random_steering, slot_of
 
 from jaxsteer import (
     LoRA,
-    Nonlinear,
+    NonlinearSteering,
     OptimConfig,
     Params,
     Slot,
+    combine,
     count_parameters,
     make_optimizer,
-    merge,
     param_labels,
-    split,
+    partition,
 )
 from jaxsteer.interventions import LoReFT
 from jaxsteer.optim import learning_rates, make_schedule, retract, tangent
-from jaxsteer.orthogonality import Orthogonality, overlap
+from jaxsteer.orthogonality import Orthogonality, joint_overlap
 from jaxsteer.steering import count_trained
 
 PLAIN = {"schedule": "constant", "warmup": 0.0, "clip": None}
@@ -76,29 +76,29 @@ def test_constants_of_a_method_do_not_train(tiny_config):
     assert labels.steering["lofit"]["attn.heads"] == {"v": "activations", "selected": "frozen"}
     selected = params.steering["lofit"]["attn.heads"] | {"selected": jnp.ones((4, 4))}
     steering = params.steering | {"lofit": {"attn.heads": selected}}
-    trained, _ = split(params, labels)
+    trained, _ = partition(params, labels)
     assert count_trained(plan, steering, ("still",)) == count_parameters(trained)
 
 
 def test_split_and_merge(params, plan):
     labels = param_labels(params, plan, frozen=("still",))
-    trained, frozen = split(params, labels)
+    trained, frozen = partition(params, labels)
     assert not jax.tree.leaves(trained.base)
     assert not jax.tree.leaves(trained.steering["still"])
     assert len(jax.tree.leaves(trained)) == 4
-    identical(merge(trained, frozen), params)
+    identical(combine(trained, frozen), params)
     assert count_trained(plan, params.steering, ("still",)) == count_parameters(trained) > 0
 
 
 def test_each_group_moves_at_its_own_rate_and_frozen_slots_do_not(params, plan):
     labels = param_labels(params, plan, frozen=("still",))
-    trained, frozen = split(params, labels)
+    trained, frozen = partition(params, labels)
     config = OptimConfig(lr=1e-2, weights_lr=1e-4, **PLAIN)
     tx = make_optimizer(config, labels, 10)
     state = tx.init(trained)
     grads = gradients(trained)
     updates, state = tx.update(grads, state, trained)
-    moved = merge(optax.apply_updates(trained, updates), frozen)
+    moved = combine(optax.apply_updates(trained, updates), frozen)
     # Adam's first step is the rate times the sign of the gradient.
     for name, rate in (("lora", 1e-4), ("steer", 1e-2)):
         for got, grad in zip(
@@ -111,7 +111,7 @@ def test_each_group_moves_at_its_own_rate_and_frozen_slots_do_not(params, plan):
 
 def test_optimizer_state_holds_trained_leaves_only(params, plan):
     labels = param_labels(params, plan, frozen=("still",))
-    trained, _ = split(params, labels)
+    trained, _ = partition(params, labels)
     state = make_optimizer(OptimConfig(), labels, 10).init(trained)
     big = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert sum(leaf.size for leaf in big) == 2 * count_parameters(trained)  # two moments
@@ -121,7 +121,7 @@ def test_optimizer_state_holds_trained_leaves_only(params, plan):
 @pytest.mark.parametrize("scale", [1e-3, 10.0])
 def test_clip_is_over_both_groups_together(scale, params, plan):
     labels = param_labels(params, plan)
-    trained, _ = split(params, labels)
+    trained, _ = partition(params, labels)
     config = OptimConfig(**(PLAIN | {"clip": 2.0}))
     tx = make_optimizer(config, labels, 10)
     grads = gradients(trained, scale)
@@ -136,7 +136,7 @@ def test_clip_is_over_both_groups_together(scale, params, plan):
 
 def test_weight_decay_is_decoupled(params, plan):
     labels = param_labels(params, plan)
-    trained, _ = split(params, labels)
+    trained, _ = partition(params, labels)
     tx = make_optimizer(OptimConfig(lr=0.1, weight_decay=0.5, **PLAIN), labels, 10)
     zeros = jax.tree.map(jnp.zeros_like, trained)
     updates, _ = tx.update(zeros, tx.init(trained), trained)
@@ -278,13 +278,13 @@ def test_rows_without_the_constraint_and_frozen_ones_are_left_to_the_inner_optim
         (got, _), (want, _) = (of.update(grads, of.init(params), params) for of in (tx, plain))
         for name in names:
             identical(got.steering["reft"]["block"][name], want.steering["reft"]["block"][name])
-    mixed = (*REFT, Slot("steer", Nonlinear(rank=2), ("block",)))
+    mixed = (*REFT, Slot("steer", NonlinearSteering(rank=2), ("block",)))
     params = Params({}, params.steering | {"steer": {"block": {"D": random(2, 2, 16), "U": random(2, 16, 2)}}})
     labels = param_labels(params, mixed, frozen=("reft",))
-    trained, frozen = split(params, labels)
+    trained, frozen = partition(params, labels)
     tx = make_optimizer(config, labels, 10, mixed)
     updates, _ = tx.update(gradients(trained), tx.init(trained), trained, frozen=frozen)
-    identical(merge(optax.apply_updates(trained, updates), frozen).steering["reft"], params.steering["reft"])
+    identical(combine(optax.apply_updates(trained, updates), frozen).steering["reft"], params.steering["reft"])
     assert len(jax.tree.leaves(updates)) == 2
 
 
@@ -292,7 +292,7 @@ def test_rows_without_the_constraint_and_frozen_ones_are_left_to_the_inner_optim
 
 JOINT = (
     Slot("lora", LoRA(rank=2), ("mlp.down",)),
-    Slot("steer", Nonlinear(rank=2), ("block",)),
+    Slot("steer", NonlinearSteering(rank=2), ("block",)),
     Slot("reft", LoReFT(rank=3), ("block",)),
 )
 TARGETS = {
@@ -331,4 +331,4 @@ def test_three_learning_rates_as_one_vmapped_program_are_three_optimizers():
         want = fast_jit(lambda start, own=own: trained_towards_targets(own, Params({}, start)))(mine(starts))
         close(mine(got), want, 1e-6)
         assert not_orthonormal(mine(got)["reft"]["block"]["R"][0]) < 1e-5
-        assert np.all(overlap(JOINT, mine(got)) <= 1e-6)
+        assert np.all(joint_overlap(JOINT, mine(got)) <= 1e-6)

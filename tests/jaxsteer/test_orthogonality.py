@@ -9,14 +9,14 @@ import optax
 import pytest
 from tiny import close, fast_jit, identical, random_steering
 
-from jaxsteer import Fixed, LoRA, Nonlinear, Slot, orthogonality
+from jaxsteer import FixedVector, LoRA, NonlinearSteering, Slot, orthogonality
 from jaxsteer.interventions import LoReFT
 from jaxsteer.orthogonality import Orthogonality, joint_layers, shared_energy
 
-PAIR = (Slot("lora", LoRA(rank=4), ("mlp.down",)), Slot("steer", Nonlinear(rank=3), ("block",)))
+PAIR = (Slot("lora", LoRA(rank=4), ("mlp.down",)), Slot("steer", NonlinearSteering(rank=3), ("block",)))
 PENALTY = Orthogonality("penalty")
 
-overlap = fast_jit(orthogonality.overlap, static_argnums=(0, 2))
+overlap = fast_jit(orthogonality.joint_overlap, static_argnums=(0, 2))
 penalty_and_grads = fast_jit(jax.value_and_grad(orthogonality.overlap_penalty, argnums=1), static_argnums=(0, 2))
 
 
@@ -111,16 +111,16 @@ def test_overlap_does_not_depend_on_sizes():
 
 def test_a_norm_behind_the_projection_scales_what_is_written():
     S, B, g = draw(2, 3, 32), draw(2, 32, 4, seed=1), 1 + draw(2, 32, seed=2) / 2
-    got = orthogonality.overlap(PAIR, pair(S, B), Orthogonality(), {"mlp.down": jnp.asarray(g), "attn.o": None})
+    got = orthogonality.joint_overlap(PAIR, pair(S, B), Orthogonality(), {"mlp.down": jnp.asarray(g), "attn.o": None})
     close(got, np.array([omega(s, d[:, None] * b) for s, d, b in zip(S, g, B, strict=True)]), 1e-5)
 
 
 MIXED = (
     Slot("a", LoRA(rank=2), ("mlp.down", "attn.q"), (0, 1)),
     Slot("b", LoRA(rank=3), ("mlp.down", "attn.o"), (1, 2)),
-    Slot("c", Nonlinear(rank=2), ("block",), (1, 2, 3)),
+    Slot("c", NonlinearSteering(rank=2), ("block",), (1, 2, 3)),
     Slot("d", LoReFT(rank=2), ("block", "mlp"), (2,)),
-    Slot("e", Fixed(), ("attn", "mlp.in")),
+    Slot("e", FixedVector(), ("attn", "mlp.in")),
 )
 COLUMNS = ("B", "U")
 
@@ -184,7 +184,7 @@ def test_gradient_of_the_penalty_stops_at_lora_unless_let_through():
     assert orthogonality.overlap_penalty(PAIR, steering, Orthogonality("none")) == 0
 
 
-LORA, STEER, FIXED = *PAIR, Slot("fixed", Fixed(), ("block",))
+LORA, STEER, FIXED = *PAIR, Slot("fixed", FixedVector(), ("block",))
 INSIDE = Slot("inside", LoRA(), ("attn.q", "mlp.up"))
 
 
@@ -196,7 +196,7 @@ INSIDE = Slot("inside", LoRA(), ("attn.q", "mlp.up"))
         ((STEER,), "none"),
         ((INSIDE,), "none"),
         ((LORA, FIXED), "none"),  # reads nothing
-        ((LORA, Slot("s", Nonlinear(), ("mlp.in",))), "none"),
+        ((LORA, Slot("s", NonlinearSteering(), ("mlp.in",))), "none"),
         ((), "none"),
     ],
 )
@@ -215,7 +215,11 @@ def test_auto_is_the_penalty_where_lora_and_steering_meet(plan, mode):
         ({"mode": "projection"}, (STEER,), "projection: .*no LoRA"),
         ({"mode": "penalty"}, (LORA,), "penalty: no slot has directions"),
         ({"mode": "projection"}, (LORA, FIXED), r"projection: no slot has directions .*reads"),
-        ({}, (Slot("l", LoRA(), ("mlp.down",), (0, 1)), Slot("s", Nonlinear(), ("block",), (2,))), "share no layer"),
+        (
+            {},
+            (Slot("l", LoRA(), ("mlp.down",), (0, 1)), Slot("s", NonlinearSteering(), ("block",), (2,))),
+            "share no layer",
+        ),
     ],
 )
 def test_plans_that_cannot_be_kept_apart_raise(settings, plan, culprit):

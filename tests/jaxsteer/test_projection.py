@@ -18,17 +18,17 @@ from jaxsteer import (
     LoRA,
     Model,
     ModelConfig,
-    Nonlinear,
+    NonlinearSteering,
     OptimConfig,
     Params,
     Slot,
+    combine,
     init_base,
     init_state,
     init_steering,
     make_optimizer,
-    merge,
     param_labels,
-    split,
+    partition,
     train_step,
 )
 from jaxsteer.interventions import LoReFT, PiSSA
@@ -59,12 +59,12 @@ def update(tx, grads, state, trained, frozen):
 def descend(S, B, settings=PROJECTION, plan=PAIR, frozen=(), steps=3):
     """The whole parameters and the optimizer's state after each update on random gradients."""
     labels, tx = optimizer(settings, plan, frozen)
-    trained, rest = split(Params({}, pair(S, B)), labels)
+    trained, rest = partition(Params({}, pair(S, B)), labels)
     state = tx.init(trained)
     for step in range(steps):
         grads = jax.tree.map(lambda leaf, step=step: jnp.asarray(draw(*leaf.shape, seed=9 + step)), trained)
         trained, state = update(tx, grads, state, trained, rest)
-        yield merge(trained, rest).steering, state
+        yield combine(trained, rest).steering, state
 
 
 def first_moment(state, slot, site, name):
@@ -142,7 +142,7 @@ def test_a_norm_behind_the_projection_is_heeded():
     params = Params({"factors": factors}, pair(SHARED, B))
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     steering = optax.apply_updates(params, updates).steering
-    assert np.all(jaxsteer.overlap(PAIR, steering, PROJECTION, factors) <= 1e-6)
+    assert np.all(jaxsteer.joint_overlap(PAIR, steering, PROJECTION, factors) <= 1e-6)
     assert np.all(overlap(PAIR, steering) > 1e-3)
 
 
@@ -152,7 +152,7 @@ TINY = ModelConfig(vocab_size=19, width=32, layers=4, heads=2, kv_heads=1, head_
 PLAN = (
     Slot("lora", LoRA(rank=2), ("mlp.down",), (0, 1, 2)),
     Slot("pissa", PiSSA(rank=2), ("mlp.down",), (2, 3)),
-    Slot("steer", Nonlinear(rank=2, init_scale=1.0), ("block",), (1, 2, 3)),
+    Slot("steer", NonlinearSteering(rank=2, init_scale=1.0), ("block",), (1, 2, 3)),
     Slot("reft", LoReFT(rank=2), ("mlp",), None, Positions.parse("first:2+last:2")),
 )
 BOTH_SIDES = Orthogonality("projection", side="both")
@@ -169,7 +169,7 @@ def start():
     steering = fast_jit(lambda base: init_steering(PLAN, TINY, jax.random.key(1), base=base))(base)
     labels = param_labels(Params(base, steering), PLAN)
     tx = make_optimizer(SMOOTH, labels, 10, PLAN, BOTH_SIDES)
-    fresh, frozen = split(Params(base, steering), labels)
+    fresh, frozen = partition(Params(base, steering), labels)
     # While B is nearly 0, or nearly PiSSA's B₀, its last bits decide where the span lies.
     far = {name: {"mlp.down": fresh.steering[name]["mlp.down"] | {"B": jnp.asarray(B)}} for name, B in FAR.items()}
     moved = fresh._replace(steering=fresh.steering | far)
@@ -190,7 +190,7 @@ def train(state, batch, steps=3):
 def test_training_keeps_lora_and_steering_apart(state):
     before, (_, _, frozen, _, batch) = start()[state], start()
     for after, metrics in train(before, batch):
-        steering = merge(after.params, frozen).steering
+        steering = combine(after.params, frozen).steering
         assert metrics.overlap.shape == (4,)
         assert np.all(metrics.overlap <= 1e-6)
         close(metrics.overlap, overlap(PLAN, steering, BOTH_SIDES), 1e-6)

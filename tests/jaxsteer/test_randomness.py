@@ -10,8 +10,8 @@ import optax
 import pytest
 from tiny import all_methods, fast_jit, identical, method_of, random_steering, run, supervised_batch, turn
 
-from jaxsteer import METHODS, Model, Params, Slot, init_state, param_labels, split, train_step
-from jaxsteer.interventions import Fixed
+from jaxsteer import METHODS, Model, Params, Slot, init_state, param_labels, partition, train_step
+from jaxsteer.interventions import FixedVector
 from jaxsteer.types import Batch
 
 pytestmark = pytest.mark.xdist_group("randomness")  # the tests share compiled programs
@@ -39,7 +39,7 @@ def test_the_key_decides_and_nothing_is_drawn_without_it(name, hidden):
 
 
 @dataclass(frozen=True)
-class Die(Fixed):
+class Die(FixedVector):
     """Puts one number drawn from its key in the place of y."""
 
     def apply(self, p, x, y, ctx):
@@ -64,7 +64,7 @@ def test_microbatches_and_steps_draw_their_own(tiny_config, tiny_base):
     plan = all_methods(tiny_config, ("loreft",), few=True, draws=True)
     model, tx = Model(tiny_config, plan), optax.sgd(0.0)
     params = Params(tiny_base, random_steering(plan, tiny_config))
-    trained, frozen = split(params, param_labels(params, plan))
+    trained, frozen = partition(params, param_labels(params, plan))
     step = fast_jit(partial(train_step, model=model, tx=tx))
     state = init_state(trained, tx, jax.random.key(0))
     rows = supervised_batch(tiny_config.vocab_size)

@@ -15,7 +15,7 @@ from tiny import all_methods
 import jaxsteer
 from jaxsteer.models.transformer import init_base, init_cache
 from jaxsteer.optim import OptimConfig, make_optimizer
-from jaxsteer.params import Params, param_labels, split
+from jaxsteer.params import Params, param_labels, partition
 from jaxsteer.sharding import (
     AXES,
     MeshShape,
@@ -69,7 +69,7 @@ def test_the_optimizer_follows_its_parameters(tiny_config):
     where = Params(base_shardings(params.base, MESH), steering_shardings(param_specs(plan, tiny_config), MESH))
     assert jax.tree.structure(where) == jax.tree.structure(params)
     labels = param_labels(params, plan, train_base=True)
-    (trained, _), (at, _) = split(params, labels), split(where, labels)
+    (trained, _), (at, _) = partition(params, labels), partition(where, labels)
     tx = make_optimizer(OptimConfig(), labels, 10, plan)
     state = jax.eval_shape(partial(init_state, tx=tx), trained, key=jax.random.key(0))
     got = specs(state_shardings(state, trained, at, MESH))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import close
 
-from jaxsteer import Model, Nonlinear, Slot, forward, init_steering, make_batch
+from jaxsteer import Model, NonlinearSteering, Slot, forward, init_steering, make_batch
 from jaxsteer.inference import generate
 from jaxsteer.models.transformer import logits_of, output_embedding
 
@@ -70,7 +70,7 @@ def test_greedy_continuation_alone(smollm2, theirs):
 
 
 def test_zero_steering_of_a_real_model_is_the_identity(smollm2, theirs):
-    plan = (Slot("s", Nonlinear(), ("block",)),)
+    plan = (Slot("s", NonlinearSteering(), ("block",)),)
     batch = padded(theirs, [2], "right")
     steering = init_steering(plan, smollm2.config, jax.random.key(0))
     plain = run(Model(smollm2.config), smollm2.base, {}, batch).hidden

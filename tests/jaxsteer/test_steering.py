@@ -12,10 +12,10 @@ from tiny import KINDS, all_methods, fast_jit, identical, random_steering
 
 from jaxsteer import (
     METHODS,
-    Fixed,
-    Linear,
+    FixedVector,
+    LinearSteering,
     LoRA,
-    Nonlinear,
+    NonlinearSteering,
     Positions,
     Slot,
     count_parameters,
@@ -26,12 +26,12 @@ from jaxsteer import (
     validate_plan,
 )
 from jaxsteer.interventions import DiReFT, DoRA, JoLA, LoFiT, LoReFT, PiSSA, select_heads, strongest_heads
-from jaxsteer.steering import count_trained, only, steering_shapes
+from jaxsteer.steering import count_trained, keep_kind, steering_shapes
 
 pytestmark = pytest.mark.xdist_group("steering")  # the tests share draws
 
 
-def slot(method=Fixed(), sites=("block",), name="mine", **rest):  # noqa: B008  # frozen
+def slot(method=FixedVector(), sites=("block",), name="mine", **rest):  # noqa: B008  # frozen
     return Slot(name, method, sites, **rest)
 
 
@@ -40,8 +40,8 @@ def slot(method=Fixed(), sites=("block",), name="mine", **rest):  # noqa: B008  
     [
         ([slot(sites=("blok",))], ["mine", "blok", "block"]),
         ([slot(LoRA(), ("block",))], ["mine", "lora", "block", "mlp.down"]),
-        ([slot(Nonlinear(), ("mlp.down",))], ["mine", "nonlinear", "mlp.down"]),
-        ([slot(Linear(), ("attn.heads",))], ["mine", "attn.heads"]),
+        ([slot(NonlinearSteering(), ("mlp.down",))], ["mine", "nonlinear", "mlp.down"]),
+        ([slot(LinearSteering(), ("attn.heads",))], ["mine", "attn.heads"]),
         ([slot(LoReFT(), ("attn.heads",))], ["mine", "LoReFT", "attn.heads"]),
         ([slot(JoLA())], ["mine", "JoLA", "block", "attn.heads"]),
         ([slot(LoFiT(), ("attn.heads", "mlp"))], ["mine", "LoFiT", "mlp", "attn.heads"]),
@@ -55,8 +55,8 @@ def slot(method=Fixed(), sites=("block",), name="mine", **rest):  # noqa: B008  
         ([slot(layers=())], ["mine", "at least one"]),
         ([slot(sites=())], ["mine", "at least one site"]),
         ([slot(sites=("mlp", "mlp"))], ["mine", "each once"]),
-        ([slot(Nonlinear(rank=0))], ["mine", "rank 0", "32"]),
-        ([slot(Nonlinear(rank=33))], ["mine", "rank 33", "32"]),
+        ([slot(NonlinearSteering(rank=0))], ["mine", "rank 0", "32"]),
+        ([slot(NonlinearSteering(rank=33))], ["mine", "rank 33", "32"]),
         ([slot(DiReFT(rank=33))], ["mine", "rank 33", "32"]),
         ([slot(LoRA(rank=17), ("attn.k",))], ["mine", "attn.k", "rank 17", "16"]),
         ([slot(name="a/b")], ["a/b"]),
@@ -82,7 +82,7 @@ def test_positions_as_text(text):
     assert str(Positions.parse(text)) == text
 
 
-@pytest.mark.parametrize("method", [Nonlinear, LoReFT, DiReFT])
+@pytest.mark.parametrize("method", [NonlinearSteering, LoReFT, DiReFT])
 def test_unknown_activation_is_refused(method):
     with pytest.raises(ValueError, match="swish"):
         method(activation="swish")
@@ -147,13 +147,13 @@ def test_low_precision_is_the_rounded_draw(drawn, tiny_config, tiny_base):
 
 
 def test_counts_by_hand(tiny_config):
-    plan = (slot(Nonlinear(rank=3), ("block",), layers=(1, 2)), slot(LoRA(rank=2), ("attn.k",), name="lora"))
+    plan = (slot(NonlinearSteering(rank=3), ("block",), layers=(1, 2)), slot(LoRA(rank=2), ("attn.k",), name="lora"))
     shapes = jax.eval_shape(lambda: init_steering(plan, tiny_config, jax.random.key(0)))
     assert count_parameters(shapes) == 2 * (3 * 32 + 32 * 3) + 4 * (2 * 32 + 16 * 2)
 
 
 def test_every_leaf_layer_site_and_key_draws_its_own(tiny_config):
-    plan = (slot(Linear(), ("block", "mlp")), slot(Linear(), ("block",), name="other"))
+    plan = (slot(LinearSteering(), ("block", "mlp")), slot(LinearSteering(), ("block",), name="other"))
     first, again, second = (init_steering(plan, tiny_config, jax.random.key(i)) for i in (0, 0, 1))
     identical(first, again)
     drawn = [first["mine"]["block"]["D"], first["mine"]["mlp"]["D"], first["other"]["block"]["D"]]
@@ -164,7 +164,7 @@ def test_every_leaf_layer_site_and_key_draws_its_own(tiny_config):
 
 def test_initial_values(tiny_config):
     """Kaiming uniform for what reads, ±init_scale/√width; zeros for what writes."""
-    plan = (slot(Nonlinear(init_scale=0.5)), slot(LoRA(), ("mlp.down",), name="lora"), slot(name="v"))
+    plan = (slot(NonlinearSteering(init_scale=0.5)), slot(LoRA(), ("mlp.down",), name="lora"), slot(name="v"))
     steering = init_steering(plan, tiny_config, jax.random.key(0))
     for leaf, bound in (
         (steering["mine"]["block"]["D"], 0.5 / 32**0.5),
@@ -195,7 +195,7 @@ def test_only_one_kind(tiny_config):
     plan = all_methods(tiny_config, few=True)
     steering = random_steering(plan, tiny_config)
     for kind in ("weight", "activation"):
-        kept = only(plan, steering, kind)
+        kept = keep_kind(plan, steering, kind)
         for each in plan:
             same = (
                 steering[each.name] if each.method.kind == kind else jax.tree.map(jnp.zeros_like, steering[each.name])
@@ -245,7 +245,7 @@ def test_heads_out_of_range_are_refused(chosen, words):
 
 def test_plans_as_json(tiny_config):
     plan = (
-        slot(Nonlinear(rank=3, alpha=0.5, activation="tanh"), ("block", "mlp"), layers=(0, 2)),
+        slot(NonlinearSteering(rank=3, alpha=0.5, activation="tanh"), ("block", "mlp"), layers=(0, 2)),
         slot(LoRA(rank=2, alpha=5.0), ("attn.q",), name="lora2", positions=Positions("ends", 2, 3)),
         *all_methods(tiny_config, kinds=KINDS, draws=True),
     )
@@ -267,7 +267,7 @@ def test_plans_as_text(name, tiny_config):
 
 
 def test_json_of_another_version_is_refused():
-    entry = plan_to_json((slot(Nonlinear()),))[0]
+    entry = plan_to_json((slot(NonlinearSteering()),))[0]
     with pytest.raises(ValueError, match=r"mine.*telepathy.*nonlinear"):
         plan_from_json([entry | {"method": {"name": "telepathy"}}])
     with pytest.raises(ValueError, match=r"mine.*nonlinear.*strength"):

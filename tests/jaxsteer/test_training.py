@@ -15,19 +15,19 @@ from jaxsteer import (
     METHODS,
     Model,
     ModelConfig,
-    Nonlinear,
+    NonlinearSteering,
     OptimConfig,
     Params,
     Slot,
+    combine,
     init_base,
     init_state,
     init_steering,
     make_batch,
     make_optimizer,
     mean_loss,
-    merge,
     param_labels,
-    split,
+    partition,
     train_step,
 )
 from jaxsteer.steering import steering_shapes
@@ -35,7 +35,7 @@ from jaxsteer.types import Batch
 
 
 @dataclass(frozen=True)
-class Penalised(Nonlinear):
+class Penalised(NonlinearSteering):
     """With a loss term of its own, that grows with the steps."""
 
     def penalty(self, p, step):
@@ -45,7 +45,7 @@ class Penalised(Nonlinear):
 def start(model, base, steering, tx):
     params = Params(base, steering)
     labels = param_labels(params, model.plan, train_base=model.train_base)
-    trained, frozen = split(params, labels)
+    trained, frozen = partition(params, labels)
     tx = make_optimizer(tx, labels, 200, model.plan) if isinstance(tx, OptimConfig) else tx
     step = fast_jit(partial(train_step, model=model, tx=tx))
     return init_state(trained, tx, jax.random.key(0)), frozen, step
@@ -114,7 +114,7 @@ def lowered_step(train_base):
     model = Model(DISTINCT, plan, train_base=train_base)
     base = jax.eval_shape(lambda: init_base(DISTINCT, jax.random.key(0)))
     params = Params(base, steering_shapes(plan, DISTINCT))
-    trained, frozen = split(params, param_labels(params, plan, train_base=train_base))
+    trained, frozen = partition(params, param_labels(params, plan, train_base=train_base))
     tx = optax.adam(1e-3)
     state = jax.eval_shape(
         lambda: init_state(jax.tree.map(lambda s: jnp.zeros(s.shape), trained), tx, jax.random.key(0))
@@ -150,7 +150,7 @@ def scans(jaxpr):
 @pytest.mark.parametrize(("layers", "backward"), [((5, 6), 2), ((4, 6), 3), (None, 7)])
 def test_layers_below_the_first_steered_one_have_no_backward_pass(layers, backward):
     config = ModelConfig(vocab_size=11, width=8, layers=7, heads=2, kv_heads=1, head_dim=4, mlp_width=8)
-    plan = (Slot("s", Nonlinear(rank=2), ("block",), layers),)
+    plan = (Slot("s", NonlinearSteering(rank=2), ("block",), layers),)
     model = Model(config, plan)
     base = jax.eval_shape(lambda: init_base(config, jax.random.key(0)))
     steering = steering_shapes(plan, config)
@@ -193,7 +193,7 @@ def learn(model, base, lr):
     for i in range(STEPS):
         state, out = step(state, planted(i), frozen)
         losses.append(float(out.loss))
-    return merge(state.params, frozen), state, losses
+    return combine(state.params, frozen), state, losses
 
 
 def held_out_losses(model, base, whole):
@@ -226,7 +226,7 @@ def learn_alone(tiny_config, tiny_base):
         return train_step(state, batch, frozen, model=model, tx=optax.chain(tx, scaled(factors)))[0]
 
     def learn(name):
-        trained, frozen = split(Params(tiny_base, turn(fresh, name)), labels)
+        trained, frozen = partition(Params(tiny_base, turn(fresh, name)), labels)
         factor = FASTER.get(name, 1.0)
         factors = trained._replace(
             steering={
@@ -236,7 +236,7 @@ def learn_alone(tiny_config, tiny_base):
         state = init_state(trained, optax.chain(tx, scaled(factors)), jax.random.key(0))
         for i in range(STEPS):
             state = step(state, planted(i), frozen, factors)
-        whole = merge(state.params, frozen)
+        whole = combine(state.params, frozen)
         return *held_out_losses(model, tiny_base, whole), whole.steering[name], fresh[name]
 
     return learn

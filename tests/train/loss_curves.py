@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxsteer import ModelConfig, OptimConfig, Params, init_base, init_steering, split
+from jaxsteer import ModelConfig, OptimConfig, Params, init_base, init_steering, partition
 from train.config import TrainConfig
 from train.data import DataSource, TokenizedExample
 from train.devices.placement import MeshConfig
@@ -48,11 +48,16 @@ def make_data():
 def curve(plan, mesh, accumulate, base, data):
     """[loss, gradient's norm] of each step."""
     config = TrainConfig(
-        plan=plan, optim=OptimConfig(lr=1e-2), rows=ROWS, row_length=LENGTH, accumulate=accumulate, mesh=mesh
+        plan=plan,
+        optim=OptimConfig(lr=1e-2),
+        batch_size=ROWS,
+        sequence_length=LENGTH,
+        grad_accumulation=accumulate,
+        mesh=mesh,
     )
     program = make_program(config, FEATURES, base, steps=STEPS, mesh=mesh_of(config))
     steering = init_steering(program.model.plan, FEATURES, jax.random.key(1), base=base)
-    trained, frozen = split(Params(base, steering), program.labels)
+    trained, frozen = partition(Params(base, steering), program.labels)
     state, frozen = program.begin(trained, jax.random.key(2)), program.place_frozen(frozen)
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
     own, rows, losses = program.placement.own_rows(ROWS // accumulate), ROWS // accumulate, []
@@ -75,7 +80,7 @@ def main():
     parser.add_argument("plans", nargs="+")
     parser.add_argument("--process", type=int)
     parser.add_argument("--port", type=int)
-    parser.add_argument("--accumulate", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--grad-accumulation", type=int, nargs="+", default=[1, 4])
     asked = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8 if asked.process is None else 4)
     if asked.process is not None:
@@ -84,10 +89,10 @@ def main():
     with open(asked.out, "w", encoding="utf-8") as file:
         for plan in asked.plans:
             for mesh in asked.meshes.split(","):
-                for accumulate in asked.accumulate:
+                for accumulate in asked.grad_accumulation:
                     sizes = MeshConfig(*map(int, mesh.split("x")))
                     losses = curve(tuple(plan.split(";")), sizes, accumulate, base, data)
-                    row = {"plan": plan, "mesh": mesh, "accumulate": accumulate, "losses": losses}
+                    row = {"plan": plan, "mesh": mesh, "grad_accumulation": accumulate, "losses": losses}
                     file.write(json.dumps(row) + "\n")
 
 

@@ -25,11 +25,11 @@ def config(tiny_folder, tiny_data, tmp_path):
             model=str(tiny_folder),
             optim=OptimConfig(schedule="cosine"),
             steps=3,
-            rows=2,
-            row_length=32,
+            batch_size=2,
+            sequence_length=32,
             validation_examples=6,
             test_examples=8,
-            eval_rows=8,
+            eval_batch_size=8,
         ),
         entries=(
             Entry("full fine-tuning", (), lr=1e-4, train_base=True),
@@ -91,7 +91,7 @@ def test_a_comparison_leaves_its_table_and_goes_on_where_it_was(config, tmp_path
     assert gap == pytest.approx(by_name["post-block"]["test"]["mean"] - by_name["joint"]["test"]["mean"])
 
     with pytest.raises(ValueError, match=r"holds a run with other settings.*rows"):
-        compare(replace(config, base=replace(config.base, rows=4)))
+        compare(replace(config, base=replace(config.base, batch_size=4)))
     changed = (replace(config.entries[0], lr=2e-4), *config.entries[1:])
     with pytest.raises(ValueError, match="other settings of 'full fine-tuning'"):
         compare(replace(config, entries=changed))

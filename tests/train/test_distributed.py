@@ -37,13 +37,13 @@ def config(tiny_folder, tiny_data, tmp_path_factory):
         model=str(tiny_folder),
         plan=("nonlinear(rank=4) @ block", "lora(rank=2) @ projections"),
         steps=8,
-        rows=8,
-        row_length=32,
-        accumulate=2,
+        batch_size=8,
+        sequence_length=32,
+        grad_accumulation=2,
         test_examples=0,
         validation_examples=8,
         evaluate_every=8,
-        eval_rows=8,
+        eval_batch_size=8,
         checkpoint_every=2,
         out=str(tmp_path_factory.mktemp("runs") / "single"),
         mesh=MeshConfig(1, 1, 1),
@@ -157,7 +157,17 @@ def choosing(tiny_folder, tiny_data, tmp_path_factory):
 def test_two_processes_answer_as_one_does(by, config, alone, choosing, tmp_path):
     single, pair = tmp_path / "single", tmp_path / "pair"
     steering = str(Path(config.out) / "steering.safetensors")
-    arguments = ("--split", "validation", "--examples", "20", "--rows", "16", "--no-base", "--by", by)  # 16 are halved
+    arguments = (
+        "--split",
+        "validation",
+        "--examples",
+        "20",
+        "--batch-size",
+        "16",
+        "--no-base",
+        "--by",
+        by,
+    )  # 16 are halved
     if by == "likelihood":
         arguments += ("--config", choosing)
     done = subprocess.run(
@@ -212,7 +222,10 @@ def test_an_error_of_one_is_an_error_of_all(config, tmp_path):
 def test_rows_of_a_part_are_those_of_the_whole():
     draw = np.random.default_rng(0)
     examples = [TokenizedExample(np.arange(n), np.ones(n, np.float32), 1, "") for n in draw.integers(2, 8, 50)]
-    data, config = DataSource(examples, 12, 16, seed=3), TrainConfig(rows=12, row_length=16, accumulate=3)
+    data, config = (
+        DataSource(examples, 12, 16, seed=3),
+        TrainConfig(batch_size=12, sequence_length=16, grad_accumulation=3),
+    )
     for step in range(4):
         whole, part = step_batch(config, data, step), step_batch(config, data, step, range(1, 3))
         for one, other in zip(whole, part, strict=True):

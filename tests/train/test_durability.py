@@ -35,8 +35,8 @@ def config(tiny_folder, tiny_data, tmp_path):
         model=str(tiny_folder),
         plan=("nonlinear(rank=4) @ block",),
         steps=4,
-        rows=4,
-        row_length=32,
+        batch_size=4,
+        sequence_length=32,
         test_examples=0,
         checkpoint_every=2,
         out=str(tmp_path / "run"),
@@ -154,8 +154,9 @@ from train.tasks import JsonlTask
 from jaxsteer.optim import OptimConfig
 
 def config():
-    return TrainConfig(task=JsonlTask({data!r}), model={model!r}, steps=120, rows=4, row_length=32, test_examples=0,
-                       plan=("nonlinear(rank=4) @ block",), optim=OptimConfig(lr=3e-3), checkpoint_every=3)
+    return TrainConfig(task=JsonlTask({data!r}), model={model!r}, steps=120, batch_size=4, sequence_length=32,
+                       test_examples=0, plan=("nonlinear(rank=4) @ block",), checkpoint_every=3,
+                       optim=OptimConfig(lr=3e-3))
 """
 
 

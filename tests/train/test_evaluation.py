@@ -64,7 +64,7 @@ def said(answers):
 
 
 def asking(loaded, **settings):
-    return Answering("tiny", loaded, place_on(SINGLE, 4), **({"rows": 4} | settings))
+    return Answering("tiny", loaded, place_on(SINGLE, 4), **({"batch_size": 4} | settings))
 
 
 def test_answers_come_in_order_and_say_how_sure_they_are(loaded, steered):
@@ -73,7 +73,14 @@ def test_answers_come_in_order_and_say_how_sure_they_are(loaded, steered):
     model = Model(loaded.config, plan)
     kept, told = {}, []
     answers = decode(
-        model, loaded.base, steering, prompts, loaded.tokenizer, rows=4, keep=kept.__setitem__, advance=told.append
+        model,
+        loaded.base,
+        steering,
+        prompts,
+        loaded.tokenizer,
+        batch_size=4,
+        keep=kept.__setitem__,
+        advance=told.append,
     )
     assert [each.source for each in answers] == [f"letters:{i}" for i in range(11)]
     assert kept == dict(enumerate(answers))
@@ -81,7 +88,9 @@ def test_answers_come_in_order_and_say_how_sure_they_are(loaded, steered):
     assert all(each.margin >= 0 and each.truncated for each in answers)
     # What is known already is not asked again.
     fresh, known = {}, {3: replace(answers[3], output="known")}
-    again = decode(model, loaded.base, steering, prompts, loaded.tokenizer, rows=4, done=known, keep=fresh.__setitem__)
+    again = decode(
+        model, loaded.base, steering, prompts, loaded.tokenizer, batch_size=4, done=known, keep=fresh.__setitem__
+    )
     assert again[3].output == "known"
     assert said(again[:3] + again[4:]) == said(answers[:3] + answers[4:])
     assert sorted(fresh) == [i for i in range(11) if i != 3]
@@ -95,7 +104,7 @@ def test_choices_score_as_completions_in_training_do(loaded, steered):
     model = Model(loaded.config, plan)
     examples = [Example.of(f"{chr(97 + i)}>", CHOICES[i], f"letters:{i}", choices=CHOICES) for i in range(3)]
     prompts = make_prompts(examples, loaded.tokenizer, loaded.stop_tokens, TASK, choices=True)
-    answers = choose(model, loaded.base, steering, prompts, rows=2)
+    answers = choose(model, loaded.base, steering, prompts, batch_size=2)
     for example, answer in zip(examples, answers, strict=True):
         for choice, got in zip(CHOICES, answer.scores, strict=True):
             trained, _ = encode([Example.of(example.turns[0].text, choice, "here")], loaded.tokenizer)
@@ -110,7 +119,7 @@ def test_choices_score_as_completions_in_training_do(loaded, steered):
         assert answer.correct == (answer.output == example.turns[1].text)
     sizes = {"tokens": [3, 4, 6], "characters": [2, 3, 5]}
     for normalise, size in sizes.items():
-        found = choose(model, loaded.base, steering, prompts, rows=2, normalise=normalise)
+        found = choose(model, loaded.base, steering, prompts, batch_size=2, normalise=normalise)
         for plain, each in zip(answers, found, strict=True):
             np.testing.assert_allclose(each.scores, np.divide(plain.scores, size), rtol=1e-5)
             assert each.output == CHOICES[int(np.argmax(each.scores))]
@@ -199,7 +208,7 @@ def test_only_the_same_examples_are_compared(tmp_path):
 
 def test_the_program_is_killed_and_goes_on(steering_file, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "train.evaluate", str(steering_file), "--examples", "60", "--rows", "2"]
+    command = [sys.executable, "-m", "train.evaluate", str(steering_file), "--examples", "60", "--batch-size", "2"]
     command += ["--no-base", "--out", str(out)]
     part = out / "steered.jsonl.unfinished"
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -225,7 +234,7 @@ def test_the_program_is_killed_and_goes_on(steering_file, tmp_path, monkeypatch,
 
 def test_the_table_of_robustness(loaded, steered, steering_file, tmp_path):
     config = RobustnessConfig(
-        (str(steering_file),), perturb=("casing",), examples=6, rows=4, out=str(tmp_path), split="test"
+        (str(steering_file),), perturb=("casing",), examples=6, batch_size=4, out=str(tmp_path), split="test"
     )
     task = replace(TASK, test=json.loads(json.dumps(str(steering_file.parent / "data.jsonl"))))
     Path(task.test).write_text(

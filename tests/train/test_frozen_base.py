@@ -12,12 +12,12 @@ from train.cli import load_config_file
 from train.compare.config import CompareConfig
 from train.config import TrainConfig
 from train.devices.placement import SINGLE
-from train.plan.features import features_of
+from train.plan.base_models import model_config_of
 from train.plan.programs import base_shapes, lower_training
 from train.run.program import make_program
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SMALL = {"rows": 3, "row_length": 160, "accumulate": 1, "mesh": SINGLE}
+SMALL = {"batch_size": 3, "sequence_length": 160, "grad_accumulation": 1, "mesh": SINGLE}
 """Rows whose products are no dimension of a weight: a product of activations cannot look like a weight's gradient."""
 
 
@@ -29,7 +29,8 @@ def runs(path):
     return {"": load_config_file(path, TrainConfig)}
 
 
-RUNS = {f"{path.stem} {name}".strip(): run for path in CONFIGS.glob("*.py") for name, run in runs(path).items()}
+FILES = sorted(path for path in CONFIGS.glob("*.py") if path.stem != "common")
+RUNS = {f"{path.stem} {name}".strip(): run for path in FILES for name, run in runs(path).items()}
 SLOW = ("llama3_70b", "compare")
 FROZEN = [
     pytest.param(name, marks=pytest.mark.slow if name.startswith(SLOW) else ())
@@ -40,14 +41,18 @@ FROZEN = [
 
 def weight_gradients(config):
     """Paths of the base's matrices whose shape, or its transpose, some dot_general of the step returns."""
-    features = features_of(config)
-    base = base_shapes(features, jnp.float32)
+    model_config = model_config_of(config)
+    base = base_shapes(model_config, jnp.float32)
     config = replace(config, **SMALL)
-    program = make_program(config, features, base, steps=10)
+    program = make_program(config, model_config, base, steps=10)
     text = lower_training(program, config).as_text()
     results = re.findall(r"stablehlo\.dot_general.*-> tensor<([\dx]+)x[a-z]\w*>", text)
     found = {tuple(int(size) for size in dims.split("x") if size != "1") for dims in results}
-    assert (SMALL["rows"], SMALL["row_length"], features.width) in found  # the text is what it is taken for
+    assert (
+        SMALL["batch_size"],
+        SMALL["sequence_length"],
+        model_config.width,
+    ) in found  # the text is what it is taken for
     matrices = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape[-2:]
         for path, leaf in jax.tree_util.tree_leaves_with_path(base)

@@ -39,7 +39,7 @@ from train.tasks import JsonlTask
 folder, data, out = sys.argv[1:]
 config = TrainConfig(
     task=JsonlTask(data, validation=data, max_new_tokens=2), model=folder, plan=("nonlinear(rank=4) @ block",), steps=2,
-    rows=4, row_length=32, test_examples=8, eval_rows=8, out=out, mesh=MeshConfig(tensor=2),
+    batch_size=4, sequence_length=32, test_examples=8, eval_batch_size=8, out=out, mesh=MeshConfig(tensor=2),
 )
 result = train(config)
 print("devices", len(jax.tree.leaves(result.params.base)[0].sharding.device_set))
@@ -69,7 +69,7 @@ def curves(folder, meshes, plans, *options, processes=1):
         assert [process.returncode for process in both] == [0, 0], "\n----\n".join(outputs)
     found = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     assert all(each == found[0] for each in found)
-    return {(row["plan"], row["mesh"], row["accumulate"]): np.array(row["losses"]) for row in found[0]}
+    return {(row["plan"], row["mesh"], row["grad_accumulation"]): np.array(row["losses"]) for row in found[0]}
 
 
 def pair(first, second, environment):
@@ -100,8 +100,8 @@ def agree(found, tolerance=1e-5):
 
 def test_loss_curves_agree(tmp_path):
     """Ten steps in fp32, packed, post-block and LoRA together: a process, and two that accumulate."""
-    found = curves(tmp_path, (SINGLE, "1x2x4"), [JOINT], "--accumulate", 1)
-    found |= curves(tmp_path, [PAIR], [JOINT], "--accumulate", 4, processes=2)
+    found = curves(tmp_path, (SINGLE, "1x2x4"), [JOINT], "--grad-accumulation", 1)
+    found |= curves(tmp_path, [PAIR], [JOINT], "--grad-accumulation", 4, processes=2)
     assert len(found) == 3
     agree(found)
 

@@ -16,8 +16,8 @@ from train.cli import load_config_file
 from train.config import TrainConfig
 from train.devices.placement import MeshConfig
 from train.plan import table
+from train.plan.base_models import KNOWN, model_config_of
 from train.plan.estimate import estimate_training, make_estimated, resident
-from train.plan.features import KNOWN, features_of
 from train.plan.figures import figures_of
 from train.plan.hlo import Traffic, collectives
 from train.plan.search import candidates
@@ -76,14 +76,14 @@ def test_what_cannot_fit_is_said_in_words():
     assert not found["fits"]
     assert found["needed"] > found["limit"]
     assert "exceeds" in found["words"]
-    assert any(remedy.startswith("--accumulate 8: about") for remedy in found["remedies"])
+    assert any(remedy.startswith("--grad-accumulation 8: about") for remedy in found["remedies"])
     assert any(remedy.startswith("--topology v5e:8x16: about") for remedy in found["remedies"])
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_8b_with_256_rows_fits():
-    (found,) = plan(POST_BLOCK, "--topology", "v5e:4x4", "--programs", "train", "--rows", "256")
+    (found,) = plan(POST_BLOCK, "--topology", "v5e:4x4", "--programs", "train", "--batch-size", "256")
     assert found["fits"]
 
 
@@ -291,7 +291,7 @@ def test_known_features_are_the_published_ones():
 
 
 def test_a_local_model_is_read(tiny_folder):
-    assert features_of(TrainConfig(model=str(tiny_folder))).width == 32
+    assert model_config_of(TrainConfig(model=str(tiny_folder))).width == 32
 
 
 @pytest.fixture(scope="module")
@@ -300,28 +300,28 @@ def post_block():
 
 
 def test_weights_fall_with_fsdp(post_block):
-    features, there = features_of(post_block), parse_topology("v5e:4x4")
+    model_config, there = model_config_of(post_block), parse_topology("v5e:4x4")
     sizes = {}
     for fsdp in (1, 4, 16):
         mesh = MeshConfig(16 // fsdp, fsdp)
-        sizes[fsdp] = resident(make_estimated(replace(post_block, mesh=mesh), features, there))["weights"]
+        sizes[fsdp] = resident(make_estimated(replace(post_block, mesh=mesh), model_config, there))["weights"]
     norms = 2 * (2 * 32 + 1) * 4096  # on every chip
     assert (sizes[1] - norms) == 4 * (sizes[4] - norms) == 16 * (sizes[16] - norms)
 
 
 def test_remat_and_microbatches_save_memory(post_block):
-    features, there = features_of(post_block), parse_topology("v5e:4x4")
+    model_config, there = model_config_of(post_block), parse_topology("v5e:4x4")
     peak = lambda **change: (
         estimate_training(
-            make_estimated(replace(post_block, **change), features, there), replace(post_block, **change)
+            make_estimated(replace(post_block, **change), model_config, there), replace(post_block, **change)
         ).peak
     )
-    assert peak(remat="none") > peak(remat="selective") > peak() > peak(accumulate=4)
+    assert peak(remat="none") > peak(remat="selective") > peak() > peak(grad_accumulation=4)
 
 
 def test_a_search_begins_with_what_is_fastest_by_the_estimate(post_block):
-    features, there = features_of(post_block), parse_topology("v5e:2x2")
-    found = candidates(post_block, features, there)
+    model_config, there = model_config_of(post_block), parse_topology("v5e:2x2")
+    found = candidates(post_block, model_config, there)
     speeds = [each.tokens_per_second for each in found]
     assert all(a >= 0.99 * b for a, b in pairwise(speeds))
     assert {each.config.mesh.tensor for each in found} >= {1, 2}
@@ -329,7 +329,7 @@ def test_a_search_begins_with_what_is_fastest_by_the_estimate(post_block):
 
 
 def test_gpus_are_estimated(post_block):
-    found = figures_of("train", post_block, features_of(post_block), parse_topology("h100:8"), 0)
+    found = figures_of("train", post_block, model_config_of(post_block), parse_topology("h100:8"), 0)
     assert found.fits
     assert not found.compiled
     assert found.attention[0] == "cudnn"

@@ -19,8 +19,8 @@ def test_steering_keeps_to_the_base_that_it_was_trained_on(tiny_folder, tiny_dat
         plan=("nonlinear(rank=4) @ block",),
         quantise="int8",
         steps=2,
-        rows=4,
-        row_length=32,
+        batch_size=4,
+        sequence_length=32,
         test_examples=0,
         out=str(tmp_path / "run"),
     )

@@ -36,13 +36,13 @@ def config(tiny_folder, tiny_data, tmp_path):
         plan=("nonlinear(rank=4) @ block", "lora(rank=2) @ attn.q,mlp.down layers=last:2"),
         optim=OptimConfig(lr=1e-2),
         steps=12,
-        rows=4,
-        row_length=32,
-        accumulate=2,
+        batch_size=4,
+        sequence_length=32,
+        grad_accumulation=2,
         evaluate_every=6,
         validation_examples=8,
         test_examples=16,
-        eval_rows=8,
+        eval_batch_size=8,
         checkpoint_every=4,
         out=str(tmp_path / "run"),
     )
@@ -120,7 +120,8 @@ from jaxsteer.optim import OptimConfig
 
 def config():
     return TrainConfig(task=JsonlTask({data!r}), model={model!r}, plan=("nonlinear(rank=4) @ block",), steps=400,
-                       rows=4, row_length=32, optim=OptimConfig(lr=3e-3), test_examples=0, checkpoint_every=5)
+                       batch_size=4, sequence_length=32, optim=OptimConfig(lr=3e-3), test_examples=0,
+                       checkpoint_every=5)
 """
 
 
@@ -203,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(conf
         ({"plan": ("lora @ block",)}, "lora is a weight method"),
         ({"plan": ("nonlinear block",)}, "expected method"),
         ({"freeze": ("steer",)}, "cannot freeze"),
-        ({"row_length": 3}, "longer than 3 tokens .*letters.jsonl:1"),
+        ({"sequence_length": 3}, "longer than 3 tokens .*letters.jsonl:1"),
     ],
 )
 def test_bad_settings_are_named_before_anything_is_trained(config, changes, message):
@@ -248,9 +249,9 @@ def test_an_output_folder_with_another_run_is_refused(config):
 def test_configs_and_overrides(tmp_path):
     shipped = load_config_file(ROOT / "configs" / "listops_smollm2.py", TrainConfig)
     changed = from_command_line(
-        "sft", "x", TrainConfig, [str(ROOT / "configs/listops_smollm2.py"), "--optim.lr", "0.003", "--rows", "2"]
+        "sft", "x", TrainConfig, [str(ROOT / "configs/listops_smollm2.py"), "--optim.lr", "0.003", "--batch-size", "2"]
     )
-    assert changed == replace(shipped, rows=2, optim=replace(shipped.optim, lr=0.003))
+    assert changed == replace(shipped, batch_size=2, optim=replace(shipped.optim, lr=0.003))
     with pytest.raises(SystemExit):
         from_command_line("sft", "x", TrainConfig, ["--optim.learning-rate", "1"])
     with pytest.raises(ValueError, match="no such config file"):

@@ -28,11 +28,11 @@ def config(tiny_folder, tiny_data):
         optim=OptimConfig(lr=1e-2, weights_lr=3e-3),
         orthogonality=Orthogonality("projection"),
         steps=4,
-        rows=2,
-        row_length=32,
+        batch_size=2,
+        sequence_length=32,
         validation_examples=8,
         test_examples=8,
-        eval_rows=8,
+        eval_batch_size=8,
     )
 
 

@@ -29,7 +29,7 @@ def setting(tmp_path_factory, tiny_folder, tiny_data):
     training = folder / "config.py"
     training.write_text(
         "from train.config import TrainConfig\nfrom train.tasks import JsonlTask\n\n\n"
-        f"def config():\n    return TrainConfig(model={str(tiny_folder)!r}, rows=2, row_length=32, "
+        f"def config():\n    return TrainConfig(model={str(tiny_folder)!r}, batch_size=2, sequence_length=32, "
         f"task=JsonlTask({str(tiny_data)!r}, {str(tiny_data)!r}))\n"
     )
     return {"tuned": str(folder / "lora.safetensors"), "config": str(training)}
@@ -53,7 +53,7 @@ def test_examples_are_all_there_once_and_prompts_show_no_label(setting):
 
 @pytest.mark.slow
 def test_the_oracle_study(setting, tmp_path):
-    OracleStudy(**setting, examples=12, rows=2, length=32, every=2, out=str(tmp_path)).run()
+    OracleStudy(**setting, examples=12, batch_size=2, sequence_length=32, every=2, out=str(tmp_path)).run()
     found = result(tmp_path, "oracle")
     assert found["replays"]["every block"]["kl"] < 1e-4 < found["replays"]["base"]["kl"]
     assert found["replays"]["fine-tuned"]["agreement"] == 1
@@ -64,7 +64,7 @@ def test_the_oracle_study(setting, tmp_path):
 @pytest.mark.slow
 def test_conversion_then_geometry(setting, tiny_folder, tmp_path):
     config = load_config(tiny_folder)
-    small = {"rows": 2, "length": 32, "examples": 12}
+    small = {"batch_size": 2, "sequence_length": 32, "examples": 12}
     ConvertStudy(**setting, **small, rank=2, prompts=40, distill_steps=3, out=str(tmp_path)).run()
     models = result(tmp_path, "convert")["models"]
     assert models["affine"]["kl"] < models["base"]["kl"]
@@ -79,7 +79,7 @@ def test_conversion_then_geometry(setting, tiny_folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_prediction_study(setting, tmp_path):
-    study = PredictStudy(setting["config"], "nonlinear(rank=2) @ {site}", batches=1, rows=2, steps=2, every=2)
+    study = PredictStudy(setting["config"], "nonlinear(rank=2) @ {site}", batches=1, batch_size=2, steps=2, every=2)
     PredictStudy(**{**vars(study), "out": str(tmp_path)}).run()
     found = result(tmp_path, "predict")
     assert len(found["fall at one layer"]) == len(found["layers"]) == 2

@@ -26,7 +26,7 @@ def config(tiny_folder, tiny_data, tmp_path_factory):
         "from train.tasks import JsonlTask\n\n"
         "def config():\n"
         f"    task = JsonlTask({str(tiny_data)!r}, test={str(tiny_data)!r})\n"
-        f"    return TrainConfig(task=task, model={str(tiny_folder)!r}, rows=4, row_length=16)\n"
+        f"    return TrainConfig(task=task, model={str(tiny_folder)!r}, batch_size=4, sequence_length=16)\n"
     )
     return str(path)
 

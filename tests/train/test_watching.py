@@ -33,9 +33,9 @@ def config(tiny_folder, tiny_data, tmp_path):
         plan=("nonlinear(rank=2) @ block",),
         optim=OptimConfig(lr=1e-2),
         steps=6,
-        rows=4,
-        row_length=32,
-        accumulate=2,
+        batch_size=4,
+        sequence_length=32,
+        grad_accumulation=2,
         test_examples=0,
         checkpoint_every=2,
         out=str(tmp_path / "run"),
@@ -282,7 +282,7 @@ def test_the_examples_named_are_those_of_the_batch(config, monkeypatch):
     row = read_metrics(sft.Path(config.out) / "metrics.jsonl")[-1]
     assert row["step"] == 3
     by_source = {example.source: example.ids for example in training.data.examples}
-    batch = step_batch(replace(config, accumulate=1), training.data, 2)
+    batch = step_batch(replace(config, grad_accumulation=1), training.data, 2)
     for tokens, segments, members in zip(batch.tokens, batch.segments, row["examples"], strict=True):
         held = np.concatenate([by_source[source] for source in members])
         np.testing.assert_array_equal(tokens[segments > 0], held)

@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m train.bench train --rows 8 --length 256`, `... decode`, `... eval`, `... load`.
+"""Benchmarks: `python -m train.bench train --batch-size 8 --sequence-length 256`, `... decode`, `... eval`, `... load`.
 
 Each prints a table and, with --json, writes the figures. Compare two settings by interleaved runs on a quiet machine.
 """

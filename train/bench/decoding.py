@@ -28,7 +28,7 @@ class DecodeBench:
     """A local folder or .gguf file, a Hugging Face id, or smollm2-135m-instruct."""
     plan: tuple[str, ...] = ("nonlinear(rank=8) @ block",)
     """What is steered where."""
-    rows: int = 1
+    batch_size: int = 1
     """Prompts decoded at a time."""
     prompt: int = 32
     """Tokens of a prompt."""
@@ -48,7 +48,7 @@ def bench_decode(config: DecodeBench) -> dict[str, float]:
     plan = parse_plan(config.plan, loaded.config)
     # Not the fresh initialisation, whose zeros a compiler could not know but a cache might like.
     steering = jax.tree.map(lambda x: x + 0.01, init_steering(plan, loaded.config, jax.random.key(0), base=loaded.base))
-    tokens = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (config.rows, config.prompt))
+    tokens = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (config.batch_size, config.prompt))
     row = [
         [TokenizedExample(t.astype(np.int32), np.zeros(config.prompt, np.float32), config.prompt, "")] for t in tokens
     ]

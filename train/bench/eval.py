@@ -38,7 +38,7 @@ class EvalBench:
     """Prompts answered in rows."""
     alone: int = 8
     """Of these, prompts that are also answered one at a time, spread over the lengths."""
-    rows: int = 96
+    batch_size: int = 96
     """Prompts decoded at a time."""
     new_tokens: int = 100
     """The most tokens of an answer."""
@@ -81,11 +81,11 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     count = min(config.alone, len(prompts))
     chosen = [by_length[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
     # The first runs compile.
-    answer(prompts, config.rows, cut_short=True)
+    answer(prompts, config.batch_size, cut_short=True)
     for i in chosen:
         answer([prompts[i]], 1, cut_short=True)
     first = [answer([prompts[i]], 1) for i in chosen]
-    batched, seconds = answer(prompts, config.rows)
+    batched, seconds = answer(prompts, config.batch_size)
     second = [answer([prompts[i]], 1) for i in chosen]
     alone = [statistics.mean((a[1], b[1])) for a, b in zip(first, second, strict=True)]
     pairs = [(batched[i], each[0][0]) for i, each in zip(chosen, first, strict=True)]

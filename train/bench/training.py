@@ -15,7 +15,7 @@ from jaxsteer.flops import step_flops
 from jaxsteer.models.attention import causal_share
 from jaxsteer.models.transformer import Remat
 from jaxsteer.objective import next_tokens, supervised_loss
-from jaxsteer.params import Params, split
+from jaxsteer.params import Params, partition
 from jaxsteer.steering import init_steering
 from jaxsteer.training import init_state
 from jaxsteer.types import Batch
@@ -38,9 +38,9 @@ class TrainBench:
     """What is steered where."""
     train_base: bool = False
     """Full fine-tuning."""
-    rows: int = 8
+    batch_size: int = 8
     """Rows of a batch."""
-    length: int = 256
+    sequence_length: int = 256
     """Tokens of a row."""
     data: str = "dense"
     """dense: random tokens, every position supervised; listops; or a JSONL file with prompts and completions."""
@@ -67,14 +67,14 @@ def bench_train(config: TrainBench) -> dict[str, float]:
         plan=config.plan,
         train_base=config.train_base,
         remat=config.remat,
-        rows=config.rows,
-        row_length=config.length,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
         mesh=SINGLE,
     )
     program = make_program(settings, loaded.config, loaded.base, steps=1000)
     model, tx = program.model, program.tx
     params = Params(loaded.base, init_steering(model.plan, loaded.config, jax.random.key(0), base=loaded.base))
-    trained, frozen = split(params, program.labels)
+    trained, frozen = partition(params, program.labels)
     trained = jax.tree.map(jnp.copy, trained)  # the step donates its state
     state = init_state(trained, tx, jax.random.key(1))
     source = _source(config, loaded)
@@ -98,8 +98,8 @@ def bench_train(config: TrainBench) -> dict[str, float]:
         tokens.append(int((host.segments > 0).sum()))
         examples.append(int(host.segments.max(axis=1).sum()))
         supervised = int((np.asarray(next_tokens(batch).weights) > 0).sum())
-        share = causal_share(config.length, program.attention[0])
-        flops.append(step_flops(model, config.rows, config.length, supervised, causal_share=share))
+        share = causal_share(config.sequence_length, program.attention[0])
+        flops.append(step_flops(model, config.batch_size, config.sequence_length, supervised, causal_share=share))
     middle = statistics.median
     speed = middle([f.executed / s for f, s in zip(flops, seconds, strict=True)])
     return {
@@ -123,14 +123,16 @@ def _source(config: TrainBench, loaded: Any) -> DataSource:
     """Batches of the data asked for."""
     if config.data == "dense":
         generator = np.random.default_rng(0)
-        shape = (config.rows * (config.steps + 1), config.length)
+        shape = (config.batch_size * (config.steps + 1), config.sequence_length)
         tokens = generator.integers(0, loaded.config.vocab_size, shape).astype(np.int32)
-        weights = np.ones(config.length, np.float32)
-        return DataSource([TokenizedExample(t, weights, 1, "dense") for t in tokens], config.rows, config.length)
+        weights = np.ones(config.sequence_length, np.float32)
+        return DataSource(
+            [TokenizedExample(t, weights, 1, "dense") for t in tokens], config.batch_size, config.sequence_length
+        )
     listops = config.data == "listops"
     examples = generate_listops(ListOps(), "train") if listops else read_jsonl(config.data, config.keys)
-    encoded, _ = encode(examples, loaded.tokenizer, max_length=config.length, on_long="drop")
-    return DataSource(encoded, config.rows, config.length)
+    encoded, _ = encode(examples, loaded.tokenizer, max_length=config.sequence_length, on_long="drop")
+    return DataSource(encoded, config.batch_size, config.sequence_length)
 
 
 def _device(batch: Batch) -> Batch:

@@ -44,13 +44,14 @@ def _compare(config: CompareConfig, run: RunFolder) -> dict[str, Any]:
     loaded = load_base_model(config.base)
     console = Console()
     config = replace(config, base=replace(config.base, steps=count_steps(config.base, loaded)))
-    assert config.base.steps is not None
-    planned = config.base.steps * (config.rates + config.seeds - 1)
+    base = config.base
+    assert base.steps is not None
+    planned = base.steps * (config.rates + config.seeds - 1)
     print_facts(
         {
             "device": device_summary(),
             "methods": ", ".join(entry.name for entry in config.entries),
-            "budget": f"{config.base.steps} steps of {config.base.rows} rows of {config.base.row_length} tokens a run",
+            "budget": f"{base.steps} steps of {base.batch_size} rows of {base.sequence_length} tokens a run",
         }
     )
     results = []

@@ -121,8 +121,8 @@ class Comparison:
 
     def answer(self, split: str, model: Model, base: PyTree, steering: Steering) -> list[int]:
         """Which answers to a split's prompts are right, 1 or 0."""
-        rows = self.config.base.eval_rows
-        answers = decode(model, base, steering, self.prompts[split], self.loaded.tokenizer, rows=rows)
+        batch_size = self.config.base.eval_batch_size
+        answers = decode(model, base, steering, self.prompts[split], self.loaded.tokenizer, batch_size=batch_size)
         return [int(answer.correct) for answer in answers]
 
     def tested(self, entry: Entry, exponent: int, seed: int) -> dict[str, Any]:

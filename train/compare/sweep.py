@@ -18,7 +18,7 @@ import numpy as np
 from jaxsteer.io import LoadedModel
 from jaxsteer.models.transformer import write_scales
 from jaxsteer.optim import make_optimizer
-from jaxsteer.params import Params, merge, param_labels
+from jaxsteer.params import Params, combine, param_labels
 from jaxsteer.training import Metrics, TrainState, train_step
 from jaxsteer.types import Array, Batch, PyTree, Steering
 from train.config import TrainConfig
@@ -91,7 +91,7 @@ def train_runs(
     return [
         Trained(
             training,
-            merge(program.one(state.params, k), program.one(frozen, k)),
+            combine(program.one(state.params, k), program.one(frozen, k)),
             losses[:, k] if program.many else losses,
             shared[:, k] if program.many else shared,
         )

@@ -121,7 +121,7 @@ def decode(
     prompts: Prompts,
     tokenizer: Any,
     *,
-    rows: int = 64,
+    batch_size: int = 64,
     sampling: Sampling | None = None,
     key: jax.Array | None = None,
     advance: Callable[[int], None] = lambda done: None,
@@ -136,7 +136,7 @@ def decode(
     Args:
         model, base, steering: that answer.
         prompts, tokenizer: what to answer.
-        rows: decoded at a time.
+        batch_size: prompts decoded at a time.
         sampling: greedy by default. key: for sampling.
         advance: hears how many are done.
         place: puts a batch on the devices that the weights lie on.
@@ -169,7 +169,7 @@ def decode(
         key,
         max_new_tokens=prompts.max_new_tokens,
         stop_tokens=prompts.stop,
-        rows=rows,
+        rows=batch_size,
         sampling=sampling or Sampling(),
         place=place,
     )
@@ -182,7 +182,7 @@ def choose(
     steering: Steering,
     prompts: Prompts,
     *,
-    rows: int = 32,
+    batch_size: int = 32,
     normalise: Normalise = "none",
     advance: Callable[[int], None] = lambda done: None,
     place: Callable[[Batch], Batch] = _on_device,
@@ -193,7 +193,7 @@ def choose(
 
     Args:
         prompts: with their choices, see `make_prompts`.
-        rows: prompts at a time.
+        batch_size: prompts at a time.
         normalise: see `Normalise`.
         model, base, steering, advance, place, done, keep: as in `decode`.
     """
@@ -219,7 +219,7 @@ def choose(
         steering,
         [prompts.tokens[i] for i in left],
         [prompts.choice_ids[i] for i in left],
-        rows=rows,
+        batch_size=batch_size,
         place=place,
     )
     return _collect(results, ((left[i], read(left[i], scores)) for i, scores in found), advance, keep)

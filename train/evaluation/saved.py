@@ -43,14 +43,14 @@ class Answering:
     """Who answers, and how.
 
     model_name  of the base, which `loaded` holds and `place` spreads
-    rows        prompts at a time
+    batch_size  prompts at a time
     by, normalise  see `By` and `train.evaluation.Normalise`
     """
 
     model_name: str
     loaded: LoadedModel
     place: Placement
-    rows: int
+    batch_size: int
     by: By = "generation"
     normalise: Normalise = "none"
 
@@ -95,7 +95,7 @@ class Answering:
         with Unfinished(path, identity) as unfinished:
             with progress(len(examples), title, start=len(unfinished.done)) as bar, self.place.on_mesh():
                 how: dict[str, Any] = {
-                    "rows": self.rows,
+                    "batch_size": self.batch_size,
                     "advance": bar.update,
                     "place": self.place.batch,
                     "done": unfinished.done,

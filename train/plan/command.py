@@ -12,7 +12,7 @@ from rich.console import Console
 from jaxsteer.io.files import write_json
 from train.cli import from_command_line
 from train.config import TrainConfig
-from train.plan.features import features_of
+from train.plan.base_models import model_config_of
 from train.plan.figures import Figures, figures_of
 from train.plan.report import print_comparison, print_figures
 from train.plan.search import search
@@ -38,7 +38,7 @@ class PlanConfig(TrainConfig):
     programs: tuple[Literal["train", "decode"], ...] = ("train", "decode")
     """Which programs to plan."""
     prompt_length: int = 512
-    """Tokens of a prompt in decoding; `eval_rows` prompts at a time, `task.max_new_tokens` new tokens."""
+    """Tokens of a prompt in decoding; `eval_batch_size` prompts at a time, `task.max_new_tokens` new tokens."""
     search: bool = False
     """Try meshes, batch sizes and remat policies for the training step, and rank those that fit."""
     best: int = 3
@@ -54,7 +54,7 @@ def plan(config: PlanConfig) -> list[Figures]:
     console = Console(stderr=True)
     names = config.topologies.split(",") if config.topologies else [config.topology]
     topologies = [parse_topology(name.strip(), config.slices) for name in names]
-    features = features_of(config)
+    model_config = model_config_of(config)
     quiet = config.json == "-"
     found: list[Figures] = []
     if config.search:
@@ -62,7 +62,7 @@ def plan(config: PlanConfig) -> list[Figures]:
             with console.status(f"searching on {topology.name}"):
                 ranked = search(
                     config,
-                    features,
+                    model_config,
                     topology,
                     config.best,
                     lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True),
@@ -77,7 +77,9 @@ def plan(config: PlanConfig) -> list[Figures]:
         for which in config.programs:
             with console.status(f"{which} on {topology.name}"):
                 found.append(
-                    figures_of(which, config, features, topology, config.prompt_length, compiled=not config.estimate)
+                    figures_of(
+                        which, config, model_config, topology, config.prompt_length, compiled=not config.estimate
+                    )
                 )
             if not quiet and len(topologies) == 1:
                 print_figures(found[-1])

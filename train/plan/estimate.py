@@ -75,19 +75,19 @@ def roofline(flops: float, moved: float, sent: float, chip: Chip, chips: int) ->
     return Roofline(flops / (chips * chip.flops), moved / chip.bandwidth, sent / chip.network)
 
 
-def make_estimated(config: TrainConfig, features: ModelConfig, topology: Topology) -> Program:
+def make_estimated(config: TrainConfig, model_config: ModelConfig, topology: Topology) -> Program:
     """The program of a run on devices that need not be known: for estimates alone.
 
     Raises:
         ValueError: the config does not fit the model or the devices.
     """
-    shape = config.mesh.shape(topology.chips, config.rows // config.accumulate)
+    shape = config.mesh.shape(topology.chips, config.batch_size // config.grad_accumulation)
     mesh = AbstractMesh((shape.data, shape.fsdp, shape.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
     dtype = jnp.float32 if config.dtype == "float32" else jnp.bfloat16
     return make_program(
         config,
-        features,
-        base_shapes(features, dtype, quantised=config.quantise == "int8"),
+        model_config,
+        base_shapes(model_config, dtype, quantised=config.quantise == "int8"),
         steps=config.steps or SCHEDULE_STEPS,
         mesh=mesh,  # type: ignore[arg-type]  # only sizes are asked of it
         platform=topology.chip.platform,
@@ -144,7 +144,9 @@ def _sizes(program: Program) -> _Sizes:
 def estimate_training(program: Program, config: TrainConfig) -> Estimate:
     """One training step. The remat policy and the batch are the config's, all else the program's."""
     c, s = program.model.config, _sizes(program)
-    tokens = config.rows // config.accumulate * config.row_length / s.row_shards  # of a microbatch, on one chip
+    tokens = (
+        config.batch_size // config.grad_accumulation * config.sequence_length / s.row_shards
+    )  # of a microbatch, on one chip
     backward = _backward_layers(program)
     stream = c.width / (s.tensor if config.mesh.split_sequence else 1)
     into = 1 + c.gated  # projections into the MLP
@@ -164,7 +166,7 @@ def estimate_training(program: Program, config: TrainConfig) -> Estimate:
     in_block += tokens * _score_bytes(program, config) / s.tensor
     trained = tree_bytes(program.shapes[0].params)
     parts = resident(program) | {
-        "gradients": trained * (2 if config.accumulate > 1 else 1),
+        "gradients": trained * (2 if config.grad_accumulation > 1 else 1),
         "saved activations": int(saved),
         "temporaries": int(max(at_loss, in_block)),
     }
@@ -172,7 +174,7 @@ def estimate_training(program: Program, config: TrainConfig) -> Estimate:
     # ---- traffic of a step
     again = {"none": 0, "selective": 0.3, "full": 1}[config.remat]
     passes = c.layers + backward
-    step_tokens, times = tokens * config.accumulate, config.accumulate
+    step_tokens, times = tokens * config.grad_accumulation, config.grad_accumulation
     a_pass = step_tokens * (12 * c.width + (4 * c.mlp_width + 2 * projected) / s.tensor) * s.width
     moved = times * (passes + again * backward) * s.layer * (3 if gathered else 1)
     moved += a_pass * (c.layers + backward * (2 + again)) + 3 * step_tokens * c.vocab_size / s.tensor * FP32
@@ -184,9 +186,9 @@ def estimate_training(program: Program, config: TrainConfig) -> Estimate:
 
 
 def estimate_decoding(program: Program, config: TrainConfig, prompt_length: int) -> Estimate:
-    """A prefill of `eval_rows` prompts and all new tokens."""
+    """A prefill of `eval_batch_size` prompts and all new tokens."""
     c, s = program.model.config, _sizes(program)
-    new, rows = config.task.max_new_tokens, max(1.0, config.eval_rows / s.row_shards)
+    new, rows = config.task.max_new_tokens, max(1.0, config.eval_batch_size / s.row_shards)
     slots = prompt_length + new - 1
     cache = cache_bytes(program, config, prompt_length)
     tokens = rows * prompt_length
@@ -206,7 +208,7 @@ def estimate_decoding(program: Program, config: TrainConfig, prompt_length: int)
 def cache_bytes(program: Program, config: TrainConfig, prompt_length: int) -> int:
     """The cache of keys and values on one chip."""
     c, s = program.model.config, _sizes(program)
-    rows = config.eval_rows / (s.row_shards if config.eval_rows % s.row_shards == 0 else 1)
+    rows = config.eval_batch_size / (s.row_shards if config.eval_batch_size % s.row_shards == 0 else 1)
     slots = prompt_length + config.task.max_new_tokens - 1
     return int(2 * c.layers * rows * slots * c.kv_heads * c.head_dim / s.tensor * s.width)
 
@@ -219,10 +221,10 @@ def estimate(which: Which, program: Program, config: TrainConfig, prompt_length:
 def flops_of(which: Which, program: Program, config: TrainConfig, prompt_length: int) -> StepFlops:
     """Arithmetic of one run of a program, over all chips; in training, every position of full rows is supervised."""
     if which == "decode":
-        return decode_flops(program.model.config, config.eval_rows, prompt_length, config.task.max_new_tokens)
+        return decode_flops(program.model.config, config.eval_batch_size, prompt_length, config.task.max_new_tokens)
     model = replace(program.model, remat=config.remat)
-    share = causal_share(config.row_length, program.attention[0])
-    rows, length = config.rows, config.row_length
+    share = causal_share(config.sequence_length, program.attention[0])
+    rows, length = config.batch_size, config.sequence_length
     return step_flops(model, rows, length, rows * length, causal_share=share)
 
 
@@ -235,5 +237,7 @@ def _backward_layers(program: Program) -> int:
 
 def _score_bytes(program: Program, config: TrainConfig) -> float:
     """Bytes of attention scores that exist at one time, a token, all heads of all chips."""
-    queries = {"dense": config.row_length, "chunked": min(CHUNK, config.row_length)}.get(program.attention[0], 0)
+    queries = {"dense": config.sequence_length, "chunked": min(CHUNK, config.sequence_length)}.get(
+        program.attention[0], 0
+    )
     return 2 * queries * program.model.config.heads * FP32

@@ -81,7 +81,7 @@ class Figures:
 def figures_of(
     which: Which,
     config: TrainConfig,
-    features: ModelConfig,
+    model_config: ModelConfig,
     topology: Topology,
     prompt_length: int,
     *,
@@ -95,20 +95,20 @@ def figures_of(
     Raises:
         ValueError: the config does not fit the model or the devices, or there is no compiler.
     """
-    program = make_estimated(config, features, topology)
+    program = make_estimated(config, model_config, topology)
     guess = estimate(which, program, config, prompt_length)
     if not compiled or topology.chip.platform != "tpu":
-        return _figures(which, config, topology, prompt_length, program, guess, features)
-    _, found = compile_for(which, config, features, topology, prompt_length)
+        return _figures(which, config, topology, prompt_length, program, guess, model_config)
+    _, found = compile_for(which, config, model_config, topology, prompt_length)
     if isinstance(found, TooBig):
         return replace(
-            _figures(which, config, topology, prompt_length, program, guess, features),
+            _figures(which, config, topology, prompt_length, program, guess, model_config),
             compiled=True,
             fits=False,
             needed=found.needed,
             words=found.words,
             compile_seconds=found.seconds,
-            remedies=remedies(which, config, features, topology, prompt_length),
+            remedies=remedies(which, config, model_config, topology, prompt_length),
         )
     held = {name: size for name, size in resident(program).items() if which == "train" or name != "optimizer"}
     if which == "decode":
@@ -117,7 +117,7 @@ def figures_of(
     flops = flops_of(which, program, config, prompt_length)
     sent = sum(traffic.sent for traffic in found.collectives.values())
     return replace(
-        _figures(which, config, topology, prompt_length, program, guess, features),
+        _figures(which, config, topology, prompt_length, program, guess, model_config),
         compiled=True,
         fits=True,
         needed=found.peak,
@@ -136,7 +136,7 @@ def _figures(
     prompt_length: int,
     program: Program,
     guess: Estimate,
-    features: ModelConfig,
+    model_config: ModelConfig,
 ) -> Figures:
     """By the estimate alone."""
     flops = flops_of(which, program, config, prompt_length)
@@ -155,21 +155,23 @@ def _figures(
         collectives={},
         flops=flops,
         roofline=roofline(flops.executed, guess.moved, guess.sent, topology.chip, _size(program)),
-        tokens=config.rows * config.row_length if which == "train" else config.eval_rows * config.task.max_new_tokens,
+        tokens=config.batch_size * config.sequence_length
+        if which == "train"
+        else config.eval_batch_size * config.task.max_new_tokens,
         estimated=guess.peak,
-        remedies=() if fits else remedies(which, config, features, topology, prompt_length),
+        remedies=() if fits else remedies(which, config, model_config, topology, prompt_length),
     )
 
 
 def remedies(
-    which: Which, config: TrainConfig, features: ModelConfig, topology: Topology, prompt_length: int
+    which: Which, config: TrainConfig, model_config: ModelConfig, topology: Topology, prompt_length: int
 ) -> tuple[str, ...]:
     """What would fit by the estimate, the least change first."""
     found: list[str] = []
     for group in _variants(which, config, topology):
         for change, there in group:
             try:
-                program = make_estimated(change, features, there)
+                program = make_estimated(change, model_config, there)
             except ValueError:
                 continue
             peak = estimate(which, program, change, prompt_length).peak
@@ -184,13 +186,19 @@ def _variants(which: Which, config: TrainConfig, topology: Topology) -> list[lis
     """Groups of changes; of each, the first that fits is worth a word."""
     here: list[list[TrainConfig]] = []
     if which == "decode":
-        here = [[replace(config, eval_rows=rows) for rows in (32, 16, 8, 4, 2, 1) if rows < config.eval_rows]]
+        here = [
+            [replace(config, eval_batch_size=rows) for rows in (32, 16, 8, 4, 2, 1) if rows < config.eval_batch_size]
+        ]
     else:
         full = replace(config, remat="full")
-        parts = [config.accumulate * 2**k for k in range(1, 8) if config.rows % (config.accumulate * 2**k) == 0]
-        here.append([replace(config, accumulate=n) for n in parts])
+        parts = [
+            config.grad_accumulation * 2**k
+            for k in range(1, 8)
+            if config.batch_size % (config.grad_accumulation * 2**k) == 0
+        ]
+        here.append([replace(config, grad_accumulation=n) for n in parts])
         if config.remat != "full":
-            here += [[full], [replace(full, accumulate=n) for n in parts]]
+            here += [[full], [replace(full, grad_accumulation=n) for n in parts]]
     slices = [parse_topology(name) for name in sold_names() if name.partition(":")[0] in CHIPS]
     same = [parse_topology(each.name, topology.slices) for each in slices if each.chip == topology.chip]
     larger = [each for each in same if each.chips > topology.chips]
@@ -206,7 +214,7 @@ def _size(program: Program) -> int:
 
 
 def _difference(config: TrainConfig, change: TrainConfig, topology: Topology, there: Topology) -> str:
-    names = ("accumulate", "remat", "eval_rows")
+    names = ("grad_accumulation", "remat", "eval_batch_size")
     flags = [f"--{n.replace('_', '-')} {getattr(change, n)}" for n in names if getattr(change, n) != getattr(config, n)]
     if there != topology:
         flags.append(f"--topology {there.name}")

@@ -17,7 +17,7 @@ from jaxsteer.inference.generate import generate
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.quantise import quantise
 from jaxsteer.models.transformer import init_base
-from jaxsteer.params import merge
+from jaxsteer.params import combine
 from jaxsteer.sharding import batch_shardings
 from jaxsteer.types import Batch, PyTree
 from train.config import TrainConfig
@@ -53,21 +53,21 @@ class TooBig:
 
 
 @lru_cache
-def base_shapes(features: ModelConfig, dtype: Any = jnp.bfloat16, *, quantised: bool = False) -> PyTree:
+def base_shapes(model_config: ModelConfig, dtype: Any = jnp.bfloat16, *, quantised: bool = False) -> PyTree:
     """The base tree of a model as `jax.ShapeDtypeStruct`s."""
-    make = lambda key: init_base(features, key, dtype)
+    make = lambda key: init_base(model_config, key, dtype)
     return jax.eval_shape((lambda key: quantise(make(key))) if quantised else make, jax.random.key(0))
 
 
 def batch_shapes(config: TrainConfig, program: Program) -> Batch:
     """The batch of a training step as shapes, with their shardings where there is a mesh."""
-    shape: tuple[int, ...] = (config.rows, config.row_length)
-    if config.accumulate > 1:
-        shape = (config.accumulate, config.rows // config.accumulate, config.row_length)
+    shape: tuple[int, ...] = (config.batch_size, config.sequence_length)
+    if config.grad_accumulation > 1:
+        shape = (config.grad_accumulation, config.batch_size // config.grad_accumulation, config.sequence_length)
     return _rows(shape, program)
 
 
-def make_planned(config: TrainConfig, features: ModelConfig, topology: Topology) -> Program:
+def make_planned(config: TrainConfig, model_config: ModelConfig, topology: Topology) -> Program:
     """The program of a run on a topology's devices.
 
     Raises:
@@ -77,8 +77,8 @@ def make_planned(config: TrainConfig, features: ModelConfig, topology: Topology)
     dtype = jnp.float32 if config.dtype == "float32" else jnp.bfloat16
     return make_program(
         config,
-        features,
-        base_shapes(features, dtype, quantised=config.quantise == "int8"),
+        model_config,
+        base_shapes(model_config, dtype, quantised=config.quantise == "int8"),
         steps=config.steps or SCHEDULE_STEPS,
         mesh=mesh_of(config, devices),
         platform=topology.chip.platform,
@@ -110,16 +110,16 @@ def lower_training(program: Program, config: TrainConfig) -> Any:
 
 
 def lower_decoding(program: Program, config: TrainConfig, prompt_length: int) -> Any:
-    """Decoding as evaluation does it: a prefill of `eval_rows` prompts, then cached steps; lowered."""
+    """Decoding as evaluation does it: a prefill of `eval_batch_size` prompts, then cached steps; lowered."""
     state, frozen = program.shapes
-    whole = merge(state.params, frozen)
+    whole = combine(state.params, frozen)
     model = replace(program.model, train_base=False)
     with program.on_mesh():
         return generate.lower(
             model,
             whole.base,
             whole.steering,
-            _rows((config.eval_rows, prompt_length), program),
+            _rows((config.eval_batch_size, prompt_length), program),
             max_new_tokens=config.task.max_new_tokens,
             stop_tokens=(STOP,),
         )
@@ -145,10 +145,10 @@ def compile_lowered(lowered: Any, other_trips: int = 1) -> Compiled | TooBig:
 
 
 def compile_for(
-    which: Which, config: TrainConfig, features: ModelConfig, topology: Topology, prompt_length: int
+    which: Which, config: TrainConfig, model_config: ModelConfig, topology: Topology, prompt_length: int
 ) -> tuple[Program, Compiled | TooBig]:
     """Compile one of a run's programs for a topology."""
-    program = make_planned(config, features, topology)
+    program = make_planned(config, model_config, topology)
     lower: dict[str, Callable[[], Any]] = {
         "train": lambda: lower_training(program, config),
         "decode": lambda: lower_decoding(program, config, prompt_length),

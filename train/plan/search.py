@@ -35,37 +35,37 @@ class Candidate:
         """As flags of a command."""
         c = self.config
         mesh = f"--mesh.data {c.mesh.data} --mesh.fsdp {c.mesh.fsdp} --mesh.tensor {c.mesh.tensor}"
-        return f"{mesh} --rows {c.rows} --accumulate {c.accumulate} --remat {c.remat}"
+        return f"{mesh} --batch-size {c.batch_size} --grad-accumulation {c.grad_accumulation} --remat {c.remat}"
 
 
-def meshes(features: ModelConfig, topology: Topology) -> Iterator[MeshConfig]:
+def meshes(model_config: ModelConfig, topology: Topology) -> Iterator[MeshConfig]:
     """Every mesh of powers of two that uses all chips, divides the heads, and joins slices by its data axis."""
     chips = topology.chips // topology.slices
     powers = [2**k for k in range(chips.bit_length()) if chips % 2**k == 0]
     for tensor in powers:
-        if gcd(features.heads, features.kv_heads) % tensor == 0:
+        if gcd(model_config.heads, model_config.kv_heads) % tensor == 0:
             for fsdp in powers:
                 if chips % (tensor * fsdp) == 0:
                     yield MeshConfig(topology.slices * chips // (tensor * fsdp), fsdp, tensor)
 
 
 def batches(config: TrainConfig) -> Iterator[tuple[int, int]]:
-    """(rows, accumulate): the config's rows in more and more microbatches, and twice and four times as many at once."""
+    """(batch_size, grad_accumulation) to try: more and more microbatches, and batches twice and four times as large."""
     for parts in (1, 2, 4, 8, 16):
-        if config.rows % parts == 0:
-            yield config.rows, parts
-    yield 2 * config.rows, 1
-    yield 4 * config.rows, 1
+        if config.batch_size % parts == 0:
+            yield config.batch_size, parts
+    yield 2 * config.batch_size, 1
+    yield 4 * config.batch_size, 1
 
 
-def candidates(config: TrainConfig, features: ModelConfig, topology: Topology) -> list[Candidate]:
+def candidates(config: TrainConfig, model_config: ModelConfig, topology: Topology) -> list[Candidate]:
     """All settings that may fit, the fastest first; of equals, the one with less traffic."""
     found = []
-    for mesh in meshes(features, topology):
-        for rows, accumulate in batches(config):
-            change = replace(config, mesh=mesh, rows=rows, accumulate=accumulate)
+    for mesh in meshes(model_config, topology):
+        for rows, accumulation in batches(config):
+            change = replace(config, mesh=mesh, batch_size=rows, grad_accumulation=accumulation)
             try:
-                program = make_estimated(change, features, topology)
+                program = make_estimated(change, model_config, topology)
             except ValueError:  # this mesh cannot split these rows
                 continue
             for remat in REMATS:
@@ -75,7 +75,7 @@ def candidates(config: TrainConfig, features: ModelConfig, topology: Topology) -
                     continue
                 flops = flops_of("train", program, own, 0)
                 line = roofline(flops.executed, guess.moved, guess.sent, topology.chip, topology.chips)
-                tokens = rows * config.row_length
+                tokens = rows * config.sequence_length
                 found.append(Candidate(own, tokens / line.seconds, line.total / tokens, guess.peak))
     return sorted(found, key=lambda each: _rank(each.tokens_per_second, each.total))
 
@@ -87,7 +87,7 @@ def _rank(tokens_per_second: float, total: float) -> tuple[float, float]:
 
 def search(
     config: TrainConfig,
-    features: ModelConfig,
+    model_config: ModelConfig,
     topology: Topology,
     best: int,
     say: Callable[[str], None] = lambda text: None,
@@ -99,13 +99,13 @@ def search(
     Raises:
         ValueError: nothing may fit, by the estimate.
     """
-    ranked = candidates(config, features, topology)
+    ranked = candidates(config, model_config, topology)
     if not ranked:
         raise ValueError(f"{topology}: by the estimate no mesh, batch or remat policy fits; take more or larger chips")
     say(f"{len(ranked)} settings may fit by the estimate")
     found: list[tuple[Candidate, Figures]] = []
     for candidate in ranked[: 3 * best]:
-        figures = figures_of("train", candidate.config, features, topology, 0, compiled=compiled)
+        figures = figures_of("train", candidate.config, model_config, topology, 0, compiled=compiled)
         say(f"{candidate}: {'fits' if figures.fits else 'does not fit'}")
         if figures.fits:
             found.append((candidate, figures))

@@ -28,23 +28,27 @@ def plan_one(name: str, topology: str, which: str) -> dict[str, Any]:
     """Plan a program. The training step takes as few microbatches as fit; the batch stays what the config says."""
     from train.cli import load_config_file
     from train.config import TrainConfig
+    from train.plan.base_models import model_config_of
     from train.plan.estimate import estimate_training, make_estimated
-    from train.plan.features import features_of
     from train.plan.figures import figures_of
     from train.plan.topology import parse_topology
 
     config = load_config_file(ROOT / "configs" / f"{name}.py", TrainConfig)
-    features, there = features_of(config), parse_topology(topology)
-    parts = config.accumulate
+    model_config, there = model_config_of(config), parse_topology(topology)
+    parts = config.grad_accumulation
     while True:
-        change = replace(config, accumulate=parts)
-        most = parts == MOST_PARTS or config.rows // (2 * parts) < there.chips
-        program = make_estimated(change, features, there)
+        change = replace(config, grad_accumulation=parts)
+        most = parts == MOST_PARTS or config.batch_size // (2 * parts) < there.chips
+        program = make_estimated(change, model_config, there)
         likely = estimate_training(program, change).peak <= 1.05 * there.chip.memory
         if which == "decode" or likely or most:
-            found = figures_of(which, change, features, there, PROMPT_LENGTH)  # type: ignore[arg-type]
+            found = figures_of(which, change, model_config, there, PROMPT_LENGTH)  # type: ignore[arg-type]
             if found.fits or most or which == "decode":
-                return found.to_json() | {"rows": config.rows, "length": config.row_length, "accumulate": parts}
+                return found.to_json() | {
+                    "rows": config.batch_size,
+                    "length": config.sequence_length,
+                    "grad_accumulation": parts,
+                }
         parts *= 2
 
 
@@ -71,7 +75,7 @@ def page(data: dict[str, Any]) -> str:
         name, _, which = key.split()
         if which == "train":
             batch = f"{each['rows']} x {each['length']:,}"
-            batch += f" in {each['accumulate']}" if each["accumulate"] > 1 else ""
+            batch += f" in {each['grad_accumulation']}" if each["grad_accumulation"] > 1 else ""
             lines.append(_row(_title(name), _chips(each), batch, each["mesh"], *_memory(each), *_speed(each)))
     decoding = [key for key in data if key.endswith("decode")]
     if decoding:

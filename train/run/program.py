@@ -22,7 +22,7 @@ from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, write_scales
 from jaxsteer.optim import make_optimizer
 from jaxsteer.orthogonality import Orthogonality
-from jaxsteer.params import Params, param_labels, split
+from jaxsteer.params import Params, param_labels, partition
 from jaxsteer.plans import parse_plan
 from jaxsteer.sharding import MeshShape, base_shardings, check_shape, state_shardings, steering_shardings
 from jaxsteer.steering import param_specs, steering_shapes
@@ -36,7 +36,7 @@ from train.devices.placement import Placement, place_on
 class Program:
     """What is static about a run.
 
-    model, tx, orthogonality, labels  as `train_step` and `split` take them
+    model, tx, orthogonality, labels  as `train_step` and `partition` take them
     mesh       None on a single device of this process: nothing is placed then
     attention  the kernel that this comes to, and why
     base       shapes of the base tree
@@ -56,13 +56,13 @@ class Program:
     def shapes(self) -> tuple[TrainState, Params]:
         """State and frozen leaves as `jax.ShapeDtypeStruct`s, with their shardings where there is a mesh."""
         whole = Params(self.base, steering_shapes(self.model.plan, self.model.config))
-        trained, frozen = split(whole, self.labels)
+        trained, frozen = partition(whole, self.labels)
         state = jax.eval_shape(partial(init_state, tx=self.tx), trained, key=jax.eval_shape(lambda: jax.random.key(0)))
         if self.mesh is None:
             return state, frozen
         specs = param_specs(self.model.plan, self.model.config)
         where = Params(base_shardings(self.base, self.mesh), steering_shardings(specs, self.mesh))
-        trained_at, frozen_at = split(where, self.labels)
+        trained_at, frozen_at = partition(where, self.labels)
         put = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
         state = jax.tree.map(put, state, state_shardings(state, trained, trained_at, self.mesh))
         return state, jax.tree.map(put, frozen, frozen_at)
@@ -112,7 +112,7 @@ class Program:
 
 def make_program(
     config: TrainConfig,
-    features: ModelConfig,
+    model_config: ModelConfig,
     base: PyTree,
     *,
     steps: int,
@@ -123,7 +123,7 @@ def make_program(
 
     Args:
         config: the run.
-        features: of its base model.
+        model_config: of its base model.
         base: the base tree, arrays or shapes.
         steps: length of the schedules.
         mesh: from `mesh_of`, or of devices that are not here (then with their platform: cpu, gpu or tpu).
@@ -132,16 +132,16 @@ def make_program(
     Raises:
         ValueError: a plan that does not fit the model, a mesh that cannot split the model or the batch.
     """
-    plan = parse_plan(config.plan, features)
-    rows = config.rows // config.accumulate
+    plan = parse_plan(config.plan, model_config)
+    rows = config.batch_size // config.grad_accumulation
     if mesh is not None:
         check_shape(
             MeshShape(**mesh.shape),
             devices=mesh.size,
             rows=rows,
-            heads=features.heads,
-            kv_heads=features.kv_heads,
-            length=config.row_length,
+            heads=model_config.heads,
+            kv_heads=model_config.kv_heads,
+            length=config.sequence_length,
             split_sequence=config.mesh.split_sequence,
         )
     base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base)
@@ -150,19 +150,19 @@ def make_program(
         attention = choose_attention(
             platform or jax.default_backend(),
             rows=rows,
-            length=config.row_length,
-            heads=features.heads,
-            kv_heads=features.kv_heads,
-            head_dim=features.head_dim,
+            length=config.sequence_length,
+            heads=model_config.heads,
+            kv_heads=model_config.kv_heads,
+            head_dim=model_config.head_dim,
             dtype=base["embed"]["embedding"].dtype,
-            softcap=features.attn_softcap,
+            softcap=model_config.attn_softcap,
             mesh=mesh if mesh is not None and mesh.size > 1 else None,
         )
-    model = Model(features, plan, config.remat, config.train_base, config.attention, config.mesh.split_sequence)
+    model = Model(model_config, plan, config.remat, config.train_base, config.attention, config.mesh.split_sequence)
     orthogonality = config.orthogonality.resolve(plan)
-    params = Params(base, steering_shapes(plan, features))
+    params = Params(base, steering_shapes(plan, model_config))
     labels = param_labels(params, plan, train_base=config.train_base, frozen=config.freeze)
-    behind = partial(write_scales, features)
+    behind = partial(write_scales, model_config)
     tx = make_optimizer(config.optim, labels, steps, plan, orthogonality, scales_of=behind)
     return Program(model, tx, orthogonality, labels, mesh, attention, base, config.nonfinite == "skip")
 
@@ -173,4 +173,4 @@ def mesh_of(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh |
     Raises:
         ValueError: the devices do not make the mesh that the config asks for.
     """
-    return place_on(config.mesh, config.rows // config.accumulate, devices).mesh
+    return place_on(config.mesh, config.batch_size // config.grad_accumulation, devices).mesh

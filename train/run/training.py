@@ -18,7 +18,7 @@ from jaxsteer.io.stored import Place
 from jaxsteer.models.attention import causal_share
 from jaxsteer.models.transformer import Model
 from jaxsteer.orthogonality import Orthogonality
-from jaxsteer.params import Params, merge, split
+from jaxsteer.params import Params, combine, partition
 from jaxsteer.steering import count_parameters, count_trained, init_steering
 from jaxsteer.training import Metrics, TrainState
 from jaxsteer.types import Batch, Steering
@@ -78,20 +78,20 @@ class Training:
 
     def batch(self, config: TrainConfig, step: int) -> Batch:
         """The batch of a step, on the devices; a process makes only the rows that its devices hold."""
-        rows = config.rows // config.accumulate
+        rows = config.batch_size // config.grad_accumulation
         place = self.program.placement
         own = place.own_rows(rows)
         return place.batch(step_batch(config, self.data, step, own), rows, own.start)
 
     def flops(self, config: TrainConfig, supervised: float) -> float:
         """Useful floating-point operations of a step with so many supervised tokens, padding counted as tokens."""
-        share = causal_share(config.row_length, self.program.attention[0])
-        length = config.row_length
-        return step_flops(self.model, config.rows, length, round(supervised), causal_share=share).useful
+        share = causal_share(config.sequence_length, self.program.attention[0])
+        length = config.sequence_length
+        return step_flops(self.model, config.batch_size, length, round(supervised), causal_share=share).useful
 
     def params(self, state: TrainState) -> Params:
         """The whole base and steering trees of a state."""
-        return merge(state.params, self.frozen)
+        return combine(state.params, self.frozen)
 
 
 def load_base_model(config: TrainConfig, place: Place | None = None) -> LoadedModel:
@@ -118,7 +118,7 @@ def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
 
     # The step donates its state: a trained base must not be the caller's own arrays.
     base = jax.tree.map(jnp.copy, loaded.base) if config.train_base else loaded.base
-    trained, frozen = split(Params(base, steering), program.labels)
+    trained, frozen = partition(Params(base, steering), program.labels)
     trainable = count_parameters(trained.base) + count_trained(plan, steering, config.freeze)
     if not trainable:
         raise ValueError("nothing to train: every slot is frozen and train_base is off")
@@ -135,17 +135,17 @@ def tokenising(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Report]:
-    positions = loaded.config.max_length if loaded.config.learned_positions else config.row_length
+    positions = loaded.config.max_length if loaded.config.learned_positions else config.sequence_length
     tokens, report = encode_cached(
         config.task.load("train"),
         loaded.tokenizer,
         cache_folder() / "tokens",
         chat=config.task.chat,
-        max_length=min(config.row_length, positions),
+        max_length=min(config.sequence_length, positions),
         on_long=config.on_long,
         watch=tokenising,
     )
-    return DataSource(tokens, config.rows, config.row_length, config.seed, config.pack), report
+    return DataSource(tokens, config.batch_size, config.sequence_length, config.seed, config.pack), report
 
 
 def count_steps(config: TrainConfig, loaded: LoadedModel) -> int:
@@ -163,11 +163,11 @@ def step_batch(config: TrainConfig, data: DataSource, step: int, own: range | No
     Args:
         own: only these rows, of each microbatch.
     """
-    rows = config.rows // config.accumulate
+    rows = config.batch_size // config.grad_accumulation
     own = range(rows) if own is None else own
-    batch = data.batch(step, [micro * rows + row for micro in range(config.accumulate) for row in own])
-    if config.accumulate > 1:
-        shape = (config.accumulate, len(own), config.row_length)
+    batch = data.batch(step, [micro * rows + row for micro in range(config.grad_accumulation) for row in own])
+    if config.grad_accumulation > 1:
+        shape = (config.grad_accumulation, len(own), config.sequence_length)
         batch = jax.tree.map(lambda field: np.reshape(field, shape), batch)
     return batch
 

@@ -41,9 +41,9 @@ class ConvertStudy:
     """Training prompts to fit on; their answers are not looked at."""
     examples: int = 120
     """Test examples to measure on."""
-    rows: int = 8
+    batch_size: int = 8
     """Rows of a batch."""
-    length: int = 96
+    sequence_length: int = 96
     """Tokens of a row."""
     distill_steps: int = 40
     """Steps of distillation, from the last form; 0 = none."""
@@ -63,8 +63,8 @@ class ConvertStudy:
             ValueError: there is no such fine-tuning, or settings that do not fit it.
         """
         pair = read_pair(self.tuned, self.config)
-        fit_on = pair.batches("train", self.prompts, rows=self.rows, length=self.length, answers=False)
-        test = pair.batches("test", self.examples, rows=self.rows, length=self.length)
+        fit_on = pair.batches("train", self.prompts, rows=self.batch_size, length=self.sequence_length, answers=False)
+        test = pair.batches("test", self.examples, rows=self.batch_size, length=self.sequence_length)
         count, folder = pair.base.model.config.layers, Path(self.out)
         found: dict[str, Means] = {}
         left: dict[str, Any] = {}
@@ -92,7 +92,9 @@ class ConvertStudy:
                 left["LoRA from the steering"] = np.asarray(made.unexplained).tolist()
                 check(f"LoRA from {self.forms[-1]}", made.network)
             if self.distill_steps:
-                rows = pair.batches("train", self.prompts, rows=self.distill_rows, length=self.length, answers=False)
+                rows = pair.batches(
+                    "train", self.prompts, rows=self.distill_rows, length=self.sequence_length, answers=False
+                )
                 done = distill(pair.tuned, last, rows, self.distill_steps, self.distill_lr, advance=tick)
                 check(f"{self.forms[-1]}, distilled", done.network)
                 bar.note(f"distillation: KL on the prompts {done.before:.4f} before, {done.after:.4f} after")

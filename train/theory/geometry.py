@@ -11,8 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io import load_steering
-from jaxsteer.theory.geometry import chance, directions_for, effective_rank, map_directions, overlap, top_directions
-from jaxsteer.theory.oracle import oracle
+from jaxsteer.theory.geometry import (
+    chance,
+    directions_for,
+    effective_rank,
+    map_directions,
+    subspace_overlap,
+    top_directions,
+)
+from jaxsteer.theory.oracle import oracle_steering
 from jaxsteer.theory.predict import site_gradients
 from jaxsteer.types import Array
 from train.display.console import progress
@@ -37,9 +44,9 @@ class GeometryStudy:
     """Directions of the oracle and of the gradient."""
     examples: int = 120
     """Test examples."""
-    rows: int = 8
+    batch_size: int = 8
     """Rows of a batch."""
-    length: int = 96
+    sequence_length: int = 96
     """Tokens of a row."""
     out: str = "runs/theory/geometry"
     """Folder of the figures and of geometry.json."""
@@ -70,7 +77,7 @@ class GeometryStudy:
                     spans[f"{kind} reads, {site}"] = inputs.rows
         names = list(spans)
         pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-        overlaps = {f"{a} · {b}": overlap(spans[a], spans[b]) for a, b in pairs}
+        overlaps = {f"{a} · {b}": subspace_overlap(spans[a], spans[b]) for a, b in pairs}
         chances = {f"{a} · {b}": chance(spans[a], spans[b]) for a, b in pairs}
         plain = lambda values: {name: np.asarray(each).tolist() for name, each in values.items()}
         data = {
@@ -92,8 +99,8 @@ class GeometryStudy:
 
     def _observe(self, pair: Pair) -> tuple[Any, Any]:
         """Directions of the oracle's increments, and of the gradients at the base model, in every layer."""
-        batches = pair.batches("test", self.examples, rows=self.rows, length=self.length)
-        increments = jax.jit(oracle)
+        batches = pair.batches("test", self.examples, rows=self.batch_size, length=self.sequence_length)
+        increments = jax.jit(oracle_steering)
         gradients_of = jax.jit(lambda network, batch: site_gradients(network, batch, ("block",))[1]["block"])
         seen: tuple[list, list] = [], []
         with progress(2 * len(batches), "Measuring") as bar:

@@ -1,4 +1,4 @@
-"""What oracle steering gives back, and through which sites: the study `oracle`."""
+"""What oracle steering gives back, and through which sites: the study `oracle_steering`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsteer.models.transformer import Network
-from jaxsteer.theory.compare import Means, compare, means, totals
-from jaxsteer.theory.oracle import oracle, replayed
+from jaxsteer.theory.compare import Means, compare_networks, means, totals
+from jaxsteer.theory.oracle import oracle_steering, replayed
 from jaxsteer.theory.shares import SHARED_SITES, Stream, examples_of, share_intervals, site_shares
 from jaxsteer.types import Array, Batch
 from train.display.console import progress
@@ -35,9 +35,9 @@ class OracleStudy:
     """The config file that it was trained with: names the base and the task."""
     examples: int = 120
     """Test examples."""
-    rows: int = 8
+    batch_size: int = 8
     """Rows of a batch."""
-    length: int = 96
+    sequence_length: int = 96
     """Tokens of a row."""
     every: int = 3
     """Layers between those at which a single block is replayed."""
@@ -51,7 +51,7 @@ class OracleStudy:
             ValueError: there is no such fine-tuning.
         """
         pair = read_pair(self.tuned, self.config)
-        batches = pair.batches("test", self.examples, rows=self.rows, length=self.length)
+        batches = pair.batches("test", self.examples, rows=self.batch_size, length=self.sequence_length)
         count = pair.base.model.config.layers
         single = sorted({*range(0, count, self.every), count - 1})
         total = 4 * len(batches) + (3 + len(SHARED_SITES) + len(single)) * len(batches)
@@ -94,9 +94,9 @@ class OracleStudy:
     def _replays(
         self, base: Network, tuned: Network, batches: list[Batch], single: list[int], tick: Any
     ) -> dict[str, Means]:
-        shift_of = jax.jit(oracle, static_argnames="site")
+        shift_of = jax.jit(oracle_steering, static_argnames="site")
         taps = jax.jit(lambda network, batch: network(batch, ("block",)).taps["block"])
-        check = jax.jit(lambda tuned, network, batch: totals(compare(tuned, network, batch), batch))
+        check = jax.jit(lambda tuned, network, batch: totals(compare_networks(tuned, network, batch), batch))
         sums: dict[str, Any] = {}
 
         def add(name: str, network: Network, batch: Batch) -> None:

@@ -63,9 +63,9 @@ class Orders:
     """The share, 1 - |shift - first order|² / |shift|², whose loss is looked for."""
     local_every: int = 3
     """Measure the own update of every so many layers too, in float32; 0 = of none."""
-    rows: int = 2
+    batch_size: int = 2
     """Rows of a batch."""
-    length: int = 96
+    sequence_length: int = 96
     """Tokens of a row; several examples share one."""
     batches: int = 1
     """Batches that are measured; energies add up."""
@@ -98,13 +98,17 @@ class Orders:
             )
         config = load_config_file(self.config, TrainConfig)
         loaded = load(config.model, "float32")
-        batches = held_out(config, loaded, rows=self.rows, length=self.length, batches=self.batches)
+        batches = held_out(config, loaded, rows=self.batch_size, length=self.sequence_length, batches=self.batches)
         subjects = [read_subject(path, loaded) for path in self.tuned]
         weights = [self.local_every > 0 and bool(jax.tree.leaves(subject.update.base)) for subject in subjects]
         layers = range(0, loaded.config.layers, self.local_every or 1)
         own = len(layers) * (3 + len(self.local_scales))
         whole = 2**self.order + len(self.scales) + -(-len(self.scales) // TOGETHER)
-        data: dict[str, Any] = {"model": config.model, "level": self.level, "tokens": self.rows * self.length}
+        data: dict[str, Any] = {
+            "model": config.model,
+            "level": self.level,
+            "tokens": self.batch_size * self.sequence_length,
+        }
         with progress(self.batches * (len(subjects) * whole + sum(weights) * own), "Forward passes") as bar:
             done = 0
 

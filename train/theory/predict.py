@@ -51,7 +51,7 @@ class PredictStudy:
     """Its learning rate."""
     batches: int = 4
     """Training batches that the gradients are taken from."""
-    rows: int = 8
+    batch_size: int = 8
     """Rows of one of them."""
     steps: int = 20
     """Steps of each training."""
@@ -75,8 +75,10 @@ class PredictStudy:
         base = Network(Model(loaded.config), loaded.base, {})
         pair = Pair(loaded, config, base, base)
         per_row = 8  # a row of this length holds at least so many examples
-        batches = pair.batches("train", self.batches * self.rows * per_row, rows=self.rows, length=config.row_length)
-        held = pair.batches("validation", 4 * per_row * 2, rows=2, length=config.row_length)
+        batches = pair.batches(
+            "train", self.batches * self.batch_size * per_row, rows=self.batch_size, length=config.sequence_length
+        )
+        held = pair.batches("validation", 4 * per_row * 2, rows=2, length=config.sequence_length)
         count = loaded.config.layers
         layers = sorted({*range(0, count, self.every), count - 1})
         runs = len(layers) + len(STREAM_SITES) + 2 * self.seeds

@@ -15,7 +15,7 @@ from jaxsteer.io import LoadedModel, load_steering
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.params import Params
-from jaxsteer.steering import fold
+from jaxsteer.steering import fold_weights
 from jaxsteer.theory import difference, merged, written
 from jaxsteer.theory.compare import Means, Where, means
 from jaxsteer.theory.conversion import measure
@@ -144,7 +144,7 @@ def read_pair(path: str, config: str) -> Pair:
     if place.is_dir():
         return Pair(loaded, settings, base, Network(Model(loaded.config), load(path, "float32").base, {}))
     file = load_steering(path, loaded.config)
-    merged, rest, steering = fold(file.plan, loaded.base, file.steering)
+    merged, rest, steering = fold_weights(file.plan, loaded.base, file.steering)
     return Pair(loaded, settings, base, Network(Model(loaded.config, rest), merged, steering))
 
 

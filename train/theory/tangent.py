@@ -14,7 +14,7 @@ import numpy as np
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.objective import supervised_loss, total_weight
-from jaxsteer.params import Params, merge
+from jaxsteer.params import Params, combine
 from jaxsteer.theory import explained, first_order, remainders, tangent_loss
 from jaxsteer.training import train_step
 from jaxsteer.types import Array, Batch
@@ -47,9 +47,9 @@ class Tangent:
     """Updates."""
     every: int = 7
     """Steps between measurements."""
-    rows: int = 4
+    batch_size: int = 4
     """Rows of the held-out batch."""
-    length: int = 96
+    sequence_length: int = 96
     """Tokens of each."""
     out: str = "runs/theory/tangent"
     """Folder of tangent.png and tangent.json."""
@@ -64,7 +64,7 @@ class Tangent:
             config = replace(config, optim=replace(config.optim, lr=self.lr))
         loaded = load(config.model, "float32")
         training = make_training(config, loaded)
-        (batch,) = held_out(config, loaded, rows=self.rows, length=self.length, batches=1)
+        (batch,) = held_out(config, loaded, rows=self.batch_size, length=self.sequence_length, batches=1)
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
         rows = self._train(config, training, batch)
@@ -124,10 +124,10 @@ def compare(model: Model, at: Params, frozen: Params, full: Params, lazy: Params
     The share is that at site `block`, a mean over layers; NaN before anything has moved.
     """
     total = total_weight(batch)
-    in_full = lambda params: supervised_loss(model, *merge(params, frozen), batch) / total
-    in_lazy = lambda params: tangent_loss(model, *merge(params, frozen), batch, at=at) / total
+    in_full = lambda params: supervised_loss(model, *combine(params, frozen), batch) / total
+    in_lazy = lambda params: tangent_loss(model, *combine(params, frozen), batch, at=at) / total
     way = jax.tree.map(jnp.subtract, full, at)
-    whole = merge(at, frozen)
+    whole = combine(at, frozen)
     terms = (first_order(model, whole, way, batch, ("block",)),)
     share = explained(remainders(model, whole, way, batch, terms, np.ones(1, np.float32)))["block"][0]
     return {

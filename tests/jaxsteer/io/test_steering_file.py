@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny import identical, random_steering, sites_of
 
-from jaxsteer.interventions import METHODS, Fixed, LoRA
+from jaxsteer.interventions import METHODS, FixedVector, LoRA
 from jaxsteer.io import config_from_json, config_to_json, fingerprint, load_steering, save_steering
 from jaxsteer.models.config import ModelConfig, RopeScaling
 from jaxsteer.steering import init_steering
@@ -17,7 +17,7 @@ from jaxsteer.types import Positions, Slot
 
 CONFIG = ModelConfig(97, 48, 3, 4, 2, 12, 80, rope_scaling=RopeScaling("llama3", 8.0))
 PLAN = (
-    Slot("steer", Fixed(), ("block", "mlp"), (0, 2), Positions.parse("first:2+last:1")),
+    Slot("steer", FixedVector(), ("block", "mlp"), (0, 2), Positions.parse("first:2+last:1")),
     Slot("lora", LoRA(rank=3), ("attn.q", "mlp.down")),
 )
 

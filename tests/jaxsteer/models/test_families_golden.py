@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny import close, fast_jit, layouts, loss_and_grads, random_steering, run, supervised_batch
 
-from jaxsteer import LoRA, Model, Nonlinear, Slot, init_steering, make_batch
+from jaxsteer import LoRA, Model, NonlinearSteering, Slot, init_steering, make_batch
 from jaxsteer.io import load_model, save_hf
 from jaxsteer.models.attention import Scores, Span, attention
 from jaxsteer.models.config import projections_of
@@ -112,7 +112,7 @@ def test_packed_and_padded_are_single(loaded):
 
 def test_every_site_is_there_and_steering_trains(loaded):
     _, model = loaded
-    plan = (Slot("s", Nonlinear(rank=2), ("block", "mlp", "attn", "mlp.in")), LORA)
+    plan = (Slot("s", NonlinearSteering(rank=2), ("block", "mlp", "attn", "mlp.in")), LORA)
     sites = set(ACTIVATIONS) | set(projections_of(model.config))
     batch = supervised_batch(model.config.vocab_size)
     steering = random_steering(plan, model.config)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from tiny import close, fast_jit, loss_and_grads, run, supervised_batch
 
-from jaxsteer import LoRA, Model, Nonlinear, PiSSA, Slot, init_steering, make_batch
+from jaxsteer import LoRA, Model, NonlinearSteering, PiSSA, Slot, init_steering, make_batch
 from jaxsteer.interventions import DoRA
 from jaxsteer.io import load_model, save_hf
 from jaxsteer.models.quantise import dequantised, is_quantised, quantise, quantise_kernel
 from jaxsteer.models.transformer import forward, init_cache
-from jaxsteer.steering import fold
+from jaxsteer.steering import fold_weights
 from jaxsteer.types import PROJECTIONS
 
 
@@ -47,7 +47,7 @@ def test_products_are_those_of_the_rounded_weights(small, tiny_base, tiny_config
     """The scale after the product is the scale before it; biases, norms and the embedding are untouched."""
     batch = supervised_batch(tiny_config.vocab_size)
     plan = (
-        Slot("s", Nonlinear(rank=2), ("block",)),
+        Slot("s", NonlinearSteering(rank=2), ("block",)),
         Slot("l", LoRA(rank=2), PROJECTIONS),
         Slot("d", DoRA(rank=2), ("mlp.down", "attn.q")),
     )
@@ -84,7 +84,7 @@ def test_pissa_and_merging_start_from_the_rounded_weights(small, tiny_config):
     jax.tree.map(lambda a, b: close(a, b, 1e-6), one, other)
     plan = (Slot("l", LoRA(rank=2), ("attn.q",)),)
     steering = jax.tree.map(lambda x: x + 0.1, init_steering(plan, tiny_config, jax.random.key(0)))
-    merged, rest, _ = fold(plan, small, steering)
+    merged, rest, _ = fold_weights(plan, small, steering)
     assert rest == ()
     batch = supervised_batch(tiny_config.vocab_size)
     close(

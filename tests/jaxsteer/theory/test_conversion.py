@@ -10,11 +10,11 @@ import pytest
 from test_oracle import fine_tuned
 from tiny import layouts, random_steering
 
-from jaxsteer import Linear, Model, Nonlinear, Slot, forward, make_batch
+from jaxsteer import LinearSteering, Model, NonlinearSteering, Slot, forward, make_batch
 from jaxsteer.io import load_model
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import Network
-from jaxsteer.theory.compare import compare, means, totals
+from jaxsteer.theory.compare import compare_networks, means, totals
 from jaxsteer.theory.conversion import FitSettings, distill, measure, plan_of, to_lora, to_steering
 
 pytestmark = pytest.mark.xdist_group("conversion")  # the tests share compiled programs
@@ -57,15 +57,15 @@ def kl(tuned, network, batches):
 
 
 PLANTED = (
-    pytest.param(Linear(rank=4), id="linear"),
-    pytest.param(Nonlinear(rank=4), id="nonlinear", marks=pytest.mark.slow),
+    pytest.param(LinearSteering(rank=4), id="linear"),
+    pytest.param(NonlinearSteering(rank=4), id="nonlinear", marks=pytest.mark.slow),
 )
 
 
 @pytest.mark.parametrize("method", PLANTED)
 def test_a_planted_tree_is_found(method, base, batches, held_out):
     tuned = planted(base, method, 0.12)
-    form = "linear" if isinstance(method, Linear) else "nonlinear"
+    form = "linear" if isinstance(method, LinearSteering) else "nonlinear"
     found = to_steering(tuned, base, batches, FitSettings(form, rank=4, ridge=1e-9))
     assert kl(tuned, base, held_out) > 0.05
     assert kl(tuned, found.network, held_out) < 1e-3
@@ -161,7 +161,7 @@ def test_distillation_lowers_the_divergence_further(tuned, base, batches):
 
 def test_a_lora_is_found_for_steering(base, batches):
     """Steering that a weight update can follow, since it reads what the MLP writes, and the update that did it."""
-    steered = planted(base, Nonlinear(rank=2), 0.1)
+    steered = planted(base, NonlinearSteering(rank=2), 0.1)
     found = to_lora(steered, base, batches, rank=16)
     assert kl(steered, found.network, batches) < 0.5 * kl(steered, base, batches)
     assert np.all(found.unexplained < 1)
@@ -174,7 +174,7 @@ def test_a_lora_is_found_for_steering(base, batches):
 
 def test_comparisons_count_what_is_asked(base, tuned, batches):
     batch = batches[0]
-    found = compare(tuned, base, batch)
+    found = compare_networks(tuned, base, batch)
     out = [n(batch).hidden @ n.base["head"]["embedding"].T for n in (tuned, base)]
     p, q = (jax.nn.log_softmax(x) for x in out)
     by_hand = jnp.sum(jnp.exp(p) * (p - q), -1)
@@ -183,19 +183,19 @@ def test_comparisons_count_what_is_asked(base, tuned, batches):
     assert counted[:, 11:15].all()
     assert counted.sum() == 8 * 8
     assert not np.any(found.kl[~counted])
-    everything = compare(tuned, base, batch, "all")
+    everything = compare_networks(tuned, base, batch, "all")
     assert everything.counted.sum() == 8 * 32 - 8  # no padding
     assert not np.any(everything.right[:, 15])  # after an example's end
-    same = means(totals(compare(tuned, tuned, batch, "all"), batch))
+    same = means(totals(compare_networks(tuned, tuned, batch, "all"), batch))
     assert same.kl == pytest.approx(0, abs=1e-6)
     assert same.agreement == 1
     # A model asked for what it says itself is always right.
     said = jnp.concatenate([batch.tokens[:, :1], jnp.argmax(out[0], -1)[:, :-1].astype(jnp.int32)], 1)
     one = make_batch(batch.tokens.at[:, 15].set(said[:, 15]), batch.segments, jnp.zeros((8, 32)).at[:, 15].set(1.0))
-    sums = totals(compare(tuned, tuned, one), one)
+    sums = totals(compare_networks(tuned, tuned, one), one)
     assert (sums.solved, sums.examples) == (8, 8)
     with pytest.raises(ValueError, match="answers or all, got 'some'"):
-        compare(tuned, base, batch, "some")
+        compare_networks(tuned, base, batch, "some")
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_every_family(name, golden):
     """Packed rows of any family: a planted tree is found, a LoRA for it helps."""
     loaded = load_model(golden / ("tiny_llama" if name == "llama" else f"families/{name}"))
     base = Network(Model(loaded.config), loaded.base, {})
-    tuned = planted(base, Linear(rank=4), 0.12)
+    tuned = planted(base, LinearSteering(rank=4), 0.12)
     batches = token_batches(loaded.config.vocab_size, 6)
     found = to_steering(tuned, base, batches, FitSettings("linear", rank=4, ridge=1e-9))
     assert kl(tuned, found.network, batches) < 1e-3 < kl(tuned, base, batches)

@@ -7,7 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from tiny import close, fast_jit, layouts, random_steering
 
-from jaxsteer import Fixed, Model, ModelConfig, Nonlinear, Slot, forward, init_base, make_batch, mean_loss
+from jaxsteer import FixedVector, Model, ModelConfig, NonlinearSteering, Slot, forward, init_base, make_batch, mean_loss
 from jaxsteer.models.transformer import logits_of, output_embedding
 from jaxsteer.objective import next_tokens, supervised_loss
 from jaxsteer.theory import (
@@ -21,7 +21,7 @@ from jaxsteer.theory import (
 pytestmark = pytest.mark.xdist_group("theory_curvature")
 
 SMALL = ModelConfig(vocab_size=13, width=8, layers=2, heads=2, kv_heads=1, head_dim=4, mlp_width=10, final_softcap=3.0)
-PLAN = (Slot("f", Fixed(), ("block",), (0,)), Slot("n", Nonlinear(rank=2), ("mlp",), (1,)))
+PLAN = (Slot("f", FixedVector(), ("block",), (0,)), Slot("n", NonlinearSteering(rank=2), ("mlp",), (1,)))
 MODEL = Model(SMALL, PLAN)
 
 

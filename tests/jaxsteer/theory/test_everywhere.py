@@ -91,14 +91,14 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from functools import partial
-from jaxsteer import Model, ModelConfig, Params, Slot, Nonlinear, init_base, make_batch
+from jaxsteer import Model, ModelConfig, Params, Slot, NonlinearSteering, init_base, make_batch
 from jaxsteer.sharding import MeshShape, base_shardings, batch_shardings, make_mesh
 from jaxsteer.steering import steering_shapes
 from jaxsteer.theory import FitSettings, Network, gauss_newton_product, higher_order, measure, means, remainders
 from jaxsteer.theory import tangent_loss, to_lora, to_steering
 
 config = ModelConfig(vocab_size=64, width=32, layers=2, heads=4, kv_heads=4, head_dim=8, mlp_width=48)
-plan = (Slot("s", Nonlinear(rank=4), ("block",)),)
+plan = (Slot("s", NonlinearSteering(rank=4), ("block",)),)
 draw = np.random.default_rng(0)
 noise = lambda tree, scale: jax.tree.map(lambda x: (scale * draw.standard_normal(x.shape)).astype(np.float32), tree)
 base = noise(jax.eval_shape(partial(init_base, config), jax.random.key(0)), 0.3)

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 from tiny import all_methods, close, random_steering
 
-from jaxsteer import LoRA, Nonlinear, Slot
+from jaxsteer import LoRA, NonlinearSteering, Slot
 from jaxsteer.theory import geometry
 
 DRAW = np.random.default_rng(0)
@@ -26,7 +26,7 @@ def test_angles_are_those_of_scipy(r, s):
     got = geometry.principal_angles(a, b)
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6)
     assert got.shape == (2, min(r, s))
-    close(geometry.overlap(a, b), np.mean(np.cos(want) ** 2, axis=1), 1e-5)
+    close(geometry.subspace_overlap(a, b), np.mean(np.cos(want) ** 2, axis=1), 1e-5)
 
 
 def test_extremes_and_chance():
@@ -35,7 +35,7 @@ def test_extremes_and_chance():
     assert np.max(geometry.principal_angles(a, mixed)) < 1e-5
     apart = jnp.linalg.qr(rows(20, 20))[0]
     close(geometry.principal_angles(apart[:3], apart[3:7]), np.full(3, np.pi / 2), 1e-5)
-    many = geometry.overlap(rows(300, 4, 40), rows(300, 6, 40))
+    many = geometry.subspace_overlap(rows(300, 4, 40), rows(300, 6, 40))
     assert geometry.chance(rows(4, 40), rows(6, 40)) == pytest.approx(0.15)
     np.testing.assert_allclose(np.mean(many), 0.15, atol=0.01)
 
@@ -61,7 +61,7 @@ def test_top_directions_hold_the_most_energy():
 
 def test_maps_of_a_plan(tiny_config):
     plan = (
-        Slot("s", Nonlinear(rank=2, alpha=3.0), ("block",), (1, 3)),
+        Slot("s", NonlinearSteering(rank=2, alpha=3.0), ("block",), (1, 3)),
         Slot("l", LoRA(rank=2, alpha=5.0), ("mlp.up",)),
     )
     steering = random_steering(plan, tiny_config)
@@ -90,5 +90,5 @@ def test_what_methods_say_they_read_and_write(tiny_config):
 def test_it_differentiates():
     """Towards another span the angles shrink."""
     a, b = rows(2, 10), rows(2, 10)
-    grad = jax.grad(lambda x: geometry.overlap(x, b))(a)
-    assert geometry.overlap(a + 0.1 * grad, b) > geometry.overlap(a, b)
+    grad = jax.grad(lambda x: geometry.subspace_overlap(x, b))(a)
+    assert geometry.subspace_overlap(a + 0.1 * grad, b) > geometry.subspace_overlap(a, b)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from tiny import close, fast_jit, layouts, random_steering, run, slot_of
 
-from jaxsteer import LoRA, Model, Slot, fold
+from jaxsteer import LoRA, Model, Slot, fold_weights
 from jaxsteer.io import load_model
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import Network, logits_of, output_embedding
-from jaxsteer.theory.oracle import Replay, block_inputs, blocks_on, oracle, replayed
+from jaxsteer.theory.oracle import Replay, block_inputs, blocks_on, oracle_steering, replayed
 from jaxsteer.types import PROJECTIONS
 
 LORA = (Slot("l", LoRA(rank=2), PROJECTIONS),)
-shifts_of = fast_jit(oracle, static_argnames=("layers", "site"))
+shifts_of = fast_jit(oracle_steering, static_argnames=("layers", "site"))
 outputs = fast_jit(lambda network, batch, capture=("block",): network(batch, capture), static_argnums=2)
 
 
@@ -25,7 +25,7 @@ def fine_tuned(config, base, *, merged=True, seed=1):
     steering = random_steering(LORA, config, seed, scale=0.1)
     if not merged:
         return Network(Model(config, LORA), base, steering)
-    return Network(Model(config), fold(LORA, base, steering)[0], {})
+    return Network(Model(config), fold_weights(LORA, base, steering)[0], {})
 
 
 def logits(network, out):
@@ -132,11 +132,11 @@ def test_every_family(name, golden):
 def test_what_cannot_be_replayed_is_refused(base, tuned, batch, tiny_config):
     wider = Network(Model(replace(tiny_config, width=48)), tuned.base, {})
     with pytest.raises(ValueError, match="width is 32 in one and 48 in the other"):
-        oracle(base, wider, batch)
+        oracle_steering(base, wider, batch)
     with pytest.raises(ValueError, match=r"has a site 'mlp.router'.*attn.heads"):
-        oracle(base, tuned, batch, site="mlp.router")
+        oracle_steering(base, tuned, batch, site="mlp.router")
     with pytest.raises(ValueError, match=r"layers \[2, 9\].*0 to 3"):
-        oracle(base, tuned, batch, (2, 9))
+        oracle_steering(base, tuned, batch, (2, 9))
     with pytest.raises(ValueError, match="a replay holds the shifts of one batch"):
         Replay().param_specs(None)
     with pytest.raises(ValueError, match="slot 'oracle' already"):

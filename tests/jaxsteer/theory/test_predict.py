@@ -8,7 +8,7 @@ from test_conversion import token_batches
 from test_oracle import fine_tuned
 from tiny import close, fast_jit
 
-from jaxsteer import Fixed, Linear, Model, Slot, forward, init_steering, mean_loss
+from jaxsteer import FixedVector, LinearSteering, Model, Slot, forward, init_steering, mean_loss
 from jaxsteer.models.transformer import Network
 from jaxsteer.theory import fits
 from jaxsteer.theory.predict import STREAM_SITES, aligned_start, gradient_factors, promise, site_gradients
@@ -16,7 +16,7 @@ from jaxsteer.theory.shares import SHARED_SITES, examples_of, share_intervals, s
 
 pytestmark = pytest.mark.xdist_group("predict")  # the tests share compiled programs
 
-BLOCK = (Slot("s", Linear(rank=2), ("block",)),)
+BLOCK = (Slot("s", LinearSteering(rank=2), ("block",)),)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def factors(base, batches):
 def test_gradients_are_those_of_steering(base, batches):
     """The sum over the tokens is a fixed vector's gradient; with y it is a linear map's."""
     values, gradients = fast_jit(site_gradients, static_argnames="sites")(base, batches[0], STREAM_SITES)
-    plan = (Slot("f", Fixed(), STREAM_SITES), Slot("l", Linear(rank=32), STREAM_SITES))
+    plan = (Slot("f", FixedVector(), STREAM_SITES), Slot("l", LinearSteering(rank=32), STREAM_SITES))
     fresh = init_steering(plan, base.model.config, jax.random.key(0))
     eye = jnp.broadcast_to(jnp.eye(32)[None], (4, 32, 32))
     fresh["l"] = {site: {"D": eye, "U": 0 * eye} for site in STREAM_SITES}
@@ -58,8 +58,8 @@ def test_the_promise_is_the_best_gain_of_its_kind(base, batches, factors):
     best = fits.fit(one, "linear", 2, 0.0)
     constant = fits.mean_shift(one)
     for shift, gain, plan, params in (
-        (constant.bias, found.fixed[layer], Fixed(), {"v": constant.bias}),
-        (best, found.ranks[layer, 1], Linear(rank=2), {"D": best.read, "U": best.write}),
+        (constant.bias, found.fixed[layer], FixedVector(), {"v": constant.bias}),
+        (best, found.ranks[layer, 1], LinearSteering(rank=2), {"D": best.read, "U": best.write}),
     ):
         delta = shift(values[layer]) if callable(shift) else jnp.broadcast_to(shift[None, None], values[layer].shape)
         norm = jnp.sqrt(jnp.sum(jnp.where(real[..., None], delta, 0) ** 2))
@@ -137,7 +137,7 @@ def test_what_cannot_be_predicted_is_refused(base, batches, factors):
         gradient_factors(base, batches, ("attn.heads",))
     with pytest.raises(ValueError, match="at least one batch"):
         gradient_factors(base, [])
-    plan = (Slot("f", Fixed(), ("block",)),)
+    plan = (Slot("f", FixedVector(), ("block",)),)
     with pytest.raises(ValueError, match=r"nothing to align: no slot of \['f'\].*block"):
         aligned_start(plan, init_steering(plan, base.model.config, jax.random.key(0)), factors)
     with pytest.raises(ValueError, match="which stream"):

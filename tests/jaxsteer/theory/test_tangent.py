@@ -15,11 +15,11 @@ from jaxsteer import (
     ModelConfig,
     Params,
     Slot,
+    combine,
     init_base,
     init_state,
-    merge,
     param_labels,
-    split,
+    partition,
     train_step,
 )
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
@@ -53,10 +53,10 @@ def away(tree, by):
 @pytest.mark.parametrize("everything", [False, True])
 def test_logits_and_loss_are_linear_and_touch_the_model(everything, whole, batch):
     model = Model(SMALL, PLAN, train_base=everything)
-    at, frozen = split(whole, param_labels(whole, PLAN, train_base=everything))
+    at, frozen = partition(whole, param_labels(whole, PLAN, train_base=everything))
 
     def logits(trained):
-        params = merge(trained, frozen)
+        params = combine(trained, frozen)
         return logits_of(forward(model, *params, batch).hidden, output_embedding(params.base), SMALL.final_softcap)
 
     @fast_jit
@@ -65,7 +65,7 @@ def test_logits_and_loss_are_linear_and_touch_the_model(everything, whole, batch
         logp = jax.nn.log_softmax(z + dot)
         targets = next_tokens(batch)
         nll = -jnp.sum(targets.weights * jnp.take_along_axis(logp, targets.tokens[..., None], -1)[..., 0])
-        params = merge(now, frozen)
+        params = combine(now, frozen)
         full = supervised_loss(model, *params, batch)
         return tangent_logits(model, at, params, batch), z + dot, tangent_loss(model, *params, batch, at=at), nll, full
 
@@ -80,7 +80,7 @@ def test_logits_and_loss_are_linear_and_touch_the_model(everything, whole, batch
 def test_the_training_step_takes_it(whole, batch):
     """The first step is the full model's; later ones part, and the tangent model's loss falls with each."""
     model, tx = Model(SMALL, PLAN), optax.sgd(0.02)
-    at, frozen = split(whole, param_labels(whole, PLAN))
+    at, frozen = partition(whole, param_labels(whole, PLAN))
     step = fast_jit(lambda s, at: train_step(s, batch, frozen, model=model, tx=tx, loss=partial(tangent_loss, at=at)))
     plain = fast_jit(lambda s: train_step(s, batch, frozen, model=model, tx=tx))
     state = other = init_state(at, tx, jax.random.key(0))

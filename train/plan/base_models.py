@@ -1,4 +1,4 @@
-"""The features of a config's base model, without its weights."""
+"""The model config of a config's base model, without its weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ KNOWN = {
 """Models planned for without the hub: its id -> what the config.json there says."""
 
 
-def features_of(config: TrainConfig) -> ModelConfig:
+def model_config_of(config: TrainConfig) -> ModelConfig:
     """What the config's model is like: from its local files where it has any, else from KNOWN, else from the hub.
 
     Raises:
