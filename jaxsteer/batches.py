@@ -12,17 +12,21 @@ import numpy as np
 from jaxsteer.types import Array, Batch, Positions
 
 
-def make_batch(tokens: Array, segments: Array | None = None, weights: Array | None = None) -> Batch:
-    """Complete a batch: positions restart in every segment, the prompt ends at the first supervised token.
+def make_batch(
+    tokens: Array, segments: Array | None = None, weights: Array | None = None, completion: Array | None = None
+) -> Batch:
+    """Complete a batch: positions restart in every segment, the prompt ends at the first completion token.
 
     Args:
         tokens: int [B, T] token ids.
         segments: int [B, T], 0 = padding, otherwise the number of the example in its row (at most T); default: one
             example a row, no padding.
-        weights: [B, T] weight of each token as a target; default: nothing is supervised, all is prompt.
+        weights: [B, T], any real, weight of each token as a target in the loss; default: nothing is supervised.
+        completion: bool [B, T], the tokens that a model is to produce, for the selection of steered tokens; default:
+            those of weight above 0.
 
     Returns:
-        The batch. An example with no supervised token counts as prompt in its whole length.
+        The batch. An example without a completion counts as prompt in its whole length.
 
     Raises:
         ValueError: the arrays are not all [B, T].
@@ -30,10 +34,11 @@ def make_batch(tokens: Array, segments: Array | None = None, weights: Array | No
     tokens = jnp.asarray(tokens, jnp.int32)
     segments = jnp.ones_like(tokens) if segments is None else jnp.asarray(segments, jnp.int32)
     weights = jnp.zeros(tokens.shape, jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
-    if tokens.ndim != 2 or not tokens.shape == segments.shape == weights.shape:
+    completion = weights > 0 if completion is None else jnp.asarray(completion, bool)
+    if tokens.ndim != 2 or not tokens.shape == segments.shape == weights.shape == completion.shape:
         raise ValueError(
-            "a batch needs [B, T] arrays of one shape: "
-            f"tokens {tokens.shape}, segments {segments.shape}, weights {weights.shape}"
+            f"a batch needs [B, T] arrays of one shape: tokens {tokens.shape}, segments {segments.shape}, "
+            f"weights {weights.shape}, completion {completion.shape}"
         )
     length = tokens.shape[1]
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
@@ -41,26 +46,26 @@ def make_batch(tokens: Array, segments: Array | None = None, weights: Array | No
     start = jax.lax.cummax(jnp.where(new, index, 0), axis=1)
     positions = jnp.where(segments > 0, index - start, 0)
 
-    def first_supervised(segments: Array, positions: Array, supervised: Array) -> Array:  # one row, [T]
+    def first_completed(segments: Array, positions: Array, completion: Array) -> Array:  # one row, [T]
         ends = jnp.zeros(length + 1, jnp.int32).at[segments].max(positions + 1)
-        firsts = ends.at[segments].min(jnp.where(supervised, positions, length))
+        firsts = ends.at[segments].min(jnp.where(completion, positions, length))
         return firsts[segments]
 
-    prompt_lengths = jax.vmap(first_supervised)(segments, positions, weights > 0)
-    return Batch(tokens, segments, positions, jnp.where(segments > 0, prompt_lengths, 0), weights)
+    prompt_lengths = jax.vmap(first_completed)(segments, positions, completion)
+    return Batch(tokens, segments, positions, jnp.where(segments > 0, prompt_lengths, 0), completion, weights)
 
 
 def select(positions: Positions, batch: Batch) -> Array | None:
     """The tokens that a slot steers, [B, T] bool; None when it steers all of them.
 
     Everything is counted inside the example, so packing, padding and decoding cannot change the selection. `last` is
-    the token from which a completion is predicted: before each supervised span, and at the end of an example that
-    ends unsupervised (where decoding would start).
+    the token from which a completion is predicted: before each span of completion, and at the end of an example that
+    ends with a prompt (where decoding would start).
     """
     if positions.kind == "all":
         return None
     real = batch.segments > 0
-    completion = (batch.weights > 0) & real
+    completion = batch.completion & real
     prompt = (batch.positions < batch.prompt_lengths) & real
     if positions.kind == "prompt":
         return prompt
@@ -80,8 +85,9 @@ class Tokens(Protocol):
     """An example as token ids.
 
     ids            int32 [n]
-    weights        fp32 [n], each token's weight as a target
-    prompt_length  number of tokens before the first supervised one; n where none is
+    completion     bool [n], whether the token belongs to a completion
+    weights        fp32 [n], each token's weight as a target, 0 = no target
+    prompt_length  number of tokens before the first of a completion; n where there is none
     source         where it came from, for messages
     """
 
@@ -91,13 +97,18 @@ class Tokens(Protocol):
         ...
 
     @property
+    def completion(self) -> np.ndarray:
+        """Which tokens belong to a completion."""
+        ...
+
+    @property
     def weights(self) -> np.ndarray:
         """Weights as targets."""
         ...
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the first supervised one."""
+        """Tokens before the first of a completion."""
         ...
 
     @property
@@ -147,14 +158,14 @@ def stack_rows(rows: Sequence[Sequence[Tokens]], length: int, *, left: bool = Fa
 
     Returns:
         numpy Batch, [len(rows), length]. Segments count from 1 in each row, positions from 0 in each example.
-        The first token of an example has weight 0: nothing before it predicts it.
+        The first token of an example is no completion and has weight 0: nothing before it predicts it.
 
     Raises:
         ValueError: where the examples of a row are longer than it.
     """
     shape = (len(rows), length)
     tokens, segments, positions, prompt_lengths = (np.zeros(shape, np.int32) for _ in range(4))
-    weights = np.zeros(shape, np.float32)
+    completion, weights = np.zeros(shape, bool), np.zeros(shape, np.float32)
     for r, row in enumerate(rows):
         total = sum(len(example.ids) for example in row)
         if total > length:
@@ -166,10 +177,10 @@ def stack_rows(rows: Sequence[Sequence[Tokens]], length: int, *, left: bool = Fa
             segments[r, span] = segment
             positions[r, span] = np.arange(len(example.ids))
             prompt_lengths[r, span] = example.prompt_length
-            weights[r, span] = example.weights
-            weights[r, at] = 0
+            completion[r, span], weights[r, span] = example.completion, example.weights
+            completion[r, at], weights[r, at] = False, 0
             at = span.stop
-    fields: Any = (tokens, segments, positions, prompt_lengths, weights)  # numpy on the host
+    fields: Any = (tokens, segments, positions, prompt_lengths, completion, weights)  # numpy on the host
     return Batch(*fields)
 
 

@@ -40,6 +40,10 @@ class _Text:
     source: str
 
     @property
+    def completion(self) -> np.ndarray:
+        return np.zeros(len(self.ids), bool)
+
+    @property
     def weights(self) -> np.ndarray:
         return np.zeros(len(self.ids), np.float32)
 

@@ -19,7 +19,7 @@ CHUNK_TOKENS, CPU_CHUNK_TOKENS = 512, 128
 
 
 class Targets(NamedTuple):
-    """What is predicted at each position: the next token, with its weight (0 = nothing), both [B, T]."""
+    """What is predicted at each position [B, T]: the next token, and its weight in the loss (any real, 0 = nothing)."""
 
     tokens: Array
     weights: Array
@@ -27,9 +27,21 @@ class Targets(NamedTuple):
 
 def next_tokens(batch: Batch) -> Targets:
     """Position t predicts token t + 1 of its own example; the weight is that token's."""
-    ahead = lambda field: jnp.pad(field[:, 1:], ((0, 0), (0, 1)))
-    same = (ahead(batch.segments) == batch.segments) & (batch.segments > 0)
-    return Targets(ahead(batch.tokens), jnp.where(same, ahead(batch.weights), 0.0))
+    return Targets(_ahead(batch.tokens), jnp.where(_continues(batch), _ahead(batch.weights), 0.0))
+
+
+def predicts_completion(batch: Batch) -> Array:
+    """Whether position t predicts a completion token of its own example. bool [B, T]."""
+    return _continues(batch) & _ahead(batch.completion)
+
+
+def _ahead(field: Array) -> Array:
+    return jnp.pad(field[:, 1:], ((0, 0), (0, 1)))
+
+
+def _continues(batch: Batch) -> Array:
+    """Whether the next token belongs to the same example."""
+    return (_ahead(batch.segments) == batch.segments) & (batch.segments > 0)
 
 
 def _nll(hidden: Array, head: Array, tokens: Array, softcap: float | None) -> Array:
@@ -90,7 +102,7 @@ def _any_left_of_all(size: int, batched: list[bool], mask: Array) -> tuple[Array
 
 
 def cross_entropy(hidden: Array, head: Array, targets: Targets, softcap: float | None = None) -> Array:
-    """Σ weight · −log p(target), over the positions with weight > 0. Scalar, at least fp32.
+    """Σ weight · −log p(target), over the positions whose weight is not 0. Scalar, at least fp32.
 
     Each row's supervised positions are moved to its front; chunks of columns are then visited as long as any row has
     one left, so the unsupervised rest never meets the vocabulary, whatever share of the batch it is.
@@ -105,7 +117,7 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets, softcap: float |
     most = CPU_CHUNK_TOKENS if current_platform() == "cpu" else CHUNK_TOKENS  # on each device
     width = min(T, max(1, most * row_shards() // B))
     chunks = -(-T // width)
-    order = jnp.argsort(targets.weights <= 0, axis=1, stable=True)
+    order = jnp.argsort(targets.weights == 0, axis=1, stable=True)
     front = lambda field: jnp.pad(jnp.take_along_axis(field, order, axis=1), ((0, 0), (0, chunks * width - T))).reshape(
         B, chunks, width
     )
@@ -117,12 +129,12 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets, softcap: float |
 
         def add() -> Array:
             h = jnp.take_along_axis(hidden, where[..., None], axis=1)
-            h = jnp.where(weights[..., None] > 0, h, 0).reshape(B * width, D)  # 0 · NaN would be NaN
+            h = jnp.where(weights[..., None] != 0, h, 0).reshape(B * width, D)  # 0 · NaN would be NaN
             return total + jnp.vdot(
                 weights.reshape(-1).astype(total.dtype), token_nll(h, head, tokens.reshape(-1), softcap)
             )
 
-        return jax.lax.cond(any_left(weights > 0), add, lambda: total), None
+        return jax.lax.cond(any_left(weights != 0), add, lambda: total), None
 
     zero = jnp.zeros((), np.promote_types(hidden.dtype, np.float32))
     return jax.lax.scan(visit, zero, (where, tokens, weights))[0]
@@ -143,6 +155,6 @@ def mean_loss(model: Model, base: PyTree, steering: Steering, batch: Batch) -> A
 
 
 def total_weight(batch: Batch) -> Array:
-    """Σ of the weights that a loss over this batch will count. Scalar fp32. Any leading axes."""
+    """Σ |weight| of the targets in a batch: what a summed loss is divided by. Scalar fp32. Any leading axes."""
     flat = Batch(*(field.reshape(-1, field.shape[-1]) for field in batch))
-    return jnp.sum(next_tokens(flat).weights)
+    return jnp.sum(jnp.abs(next_tokens(flat).weights))

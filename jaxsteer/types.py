@@ -199,15 +199,17 @@ class Batch(NamedTuple):
     segments        int32, 0 = padding, otherwise the number of the example within its row (tokens attend inside it)
     positions       int32, index of the token within its example, from 0 (rotary and token selection count here)
     prompt_lengths  int32, the prompt's length of the example that the token belongs to: all before its first
-                    supervised token
-    weights         fp32, the token's weight as a *target* (predicted from the token before it). > 0 makes it a
-                    completion token for token selection
+                    completion token
+    completion      bool, whether the token belongs to a completion: decides, with prompt_lengths, what is steered
+    weights         fp32, any real: the token's weight in the loss as a *target* (predicted from the token before it);
+                    0 = no target. It never changes what is steered
     """
 
     tokens: Array
     segments: Array
     positions: Array
     prompt_lengths: Array
+    completion: Array
     weights: Array
 
 

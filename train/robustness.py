@@ -114,9 +114,9 @@ def divergence(
     for number, text in enumerate(texts, 1):
         ids = np.asarray(loaded.tokenizer(text)["input_ids"][:length], np.int32)
         half = len(ids) // 2
-        weights = (np.arange(len(ids)) >= half).astype(np.float32)
+        completion = np.arange(len(ids)) >= half
         if len(ids) >= 4:
-            tokenised.append(TokenizedExample(ids, weights, half, f"neutral text {number}"))
+            tokenised.append(TokenizedExample(ids, completion, half, f"neutral text {number}"))
     if len(tokenised) < 2:
         raise ValueError(f"neutral text: need at least 2 texts of 4 tokens or more, one a line; got {len(tokenised)}")
     found: list[float] = []

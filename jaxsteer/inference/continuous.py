@@ -186,7 +186,8 @@ def advance(
             column(active.astype(jnp.int32)),
             column(rows.position),
             column(rows.prompt_length),
-            jnp.ones((len(active), 1), jnp.float32),  # generated tokens count as completion
+            jnp.ones((len(active), 1), bool),  # generated tokens are completion
+            jnp.zeros((len(active), 1), jnp.float32),
         )
         output = forward(model, base, steering, batch, cache=rows.cache)
         assert output.cache is not None

@@ -117,7 +117,8 @@ def generate(
 
     def advance(carry: tuple) -> tuple:
         step, token, position, cache, out = carry
-        one = Batch(token[:, None], segments, position, prompt_lengths, jnp.ones((B, 1), jnp.float32))
+        completion, weights = jnp.ones((B, 1), bool), jnp.zeros((B, 1), jnp.float32)
+        one = Batch(token[:, None], segments, position, prompt_lengths, completion, weights)
         output = forward(model, base, steering, one, cache=cache)
         token, out = draw(output.hidden[:, 0], step, out)
         return step + 1, token, position + 1, output.cache, out

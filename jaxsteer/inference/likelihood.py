@@ -135,5 +135,6 @@ def _stack(prompts: Sequence[Tokens], continuations: Sequence[Sequence[np.ndarra
             tokens[span], segments[span] = ids, 1
             positions[span] = len(prompt.ids) + np.arange(len(ids))
             prompt_lengths[span] = min(prompt.prompt_length, len(prompt.ids))
-    fields: Any = (tokens, segments, positions, prompt_lengths, (segments > 0).astype(np.float32))  # numpy on the host
+    real = segments > 0
+    fields: Any = (tokens, segments, positions, prompt_lengths, real, real.astype(np.float32))  # numpy on the host
     return Batch(*fields)

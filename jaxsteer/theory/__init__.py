@@ -11,15 +11,6 @@ from jaxsteer.theory.curvature import (
     per_example_gradients,
 )
 from jaxsteer.theory.fits import Factor, Fit, absorb, empty, fit, fit_nonlinear, gains, mean_shift, unexplained
-from jaxsteer.theory.gated_mlp import (
-    adapter_shift,
-    down_shift,
-    gate_shift,
-    gated_mlp,
-    mlp_shift,
-    pre_mlp_shift,
-    up_shift,
-)
 from jaxsteer.theory.geometry import (
     captured,
     directions_for,
@@ -29,6 +20,15 @@ from jaxsteer.theory.geometry import (
     principal_angles,
     subspace_overlap,
     top_directions,
+)
+from jaxsteer.theory.mlp import (
+    adapter_shift,
+    down_shift,
+    gate_shift,
+    gated_mlp,
+    mlp_shift,
+    pre_mlp_shift,
+    up_shift,
 )
 from jaxsteer.theory.oracle import oracle_steering, replayed
 from jaxsteer.theory.predict import Promise, aligned_start, gradient_factors, promise, site_gradients

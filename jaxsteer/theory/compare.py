@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.transformer import Model, Network, forward, logits_of, output_embedding
-from jaxsteer.objective import any_left, next_tokens
+from jaxsteer.objective import any_left, next_tokens, predicts_completion
 from jaxsteer.theory.oracle import check_comparable
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
@@ -70,7 +70,7 @@ def counted_predictions(batch: Batch, where: Where) -> Array:
         ValueError: an unknown `where`.
     """
     if where == "answers":
-        return next_tokens(batch).weights > 0
+        return predicts_completion(batch)
     if where != "all":
         raise ValueError(f"which predictions? answers or all, got {where!r}")
     return batch.segments > 0
@@ -154,7 +154,7 @@ def kl_from_base(model: Model, base: PyTree, steering: Steering, batch: Batch) -
     """Σ_v p(v) log(p(v) / q(v)), p the plain model's next-token distribution, q the steered one's.
 
     Args:
-        batch: [B, T]; positions that predict a token of weight 0 are left out.
+        batch: [B, T]; only positions that predict a token of a completion count.
 
     Returns:
         For each row the mean over its positions, nats, fp32 [B]; 0 for a row without any.
@@ -168,5 +168,5 @@ def kl_from_base(model: Model, base: PyTree, steering: Steering, batch: Batch) -
         return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
     kl = jax.lax.map(column, (plain.swapaxes(0, 1), steered.swapaxes(0, 1))).T
-    counted = (next_tokens(batch).weights > 0).astype(np.float32)
+    counted = predicts_completion(batch).astype(np.float32)
     return jnp.sum(kl.astype(np.float32) * counted, axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1.0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny import random_steering, rows, slot_of
 
-from jaxsteer import Model, Positions, Sampling
-from jaxsteer.inference import continuous, generate
+from jaxsteer import Model, Positions, Sampling, generate
+from jaxsteer.inference import continuous
 from jaxsteer.inference.continuous import generate_all
 from jaxsteer.inference.likelihood import score_continuations
 
@@ -19,6 +19,7 @@ TIE = 1e-4
 @dataclass(frozen=True)
 class Prompt:
     ids: np.ndarray
+    completion: np.ndarray
     weights: np.ndarray
     prompt_length: int
     source: str = "here"
@@ -33,7 +34,7 @@ def prompts(vocab, count=23, longest=24):
         weights = np.zeros(len(ids), np.float32)
         if i % 4 == 0 and len(ids) > 6:
             weights[3:5] = 1
-        made.append(Prompt(ids, weights, 3 if weights.any() else len(ids)))
+        made.append(Prompt(ids, weights > 0, weights, 3 if weights.any() else len(ids)))
     return made
 
 
@@ -135,13 +136,13 @@ def test_impossible_requests_raise(tiny_config, tiny_base):
     with pytest.raises(ValueError, match="key"):
         ask(sampling=Sampling(temperature=1.0))
     with pytest.raises(ValueError, match="here: an empty prompt"):
-        ask([Prompt(np.zeros(0, np.int32), np.zeros(0, np.float32), 0)])
+        ask([Prompt(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32), 0)])
 
 
 def test_learned_positions_end(tiny_config):
     """Rotary positions go on, learned ones do not."""
     model = Model(replace(tiny_config, learned_positions=True, max_length=20))
-    asked = [Prompt(np.arange(3, 17, dtype=np.int32), np.zeros(14, np.float32), 14, "mine:3")]
+    asked = [Prompt(np.arange(3, 17, dtype=np.int32), np.zeros(14, bool), np.zeros(14, np.float32), 14, "mine:3")]
     answers = generate_all(model, {}, {}, asked, max_new_tokens=7, stop_tokens=())
     with pytest.raises(ValueError, match=r"mine:3: takes up to 21 tokens, but .* learned positions for 20 only"):
         next(answers)

@@ -134,7 +134,7 @@ def test_cached_decoding_is_the_full_forward_pass(name, tiny_config, tiny_base):
     for step in range(3):
         new = [[tokens[i, n + step]] for i, n in zip(whole, lengths, strict=True)]
         ones = jnp.ones((2, 1), jnp.int32)
-        one = Batch(jnp.array(new), ones, prompt_lengths + step, prompt_lengths, ones.astype(jnp.float32))
+        one = Batch(jnp.array(new), ones, prompt_lengths + step, prompt_lengths, ones > 0, ones.astype(jnp.float32))
         out = run(model, tiny_base, steering, one, cache=out.cache)
         for row, (i, n) in enumerate(zip(whole, lengths, strict=True)):
             close(out.hidden[row, 0], want[i, n + step], 1e-5)

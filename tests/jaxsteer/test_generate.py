@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tiny import every_kind, fast_jit, random_steering, rows, run
 
-from jaxsteer import Model, Sampling, make_batch
-from jaxsteer.inference import generate
+from jaxsteer import Model, Sampling, generate, make_batch
 from jaxsteer.inference.generate import sample
 from jaxsteer.models.transformer import logits_of, output_embedding
 

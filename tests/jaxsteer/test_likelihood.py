@@ -62,7 +62,7 @@ def test_empty_texts_raise(steered, tiny_base):
     for own in ([], [np.zeros(0, np.int32)]):
         with pytest.raises(ValueError, match="here: a prompt"):
             list(score_continuations(model, tiny_base, steering, prompts(61, 1), [own]))
-    nothing = Prompt(np.zeros(0, np.int32), np.zeros(0, np.float32), 0)
+    nothing = Prompt(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32), 0)
     with pytest.raises(ValueError, match="here: a prompt"):
         list(score_continuations(model, tiny_base, steering, [nothing], [[np.array([1])]]))
 

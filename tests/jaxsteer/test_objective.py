@@ -76,6 +76,13 @@ def test_a_fully_masked_row():
     assert not np.any(grads[0])
 
 
+def test_weights_below_zero_count_with_their_sign():
+    hidden, head, targets = problem()
+    signed = targets._replace(weights=targets.weights * jnp.where(jnp.arange(T) % 2, 1.0, -0.5)[None])
+    both = lambda loss: fast_jit(jax.value_and_grad(loss, (0, 1)))(hidden, head, signed)
+    close(both(cross_entropy), both(naive_loss), 1e-5)
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_unsupervised_positions_never_meet_the_vocabulary(poison):
     hidden, head, targets = problem()

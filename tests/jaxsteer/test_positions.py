@@ -60,6 +60,24 @@ def test_only_selected_tokens_are_steered(tiny_config, tiny_base):
         np.testing.assert_array_equal(moved, np.ones_like(moved) if mask is None else mask, err_msg=slot.name)
 
 
+def test_loss_weights_do_not_decide_what_is_steered(tiny_config, tiny_base):
+    """Loss on the prompt, example weights, none at all, or one below zero: the same hidden states, bit for bit."""
+    kinds = ("prompt", "completion", "last", "first:2+last:2")
+    batch, _ = layouts(tiny_config.vocab_size)["packed"]
+    plan = tuple(
+        slot_of("fixed", tiny_config, slot=kind, sites=("block",), positions=Positions.parse(kind)) for kind in kinds
+    )
+    model, steering = Model(tiny_config, plan), random_steering(plan, tiny_config, scale=1.0)
+    draw = np.random.default_rng(0)
+    weightings = [np.ones_like, np.zeros_like, np.negative, lambda w: draw.normal(size=w.shape).astype(w.dtype)]
+    for change in weightings:
+        other = batch._replace(weights=change(np.asarray(batch.weights)))
+        for kind in kinds:
+            alone = turn(steering, kind)
+            want, got = (run(model, tiny_base, alone, each).hidden for each in (batch, other))
+            np.testing.assert_array_equal(got, want, err_msg=kind)
+
+
 def test_untied_positions_with_the_same_parameters_are_tied_ones(tiny_config, tiny_base):
     """ReFT's two slots, at the first and the last tokens of a prompt, longer and shorter than they would reach."""
     slot = lambda name, kind: Slot(name, LoReFT(), ("block", "mlp"), positions=Positions.parse(kind))

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from tiny import close
 
-from jaxsteer import Model, NonlinearSteering, Slot, forward, init_steering, make_batch
-from jaxsteer.inference import generate
+from jaxsteer import Model, NonlinearSteering, Slot, forward, generate, init_steering, make_batch
 from jaxsteer.models.transformer import logits_of, output_embedding
 
 pytestmark = pytest.mark.xdist_group("smollm2")  # one worker loads it

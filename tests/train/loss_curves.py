@@ -37,8 +37,8 @@ def make_data():
     draw, examples = np.random.default_rng(0), []
     for length in draw.integers(4, 16, 256):
         prompt = int(draw.integers(1, length))
-        weights = (np.arange(length) >= prompt).astype(np.float32)
-        examples.append(TokenizedExample(draw.integers(3, 64, length).astype(np.int32), weights, prompt, ""))
+        completion = np.arange(length) >= prompt
+        examples.append(TokenizedExample(draw.integers(3, 64, length).astype(np.int32), completion, prompt, ""))
     data = DataSource(examples, ROWS, LENGTH)
     assert data.fill > 0.9
     assert (data.batch(0).segments.max(axis=1) > 1).any()

@@ -221,7 +221,7 @@ def test_an_error_of_one_is_an_error_of_all(config, tmp_path):
 
 def test_rows_of_a_part_are_those_of_the_whole():
     draw = np.random.default_rng(0)
-    examples = [TokenizedExample(np.arange(n), np.ones(n, np.float32), 1, "") for n in draw.integers(2, 8, 50)]
+    examples = [TokenizedExample(np.arange(n), np.ones(n, bool), 1, "") for n in draw.integers(2, 8, 50)]
     data, config = (
         DataSource(examples, 12, 16, seed=3),
         TrainConfig(batch_size=12, sequence_length=16, grad_accumulation=3),

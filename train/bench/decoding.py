@@ -49,9 +49,7 @@ def bench_decode(config: DecodeBench) -> dict[str, float]:
     # Not the fresh initialisation, whose zeros a compiler could not know but a cache might like.
     steering = jax.tree.map(lambda x: x + 0.01, init_steering(plan, loaded.config, jax.random.key(0), base=loaded.base))
     tokens = np.random.default_rng(0).integers(0, loaded.config.vocab_size, (config.batch_size, config.prompt))
-    row = [
-        [TokenizedExample(t.astype(np.int32), np.zeros(config.prompt, np.float32), config.prompt, "")] for t in tokens
-    ]
+    row = [[TokenizedExample(t.astype(np.int32), np.zeros(config.prompt, bool), config.prompt, "")] for t in tokens]
     prompts = _device(stack_rows(row, config.prompt))
 
     def seconds(model: Model, params: Steering, new_tokens: int) -> float:

@@ -116,6 +116,6 @@ def _prompts(config: EvalBench, tokenizer: Any) -> list[TokenizedExample]:
     lengths = np.clip(draw.lognormal(np.log(57), 0.4, config.examples), 16, 192).astype(int)
     plain = [i for i in range(len(tokenizer)) if i not in set(tokenizer.all_special_ids)]
     return [
-        TokenizedExample(draw.choice(plain, n).astype(np.int32), np.zeros(n, np.float32), int(n), f"random {i}")
+        TokenizedExample(draw.choice(plain, n).astype(np.int32), np.zeros(n, bool), int(n), f"random {i}")
         for i, n in enumerate(lengths)
     ]

@@ -97,7 +97,7 @@ def bench_train(config: TrainBench) -> dict[str, float]:
         seconds.append(time.perf_counter() - began)
         tokens.append(int((host.segments > 0).sum()))
         examples.append(int(host.segments.max(axis=1).sum()))
-        supervised = int((np.asarray(next_tokens(batch).weights) > 0).sum())
+        supervised = int((np.asarray(next_tokens(batch).weights) != 0).sum())
         share = causal_share(config.sequence_length, program.attention[0])
         flops.append(step_flops(model, config.batch_size, config.sequence_length, supervised, causal_share=share))
     middle = statistics.median
@@ -125,9 +125,9 @@ def _source(config: TrainBench, loaded: Any) -> DataSource:
         generator = np.random.default_rng(0)
         shape = (config.batch_size * (config.steps + 1), config.sequence_length)
         tokens = generator.integers(0, loaded.config.vocab_size, shape).astype(np.int32)
-        weights = np.ones(config.sequence_length, np.float32)
+        all_of_it = np.ones(config.sequence_length, bool)
         return DataSource(
-            [TokenizedExample(t, weights, 1, "dense") for t in tokens], config.batch_size, config.sequence_length
+            [TokenizedExample(t, all_of_it, 1, "dense") for t in tokens], config.batch_size, config.sequence_length
         )
     listops = config.data == "listops"
     examples = generate_listops(ListOps(), "train") if listops else read_jsonl(config.data, config.keys)

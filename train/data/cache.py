@@ -23,7 +23,7 @@ WORTH_SECONDS = 2.0
 
 Watch = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
-_FORM = 1  # of the files; another number makes the older ones unread
+_FORM = 2  # of the files; another number makes the older ones unread
 
 
 def _unwatched(total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -80,6 +80,7 @@ def _write(path: Path, rows: Sequence[TokenizedExample], report: Report) -> None
     """Keep rows as arrays joined end to end; a full disk or a folder that cannot be written to is no error."""
     arrays = {
         "ids": np.concatenate([row.ids for row in rows]),
+        "completion": np.concatenate([row.completion for row in rows]),
         "weights": np.concatenate([row.weights for row in rows]),
         "lengths": np.array([len(row) for row in rows]),
         "prompt_lengths": np.array([row.prompt_length for row in rows]),
@@ -107,13 +108,14 @@ def _read(path: Path) -> tuple[list[TokenizedExample], Report] | None:
     ends = np.cumsum(stored["lengths"])[:-1]
     columns = (
         np.split(stored["ids"], ends),
+        np.split(stored["completion"], ends),
         np.split(stored["weights"], ends),
         stored["prompt_lengths"],
         texts["named"],
     )
     rows = [
-        TokenizedExample(ids, weights, int(prompt_length), source, answer)
-        for ids, weights, prompt_length, (source, answer) in zip(*columns, strict=True)
+        TokenizedExample(ids, completion, int(prompt_length), source, answer, weights)
+        for ids, completion, weights, prompt_length, (source, answer) in zip(*columns, strict=True)
     ]
     report = texts["report"]
     for name in ("too_long", "cut"):

@@ -76,17 +76,24 @@ class TokenizedExample:
     """One example as token ids.
 
     ids            int32 [n]
-    weights        fp32 [n], each token's weight as a target: 1 where supervised, else 0
-    prompt_length  number of tokens before the first supervised one; n where none is
+    completion     bool [n], the tokens that the model learns to produce
+    prompt_length  number of tokens before the first of them; n where there are none
     source         of the example
     answer         `Example.gold`
+    weights        fp32 [n], any real, each token's weight in the loss; by default 1 in completions, 0 elsewhere
     """
 
     ids: np.ndarray
-    weights: np.ndarray
+    completion: np.ndarray
     prompt_length: int
     source: str
     answer: str | None = None
+    weights: np.ndarray = None  # type: ignore[assignment]  # never None once made
+
+    def __post_init__(self) -> None:
+        """Fill in the weights."""
+        if self.weights is None:
+            object.__setattr__(self, "weights", np.asarray(self.completion, np.float32))
 
     def __len__(self) -> int:
         """Number of tokens."""

@@ -100,8 +100,8 @@ def encode_prompts(
 ) -> tuple[list[TokenizedExample], Report]:
     """Tokenise what generation starts from: each example without its final supervised turn.
 
-    The ids are those with which `encode` begins the same example. Earlier assistant turns keep their
-    weights, so they count as completion, as they do in training. See `encode` for arguments and errors.
+    The ids are those with which `encode` begins the same example. Earlier assistant turns
+    count as completion, as they do in training. See `encode` for arguments and errors.
     """
     contexts = [e.context for e in examples]
     return _encode(contexts, tokenizer, chat, max_length, on_long, generate=True)
@@ -157,7 +157,7 @@ def _encode(
                 kept.append(row)
         advance(first + len(chunk))
     total = sum(map(len, kept))
-    supervised_total = int(sum(r.weights.sum() for r in kept))
+    supervised_total = int(sum(np.count_nonzero(r.weights) for r in kept))
     report = Report(len(examples), total, supervised_total, longest, max_length, tuple(long), tuple(cut))
     if long and on_long == "error":
         raise ValueError(f"{_long(report, long)}; raise max_length, shorten them, or drop them with on_long='drop'")
@@ -180,7 +180,7 @@ def _rows(
     ids = iter(tokenizer([text for piece in texts for text, _ in piece], add_special_tokens=False)["input_ids"])
     specials = _special_ids(tokenizer) if chat else frozenset[int]()
     for example, piece in zip(examples, texts, strict=True):
-        tokens, weights = list(start), [0.0] * len(start)
+        tokens, completion = list(start), [False] * len(start)
         for text, supervised in piece:
             new = next(ids)
             trained = 0
@@ -190,8 +190,8 @@ def _rows(
                 new = [*new, _end_of_sequence(tokenizer)]
                 trained = len(new)
             tokens += new
-            weights += [1.0] * trained + [0.0] * (len(new) - trained)
-        yield _finish(example, tokens, weights, generate)
+            completion += [True] * trained + [False] * (len(new) - trained)
+        yield _finish(example, tokens, completion, generate)
 
 
 def _without(row: TokenizedExample, gone: slice) -> TokenizedExample:
@@ -199,27 +199,28 @@ def _without(row: TokenizedExample, gone: slice) -> TokenizedExample:
     return replace(
         row,
         ids=np.delete(row.ids, gone),
+        completion=np.delete(row.completion, gone),
         weights=np.delete(row.weights, gone),
         prompt_length=row.prompt_length - (gone.stop - gone.start),
     )
 
 
-def _finish(example: Example, tokens: list[int], weights: list[float], generate: bool) -> TokenizedExample:
+def _finish(example: Example, tokens: list[int], completion: list[bool], generate: bool) -> TokenizedExample:
     """Arrays of one example, checked."""
-    ids, targets = np.asarray(tokens, np.int32), np.asarray(weights, np.float32)
-    trained = np.flatnonzero(targets)
+    ids, produced = np.asarray(tokens, np.int32), np.asarray(completion, bool)
+    trained = np.flatnonzero(produced)
     if not generate:
         if not len(trained):
             raise ValueError(f"{example.source}: nothing to train on; no completion and no assistant turn")
         # What a template writes after the last end of turn (a newline) predicts nothing.
-        ids, targets = ids[: trained[-1] + 1], targets[: trained[-1] + 1]
+        ids, produced = ids[: trained[-1] + 1], produced[: trained[-1] + 1]
     prompt_length = int(trained[0]) if len(trained) else len(ids)
     if prompt_length == 0:
         raise ValueError(
             f"{example.source}: the prompt is empty and the tokenizer adds no beginning of sequence, so "
             "there is nothing to predict the first token from"
         )
-    return TokenizedExample(ids, targets, prompt_length, example.source, example.gold)
+    return TokenizedExample(ids, produced, prompt_length, example.source, example.gold)
 
 
 def _plain_pieces(example: Example, tokenizer: Any, generate: bool) -> list[tuple[str, bool]]:

@@ -157,7 +157,7 @@ def compile_for(
 
 
 def _rows(shape: tuple[int, ...], program: Program) -> Batch:
-    kinds = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+    kinds = Batch(jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.float32)
     batch = jax.tree.map(lambda dtype: jax.ShapeDtypeStruct(shape, dtype), kinds)
     if program.mesh is None:
         return batch

@@ -18,7 +18,7 @@ from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from jaxsteer.objective import next_tokens, supervised_loss
 from jaxsteer.steering import steering_shapes
 from jaxsteer.theory import first_order, gauss_newton_product, mlp_shift, only_layer, shift, tangent_loss
-from jaxsteer.theory.gated_mlp import layer_mlp
+from jaxsteer.theory.mlp import layer_mlp
 from jaxsteer.types import ACTIVATIONS
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -21,7 +21,7 @@ from jaxsteer.theory import (
     pre_mlp_shift,
     up_shift,
 )
-from jaxsteer.theory.gated_mlp import SLOPES, layer_mlp
+from jaxsteer.theory.mlp import SLOPES, layer_mlp
 
 pytestmark = pytest.mark.xdist_group("theory_gated_mlp")
 

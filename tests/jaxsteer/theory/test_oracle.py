@@ -137,7 +137,7 @@ def test_what_cannot_be_replayed_is_refused(base, tuned, batch, tiny_config):
         oracle_steering(base, tuned, batch, site="mlp.router")
     with pytest.raises(ValueError, match=r"layers \[2, 9\].*0 to 3"):
         oracle_steering(base, tuned, batch, (2, 9))
-    with pytest.raises(ValueError, match="a replay holds the shifts of one batch"):
+    with pytest.raises(ValueError, match="a replay holds one batch's shifts"):
         Replay().param_specs(None)
     with pytest.raises(ValueError, match="slot 'oracle' already"):
         replayed(replayed(base, jnp.zeros(1)), jnp.zeros(1))

@@ -16,8 +16,7 @@ def made(lengths, seed=0):
         ids = rng.integers(1, 1000, n).astype(np.int32)
         ids[0] = 10_000 + i
         prompt = max(1, n - n // 3)
-        weights = (np.arange(n) >= prompt).astype(np.float32)
-        examples.append(TokenizedExample(ids, weights, prompt, f"f:{i}", str(i)))
+        examples.append(TokenizedExample(ids, np.arange(n) >= prompt, prompt, f"f:{i}", str(i)))
     return examples
 
 
@@ -105,7 +104,7 @@ def test_rows_hold_their_examples_exactly():
     source = DataSource(examples, 4, 64, seed=2)
     for step in range(source.steps_per_epoch):
         batch, members = source.batch(step), source.row_members(step)
-        assert [f.dtype for f in batch] == [np.int32] * 4 + [np.float32]
+        assert [f.dtype for f in batch] == [np.int32] * 4 + [np.bool_, np.float32]
         assert all(f.shape == (4, 64) for f in batch)
         for r, row in enumerate(members):
             at = 0
@@ -129,7 +128,7 @@ def test_counts():
 
 
 def test_first_token_is_never_a_target():
-    e = TokenizedExample(np.array([7, 8], np.int32), np.ones(2, np.float32), 0, "f:1")
+    e = TokenizedExample(np.array([7, 8], np.int32), np.ones(2, bool), 0, "f:1")
     assert stack_rows([[e, e]], 5).weights.tolist() == [[0, 1, 0, 1, 0]]
 
 
