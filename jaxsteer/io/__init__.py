@@ -1,13 +1,15 @@
-"""The room of the library that opens files: pretrained models, tokenizers, steering files, export."""
+"""The only package of the library that opens files: pretrained models, tokenizers, steering files, export."""
 
 from jaxsteer.io.export import save_hf
 from jaxsteer.io.identity import config_from_json, config_to_json, fingerprint
 from jaxsteer.io.load import LoadedModel, load_base, load_config, load_model, load_tokenizer
 from jaxsteer.io.steering_file import SteeringFile, load_steering, save_steering
+from jaxsteer.io.tokenizer import Tokenizer
 
 __all__ = [
     "LoadedModel",
     "SteeringFile",
+    "Tokenizer",
     "config_from_json",
     "config_to_json",
     "fingerprint",

@@ -10,7 +10,7 @@ import os
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 CONTROL, USER_DEFINED, UNKNOWN = 3, 4, 2  # tokenizer.ggml.token_type
 
@@ -43,6 +43,29 @@ ELSEWHERE = "Give the model's Hugging Face folder or id as `tokenizer`"
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 """A folder that has one of these has a tokenizer."""
+
+
+class Tokenizer(Protocol):
+    """What jaxsteer asks of a tokenizer: the part of transformers' `PreTrainedTokenizerFast` that it uses."""
+
+    eos_token_id: int | None
+    bos_token_id: int | None
+    chat_template: str | None
+    all_special_ids: list[int]
+    special_tokens_map: dict[str, Any]
+    backend_tokenizer: Any
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        """Token ids of a text, or of a list of texts: `tokenizer(text)["input_ids"]`."""
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        """The text of token ids."""
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
+        """A conversation as text (`tokenize=False`) or token ids."""
+
+    def save_pretrained(self, folder: Any, **options: Any) -> Any:
+        """Write the tokenizer's files into a folder."""
 
 
 def tokenizer_from_folder(folder: Path) -> Any:
