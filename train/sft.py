@@ -15,15 +15,15 @@ import jax
 from jaxsteer.types import Steering
 from train.cli import from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
-from train.devices.machine import device_summary, enable_compilation_cache, peak_memory_bytes
+from train.devices.machine import device_summary, enable_compilation_cache
 from train.devices.placement import place_on
-from train.devices.processes import is_first, join, on_first
+from train.devices.processes import join, on_first
 from train.display.console import print_facts
 from train.run.checkpoints import local_folder
 from train.run.folder import RunFolder, locked, open_run
 from train.run.log import RunLog
 from train.run.preemption import preemption
-from train.run.result import Result, bare, print_result, save_trained, write_outcome
+from train.run.result import Result, conclude, print_result
 from train.run.saver import Saver
 from train.run.trackers import check_trackers
 from train.run.training import Training, load_base_model, make_training, to_floats
@@ -105,25 +105,7 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None, *, res
             if guard.skipped:
                 log.note(f"{guard.skipped} steps were skipped: the lines of {run.metrics} with 'examples' name them.")
 
-    # ---- what is left behind
-    steering = save_trained(config, run, training, state)
-    after = evaluator.answer("test", training.answering(state), run.answers_after, title="Evaluating after", reuse=True)
-    questions = evaluator.examples("test")
-    result = Result(
-        run=run,
-        params=training.params(state),
-        before=before,
-        after=after,
-        trainable=training.trainable,
-        total=training.total,
-        seconds=log.timer.seconds,
-        tokens_per_second=log.timer.tokens_per_second,
-        peak_memory=peak_memory_bytes(),
-        example=bare(questions[-1].turns[0].text, config.task.template) if questions else "",
-    )
-    if is_first():
-        write_outcome(config, training, result, steering)
-    return result
+    return conclude(run, training, evaluator, state, before, log.timer)
 
 
 def _steps(start: int, steps: int, early: EarlyStopping) -> Iterator[int]:

@@ -100,7 +100,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
     except (TypeError, ValueError) as error:
         raise ValueError(f"config of {run.folder}: cannot be written as JSON ({error})") from None
     if run.folder.exists() and not run.folder.is_dir():
-        raise ValueError(f"{run.folder}: is a file, but a run needs a folder; use another --out")
+        raise ValueError(f"{run.folder}: a file, but runs need a folder; use another --out")
     if run.config.exists() and not resume and not run.begun:
         write_json(run.config, settings)  # what was there stopped at a bad setting, before its first step
         return run

@@ -17,13 +17,16 @@ from jaxsteer.params import Params
 from jaxsteer.training import TrainState
 from jaxsteer.types import Steering
 from train.config import TrainConfig
+from train.devices.machine import peak_memory_bytes
 from train.devices.processes import fetch, is_first
 from train.display.console import get_console, print_facts
 from train.display.plots import plot_overlap, plot_training
 from train.evaluation.answers import ScoredAnswer, accuracy_of
+from train.evaluation.evaluator import Evaluator
 from train.run.folder import RunFolder
 from train.run.metrics import read_metrics
 from train.run.training import Training
+from train.run.watch import StepTimer
 from train.tasks.scoring import percent
 
 
@@ -72,9 +75,49 @@ class Result:
         }
 
 
-def save_trained(config: TrainConfig, run: RunFolder, training: Training, state: TrainState) -> Steering:
+def conclude(
+    run: RunFolder,
+    training: Training,
+    evaluator: Evaluator,
+    state: TrainState,
+    before: list[ScoredAnswer],
+    timer: StepTimer,
+) -> Result:
+    """Save what was trained, evaluate it, and write the summary and the plots.
+
+    Args:
+        run: the run's folder.
+        training, evaluator: its parts.
+        state: the state to keep.
+        before: test answers of the pretrained model.
+        timer: of its steps.
+    """
+    config = training.config
+    steering = _save_trained(run, training, state)
+    after = evaluator.answer("test", training.answering(state), run.answers_after, title="Evaluating after", reuse=True)
+    questions = evaluator.examples("test")
+    result = Result(
+        run=run,
+        params=training.params(state),
+        before=before,
+        after=after,
+        trainable=training.trainable,
+        total=training.total,
+        seconds=timer.seconds,
+        tokens_per_second=timer.tokens_per_second,
+        peak_memory=peak_memory_bytes(),
+        example=bare(questions[-1].turns[0].text, config.task.template) if questions else "",
+    )
+    if is_first():
+        write_json(run.summary, result.summary())
+        _draw(training, result, steering)
+    return result
+
+
+def _save_trained(run: RunFolder, training: Training, state: TrainState) -> Steering:
     """Write the steering file, and the model if the base trained. Returns the steering on the host."""
-    params, plan, loaded = training.params(state), training.program.model.plan, training.loaded
+    config, loaded, plan = training.config, training.loaded, training.program.model.plan
+    params = training.params(state)
     steering = fetch(params.steering)
     if plan and is_first():
         notes = notes_of(config)
@@ -86,19 +129,18 @@ def save_trained(config: TrainConfig, run: RunFolder, training: Training, state:
     return steering
 
 
-def write_outcome(config: TrainConfig, training: Training, result: Result, steering: Steering) -> None:
-    """Write the summary and the plots of a finished run."""
-    run, after = result.run, result.after
-    write_json(run.summary, result.summary())
+def _draw(training: Training, result: Result, steering: Steering) -> None:
+    """Plot the curves of a finished run, and the overlap of a joint one."""
+    run, program = result.run, training.program
     rows = read_metrics(run.metrics)
-    evaluations = [(r["step"], r["accuracy"], r["low"], r["high"]) for r in rows if "accuracy" in r]
-    if after:
-        result_after = accuracy_of(after)
-        evaluations = evaluations or [(training.steps, result_after.rate, *result_after.interval)]
-    title = f"{config.model}: {', '.join(config.plan) or 'base'}"
+    evaluations = [(row["step"], row["accuracy"], row["low"], row["high"]) for row in rows if "accuracy" in row]
+    if result.after and not evaluations:
+        accuracy = accuracy_of(result.after)
+        evaluations = [(training.steps, accuracy.rate, *accuracy.interval)]
+    title = f"{training.config.model}: {', '.join(training.config.plan) or 'base'}"
     plot_training(rows, run.plot, evaluations=evaluations, title=title)
     if shared := [(row["step"], row["overlap"]) for row in rows if row.get("overlap")]:
-        chance = chance_overlap(training.program.model.plan, steering, training.program.orthogonality)
+        chance = chance_overlap(program.model.plan, steering, program.orthogonality)
         steps, overlaps = zip(*shared, strict=True)
         plot_overlap(run.folder / "overlap.png", steps, np.array(overlaps), chance=chance, title=title)
 
