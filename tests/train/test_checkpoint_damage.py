@@ -75,7 +75,7 @@ def test_lost_and_cut_files_are_skipped_and_all_damaged_is_an_error(tmp_path):
         file.write_text("{}")
     with (
         open_checkpoints(tmp_path) as checkpoints,
-        pytest.raises(ValueError, match="no checkpoint is whole: step 3"),
+        pytest.raises(ValueError, match="no checkpoint is intact: step 3"),
     ):
         checkpoints.restore_latest(abstract(small(0)))
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3"}

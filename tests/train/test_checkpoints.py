@@ -124,9 +124,9 @@ def test_a_misfit_is_an_error_and_never_a_cast(tmp_path, like, message):
         ):
             with pytest.raises(ValueError, match=message):
                 restore()
-        with pytest.raises(ValueError, match=r"has no tree \['u'\]; it has \['t'\]"):
+        with pytest.raises(ValueError, match=r"has no tree \['u'\], only \['t'\]"):
             checkpoints.restore_latest({"u": like})
-        with pytest.raises(ValueError, match=r"no checkpoint of step 3; there are \[1, 2\]"):
+        with pytest.raises(ValueError, match=r"no checkpoint of step 3; available: \[1, 2\]"):
             checkpoints.restore(3, {"t": like})
 
 
@@ -162,13 +162,13 @@ def test_a_step_that_exists(tmp_path):
         checkpoints.save(13, small(13), {})
         assert checkpoints.steps() == [10, 13]
         checkpoints.save(13, small(13), {})  # the same: nothing is lost
-        with pytest.raises(ValueError, match="step 13 is there already with another content"):
+        with pytest.raises(ValueError, match="step 13 exists already with other content"):
             checkpoints.save(13, small(14), {})
-        with pytest.raises(ValueError, match="cannot save step 12, step 13 is there already"):
+        with pytest.raises(ValueError, match="cannot save step 12, step 13 exists already"):
             checkpoints.save(12, small(12), {})
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(10, small(10), {"at": 10})
-        with pytest.raises(ValueError, match="with another content"):
+        with pytest.raises(ValueError, match="with other content"):
             checkpoints.save(10, small(10), {"at": 11})
         assert_same(checkpoints.restore(13, abstract(small(0))).trees, small(13))
 

@@ -18,6 +18,7 @@ from jaxsteer.optim import OptimConfig
 from train.cli import from_command_line, load_config_file
 from train.config import TrainConfig
 from train.evaluation.evaluator import Evaluator
+from train.evaluation.journal import FileJournal
 from train.run import training as setup
 from train.run.metrics import read_metrics
 from train.run.watch import EarlyStopping
@@ -103,6 +104,46 @@ def test_patience_starts_anew_with_each_better_accuracy():
     assert not EarlyStopping.replay(2, "min", [float("nan"), 0.4, 0.6]).should_stop
     with pytest.raises(ValueError, match="patience"):
         TrainConfig(patience=1)
+
+
+def test_the_validation_loss_selects_and_stops(config, monkeypatch):
+    """No answers are generated; the smallest loss is the best, and its checkpoint is kept."""
+    losses, seen = iter([3.0, 2.0, 2.5, 2.2]), []
+
+    def loss(self, split, params):
+        seen.append(jax.device_get(params.steering))
+        return next(losses)
+
+    monkeypatch.setattr(Evaluator, "loss", loss)
+    monkeypatch.setattr(Evaluator, "_ask", lambda *rest: pytest.fail("an answer was generated"))
+    ended = train(replace(config, select_by="validation_loss", evaluate_every=1, patience=2, test_examples=0))
+    rows = [row for row in read_metrics(ended.run.metrics) if "validation_loss" in row]
+    assert [(row["step"], row["validation_loss"]) for row in rows] == [(0, 3.0), (1, 2.0), (2, 2.5), (3, 2.2)]
+    for kept, best in zip(leaves(ended.run.steering), jax.tree.leaves(seen[1]), strict=True):
+        np.testing.assert_array_equal(kept, best)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_killed_evaluation_resumes_with_its_run(config, when, monkeypatch):
+    """Five answers are known when the process dies; the resumed run asks for the others alone."""
+    add, asked, dying = FileJournal.add, [], [True]
+
+    def adding(self, index, answer):
+        if when in self.path.name:
+            if dying[0] and len(asked) == 5:
+                raise KeyboardInterrupt
+            asked.append(index)
+        add(self, index, answer)
+
+    monkeypatch.setattr(FileJournal, "add", adding)
+    config = replace(config, steps=2, evaluate_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    dying[0] = False
+    result = train(replace(config, resume=True))
+    assert sorted(asked) == list(range(16))
+    assert len(result.before) == len(result.after) == 16
+    assert not list(result.run.folder.glob("*.unfinished"))
 
 
 def test_full_fine_tuning_writes_a_model(config, tmp_path):
