@@ -73,11 +73,6 @@ class DataSource:
         """Number of rows that hold every example once."""
         return len(self._layout)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of batches after which every example has been seen."""
-        return self.steps(1)
-
     def steps(self, epochs: float) -> int:
         """Number of batches in this many epochs; the last batch may extend into the next epoch."""
         # Rounded, so that 0.1 * 30 rows are not 3.0000000000000004 rows.

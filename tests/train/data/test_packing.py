@@ -66,7 +66,7 @@ def test_every_epoch_has_every_example_once(packed, batch_size):
 def test_order_is_a_function_of_seed_and_step():
     examples = made(LENGTHS)
     first, second = (DataSource(examples, 3, 64, seed=5) for _ in range(2))
-    steps = 5 * first.steps_per_epoch
+    steps = 5 * first.steps(1)
     inorder = [first.batch(k) for k in range(steps)]
     for k in np.random.default_rng(0).permutation(steps).tolist():
         assert same(second.batch(k), inorder[k])
@@ -102,7 +102,7 @@ def test_epochs_differ():
 def test_rows_hold_their_examples_exactly():
     examples = made(LENGTHS)
     source = DataSource(examples, 4, 64, seed=2)
-    for step in range(source.steps_per_epoch):
+    for step in range(source.steps(1)):
         batch, members = source.batch(step), source.row_members(step)
         assert [f.dtype for f in batch] == [np.int32] * 4 + [np.bool_, np.float32]
         assert all(f.shape == (4, 64) for f in batch)
@@ -122,7 +122,7 @@ def test_rows_hold_their_examples_exactly():
 
 def test_counts():
     source = DataSource(made([8] * 10), 4, 16)
-    assert (source.rows_per_epoch, source.steps_per_epoch, source.steps(2), source.steps(0.4)) == (5, 2, 3, 1)
+    assert (source.rows_per_epoch, source.steps(1), source.steps(2), source.steps(0.4)) == (5, 2, 3, 1)
     assert source.fill == 1.0
     assert DataSource(made([8] * 10), 4, 16, pack=False).fill == 0.5
     assert DataSource(made([8] * 30), 1, 8).steps(0.1) == 3
