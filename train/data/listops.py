@@ -75,8 +75,7 @@ class ListOps:
     balanced: bool = True
     """Make the ten answers equally frequent."""
     style: Style = "short"
-    """Format of a problem: "short" (expression, equals sign, digit), "compact" (short without spaces, a third fewer
-    tokens) or "tagged" (the prompt asks for <answer>digit</answer>)."""
+    """Format: short ("[MAX 1 2 ] = "), compact (no spaces, a third fewer tokens) or tagged (asks for <answer> tags)."""
     prompt: str | None = None
     """Prompt template instead of the style's own; must contain {expression}."""
     seed: int = 0

@@ -39,9 +39,7 @@ class HubTask:
     name: str
     """Name of the task in the list of docs/tasks.md, e.g. gsm8k."""
     data: str | None = None
-    """Where to read the data set instead of its place on the hub: a path that contains {split}
-    (data/gsm8k_{split}.jsonl), a folder of train.jsonl, test.jsonl, ... (or .csv, .tsv, .parquet), or another hub id.
-    The source must have the splits of the original, which are divided into train, validation and test likewise."""
+    """Copy to read instead of the original: a path with {split}, a folder of {split}.jsonl files, or a hub id."""
     train: str | None = None
     """Local file of training examples, used whole."""
     validation: str | None = None

@@ -20,8 +20,7 @@ class ListOpsTask:
     max_new_tokens: int = 5
     """Maximum number of tokens in an answer."""
     data: str | None = None
-    """File of answer<TAB>expression lines to read instead of generating problems; the text of a problem alone
-    determines its split."""
+    """File of answer<TAB>expression lines instead of the generator; the text of a problem determines its split."""
 
     @property
     def rule(self) -> Rule:
