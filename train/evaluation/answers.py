@@ -18,7 +18,6 @@ from jaxsteer.inference.likelihood import Likelihood, score_continuations
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Batch, PyTree, Steering
 from train.data import Example, TokenizedExample, Turn, encode, encode_prompts, stop_tokens
-from train.tasks import AnswerFormat
 from train.tasks.scoring import Accuracy, Rule, accuracy, extract, score
 
 Normalise = Literal["none", "tokens", "characters"]
@@ -66,7 +65,7 @@ class Prompts:
 
 
 def make_prompts(
-    examples: Sequence[Example], tokenizer: Any, stop: Sequence[int], task: AnswerFormat, *, choices: bool = False
+    examples: Sequence[Example], tokenizer: Any, stop: Sequence[int], task: Any, *, choices: bool = False
 ) -> Prompts:
     """Tokenise the prompts of examples as training does.
 

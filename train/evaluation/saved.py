@@ -33,7 +33,6 @@ from train.evaluation.answers import (
     read_answers,
     write_answers,
 )
-from train.tasks import AnswerFormat
 
 By = Literal["generation", "likelihood"]
 """How an answer is found: the model writes it, or the likeliest of the example's choices is taken."""
@@ -60,7 +59,7 @@ class Answering:
         path: Path,
         title: str,
         examples: Sequence[Example],
-        task: AnswerFormat,
+        task: Any,
         plan: Plan,
         steering: Steering,
         *,
