@@ -23,7 +23,7 @@ API = ROOT / "docs" / "api"
 TAKE_CONFIG = ("sft", "lofit", "compare", "plan")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*[\w]")
 PROGRAM = re.compile(r"(?:(?:\.venv/bin/)?python3? -m train[. ]|(?<![\w/.-])(?:\.venv/bin/)?jaxsteer )(\w+)(?![\w.])(.*)")
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
 def name_of(page):
