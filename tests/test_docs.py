@@ -20,9 +20,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PACKAGES = ("jaxsteer", "jaxsteer.io", "jaxsteer.inference", "jaxsteer.theory")
 API = ROOT / "docs" / "api"
+GCLOUD = {"--enable-hierarchical-namespace", "--uniform-bucket-level-access"}
 TAKE_CONFIG = ("sft", "lofit", "compare", "plan")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*[\w]")
-PROGRAM = re.compile(r"(?:(?:\.venv/bin/)?python3? -m train[. ]|(?<![\w/.-])(?:\.venv/bin/)?jaxsteer )(\w+)(?![\w.])(.*)")
+PROGRAM = re.compile(
+    r"(?:(?:\.venv/bin/)?python3? -m train[. ]|(?<![\w/.-])(?:\.venv/bin/)?jaxsteer )(\w+)(?![\w.])(.*)"
+)
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
@@ -74,19 +77,18 @@ def _exists(module):
 
 def options(program, arguments=()):
     """The options of a program, with the config or study that the arguments begin with."""
-    first = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if program in TAKE_CONFIG and first and (ROOT / first).is_file():
-        start = (str(ROOT / first),)
-    elif program in TAKE_CONFIG and first and (ROOT / "configs" / f"{first}.py").is_file():
-        start = (first,)
-    elif program in ("bench", "theory") and first:
+    first = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    takes_config = program in TAKE_CONFIG
+    if takes_config and (ROOT / first).is_file():
+        start: tuple[str, ...] = (str(ROOT / first),)
+    elif first and (program in ("bench", "theory") or (takes_config and (ROOT / "configs" / f"{first}.py").is_file())):
         start = (first,)
     else:
         start = ()
-    text = help_of(program, *start)
-    for task in ("jsonl", "gsm8k_smollm2", "table") if program in TAKE_CONFIG and not start and program != "compare" else ():
-        text += help_of(program, task)  # --task.* depend on the kind of task
-    return set(OPTION.findall(text))
+    texts = [help_of(program, *start)]
+    if takes_config and not start and program != "compare":
+        texts += [help_of(program, task) for task in ("jsonl", "gsm8k_smollm2", "table")]  # each has its own --task.*
+    return set(OPTION.findall(" ".join(texts)))
 
 
 @functools.cache
@@ -124,8 +126,13 @@ def test_documented_commands(page):
 def test_options_named_in_the_text(page):
     """Options in running text belong to some program: ours, the scripts for pods, make, or pip."""
     scripts = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tpu_scripts").iterdir() if p.suffix == ".sh")
-    others = {"--dry-run", *OPTION.findall(scripts)} if "pods" in page.name else set()
-    named = {option for code in inline_code(page.read_text(encoding="utf-8")) if code.startswith("--") for option in OPTION.findall(code)}
+    others = {*GCLOUD, *OPTION.findall(scripts)} if page.name == "pods.md" else set()
+    named = {
+        option
+        for code in inline_code(page.read_text(encoding="utf-8"))
+        if code.startswith("--")
+        for option in OPTION.findall(code)
+    }
     assert not named - every_option() - others
 
 
@@ -156,15 +163,14 @@ def test_links_and_files(page):
         file = (page.parent / path).resolve() if path else page
         if not file.exists() or (anchor and anchor not in anchors(file)):
             missing.append(target)
-    for code in inline_code(text):
-        if re.fullmatch(r"(?:jaxsteer|train|configs|docs|tests|tpu_scripts|\.github)/[\w./-]+", code) and "METHOD" not in code:
-            if not (ROOT / code).exists() and code not in TO_BE_WRITTEN:
-                missing.append(code)
+    named = {code for code in inline_code(text) if IN_REPOSITORY.fullmatch(code)}
+    missing += sorted(code for code in named - TO_BE_WRITTEN if not (ROOT / code).exists())
     assert not missing
 
 
-TO_BE_WRITTEN = {"jaxsteer/interventions/scale.py"}
-"""Files that the walk-throughs of CONTRIBUTING.md make."""
+IN_REPOSITORY = re.compile(r"(?:jaxsteer|train|configs|docs|tests|tpu_scripts|\.github)/[\w./-]+")
+TO_BE_WRITTEN = {"jaxsteer/interventions/scale.py", "configs/arc_local.py"}
+"""Files that readers are shown how to write."""
 
 
 def anchors(file):
