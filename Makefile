@@ -70,10 +70,10 @@ format: install
 # Strict: a broken link fails, and so does a public name without a docstring or without its place in the reference.
 docs: $(VENV)/extra-docs
 	$(RUN) -m pytest -n 0 -k "reference or docstring or navigation" tests/test_docs.py
-	$(RUN) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 
 docs-serve: $(VENV)/extra-docs
-	$(RUN) -m mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve
 
 # The versions that figures in docs/ are measured with; see docs/performance.md.
 constraints: install
