@@ -15,15 +15,14 @@ import pytest
 
 from jaxsteer.io import load_model, load_steering
 from jaxsteer.optim import OptimConfig
-from train import sft
 from train.cli import from_command_line, load_config_file
 from train.config import TrainConfig
+from train.evaluation.evaluator import Evaluator
 from train.run import training as setup
 from train.run.metrics import read_metrics
-from train.run.watch import patience_after
+from train.run.watch import EarlyStopping
 from train.sft import train
 from train.tasks import JsonlTask, ListOpsTask, task_from_json, task_to_json
-from train.tasks.scoring import Accuracy
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,26 +78,29 @@ def test_a_run_leaves_what_it_promises(config):
 def test_patience_ends_a_run_and_keeps_the_best(config, monkeypatch):
     rates, seen = iter([2, 5, 4, 3, 9]), []  # tenths; the first is the untouched model's
 
-    def validate(config, training, loaded, state, prompts, writer, step, *, untouched=False):
-        seen.append(jax.device_get(training.params(state).steering))
-        return Accuracy(next(rates), 10)
+    def validate(self, params):
+        seen.append(jax.device_get(params.steering))
+        return {"accuracy": next(rates) / 10, "low": 0.0, "high": 1.0}
 
-    monkeypatch.setattr(sft, "_validate", validate)
+    monkeypatch.setattr(Evaluator, "validate", validate)
     ended = train(replace(config, evaluate_every=2, patience=2, test_examples=0, checkpoint_every=100))
-    assert [row["step"] for row in read_metrics(ended.run.metrics)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_metrics(ended.run.metrics) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     for kept, best, last in zip(leaves(ended.run.steering), *map(jax.tree.leaves, (seen[1], seen[3])), strict=True):
         np.testing.assert_array_equal(kept, best)
         assert np.any(kept != last)
 
 
 def test_patience_starts_anew_with_each_better_accuracy():
-    patience = patience_after(2, [0.5, 0.4])
-    assert patience.hear(0.6)
-    assert not patience.hear(0.6)
-    assert not patience.over
-    assert not patience.hear(0.1)
-    assert patience.over
-    assert not patience_after(0, [0.5, 0.4, 0.3]).over
+    early = EarlyStopping.replay(2, "max", [0.5, 0.4])
+    assert early.update(0.6)
+    assert not early.update(0.6)
+    assert not early.should_stop
+    assert not early.update(0.1)
+    assert early.should_stop
+    assert not EarlyStopping.replay(0, "max", [0.5, 0.4, 0.3]).should_stop
+    assert EarlyStopping.replay(2, "min", [0.5, 0.4, 0.6, float("nan")]).should_stop
+    assert EarlyStopping.replay(2, "min", [float("nan")] * 2).should_stop
+    assert not EarlyStopping.replay(2, "min", [float("nan"), 0.4, 0.6]).should_stop
     with pytest.raises(ValueError, match="patience"):
         TrainConfig(patience=1)
 
@@ -296,7 +298,7 @@ def test_one_trace_serves_every_step(config):
     from train.run.training import make_training, step_batch
 
     training = make_training(config, load(config.model))
-    state, step = training.state, training.step
+    state = training.state
     for k in range(3):
-        state, _ = step(state, step_batch(config, training.data, k), training.frozen)
+        state, _ = training.step(state, step_batch(config, training.data, k))
     assert training.program.jitted._cache_size() == 1

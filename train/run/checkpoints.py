@@ -66,15 +66,11 @@ class Checkpoints:
         self,
         folder: epath.Path,
         manager: ocp.CheckpointManager,
-        every: int,
         best: tuple[str, str] | None,
-        read_only: bool,
     ) -> None:
         self.folder = folder
         self._manager = manager
-        self._every = every
         self._best = best
-        self._read_only = read_only
         self._records: dict[int, dict[str, Any]] = {}
         self._unreadable: set[int] = set()
 
@@ -84,33 +80,23 @@ class Checkpoints:
         trees: Mapping[str, PyTree],
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
-        force: bool = False,
-    ) -> bool:
-        """Save if the step is due, that is a multiple of `every`.
+    ) -> None:
+        """Save a step.
 
-        The values are copied before this returns, and written in the background; an error in writing is
-        raised by the next `save`, `wait` or `close`. Checkpoints that `restore_latest` skipped are removed
-        first: they can no longer be the latest of this run.
+        The values are copied before this returns and written in the background; a write error is raised by the next
+        `save`, `wait` or `close`. Checkpoints that `restore_latest` skipped are removed first: they can no longer be
+        the latest of this run. A step that exists with the same bits and meta is not written again.
 
         Args:
-            step: later than every checkpoint there.
+            step: later than every existing checkpoint.
             trees: by name.
             meta: JSON values.
-            metrics: that the best checkpoint is chosen by.
-            force: save though it is not due.
-
-        Returns:
-            Whether a checkpoint of this step is there or on its way. A step that is there with the same bits
-            and meta is not written again.
+            metrics: what the best checkpoint is chosen by.
 
         Raises:
-            ValueError: there is a later checkpoint, or one of this step with another content; a leaf that
-                cannot be saved; meta that is not JSON; a name that is taken; a folder opened read_only.
+            ValueError: there is a later checkpoint, or one of this step with other content; a leaf that cannot be
+                saved; meta that is not JSON; a reserved tree name.
         """
-        if self._read_only:
-            raise ValueError(f"{self.folder}: cannot save step {step}, the folder was opened read_only")
-        if not force and step % self._every:
-            return False
         record, arrays = self._pack(trees, meta, metrics)
         if self._unreadable:
             self.wait()
@@ -120,7 +106,7 @@ class Checkpoints:
         there = self.steps()
         if step in there:
             if self._record(step)["trees"] == record["trees"] and self._record(step)["meta"] == record["meta"]:
-                return True
+                return
             raise ValueError(
                 f"{self.folder}: step {step} is there already with another content; "
                 "resume from it, or use another folder"
@@ -133,11 +119,10 @@ class Checkpoints:
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if tree}
         items[_RECORD] = ocp.args.JsonSave(record | {"sha256": _json_digest(record)})
         ranked = None if metrics is None else {name: float(value) for name, value in metrics.items()}
-        # When to save was decided above: to Orbax every call is forced, else it may decline in silence.
+        # Forced, because Orbax may otherwise decline silently.
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=ranked, force=True)
         self._records[step] = record
-        return True
 
     def restore(self, step: int, like: Mapping[str, PyTree]) -> Restored:
         """Restore one step.
@@ -319,29 +304,25 @@ class Checkpoints:
 def open_checkpoints(
     folder: str | Path,
     *,
-    every: int,
     keep_latest: int = 2,
     best_metric: str | None = None,
     best_mode: Literal["min", "max"] = "min",
-    read_only: bool = False,
 ) -> Checkpoints:
     """Open a folder of checkpoints; all processes of a run do so together, on storage that all of them see.
 
-    What a killed process left half written is removed: open the folder of a run that is running read_only.
+    What a killed process left half-written is removed, so the folder must not be that of a run in progress.
 
     Args:
-        folder: a path, or an address like gs://bucket/run; made if it is missing.
-        every: save at multiples of this step.
-        keep_latest: number of latest checkpoints kept.
+        folder: a path, or an address like gs://bucket/run; created if missing.
+        keep_latest: number of latest checkpoints to keep.
         best_metric: name of a metric; the best checkpoint by it is kept besides the latest.
-        best_mode: whether the smallest or the largest is best.
-        read_only: never write, make or remove anything.
+        best_mode: whether the smallest or the largest value is the best.
 
     Raises:
-        ValueError: `every` or `keep_latest` below 1, an unknown mode; a remote folder that cannot be reached.
+        ValueError: `keep_latest` below 1, an unknown mode; a remote folder that cannot be reached.
     """
-    if every < 1 or keep_latest < 1:
-        raise ValueError(f"checkpoints {folder}: every and keep_latest must be at least 1, got {every}, {keep_latest}")
+    if keep_latest < 1:
+        raise ValueError(f"checkpoints {folder}: keep_latest must be at least 1, got {keep_latest}")
     if best_mode not in ("min", "max"):
         raise ValueError(f"checkpoints {folder}: best_mode must be 'min' or 'max', got {best_mode!r}")
     path = _reach(folder)
@@ -353,15 +334,12 @@ def open_checkpoints(
         keep.append(policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
-        save_decision_policy=policies.FixedIntervalPolicy(every),
-        cleanup_tmp_directories=not read_only,
-        create=not read_only,
-        read_only=read_only,
+        cleanup_tmp_directories=True,
         # The policies decide what is kept; without this Orbax forgets the metrics when it is reopened.
         best_fn=rank,
         best_mode="max",
     )
-    return Checkpoints(path, ocp.CheckpointManager(path, options=options), every, best, read_only)
+    return Checkpoints(path, ocp.CheckpointManager(path, options=options), best)
 
 
 def local_folder(folder: str | Path) -> Path | None:

@@ -64,6 +64,13 @@ def interval(successes: int, n: int) -> tuple[float, float]:
     return low, high
 
 
+Metric = Literal["accuracy", "validation_loss"]
+"""What a validation measures: the share of correct answers, or the mean cross-entropy of the reference completions."""
+
+BEST: dict[Metric, Literal["max", "min"]] = {"accuracy": "max", "validation_loss": "min"}
+"""Whether the largest or the smallest value of a metric is the best."""
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """How many answers are right, with the 95 % interval of the rate."""
