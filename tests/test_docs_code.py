@@ -30,6 +30,14 @@ def code_of(page, heading):
         yield compile("\n" * before + block[1], str(ROOT / page), "exec")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_fast():
+    """What is tested here is the code, on models so small that compiling takes all the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Run the blocks of a section, one after another in one module, in an empty folder."""

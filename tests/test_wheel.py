@@ -15,6 +15,7 @@ import pytest
 import jaxsteer
 from jaxsteer.io import save_steering
 from train.__main__ import COMMANDS
+from train.cli import find_config_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,6 +93,19 @@ def test_a_command_gets_its_arguments_and_reports_errors_in_a_sentence():
     assert done.returncode == 1
     assert done.stderr.startswith("error: no_such_config: no such config file")
     assert "listops_smollm2" in done.stderr
+
+
+def test_a_shipped_config_is_found_from_any_folder(tmp_path, monkeypatch):
+    """By its name, and by its path in a clone; a file that is there comes first."""
+    monkeypatch.chdir(tmp_path)
+    shipped = ROOT / "configs" / "theory.py"
+    assert find_config_file("theory") == find_config_file("configs/theory.py") == shipped
+    for wrong in ("theory.py", "other/theory.py", "configs/common.py", "configs/theory"):
+        with pytest.raises(ValueError, match="no such config file"):
+            find_config_file(wrong)
+    Path("configs").mkdir()
+    Path("configs/theory.py").touch()
+    assert find_config_file("configs/theory.py") == Path("configs/theory.py")
 
 
 @pytest.fixture(scope="module")
