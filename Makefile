@@ -69,7 +69,7 @@ format: install
 
 # Strict: a broken link fails, and so does a public name without a docstring or without its place in the reference.
 docs: $(VENV)/extra-docs
-	$(RUN) -m pytest -n 0 -k "reference or docstring or navigation" tests/test_docs.py
+	$(RUN) -m pytest -n 0 -k "reference or docstring or navigation or links" tests/test_docs.py
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 
 docs-serve: $(VENV)/extra-docs

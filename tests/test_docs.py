@@ -189,6 +189,32 @@ def test_every_page_is_in_the_navigation():
     assert not [name for page in pages if (name := name_of(page)) not in navigation]
 
 
+def test_docstrings_are_laid_out_for_the_site():
+    """Where the site's tools are installed (`make docs`)."""
+    for tool in ("mkdocs", "griffe"):
+        pytest.importorskip(tool)
+    spec = importlib.util.spec_from_file_location("mkdocs_site", ROOT / "docs" / "mkdocs_site.py")
+    site = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(site)
+    source = """Steering s[slot][site], `s[a][b]`.
+
+kind         all or none
+first, last  the first tokens and
+             the last
+
+Args:
+    x  y: as it is, [a][b]"""
+    expected = r"""Steering s[slot]\[site], `s[a][b]`.
+
+- `kind`: all or none
+- `first, last`: the first tokens and the last
+
+Args:
+    x  y: as it is, [a]\[b]"""
+    assert site.as_markdown(source) == expected
+    assert site.as_markdown("One line.\n\n    indented   code[a][b]\n") == "One line.\n\n    indented   code[a][b]"
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_reference_has_every_public_name(package):
     """By itself, with its module, or with all that its package exports."""

@@ -27,7 +27,7 @@ import jaxsteer, train
 from jaxsteer.io import load_model, load_steering
 
 loaded = load_model(sys.argv[1])
-file = load_steering(sys.argv[2], loaded.config)
+file = load_steering(sys.argv[2])
 model = jaxsteer.Model(loaded.config, file.plan)
 prompts = jaxsteer.make_batch(jnp.array([[5, 6, 7]]))
 generated = jaxsteer.generate(model, loaded.base, file.steering, prompts, max_new_tokens=4, stop_tokens=())
