@@ -26,6 +26,8 @@ CONFIGS = next((f for f in (_HERE / "configs", _HERE.parent / "configs") if f.is
 def find_config_file(name: str | Path) -> Path:
     """A config file: a path, or the name of one that comes with jaxsteer ("listops_smollm2").
 
+    "configs/listops_smollm2.py", its path in a clone, is a name too where there is no such file.
+
     Raises:
         ValueError: there is neither such a file nor such a name.
     """
@@ -33,8 +35,9 @@ def find_config_file(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if str(name) in shipped:
-        return shipped[str(name)]
+    stem = path.stem if path.parent == Path("configs") and path.suffix == ".py" else str(name)
+    if stem in shipped:
+        return shipped[stem]
     raise ValueError(f"{name}: no such config file, and none of the configs shipped here: {', '.join(sorted(shipped))}")
 
 
