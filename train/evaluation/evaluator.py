@@ -36,7 +36,7 @@ from train.evaluation.answers import (
     make_prompts,
 )
 from train.evaluation.journal import FileJournal, MemoryJournal, hash_prompts, hash_tree
-from train.tasks import Split
+from train.tasks import AnyTask, Split
 from train.tasks.scoring import Metric
 
 
@@ -60,7 +60,7 @@ class Evaluator:
 
     model: Model
     loaded: LoadedModel
-    task: Any
+    task: AnyTask
     placement: Placement
     eval_batch_size: int = 64
     limits: Mapping[Split, int] = field(default_factory=dict)
