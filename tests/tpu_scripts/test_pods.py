@@ -9,7 +9,7 @@ import stand_in
 
 BUCKET = "gs://mine/run1"
 CREATE = ["--topology", "v5e:4x4"]
-RUN = ["--bucket", BUCKET, "--upload-every", "0.5"]
+RUN = ["--bucket", BUCKET, "--upload-every", "0.1"]
 TRAIN = ["configs/x.py", "--optim.lr", "3e-3", "--plan", "nonlinear(rank=8) @ block"]
 TABLE = [
     line.split()
@@ -293,7 +293,7 @@ def test_settings_for_the_training_are_never_shown(stage):
 
 def test_preempted_while_launching(stage):
     stage.write("faults", {"preempt": {"at": "worker.sh start"}})
-    said = stage.run("resume.sh", *CREATE, "--spot", *RUN, "--then-delete", *TRAIN, POD_POLL="0.3")
+    said = stage.run("resume.sh", *CREATE, "--spot", *RUN, "--then-delete", *TRAIN, POD_POLL="0.05")
     assert "pod was taken away (preemption 1)" in said
     assert "The training has finished" in said
     once = ["create", "scp", "ssh install", "ssh restore", "ssh begun", "ssh start"]
@@ -308,7 +308,7 @@ def test_preempted_while_training_goes_on_from_the_checkpoint(stage):
     """The machines and their disks are gone; the second pass gets the first one's checkpoint and --resume."""
     (stage.folder / "hold").touch()  # until the preemption
     stage.write("faults", {"preempt": {"at": "worker.sh status", "once": "buckets/mine/run1/checkpoints/1/data"}})
-    said = stage.run("resume.sh", *CREATE, *RUN, *TRAIN, POD_POLL="0.3")
+    said = stage.run("resume.sh", *CREATE, *RUN, *TRAIN, POD_POLL="0.05")
     assert "preemption 1" in said
     assert "Resuming the run" in said
     trained = (stage.folder / "trained").read_text().splitlines()
@@ -319,7 +319,7 @@ def test_preempted_while_training_goes_on_from_the_checkpoint(stage):
 
 def test_a_training_that_fails_is_not_tried_for_ever(stage):
     (stage.folder / "crash").touch()
-    said = stage.run("resume.sh", *CREATE, *RUN, "--retries", "1", *TRAIN, ok=False, POD_POLL="0.3")
+    said = stage.run("resume.sh", *CREATE, *RUN, "--retries", "1", *TRAIN, ok=False, POD_POLL="0.05")
     assert "given up: the training failed on pod-w-0 pod-w-1" in said
     assert "error: the loss is nan" in said
     assert stage.verbs().count("ssh start") == 2
