@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from train.compare.config import Entry
 class RunRecord(TypedDict):
     """One finished run: runs/SLUG/rate±N_seedN.json."""
 
-    entry: dict[str, Any]
+    entry: dict[str, object]
     exponent: int
     factor: float
     seed: int
@@ -82,7 +82,7 @@ class Results(TypedDict):
     jax: str
     examples: dict[str, int]
     seeds: int
-    settings: dict[str, Any]
+    settings: dict[str, object]
     untouched: Interval
     methods: list[MethodRow]
     differences: dict[str, dict[str, Interval]]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from jaxsteer.io import LoadedModel, load_steering, save_steering
 from jaxsteer.io.files import read_json, write_json
@@ -137,7 +137,7 @@ class Comparison:
         return record
 
 
-def _as_json(entry: Entry) -> dict[str, Any]:
+def _as_json(entry: Entry) -> dict[str, object]:
     """An entry as it is read back from a JSON file."""
     return json.loads(json.dumps(dataclasses.asdict(entry)))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +83,7 @@ class Placement:
         return lambda path, shape: base_sharding(path, shape, mesh)
 
 
-def place_on(mesh: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Placement:
+def place_on(mesh: MeshConfig, rows: int, devices: Sequence[jax.Device] | None = None) -> Placement:
     """The placement that a config asks for.
 
     Args:
@@ -105,7 +104,7 @@ def place_on(mesh: MeshConfig, rows: int, devices: Sequence[Any] | None = None) 
     return Placement(None if shape.size == 1 and devices is None else make_mesh(shape, available))
 
 
-def _put(leaf: Any, like: Any) -> Array:
+def _put(leaf: Array | np.ndarray, like: Array | jax.ShapeDtypeStruct) -> Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return leaf if leaf.sharding == like.sharding else jax.device_put(leaf, like.sharding)
     if like.sharding.is_fully_addressable:
