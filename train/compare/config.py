@@ -109,4 +109,4 @@ class CompareConfig:
 
 
 def _method_fields(method: Method) -> dict[str, Any]:
-    return {each.name: getattr(method, each.name) for each in dataclasses.fields(Method)}
+    return {setting.name: getattr(method, setting.name) for setting in dataclasses.fields(Method)}

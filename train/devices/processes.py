@@ -39,7 +39,7 @@ class DistributedConfig:
 
 
 class Coordination(TypedDict, total=False):
-    """Arguments of `jax.distributed.initialize` that the environment may have to be told."""
+    """The arguments of `jax.distributed.initialize` that place this process among the others."""
 
     coordinator_address: str
     num_processes: int

@@ -18,6 +18,7 @@ from train.plan.estimate import estimate_training, estimated_program
 from train.plan.figures import FiguresJson, figures_of
 from train.plan.model_configs import model_config_of
 from train.plan.question import Question, Which
+from train.plan.search import MARGIN
 from train.plan.topology import GIB, parse_topology
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +28,6 @@ CONFIGS = tuple(f"{model}_{kind}" for kind in ("post_block", "lora", "joint") fo
 TOPOLOGIES = ("v5e:4x4", "v5p:4x4x4", "v6e:4x4", "h100:8")
 PROMPT_LENGTH = 512
 MAX_MICROBATCHES = 64
-MARGIN = 1.05
-"""The estimate may be too high: a step that needs up to this multiple of a chip's memory is still compiled."""
 
 
 class StepRow(FiguresJson):
