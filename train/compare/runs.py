@@ -6,19 +6,22 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, get_args
 
 from jaxsteer.io import LoadedModel, load_steering, save_steering
 from jaxsteer.io.files import read_json, write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.orthogonality import chance_overlap
-from jaxsteer.types import PyTree, Steering
+from jaxsteer.params import Params
+from jaxsteer.types import Plan, Steering
 from train.compare.config import CompareConfig, Entry
 from train.compare.records import RunRecord
 from train.compare.sweep import Run, Trained, train_runs
 from train.config import TrainConfig
-from train.evaluation.answers import Prompts, decode, make_prompts
+from train.devices.placement import Placement
+from train.evaluation.evaluator import Evaluator
 from train.run.lofit import lofit
+from train.tasks import Split
 
 
 class Comparison:
@@ -33,13 +36,17 @@ class Comparison:
     def __init__(self, config: CompareConfig, loaded: LoadedModel, advance: Callable[[int], None]) -> None:
         self.config, self.loaded, self.advance = config, loaded, advance
         self.folder = Path(config.out) / "runs"
-        self.prompts: dict[str, Prompts] = {}
-        limits = {"validation": config.base.validation_examples, "test": config.base.test_examples}
-        for split, limit in limits.items():
-            examples = config.base.task.load(split)[:limit]  # type: ignore[arg-type]
-            if not examples:
+        self.evaluator = Evaluator(
+            model=Model(loaded.config),
+            loaded=loaded,
+            task=config.base.task,
+            placement=Placement(None),
+            eval_batch_size=config.base.eval_batch_size,
+            limits={"validation": config.base.validation_examples, "test": config.base.test_examples},
+        )
+        for split in get_args(Split):
+            if split != "train" and not self.evaluator.examples(split):
                 raise ValueError(f"the task has no {split} examples; a comparison needs training, validation and test")
-            self.prompts[split] = make_prompts(examples, loaded.tokenizer, loaded.stop_tokens, config.base.task)
 
     def path(self, entry: Entry, exponent: int, seed: int) -> Path:
         """The record of one run."""
@@ -86,19 +93,20 @@ class Comparison:
         path = self.folder / "untouched.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"test": self.answer("test", Model(self.loaded.config), self.loaded.base, {})})
+            write_json(path, {"test": self.answer("test", (), Params(None, {}))})
         return list(read_json(path)["test"])
 
     def keep(self, entry: Entry, exponent: int, seed: int, trained: Trained) -> None:
         """Answer the validation examples with a trained run, and write its steering file and record."""
         path, training, params = self.path(entry, exponent, seed), trained.training, trained.params
         path.parent.mkdir(parents=True, exist_ok=True)
-        model, trains_base = training.model, entry.method.train_base
+        program, trains_base = training.program, entry.method.train_base
+        plan, answering = program.model.plan, params if trains_base else Params(None, params.steering)
         if not trains_base:
             save_steering(
                 path.with_suffix(".safetensors"),
                 params.steering,
-                model.plan,
+                plan,
                 model_name=self.config.base.model,
                 config=self.loaded.config,
             )
@@ -111,19 +119,18 @@ class Comparison:
             "steps": self.config.steps,
             "losses": [float(loss) for loss in trained.losses],
             "overlap": trained.overlap.tolist(),
-            "chance_overlap": chance_overlap(model.plan, params.steering, training.orthogonality),
+            "chance_overlap": chance_overlap(plan, params.steering, program.orthogonality),
             "diverged": trained.diverged,
-            "validation": self.answer("validation", model, params.base, params.steering),
+            "validation": self.answer("validation", plan, answering),
             # A trained base is not saved, so its test answers are made now; the search does not read them.
-            "test": self.answer("test", model, params.base, params.steering) if trains_base else None,
+            "test": self.answer("test", plan, answering) if trains_base else None,
         }
         write_json(path, record)
 
-    def answer(self, split: str, model: Model, base: PyTree, steering: Steering) -> list[int]:
-        """Which answers to a split's prompts are right, 1 or 0."""
-        batch_size = self.config.base.eval_batch_size
-        answers = decode(model, base, steering, self.prompts[split], self.loaded.tokenizer, batch_size=batch_size)
-        return [int(answer.correct) for answer in answers]
+    def answer(self, split: Split, plan: Plan, params: Params) -> list[int]:
+        """Which answers to a split's questions are correct, 1 or 0."""
+        model = Model(self.loaded.config, plan)
+        return [int(answer.correct) for answer in self.evaluator.steered_by(model).answer(split, params)]
 
     def tested(self, entry: Entry, exponent: int, seed: int) -> RunRecord:
         """The record of a finished run, with its test answers."""
@@ -131,8 +138,7 @@ class Comparison:
         assert record is not None
         if record["test"] is None:
             saved = load_steering(path.with_suffix(".safetensors"), self.loaded.config)
-            model = Model(self.loaded.config, saved.plan)
-            record["test"] = self.answer("test", model, self.loaded.base, saved.steering)
+            record["test"] = self.answer("test", saved.plan, Params(None, saved.steering))
             write_json(path, record)
         return record
 

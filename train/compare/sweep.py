@@ -115,9 +115,9 @@ class SweepProgram:
         self._config, self._trainings = config, trainings
         # Runs with the same seed see the same batches, which are then not copied for each run.
         self._same_data = len({training.data.seed for training in trainings}) == 1
-        labels = param_labels(
-            first.params(first.state), first.model.plan, train_base=config.train_base, frozen=config.freeze
-        )
+        model, orthogonality = first.program.model, first.program.orthogonality
+        params = first.params(first.state)
+        labels = param_labels(params, model.plan, train_base=config.train_base, frozen=config.freeze)
 
         def step(state: TrainState, batch: Batch, frozen: Params, factor: Array) -> tuple[TrainState, Metrics]:
             peaks = {group: config.optim.peak(group) * factor for group in ("activations", "weights")}
@@ -125,12 +125,12 @@ class SweepProgram:
                 config.optim,
                 labels,
                 first.steps,
-                first.model.plan,
-                first.orthogonality,
+                model.plan,
+                orthogonality,
                 peaks,  # type: ignore[arg-type]
-                partial(write_scales, first.model.config),
+                partial(write_scales, model.config),
             )
-            return train_step(state, batch, frozen, model=first.model, tx=tx, orthogonality=first.orthogonality)
+            return train_step(state, batch, frozen, model=model, tx=tx, orthogonality=orthogonality)
 
         factor = jnp.array(factors, jnp.float32)
         if self.many:

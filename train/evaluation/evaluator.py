@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,12 @@ class Evaluator:
     sampling: Sampling = Sampling()  # noqa: RUF009  # frozen
     seed: int = 0
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def steered_by(self, model: Model) -> Evaluator:
+        """The same evaluator for another plan; it shares the splits that are tokenised already."""
+        other = replace(self, model=model)
+        object.__setattr__(other, "_cache", self._cache)
+        return other
 
     def examples(self, split: Split) -> list[Example]:
         """The examples of a split, up to its limit."""

@@ -11,8 +11,7 @@ from typing import Literal
 from rich.console import Console
 
 from jaxsteer.io.files import write_json
-from train.cli import from_command_line
-from train.config import TrainConfig
+from train.cli import Run, from_command_line
 from train.plan.figures import Figures, figures_of
 from train.plan.model_configs import model_config_of
 from train.plan.question import Question
@@ -28,9 +27,11 @@ a lower bound on the time from the chips' published peaks. Exit status 2 if a st
 
 
 @dataclass(frozen=True)
-class FitCheckConfig(TrainConfig):
+class FitCheckConfig:
     """A run, and the topologies to check it on."""
 
+    run: Run
+    """The run."""
     topology: str = "v5e:4x4"
     """Chips to check: a TPU topology as JAX's compiler writes it (v5e:4x4, v5p:4x4x4, v6e:4x4, ...), or the GPUs of one
     node (h100:8, h200:8)."""
@@ -61,34 +62,34 @@ def check_fit(config: FitCheckConfig) -> list[Figures]:
 
 def _check(config: FitCheckConfig, topologies: Sequence[Topology]) -> list[Figures]:
     """Check the config as it is."""
-    model_config, console, quiet = model_config_of(config), Console(stderr=True), config.json == "-"
+    model_config, console, quiet = model_config_of(config.run), Console(stderr=True), config.json == "-"
     results: list[Figures] = []
     for topology in topologies:
         for which in config.programs:
-            question = Question(which, config, model_config, topology, config.prompt_length)
+            question = Question(which, config.run, model_config, topology, config.prompt_length)
             with console.status(f"{which} on {topology.name}"):
                 results.append(figures_of(question, compiled=not config.estimate))
             if not quiet and len(topologies) == 1:
                 print_figures(results[-1])
     if not quiet and len(topologies) > 1:
         rows = [(f"{figures.which}, {figures.mesh}", figures) for figures in results]
-        print_comparison(rows, config.model)
+        print_comparison(rows, config.run.model)
     return results
 
 
 def _search(config: FitCheckConfig, topologies: Sequence[Topology]) -> list[Figures]:
     """Search settings for the training step."""
-    model_config, console, quiet = model_config_of(config), Console(stderr=True), config.json == "-"
+    model_config, console, quiet = model_config_of(config.run), Console(stderr=True), config.json == "-"
     log = lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True)
     results: list[Figures] = []
     for topology in topologies:
-        question = Question("train", config, model_config, topology)
+        question = Question("train", config.run, model_config, topology)
         with console.status(f"searching on {topology.name}"):
             ranked = search(question, config.best, log, compiled=not config.estimate)
         results += [figures for _, figures in ranked]
         if not quiet:
             rows = [(str(candidate), figures) for candidate, figures in ranked]
-            print_comparison(rows, f"{config.model}: the best settings that fit")
+            print_comparison(rows, f"{config.run.model}: the best settings that fit")
     return results
 
 
