@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.inference.continuous import Answer, generate_all
+from jaxsteer.inference.decoder import Answer, Decoder, Limits, Request, generate_all
 from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.likelihood import Likelihood, score_continuations
 from jaxsteer.models.transformer import Model
@@ -161,18 +161,14 @@ def decode(
 
     results = dict(done or {})
     left = [i for i in range(len(prompts.tokens)) if i not in results]
-    answers = generate_all(
-        model,
-        base,
-        steering,
-        [prompts.tokens[i] for i in left],
-        key,
-        max_new_tokens=prompts.max_new_tokens,
-        stop_tokens=prompts.stop,
-        rows=batch_size,
-        sampling=sampling or Sampling(),
-        place=place,
-    )
+    longest = max((len(prompts.tokens[i].ids) for i in left), default=1)
+    limits = Limits(longest, prompts.max_new_tokens, rows=batch_size)
+    seed = 0 if key is None else int(np.asarray(jax.random.key_data(key))[-1])
+    requests = [
+        Request(prompts.tokens[i], prompts.max_new_tokens, prompts.stop, sampling or Sampling(), seed << 32 | i)
+        for i in left
+    ]
+    answers = generate_all(Decoder(model, base, steering, limits, place), requests)
     return _collect(results, ((left[i], read(left[i], answer)) for i, answer in answers), advance, keep)
 
 
