@@ -12,8 +12,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="the lm-eval extra is not instal
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from jaxsteer import Model, init_steering, make_batch, parse_plan
-from jaxsteer.inference import generate
+from jaxsteer import Model, generate, init_steering, make_batch, parse_plan
 from jaxsteer.io import load_model, save_steering
 from jaxsteer.lm_eval import JaxsteerLM
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
