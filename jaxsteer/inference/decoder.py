@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.batches import bucket_length
+from jaxsteer.inference.generate import to_device
 from jaxsteer.inference.rows import (
     Emitted,
     Rows,
@@ -78,11 +79,6 @@ class _Ticket:
 
     def __len__(self) -> int:
         return len(self.request)
-
-
-def to_device(batch: Batch) -> Batch:
-    """A numpy batch on the default device."""
-    return jax.tree.map(jnp.asarray, batch)
 
 
 class Decoder:

@@ -94,6 +94,11 @@ def sample(logits: Array, sampling: Sampling, key: Array) -> Array:
     return jax.random.categorical(key, allowed, axis=-1).astype(jnp.int32)
 
 
+def to_device(batch: Batch) -> Batch:
+    """A numpy batch on the default device."""
+    return jax.tree.map(jnp.asarray, batch)
+
+
 def more_slots(cache: Cache, slots: int) -> Cache:
     """The cache with `slots` empty slots appended to each row."""
     wider = lambda x, axis: jnp.pad(x, [(0, slots if i == axis else 0) for i in range(x.ndim)])

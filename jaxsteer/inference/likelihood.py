@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.batches import Tokens, bucket_length, stack_rows
-from jaxsteer.inference.generate import more_slots
+from jaxsteer.inference.generate import more_slots, to_device
 from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.sharding import constrain
@@ -81,7 +81,7 @@ def score_continuations(
     continuations: Sequence[Sequence[np.ndarray]],
     *,
     batch_size: int = 32,
-    place: Callable[[Batch], Batch] = lambda batch: jax.tree.map(jnp.asarray, batch),
+    place: Callable[[Batch], Batch] = to_device,
 ) -> Iterator[tuple[int, list[Likelihood]]]:
     """Score the continuations of every prompt.
 
