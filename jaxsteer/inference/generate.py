@@ -136,17 +136,15 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if key is None:
-        if sampling.temperature > 0:
-            raise ValueError("sampling with a temperature above 0 needs a key")
-        key = jax.random.key(0)
+    if key is None and sampling.temperature > 0:
+        raise ValueError("sampling with a temperature above 0 needs a key")
+    key = jax.random.key(0) if key is None else key
     B, T = prompts.tokens.shape
-    head = output_embedding(base)
-    stops = jnp.array(stop_tokens, jnp.int32)
+    head, stops = output_embedding(base), jnp.array(stop_tokens, jnp.int32)
     real = prompts.segments > 0
-    last = jnp.max(jnp.where(real, jnp.arange(T, dtype=jnp.int32)[None], 0), axis=1)  # [B], column of the last token
-    at_last = lambda field: jnp.take_along_axis(field, last[:, None], axis=1)
-    segments, prompt_lengths = at_last(prompts.segments), at_last(prompts.prompt_lengths)
+    column = jnp.max(jnp.where(real, jnp.arange(T, dtype=jnp.int32)[None], 0), axis=1)[:, None]
+    last: Batch = jax.tree.map(lambda field: jnp.take_along_axis(field, column, axis=1), prompts)  # last tokens, [B, 1]
+    generated = last._replace(completion=jnp.ones((B, 1), bool), weights=jnp.zeros((B, 1), jnp.float32))
 
     def draw(hidden: Array, step: Array, out: Generated) -> tuple[Array, Generated]:  # hidden [B, D]
         token = sample(logits_of(hidden, head, model.config.final_softcap), sampling, jax.random.fold_in(key, step))
@@ -160,18 +158,16 @@ def generate(
 
     def advance(carry: tuple) -> tuple:
         step, token, position, cache, out = carry
-        completion, weights = jnp.ones((B, 1), bool), jnp.zeros((B, 1), jnp.float32)
-        batch = Batch(token[:, None], segments, position, prompt_lengths, completion, weights)
+        batch = generated._replace(tokens=token[:, None], positions=position)
         output = forward(model, base, steering, batch, cache=cache)
         token, out = draw(output.hidden[:, 0], step, out)
         return step + 1, token, position + 1, output.cache, out
 
     prefill = forward(model, base, steering, prompts, keep_cache=True)
     assert prefill.cache is not None
-    hidden = jnp.take_along_axis(prefill.hidden, last[:, None, None], axis=1)[:, 0]
-    empty = ~jnp.any(real, axis=1)
-    nothing = Generated(jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32), empty)
+    hidden = jnp.take_along_axis(prefill.hidden, column[:, None], axis=1)[:, 0]
+    nothing = Generated(jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32), ~jnp.any(real, axis=1))
     token, out = draw(hidden, jnp.zeros((), jnp.int32), nothing)
     cache = more_slots(prefill.cache, max_new_tokens - 1)
-    start = (jnp.ones((), jnp.int32), token, at_last(prompts.positions) + 1, cache, out)
+    start = (jnp.ones((), jnp.int32), token, last.positions + 1, cache, out)
     return jax.lax.while_loop(unfinished, advance, start)[-1]

@@ -206,7 +206,7 @@ def advance(
     Returns:
         The rows, and the tokens that were not reported yet.
     """
-    model, first, settings = network.model, rows.prompt_slots, rows.settings
+    first, settings = rows.prompt_slots, rows.settings
     column = lambda field: field[:, None]
     columns = jnp.arange(chunk + 1, dtype=jnp.int32)[None]
 
@@ -217,15 +217,7 @@ def advance(
     def decode(carry: tuple[Array, Cache, Progress, Emitted]) -> tuple[Array, Cache, Progress, Emitted]:
         step, cache, progress, emitted = carry
         active = ~progress.done
-        batch = Batch(
-            column(progress.token),
-            column(active.astype(jnp.int32)),
-            column(progress.position),
-            column(settings.prompt_length),
-            jnp.ones((len(active), 1), bool),  # generated tokens are completion
-            jnp.zeros((len(active), 1), jnp.float32),
-        )
-        output = forward(model, network.base, network.steering, batch, cache=cache)
+        output = forward(network.model, network.base, network.steering, _last_drawn(rows, progress), cache=cache)
         assert output.cache is not None
         cache = output.cache._replace(used=first + (output.cache.used - first) % rows.ring)
         draw = _draw(network, output.hidden[:, 0], settings, progress.drawn, sampling)
@@ -305,6 +297,20 @@ def resize_prompts(rows: Rows, slots: int) -> Rows:
     return _place(replace(rows, cache=cache))
 
 
+def _last_drawn(rows: Rows, progress: Progress) -> Batch:
+    """The last token drawn in each row as a batch [B, 1]; rows that are done are padding."""
+    column = lambda field: field[:, None]
+    completion = jnp.ones((len(progress.done), 1), bool)
+    return Batch(
+        column(progress.token),
+        column((~progress.done).astype(jnp.int32)),
+        column(progress.position),
+        column(rows.settings.prompt_length),
+        completion,
+        jnp.zeros_like(completion, jnp.float32),
+    )
+
+
 def _is_stop(token: Array, settings: Settings) -> Array:
     return jnp.any(token[:, None] == settings.stop_tokens, axis=1)
 
@@ -314,9 +320,11 @@ def _draw(network: Network, hidden: Array, settings: Settings, drawn: Array, sam
     logits = logits_of(hidden, output_embedding(network.base), network.model.config.final_softcap)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     others = jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32)[None] == best[:, None], -jnp.inf, logits)
-    margin = jnp.max(logits, axis=-1) - jnp.max(others, axis=-1)
-    token = _sample(logits, best, settings, drawn) if sampling else best
-    at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    token, highest = best, jnp.max(logits, axis=-1)
+    margin, at_token = highest - jnp.max(others, axis=-1), highest
+    if sampling:
+        token = _sample(logits, best, settings, drawn)
+        at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     log_probability = at_token - jax.nn.logsumexp(logits, axis=-1)
     return Draw(token, log_probability.astype(jnp.float32), margin.astype(jnp.float32))
 
