@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # Tests that compile many programs of tiny models compile them fast rather than well; the others compile as users do.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
-QUICKLY := tests/train tests/jaxsteer/theory tests/jaxsteer/io tests/jaxsteer/test_continuous.py \
+QUICKLY := tests/train tests/jaxsteer/theory tests/jaxsteer/io tests/jaxsteer/test_decoder.py \
 	tests/jaxsteer/test_likelihood.py tests/test_docs_code.py
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadgroup
 

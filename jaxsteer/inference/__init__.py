@@ -1,4 +1,20 @@
-"""A model in use: decoding (one batch, or rows kept full) and the likelihood of given continuations.
+"""Models in use: decoding (one batch, or continuous batching with an open queue) and likelihoods of given text.
 
-Training and its losses belong elsewhere; nothing here opens files or knows a tokenizer.
+Training and its losses belong elsewhere, and so does everything that opens files or needs a tokenizer.
 """
+
+from jaxsteer.inference.decoder import Answer, Decoder, Event, Limits, Request, generate_all
+from jaxsteer.inference.generate import Sampling
+from jaxsteer.inference.likelihood import Likelihood, score_continuations
+
+__all__ = [
+    "Answer",
+    "Decoder",
+    "Event",
+    "Likelihood",
+    "Limits",
+    "Request",
+    "Sampling",
+    "generate_all",
+    "score_continuations",
+]

@@ -1,4 +1,4 @@
-"""Decoding: one batched prefill, then cached steps in one jitted loop that stops when every row has."""
+"""Decoding one batch: one batched prefill, then cached steps in one jitted loop that ends when every row has."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jaxsteer.types import Array, Batch, Cache, PyTree, Steering
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """How the next token is chosen; the defaults decode greedily.
 
-    temperature  0 = greedy (the most likely token); otherwise logits are divided by it
-    top_k        only the k most likely tokens; 0 = all
-    top_p        only the most likely tokens that together have this probability; 1 = all
+    temperature  0 = greedy (the most likely token); otherwise the logits are divided by it
+    top_k        sample from the k most likely tokens only; 0 = all
+    top_p        nucleus sampling: the smallest set of most likely tokens with at least this total probability; 1 = all
     """
 
     temperature: float = 0.0
@@ -27,17 +27,23 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Reject what no distribution could be drawn from."""
+        """Reject settings that define no distribution."""
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"sampling: temperature >= 0, top_k >= 0 and 0 < top_p <= 1 are needed; got {self.temperature}, "
-                f"{self.top_k}, {self.top_p}"
+                f"sampling: temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p} is not possible; "
+                "temperature and top_k must be at least 0, and top_p above 0 and at most 1"
             )
 
 
+GREEDY = Sampling()
+
+
 class Generated(NamedTuple):
-    """tokens int32 [B, M], a row's after its end being 0 · lengths int32 [B], the stop token not counted · stopped
-    bool [B], False where the row ran out of its M tokens.
+    """Continuations of a batch.
+
+    tokens   int32 [B, M], 0 after the end of a row
+    lengths  int32 [B], without the stop token
+    stopped  bool [B], False for a row that reached M tokens without a stop token
     """
 
     tokens: Array
@@ -45,25 +51,56 @@ class Generated(NamedTuple):
     stopped: Array
 
 
+def restrict(logits: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
+    """Logits / temperature, -inf outside top-k and then outside top-p of what top-k leaves; settings per row.
+
+    Args:
+        logits: [B, V].
+        temperature: [B], above 0.
+        top_k: int32 [B], 0 = all. Tokens as likely as the k-th are kept.
+        top_p: [B], 1 = all.
+
+    Returns:
+        The logits of the distribution to sample from, [B, V]. Nothing is sorted while no row uses top-k or top-p.
+    """
+    vocab = logits.shape[-1]
+    column = lambda setting: setting.astype(logits.dtype)[:, None]
+
+    def mask(logits: Array) -> Array:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        count = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+        kth = jnp.take_along_axis(ranked, count[:, None] - 1, axis=-1)
+        probability = jax.nn.softmax(jnp.where(ranked < kth, -jnp.inf, ranked), axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability  # total probability of the tokens ranked above
+        inside = (before < column(top_p)) | (column(top_p) >= 1)
+        nucleus = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits < jnp.maximum(kth, nucleus), -jnp.inf, logits)
+
+    logits = logits / column(temperature)
+    return jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), mask, lambda logits: logits, logits)
+
+
 def sample(logits: Array, sampling: Sampling, key: Array) -> Array:
     """Draw a token from logits [B, V] -> int32 [B]. Temperature first, then top-k, then top-p of what is left."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        ranked = jnp.sort(logits, axis=-1, descending=True)
-        probability = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability  # of the tokens ranked above
-        least = jnp.min(jnp.where(before < sampling.top_p, ranked, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    rows = len(logits)
+    allowed = restrict(
+        logits,
+        jnp.full(rows, sampling.temperature, jnp.float32),
+        jnp.full(rows, sampling.top_k, jnp.int32),
+        jnp.full(rows, sampling.top_p, jnp.float32),
+    )
+    return jax.random.categorical(key, allowed, axis=-1).astype(jnp.int32)
+
+
+def to_device(batch: Batch) -> Batch:
+    """A numpy batch on the default device."""
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def more_slots(cache: Cache, slots: int) -> Cache:
-    """The cache with so many empty slots behind those that it has."""
+    """The cache with `slots` empty slots appended to each row."""
     wider = lambda x, axis: jnp.pad(x, [(0, slots if i == axis else 0) for i in range(x.ndim)])
     return Cache(wider(cache.k, 3), wider(cache.v, 3), wider(cache.segments, 1), wider(cache.positions, 1), cache.used)
 
@@ -78,32 +115,36 @@ def generate(
     *,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
-    sampling: Sampling = Sampling(),  # frozen
+    sampling: Sampling = GREEDY,
 ) -> Generated:
-    """Continue each row's prompt. Generated tokens count as completion for the plan's token selection.
+    """Continue the prompt in each row. Generated tokens count as completion for the plan's token selection.
 
     Args:
-        prompts: one prompt a row, padded on either side; a row without tokens generates nothing. Their
-            prompt_lengths count every token before the first supervised one, as in training.
-        key: needed unless greedy.
-        max_new_tokens: M. stop_tokens: ids that end a row.
+        model, base, steering: as in `forward`.
+        prompts: one prompt per row, padded on either side; a row without tokens generates nothing. Their
+            prompt_lengths count every token before the first completion token, as in training.
+        key: random key; required unless decoding greedily.
+        max_new_tokens: M, the maximum number of tokens per row.
+        stop_tokens: token ids that end a row.
+        sampling: how tokens are chosen, the same for every row.
+
+    Returns:
+        The continuations.
 
     Raises:
-        ValueError: fewer than 1 new token, or sampling without a key.
+        ValueError: `max_new_tokens` is below 1, or there is no key to sample with.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if key is None:
-        if sampling.temperature > 0:
-            raise ValueError("sampling with a temperature above 0 needs a key")
-        key = jax.random.key(0)
+    if key is None and sampling.temperature > 0:
+        raise ValueError("sampling with a temperature above 0 needs a key")
+    key = jax.random.key(0) if key is None else key
     B, T = prompts.tokens.shape
-    head = output_embedding(base)
-    stops = jnp.array(stop_tokens, jnp.int32)
+    head, stops = output_embedding(base), jnp.array(stop_tokens, jnp.int32)
     real = prompts.segments > 0
-    last = jnp.max(jnp.where(real, jnp.arange(T, dtype=jnp.int32)[None], 0), axis=1)  # [B], column of the last token
-    at_last = lambda field: jnp.take_along_axis(field, last[:, None], axis=1)
-    segments, prompt_lengths = at_last(prompts.segments), at_last(prompts.prompt_lengths)
+    column = jnp.max(jnp.where(real, jnp.arange(T, dtype=jnp.int32)[None], 0), axis=1)[:, None]
+    last: Batch = jax.tree.map(lambda field: jnp.take_along_axis(field, column, axis=1), prompts)  # last tokens, [B, 1]
+    generated = last._replace(completion=jnp.ones((B, 1), bool), weights=jnp.zeros((B, 1), jnp.float32))
 
     def draw(hidden: Array, step: Array, out: Generated) -> tuple[Array, Generated]:  # hidden [B, D]
         token = sample(logits_of(hidden, head, model.config.final_softcap), sampling, jax.random.fold_in(key, step))
@@ -111,29 +152,22 @@ def generate(
         token = jnp.where(stopped, 0, token)
         return token, Generated(out.tokens.at[:, step].set(token), out.lengths + (~stopped).astype(jnp.int32), stopped)
 
-    def going(carry: tuple) -> Array:
+    def unfinished(carry: tuple) -> Array:
         step, *_, out = carry
         return (step < max_new_tokens) & ~jnp.all(out.stopped)
 
     def advance(carry: tuple) -> tuple:
         step, token, position, cache, out = carry
-        completion, weights = jnp.ones((B, 1), bool), jnp.zeros((B, 1), jnp.float32)
-        one = Batch(token[:, None], segments, position, prompt_lengths, completion, weights)
-        output = forward(model, base, steering, one, cache=cache)
+        batch = generated._replace(tokens=token[:, None], positions=position)
+        output = forward(model, base, steering, batch, cache=cache)
         token, out = draw(output.hidden[:, 0], step, out)
         return step + 1, token, position + 1, output.cache, out
 
     prefill = forward(model, base, steering, prompts, keep_cache=True)
     assert prefill.cache is not None
-    hidden = jnp.take_along_axis(prefill.hidden, last[:, None, None], axis=1)[:, 0]
-    empty = ~jnp.any(real, axis=1)
-    none = Generated(jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32), empty)
-    token, out = draw(hidden, jnp.zeros((), jnp.int32), none)
-    start = (
-        jnp.ones((), jnp.int32),
-        token,
-        at_last(prompts.positions) + 1,
-        more_slots(prefill.cache, max_new_tokens - 1),
-        out,
-    )
-    return jax.lax.while_loop(going, advance, start)[-1]
+    hidden = jnp.take_along_axis(prefill.hidden, column[:, None], axis=1)[:, 0]
+    nothing = Generated(jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32), ~jnp.any(real, axis=1))
+    token, out = draw(hidden, jnp.zeros((), jnp.int32), nothing)
+    cache = more_slots(prefill.cache, max_new_tokens - 1)
+    start = (jnp.ones((), jnp.int32), token, last.positions + 1, cache, out)
+    return jax.lax.while_loop(unfinished, advance, start)[-1]

@@ -1,4 +1,4 @@
-"""How likely a model finds given continuations of a prompt: the prompt is read once, each continuation on its cache."""
+"""Log-likelihoods of given continuations: each prompt is read once, and each of its continuations on its cache."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.batches import Tokens, bucket_length, stack_rows
-from jaxsteer.inference.generate import more_slots
+from jaxsteer.inference.generate import more_slots, to_device
 from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.sharding import constrain
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 SHORTEST = 4
-"""Continuations are padded to lengths of `bucket_length` from here."""
+"""Continuations are padded to a `bucket_length` of at least this."""
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation: Σ log p of its tokens, nats; whether each of them is the most likely one; their number."""
+    """Score of a continuation.
+
+    log_probability  Σ log p of its tokens, in nats
+    greedy           whether each token is the most likely one
+    tokens           number of tokens
+    """
 
     log_probability: float
     greedy: bool
@@ -33,11 +38,12 @@ class Likelihood(NamedTuple):
 def continuation_likelihoods(
     model: Model, base: PyTree, steering: Steering, prompts: Batch, continuations: Batch
 ) -> tuple[Array, Array]:
-    """Score C continuations of each row's prompt; what is continued counts as completion for token selection.
+    """Score C continuations of each row's prompt; the continuation counts as completion for token selection.
 
     Args:
-        prompts: [B, T], one a row, from the first column.
-        continuations: [C, B, U], one a row, from the first column; rows without tokens score 0.
+        model, base, steering: as in `forward`.
+        prompts: [B, T], one per row, starting in the first column.
+        continuations: [C, B, U], one per row, starting in the first column; rows without tokens score 0.
 
     Returns:
         Σ log p, fp32 [C, B], and whether every token is the most likely one, bool [C, B].
@@ -49,8 +55,8 @@ def continuation_likelihoods(
     ends = jnp.maximum(jnp.sum(prompts.segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
     last = jnp.take_along_axis(output.hidden, ends[:, None, None], axis=1)
 
-    def column(seen: tuple[Array, Array]) -> tuple[Array, Array]:  # hidden [B, D], the token that follows [B]
-        hidden, token = seen
+    def score_column(column: tuple[Array, Array]) -> tuple[Array, Array]:  # hidden [B, D], the next token [B]
+        hidden, token = column
         logits = logits_of(hidden, head, model.config.final_softcap)
         at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
         return at_token - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == token
@@ -58,12 +64,13 @@ def continuation_likelihoods(
     def score(batch: Batch) -> tuple[Array, Array]:
         read = forward(model, base, steering, batch, cache=cache).hidden
         hidden = jnp.concatenate([last, read[:, :-1]], axis=1)
-        logp, best = jax.lax.map(column, (hidden.swapaxes(0, 1), batch.tokens.T))  # one column's logits at a time
+        # One column at a time, for the memory of the logits.
+        log_probabilities, best = jax.lax.map(score_column, (hidden.swapaxes(0, 1), batch.tokens.T))
         real = batch.segments.T > 0
-        return jnp.sum(jnp.where(real, logp, 0.0), axis=0), jnp.all(best | ~real, axis=0)
+        return jnp.sum(jnp.where(real, log_probabilities, 0.0), axis=0), jnp.all(best | ~real, axis=0)
 
-    logp, greedy = jax.lax.map(score, continuations)
-    return constrain(logp.astype(jnp.float32), None, None), constrain(greedy, None, None)
+    totals, greedy = jax.lax.map(score, continuations)
+    return constrain(totals.astype(jnp.float32), None, None), constrain(greedy, None, None)
 
 
 def score_continuations(
@@ -74,29 +81,25 @@ def score_continuations(
     continuations: Sequence[Sequence[np.ndarray]],
     *,
     batch_size: int = 32,
-    place: Callable[[Batch], Batch] = lambda batch: jax.tree.map(jnp.asarray, batch),
+    place: Callable[[Batch], Batch] = to_device,
 ) -> Iterator[tuple[int, list[Likelihood]]]:
     """Score the continuations of every prompt.
 
     Args:
+        model, base, steering: as in `forward`.
         prompts: each with at least one token.
-        continuations: for each prompt the token ids, int32 [n], n at least 1, of one or more continuations.
-        batch_size: prompts at a time.
-        place: puts a batch [B, T] or [C, B, T] on the devices that the weights lie on.
+        continuations: for each prompt, the token ids of one or more continuations, int32 [n] with n at least 1.
+        batch_size: number of prompts scored at a time.
+        place: puts a numpy batch [B, T] or [C, B, T] on the devices that hold the weights.
 
     Yields:
-        (index of the prompt, a score for each of its continuations), those with the most and the longest first.
+        (index of the prompt, a score for each of its continuations), prompts with the most and the longest first.
 
     Raises:
-        ValueError: an empty prompt or continuation, fewer than one row, or more tokens than the model has learned
-            positions.
+        ValueError: an empty prompt or continuation, a batch size below 1, or more tokens than the model has learned
+            positions for.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    for prompt, own in zip(prompts, continuations, strict=True):
-        if not len(prompt.ids) or not own or not all(map(len, own)):
-            raise ValueError(f"{prompt.source}: a prompt, and each of its continuations, needs at least one token")
-        check_length(model.config, len(prompt.ids) + max(map(len, own)), prompt.source)
+    _check(model, prompts, continuations, batch_size)
     size = lambda i: (
         len(continuations[i]),
         bucket_length(len(prompts[i].ids)),
@@ -108,29 +111,35 @@ def score_continuations(
     while start < len(order):
         count, T, _ = size(order[start])
         chosen = [i for i in order[start : start + rows] if len(continuations[i]) == count]
-        U = max(size(i)[2] for i in chosen)
-        empty: list[list[Any]] = [[] for _ in range(rows - len(chosen))]
-        asked = stack_rows([*([prompts[i]] for i in chosen), *empty], T)
-        answers = _stack([prompts[i] for i in chosen], [continuations[i] for i in chosen], rows, U)
-        found = continuation_likelihoods(model, base, steering, place(asked), place(answers))
-        logp, greedy = (np.asarray(x) for x in found)
-        for row, i in enumerate(chosen):
-            yield (
-                i,
-                [
-                    Likelihood(float(logp[c, row]), bool(greedy[c, row]), len(own))
-                    for c, own in enumerate(continuations[i])
-                ],
-            )
         start += len(chosen)
+        U = max(size(i)[2] for i in chosen)
+        padding: list[list[Tokens]] = [[] for _ in range(rows - len(chosen))]
+        prompt_batch = stack_rows([*([prompts[i]] for i in chosen), *padding], T)
+        batches = _stack([prompts[i] for i in chosen], [continuations[i] for i in chosen], rows, U)
+        scores = continuation_likelihoods(model, base, steering, place(prompt_batch), place(batches))
+        totals, greedy = (np.asarray(x) for x in scores)
+        for row, i in enumerate(chosen):
+            lengths = map(len, continuations[i])
+            yield i, [Likelihood(float(totals[c, row]), bool(greedy[c, row]), n) for c, n in enumerate(lengths)]
+
+
+def _check(
+    model: Model, prompts: Sequence[Tokens], continuations: Sequence[Sequence[np.ndarray]], batch_size: int
+) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for prompt, texts in zip(prompts, continuations, strict=True):
+        if not len(prompt.ids) or not texts or not all(map(len, texts)):
+            raise ValueError(f"{prompt.source}: a prompt, and each of its continuations, needs at least one token")
+        check_length(model.config, len(prompt.ids) + max(map(len, texts)), prompt.source)
 
 
 def _stack(prompts: Sequence[Tokens], continuations: Sequence[Sequence[np.ndarray]], rows: int, length: int) -> Batch:
-    """Continuations [C, B, U], numpy; positions go on where the prompts end."""
+    """Continuations [C, B, U], numpy; positions continue those of the prompts."""
     shape = (len(continuations[0]), rows, length)
     tokens, segments, positions, prompt_lengths = (np.zeros(shape, np.int32) for _ in range(4))
-    for row, (prompt, own) in enumerate(zip(prompts, continuations, strict=True)):
-        for c, ids in enumerate(own):
+    for row, (prompt, texts) in enumerate(zip(prompts, continuations, strict=True)):
+        for c, ids in enumerate(texts):
             span = (c, row, slice(len(ids)))
             tokens[span], segments[span] = ids, 1
             positions[span] = len(prompt.ids) + np.arange(len(ids))

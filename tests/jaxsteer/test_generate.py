@@ -1,4 +1,4 @@
-"""Decoding against a naive loop that runs the whole row again for every token; sampling against its distribution."""
+"""Decoding against a naive loop that reads the whole row again for every token; sampling against its distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ PROMPTS = [np.array([5, 9, 30, 31, 7]), np.array([11, 3, 42]), np.array([60])]
 
 @pytest.fixture(scope="module")
 def steered(tiny_config):
-    """Every kind of positions at once: generated tokens must count as completion."""
+    """All kinds of positions at once: generated tokens must count as completion."""
     plan = every_kind("nonlinear", tiny_config)
     return Model(tiny_config, plan), random_steering(plan, tiny_config)
 
@@ -25,7 +25,7 @@ def steered(tiny_config):
 def naive(steered, tiny_base):
     """Greedy continuations by running prompt and completion from the start for every new token."""
     model, steering = steered
-    head, done = output_embedding(tiny_base), []
+    head, answers = output_embedding(tiny_base), []
     for prompt in PROMPTS:
         ids = list(prompt)
         for _ in range(NEW):
@@ -33,12 +33,12 @@ def naive(steered, tiny_base):
             batch, _ = rows([(0, [(0, (np.array(ids), weights))])], 11)
             hidden = run(model, tiny_base, steering, batch).hidden[0, len(ids) - 1]
             ids.append(int(jnp.argmax(logits_of(hidden, head))))
-        done.append(ids[len(prompt) :])
-    return np.array(done)
+        answers.append(ids[len(prompt) :])
+    return np.array(answers)
 
 
 def prompts(side, width=6):
-    """The prompts, and a row without tokens."""
+    """The prompts, padded on one side, and a row without tokens."""
     layout = [(0 if side == "right" else width - len(p), [(i, (p, 0))]) for i, p in enumerate(PROMPTS)]
     return rows([*layout, (0, [])], width)[0]
 
@@ -53,7 +53,7 @@ def test_greedy_is_the_naive_loop(side, steered, tiny_base, naive):
     np.testing.assert_array_equal(out.tokens[3], np.zeros(NEW))
 
 
-def test_steering_changes_what_is_said(tiny_config, tiny_base, naive):
+def test_steering_changes_the_answers(tiny_config, tiny_base, naive):
     out = generate(Model(tiny_config), tiny_base, {}, prompts("right"), max_new_tokens=NEW, stop_tokens=())
     assert np.any(np.asarray(out.tokens[:3]) != naive)
 
@@ -62,12 +62,12 @@ def test_rows_stop_at_their_stop_tokens(steered, tiny_base, naive):
     model, steering = steered
     stops = (int(naive[0, 2]), int(naive[1, 4]))
     out = generate(model, tiny_base, steering, prompts("right"), max_new_tokens=NEW, stop_tokens=stops)
-    for row, said in enumerate(naive):
-        ends = [i for i, token in enumerate(said) if token in stops]
+    for row, answer in enumerate(naive):
+        ends = [i for i, token in enumerate(answer) if token in stops]
         length = ends[0] if ends else NEW
         assert out.lengths[row] == length
         assert out.stopped[row] == bool(ends)
-        np.testing.assert_array_equal(out.tokens[row], np.where(np.arange(NEW) < length, said, 0))
+        np.testing.assert_array_equal(out.tokens[row], np.where(np.arange(NEW) < length, answer, 0))
     assert np.any(np.asarray(out.lengths[:3]) < NEW)
 
 

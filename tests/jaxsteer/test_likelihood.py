@@ -27,11 +27,11 @@ def test_scores_are_those_of_whole_texts(steered, tiny_base):
     draw = np.random.default_rng(1)
     asked = prompts(61, 9)
     texts = [[draw.integers(3, 61, draw.integers(1, 9)).astype(np.int32) for _ in range(2 + i % 2)] for i in range(9)]
-    found = dict(score_continuations(model, tiny_base, steering, asked, texts, batch_size=4))
-    assert sorted(found) == list(range(9))
+    scored = dict(score_continuations(model, tiny_base, steering, asked, texts, batch_size=4))
+    assert sorted(scored) == list(range(9))
     lengths, greedy = set(), 0
-    for i, (prompt, own) in enumerate(zip(asked, texts, strict=True)):
-        for text, score in zip(own, found[i], strict=True):
+    for i, (prompt, continuations) in enumerate(zip(asked, texts, strict=True)):
+        for text, score in zip(continuations, scored[i], strict=True):
             n = len(prompt.ids)
             ids = np.concatenate([prompt.ids, text])
             batch, _ = rows([(0, [(0, (ids, np.concatenate([prompt.weights, np.ones(len(text))])))])], WIDTH)
@@ -59,9 +59,9 @@ def test_the_likeliest_token_is_greedy(steered, tiny_base):
 
 def test_empty_texts_raise(steered, tiny_base):
     model, steering = steered
-    for own in ([], [np.zeros(0, np.int32)]):
+    for continuations in ([], [np.zeros(0, np.int32)]):
         with pytest.raises(ValueError, match="here: a prompt"):
-            list(score_continuations(model, tiny_base, steering, prompts(61, 1), [own]))
+            list(score_continuations(model, tiny_base, steering, prompts(61, 1), [continuations]))
     nothing = Prompt(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(0, np.float32), 0)
     with pytest.raises(ValueError, match="here: a prompt"):
         list(score_continuations(model, tiny_base, steering, [nothing], [[np.array([1])]]))

@@ -12,8 +12,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="the lm-eval extra is not instal
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from jaxsteer import Model, init_steering, make_batch, parse_plan
-from jaxsteer.inference import generate
+from jaxsteer import Model, generate, init_steering, make_batch, parse_plan
 from jaxsteer.io import load_model, save_steering
 from jaxsteer.lm_eval import JaxsteerLM
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
@@ -40,7 +39,7 @@ def model(loaded, steered):
 
 
 def log_probabilities(loaded, steered, ids, prompt):
-    """Log p of every token but the first, those after the prompt being completion."""
+    """Log p of every token but the first, where the tokens after the prompt are completion."""
     weights = (np.arange(len(ids)) >= prompt)[None].astype(np.float32)
     batch = make_batch(np.array([ids]), None, weights)
     hidden = forward(Model(loaded.config, steered[0]), loaded.base, steered[1], batch).hidden[0]
@@ -64,7 +63,7 @@ def test_likelihoods_are_those_of_whole_texts(loaded, steered, model):
 
 
 def test_rolling_likelihood(loaded, steered):
-    """Longer than the model reads: in windows, each token a target once."""
+    """A text longer than the maximum length: read in windows, each token a target once."""
     model = JaxsteerLM.of(loaded, *steered, batch_size=2, max_length=9)
     text = "the quick brown fox"
     [got] = model.loglikelihood_rolling(ask("loglikelihood_rolling", (text,)))
@@ -81,7 +80,7 @@ def test_rolling_likelihood(loaded, steered):
 
 def test_generation_stops_at_a_text(loaded, steered, model):
     batch = make_batch(np.array([model.tok_encode("ab")]))
-    said = generate(
+    generated = generate(
         Model(loaded.config, steered[0]),
         loaded.base,
         steered[1],
@@ -89,12 +88,28 @@ def test_generation_stops_at_a_text(loaded, steered, model):
         max_new_tokens=40,
         stop_tokens=tuple(sorted({*loaded.stop_tokens, model.eot_token_id})),
     )
-    whole = loaded.tokenizer.decode(np.asarray(said.tokens[0, : said.lengths[0]]), skip_special_tokens=True)
+    whole = loaded.tokenizer.decode(np.asarray(generated.tokens[0, : generated.lengths[0]]), skip_special_tokens=True)
     middle = whole[len(whole) // 2 :][:2]
     requests = ask(
         "generate_until", ("ab", {"until": [], "max_gen_toks": 40}), ("ab", {"until": [middle], "max_gen_toks": 40})
     )
     assert model.generate_until(requests) == [whole, whole[: whole.find(middle)]]
+
+
+def test_generation_with_mixed_settings(model):
+    """Sampled and greedy answers of several lengths at once are those of each request alone, by seed and number."""
+    sampled = {"until": [], "do_sample": True, "temperature": 3.0}
+    requests = ask(
+        "generate_until",
+        ("ab", {"until": [], "max_gen_toks": 8}),
+        ("ab", sampled | {"max_gen_toks": 8}),
+        ("ab", sampled | {"max_gen_toks": 8}),
+        ("ab", sampled | {"max_gen_toks": 5}),
+    )
+    answers = model.generate_until(requests)
+    assert model.generate_until(requests) == answers
+    assert answers[0] == model.generate_until(requests[:1])[0]
+    assert len({*answers}) == 4
 
 
 def test_a_task_of_the_harness(loaded, steered, tiny_folder, tmp_path):
@@ -107,7 +122,7 @@ def test_a_task_of_the_harness(loaded, steered, tiny_folder, tmp_path):
     )
     file = tmp_path / "steering.safetensors"
     save_steering(file, steered[1], steered[0], model_name=str(tiny_folder), config=loaded.config)
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         "jaxsteer",
         model_args=f"steering={file},batch_size=2",
         tasks=["letters"],
@@ -124,7 +139,7 @@ def test_a_task_of_the_harness(loaded, steered, tiny_folder, tmp_path):
             for choice in choices
         ]
         right += int(np.argmax(scores)) == answer
-    assert found["results"]["letters"]["acc,none"] == right / 2
+    assert results["results"]["letters"]["acc,none"] == right / 2
 
 
 def test_which_model(tmp_path):

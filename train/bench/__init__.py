@@ -1,4 +1,4 @@
-"""Benchmarks: how fast training, decoding, evaluation and loading are on this machine.
+"""Benchmarks: how fast this machine trains, decodes, evaluates and loads.
 
-Comparisons of methods belong in `train.compare`; what would fit elsewhere, in `train.plan`.
+Comparisons of methods belong in `train.compare`, and whether a run fits a machine in `train.plan`.
 """

@@ -1,10 +1,12 @@
-"""Benchmarks: `python -m train.bench train --batch-size 8 --sequence-length 256`, `... decode`, `... eval`, `... load`.
+"""Benchmarks: `python -m train.bench train --batch-size 8 --sequence-length 256`, or `decode`, `eval`, `load`.
 
-Each prints a table and, with --json, writes the figures. Compare two settings by interleaved runs on a quiet machine.
+Each prints a table and, with --json, writes the figures to a file. To compare two settings, interleave their runs on a
+quiet machine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import tyro
@@ -28,27 +30,38 @@ Bench = (
 
 
 def main() -> None:
-    """Run a benchmark and print its figures."""
+    """Run the benchmark that the command line asks for, and print its figures."""
     config = tyro.cli(Bench, prog="python -m train.bench", description=__doc__)
     enable_compilation_cache()
-    figures: dict[str, Any]
-    if isinstance(config, LoadBench):
-        figures = bench_load(config)
-        table = Table("", *figures)
-        for name in next(iter(figures.values())):
-            table.add_row(name, *(_text(each[name]) for each in figures.values()))
-    else:
-        runs = {TrainBench: bench_train, DecodeBench: bench_decode, EvalBench: bench_eval}
-        figures = runs[type(config)](config)  # type: ignore[operator]
-        table = Table(title=device_summary(), title_justify="left", show_header=False)
-        for name, value in figures.items():
-            table.add_row(name, _text(value))
+    figures, table = _run(config)
     Console().print(table)
     if config.json:
         write_json(config.json, {"device": device_summary(), "settings": repr(config), **figures})
 
 
+def _run(config: TrainBench | DecodeBench | EvalBench | LoadBench) -> tuple[Mapping[str, Any], Table]:
+    """Figures by name and their table; for loading there is a column for each setting."""
+    if isinstance(config, LoadBench):
+        by_setting = bench_load(config)
+        table = Table("", *by_setting)
+        for name in next(iter(by_setting.values())):
+            table.add_row(name, *(_text(figures[name]) for figures in by_setting.values()))
+        return by_setting, table
+    match config:
+        case TrainBench():
+            figures = bench_train(config)
+        case DecodeBench():
+            figures = bench_decode(config)
+        case EvalBench():
+            figures = bench_eval(config)
+    table = Table(title=device_summary(), title_justify="left", show_header=False)
+    for name, value in figures.items():
+        table.add_row(name, _text(value))
+    return figures, table
+
+
 def _text(value: float) -> str:
+    """Four significant digits, or all digits before the point."""
     return f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
 
 

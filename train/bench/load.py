@@ -1,4 +1,7 @@
-"""The benchmark of loading: what the host holds while each process reads its own parts of a checkpoint."""
+"""The loading benchmark: host memory and time while each process reads its own parts of a checkpoint.
+
+Each setting runs in its own processes, as `python -m train.bench.load TASK`, which are not meant to be called by hand.
+"""
 
 from __future__ import annotations
 
@@ -26,27 +29,27 @@ from train.devices.processes import DistributedConfig, join
 
 @dataclass(frozen=True)
 class LoadBench:
-    """Time loading onto CPU devices and weigh the host, on several devices and as one of several processes."""
+    """Measure time and host memory of loading onto CPU devices: several devices, or one of several processes."""
 
     model: str | None = None
-    """A local folder or .gguf file; by default a Llama of random bf16 weights is made, and deleted afterwards."""
+    """Local folder or .gguf file; by default a Llama with random bf16 weights is made, and deleted afterwards."""
     gigabytes: float = 2.0
-    """Size of that one."""
+    """Size of that Llama."""
     folder: str | None = None
-    """Where it is made; by default among the system's temporary files."""
+    """Folder to make it in; by default the system's temporary folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the loaded weights."""
+    """Dtype of the loaded weights."""
     devices: tuple[int, ...] = (1, 2, 8)
-    """Devices of one process, which the weights are split over."""
+    """Numbers of devices of one process to split the weights over, each measured."""
     processes: tuple[int, ...] = (2, 4)
-    """Processes of one device each, which the weights are split over."""
+    """Numbers of processes with one device each to split the weights over, each measured."""
     json: str | None = None
     """Write the figures to this file."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What one process is to load: the weights in equal parts, some of which are its own."""
+    """What one process loads: its parts of the weights, which are split equally."""
 
     model: str
     dtype: str
@@ -57,10 +60,14 @@ class _Task:
 
 
 def bench_load(config: LoadBench) -> dict[str, dict[str, float]]:
-    """Run the benchmark; figures by setting, of the process that has the largest where there are several."""
+    """Run the loading benchmark.
+
+    Returns:
+        Figures by setting; with several processes, the largest of each figure.
+    """
     with tempfile.TemporaryDirectory(dir=config.folder) as folder:
         model = config.model or _random_model(Path(folder) / "model", config.gigabytes)
-        settings = [(n, 1) for n in config.devices] + [(1, n) for n in config.processes]
+        settings = [*((n, 1) for n in config.devices), *((1, n) for n in config.processes)]
         return {_name(*setting): _measure(model, config.dtype, *setting) for setting in settings}
 
 
@@ -69,47 +76,50 @@ def _name(devices: int, processes: int) -> str:
 
 
 def _random_model(folder: Path, gigabytes: float) -> str:
-    """A Llama with as many layers as make up that size in bf16."""
-    layers = lambda n: ModelConfig(32_000, 2048, n, 16, 4, 128, 8192)
-    shapes = lambda n: jax.eval_shape(lambda: init_base(layers(n), jax.random.key(0)))
+    """Write a Llama with as many layers as make up that size in bf16."""
+    with_layers = lambda n: ModelConfig(32_000, 2048, n, 16, 4, 128, 8192)
+    shapes = lambda n: jax.eval_shape(lambda: init_base(with_layers(n), jax.random.key(0)))
     nbytes = lambda n: sum(2 * leaf.size for leaf in jax.tree.leaves(shapes(n)))
-    count = max(1, round((1e9 * gigabytes - nbytes(1)) / (nbytes(2) - nbytes(1))) + 1)
+    layers = max(1, round((1e9 * gigabytes - nbytes(1)) / (nbytes(2) - nbytes(1))) + 1)
     draw = np.random.default_rng(0)
 
-    def small(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        """Numbers from 0 to 2; matrices of blocks lie in memory as in the file, which they are turned for."""
-        turned = len(leaf.shape) == 3
-        shape = (leaf.shape[0], leaf.shape[2], leaf.shape[1]) if turned else leaf.shape
-        drawn = draw.integers(0, 1 << 14, shape, np.uint16).view(ml_dtypes.bfloat16)
-        return drawn.swapaxes(1, 2) if turned else drawn
+    def random(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        """Numbers from 0 to 2. The blocks' matrices have the file's memory layout, which is transposed."""
+        transposed = len(leaf.shape) == 3
+        shape = (leaf.shape[0], leaf.shape[2], leaf.shape[1]) if transposed else leaf.shape
+        values = draw.integers(0, 1 << 14, shape, np.uint16).view(ml_dtypes.bfloat16)
+        return values.swapaxes(1, 2) if transposed else values
 
-    save_hf(folder, layers(count), jax.tree.map(small, shapes(count)), "llama")
+    save_hf(folder, with_layers(layers), jax.tree.map(random, shapes(layers)), "llama")
     return str(folder)
 
 
 def _measure(model: str, dtype: str, devices: int, processes: int) -> dict[str, float]:
+    """Load in processes of their own, and collect their figures."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    tasks = [_Task(model, dtype, devices, processes, number, port) for number in range(processes)]
     command = [sys.executable, "-m", "train.bench.load"]
     started = [
         subprocess.Popen(
-            [*command, json.dumps(asdict(task))], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [*command, json.dumps(asdict(_Task(model, dtype, devices, processes, number, port)))],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
-        for task in tasks
+        for number in range(processes)
     ]
-    ended = [process.communicate() for process in started]
-    for process, (_, errors) in zip(started, ended, strict=True):
+    outputs = [process.communicate() for process in started]
+    for process, (_, errors) in zip(started, outputs, strict=True):
         if process.returncode:
             raise ValueError(f"bench load: a process failed:\n{errors.strip()}")
-    found = [json.loads(out.splitlines()[-1]) for out, _ in ended]
-    most = {name: max(each[name] for each in found) for name in found[0]}
-    return most | {"GB/s": sum(each["read, GB"] for each in found) / most["seconds"]}
+    figures = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    largest = {name: max(each[name] for each in figures) for name in figures[0]}
+    return largest | {"GB/s": sum(each["read, GB"] for each in figures) / largest["seconds"]}
 
 
 def _load(task: _Task) -> dict[str, float]:
-    """Load this process's parts. The devices' memory is the host's too: what is kept is part of the peak."""
+    """Load this process's parts. On CPU, devices use the host's memory: the loaded weights are part of the peak."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", task.devices)
     if task.processes > 1:

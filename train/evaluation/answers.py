@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxsteer.inference.continuous import Answer
+from jaxsteer.inference.decoder import Answer
 from jaxsteer.inference.likelihood import Likelihood
 from jaxsteer.io import Tokenizer
 from jaxsteer.io.files import replacing

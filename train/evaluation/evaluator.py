@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsteer.batches import bucket_length, pack, stack_rows
-from jaxsteer.inference.continuous import generate_all
+from jaxsteer.inference.decoder import Decoder, Limits, Request, generate_all
 from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.likelihood import score_continuations
 from jaxsteer.io import LoadedModel
@@ -153,6 +153,8 @@ class Evaluator:
 
     def _ask(self, prompts: Prompts, params: Params, left: Sequence[int]) -> Iterator[tuple[int, ScoredAnswer]]:
         """(index, answer) of the prompts that are left, as they are finished."""
+        if not left:
+            return
         base, steering = self._base(params), self._placed(params.steering)
         tokens = [prompts.tokens[i] for i in left]
         with self.placement.on_mesh():
@@ -171,18 +173,12 @@ class Evaluator:
                 yield from ((left[i], choose(left[i], likelihoods)) for i, likelihoods in scored)
             else:
                 read = generated_reader(prompts, self.loaded.tokenizer)
-                answers = generate_all(
-                    self.model,
-                    base,
-                    steering,
-                    tokens,
-                    self.placement.copies(jax.random.key(self.seed)),
-                    max_new_tokens=prompts.max_new_tokens,
-                    stop_tokens=prompts.stop,
-                    rows=self.eval_batch_size,
-                    sampling=self.sampling,
-                    place=self.placement.batch,
-                )
+                limits = Limits(max(map(len, tokens)), prompts.max_new_tokens, rows=self.eval_batch_size)
+                decoder = Decoder(self.model, base, steering, limits, self.placement.batch)
+                seeds = [self.seed << 32 | index for index in left]  # a prompt's answer does not depend on the others
+                settings = (prompts.max_new_tokens, prompts.stop, self.sampling)
+                requests = [Request(prompt, *settings, seed) for prompt, seed in zip(tokens, seeds, strict=True)]
+                answers = generate_all(decoder, requests)
                 yield from ((left[i], read(left[i], answer)) for i, answer in answers)
 
     def _journal(self, prompts: Prompts, params: Params, path: Path | None, reuse: bool) -> MemoryJournal | FileJournal:

@@ -1,0 +1,328 @@
+"""Continuous batching with an open queue: finished rows are taken over by waiting requests while the others decode."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer.batches import bucket_length
+from jaxsteer.inference.generate import to_device
+from jaxsteer.inference.rows import (
+    Emitted,
+    Rows,
+    add_rows,
+    advance,
+    empty_rows,
+    free_rows,
+    insert,
+    keep_rows,
+    prefill,
+    resize_prompts,
+)
+from jaxsteer.inference.scheduling import Limits, Request, half_of, make_admission, next_prefill, prefill_batch
+from jaxsteer.models.config import check_length
+from jaxsteer.models.transformer import Model, Network
+from jaxsteer.types import Batch, PyTree, Steering
+
+Finished = Literal["stop", "length", "cancelled"]
+"""Why an answer ended: a stop token was drawn, it reached its maximum number of tokens, or it was cancelled."""
+
+
+class Event(NamedTuple):
+    """News of a request.
+
+    id                 as returned by `Decoder.submit`
+    tokens             int32 [n], new since the request's last event, without the stop token
+    log_probabilities  fp32 [n], of these tokens, natural logarithm; of the model's own distribution, before
+                       temperature, top-k and top-p
+    finished           why the answer ended; None while it has not
+    margin             the smallest difference between the two largest logits at any token so far, the stop token
+                       included: where it is below rounding errors (1e-4 in fp32), another batch may give another token
+    """
+
+    id: int
+    tokens: np.ndarray
+    log_probabilities: np.ndarray
+    finished: Finished | None
+    margin: float
+
+
+class Answer(NamedTuple):
+    """A finished answer.
+
+    tokens             int32 [n], without the stop token
+    stopped            False where the answer reached its maximum number of tokens
+    margin             see `Event`
+    log_probabilities  fp32 [n], see `Event`
+    """
+
+    tokens: np.ndarray
+    stopped: bool
+    margin: float
+    log_probabilities: np.ndarray
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """A submitted request, and how many tokens of its answer have been reported."""
+
+    id: int
+    request: Request
+    reported: int = 0
+    margin: float = float("inf")
+
+    def __len__(self) -> int:
+        return len(self.request)
+
+
+class Decoder:
+    """Decodes requests as they come, up to `limits.rows` at a time.
+
+    `submit` requests at any time, and call `step` while any are `pending`. Answers do not depend on what else is
+    decoded, nor on the limits, except for rounding where two tokens are about equally likely (`Event.margin`). What a
+    request asks for is data to the compiled programs: other settings compile nothing. Not thread-safe; with several
+    processes, all make the same calls.
+
+    Args:
+        model, base, steering: as in `forward`.
+        limits: the sizes that programs are compiled for.
+        place: puts a numpy batch on the devices that hold the weights.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        base: PyTree,
+        steering: Steering,
+        limits: Limits,
+        place: Callable[[Batch], Batch] = to_device,
+    ) -> None:
+        self.limits = limits
+        self._network = Network(model, base, steering)
+        self._to_devices = place
+        self._submitted = 0
+        self._waiting: deque[_Ticket] = deque()
+        self._cancelled: list[Event] = []
+        self._tickets: list[_Ticket | None] = []  # in each row
+        self._rows: Rows | None = None
+
+    @property
+    def pending(self) -> int:
+        """Number of requests that are waiting or being decoded."""
+        return len(self._waiting) + len(self._active)
+
+    @property
+    def _active(self) -> list[_Ticket]:
+        return [ticket for ticket in self._tickets if ticket is not None]
+
+    def check(self, request: Request) -> None:
+        """Check that this decoder can answer a request.
+
+        Raises:
+            ValueError: it exceeds the limits, or needs more positions than the model has learned.
+        """
+        self.limits.check(request)
+        check_length(self._network.model.config, len(request) + request.max_new_tokens, request.prompt.source)
+
+    def submit(self, request: Request) -> int:
+        """Add a request to the queue.
+
+        Returns:
+            Its id: 0, 1, 2, ...
+
+        Raises:
+            ValueError: as in `check`.
+        """
+        self.check(request)
+        ticket = _Ticket(self._submitted, request)
+        self._submitted += 1
+        self._waiting.append(ticket)
+        return ticket.id
+
+    def cancel(self, id: int) -> bool:
+        """End a request and free its row; the next `step` reports it as cancelled.
+
+        Returns:
+            Whether there was anything to cancel: False for a request that has ended, or was never submitted.
+        """
+        ticket = next((ticket for ticket in (*self._waiting, *self._active) if ticket.id == id), None)
+        if ticket is None:
+            return False
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+        else:
+            assert self._rows is not None
+            row = self._tickets.index(ticket)
+            self._tickets[row] = None
+            self._rows = free_rows(self._rows, np.arange(len(self._tickets)) == row)
+        no_tokens, no_log_probabilities = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        self._cancelled.append(Event(id, no_tokens, no_log_probabilities, "cancelled", ticket.margin))
+        return True
+
+    def step(self, *, draining: bool = False) -> list[Event]:
+        """Admit waiting requests and decode for at most `limits.chunk` steps.
+
+        Args:
+            draining: no more requests are expected: use only as many rows, and slots for prompts, as the submitted ones
+                need. Faster, but compiles programs for the smaller sizes. Later requests get the full size back.
+
+        Returns:
+            An event for each request that has new tokens or has ended.
+        """
+        events, self._cancelled = self._cancelled, []
+        if not self.pending:
+            return events
+        self._make_rows(draining)
+        self._admit()
+        if draining:
+            self._shrink()
+        return events + self._report(self._advance(draining))
+
+    def _make_rows(self, draining: bool) -> None:
+        """Allocate or enlarge the rows so that every waiting request fits."""
+        limits, rows = self.limits, self._rows
+        count, slots = limits.rows, bucket_length(limits.max_prompt)
+        if rows is not None and self._active:
+            if self._longest() > rows.prompt_slots:
+                self._rows = rows = resize_prompts(rows, slots)
+            if self.pending > len(self._tickets) and len(self._tickets) < count:
+                self._rows = add_rows(rows, count)
+                self._tickets += [None] * (count - len(self._tickets))
+            return
+        if draining:
+            count, slots = min(count, len(self._waiting)), self._longest()
+        if rows is not None and (len(self._tickets), rows.prompt_slots) == (count, slots):
+            return
+        self._rows = rows = None  # frees the memory first
+        dtype = jnp.dtype(self._network.base["embed"]["embedding"].dtype).name
+        sizes = (count, slots, limits.max_new_tokens, limits.max_stop_tokens)
+        self._rows = empty_rows(self._network.model.config, *sizes, dtype)
+        self._tickets = [None] * count
+
+    def _longest(self) -> int:
+        """Slots needed for the longest prompt, waiting or being decoded."""
+        return bucket_length(max(map(len, (*self._waiting, *self._active))))
+
+    def _admit(self) -> None:
+        """Let waiting requests take over free rows, once enough are free for an efficient prefill."""
+        assert self._rows is not None
+        count = len(self._tickets)
+        free = [row for row, ticket in enumerate(self._tickets) if ticket is None]
+        while self._waiting and len(free) >= next_prefill(self._waiting, count).size:
+            layout = next_prefill(self._waiting, count, len(free))
+            tickets = [self._waiting.popleft() for _ in range(layout.size)]
+            requests = [ticket.request for ticket in tickets]
+            taken, free = free[: layout.size], free[layout.size :]
+            hidden, prefilled = prefill(self._network, self._to_devices(prefill_batch(requests, layout)))
+            stop_width, sampling = self.limits.max_stop_tokens, _any_samples(tickets)
+            admission = make_admission(requests, layout, taken, no_row=count, stop_width=stop_width)
+            self._rows = insert(self._network, self._rows, hidden, prefilled, admission, sampling=sampling)
+            for row, ticket in zip(taken, tickets, strict=True):
+                self._tickets[row] = ticket
+
+    def _shrink(self) -> None:
+        """Give up slots and rows that nothing needs: a free row costs as much as a busy one."""
+        assert self._rows is not None
+        if (slots := self._longest()) < self._rows.prompt_slots:
+            self._rows = resize_prompts(self._rows, slots)
+        while not self._waiting and len(self._active) <= (half := half_of(len(self._tickets))):
+            kept = sorted(range(len(self._tickets)), key=lambda row: self._tickets[row] is None)[:half]
+            self._rows = keep_rows(self._rows, np.array(kept, np.int32))
+            self._tickets = [self._tickets[row] for row in kept]
+
+    def _advance(self, draining: bool) -> Emitted:
+        """Decode until enough rows are done: to admit others or, when draining, to continue in half as many rows."""
+        assert self._rows is not None
+        count = len(self._tickets)
+        if self._waiting:
+            enough = next_prefill(self._waiting, count).size
+        else:
+            enough = count - half_of(count) if draining else count
+        reported = np.array([0 if ticket is None else ticket.reported for ticket in self._tickets], np.int32)
+        chunk, sampling = self.limits.chunk, _any_samples(self._active)
+        self._rows, emitted = advance(
+            self._network, self._rows, reported, np.int32(enough), chunk=chunk, sampling=sampling
+        )
+        return emitted
+
+    def _report(self, emitted: Emitted) -> list[Event]:
+        """Read what is new in each row, and free the rows that are done."""
+        assert self._rows is not None
+        progress = self._rows.progress
+        done, stopped, drawn, margin, tokens, log_probabilities = jax.device_get(
+            (progress.done, progress.stopped, progress.drawn, progress.margin, *emitted)
+        )
+        events = []
+        for row, ticket in enumerate(self._tickets):
+            if ticket is None:
+                continue
+            new = int(drawn[row]) - ticket.reported
+            ticket.reported, ticket.margin = int(drawn[row]), float(margin[row])
+            finished: Finished | None = None
+            if done[row]:
+                finished = "stop" if stopped[row] else "length"
+                self._tickets[row] = None
+            if new or finished:
+                parts = tokens[row, :new].copy(), log_probabilities[row, :new].copy()
+                events.append(Event(ticket.id, *parts, finished, ticket.margin))
+        return events
+
+
+def _any_samples(tickets: Sequence[_Ticket]) -> bool:
+    return any(ticket.request.sampling.temperature > 0 for ticket in tickets)
+
+
+def generate_all(
+    decoder: Decoder,
+    requests: Sequence[Request],
+    ended: Callable[[int, np.ndarray], bool] | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """Answer every request, longest prompts first.
+
+    Args:
+        decoder: with nothing pending.
+        requests: to answer.
+        ended: called as ended(index, tokens so far) after every chunk with the index of an unfinished request; True
+            ends the answer there, which then counts as stopped.
+
+    Yields:
+        (index of the request, its answer), as they finish.
+
+    Raises:
+        ValueError: the decoder has requests pending, or one of these does not fit it.
+    """
+    if decoder.pending:
+        raise ValueError(f"generate_all needs a decoder to itself, but this one has {decoder.pending} requests pending")
+    for request in requests:
+        decoder.check(request)
+    order = sorted(range(len(requests)), key=lambda index: -len(requests[index]))
+    indices = {decoder.submit(requests[index]): index for index in order}
+    received: dict[int, list[Event]] = {id: [] for id in indices}
+    try:
+        while received:
+            for event in decoder.step(draining=True):
+                if event.id not in received:  # cancelled by an earlier call that was not read to its end
+                    continue
+                received[event.id].append(event)
+                if event.finished:
+                    yield indices[event.id], _answer(received.pop(event.id))
+                elif ended and ended(indices[event.id], _joined(received[event.id], "tokens")):
+                    decoder.cancel(event.id)
+    finally:
+        for id in received:
+            decoder.cancel(id)
+
+
+def _joined(events: Sequence[Event], field: str) -> np.ndarray:
+    return np.concatenate([getattr(event, field) for event in events])
+
+
+def _answer(events: Sequence[Event]) -> Answer:
+    stopped, margin = events[-1].finished != "length", events[-1].margin
+    return Answer(_joined(events, "tokens"), stopped, margin, _joined(events, "log_probabilities"))

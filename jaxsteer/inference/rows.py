@@ -1,0 +1,356 @@
+"""The device side of continuous batching: the rows being decoded, and the compiled programs that fill and advance them.
+
+All shapes are static. A row's cache has one slot for each token of a prompt, followed by a ring: every step writes one
+slot of the ring, the same one in all rows, whenever a row started. Which slots a row attends to follows from their
+segments, so a new prompt takes over a row by overwriting its prompt slots and clearing the segments of its ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxsteer.inference.generate import restrict
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.transformer import Network, forward, init_cache, logits_of, output_embedding
+from jaxsteer.sharding import constrain
+from jaxsteer.types import Array, Batch, Cache
+
+NO_TOKEN = -1
+"""Pads the stop tokens of a row."""
+
+
+class Settings(NamedTuple):
+    """What each row's request asks for, [B] unless noted. Arrays, not constants: new settings compile nothing.
+
+    prompt_length  int32, tokens before the first completion token, as in `Batch`
+    seed           uint32 [B, 2], high and low half of the request's 64-bit seed
+    limit          int32, maximum number of new tokens
+    temperature    fp32, 0 = greedy
+    top_k          int32, 0 = all
+    top_p          fp32, 1 = all
+    stop_tokens    int32 [B, S], padded with NO_TOKEN
+    """
+
+    prompt_length: Array
+    seed: Array
+    limit: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    stop_tokens: Array
+
+
+class Progress(NamedTuple):
+    """How far each row is, all [B].
+
+    token            int32, the last token drawn, which the model has not read yet
+    log_probability  fp32, of that token
+    position         int32, index of that token in its example
+    drawn            int32, tokens of the answer so far
+    stopped          bool, whether a stop token was drawn
+    done             bool, whether the row is free
+    margin           fp32, smallest difference between the two largest logits so far
+    """
+
+    token: Array
+    log_probability: Array
+    position: Array
+    drawn: Array
+    stopped: Array
+    done: Array
+    margin: Array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["cache", "settings", "progress"], meta_fields=["ring"])
+@dataclass(frozen=True)
+class Rows:
+    """The rows being decoded.
+
+    cache     slots for the prompt's tokens, then `ring` slots for generated ones; `used` is the next slot to write
+    settings  what each row's request asks for
+    progress  how far each row is
+    ring      slots of the ring (static): one fewer than an answer's tokens, the last of which is never read
+    """
+
+    cache: Cache
+    settings: Settings
+    progress: Progress
+    ring: int
+
+    @property
+    def prompt_slots(self) -> int:
+        """Slots for the tokens of a prompt."""
+        return self.cache.segments.shape[1] - self.ring
+
+
+class Admission(NamedTuple):
+    """New prompts and the rows that they take over, int32 [n].
+
+    row            the row taken over; an index past the last row drops the entry (padding)
+    source, start  row and first column of the prompt in the prefill
+    length         tokens of the prompt, at least 1
+    settings       what the requests ask for, [n, ...]
+    """
+
+    row: Array
+    source: Array
+    start: Array
+    length: Array
+    settings: Settings
+
+
+class Emitted(NamedTuple):
+    """Tokens not reported before: column i of a row is its i-th such token.
+
+    tokens             int32 [B, chunk + 1]
+    log_probabilities  fp32 [B, chunk + 1]
+    """
+
+    tokens: Array
+    log_probabilities: Array
+
+
+class Draw(NamedTuple):
+    """Next tokens int32 [B], their log-probabilities fp32 [B], and the lead of the largest logit, fp32 [B]."""
+
+    token: Array
+    log_probability: Array
+    margin: Array
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def empty_rows(config: ModelConfig, rows: int, prompt: int, new: int, stops: int, dtype: str) -> Rows:
+    """Free rows for prompts of up to `prompt` tokens, answers of up to `new` tokens and up to `stops` stop tokens."""
+    ring = max(1, new - 1)
+    ints, floats, no = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32), jnp.zeros(rows, bool)
+    cache = init_cache(config, rows, prompt + ring, dtype)._replace(used=jnp.int32(prompt))
+    seeds, stop_tokens = jnp.zeros((rows, 2), jnp.uint32), jnp.full((rows, stops), NO_TOKEN, jnp.int32)
+    settings = Settings(ints, seeds, ints, floats, ints, floats + 1, stop_tokens)
+    progress = Progress(ints, floats, ints, ints, no, ~no, jnp.full(rows, jnp.inf, jnp.float32))
+    return _place(Rows(cache, settings, progress, ring))
+
+
+@jax.jit
+def prefill(network: Network, prompts: Batch) -> tuple[Array, Cache]:
+    """Hidden states [P, W, D] and cache of the prompts, several of which may share a row."""
+    output = forward(network.model, network.base, network.steering, prompts, keep_cache=True)
+    assert output.cache is not None
+    return output.hidden, output.cache
+
+
+@partial(jax.jit, static_argnames="sampling", donate_argnames="rows")
+def insert(
+    network: Network, rows: Rows, hidden: Array, prefilled: Cache, admission: Admission, *, sampling: bool
+) -> Rows:
+    """Let prompts take over rows, and draw their first tokens.
+
+    Args:
+        network: the model and its weights.
+        rows: donated.
+        hidden, prefilled: from `prefill`.
+        admission: which prompt takes over which row.
+        sampling: whether any of the prompts has a temperature above 0 (static).
+    """
+    slots = jnp.arange(rows.prompt_slots, dtype=jnp.int32)[None]
+    real = slots < admission.length[:, None]
+    columns = jnp.minimum(admission.start[:, None] + slots, prefilled.segments.shape[1] - 1)
+    put = lambda field, new: field.at[admission.row].set(new.astype(field.dtype), mode="drop")
+    window = lambda stack: jax.vmap(lambda source, at: stack[:, source][:, :, at], out_axes=1)(
+        admission.source, columns
+    )
+    move = lambda stack, new: stack.at[:, admission.row, :, : rows.prompt_slots].set(window(new), mode="drop")
+    with_ring = lambda field: jnp.pad(field.astype(jnp.int32), ((0, 0), (0, rows.ring)))
+    cache = rows.cache._replace(
+        k=move(rows.cache.k, prefilled.k),
+        v=move(rows.cache.v, prefilled.v),
+        segments=put(rows.cache.segments, with_ring(real)),
+        positions=put(rows.cache.positions, with_ring(jnp.broadcast_to(slots, real.shape))),
+    )
+    settings = admission.settings
+    last = hidden[admission.source, admission.start + admission.length - 1]
+    draw = _draw(network, last, settings, jnp.zeros_like(admission.row), sampling)
+    stopped = _is_stop(draw.token, settings)
+    drawn = 1 - stopped.astype(jnp.int32)
+    progress = Progress(
+        jnp.where(stopped, 0, draw.token),
+        draw.log_probability,
+        admission.length,
+        drawn,
+        stopped,
+        stopped | (drawn >= settings.limit),
+        draw.margin,
+    )
+    settings, progress = jax.tree.map(put, (rows.settings, rows.progress), (settings, progress))
+    return _place(Rows(cache, settings, progress, rows.ring))
+
+
+@partial(jax.jit, static_argnames=("chunk", "sampling"), donate_argnames="rows")
+def advance(
+    network: Network, rows: Rows, reported: Array, enough: Array, *, chunk: int, sampling: bool
+) -> tuple[Rows, Emitted]:
+    """Decode until `enough` rows are done, for at most `chunk` steps.
+
+    Args:
+        network: the model and its weights.
+        rows: donated.
+        reported: int32 [B], how many tokens of each row have been reported; at most one fewer than were drawn.
+        enough: int32 [].
+        chunk: maximum number of steps (static).
+        sampling: whether any active row has a temperature above 0 (static).
+
+    Returns:
+        The rows, and the tokens that were not reported yet.
+    """
+    first, settings = rows.prompt_slots, rows.settings
+    column = lambda field: field[:, None]
+    columns = jnp.arange(chunk + 1, dtype=jnp.int32)[None]
+
+    def unfinished(carry: tuple[Array, Cache, Progress, Emitted]) -> Array:
+        step, _, progress, _ = carry
+        return (step < chunk) & (jnp.sum(progress.done) < enough)
+
+    def decode(carry: tuple[Array, Cache, Progress, Emitted]) -> tuple[Array, Cache, Progress, Emitted]:
+        step, cache, progress, emitted = carry
+        active = ~progress.done
+        output = forward(network.model, network.base, network.steering, _last_drawn(rows, progress), cache=cache)
+        assert output.cache is not None
+        cache = output.cache._replace(used=first + (output.cache.used - first) % rows.ring)
+        draw = _draw(network, output.hidden[:, 0], settings, progress.drawn, sampling)
+        stopped = active & _is_stop(draw.token, settings)
+        kept = active & ~stopped
+        here = column(kept) & (columns == column(progress.drawn - reported))
+        drawn = progress.drawn + kept.astype(jnp.int32)
+        emitted = Emitted(
+            jnp.where(here, column(draw.token), emitted.tokens),
+            jnp.where(here, column(draw.log_probability), emitted.log_probabilities),
+        )
+        progress = Progress(
+            jnp.where(kept, draw.token, 0),
+            draw.log_probability,
+            progress.position + active.astype(jnp.int32),
+            drawn,
+            progress.stopped | stopped,
+            progress.done | stopped | (drawn >= settings.limit),
+            jnp.where(active, jnp.minimum(progress.margin, draw.margin), progress.margin),
+        )
+        return step + 1, cache, progress, emitted
+
+    in_first_column = lambda field: jnp.where(columns == 0, column(field), jnp.zeros_like(field, shape=()))
+    progress = rows.progress
+    emitted = Emitted(in_first_column(progress.token), in_first_column(progress.log_probability))
+    start = (jnp.int32(0), rows.cache, progress, emitted)
+    _, cache, progress, emitted = jax.lax.while_loop(unfinished, decode, start)
+    return _place(Rows(cache, settings, progress, rows.ring)), _replicate(emitted)
+
+
+@partial(jax.jit, donate_argnames="rows")
+def free_rows(rows: Rows, mask: Array) -> Rows:
+    """Mark the rows in the mask, bool [B], as done. `rows` are donated."""
+    return _place(replace(rows, progress=rows.progress._replace(done=rows.progress.done | mask)))
+
+
+@jax.jit
+def keep_rows(rows: Rows, kept: Array) -> Rows:
+    """The rows with these indices, int32 [n]: a free row costs as much as a busy one."""
+    take = lambda field: field[kept]
+    cache = rows.cache
+    cache = Cache(cache.k[:, kept], cache.v[:, kept], take(cache.segments), take(cache.positions), cache.used)
+    settings, progress = jax.tree.map(take, (rows.settings, rows.progress))
+    return _place(Rows(cache, settings, progress, rows.ring))
+
+
+@partial(jax.jit, static_argnames="count")
+def add_rows(rows: Rows, count: int) -> Rows:
+    """The rows followed by free ones, `count` in all."""
+    more = count - len(rows.progress.done)
+    pad = lambda field, axis=0: jnp.pad(field, [(0, more if i == axis else 0) for i in range(field.ndim)])
+    cache = rows.cache
+    cache = Cache(pad(cache.k, 1), pad(cache.v, 1), pad(cache.segments), pad(cache.positions), cache.used)
+    settings, progress = jax.tree.map(pad, (rows.settings, rows.progress))
+    free = jnp.arange(count) >= count - more
+    return _place(Rows(cache, settings, progress._replace(done=progress.done | free), rows.ring))
+
+
+@partial(jax.jit, static_argnames="slots")
+def resize_prompts(rows: Rows, slots: int) -> Rows:
+    """The rows with `slots` slots for prompts: each step reads all slots, used or not."""
+    old, cache = rows.prompt_slots, rows.cache
+
+    def resize(field: Array, axis: int) -> Array:
+        prompts = jax.lax.slice_in_dim(field, 0, min(old, slots), axis=axis)
+        ring = jax.lax.slice_in_dim(field, old, None, axis=axis)
+        pad = [(0, max(0, slots - old) if i == axis else 0) for i in range(field.ndim)]
+        return jnp.concatenate([jnp.pad(prompts, pad), ring], axis)
+
+    cache = Cache(
+        resize(cache.k, 3),
+        resize(cache.v, 3),
+        resize(cache.segments, 1),
+        resize(cache.positions, 1),
+        cache.used + (slots - old),
+    )
+    return _place(replace(rows, cache=cache))
+
+
+def _last_drawn(rows: Rows, progress: Progress) -> Batch:
+    """The last token drawn in each row as a batch [B, 1]; rows that are done are padding."""
+    column = lambda field: field[:, None]
+    completion = jnp.ones((len(progress.done), 1), bool)
+    return Batch(
+        column(progress.token),
+        column((~progress.done).astype(jnp.int32)),
+        column(progress.position),
+        column(rows.settings.prompt_length),
+        completion,
+        jnp.zeros_like(completion, jnp.float32),
+    )
+
+
+def _is_stop(token: Array, settings: Settings) -> Array:
+    return jnp.any(token[:, None] == settings.stop_tokens, axis=1)
+
+
+def _draw(network: Network, hidden: Array, settings: Settings, drawn: Array, sampling: bool) -> Draw:
+    """Draw the next token of each row from hidden states [B, D]; `drawn` int32 [B] is its index in the answer."""
+    logits = logits_of(hidden, output_embedding(network.base), network.model.config.final_softcap)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    others = jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32)[None] == best[:, None], -jnp.inf, logits)
+    token, highest = best, jnp.max(logits, axis=-1)
+    margin, at_token = highest - jnp.max(others, axis=-1), highest
+    if sampling:
+        token = _sample(logits, best, settings, drawn)
+        at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    log_probability = at_token - jax.nn.logsumexp(logits, axis=-1)
+    return Draw(token, log_probability.astype(jnp.float32), margin.astype(jnp.float32))
+
+
+def _sample(logits: Array, best: Array, settings: Settings, drawn: Array) -> Array:
+    """Sample where the temperature is above 0; a row's draw depends on its seed and the token's index alone."""
+    greedy = settings.temperature == 0
+    allowed = restrict(logits, jnp.where(greedy, 1, settings.temperature), settings.top_k, settings.top_p)
+
+    def draw(row: Array, seed: Array, index: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), index)
+        return jax.random.categorical(key, row).astype(jnp.int32)
+
+    return jnp.where(greedy, best, jax.vmap(draw)(allowed, settings.seed, drawn))
+
+
+Tree = TypeVar("Tree")
+
+
+def _replicate(tree: Tree) -> Tree:
+    """On a mesh: copied to every device, for the host to read."""
+    return jax.tree.map(lambda field: constrain(field, *(None,) * field.ndim), tree)
+
+
+def _place(rows: Rows) -> Rows:
+    """On a mesh: keys and values split by rows and heads; what the host reads copied to every device."""
+    stack = lambda x: constrain(x, None, "rows", "heads", None, None)
+    cache = rows.cache._replace(k=stack(rows.cache.k), v=stack(rows.cache.v))
+    return Rows(cache, _replicate(rows.settings), _replicate(rows.progress), rows.ring)

@@ -1,0 +1,187 @@
+"""The host side of continuous batching: requests, which of them are prefilled together, and how many rows are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Sized
+from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxsteer.batches import Tokens, bucket_length, pack, stack_rows
+from jaxsteer.inference.generate import GREEDY, Sampling
+from jaxsteer.inference.rows import NO_TOKEN, Admission, Settings
+from jaxsteer.sharding import row_shards
+from jaxsteer.types import Batch
+
+PREFILL_SHARE = 16
+"""A prefill has one row for every PREFILL_SHARE rows that decode, each of at least PREFILL_LENGTH tokens."""
+PREFILL_LENGTH = 64
+"""Short prompts share a row of the prefill: fewer shapes to compile, larger matrix products."""
+ADMIT_SHARE = 4
+"""Requests wait until they fill a prefill, or until 1 / ADMIT_SHARE of the rows are free for them."""
+MIN_ROWS = 8
+"""Rows are not halved below this number: each number of rows is compiled separately."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt to continue, and how.
+
+    prompt          token ids, at least one
+    max_new_tokens  maximum number of tokens in the answer
+    stop_tokens     token ids that end the answer, not included in it
+    sampling        how tokens are chosen; greedy by default
+    seed            random seed, 0 <= seed < 2**64. Draws depend only on the seed and on the token's index in the
+                    answer; for independent draws over numbered prompts use `seed << 32 | number`
+    """
+
+    prompt: Tokens
+    max_new_tokens: int
+    stop_tokens: tuple[int, ...] = ()
+    sampling: Sampling = GREEDY
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Reject what no decoder could answer."""
+        if not len(self):
+            raise ValueError(f"{self.prompt.source}: an empty prompt; there is nothing to continue")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"{self.prompt.source}: max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"{self.prompt.source}: the seed must be from 0 to 2**64 - 1, got {self.seed}")
+
+    def __len__(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt.ids)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes of a decoder, which its programs are compiled for.
+
+    max_prompt       maximum number of tokens in a prompt
+    max_new_tokens   maximum number of tokens in an answer
+    rows             number of requests decoded at a time
+    chunk            maximum number of decoding steps between two reports: 32 for throughput, 1 to 4 to stream tokens
+                     and to cancel quickly
+    max_stop_tokens  maximum number of stop tokens of a request
+    """
+
+    max_prompt: int
+    max_new_tokens: int
+    rows: int = 64
+    chunk: int = 32
+    max_stop_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        """Reject sizes below 1."""
+        for field in fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+
+    def check(self, request: Request) -> None:
+        """Reject a request that is too large.
+
+        Raises:
+            ValueError: names the prompt's source and the limit.
+        """
+        sizes = {
+            "max_prompt": ("tokens in the prompt", len(request)),
+            "max_new_tokens": ("new tokens", request.max_new_tokens),
+            "max_stop_tokens": ("stop tokens", len(set(request.stop_tokens))),
+        }
+        for name, (what, size) in sizes.items():
+            if size > getattr(self, name):
+                raise ValueError(
+                    f"{request.prompt.source}: {size} {what}, but this decoder takes up to {getattr(self, name)}; "
+                    f"make it with a larger {name}"
+                )
+
+
+class PrefillLayout(NamedTuple):
+    """The first `size` waiting requests, and which of them share each row of a prefill of `width` columns."""
+
+    size: int
+    rows: list[list[int]]
+    width: int
+
+
+def half_of(rows: int) -> int:
+    """Half as many rows, or 0 where that is too few or cannot be split evenly over the devices."""
+    half = rows // 2
+    return half if half >= MIN_ROWS and half % row_shards() == 0 else 0
+
+
+def next_prefill(waiting: Iterable[Sized], rows: int, limit: int | None = None) -> PrefillLayout:
+    """Choose the waiting requests to prefill next, in order.
+
+    Args:
+        waiting: the queue of requests, at least one; their `len` is that of the prompt.
+        rows: number of rows that decode.
+        limit: maximum number of requests, by default a share of the rows.
+    """
+    shards = row_shards()
+    prefill_rows = -(-max(1, rows // PREFILL_SHARE) // shards) * shards
+    limit = -(-rows // ADMIT_SHARE) if limit is None else limit
+    lengths = [len(prompt) for prompt in islice(waiting, limit)]
+    width = bucket_length(max(lengths), PREFILL_LENGTH)
+    packed = pack(lengths, width)
+    if len(packed) > prefill_rows:
+        lengths = lengths[: packed[prefill_rows][0]]
+        packed = pack(lengths, width)
+    return PrefillLayout(len(lengths), [*packed, *([] for _ in range(prefill_rows - len(packed)))], width)
+
+
+def prefill_batch(requests: Sequence[Request], layout: PrefillLayout) -> Batch:
+    """The prompts of the layout's requests as a batch, numpy [rows, width]."""
+    return stack_rows([[requests[i].prompt for i in members] for members in layout.rows], layout.width)
+
+
+def make_admission(
+    requests: Sequence[Request], layout: PrefillLayout, rows: Sequence[int], *, no_row: int, stop_width: int
+) -> Admission:
+    """Which rows the layout's requests take over, padded to a power of two of them; numpy.
+
+    Args:
+        requests: the layout's, in order.
+        layout: where their prompts are in the prefill.
+        rows: the row that each of them takes over.
+        no_row: an index past the last row, for the padding.
+        stop_width: stop tokens are padded to this number.
+    """
+    size = 1 << (layout.size - 1).bit_length()
+    row, source, start = np.full(size, no_row, np.int32), np.zeros(size, np.int32), np.zeros(size, np.int32)
+    length = np.ones(size, np.int32)
+    row[: layout.size] = rows
+    for number, members in enumerate(layout.rows):
+        column = 0
+        for i in members:
+            source[i], start[i], length[i] = number, column, len(requests[i])
+            column += len(requests[i])
+    fields: Any = (row, source, start, length, _settings(requests, size, stop_width))  # numpy on the host
+    return Admission(*fields)
+
+
+def _settings(requests: Sequence[Request], size: int, stop_width: int) -> Settings:
+    """What the requests ask for, padded to `size` requests."""
+    fields: dict[str, Any] = {  # numpy on the host
+        "prompt_length": np.zeros(size, np.int32),
+        "seed": np.zeros((size, 2), np.uint32),
+        "limit": np.zeros(size, np.int32),
+        "temperature": np.zeros(size, np.float32),
+        "top_k": np.zeros(size, np.int32),
+        "top_p": np.ones(size, np.float32),
+        "stop_tokens": np.full((size, stop_width), NO_TOKEN, np.int32),
+    }
+    for i, request in enumerate(requests):
+        fields["prompt_length"][i] = min(request.prompt.prompt_length, len(request))
+        fields["seed"][i] = request.seed >> 32, request.seed & 0xFFFFFFFF
+        fields["limit"][i] = request.max_new_tokens
+        fields["temperature"][i] = request.sampling.temperature
+        fields["top_k"][i] = request.sampling.top_k
+        fields["top_p"][i] = request.sampling.top_p
+        stops = sorted(set(request.stop_tokens))
+        fields["stop_tokens"][i, : len(stops)] = stops
+    return Settings(**fields)
