@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -24,7 +23,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from jaxsteer.inference.continuous import generate_all
 from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.likelihood import score_continuations
-from jaxsteer.io import LoadedModel, load_config, load_model, load_steering
+from jaxsteer.io import LoadedModel, compute_dtype, load_config, load_model, load_steering
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
 
@@ -86,11 +85,9 @@ class JaxsteerLM(TemplateLM):
         name = pretrained or (file.model_name if file else None)
         if name is None:
             raise ValueError("which model? Give pretrained=..., or steering=... of a file that names its own")
-        if steering is not None:
-            load_steering(steering, load_config(name))  # refuses the steering of another model before loading
-        cpu = jax.default_backend() == "cpu"
-        chosen = ("float32" if cpu else "bfloat16") if dtype == "auto" else dtype
-        loaded = load_model(name, dtype=jnp.dtype(chosen))
+        if file is not None:
+            file.check(load_config(name))  # refuses the steering of another model before loading
+        loaded = load_model(name, dtype=compute_dtype(dtype))
         plan, params = (file.plan, file.steering) if file else ((), {})
         self._set(loaded, plan, params, int(batch_size) if str(batch_size).isdecimal() else 32, max_length, seed)
 
@@ -116,7 +113,7 @@ class JaxsteerLM(TemplateLM):
         TemplateLM.__init__(self)
         self.loaded, self.steering = loaded, steering
         self.steered = Model(loaded.config, plan)
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer = loaded.require_tokenizer()
         self.batch_size, self.key = rows, jax.random.key(seed)
         self.max_length = max_length or loaded.config.max_length
         plain, whole = (self.tokenizer("x", add_special_tokens=add)["input_ids"] for add in (False, True))

@@ -9,14 +9,11 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxsteer.io import LoadedModel, SteeringFile, load_config, load_model, load_steering
+from jaxsteer.io import LoadedModel, SteeringFile, compute_dtype, load_config, load_model, load_steering
 from jaxsteer.io.stored import Place
 from jaxsteer.types import Plan, Steering
 from train.devices.machine import cache_folder
@@ -117,15 +114,6 @@ def load(
         )
 
 
-def compute_dtype(name: str) -> Any:
-    """The dtype called `name`; "auto" = fp32 on CPU, bf16 on accelerators. ValueError for any other name."""
-    if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype: auto, float32 or bfloat16; got {name!r}")
-    return jnp.dtype(name)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -143,14 +131,14 @@ if __name__ == "__main__":
 
 
 def load_steered(
-    path: str, model: str | None, dtype: str = "auto", place: Place | None = None
+    source: str | SteeringFile, model: str | None, dtype: str = "auto", place: Place | None = None
 ) -> tuple[LoadedModel, SteeringFile | None]:
     """A steering file and its base model; the file is checked against the model before the weights are read.
 
     The base is in int8 and has the tokenizer that the training had, if the file says so.
 
     Args:
-        path: of the steering file, or "none".
+        source: path of the steering file, or "none"; or a file that is already read.
         model: the base model's name, None = as the file says.
         dtype: of the weights.
         place: says where a leaf of the weights lies, see `train.devices.placement`.
@@ -158,12 +146,19 @@ def load_steered(
     Raises:
         ValueError: neither names a model, or the file belongs to another one.
     """
-    file = None if path == "none" else load_steering(path)
+    file: SteeringFile | None
+    match source:
+        case SteeringFile():
+            file = source
+        case "none":
+            file = None
+        case _:
+            file = load_steering(source)
     name = model or (file.model_name if file else None)
     if name is None:
         raise ValueError("which model? Give --model, or a steering file, which names its own")
     if file is not None:
-        load_steering(path, load_config(resolve_model(name)))
+        file.check(load_config(resolve_model(name)))
     run = file.notes.get("config", {}) if file else {}
     quantised = run.get("quantise") == "int8"
     return load(name, dtype, place, quantised=quantised, tokenizer=run.get("tokenizer")), file

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsteer.batches import make_batch
-from jaxsteer.io import load_config, load_steering
+from jaxsteer.io import compute_dtype, load_config, load_steering
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, forward, init_base
 from jaxsteer.plans import method_name, parse_plan
 from jaxsteer.steering import steering_shapes
 from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
-from train.base_models import compute_dtype, load_steered, resolve_model
+from train.base_models import load_steered, resolve_model
 from train.cli import load_config_file, run_main
 from train.config import TrainConfig
 from train.devices.machine import enable_compilation_cache
@@ -113,7 +113,7 @@ def main() -> None:
     loaded, file = load_steered(config.source, config.model, config.dtype)
     assert file is not None
     print_plan(file.plan, file.steering, loaded.config)
-    ids = loaded.tokenizer.encode(config.prompt)
+    ids = loaded.require_tokenizer()(config.prompt)["input_ids"]
     batch = make_batch(jnp.array([ids]))
     shifts = jax.device_get(
         relative_shift(Model(loaded.config, file.plan), loaded.base, file.steering, batch, SHOWN_SITES)

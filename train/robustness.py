@@ -112,7 +112,7 @@ def divergence(
     """
     tokenised = []
     for number, text in enumerate(texts, 1):
-        ids = np.asarray(loaded.tokenizer(text)["input_ids"][:length], np.int32)
+        ids = np.asarray(loaded.require_tokenizer()(text)["input_ids"][:length], np.int32)
         half = len(ids) // 2
         completion = np.arange(len(ids)) >= half
         if len(ids) >= 4:
@@ -202,11 +202,12 @@ def main() -> None:
     enable_compilation_cache()
     files = read_methods(config)
     place = place_on(config.mesh, config.batch_size)
-    loaded, first = load_steered(config.steering[0], config.model, config.dtype, place.base)
-    model_name = config.model or (first.model_name if first else "")
-    for path in config.steering[1:]:
-        load_steering(path, loaded.config)
-    task = find_task(config.config, config.data, next(iter(files.values())).notes)
+    first = next(iter(files.values()))
+    loaded, _ = load_steered(first, config.model, config.dtype, place.base)
+    model_name = config.model or first.model_name
+    for file in files.values():
+        file.check(loaded.config)
+    task = find_task(config.config, config.data, first.notes)
     transferred = load_config_file(config.transfer, TrainConfig).task if config.transfer else None
     sets = example_sets(config, task, transferred)
     asking = Answering(model_name, loaded, place, config.batch_size, config.by, config.normalise)

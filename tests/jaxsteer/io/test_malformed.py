@@ -14,9 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from published import KEYS
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jaxsteer.io import load_config, load_model, save_hf
+from jaxsteer.interventions import FixedVector
+from jaxsteer.io import load_config, load_model, load_steering, load_tokenizer, save_hf, save_steering
+from jaxsteer.io.files import DEPTH_LIMIT, parse_json
 from jaxsteer.io.gguf_config import ROPE_FACTORS
 from jaxsteer.io.gguf_file import open_gguf
 from jaxsteer.io.safetensors_file import open_safetensors
@@ -24,6 +27,8 @@ from jaxsteer.io.stored import Stored, read_base
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import init_base
+from jaxsteer.steering import init_steering
+from jaxsteer.types import Slot
 
 SECONDS = 20  # of this process alone, however busy the machine is; a file takes a hundredth of a second
 MEMORY = 8_000_000  # bytes; the files have 30,000 to 190,000
@@ -142,6 +147,64 @@ def test_spoilt_files(sources, form, block):
     finally:
         tracemalloc.stop()
     assert not (wrong := list(filter(None, found))), f"{len(wrong)} of {len(found)}:\n" + "\n".join(wrong)
+
+
+DEEP = "[" * 5000 + "]" * 5000
+
+
+def steering_with_metadata(path, **metadata):
+    """A steering file, without digests, some of whose metadata is replaced."""
+    config = ModelConfig(64, 32, 2, 2, 1, 16, 64)
+    plan = (Slot("s", FixedVector(), ("block",)),)
+    save_steering(path, init_steering(plan, config, jax.random.key(0)), plan, model_name="m", config=config)
+    with safe_open(path, "np") as file:
+        entries = {k: v for k, v in file.metadata().items() if not k.endswith("_sha256")}
+    save_file(load_file(path), path, entries | {"format_version": "1"} | metadata)
+
+
+@pytest.mark.parametrize("key", ["plan", "config", "notes", "versions"])
+@pytest.mark.parametrize("text", [DEEP, DEEP[:5000], '{"a":' * 5000 + "1" + "}" * 5000, "[" * 101 + "]" * 101])
+def test_deep_metadata_of_a_steering_file(tmp_path, key, text):
+    path = tmp_path / "s.safetensors"
+    steering_with_metadata(path, **{key: text})
+    with pytest.raises(
+        ValueError, match=rf"s\.safetensors: .*{key} in the metadata: (nested too deeply|not valid JSON)"
+    ):
+        load_steering(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("text", [f'{{"a": {DEEP}}}', DEEP[:5000], '{"a"', b"\xff{}".decode("latin-1"), "3"])
+def test_json_of_a_folder(golden, tmp_path, name, text):
+    folder = shutil.copytree(golden / "tiny_llama", tmp_path / "model")
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}: (nested too deeply|not valid JSON|expected a JSON object)"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_deep_json_of_a_tokenizer(golden, tmp_path, name):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / name).write_text(f'{{"a": {DEEP}}}')
+    with pytest.raises(ValueError, match="transformers cannot read this tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_deep_header_of_a_safetensors_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    text = f'{{"a": {DEEP}}}'.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ValueError, match=r"x\.safetensors: .*the header: nested too deeply"):
+        open_safetensors(path)
+
+
+def test_json_as_deep_as_the_limit_is_read():
+    levels = "[" * DEPTH_LIMIT + "1" + "]" * DEPTH_LIMIT
+    assert json.dumps(parse_json(levels, "here")) == levels
+    with pytest.raises(ValueError, match="here: nested too deeply; at most 100 levels are read"):
+        parse_json(f"[{levels}]", "here")
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
