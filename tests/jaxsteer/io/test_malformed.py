@@ -163,23 +163,29 @@ def steering_with_metadata(path, **metadata):
 
 
 @pytest.mark.parametrize("key", ["plan", "config", "notes", "versions"])
-@pytest.mark.parametrize("text", [DEEP, DEEP[:5000], '{"a":' * 5000 + "1" + "}" * 5000, "[" * 101 + "]" * 101])
+@pytest.mark.parametrize(
+    "text",
+    [DEEP, DEEP[:5000], '{"a":' * 5000 + "1" + "}" * 5000, "[" * 101 + "]" * 101],
+    ids=["lists", "never closed", "objects", "just too deep"],
+)
 def test_deep_metadata_of_a_steering_file(tmp_path, key, text):
     path = tmp_path / "s.safetensors"
     steering_with_metadata(path, **{key: text})
-    with pytest.raises(
-        ValueError, match=rf"s\.safetensors: .*{key} in the metadata: (nested too deeply|not valid JSON)"
-    ):
+    with pytest.raises(ValueError, match=rf"s\.safetensors: .*{key} in the metadata: (nested|not valid JSON)"):
         load_steering(path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
-@pytest.mark.parametrize("text", [f'{{"a": {DEEP}}}', DEEP[:5000], '{"a"', b"\xff{}".decode("latin-1"), "3"])
+@pytest.mark.parametrize(
+    "text",
+    [f'{{"a": {DEEP}}}'.encode(), DEEP[:5000].encode(), b'{"a"', b"\xff{}", b"3"],
+    ids=["deep", "never closed", "cut short", "not UTF-8", "no object"],
+)
 def test_json_of_a_folder(golden, tmp_path, name, text):
     folder = shutil.copytree(golden / "tiny_llama", tmp_path / "model")
     if "index" in name:
         (folder / "model.safetensors").unlink()
-    (folder / name).write_text(text)
+    (folder / name).write_bytes(text)
     with pytest.raises(ValueError, match=rf"{name}: (nested too deeply|not valid JSON|expected a JSON object)"):
         load_model(folder)
 
