@@ -277,3 +277,31 @@ def test_what_is_given_twice_is_refused(tmp_path):
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(ValueError, match="'a' is given twice"):
         open_safetensors(path)
+
+
+@pytest.mark.parametrize("value", ["x", -1, [], {}, True, 1.5])
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("gemma3", "sliding_window_pattern"),
+        ("gemma3", "_sliding_window_pattern"),
+        ("qwen2", "max_window_layers"),
+        ("smollm3", "no_rope_layer_interval"),
+        ("smollm3", "no_rope_layers"),
+    ],
+)
+def test_numbers_of_layers_are_checked(golden, tmp_path, family, field, value):
+    """Fields that say which layers are local or not rotated; null counts as absent."""
+    raw = json.loads((golden / "families" / family / "config.json").read_text())
+    raw = {key: other for key, other in raw.items() if key not in ("layer_types", "no_rope_layers", field)}
+    path, read = tmp_path / "config.json", lambda: load_config(tmp_path)
+    path.write_text(json.dumps(raw))
+    absent = read()
+    path.write_text(json.dumps(raw | {field: None}))
+    assert read() == absent
+    path.write_text(json.dumps(raw | {field: value}))
+    if field == "no_rope_layers" and value == []:
+        assert read() == absent
+        return
+    with pytest.raises(ValueError, match=rf"config\.json: {field} is "):
+        read()
