@@ -70,11 +70,12 @@ def test_weights_are_a_quarter(small, tiny_base):
 
 
 def test_decoding(small, tiny_config):
-    tokens = np.arange(12, dtype=np.int32)[None] % tiny_config.vocab_size
+    like = supervised_batch(tiny_config.vocab_size).tokens  # of this shape, so that the full forward is compiled once
+    tokens = np.arange(like.size, dtype=np.int32).reshape(like.shape) % tiny_config.vocab_size
     model = Model(tiny_config)
     full = run(model, small, {}, make_batch(tokens)).hidden
     step = fast_jit(lambda base, batch, cache: forward(model, base, {}, batch, cache=cache))
-    out = step(small, make_batch(tokens), init_cache(tiny_config, 1, 12))
+    out = step(small, make_batch(tokens), init_cache(tiny_config, *like.shape))
     close(out.hidden, full, 1e-5)
 
 
