@@ -16,7 +16,7 @@ from jaxsteer.io.gguf_config import config_from_gguf, parameters_of
 from jaxsteer.io.gguf_file import open_gguf
 from jaxsteer.io.identity import fingerprint
 from jaxsteer.io.safetensors_file import open_safetensors
-from jaxsteer.io.stored import Place, Progress, Stored, read_base
+from jaxsteer.io.stored import Place, Progress, ReadOptions, Stored, read_base
 from jaxsteer.io.tokenizer import (
     Tokenizer,
     has_tokenizer,
@@ -91,7 +91,7 @@ def load_model(
     if tokenizer is None and (path.is_file() or has_tokenizer(path)):
         tokenizer = path
     loaded_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
-    base = _load_base(path, family, config, dtype, progress, place, quantised)
+    base = _load_base(path, family, config, ReadOptions(dtype, progress, place, quantised))
     stop_tokens = _stop_tokens(path, loaded_tokenizer)
     name = sources.name_of(source, path)
     return LoadedModel(config, base, loaded_tokenizer, name, fingerprint(config), family.name, stop_tokens)
@@ -120,7 +120,7 @@ def load_base(
 ) -> PyTree:
     """Load only the weights; see `load_model`."""
     path = sources.locate(source, (*sources.CONFIG, *sources.WEIGHTS))
-    return _load_base(path, *_read_config(path), dtype, progress, place, quantised)
+    return _load_base(path, *_read_config(path), ReadOptions(dtype, progress, place, quantised))
 
 
 def load_config(source: str | Path) -> ModelConfig:
@@ -146,21 +146,11 @@ def _read_config(path: Path) -> tuple[Family, ModelConfig]:
     return config_from_hf(read_json(file), str(file))
 
 
-def _load_base(
-    path: Path,
-    family: Family,
-    config: ModelConfig,
-    dtype: DTypeLike,
-    progress: Progress | None,
-    place: Place | None,
-    quantised: bool,
-) -> PyTree:
+def _load_base(path: Path, family: Family, config: ModelConfig, options: ReadOptions) -> PyTree:
     """The weights in a local folder or .gguf file."""
-    layout = "gguf" if path.is_file() else "hf"
-    stored = parameters_of(open_gguf(path)) if path.is_file() else _open_folder(path)
-    return read_base(
-        stored, layout, family, config, str(path), dtype=dtype, progress=progress, place=place, quantised=quantised
-    )
+    if path.is_file():
+        return read_base(parameters_of(open_gguf(path)), "gguf", family, config, str(path), options)
+    return read_base(_open_folder(path), "hf", family, config, str(path), options)
 
 
 def _open_folder(folder: Path) -> dict[str, Stored]:

@@ -55,17 +55,32 @@ class Stored:
         return self.nbytes * size_of(index) // max(size(self.shape), 1)
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """How weights are read.
+
+    dtype      of the result; values are rounded to nearest
+    progress   called after every tensor or part of one, with the bytes that this process reads
+    place      sharding of each leaf; None = all leaves on the default device
+    quantised  quantise each projection to int8 on its devices before the next is read
+    """
+
+    dtype: DTypeLike = jnp.float32
+    progress: Progress | None = None
+    place: Place | None = None
+    quantised: bool = False
+
+
+DEFAULT_OPTIONS = ReadOptions()
+
+
 def read_base(
     stored: Mapping[str, Stored],
     layout: str,
     family: Family,
     config: ModelConfig,
     where: str,
-    *,
-    dtype: DTypeLike = jnp.float32,
-    progress: Progress | None = None,
-    place: Place | None = None,
-    quantised: bool = False,
+    options: ReadOptions = DEFAULT_OPTIONS,
 ) -> PyTree:
     """Read a base tree, shard by shard.
 
@@ -78,10 +93,7 @@ def read_base(
         family: the family whose table maps names to leaves.
         config: the model's features.
         where: the file or folder, for messages.
-        dtype: of the result; values are rounded to nearest.
-        progress: called after every tensor or part of one, with the bytes that this process reads.
-        place: sharding of each leaf; by default all leaves are on the default device.
-        quantised: quantise each projection to int8 on its devices before the next is read.
+        options: dtype and placement of the result.
 
     Raises:
         ValueError: tensors that are missing, unknown or of the wrong shape, all named in one message.
@@ -90,21 +102,23 @@ def read_base(
     if layout == "hf" and not any(name.startswith(family.prefix) for name in stored):
         stored = {family.prefix + name: tensor for name, tensor in stored.items()}
     check_names(stored, layout, family, config, where)
-    leaf_of = lambda row: _Leaf(row, _tensors(stored, row, layout, config), transform_of(row, layout), config, place)
-    leaves = [leaf_of(row) for row in rows]
+    leaves = []
+    for row in rows:
+        tensors = _tensors(stored, row, layout, config)
+        leaves.append(_Leaf(row, tensors, transform_of(row, layout), config, options.place))
     total = sum(leaf.nbytes for leaf in leaves)
     done = 0
 
     def count(nbytes: int) -> None:
         nonlocal done
         done += nbytes
-        if progress is not None:
-            progress(done, total)
+        if options.progress is not None:
+            options.progress(done, total)
 
     base: dict[str, PyTree] = {}
     for leaf in leaves:
-        array = leaf.load(jnp.dtype(dtype), count)
-        if quantised and leaf.row.path.endswith("/kernel"):
+        array = leaf.load(jnp.dtype(options.dtype), count)
+        if options.quantised and leaf.row.path.endswith("/kernel"):
             array, scale = quantise_kernel(array)
             _put(base, leaf.row.path.replace("/kernel", "/scale"), scale)
         _put(base, leaf.row.path, array)

@@ -128,17 +128,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, GgufValue], where: str) -> Tokeni
     if type(template := keys.get("chat_template", "")) is not str:
         raise ValueError(f"{where}: tokenizer.chat_template is {reprlib.repr(template)}; expected text")
 
-    def token_of(role: str) -> str | None:
-        i = keys.get(f"ggml.{role}_token_id")
-        if i is None:
-            return None
-        if type(i) is int and 0 <= i < len(tokens):
-            return tokens[i]
-        raise ValueError(
-            f"{where}: tokenizer.ggml.{role}_token_id is {reprlib.repr(i)}, the vocabulary has {len(tokens)} tokens"
-        )
-
-    roles = {"bos": token_of("bos"), "eos": token_of("eos"), "unk": token_of("unknown"), "pad": token_of("padding")}
+    roles = _special_tokens(keys, tokens, where)
     built = (_byte_level if model == "gpt2" else _sentencepiece)(keys, tokens, kinds, where)
     for token, kind in zip(tokens, kinds, strict=True):
         special = kind == CONTROL or (kind == UNKNOWN and model == "llama")
@@ -160,6 +150,22 @@ def tokenizer_from_gguf(metadata: Mapping[str, GgufValue], where: str) -> Tokeni
         clean_up_tokenization_spaces=False,
         **extra,
     )
+
+
+def _special_tokens(keys: Mapping[str, GgufValue], tokens: list[str], where: str) -> dict[str, str | None]:
+    """The tokens that the file gives for transformers' roles: bos, eos, unk and pad."""
+
+    def token_of(role: str) -> str | None:
+        i = keys.get(f"ggml.{role}_token_id")
+        if i is None:
+            return None
+        if type(i) is int and 0 <= i < len(tokens):
+            return tokens[i]
+        raise ValueError(
+            f"{where}: tokenizer.ggml.{role}_token_id is {reprlib.repr(i)}, the vocabulary has {len(tokens)} tokens"
+        )
+
+    return {"bos": token_of("bos"), "eos": token_of("eos"), "unk": token_of("unknown"), "pad": token_of("padding")}
 
 
 def _list_of(keys: Mapping[str, GgufValue], key: str, kind: type[T], where: str) -> list[T]:
