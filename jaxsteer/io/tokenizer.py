@@ -129,7 +129,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, GgufValue], where: str) -> Tokeni
         raise ValueError(f"{where}: tokenizer.chat_template is {reprlib.repr(template)}; expected text")
 
     roles = _special_tokens(keys, tokens, where)
-    built = (_byte_level if model == "gpt2" else _sentencepiece)(keys, tokens, kinds, where)
+    gpt2 = model == "gpt2"
+    built = _byte_level(keys, tokens, where) if gpt2 else _sentencepiece(keys, tokens, kinds, where)
     for token, kind in zip(tokens, kinds, strict=True):
         special = kind == CONTROL or (kind == UNKNOWN and model == "llama")
         if special or kind == USER_DEFINED:
@@ -188,7 +189,7 @@ def stop_tokens_from_gguf(metadata: Mapping[str, GgufValue]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in ids if type(i) is int))
 
 
-def _byte_level(keys: Mapping[str, GgufValue], tokens: list[str], kinds: list[int], where: str) -> tokenizers.Tokenizer:
+def _byte_level(keys: Mapping[str, GgufValue], tokens: list[str], where: str) -> tokenizers.Tokenizer:
     """Byte-level BPE with the merges of the file."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

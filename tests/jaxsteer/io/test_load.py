@@ -17,7 +17,7 @@ from jaxsteer.models.transformer import init_base
 
 @pytest.fixture
 def folder(golden, tmp_path):
-    """A copy of a tiny model that may be spoilt."""
+    """A copy of a tiny model that a test may damage."""
     return shutil.copytree(golden / "tiny_llama", tmp_path / "model")
 
 

@@ -1,4 +1,4 @@
-"""Spoilt files give a clear error or what they now say; never a crash, a hang, or memory that only a header wants."""
+"""Damaged files give a clear error, or load as what they now say; never a crash, a hang, or unbounded memory."""
 
 import json
 import os
@@ -30,14 +30,14 @@ from jaxsteer.models.transformer import init_base
 from jaxsteer.steering import init_steering
 from jaxsteer.types import Slot
 
-SECONDS = 20  # of this process alone, however busy the machine is; a file takes a hundredth of a second
+SECONDS = 20  # of CPU time, however busy the machine is; a file takes a hundredth of a second
 MEMORY = 8_000_000  # bytes; the files have 30,000 to 190,000
 WORDS = 40_000  # letters of an error, which names up to 1000 missing tensors
 
 
 @contextmanager
 def working_time(seconds):
-    """Fails what takes more of the processor's time."""
+    """Raise TimeoutError in what takes more CPU time than this."""
 
     def stop(*_):
         raise TimeoutError(f"{seconds} s of work")
@@ -52,7 +52,7 @@ def working_time(seconds):
 
 @pytest.fixture
 def sources(golden, tmp_path, write_gguf):
-    """{format: [(what is loaded, the file that is spoilt)]}: fused tensors and three float types; quantised blocks."""
+    """{format: [(what is loaded, the file that is damaged)]}: fused tensors and three float types; quantised blocks."""
     phi3 = shutil.copytree(golden / "families" / "phi3", tmp_path / "phi3")
     weights = load_file(phi3 / "model.safetensors")
     kinds = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -76,12 +76,12 @@ def sources(golden, tmp_path, write_gguf):
 
 
 def stored(arrays):
-    """Tensors in memory as if they lay in a file."""
+    """Tensors in memory as if they were in a file."""
     return {n: Stored(a.shape, a.nbytes, lambda index=(), a=a: a[index] if index else a) for n, a in arrays.items()}
 
 
 def check_what_is_read(form, source, path, model):
-    """The file's header and bytes by the other reader, and the tree that follows from them."""
+    """Compare with the header and bytes that the independent reader finds, and the tree that follows from them."""
     with np.errstate(all="ignore"):
         if form == "gguf":
             metadata, arrays, _ = malformed.read_gguf(path.read_bytes())
@@ -138,7 +138,7 @@ BLOCKS = [(0, 200), *(pytest.param((at, at + 300), marks=pytest.mark.slow) for a
 def test_spoilt_files(sources, form, block):
     wholes = [path.read_bytes() for _, path in sources[form]]
     for source, _ in sources[form]:
-        load_model(source)  # imports are not part of what is measured
+        load_model(source)  # imports are not measured
     tracemalloc.start()
     try:
         found = [
@@ -215,7 +215,7 @@ def test_json_as_deep_as_the_limit_is_read():
 
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_spoilt_configs(golden, tmp_path, count):
-    """A clear error that names the file, or the features of a model: never another kind of error."""
+    """A clear error that names the file, or a config; never another kind of error."""
     folders = [golden / "tiny_llama_rope", *(golden / "families" / name for name in FAMILIES if name != "llama")]
     raws = [json.loads((folder / "config.json").read_text()) for folder in folders]
     path, wrong = tmp_path / "config.json", []
@@ -234,7 +234,7 @@ def test_spoilt_configs(golden, tmp_path, count):
 
 
 def test_a_long_file_whose_header_lies_is_not_read_as_a_header(tmp_path):
-    """A file of four gigabytes (a hole on the disk) has room for every length that its header could claim."""
+    """A file of four gigabytes (sparse on the disk) is long enough for every length that its header could claim."""
     path = tmp_path / "long.gguf"
     start = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + struct.pack("<Q1sI", 1, b"k", 9)
     lies = [struct.pack("<IQ", 0, 1 << 31), struct.pack("<IQ", 8, 1 << 28), struct.pack("<IQQ", 8, 1, 1 << 31)]
@@ -270,7 +270,7 @@ def test_an_entry_that_is_none_is_named(tmp_path, header, words):
 
 
 def test_what_is_given_twice_is_refused(tmp_path):
-    """JSON's readers take the last of two; so would a file that was joined wrongly be read."""
+    """JSON readers keep the last of two entries, so a file that was joined wrongly would be read."""
     entry = '"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
     text = f"{{{entry}, {entry}}}".encode()
     path = tmp_path / "x.safetensors"

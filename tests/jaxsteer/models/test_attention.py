@@ -16,7 +16,7 @@ from jaxsteer.sharding import AXES
 
 
 def packed(length, seed=0):
-    """q, k, v of two rows with several examples and padding at the end, where they stand, and a cotangent."""
+    """q, k, v of two rows with several examples and padding at the end; their span; and a cotangent."""
     draw = np.random.default_rng(seed)
     array = lambda *shape: jnp.asarray(draw.standard_normal(shape, np.float32))
     q, k, v = array(2, length, 4, 16), array(2, length, 2, 16), array(2, length, 2, 16)
@@ -35,7 +35,7 @@ def value_and_gradients(attend, given, span, cotangent):
 
 @cache
 def dense(length):
-    """What the dense kernel gives."""
+    """Outputs and gradients of the dense kernel."""
     return fast_jit(partial(value_and_gradients, partial(attention, kernel="dense")))(*packed(length))
 
 

@@ -1,4 +1,4 @@
-"""An int8 base: how near it is, what it takes, and that everything above it works as on a float one."""
+"""An int8 base: its error, its size, and that everything on top works as on a float base."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxsteer.types import PROJECTIONS
 
 
 def float_base(base):
-    """The base that an int8 one stands for, in floats."""
+    """The float base that an int8 one represents."""
     blocks = {
         part: {name: dequantised(leaf) if isinstance(leaf, dict) else leaf for name, leaf in tree.items()}
         if part in ("attn", "mlp")
@@ -96,7 +96,7 @@ def test_pissa_and_merging_start_from_the_rounded_weights(small, tiny_config):
 
 
 def test_loaded_as_made(golden, tmp_path):
-    """Loading brings each projection to int8 by itself; a fused one too."""
+    """Loading quantises each projection by itself, fused ones too."""
     for name in ("phi3", "gpt2"):
         folder = golden / "families" / name
         whole, small = load_model(folder), load_model(folder, quantised=True)
