@@ -1,4 +1,4 @@
-"""Post-block steering of SmolLM2-135M-Instruct on ARC-Challenge. Without the hub: --task.train and --task.test."""
+"""Post-block steering of SmolLM2-135M-Instruct on ARC-Challenge. Offline: --task.train and --task.test."""
 
 from jaxsteer.optim import OptimConfig
 from train.config import TrainConfig

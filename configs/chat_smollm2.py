@@ -1,4 +1,4 @@
-"""Post-block steering of SmolLM2-135M-Instruct on everyday conversations, through its chat template."""
+"""Post-block steering of SmolLM2-135M-Instruct on everyday conversations, with its chat template."""
 
 from jaxsteer.optim import OptimConfig
 from train.config import TrainConfig
@@ -15,7 +15,7 @@ def config() -> TrainConfig:
         batch_size=8,
         sequence_length=1024,
         on_long="drop",
-        # A conversation has no one right answer to count.
+        # A conversation has no single right answer to score.
         test_examples=0,
         validation_examples=0,
         out="runs/chat_smollm2",

@@ -1,4 +1,4 @@
-"""What the configs of large instruction-tuned models have in common."""
+"""Shared settings of the configs for large instruction-tuned models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Method = Literal["post_block", "lora", "joint"]
 
 STEERING, LORA = "nonlinear(rank=8) @ block", "lora(rank=8) @ projections"
 _PLANS: dict[Method, tuple[str, ...]] = {"post_block": (STEERING,), "lora": (LORA,), "joint": (LORA, STEERING)}
-_RATES: dict[Method, OptimConfig] = {
+_OPTIM: dict[Method, OptimConfig] = {
     "post_block": OptimConfig(lr=2e-3),
     "lora": OptimConfig(lr=2e-4),
     "joint": OptimConfig(lr=2e-3, weights_lr=2e-4),
@@ -21,19 +21,19 @@ _RATES: dict[Method, OptimConfig] = {
 
 
 def chat_tuning(name: str, model: str, method: Method, *, batch_size: int = 64) -> TrainConfig:
-    """Conversations of your own (train.jsonl, see --task.train) in packed rows of 2,048 tokens, three times.
+    """Three epochs of your own conversations (train.jsonl, see --task.train) in packed rows of 2,048 tokens.
 
     Args:
-        name: of the model in the run's folder.
-        model: its id on the hub.
-        method: post-block steering, LoRA, or both, kept apart by the penalty.
-        batch_size: rows of a batch.
+        name: the model's name in the output folder.
+        model: the model's id on the hub.
+        method: post-block steering, LoRA, or both, kept orthogonal by a penalty.
+        batch_size: rows per batch.
     """
     return TrainConfig(
         model=model,
         task=JsonlTask(train="train.jsonl", chat=True, max_new_tokens=256),
         plan=_PLANS[method],
-        optim=replace(_RATES[method], schedule="cosine", warmup=0.05),
+        optim=replace(_OPTIM[method], schedule="cosine", warmup=0.05),
         epochs=3,
         batch_size=batch_size,
         sequence_length=2048,

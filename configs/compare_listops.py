@@ -1,4 +1,4 @@
-"""Every method of the paper's comparison on ListOps, SmolLM2-135M-Instruct, one epoch of 1,500 problems each."""
+"""The paper's comparison of methods: SmolLM2-135M-Instruct on ListOps, one epoch of 1,500 problems each."""
 
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
@@ -27,7 +27,7 @@ def config() -> CompareConfig:
             task=ListOpsTask(problems),
             optim=OptimConfig(schedule="cosine", warmup=0.05),
             batch_size=2,
-            sequence_length=96,  # about 16 problems a step, the paper's batch
+            sequence_length=96,  # about 16 problems per step, the paper's batch size
             validation_examples=250,
             test_examples=500,
             eval_batch_size=128,

@@ -1,4 +1,7 @@
-"""LoRA and post-block steering of Gemma-2-9B-it, kept apart by the penalty: 64 rows of 2,048 tokens."""
+"""Joint LoRA and post-block steering of Gemma-2-9B-it on your own conversations (orthogonality penalty).
+
+Batches of 64 rows of 2,048 tokens.
+"""
 
 from common import chat_tuning
 

@@ -1,4 +1,4 @@
-"""Your own prompts and completions: give --task.train (and --task.validation, --task.test) on the command line."""
+"""Your own prompts and completions: give --task.train (and --task.validation, --task.test)."""
 
 from jaxsteer.optim import OptimConfig
 from train.config import TrainConfig

@@ -1,4 +1,4 @@
-"""Post-block steering of SmolLM2-135M-Instruct on ListOps: the quickstart's run."""
+"""Post-block steering of SmolLM2-135M-Instruct on ListOps, as in the quickstart."""
 
 from jaxsteer.optim import OptimConfig
 from train.config import TrainConfig

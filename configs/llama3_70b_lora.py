@@ -1,4 +1,4 @@
-"""LoRA of Llama-3.1-70B-Instruct on your own data, 128 rows of 2,048 tokens."""
+"""LoRA fine-tuning of Llama-3.1-70B-Instruct on your own conversations, 128 rows of 2,048 tokens per batch."""
 
 from common import chat_tuning
 

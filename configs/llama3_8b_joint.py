@@ -1,4 +1,7 @@
-"""LoRA and post-block steering of Llama-3.1-8B-Instruct, kept apart by the penalty: 64 rows of 2,048 tokens."""
+"""Joint LoRA and post-block steering of Llama-3.1-8B-Instruct on your own conversations (orthogonality penalty).
+
+Batches of 64 rows of 2,048 tokens.
+"""
 
 from common import chat_tuning
 

@@ -1,4 +1,4 @@
-"""Post-block steering of Llama-3.1-8B-Instruct on your own data, 64 rows of 2,048 tokens."""
+"""Post-block steering of Llama-3.1-8B-Instruct on your own conversations, 64 rows of 2,048 tokens per batch."""
 
 from common import chat_tuning
 

@@ -1,4 +1,4 @@
-"""Post-block steering of Mistral-7B-Instruct-v0.3 on your own data, 64 rows of 2,048 tokens."""
+"""Post-block steering of Mistral-7B-Instruct-v0.3 on your own conversations, 64 rows of 2,048 tokens per batch."""
 
 from common import chat_tuning
 

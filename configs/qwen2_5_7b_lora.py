@@ -1,4 +1,4 @@
-"""LoRA of Qwen2.5-7B-Instruct on your own data, 64 rows of 2,048 tokens."""
+"""LoRA fine-tuning of Qwen2.5-7B-Instruct on your own conversations, 64 rows of 2,048 tokens per batch."""
 
 from common import chat_tuning
 

@@ -1,4 +1,4 @@
-"""A table of your own (.csv, .tsv, .jsonl or .parquet; or a hub id as `data`), and what its columns are for."""
+"""Your own table (.csv, .tsv, .jsonl, .parquet, or a hub id as `data`), with templates for its columns."""
 
 from jaxsteer.optim import OptimConfig
 from train.config import TrainConfig

@@ -1,4 +1,4 @@
-"""The fine-tunings that docs/theory.md measures: LoRA; with `--plan --train-base --optim.lr 1e-4` all weights."""
+"""The LoRA run of docs/theory.md. All weights instead: `--plan --train-base --optim.lr 1e-4`."""
 
 from jaxsteer.optim import OptimConfig
 from train.config import TrainConfig

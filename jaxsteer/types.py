@@ -39,6 +39,7 @@ block       the residual stream after the block (post-block); x is the block's i
 """
 
 SITES = PROJECTIONS + ACTIVATIONS
+"""Every site."""
 
 
 class SiteDims(NamedTuple):

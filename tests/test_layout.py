@@ -36,6 +36,7 @@ RANKS = {
     **dict.fromkeys((f"train.{name}" for name in ("bench", "compare", "plan", "theory")), 16),
     "train.lofit": 17,
     "train.quickstart": 17,
+    "train.__main__": 18,
 }
 
 

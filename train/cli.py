@@ -1,13 +1,12 @@
-"""Command lines: config files, overrides, and how errors reach the person at the keyboard."""
+"""What commands share: config files, command lines, the choice of a task, and how errors are reported."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -15,7 +14,9 @@ from train.config import TrainConfig
 from train.tasks import JsonlTask, Task, on_file, task_from_json
 
 T = TypeVar("T")
-C = TypeVar("C", bound=TrainConfig)
+
+Run = Annotated[TrainConfig, tyro.conf.arg(name="")]
+"""A run's settings as a part of a command's; on the command line they have no prefix."""
 
 _HERE = Path(__file__).resolve().parent
 CONFIGS = next((f for f in (_HERE / "configs", _HERE.parent / "configs") if f.is_dir()), _HERE / "configs")
@@ -25,6 +26,8 @@ CONFIGS = next((f for f in (_HERE / "configs", _HERE.parent / "configs") if f.is
 def find_config_file(name: str | Path) -> Path:
     """A config file: a path, or the name of one that comes with jaxsteer ("listops_smollm2").
 
+    "configs/listops_smollm2.py", its path in a clone, is a name too where there is no such file.
+
     Raises:
         ValueError: there is neither such a file nor such a name.
     """
@@ -32,8 +35,9 @@ def find_config_file(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if str(name) in shipped:
-        return shipped[str(name)]
+    stem = path.stem if path.parent == Path("configs") and path.suffix == ".py" else str(name)
+    if stem in shipped:
+        return shipped[stem]
     raise ValueError(f"{name}: no such config file, and none of the configs shipped here: {', '.join(sorted(shipped))}")
 
 
@@ -63,29 +67,35 @@ def load_config_file(name: str | Path, kind: type[T]) -> T:
     return built
 
 
-def from_command_line(program: str, description: str, kind: type[C], argv: list[str] | None = None) -> C:
-    """`[config.py] [--key value ...]`: a config file's settings (or the defaults), then overrides.
+def from_command_line(program: str, description: str, kind: type[T], argv: list[str] | None = None) -> T:
+    """Read `[CONFIG] [--key value ...]`: the settings of a config file (or the defaults), then overrides.
 
     Args:
-        kind: TrainConfig, or one with settings of its own besides; a config file sets the common ones.
+        program: the command's name, for its help.
+        description: what it does, for its help.
+        kind: TrainConfig, or a dataclass with a field `run: Run` besides settings of its own.
+        argv: the arguments; by default those of the process.
+
+    Raises:
+        ValueError: no such config file, or settings that no run could have.
     """
     argv = sys.argv[1:] if argv is None else argv
-    common = TrainConfig()
+    run = TrainConfig()
     if argv and not argv[0].startswith("-"):
-        common, argv = load_config_file(argv[0], TrainConfig), argv[1:]
-    default = kind(**{each.name: getattr(common, each.name) for each in dataclasses.fields(TrainConfig)})
+        run, argv = load_config_file(argv[0], TrainConfig), argv[1:]
+    default: Any = run if kind is TrainConfig else kind(run=run)  # type: ignore[call-arg]
     return tyro.cli(
         tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type, misc]
         prog=f"python -m train.{program}",
         args=argv,
         default=default,
-        description=description + "\n\nThe first argument may be a config file, e.g. configs/listops_smollm2.py; "
-        "what follows overrides it.",
+        description=description + "\n\nThe first argument may be a config file or the name of one that comes with "
+        "jaxsteer, e.g. configs/listops_smollm2.py or listops_smollm2; the options override it.",
     )
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a program; an error that is the user's to mend is one sentence on stderr, exit status 1."""
+    """Run a command; an error that the user can fix is printed as one sentence on stderr, with exit status 1."""
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
@@ -99,12 +109,12 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) -> Task:
-    """The task to evaluate: that of a config file, or the one that a steering file was trained on; on `data` if given.
+    """The task to evaluate: a config file's, else the one a steering file was trained on.
 
     Args:
-        config: path of a config file (--config).
-        data: path of a data file to read instead of the task's own (--data).
-        notes: those of the steering file.
+        config: path or name of a config file (--config).
+        data: path of a data file to read instead of the task's own data (--data).
+        notes: of the steering file.
 
     Raises:
         ValueError: nothing says what the task is.

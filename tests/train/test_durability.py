@@ -123,7 +123,7 @@ def test_checkpoints_may_lie_elsewhere(config, tmp_path):
     assert (tmp_path / "bucket" / "run" / "4").exists()
     train(replace(away, resume=True, out=config.out))
     with pytest.raises(ValueError, match=r"checkpoints hdfs://a/b: cannot be reached \(known are gs://"):
-        open_checkpoints("hdfs://a/b", every=1)
+        open_checkpoints("hdfs://a/b")
     with pytest.raises(ValueError, match=r"out must be a folder of this machine.*--checkpoints"):
         replace(config, out="gs://bucket/run")
 
@@ -246,7 +246,7 @@ def test_a_full_disk(config, tmp_path):
         with pytest.raises(ValueError, match=r"could not be written \(No space left on device\)"):
             train(small)
         (disk / "taken").unlink()
-        with open_checkpoints(disk / "run" / "checkpoints", every=5, read_only=True) as there:
+        with open_checkpoints(disk / "run" / "checkpoints") as there:
             assert there.steps()
         resumed, whole = train(replace(small, resume=True)), train(replace(small, out=config.out))
         assert resumed.run.steering.read_bytes() == whole.run.steering.read_bytes()

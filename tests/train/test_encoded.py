@@ -1,5 +1,6 @@
-"""The cache of tokenised data: found by content, whole or not at all."""
+"""The cache of encoded data: keyed by content, and each file complete or absent."""
 
+import errno
 import sys
 from pathlib import Path
 
@@ -19,13 +20,14 @@ EXAMPLES = [Example.of("Was? ", "ja", "f:1", "yes"), Example.of("p" * 30, "c", "
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The cache's folder; everything is worth keeping, and each tokenising is counted."""
+    """The cache folder; everything is worth caching."""
     monkeypatch.setattr(encoded, "WORTH_SECONDS", 0.0)
     return tmp_path / "tokens"
 
 
 @pytest.fixture
 def calls(monkeypatch):
+    """One entry for each call of `encode`."""
     counted = []
     monkeypatch.setattr(encoded, "encode", lambda *args, **named: counted.append(1) or encode(*args, **named))
     return counted
@@ -34,7 +36,7 @@ def calls(monkeypatch):
 def same(a, b):
     assert a[1] == b[1]
     for one, other in zip(a[0], b[0], strict=True):
-        for name in ("ids", "weights"):
+        for name in ("ids", "completion", "weights"):
             x, y = getattr(one, name), getattr(other, name)
             np.testing.assert_array_equal(x, y)
             assert x.dtype == y.dtype
@@ -65,14 +67,14 @@ def test_the_second_time_is_read(cache, calls, options):
         lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(template=CHATML + " "), cache),
     ],
 )
-def test_anything_else_is_made_anew(cache, calls, change):
+def test_a_change_of_any_input_encodes_again(cache, calls, change):
     encode_cached(EXAMPLES, tiny_tokenizer(), cache)
     change(cache)
     assert len(calls) == 2
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"x" * len(raw)])
-def test_a_damaged_file_is_made_anew(cache, calls, damage):
+def test_a_damaged_file_is_replaced(cache, calls, damage):
     first = encode_cached(EXAMPLES, tiny_tokenizer(), cache)
     [path] = cache.iterdir()
     path.write_bytes(damage(path.read_bytes()))
@@ -82,19 +84,30 @@ def test_a_damaged_file_is_made_anew(cache, calls, damage):
     assert len(calls) == 2
 
 
-def test_what_took_no_time_is_not_kept(cache, monkeypatch):
+def test_what_took_no_time_is_not_cached(cache, monkeypatch):
     monkeypatch.setattr(encoded, "WORTH_SECONDS", 60.0)
     encode_cached(EXAMPLES, tiny_tokenizer(), cache)
     assert not cache.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache):
-    cache.write_text("a file in the folder's place")
+    cache.write_text("a file where the folder should be")
     rows, _ = encode_cached(EXAMPLES, tiny_tokenizer(), cache)
     assert len(rows) == 3
 
 
-def test_an_error_keeps_nothing(cache):
+def test_a_full_disk_is_no_error_and_leaves_no_file(cache, monkeypatch):
+    def savez(file, **arrays):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", savez)
+    rows, _ = encode_cached(EXAMPLES, tiny_tokenizer(), cache)
+    assert len(rows) == 3
+    assert list(cache.iterdir()) == []
+
+
+def test_an_error_is_not_cached(cache):
     with pytest.raises(ValueError, match="longer than 5"):
         encode_cached(EXAMPLES, tiny_tokenizer(), cache, max_length=5)
     assert not cache.exists()

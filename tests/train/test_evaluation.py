@@ -11,15 +11,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsteer import Model, init_steering, parse_plan
+from jaxsteer import Model, Params, init_steering, mean_loss, parse_plan
 from jaxsteer.io import load_model, save_steering
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from train import evaluate
 from train.data import Example, encode, stack_rows
 from train.devices.placement import SINGLE, place_on
-from train.evaluation.answers import Decoded, choose, decode, make_prompts, read_answers, write_answers
-from train.evaluation.saved import Answering, Unfinished, summary_of
-from train.evaluation.statistics import compare, compare_answers, find_answers
+from train.evaluation.answers import ScoredAnswer, make_prompts, read_answers, summarise, write_answers
+from train.evaluation.evaluator import Evaluator
+from train.evaluation.journal import FileJournal, MemoryJournal
+from train.evaluation.statistics import compare_answers, compare_scores, find_answers
 from train.robustness import RobustnessConfig, divergence, example_sets, measure, read_methods, table_of
 from train.tasks import JsonlTask
 
@@ -63,37 +64,62 @@ def said(answers):
     return [replace(answer, margin=None) for answer in answers]
 
 
-def asking(loaded, **settings):
-    return Answering("tiny", loaded, place_on(SINGLE, 4), **({"batch_size": 4} | settings))
+def evaluator_of(loaded, plan=(), **settings):
+    settings = {"task": TASK, "eval_batch_size": 4} | settings
+    return Evaluator(Model(loaded.config, plan), loaded, placement=place_on(SINGLE, 4), **settings)
 
 
-def test_answers_come_in_order_and_say_how_sure_they_are(loaded, steered):
+def test_answers_come_in_order_and_say_how_sure_they_are(loaded, steered, monkeypatch):
     plan, steering = steered
-    prompts = make_prompts(letters(), loaded.tokenizer, loaded.stop_tokens, TASK)
-    model = Model(loaded.config, plan)
-    kept, told = {}, []
-    answers = decode(
-        model,
-        loaded.base,
-        steering,
-        prompts,
-        loaded.tokenizer,
-        batch_size=4,
-        keep=kept.__setitem__,
-        advance=told.append,
+    evaluator, kept = evaluator_of(loaded, plan), []
+    add = MemoryJournal.add
+    monkeypatch.setattr(
+        MemoryJournal, "add", lambda self, index, answer: (kept.append(index), add(self, index, answer))
     )
+    answers = evaluator.answer(letters(), Params(None, steering))
     assert [each.source for each in answers] == [f"letters:{i}" for i in range(11)]
-    assert kept == dict(enumerate(answers))
-    assert told == list(range(1, 12))
+    assert sorted(kept) == list(range(11))
     assert all(each.margin >= 0 and each.truncated for each in answers)
     # What is known already is not asked again.
-    fresh, known = {}, {3: replace(answers[3], output="known")}
-    again = decode(
-        model, loaded.base, steering, prompts, loaded.tokenizer, batch_size=4, done=known, keep=fresh.__setitem__
-    )
+    kept.clear()
+    known = MemoryJournal()
+    known.done[3] = replace(answers[3], output="known")
+    monkeypatch.setattr(Evaluator, "_journal", lambda self, *rest: known)
+    again = evaluator.answer(letters(), Params(None, steering))
     assert again[3].output == "known"
     assert said(again[:3] + again[4:]) == said(answers[:3] + answers[4:])
-    assert sorted(fresh) == [i for i in range(11) if i != 3]
+    assert sorted(kept) == [i for i in range(11) if i != 3]
+
+
+def test_a_split_is_read_and_tokenised_once(loaded, steered, tiny_data, monkeypatch):
+    plan, steering = steered
+    task = JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=4)
+    reads = []
+    load = JsonlTask.load
+    monkeypatch.setattr(JsonlTask, "load", lambda self, split: (reads.append(split), load(self, split))[1])
+    evaluator = evaluator_of(loaded, plan, task=task, limits={"validation": 6, "test": 0})
+    first = evaluator.validate(Params(None, steering))
+    assert set(first) == {"accuracy", "low", "high"}
+    assert evaluator.validate(Params(None, steering)) == first
+    assert len(evaluator.answer("validation", Params(None, steering))) == 6
+    assert evaluator.answer("test", Params(None, steering)) == []
+    assert reads == ["validation"]
+
+
+def test_the_validation_loss_is_that_of_training(loaded, steered, tiny_data):
+    """Packed rows, several batches, the last of them not full; a base of one's own counts."""
+    plan, steering = steered
+    task = JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=4)
+    evaluator = evaluator_of(
+        loaded, plan, task=task, limits={"validation": 13}, metric="validation_loss", loss_shape=(2, 8)
+    )
+    rows, _ = encode(task.load("validation")[:13], loaded.tokenizer)
+    batch = jax.tree.map(jax.numpy.asarray, stack_rows([[row] for row in rows], 8))
+    for base in (None, jax.tree.map(lambda leaf: leaf * 0.5, loaded.base)):
+        whole = loaded.base if base is None else base
+        want = mean_loss(Model(loaded.config, plan), whole, steering, batch)
+        got = evaluator.validate(Params(base, steering))
+        np.testing.assert_allclose(got["validation_loss"], want, rtol=1e-5)
 
 
 CHOICES = (" b", " cd", " efgh")
@@ -101,10 +127,12 @@ CHOICES = (" b", " cd", " efgh")
 
 def test_choices_score_as_completions_in_training_do(loaded, steered):
     plan, steering = steered
-    model = Model(loaded.config, plan)
+    model, params = Model(loaded.config, plan), Params(None, steering)
     examples = [Example.of(f"{chr(97 + i)}>", CHOICES[i], f"letters:{i}", choices=CHOICES) for i in range(3)]
-    prompts = make_prompts(examples, loaded.tokenizer, loaded.stop_tokens, TASK, choices=True)
-    answers = choose(model, loaded.base, steering, prompts, batch_size=2)
+    choose = lambda **how: evaluator_of(loaded, plan, by="likelihood", eval_batch_size=2, **how).answer(
+        examples, params
+    )
+    answers = choose()
     for example, answer in zip(examples, answers, strict=True):
         for choice, got in zip(CHOICES, answer.scores, strict=True):
             trained, _ = encode([Example.of(example.turns[0].text, choice, "here")], loaded.tokenizer)
@@ -119,8 +147,7 @@ def test_choices_score_as_completions_in_training_do(loaded, steered):
         assert answer.correct == (answer.output == example.turns[1].text)
     sizes = {"tokens": [3, 4, 6], "characters": [2, 3, 5]}
     for normalise, size in sizes.items():
-        found = choose(model, loaded.base, steering, prompts, batch_size=2, normalise=normalise)
-        for plain, each in zip(answers, found, strict=True):
+        for plain, each in zip(answers, choose(normalise=normalise), strict=True):
             np.testing.assert_allclose(each.scores, np.divide(plain.scores, size), rtol=1e-5)
             assert each.output == CHOICES[int(np.argmax(each.scores))]
 
@@ -136,9 +163,12 @@ def test_choices_that_cannot_be_scored_raise(loaded):
 def test_a_killed_evaluation_goes_on(loaded, steered, tmp_path, monkeypatch):
     plan, steering = steered
     path = tmp_path / "answers.jsonl"
-    ask = lambda out, **settings: asking(loaded, **settings).answer(out, "x", letters(), TASK, plan, steering)
+    params = Params(None, steering)
+    ask = lambda out, examples=None, **rest: evaluator_of(loaded, plan).answer(
+        examples or letters(), params, out, **rest
+    )
     whole = ask(tmp_path / "whole.jsonl")
-    keep, count = Unfinished.add, []
+    keep, count = FileJournal.add, []
 
     def dying(self, index, answer):
         if len(count) == 5:
@@ -146,17 +176,19 @@ def test_a_killed_evaluation_goes_on(loaded, steered, tmp_path, monkeypatch):
         count.append(index)
         keep(self, index, answer)
 
-    monkeypatch.setattr(Unfinished, "add", dying)
+    monkeypatch.setattr(FileJournal, "add", dying)
     with pytest.raises(KeyboardInterrupt):
         ask(path)
-    monkeypatch.setattr(Unfinished, "add", lambda self, index, answer: (count.append(index), keep(self, index, answer)))
+    monkeypatch.setattr(
+        FileJournal, "add", lambda self, index, answer: (count.append(index), keep(self, index, answer))
+    )
     part = tmp_path / "answers.jsonl.unfinished"
     assert len(part.read_text().splitlines()) == 6
     with part.open("a") as file:
         file.write('{"index": 10, "prom')  # killed in the middle of a line
     header = json.loads(part.read_text().splitlines()[0])["evaluation"]
-    with pytest.raises(ValueError, match="with another by was not finished"):
-        Unfinished(path, {**header, "by": "likelihood"})
+    with pytest.raises(ValueError, match="unfinished evaluation with another by"):
+        FileJournal(path, {**header, "by": "likelihood"})
     assert said(ask(path)) == said(whole)
     assert sorted(count) == list(range(11))  # each was asked once
     assert not part.exists()
@@ -164,20 +196,20 @@ def test_a_killed_evaluation_goes_on(loaded, steered, tmp_path, monkeypatch):
     assert said(finished) == said(read_answers(tmp_path / "whole.jsonl")) == said(whole)
     # What is there is read, if it is the same; otherwise asked anew.
     count.clear()
-    assert asking(loaded).answer(path, "x", letters(), TASK, plan, steering, reuse=True) == finished
+    assert ask(path, reuse=True) == finished
     assert not count
-    asking(loaded).answer(path, "x", letters(5), TASK, plan, steering, reuse=True)
+    ask(path, 5, reuse=True)
     assert len(count) == 5
 
 
 def answer(number, correct, source="s"):
-    return Decoded(f"p{number}", "o", "o", "g", correct, False, f"{source}:{number}")
+    return ScoredAnswer(f"p{number}", "o", "o", "g", correct, False, f"{source}:{number}")
 
 
 def test_paired_comparison_by_hand():
     here = [True] * 9 + [False] * 3 + [True] * 8
     there = [False] * 9 + [True] * 3 + [True] * 8
-    found = compare(here, there)
+    found = compare_scores(here, there)
     assert (found.total, found.only_here, found.only_there) == (20, 9, 3)
     assert found.difference == pytest.approx(0.3)
     # Twice the tail of a fair coin's 12 throws: (1 + 12 + 66 + 220) / 4096.
@@ -185,10 +217,10 @@ def test_paired_comparison_by_hand():
     spread = np.std(np.subtract(here, there, dtype=float)) / np.sqrt(20)
     assert found.low == pytest.approx(0.3 - 1.96 * spread, abs=0.05)
     assert found.high == pytest.approx(0.3 + 1.96 * spread, abs=0.05)
-    same = compare([True, False], [True, False])
+    same = compare_scores([True, False], [True, False])
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
     with pytest.raises(ValueError, match="two scores"):
-        compare([True], [])
+        compare_scores([True], [])
 
 
 def test_only_the_same_examples_are_compared(tmp_path):
@@ -244,15 +276,15 @@ def test_the_table_of_robustness(loaded, steered, steering_file, tmp_path):
     assert list(sets) == ["as trained", "casing", "transferred"]
     methods = {name: (file.plan, file.steering) for name, file in read_methods(config).items()}
     assert list(methods) == ["one"]
-    lines = measure(config, asking(loaded), {"base": ((), {}), **methods}, sets)
+    lines = measure(config, evaluator_of(loaded), {"base": ((), {}), **methods}, sets)
     head, base, one = table_of(lines)
     assert head[1:3] == ["as trained, n = 6", "casing, n = 6"]
     assert base[0] == "base"
     assert base[-1] == "0 (0 to 0)"
     assert lines[1].divergence.low > 0
     assert one[1] != one[2] or lines[1].answers["as trained"] != lines[1].answers["casing"]
-    assert summary_of(lines[1].answers["transferred"]) == summary_of(lines[1].answers["as trained"])
+    assert summarise(lines[1].answers["transferred"]) == summarise(lines[1].answers["as trained"])
     with pytest.raises(ValueError, match="at least 2 texts"):
-        divergence(loaded, asking(loaded).place, *steered, ["one text only"])
+        divergence(evaluator_of(loaded, steered[0]), steered[1], ["one text only"])
     with pytest.raises(ValueError, match="different name"):
         read_methods(replace(config, names=("base",)))

@@ -63,7 +63,7 @@ def write(path, steps, tail=""):
 def test_resuming_drops_later_and_half_lines(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 6), tail)
-    with MetricsWriter(path, resume_at=3) as writer:
+    with MetricsWriter(path, resume_from=4) as writer:
         writer.write(4, loss=7.0)
     assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [
         (1, 1.0),
@@ -77,7 +77,7 @@ def test_resuming_drops_later_and_half_lines(tmp_path, tail):
 def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, [1], '{"step": 2, "loss": 0.5}')
-    with MetricsWriter(path, resume_at=2) as writer:
+    with MetricsWriter(path, resume_from=3) as writer:
         writer.write(3, loss=0.1)
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
 
@@ -95,7 +95,7 @@ def test_a_new_run_does_not_mix_with_an_old_one(tmp_path):
     write(path, [1])
     with pytest.raises(ValueError, match="holds the metrics of another run"):
         MetricsWriter(path)
-    with MetricsWriter(tmp_path / "new.jsonl", resume_at=5) as writer:  # nothing there to cut
+    with MetricsWriter(tmp_path / "new.jsonl", resume_from=6) as writer:  # nothing there to cut
         writer.write(6, loss=1.0)
 
 

@@ -39,9 +39,15 @@ def test_resuming_needs_the_same_settings(tmp_path):
     assert run.config.read_bytes() == before
 
 
+def test_a_run_of_another_version_is_refused_with_a_sentence(tmp_path):
+    open_run(tmp_path, CONFIG | {"rows": 8, "accumulate": 1}, resume=False).metrics.write_text("")
+    with pytest.raises(ValueError, match=r"another version of jaxsteer.*\(accumulate, rows\).*another --out"):
+        open_run(tmp_path, CONFIG | {"batch_size": 8}, resume=True)
+
+
 def test_the_same_run_is_not_begun_twice(tmp_path):
     open_run(tmp_path, CONFIG, resume=False).metrics.write_text("")
-    with pytest.raises(ValueError, match="--resume to go on, or another --out"):
+    with pytest.raises(ValueError, match="--resume to continue it, or another --out"):
         open_run(tmp_path, CONFIG, resume=False)
 
 
@@ -59,7 +65,7 @@ def test_nothing_to_resume(tmp_path):
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match=r"not empty and not a run \(holds thesis.tex\)"):
+    with pytest.raises(ValueError, match=r"neither empty nor a run \(holds thesis.tex\)"):
         open_run(tmp_path, CONFIG, resume=False)
     with pytest.raises(ValueError, match="need a folder"):
         open_run(tmp_path / "thesis.tex", CONFIG, resume=False)

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from train.evaluation.statistics import crossed_interval
-from train.tasks.scoring import Accuracy, accuracy, extract, interval, majority, score
+from train.tasks.scoring import Accuracy, accuracy, extract, interval, score
 
 
 @pytest.mark.parametrize(
@@ -169,10 +169,6 @@ def test_summary():
     assert result.rate == 0.84
     assert result.interval == interval(42, 50)
     assert str(result) == "84.0 % (42 of 50; 95 %: 71.5 to 91.7)"
-
-
-def test_majority():
-    assert majority(["a", "b ", "b", "c"]) == Accuracy(2, 4)
 
 
 def test_crossed_interval_of_one_seed_is_that_of_its_examples():

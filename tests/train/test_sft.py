@@ -15,15 +15,15 @@ import pytest
 
 from jaxsteer.io import load_model, load_steering
 from jaxsteer.optim import OptimConfig
-from train import sft
 from train.cli import from_command_line, load_config_file
 from train.config import TrainConfig
+from train.evaluation.evaluator import Evaluator
+from train.evaluation.journal import FileJournal
 from train.run import training as setup
 from train.run.metrics import read_metrics
-from train.run.watch import patience_after
+from train.run.watch import EarlyStopping
 from train.sft import train
 from train.tasks import JsonlTask, ListOpsTask, task_from_json, task_to_json
-from train.tasks.scoring import Accuracy
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,28 +80,71 @@ def test_a_run_leaves_what_it_promises(config):
 def test_patience_ends_a_run_and_keeps_the_best(config, monkeypatch):
     rates, seen = iter([2, 5, 4, 3, 9]), []  # tenths; the first is the untouched model's
 
-    def validate(config, training, loaded, state, prompts, writer, step, *, untouched=False):
-        seen.append(jax.device_get(training.params(state).steering))
-        return Accuracy(next(rates), 10)
+    def validate(self, params):
+        seen.append(jax.device_get(params.steering))
+        return {"accuracy": next(rates) / 10, "low": 0.0, "high": 1.0}
 
-    monkeypatch.setattr(sft, "_validate", validate)
+    monkeypatch.setattr(Evaluator, "validate", validate)
     ended = train(replace(config, evaluate_every=2, patience=2, test_examples=0, checkpoint_every=100))
-    assert [row["step"] for row in read_metrics(ended.run.metrics)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_metrics(ended.run.metrics) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     for kept, best, last in zip(leaves(ended.run.steering), *map(jax.tree.leaves, (seen[1], seen[3])), strict=True):
         np.testing.assert_array_equal(kept, best)
         assert np.any(kept != last)
 
 
 def test_patience_starts_anew_with_each_better_accuracy():
-    patience = patience_after(2, [0.5, 0.4])
-    assert patience.hear(0.6)
-    assert not patience.hear(0.6)
-    assert not patience.over
-    assert not patience.hear(0.1)
-    assert patience.over
-    assert not patience_after(0, [0.5, 0.4, 0.3]).over
+    early = EarlyStopping.replay(2, "max", [0.5, 0.4])
+    assert early.update(0.6)
+    assert not early.update(0.6)
+    assert not early.should_stop
+    assert not early.update(0.1)
+    assert early.should_stop
+    assert not EarlyStopping.replay(0, "max", [0.5, 0.4, 0.3]).should_stop
+    assert EarlyStopping.replay(2, "min", [0.5, 0.4, 0.6, float("nan")]).should_stop
+    assert EarlyStopping.replay(2, "min", [float("nan")] * 2).should_stop
+    assert not EarlyStopping.replay(2, "min", [float("nan"), 0.4, 0.6]).should_stop
     with pytest.raises(ValueError, match="patience"):
         TrainConfig(patience=1)
+
+
+def test_the_validation_loss_selects_and_stops(config, monkeypatch):
+    """No answers are generated; the smallest loss is the best, and its checkpoint is kept."""
+    losses, seen = iter([3.0, 2.0, 2.5, 2.2]), []
+
+    def loss(self, split, params):
+        seen.append(jax.device_get(params.steering))
+        return next(losses)
+
+    monkeypatch.setattr(Evaluator, "loss", loss)
+    monkeypatch.setattr(Evaluator, "_ask", lambda *rest: pytest.fail("an answer was generated"))
+    ended = train(replace(config, select_by="validation_loss", evaluate_every=1, patience=2, test_examples=0))
+    rows = [row for row in read_metrics(ended.run.metrics) if "validation_loss" in row]
+    assert [(row["step"], row["validation_loss"]) for row in rows] == [(0, 3.0), (1, 2.0), (2, 2.5), (3, 2.2)]
+    for kept, best in zip(leaves(ended.run.steering), jax.tree.leaves(seen[1]), strict=True):
+        np.testing.assert_array_equal(kept, best)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_killed_evaluation_resumes_with_its_run(config, when, monkeypatch):
+    """Five answers are known when the process dies; the resumed run asks for the others alone."""
+    add, asked, dying = FileJournal.add, [], [True]
+
+    def adding(self, index, answer):
+        if when in self.path.name:
+            if dying[0] and len(asked) == 5:
+                raise KeyboardInterrupt
+            asked.append(index)
+        add(self, index, answer)
+
+    monkeypatch.setattr(FileJournal, "add", adding)
+    config = replace(config, steps=2, evaluate_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    dying[0] = False
+    result = train(replace(config, resume=True))
+    assert sorted(asked) == list(range(16))
+    assert len(result.before) == len(result.after) == 16
+    assert not list(result.run.folder.glob("*.unfinished"))
 
 
 def test_full_fine_tuning_writes_a_model(config, tmp_path):
@@ -297,7 +340,7 @@ def test_one_trace_serves_every_step(config):
     from train.run.training import make_training, step_batch
 
     training = make_training(config, load(config.model))
-    state, step = training.state, training.step
+    state = training.state
     for k in range(3):
-        state, _ = step(state, step_batch(config, training.data, k), training.frozen)
+        state, _ = training.step(state, step_batch(config, training.data, k))
     assert training.program.jitted._cache_size() == 1

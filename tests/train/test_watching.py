@@ -4,6 +4,7 @@ import json
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 
 from jaxsteer.optim import OptimConfig
-from train import sft
 from train.base_models import load
 from train.config import TrainConfig, parse_steps
 from train.devices.chips import chip_of
 from train.devices.machine import peak_flops
+from train.run import log
 from train.run import training as setup
 from train.run.metrics import read_metrics
 from train.run.profiling import Profiler
@@ -76,13 +77,13 @@ def test_the_peak_depends_on_the_dtype():
 
 
 def test_mfu_is_useful_arithmetic_by_seconds_and_peak(config, monkeypatch, capsys):
-    monkeypatch.setattr(sft, "peak_flops", lambda mesh, dtype: 1e12)
+    monkeypatch.setattr(log, "peak_flops", lambda mesh, dtype: 1e12)
     result = train(config)
     rows = read_metrics(result.run.metrics)
     training = make_training(config, load(config.model))
     assert "mfu" not in rows[0]
     for row in rows[1:]:
-        want = training.flops(config, row["supervised"]) / row["step_seconds"] / 1e12
+        want = training.flops(row["supervised"]) / row["step_seconds"] / 1e12
         np.testing.assert_allclose(row["mfu"], want, rtol=1e-9)
     last = next(line for line in capsys.readouterr().out.splitlines() if "6/6" in line)
     assert all(word in last for word in ("loss", "grad norm", "tokens/s", "MFU"))
@@ -96,7 +97,7 @@ def test_a_missing_package_is_named_before_anything_is_made(config, monkeypatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"wandb is not installed.*\[train,wandb\]"):
         train(replace(config, track=("wandb",)))
-    assert not (sft.Path(config.out)).exists()
+    assert not (Path(config.out)).exists()
 
 
 class FakeWandB(types.ModuleType):
@@ -230,15 +231,15 @@ def poison(monkeypatch, *steps):
 
 def test_a_skipped_step_changes_nothing_but_its_number(config):
     training = make_training(replace(config, nonfinite="skip"), load(config.model))
-    state, _ = training.step(training.state, training.batch(config, 0), training.frozen)
+    state, _ = training.step(training.state, training.batch(0))
     before = jax.device_get((state.params, state.opt_state))
-    batch = training.batch(config, 1)
+    batch = training.batch(1)
     bad = batch._replace(weights=batch.weights.at[-1].set(jnp.nan))
-    state, metrics = training.step(state, bad, training.frozen)
+    state, metrics = training.step(state, bad)
     assert not np.isfinite(metrics.loss)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), before)
     assert state.step == 2
-    state, metrics = training.step(state, training.batch(config, 2), training.frozen)
+    state, metrics = training.step(state, training.batch(2))
     assert np.isfinite(metrics.loss)
     moved = zip(jax.tree.leaves(before[0]), jax.tree.leaves(jax.device_get(state.params)), strict=True)
     assert any(np.any(a != b) for a, b in moved)
@@ -279,7 +280,7 @@ def test_the_examples_named_are_those_of_the_batch(config, monkeypatch):
     poison(monkeypatch, 2)
     with pytest.raises(FloatingPointError, match="--nonfinite skip"):
         train(config)
-    row = read_metrics(sft.Path(config.out) / "metrics.jsonl")[-1]
+    row = read_metrics(Path(config.out) / "metrics.jsonl")[-1]
     assert row["step"] == 3
     by_source = {example.source: example.ids for example in training.data.examples}
     batch = step_batch(replace(config, grad_accumulation=1), training.data, 2)

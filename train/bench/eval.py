@@ -58,8 +58,8 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     plan = parse_plan(config.plan, loaded.config)
     model = Model(loaded.config, plan)
     steering = init_steering(plan, loaded.config, jax.random.key(0), base=loaded.base)
-    prompts = _prompts(config, loaded.tokenizer)
-    stops = tuple(sorted({*loaded.stop_tokens, *stop_tokens(loaded.tokenizer)}))
+    prompts = _prompts(config, loaded.require_tokenizer())
+    stops = tuple(sorted({*loaded.stop_tokens, *stop_tokens(loaded.require_tokenizer())}))
 
     def answer(some: Sequence[TokenizedExample], rows: int, cut_short: bool = False) -> tuple[list[Answer], float]:
         began = time.perf_counter()

@@ -131,7 +131,7 @@ def _source(config: TrainBench, loaded: Any) -> DataSource:
         )
     listops = config.data == "listops"
     examples = generate_listops(ListOps(), "train") if listops else read_jsonl(config.data, config.keys)
-    encoded, _ = encode(examples, loaded.tokenizer, max_length=config.sequence_length, on_long="drop")
+    encoded, _ = encode(examples, loaded.require_tokenizer(), max_length=config.sequence_length, on_long="drop")
     return DataSource(encoded, config.batch_size, config.sequence_length)
 
 

@@ -31,7 +31,9 @@ class Comparison:
             examples = config.base.task.load(split)[:limit]  # type: ignore[arg-type]
             if not examples:
                 raise ValueError(f"the task has no {split} examples; a comparison needs training, validation and test")
-            self.prompts[split] = make_prompts(examples, loaded.tokenizer, loaded.stop_tokens, config.base.task)
+            self.prompts[split] = make_prompts(
+                examples, loaded.require_tokenizer(), loaded.stop_tokens, config.base.task
+            )
 
     def path(self, entry: Entry, exponent: int, seed: int) -> Path:
         """The record of one run."""
@@ -122,7 +124,9 @@ class Comparison:
     def answer(self, split: str, model: Model, base: PyTree, steering: Steering) -> list[int]:
         """Which answers to a split's prompts are right, 1 or 0."""
         batch_size = self.config.base.eval_batch_size
-        answers = decode(model, base, steering, self.prompts[split], self.loaded.tokenizer, batch_size=batch_size)
+        answers = decode(
+            model, base, steering, self.prompts[split], self.loaded.require_tokenizer(), batch_size=batch_size
+        )
         return [int(answer.correct) for answer in answers]
 
     def tested(self, entry: Entry, exponent: int, seed: int) -> dict[str, Any]:

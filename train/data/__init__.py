@@ -1,13 +1,17 @@
-"""Data: text examples, their tokens, and the batches that a step trains on.
+"""Data: text examples, their tokens, and the batches that a training step consumes.
 
-read_jsonl / listops.generate -> [Example] -> encode -> [TokenizedExample] -> DataSource(...).batch(step)
-                                           -> encode_prompts -> prompt_batches -> generation
+What turns text into batches, for any task, belongs here: reading prompts and conversations, the ListOps generator,
+encoding, packing, and the cache of encoded data. What a task asks and how its answers are scored belongs in
+`train.tasks`; placing batches on devices, in `train.devices`.
+
+    read_jsonl / listops.generate -> [Example] -> encode         -> [TokenizedExample] -> DataSource(...).batch(step)
+                                               -> encode_prompts -> [TokenizedExample] -> generation
 """
 
-from train.data.examples import Example, TokenizedExample, Turn
+from train.data.examples import Example, Split, TokenizedExample, Turn
 from train.data.jsonl import Keys, read_jsonl
 from train.data.listops import ListOps
-from train.data.packing import DataSource, PromptBatch, bucket_length, pack, prompt_batches, stack_rows
+from train.data.packing import DataSource, pack, stack_rows
 from train.data.tokenize import Report, encode, encode_prompts, stop_tokens
 
 __all__ = [
@@ -15,15 +19,13 @@ __all__ = [
     "Example",
     "Keys",
     "ListOps",
-    "PromptBatch",
     "Report",
+    "Split",
     "TokenizedExample",
     "Turn",
-    "bucket_length",
     "encode",
     "encode_prompts",
     "pack",
-    "prompt_batches",
     "read_jsonl",
     "stack_rows",
     "stop_tokens",

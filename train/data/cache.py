@@ -1,10 +1,9 @@
-"""Tokenised training data, kept in the user's cache folder by its content, so that the next run finds it."""
+"""A cache of encoded training data, keyed by content, so that the next run need not tokenise again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -15,15 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from jaxsteer.io import Tokenizer
+from jaxsteer.io.files import replacing
 from train.data import Example, Report, TokenizedExample, encode
 from train.data.tokenize import CHUNK, OnLong
 
 WORTH_SECONDS = 2.0
-"""What took less to tokenise is not kept."""
+"""Data that took less time than this to tokenise is not cached."""
 
+_FORMAT = 2
+"""Version of the file format; files of another version are not found, because it is part of their key."""
+
+Encoded = tuple[list[TokenizedExample], Report]
 Watch = Callable[[int], AbstractContextManager[Callable[[int], None]]]
-
-_FORM = 2  # of the files; another number makes the older ones unread
+"""Given the total number of examples, a context manager whose value is called with the number done so far."""
 
 
 def _unwatched(total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -32,52 +36,62 @@ def _unwatched(total: int) -> AbstractContextManager[Callable[[int], None]]:
 
 def encode_cached(
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     folder: Path,
     *,
     chat: bool = False,
     max_length: int | None = None,
     on_long: OnLong = "error",
     watch: Watch = _unwatched,
-) -> tuple[list[TokenizedExample], Report]:
-    """`train.data.encode`, read from `folder` where the same was tokenised before.
+) -> Encoded:
+    """`train.data.encode` with a cache: read from `folder` if the same data was encoded before.
 
-    A file's name is a hash of the examples, the tokenizer and the settings; it is written beside its place and moved
-    there, so several processes may do so at once. A damaged file is made anew. `watch(total)` is
-    entered where there is more than a chunk of examples to tokenise, and gives the callback for their number so far.
+    A file is named by a hash of the examples, the tokenizer and the settings, and is written atomically, so several
+    processes may share the folder. A damaged file is replaced.
+
+    Args:
+        folder: the cache folder; created if needed. If it cannot be written to, nothing is cached.
+        examples, tokenizer, chat, max_length, on_long: as in `encode`.
+        watch: shows progress; entered only if there is more than one chunk of examples to tokenise.
+
+    Returns:
+        What `encode` returns, bit for bit.
+
+    Raises:
+        ValueError: as `encode`; errors are not cached.
     """
     path = folder / f"{_key(examples, tokenizer, chat, max_length, on_long)}.npz"
-    if (found := _read(path)) is not None:
-        return found
+    if (cached := _read(path)) is not None:
+        return cached
     settings: dict[str, Any] = {"chat": chat, "max_length": max_length, "on_long": on_long}
-    began = time.perf_counter()
+    start = time.perf_counter()
     if len(examples) > CHUNK:
         with watch(len(examples)) as advance:
-            done = encode(examples, tokenizer, advance=advance, **settings)
+            encoded = encode(examples, tokenizer, advance=advance, **settings)
     else:
-        done = encode(examples, tokenizer, **settings)
-    if time.perf_counter() - began >= WORTH_SECONDS:
-        _write(path, *done)
-    return done
+        encoded = encode(examples, tokenizer, **settings)
+    if time.perf_counter() - start >= WORTH_SECONDS:
+        _write(path, *encoded)
+    return encoded
 
 
-def _key(examples: Sequence[Example], tokenizer: Any, *settings: Any) -> str:
-    """sha256 of all that the tokens depend on, as 64 hexadecimal digits."""
-    hashed = hashlib.sha256()
+def _key(examples: Sequence[Example], tokenizer: Tokenizer, *settings: Any) -> str:
+    """sha256, in hexadecimal, of everything that the tokens depend on."""
+    digest = hashlib.sha256()
 
     def add(value: Any) -> None:
-        hashed.update(json.dumps(value, ensure_ascii=True).encode() + b"\n")
+        digest.update(json.dumps(value, ensure_ascii=True).encode() + b"\n")
 
-    add([_FORM, *settings])
+    add([_FORMAT, *settings])
     add([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
     add([tokenizer.special_tokens_map, tokenizer.eos_token_id])
     for example in examples:
         add([example.turns, example.source, example.gold])
-    return hashed.hexdigest()
+    return digest.hexdigest()
 
 
 def _write(path: Path, rows: Sequence[TokenizedExample], report: Report) -> None:
-    """Keep rows as arrays joined end to end; a full disk or a folder that cannot be written to is no error."""
+    """Store the examples as concatenated arrays; a full disk or an unwritable folder is not an error."""
     arrays = {
         "ids": np.concatenate([row.ids for row in rows]),
         "completion": np.concatenate([row.completion for row in rows]),
@@ -86,24 +100,19 @@ def _write(path: Path, rows: Sequence[TokenizedExample], report: Report) -> None
         "prompt_lengths": np.array([row.prompt_length for row in rows]),
         "texts": np.array(json.dumps({"named": [(r.source, r.answer) for r in rows], "report": asdict(report)})),
     }
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        with replacing(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes the names for other arguments
-        part.replace(path)
-    except OSError:
-        with suppress(OSError):
-            part.unlink()
 
 
-def _read(path: Path) -> tuple[list[TokenizedExample], Report] | None:
-    """What `_write` kept; None where there is nothing, or nothing whole."""
+def _read(path: Path) -> Encoded | None:
+    """What `_write` stored; None if the file is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
             stored = {name: file[name] for name in file.files}
         texts = json.loads(str(stored["texts"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile):
         return None
     ends = np.cumsum(stored["lengths"])[:-1]
     columns = (

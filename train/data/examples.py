@@ -1,4 +1,4 @@
-"""What the data side passes on: an `Example` is text, a `TokenizedExample` is what a model is trained on."""
+"""What the data pipeline passes on: an `Example` is text, a `TokenizedExample` is the token ids of one."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+Split = Literal["train", "validation", "test"]
+
 Role = Literal["prompt", "completion", "system", "user", "assistant"]
-"""prompt and completion are plain text; system, user and assistant exist only in a chat template."""
+"""prompt and completion are plain text; system, user and assistant are messages of a chat template."""
 
 SUPERVISED: tuple[Role, ...] = ("completion", "assistant")
 """Roles whose text the model learns to produce."""
 
 
 class Turn(NamedTuple):
-    """One piece of an example."""
+    """One piece of an example: a role and its text."""
 
     role: Role
     text: str
@@ -28,12 +30,12 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """A task or a conversation as text, before any tokenizer.
+    """A prompt with its completion, or a conversation, as text.
 
-    turns   in order; what is supervised follows from the roles
-    source  where it came from, "file:line", for messages
-    answer  the gold answer; None where the last supervised text is itself the answer
-    choices candidate completions, of which exactly one is right; empty for a free answer
+    turns    in order; the roles determine which are supervised
+    source   where it was read, "file:line", for error messages
+    answer   the gold answer; None if the last supervised text is the answer
+    choices  candidate completions of a multiple-choice question, exactly one of them right; empty for a free answer
     """
 
     turns: tuple[Turn, ...]
@@ -50,7 +52,7 @@ class Example:
         answer: str | None = None,
         choices: tuple[str, ...] = (),
     ) -> Example:
-        """One prompt and, unless None, its completion."""
+        """An example of one plain prompt and, unless None, its completion."""
         turns: tuple[Turn, ...] = (Turn("prompt", prompt),)
         if completion is not None:
             turns += (Turn("completion", completion),)
@@ -58,10 +60,10 @@ class Example:
 
     @property
     def gold(self) -> str | None:
-        """The answer to score against: `answer`, else the last supervised text; None without either."""
+        """The answer to score against: `answer`, else the last supervised text; None if there is neither."""
         if self.answer is not None:
             return self.answer
-        return next((t.text.strip() for t in reversed(self.turns) if t.supervised), None)
+        return next((turn.text.strip() for turn in reversed(self.turns) if turn.supervised), None)
 
     @property
     def context(self) -> Example:
@@ -77,10 +79,10 @@ class TokenizedExample:
 
     ids            int32 [n]
     completion     bool [n], the tokens that the model learns to produce
-    prompt_length  number of tokens before the first of them; n where there are none
-    source         of the example
-    answer         `Example.gold`
-    weights        fp32 [n], any real, each token's weight in the loss; by default 1 in completions, 0 elsewhere
+    prompt_length  number of tokens before the first completion token; n if there is none
+    source         the example's source, for error messages
+    answer         the example's gold answer, `Example.gold`
+    weights        fp32 [n], any real: the weight of each token in the loss. Default: 1 for completion tokens, else 0
     """
 
     ids: np.ndarray
@@ -88,10 +90,10 @@ class TokenizedExample:
     prompt_length: int
     source: str
     answer: str | None = None
-    weights: np.ndarray = None  # type: ignore[assignment]  # never None once made
+    weights: np.ndarray = None  # type: ignore[assignment]  # never None after __post_init__
 
     def __post_init__(self) -> None:
-        """Fill in the weights."""
+        """Fill in the default weights."""
         if self.weights is None:
             object.__setattr__(self, "weights", np.asarray(self.completion, np.float32))
 

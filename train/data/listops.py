@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from train.data.examples import Example
+from train.data.examples import Example, Split
+from train.data.text_files import read_text
 
-Split = Literal["train", "validation", "test"]
 Style = Literal["short", "compact", "tagged"]
 
-# int(median): an even count gives the mean of the middle two, rounded down, as in Long Range Arena.
+# MED is the median; of an even count, the mean of the middle two rounded down, as in Long Range Arena.
 OPERATIONS: dict[str, Callable[[Sequence[int]], int]] = {
     "MAX": max,
     "MIN": min,
@@ -30,8 +30,8 @@ OPERATIONS: dict[str, Callable[[Sequence[int]], int]] = {
     "LAST": lambda v: v[-1],
 }
 
-# Digits are pre-tokens of their own, so the answer is one token and the ids of prompt and completion joined are
-# the ids of the joined text.
+# Common tokenizers make every digit a token of its own, so the answer is one token, and the ids of prompt and
+# completion concatenated are the ids of the whole text.
 TEMPLATES: dict[Style, tuple[str, str]] = {
     "short": ("{expression} = ", "{answer}"),
     "compact": ("{expression}=", "{answer}"),
@@ -43,47 +43,51 @@ TEMPLATES: dict[Style, tuple[str, str]] = {
 }
 
 MAX_FAILURES = 100_000
-"""So many candidates in a row without a new example mean that the settings allow no more of them."""
+"""After this many consecutive rejected candidates, the settings are taken to allow no more problems."""
 
 
 @dataclass(frozen=True)
 class ListOps:
-    """Settings of the generator; by default a problem has 13 to 26 SmolLM2 tokens, answer and end included.
+    """Settings of the ListOps generator. With the defaults a problem has 13 to 26 SmolLM2 tokens, answer included.
 
-    operations      names out of OPERATIONS
-    max_depth       how deep lists nest; 1 = one list of digits
-    max_args        the most arguments of an operation; the fewest are 2
-    nesting         probability that an argument is a list, above max_depth
-    min_length      the fewest list tokens of an expression: operators, digits and closing brackets
-    max_length      the most
-    train, validation, test   number of problems in each split; problems are distinct, so where short ones run
-                    out only counts in the ratio 8 : 1 : 1 (the partition's) give every split the same mix
-    balanced        give every answer the same share of each ten problems
-    style           "short": expression, equals sign, digit; "compact": the same without spaces, a third fewer tokens;
-                    "tagged": the prompt asks for <answer>digit</answer>
-    prompt          a prompt instead of the style's own; must contain {expression}
-    seed            of the problems drawn (not of the partition, which is always the same)
+    Problems are distinct. If the settings allow few short ones, only counts in the ratio 8 : 1 : 1 (that of the
+    partition into splits, see `split_of`) give every split the same distribution of lengths.
     """
 
     operations: tuple[str, ...] = ("MAX", "MIN", "MED", "SM")
+    """Operations to draw from: MAX, MIN, MED (median), SM (sum modulo 10), PM (product modulo 10), FIRST, LAST."""
     max_depth: int = 3
+    """Maximum nesting depth; 1 = a single list of digits."""
     max_args: int = 5
+    """Maximum number of arguments of an operation (the minimum is 2)."""
     nesting: float = 0.3
+    """Probability that an argument is a list, as long as max_depth allows it."""
     min_length: int = 5
+    """Minimum length of an expression, in operators, digits and closing brackets."""
     max_length: int = 12
+    """Maximum length of an expression, counted likewise."""
     train: int = 16_000
+    """Number of training problems."""
     validation: int = 2_000
+    """Number of validation problems."""
     test: int = 2_000
+    """Number of test problems."""
     balanced: bool = True
+    """Make the ten answers equally frequent."""
     style: Style = "short"
+    """Format: short ("[MAX 1 2 ] = "), compact (no spaces, a third fewer tokens) or tagged (asks for <answer> tags)."""
     prompt: str | None = None
+    """Prompt template instead of the style's own; must contain {expression}."""
     seed: int = 0
+    """Random seed for drawing problems; the partition into splits does not depend on it."""
 
     def __post_init__(self) -> None:
-        """Reject settings that no problem could meet."""
+        """Reject settings that no problem can satisfy."""
         unknown = [o for o in self.operations if o not in OPERATIONS]
         if unknown or not self.operations or len(set(self.operations)) != len(self.operations):
-            raise ValueError(f"ListOps operations: got {self.operations}, need distinct names of {sorted(OPERATIONS)}")
+            raise ValueError(
+                f"ListOps operations: got {self.operations}, need distinct names among {', '.join(sorted(OPERATIONS))}"
+            )
         if self.max_depth < 1 or self.max_args < 2:
             raise ValueError(
                 f"ListOps: got max_depth {self.max_depth}, max_args {self.max_args}; need at least 1 and 2"
@@ -99,19 +103,19 @@ class ListOps:
             if getattr(self, split) < 0:
                 raise ValueError(f"ListOps {split}: got {getattr(self, split)} problems, need 0 or more")
         if self.style not in TEMPLATES:
-            raise ValueError(f"ListOps style: got {self.style!r}, need one of {sorted(TEMPLATES)}")
+            raise ValueError(f"ListOps style: got {self.style!r}, need one of {', '.join(sorted(TEMPLATES))}")
         if self.prompt is not None and "{expression}" not in self.prompt:
-            raise ValueError(f"ListOps prompt: got {self.prompt!r}, need a text that contains {{expression}}")
+            raise ValueError(f"ListOps prompt: got {self.prompt!r}, it must contain {{expression}}")
 
 
 def evaluate(expression: str) -> int:
-    """The answer of an expression, a digit.
+    """The value of an expression, a digit.
 
     Args:
-        expression: List tokens separated by spaces, e.g. "[MAX 2 [MIN 3 4 ] ]".
+        expression: tokens separated by spaces, e.g. "[MAX 2 [MIN 3 4 ] ]".
 
     Raises:
-        ValueError: where it is not one well-formed expression.
+        ValueError: the text is not exactly one well-formed expression.
     """
     stack: list[tuple[str, list[int]]] = []
     result: int | None = None
@@ -131,29 +135,29 @@ def evaluate(expression: str) -> int:
         else:
             raise ValueError(
                 f"ListOps {expression!r}: got {token!r}; an expression is a digit, or [OP followed by "
-                f"expressions and a closing ], with OP one of {sorted(OPERATIONS)}"
+                f"expressions and a closing ], with OP one of {', '.join(sorted(OPERATIONS))}"
             )
         if stack:
             stack[-1][1].append(value)
         else:
             result = value
     if result is None:
-        raise ValueError(f"ListOps {expression!r}: {len(stack)} list(s) left open, or nothing there")
+        raise ValueError(f"ListOps {expression!r}: the expression is empty, or left open ({len(stack)} lists)")
     return result
 
 
 def split_of(expression: str) -> Split:
-    """The split of an expression, by sha256 of its text modulo 10: 0 test, 1 validation, else train.
+    """The split of an expression: sha256 of its text modulo 10 is 0 for test, 1 for validation, else train.
 
-    It depends on nothing but the text. Every problem of a split s satisfies split_of(expression) = s, so no
-    expression can occur in two splits, whatever the seeds, settings or files they were made from.
+    It depends on the text alone, and every problem of a split s satisfies split_of(expression) = s. So no expression
+    occurs in two splits, whatever the seeds, settings or files that they come from.
     """
     bucket = int.from_bytes(hashlib.sha256(expression.encode()).digest(), "big") % 10
     return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
 
 
 def example(expression: str, settings: ListOps, source: str) -> Example:
-    """The prompt and completion of one expression in the style of the settings."""
+    """The example of one expression, formatted in the style of the settings."""
     prompt, completion = TEMPLATES[settings.style]
     prompt = prompt if settings.prompt is None else settings.prompt
     answer = str(evaluate(expression))
@@ -162,27 +166,27 @@ def example(expression: str, settings: ListOps, source: str) -> Example:
 
 
 def generate(settings: ListOps, split: Split) -> list[Example]:
-    """The problems of one split: a pure function of (settings, split).
+    """Generate the problems of one split: a pure function of (settings, split).
 
-    No expression occurs twice, in one split or in two (see `split_of`). A larger count begins with the
-    problems of a smaller one. With `balanced`, answering always the same digit scores 10 %.
+    No expression occurs twice, within a split or across splits (see `split_of`). A larger number of problems begins
+    with those of a smaller one. With `balanced`, a constant answer scores 10 %.
 
     Raises:
-        ValueError: for an unknown split, or where the settings do not allow that many distinct problems.
+        ValueError: an unknown split, or settings that do not allow that many distinct problems.
     """
     if split not in get_args(Split):
-        raise ValueError(f"ListOps split: got {split!r}, need one of {get_args(Split)}")
+        raise ValueError(f"ListOps split: got {split!r}, need one of {', '.join(get_args(Split))}")
     count: int = getattr(settings, split)
-    # Seeding from a text goes through SHA-512, so it is the same in every process.
+    # A string seed is hashed with SHA-512, so it is the same in every process.
     draw = random.Random(f"listops/{settings.seed}/{split}").random
-    found: dict[str, int] = {}
+    answers: dict[str, int] = {}
     per_answer = [0] * 10
     failures = 0
-    while len(found) < count:
+    while len(answers) < count:
         failures += 1
         if failures > MAX_FAILURES:
             raise ValueError(
-                f"ListOps: found only {len(found)} distinct {split} problems of {count} with {settings}; "
+                f"ListOps: found only {len(answers)} distinct {split} problems of {count} with {settings}; "
                 "allow a wider range of lengths, more depth or arguments, fewer problems, or balanced=False"
             )
         tokens: list[str] = []
@@ -190,20 +194,20 @@ def generate(settings: ListOps, split: Split) -> list[Example]:
         if not settings.min_length <= len(tokens) <= settings.max_length:
             continue
         expression = " ".join(tokens)
-        if expression in found or split_of(expression) != split:
+        if expression in answers or split_of(expression) != split:
             continue
         answer = evaluate(expression)
-        if settings.balanced and per_answer[answer] > len(found) // 10:
+        if settings.balanced and per_answer[answer] > len(answers) // 10:
             continue
-        found[expression] = answer
+        answers[expression] = answer
         per_answer[answer] += 1
         failures = 0
-    return [example(e, settings, f"listops/{split}:{i}") for i, e in enumerate(found, 1)]
+    return [example(e, settings, f"listops/{split}:{i}") for i, e in enumerate(answers, 1)]
 
 
 def _grow(tokens: list[str], settings: ListOps, draw: Callable[[], float], depth: int) -> None:
-    """Append one random list; gives up (too long) once max_length is passed."""
-    # Only random() is promised to be the same in every Python; integers are derived from it.
+    """Append the tokens of one random list; gives up once there are more than max_length."""
+    # Python guarantees the same sequence across versions for random() alone, so integers are derived from it.
     tokens.append("[" + settings.operations[int(draw() * len(settings.operations))])
     for _ in range(2 + int(draw() * (settings.max_args - 1))):
         if len(tokens) > settings.max_length:
@@ -216,17 +220,16 @@ def _grow(tokens: list[str], settings: ListOps, draw: Callable[[], float], depth
 
 
 def read_tsv(path: str | Path, settings: ListOps, split: Split) -> list[Example]:
-    """The problems of one split out of a file of `answer<TAB>expression` lines, as in nyu-mll/spinn.
+    """Read the problems of one split from a file of `answer<TAB>expression` lines, the format of nyu-mll/spinn.
 
-    Binary-tree brackets ( and ) are dropped. The file is partitioned by `split_of`; of the settings only
-    style and prompt count.
+    The brackets ( and ) of binary trees are dropped. `split_of` partitions the file; of the settings, only style and
+    prompt are used.
 
     Raises:
-        ValueError: with file and line, for a line of another form or a wrong answer, or where none belongs to
-            the split.
+        ValueError: naming file and line: a malformed line or a wrong answer. Naming the file: no problem of the split.
     """
     examples = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         gold, tab, text = line.partition("\t")

@@ -1,38 +1,39 @@
-"""Examples to token ids, with one boundary between prompt and completion for training and for generation.
+"""Encoding: examples to token ids, with the same prompt-completion boundary in training and in generation.
 
-Each piece of text is tokenised by itself and the ids are joined. A tokenizer merging across the boundary
-would otherwise give a model another prompt in training than the one that generation starts from.
+Each piece of text is tokenised by itself and the ids are concatenated. If the tokenizer could merge across the
+boundary, the model would be trained on prompt ids that generation never starts from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from jinja2 import TemplateError
 
+from jaxsteer.io import Tokenizer
 from train.data.examples import Example, TokenizedExample, Turn
 
 OnLong = Literal["error", "drop", "cut"]
-"""What to do with an example over the limit: stop, leave it out, or cut its prompt's beginning off."""
+"""What to do with examples over the maximum length: raise an error, drop them, or cut the beginning of the prompt."""
 
 CHUNK = 2_000
-"""Examples given to the tokenizer at once: enough for its threads, few enough to see it move."""
+"""Examples per call of the tokenizer: enough to keep its threads busy, few enough for a smooth progress bar."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What tokenising did.
+    """Statistics of encoding a data set.
 
-    examples    number given
-    tokens      in the examples kept
-    supervised  of these, tokens with a loss
+    examples    number of examples given
+    tokens      number of tokens in the examples kept
+    supervised  number of those tokens whose weight in the loss is not 0
     longest     length of the longest example given, in tokens
-    max_length  the limit; None = no limit
-    too_long    (source, length) of every example over the limit that was dropped
-    cut         (source, length before) of every example over the limit whose prompt lost its beginning
+    max_length  the maximum length; None for no limit
+    too_long    (source, length) of every example dropped for its length
+    cut         (source, original length) of every example whose prompt was cut
     """
 
     examples: int
@@ -45,11 +46,11 @@ class Report:
 
     @property
     def kept(self) -> int:
-        """Number of examples that are left."""
+        """Number of examples kept."""
         return self.examples - len(self.too_long)
 
     def __str__(self) -> str:
-        """One line; names the first few examples dropped or cut."""
+        """A one-line summary that names the first few examples dropped or cut."""
         text = f"{self.kept:,} examples, {self.tokens:,} tokens ({self.supervised:,} supervised)"
         text += f"; dropped {_long(self, self.too_long)}" if self.too_long else ""
         return text + (f"; cut the prompts of {_long(self, self.cut)}" if self.cut else "")
@@ -57,61 +58,61 @@ class Report:
 
 def encode(
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     chat: bool = False,
     max_length: int | None = None,
     on_long: OnLong = "error",
     advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[TokenizedExample], Report]:
-    """Tokenise examples for training.
+    """Encode examples for training.
 
-    Plain: beginning-of-sequence ids where the tokenizer adds them, then the turns, with the end-of-sequence
-    token appended to every completion and supervised. Chat: the tokenizer's template, a prompt standing for a
-    user's turn; every assistant turn is supervised up to and with its end-of-turn token.
+    Plain text: the beginning-of-sequence ids that the tokenizer adds, if any, then the turns; every completion is
+    followed by the end-of-sequence token, which is supervised too. Chat: the tokenizer's chat template, with a plain
+    prompt as the user's message; every assistant turn is supervised, up to and including its end-of-turn token.
 
     Args:
-        examples: Each with at least one supervised turn.
-        tokenizer: A fast transformers tokenizer.
-        chat: Render through the tokenizer's chat template.
-        max_length: The most tokens of an example, that is, the row length.
-        on_long: What to do with longer ones: "error" raises; "drop" leaves them out; "cut" takes as many tokens as
-            need be from the beginning of a plain prompt, never from a completion. The report names them.
-        advance: Hears how many examples are done.
+        examples: each with at least one supervised turn.
+        tokenizer: a fast transformers tokenizer.
+        chat: apply the tokenizer's chat template.
+        max_length: maximum number of tokens in an example, usually the sequence length; None for no limit.
+        on_long: what to do with longer examples: "error" raises; "drop" leaves them out; "cut" removes as many tokens
+            as necessary from the beginning of a plain prompt, never from a completion. The report lists them.
+        advance: callback, called with the number of examples encoded so far.
 
     Returns:
-        The examples kept, in order, and the report.
+        The examples kept, in order, and statistics. `completion` marks exactly the supervised tokens, and their
+        weight in the loss is 1.
 
     Raises:
-        ValueError: naming the example: chat roles without `chat`; nothing supervised; nothing before the
-            first supervised token; a template that is not prefix-stable or ends no turn; longer than
-            max_length.
+        ValueError: naming the example: chat roles without `chat`; nothing supervised; nothing before the first
+            supervised token; a chat template that is not prefix-stable or does not end its turns; too long.
     """
     return _encode(examples, tokenizer, chat, max_length, on_long, generate=False, advance=advance)
 
 
 def encode_prompts(
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     chat: bool = False,
     max_length: int | None = None,
     on_long: OnLong = "error",
 ) -> tuple[list[TokenizedExample], Report]:
-    """Tokenise what generation starts from: each example without its final supervised turn.
+    """Encode what generation starts from: each example without its final supervised turn.
 
-    The ids are those with which `encode` begins the same example. Earlier assistant turns
-    count as completion, as they do in training. See `encode` for arguments and errors.
+    The ids are a prefix of the ids that `encode` gives for the same example. Earlier assistant turns are marked as
+    completion, as in training. See `encode` for the arguments and errors.
     """
-    contexts = [e.context for e in examples]
+    contexts = [example.context for example in examples]
     return _encode(contexts, tokenizer, chat, max_length, on_long, generate=True)
 
 
-def stop_tokens(tokenizer: Any, *, chat: bool = False) -> tuple[int, ...]:
-    """Ids that end a generated text: the end of sequence and, for a chat, the template's end of turn.
+def stop_tokens(tokenizer: Tokenizer, *, chat: bool = False) -> tuple[int, ...]:
+    """Ids that end a generated text: the end-of-sequence token and, for a chat, the template's end-of-turn token.
 
     Raises:
-        ValueError: where the tokenizer has neither.
+        ValueError: the tokenizer has neither.
     """
     stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if chat:
@@ -124,27 +125,22 @@ def stop_tokens(tokenizer: Any, *, chat: bool = False) -> tuple[int, ...]:
 
 def _encode(
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     chat: bool,
     max_length: int | None,
     on_long: OnLong,
     generate: bool,
     advance: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[TokenizedExample], Report]:
-    """Both `encode` and `encode_prompts`."""
-    if on_long not in get_args(OnLong):
-        raise ValueError(f"on_long: got {on_long!r}, allowed are {', '.join(get_args(OnLong))}")
-    if on_long == "cut" and chat:
-        raise ValueError(
-            "on_long: 'cut' is for plain prompts; a conversation without its beginning is none: use 'drop'"
-        )
+    """`encode`, or `encode_prompts` with `generate`."""
+    _check_on_long(on_long, chat)
     if not examples:
         raise ValueError("no examples to tokenise")
     start = [] if chat else _beginning(tokenizer)  # a chat template writes its own
-    kept, long, cut, longest = [], [], [], 0
+    kept, too_long, cut, longest = [], [], [], 0
     for first in range(0, len(examples), CHUNK):
         chunk = examples[first : first + CHUNK]
-        for row in _rows(chunk, tokenizer, chat, generate, start):
+        for row in _tokenised(chunk, tokenizer, chat, generate, start):
             longest = max(longest, len(row))
             over = 0 if max_length is None else len(row) - max_length
             # A prompt keeps at least one token.
@@ -152,34 +148,48 @@ def _encode(
                 cut.append((row.source, len(row)))
                 kept.append(_without(row, slice(len(start), len(start) + over)))
             elif over > 0:
-                long.append((row.source, len(row)))
+                too_long.append((row.source, len(row)))
             else:
                 kept.append(row)
         advance(first + len(chunk))
-    total = sum(map(len, kept))
-    supervised_total = int(sum(np.count_nonzero(r.weights) for r in kept))
-    report = Report(len(examples), total, supervised_total, longest, max_length, tuple(long), tuple(cut))
-    if long and on_long == "error":
-        raise ValueError(f"{_long(report, long)}; raise max_length, shorten them, or drop them with on_long='drop'")
-    if long and on_long == "cut":
-        raise ValueError(
-            f"{_long(report, long)}, and cutting the prompt is not enough; raise max_length, or use on_long='drop'"
-        )
-    if not kept:
-        raise ValueError(f"no example is left: {_long(report, long)}")
+    tokens = sum(map(len, kept))
+    supervised = int(sum(np.count_nonzero(row.weights) for row in kept))
+    report = Report(len(examples), tokens, supervised, longest, max_length, tuple(too_long), tuple(cut))
+    _check_kept(report, on_long)
     return kept, report
 
 
-def _rows(
-    examples: Sequence[Example], tokenizer: Any, chat: bool, generate: bool, start: list[int]
+def _check_on_long(on_long: OnLong, chat: bool) -> None:
+    """Raise ValueError for a setting that does not exist, or that chats do not have."""
+    if on_long not in get_args(OnLong):
+        raise ValueError(f"on_long: got {on_long!r}, allowed are {', '.join(get_args(OnLong))}")
+    if on_long == "cut" and chat:
+        raise ValueError(
+            "on_long: 'cut' is for plain prompts; a conversation cannot be cut at the beginning: use 'drop'"
+        )
+
+
+def _check_kept(report: Report, on_long: OnLong) -> None:
+    """Raise ValueError for examples that are too long and may not be dropped, or if none is left."""
+    long = _long(report, report.too_long)
+    if report.too_long and on_long == "error":
+        raise ValueError(f"{long}; raise max_length, shorten them, or drop them with on_long='drop'")
+    if report.too_long and on_long == "cut":
+        raise ValueError(f"{long}, and cutting the prompt is not enough; raise max_length, or use on_long='drop'")
+    if not report.kept:
+        raise ValueError(f"no example is left: {long}")
+
+
+def _tokenised(
+    examples: Sequence[Example], tokenizer: Tokenizer, chat: bool, generate: bool, start: list[int]
 ) -> Iterator[TokenizedExample]:
-    """The tokens of each example; `start` begins each."""
-    pieces = _chat_pieces if chat else _plain_pieces
-    texts = [pieces(e, tokenizer, generate) for e in examples]
-    # One call for all pieces: a fast tokenizer works on a batch in parallel.
-    ids = iter(tokenizer([text for piece in texts for text, _ in piece], add_special_tokens=False)["input_ids"])
+    """Yield the tokens of each example, `start` first."""
+    pieces = [_chat_pieces(e, tokenizer, generate) if chat else _plain_pieces(e) for e in examples]
+    # One call for all pieces: a fast tokenizer processes a list in parallel.
+    texts = [text for piece in pieces for text, _ in piece]
+    ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
     specials = _special_ids(tokenizer) if chat else frozenset[int]()
-    for example, piece in zip(examples, texts, strict=True):
+    for example, piece in zip(examples, pieces, strict=True):
         tokens, completion = list(start), [False] * len(start)
         for text, supervised in piece:
             new = next(ids)
@@ -191,39 +201,40 @@ def _rows(
                 trained = len(new)
             tokens += new
             completion += [True] * trained + [False] * (len(new) - trained)
-        yield _finish(example, tokens, completion, generate)
+        yield _to_arrays(example, tokens, completion, generate)
 
 
-def _without(row: TokenizedExample, gone: slice) -> TokenizedExample:
-    """A row without some tokens of its prompt."""
+def _without(row: TokenizedExample, removed: slice) -> TokenizedExample:
+    """The example without some tokens of its prompt."""
     return replace(
         row,
-        ids=np.delete(row.ids, gone),
-        completion=np.delete(row.completion, gone),
-        weights=np.delete(row.weights, gone),
-        prompt_length=row.prompt_length - (gone.stop - gone.start),
+        ids=np.delete(row.ids, removed),
+        completion=np.delete(row.completion, removed),
+        weights=np.delete(row.weights, removed),
+        prompt_length=row.prompt_length - (removed.stop - removed.start),
     )
 
 
-def _finish(example: Example, tokens: list[int], completion: list[bool], generate: bool) -> TokenizedExample:
-    """Arrays of one example, checked."""
-    ids, produced = np.asarray(tokens, np.int32), np.asarray(completion, bool)
-    trained = np.flatnonzero(produced)
+def _to_arrays(example: Example, tokens: list[int], supervised: list[bool], generate: bool) -> TokenizedExample:
+    """The tokens of one example as arrays, checked."""
+    ids, completion = np.asarray(tokens, np.int32), np.asarray(supervised, bool)
+    positions = np.flatnonzero(completion)
     if not generate:
-        if not len(trained):
+        if not len(positions):
             raise ValueError(f"{example.source}: nothing to train on; no completion and no assistant turn")
-        # What a template writes after the last end of turn (a newline) predicts nothing.
-        ids, produced = ids[: trained[-1] + 1], produced[: trained[-1] + 1]
-    prompt_length = int(trained[0]) if len(trained) else len(ids)
+        # Whatever a template writes after the last end of turn (a newline) predicts nothing.
+        end = positions[-1] + 1
+        ids, completion = ids[:end], completion[:end]
+    prompt_length = int(positions[0]) if len(positions) else len(ids)
     if prompt_length == 0:
         raise ValueError(
-            f"{example.source}: the prompt is empty and the tokenizer adds no beginning of sequence, so "
+            f"{example.source}: the prompt is empty and the tokenizer adds no beginning-of-sequence token, so "
             "there is nothing to predict the first token from"
         )
-    return TokenizedExample(ids, produced, prompt_length, example.source, example.gold)
+    return TokenizedExample(ids, completion, prompt_length, example.source, example.gold)
 
 
-def _plain_pieces(example: Example, tokenizer: Any, generate: bool) -> list[tuple[str, bool]]:
+def _plain_pieces(example: Example) -> list[tuple[str, bool]]:
     """(text, supervised) of each turn."""
     for turn in example.turns:
         if turn.role not in ("prompt", "completion"):
@@ -233,19 +244,19 @@ def _plain_pieces(example: Example, tokenizer: Any, generate: bool) -> list[tupl
     return [(turn.text, turn.supervised) for turn in example.turns]
 
 
-def _chat_pieces(example: Example, tokenizer: Any, generate: bool) -> list[tuple[str, bool]]:
-    """(text, supervised), cut out of the rendered conversation.
+def _chat_pieces(example: Example, tokenizer: Tokenizer, generate: bool) -> list[tuple[str, bool]]:
+    """(text, supervised) of the pieces of the rendered conversation.
 
     A supervised piece is what one more assistant turn adds to the rendering of the turns before it with the
-    generation prompt; this needs no knowledge of the template, only that each rendering begins with the last.
+    generation prompt. This needs no knowledge of the template, only that each rendering is a prefix of the next.
     """
     if not tokenizer.chat_template:
         raise ValueError(
             f"{example.source}: chat=True, but the tokenizer has no chat template; use the tokenizer of an "
-            "instruction-tuned model, set tokenizer.chat_template, or chat=False"
+            "instruction-tuned model, set tokenizer.chat_template, or use chat=False"
         )
     names = {"prompt": "user", "completion": "assistant"}
-    messages = [{"role": names.get(t.role, t.role), "content": t.text} for t in example.turns]
+    messages = [{"role": names.get(turn.role, turn.role), "content": turn.text} for turn in example.turns]
 
     def render(count: int, prompt: bool) -> str:
         try:
@@ -255,29 +266,37 @@ def _chat_pieces(example: Example, tokenizer: Any, generate: bool) -> list[tuple
                 f"{example.source}: the chat template refused messages 0 to {count - 1}: {error}"
             ) from error
 
-    def added(text: str, before: str, count: int) -> str:
-        if not text.startswith(before):
-            raise ValueError(
-                f"{example.source}: the chat template is not prefix-stable: with message {count - 1} it "
-                f"renders the messages before it differently (it gave {before[-40:]!r}, then "
-                f"{text[: len(before)][-40:]!r}), so training and generation would see different prompts; "
-                "make one example of each assistant turn, or use a template without such rewriting"
-            )
-        return text[len(before) :]
-
-    pieces, done = [], ""
+    pieces, rendered = [], ""
     for i, turn in enumerate(example.turns):
         if turn.supervised:
             before, after = render(i, True), render(i + 1, False)
-            pieces += [(added(before, done, i), False), (added(after, before, i + 1), True)]
-            done = after
+            pieces.append((_added(before, rendered, example.source, i - 1), False))
+            pieces.append((_added(after, before, example.source, i), True))
+            rendered = after
     if generate:
-        pieces.append((added(render(len(messages), True), done, len(messages)), False))
+        last = len(messages) - 1
+        pieces.append((_added(render(len(messages), True), rendered, example.source, last), False))
     return pieces
 
 
-def _end_of_turn(ids: list[int], tokenizer: Any, specials: frozenset[int], source: str, text: str) -> int:
-    """Number of tokens of an assistant piece up to and with its end-of-turn token, its last special one."""
+def _added(text: str, prefix: str, source: str, message: int) -> str:
+    """What a rendering that ends with a message adds to an earlier one.
+
+    Raises:
+        ValueError: the earlier one is not a prefix of it.
+    """
+    if not text.startswith(prefix):
+        raise ValueError(
+            f"{source}: the chat template is not prefix-stable: with message {message} it renders the messages before "
+            f"it differently (first {prefix[-40:]!r}, then {text[: len(prefix)][-40:]!r}), so training and generation "
+            "would see different prompts; split the conversation into one example per assistant turn, or use a "
+            "template that does not rewrite earlier turns"
+        )
+    return text[len(prefix) :]
+
+
+def _end_of_turn(ids: list[int], tokenizer: Tokenizer, specials: frozenset[int], source: str, text: str) -> int:
+    """Number of tokens of an assistant piece up to and including its end-of-turn token, the last special one."""
     end = max((i for i, token in enumerate(ids) if token in specials), default=-1) + 1
     if end == 0 or tokenizer.decode(ids[end:]).strip():
         raise ValueError(
@@ -287,13 +306,13 @@ def _end_of_turn(ids: list[int], tokenizer: Any, specials: frozenset[int], sourc
     return end
 
 
-def _special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of all special tokens, also those without a role such as eos."""
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of all special tokens, including those without a role such as eos."""
     added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
     return frozenset([*tokenizer.all_special_ids, *added])
 
 
-def _beginning(tokenizer: Any) -> list[int]:
+def _beginning(tokenizer: Tokenizer) -> list[int]:
     """Ids that the tokenizer puts before a text."""
     plain = tokenizer("x", add_special_tokens=False)["input_ids"]
     whole = tokenizer("x")["input_ids"]
@@ -303,18 +322,18 @@ def _beginning(tokenizer: Any) -> list[int]:
     raise ValueError(f"the tokenizer gives {plain} for 'x' alone, but {whole} with special tokens")
 
 
-def _end_of_sequence(tokenizer: Any) -> int:
+def _end_of_sequence(tokenizer: Tokenizer) -> int:
     """The id that ends a completion."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token to end a completion; set tokenizer.eos_token")
     return int(tokenizer.eos_token_id)
 
 
-def _long(report: Report, over: Sequence[tuple[str, int]]) -> str:
-    """Examples over the limit, the first few by name."""
-    named = ", ".join(f"{source} ({length})" for source, length in over[:3])
-    more = ", ..." if len(over) > 3 else ""
+def _long(report: Report, examples: Sequence[tuple[str, int]]) -> str:
+    """How many examples are over the maximum length; names the first few."""
+    named = ", ".join(f"{source} ({length})" for source, length in examples[:3])
+    more = ", ..." if len(examples) > 3 else ""
     return (
-        f"{len(over):,} of {report.examples:,} examples longer than {report.max_length} tokens "
+        f"{len(examples):,} of {report.examples:,} examples longer than {report.max_length} tokens "
         f"(longest {report.longest}): {named}{more}"
     )

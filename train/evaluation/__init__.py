@@ -1,4 +1,4 @@
-"""Questions asked of a model: answers generated or chosen, scored, kept on disk, and compared.
+"""Questions put to a model: answers generated or chosen, scored, kept on disk, and compared.
 
-What a task is (records, rules of scoring) belongs in `train.tasks`; what a run is, in `train.run`.
+What a task is (records, readers, scoring rules) belongs in `train.tasks`; what a training run is, in `train.run`.
 """

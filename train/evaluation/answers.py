@@ -1,38 +1,39 @@
-"""Evaluation: prompts in, answers decoded or chosen, scored, with every one kept for reading."""
+"""Questions as tokens, answers with their scores, and the files that keep them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.inference.continuous import Answer, generate_all
-from jaxsteer.inference.generate import Sampling
-from jaxsteer.inference.likelihood import Likelihood, score_continuations
-from jaxsteer.models.transformer import Model
-from jaxsteer.types import Batch, PyTree, Steering
+from jaxsteer.inference.continuous import Answer
+from jaxsteer.inference.likelihood import Likelihood
+from jaxsteer.io import Tokenizer
+from jaxsteer.io.files import replacing
 from train.data import Example, TokenizedExample, Turn, encode, encode_prompts, stop_tokens
 from train.tasks.scoring import Accuracy, Rule, accuracy, extract, score
 
-Normalise = Literal["none", "tokens", "characters"]
-"""What the log-likelihood of a choice is divided by: nothing, its number of tokens, or of characters."""
+By = Literal["generation", "likelihood"]
+"""How an answer is found: the model generates it, or the most likely of the example's choices is taken."""
 
-NEAR_TIE = 1e-4
-"""Where the two largest logits differ by less, rounding decides: another batch may give another answer."""
+Normalise = Literal["none", "tokens", "characters"]
+"""What the log-likelihood of a choice is divided by: nothing, its number of tokens, or its number of characters."""
+
+LOW_MARGIN = 1e-4
+"""Below this difference between the two largest logits, rounding decides: another batch may give another answer."""
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """One answer. `truncated`: it used all its tokens without ending.
+class ScoredAnswer:
+    """One answer and its score.
 
-    margin  smallest lead of the token chosen over the next best, in logits; None for a choice
-    scores  of a choice: each candidate's log-likelihood, normalised as asked
+    truncated  the token limit was reached before the answer ended
+    margin     smallest lead of a generated token over the runner-up, in logits; None for a choice
+    scores     log-likelihood of each choice, normalised as asked; None for a generated answer
     """
 
     prompt: str
@@ -46,14 +47,14 @@ class Decoded:
     scores: tuple[float, ...] | None = None
 
     @property
-    def near_tie(self) -> bool:
+    def low_margin(self) -> bool:
         """Whether rounding may have decided."""
-        return self.margin is not None and self.margin < NEAR_TIE
+        return self.margin is not None and self.margin < LOW_MARGIN
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts ready to be answered, with what scoring needs; `choices` are those of the examples."""
+    """Tokenised prompts with what scoring needs; `choices` and their tokens are empty for generated answers."""
 
     texts: tuple[str, ...]
     tokens: tuple[TokenizedExample, ...]
@@ -65,27 +66,29 @@ class Prompts:
 
 
 def make_prompts(
-    examples: Sequence[Example], tokenizer: Any, stop: Sequence[int], task: Any, *, choices: bool = False
+    examples: Sequence[Example], tokenizer: Tokenizer, stop: Sequence[int], task: Any, *, choices: bool = False
 ) -> Prompts:
-    """Tokenise the prompts of examples as training does.
+    """Tokenise the prompts of examples exactly as training does.
 
     Args:
-        examples: with their gold answers. tokenizer: of the model. stop: the model's own stop tokens.
-        task: gives chat, rule and max_new_tokens.
-        choices: tokenise the examples' choices too.
+        examples: with their gold answers.
+        tokenizer: of the model.
+        stop: the model's own stop tokens; those of the tokenizer and the chat template are added.
+        task: gives `chat`, `rule` and `max_new_tokens`.
+        choices: also tokenise each example's choices.
 
     Raises:
-        ValueError: an example without choices where they are asked for, or whose gold answer is not one of them.
+        ValueError: an example without choices where they are needed, or whose gold answer is not one of them.
     """
     tokens, _ = encode_prompts(examples, tokenizer, chat=task.chat)
     ends = tuple(sorted({*stop, *stop_tokens(tokenizer, chat=task.chat)}))
-    texts = tuple(tokenizer.decode(t.ids) for t in tokens)
+    texts = tuple(tokenizer.decode(example.ids) for example in tokens)
     prompts = Prompts(texts, tuple(tokens), ends, task.rule, task.max_new_tokens)
     return _with_choices(prompts, examples, tokenizer, chat=task.chat) if choices else prompts
 
 
-def _with_choices(prompts: Prompts, examples: Sequence[Example], tokenizer: Any, *, chat: bool) -> Prompts:
-    """Each choice as the completion that training would see: its tokens end with the end of the sequence or turn."""
+def _with_choices(prompts: Prompts, examples: Sequence[Example], tokenizer: Tokenizer, *, chat: bool) -> Prompts:
+    """Tokenise each choice as the completion that training would see, end of sequence or turn included."""
     completed = []
     for example in examples:
         if len(example.choices) < 2:
@@ -106,151 +109,68 @@ def _with_choices(prompts: Prompts, examples: Sequence[Example], tokenizer: Any,
     return replace(prompts, choices=tuple(example.choices for example in examples), choice_ids=ids)
 
 
-def _on_device(batch: Batch) -> Batch:
-    return jax.tree.map(jnp.asarray, batch)
+def generated_reader(prompts: Prompts, tokenizer: Tokenizer) -> Callable[[int, Answer], ScoredAnswer]:
+    """(prompt's index, generated tokens) -> the scored answer."""
 
-
-Keep = Callable[[int, Decoded], None]
-Done = Mapping[int, Decoded]
-
-
-def decode(
-    model: Model,
-    base: PyTree,
-    steering: Steering,
-    prompts: Prompts,
-    tokenizer: Any,
-    *,
-    batch_size: int = 64,
-    sampling: Sampling | None = None,
-    key: jax.Array | None = None,
-    advance: Callable[[int], None] = lambda done: None,
-    place: Callable[[Batch], Batch] = _on_device,
-    done: Done | None = None,
-    keep: Keep = lambda index, answer: None,
-) -> list[Decoded]:
-    """Answer every prompt and score it; rows whose answer is finished are taken over by waiting prompts.
-
-    Results come in the order of the prompts; with several processes each has all of them.
-
-    Args:
-        model, base, steering: that answer.
-        prompts, tokenizer: what to answer.
-        batch_size: prompts decoded at a time.
-        sampling: greedy by default. key: for sampling.
-        advance: hears how many are done.
-        place: puts a batch on the devices that the weights lie on.
-        done: answers that are known already, by the prompts' numbers.
-        keep: hears each new answer.
-    """
-
-    def read(index: int, answer: Answer) -> Decoded:
-        prompt = prompts.tokens[index]
+    def read(index: int, answer: Answer) -> ScoredAnswer:
         output = tokenizer.decode(answer.tokens, skip_special_tokens=True)
-        right = prompt.answer is not None and score(output, prompt.answer, prompts.rule)
-        return Decoded(
-            prompts.texts[index],
-            output,
-            extract(output, prompts.rule),
-            prompt.answer,
-            right,
-            not answer.stopped,
-            prompt.source,
-            answer.margin,
-        )
+        return _scored(prompts, index, output, truncated=not answer.stopped, margin=answer.margin)
 
-    results = dict(done or {})
-    left = [i for i in range(len(prompts.tokens)) if i not in results]
-    answers = generate_all(
-        model,
-        base,
-        steering,
-        [prompts.tokens[i] for i in left],
-        key,
-        max_new_tokens=prompts.max_new_tokens,
-        stop_tokens=prompts.stop,
-        rows=batch_size,
-        sampling=sampling or Sampling(),
-        place=place,
-    )
-    return _collect(results, ((left[i], read(left[i], answer)) for i, answer in answers), advance, keep)
+    return read
 
 
-def choose(
-    model: Model,
-    base: PyTree,
-    steering: Steering,
-    prompts: Prompts,
-    *,
-    batch_size: int = 32,
-    normalise: Normalise = "none",
-    advance: Callable[[int], None] = lambda done: None,
-    place: Callable[[Batch], Batch] = _on_device,
-    done: Done | None = None,
-    keep: Keep = lambda index, answer: None,
-) -> list[Decoded]:
-    """Answer every prompt with its likeliest choice, and score it.
+def chosen_reader(prompts: Prompts, normalise: Normalise) -> Callable[[int, list[Likelihood]], ScoredAnswer]:
+    """(prompt's index, likelihood of each choice) -> the most likely choice, scored."""
 
-    Args:
-        prompts: with their choices, see `make_prompts`.
-        batch_size: prompts at a time.
-        normalise: see `Normalise`.
-        model, base, steering, advance, place, done, keep: as in `decode`.
-    """
-
-    def read(index: int, found: list[Likelihood]) -> Decoded:
-        prompt, choices = prompts.tokens[index], prompts.choices[index]
-        sizes = {
+    def read(index: int, likelihoods: list[Likelihood]) -> ScoredAnswer:
+        choices = prompts.choices[index]
+        divisors = {
             "none": [1] * len(choices),
-            "tokens": [each.tokens for each in found],
+            "tokens": [each.tokens for each in likelihoods],
             "characters": [len(choice) for choice in choices],
         }[normalise]
-        scores = tuple(each.log_probability / size for each, size in zip(found, sizes, strict=True))
-        output = choices[int(np.argmax(scores))]
-        right = prompt.answer is not None and score(output, prompt.answer, prompts.rule)
-        read = extract(output, prompts.rule)
-        return Decoded(prompts.texts[index], output, read, prompt.answer, right, False, prompt.source, scores=scores)
+        scores = tuple(each.log_probability / by for each, by in zip(likelihoods, divisors, strict=True))
+        return _scored(prompts, index, choices[int(np.argmax(scores))], scores=scores)
 
-    results = dict(done or {})
-    left = [i for i in range(len(prompts.tokens)) if i not in results]
-    found = score_continuations(
-        model,
-        base,
-        steering,
-        [prompts.tokens[i] for i in left],
-        [prompts.choice_ids[i] for i in left],
-        batch_size=batch_size,
-        place=place,
-    )
-    return _collect(results, ((left[i], read(left[i], scores)) for i, scores in found), advance, keep)
+    return read
 
 
-def _collect(results: dict[int, Decoded], new: Any, advance: Callable[[int], None], keep: Keep) -> list[Decoded]:
-    for index, answer in new:
-        results[index] = answer
-        keep(index, answer)
-        advance(len(results))
-    return [results[i] for i in range(len(results))]
+def _scored(prompts: Prompts, index: int, output: str, *, truncated: bool = False, **details: Any) -> ScoredAnswer:
+    prompt, rule = prompts.tokens[index], prompts.rule
+    correct = prompt.answer is not None and score(output, prompt.answer, rule)
+    read = extract(output, rule)
+    return ScoredAnswer(prompts.texts[index], output, read, prompt.answer, correct, truncated, prompt.source, **details)
 
 
-def accuracy_of(decoded: Sequence[Decoded]) -> Accuracy:
-    """Share of right answers, with its interval."""
-    return accuracy(d.correct for d in decoded)
+def accuracy_of(answers: Sequence[ScoredAnswer]) -> Accuracy:
+    """Share of correct answers, with its interval."""
+    return accuracy(answer.correct for answer in answers)
 
 
-def write_answers(path: Path, decoded: Sequence[Decoded]) -> None:
-    """One answer a line, JSON; whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(asdict(d), ensure_ascii=False) + "\n" for d in decoded), encoding="utf-8")
-    part.replace(path)
+def summarise(answers: Sequence[ScoredAnswer]) -> dict[str, Any]:
+    """Figures of an evaluation, JSON values."""
+    result = accuracy_of(answers)
+    return {
+        "accuracy": result.rate,
+        "interval": list(result.interval),
+        "truncated": sum(answer.truncated for answer in answers),
+        "low_margin": sum(answer.low_margin for answer in answers),
+    }
 
 
-def read_answers(path: Path) -> list[Decoded]:
+def write_answers(path: Path, answers: Sequence[ScoredAnswer]) -> None:
+    """Write one JSON line per answer; the file is replaced as a whole."""
+    lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
+    with replacing(path) as file:
+        file.write(lines.encode())
+
+
+def read_answers(path: Path) -> list[ScoredAnswer]:
     """Read what `write_answers` wrote."""
     return [answer_from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def answer_from_json(data: dict[str, Any]) -> Decoded:
+def answer_from_json(data: dict[str, Any]) -> ScoredAnswer:
     """An answer from its JSON object."""
-    answer = Decoded(**data)
+    answer = ScoredAnswer(**data)
     return answer if answer.scores is None else replace(answer, scores=tuple(answer.scores))

@@ -1,4 +1,4 @@
-"""Two evaluations of the same examples, compared example by example."""
+"""Intervals, and paired comparison of two evaluations of the same examples."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from train.evaluation.answers import Decoded, read_answers
+from train.evaluation.answers import ScoredAnswer, read_answers
 
 RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Paired:
-    """How the accuracy of one evaluation differs from another's on the same examples.
+    """Difference in accuracy between two evaluations of the same examples.
 
-    total                examples
-    difference           accuracy minus the other's
-    low, high            its 95 % interval, by the bootstrap over examples (percentiles)
-    only_here, only_there  examples that only one of the two has right
-    p                    McNemar's exact test: how likely so uneven a split of those is between equals
+    total                  number of examples
+    difference             accuracy here minus accuracy there
+    low, high              its 95 % percentile interval, bootstrapped over examples
+    only_here, only_there  examples that only one of the two answers correctly
+    p                      p-value of McNemar's exact test on those
     """
 
     total: int
@@ -41,14 +41,14 @@ class Paired:
         return f"{points}; McNemar p = {self.p:.2g}; right only here {self.only_here}, only there {self.only_there})"
 
 
-def compare(here: Sequence[bool], there: Sequence[bool], seed: int = 0) -> Paired:
-    """Compare scores of the same examples in the same order.
+def compare_scores(here: Sequence[bool], there: Sequence[bool], seed: int = 0) -> Paired:
+    """Compare two evaluations' scores of the same examples, in the same order.
 
     Raises:
-        ValueError: not two scores for each of at least one example.
+        ValueError: no examples, or different numbers of scores.
     """
     if len(here) != len(there) or not len(here):
-        raise ValueError(f"compare: need two scores for each example, got {len(here)} and {len(there)}")
+        raise ValueError(f"compare_scores: need two scores for each example, got {len(here)} and {len(there)}")
     differences = np.asarray(here, float) - np.asarray(there, float)
     gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
     low = high = float(differences[0])
@@ -61,13 +61,13 @@ def compare(here: Sequence[bool], there: Sequence[bool], seed: int = 0) -> Paire
     return Paired(len(differences), float(differences.mean()), low, high, gained, lost, float(p))
 
 
-def compare_answers(here: Sequence[Decoded], there: Sequence[Decoded]) -> Paired:
-    """Compare answers to the same prompts, in whatever order.
+def compare_answers(here: Sequence[ScoredAnswer], there: Sequence[ScoredAnswer]) -> Paired:
+    """Compare answers to the same prompts, in any order.
 
     Raises:
-        ValueError: the two do not hold the same examples.
+        ValueError: the two do not answer the same examples.
     """
-    key = lambda each: (each.source, each.prompt, str(each.gold))
+    key = lambda answer: (answer.source, answer.prompt, str(answer.gold))
     first, second = sorted(here, key=key), sorted(there, key=key)
     if [*map(key, first)] != [*map(key, second)]:
         common = len({*map(key, first)} & {*map(key, second)})
@@ -75,25 +75,25 @@ def compare_answers(here: Sequence[Decoded], there: Sequence[Decoded]) -> Paired
             f"the two evaluations must answer the same examples: {len(first)} here, {len(second)} there, {common} in "
             "common (same source, prompt and gold answer); give both the same task, split, number and template"
         )
-    return compare([each.correct for each in first], [each.correct for each in second])
+    return compare_scores([answer.correct for answer in first], [answer.correct for answer in second])
 
 
-def find_answers(path: str | Path, name: str = "steered") -> list[Decoded]:
-    """Read an answers file, or the one of this name in a folder, its `evaluation` or above it.
+def find_answers(path: str | Path, name: str = "steered") -> list[ScoredAnswer]:
+    """Read an answers file, or the one called `name` in a folder or its subfolder `evaluation`.
 
     Raises:
         ValueError: there is none.
     """
     path = Path(path)
-    files = [f"{name}.jsonl", "answers.jsonl", "steered.jsonl", "base.jsonl"]
-    places = [folder / file for folder in (path, path / "evaluation") for file in dict.fromkeys(files)]
-    found = path if path.is_file() else next((each for each in places if each.is_file()), None)
-    if found is None:
+    names = [f"{name}.jsonl", "answers.jsonl", "steered.jsonl", "base.jsonl"]
+    places = [folder / name for folder in (path, path / "evaluation") for name in dict.fromkeys(names)]
+    file = path if path.is_file() else next((place for place in places if place.is_file()), None)
+    if file is None:
         raise ValueError(f"{path}: no answers there; expected a .jsonl file of train.evaluate, or a folder with one")
     try:
-        return read_answers(found)
+        return read_answers(file)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{found}: not answers of train.evaluate ({error})") from None
+        raise ValueError(f"{file}: not answers of train.evaluate ({error})") from None
 
 
 class Estimate(NamedTuple):
@@ -105,7 +105,7 @@ class Estimate(NamedTuple):
 
 
 def crossed_interval(scores: Sequence[Sequence[float]]) -> Estimate:
-    """Mean of scores [seeds, examples] and its 95 % interval over both: other seeds and other examples.
+    """Mean of scores [seeds, examples] and its 95 % interval over new seeds and new examples.
 
     Two-way random effects without replication: Var(mean) = (MS_seeds + MS_examples - MS_rest) / (S n), at least the
     larger of its two parts alone, with Satterthwaite's degrees of freedom. One seed: over the examples only. Scores may

@@ -11,7 +11,9 @@ from typing import Literal
 from train.devices.chips import Chip as Figures
 from train.devices.chips import chip_of
 
-SOLD = Path(__file__).parents[2] / "tpu_scripts" / "topologies.txt"
+_HERE = Path(__file__).parent
+SOLD = next(p for p in (_HERE / "topologies.txt", _HERE.parents[1] / "tpu_scripts" / "topologies.txt") if p.is_file())
+"""The table of slices: in this package where it is installed, beside the scripts in a clone."""
 GIB = 2**30
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: named trees and a JSON record, saved in the background by Orbax and checked bit for bit.
 
-Orbax by itself casts to another dtype in silence, restores a flipped byte as if nothing were wrong, takes NaN
-for the best metric and declines a step that exists: the record and the checks here turn these into errors.
+Orbax alone silently casts to another dtype, restores a flipped byte as if nothing were wrong, ranks NaN as the best
+metric, and declines to save a step that exists: the record and the checks here turn these into errors.
 """
 
 from __future__ import annotations
@@ -37,44 +37,40 @@ from train.run.leaves import (
 )
 
 _DISK = ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded")
-_RECORD = "record"  # the item that holds meta, metrics and the digests
+_RECORD = "record"  # the item with meta, metrics and digests
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held."""
+    """A restored checkpoint."""
 
     step: int
-    """The step that it was saved at."""
+    """The step it was saved at."""
     trees: dict[str, PyTree]
-    """The trees asked for."""
+    """The requested trees."""
     meta: dict[str, Any]
     """The JSON values saved with them."""
     skipped: list[str] = field(default_factory=list)
-    """Later checkpoints that could not be read, each with the reason."""
+    """Later checkpoints that could not be read, with reasons."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, as made by `open_checkpoints`. A context manager.
+    """The checkpoints of one run, opened by `open_checkpoints`. A context manager.
 
-    Each tree is an item of its own, so one can be restored without the others. A leaf is an array (JAX or
-    NumPy, any dtype), a typed key, or a Python number; None is no leaf. The record beside the trees names
-    every leaf with its dtype, shape and sha256: a restored leaf has the same bits, or there is an error.
+    Each tree is an item of its own, so it can be restored without the others. A leaf is an array (JAX or NumPy, any
+    dtype), a typed key, or a Python number; None is not a leaf. The record beside the trees lists every leaf with its
+    dtype, shape and sha256: a restored leaf has the same bits, or there is an error.
     """
 
     def __init__(
         self,
         folder: epath.Path,
         manager: ocp.CheckpointManager,
-        every: int,
         best: tuple[str, str] | None,
-        read_only: bool,
     ) -> None:
         self.folder = folder
         self._manager = manager
-        self._every = every
         self._best = best
-        self._read_only = read_only
         self._records: dict[int, dict[str, Any]] = {}
         self._unreadable: set[int] = set()
 
@@ -84,33 +80,23 @@ class Checkpoints:
         trees: Mapping[str, PyTree],
         meta: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
-        force: bool = False,
-    ) -> bool:
-        """Save if the step is due, that is a multiple of `every`.
+    ) -> None:
+        """Save a step.
 
-        The values are copied before this returns, and written in the background; an error in writing is
-        raised by the next `save`, `wait` or `close`. Checkpoints that `restore_latest` skipped are removed
-        first: they can no longer be the latest of this run.
+        The values are copied before this returns and written in the background; a write error is raised by the next
+        `save`, `wait` or `close`. Checkpoints that `restore_latest` skipped are removed first: they can no longer be
+        the latest of this run. A step that exists with the same bits and meta is not written again.
 
         Args:
-            step: later than every checkpoint there.
+            step: later than every existing checkpoint.
             trees: by name.
             meta: JSON values.
-            metrics: that the best checkpoint is chosen by.
-            force: save though it is not due.
-
-        Returns:
-            Whether a checkpoint of this step is there or on its way. A step that is there with the same bits
-            and meta is not written again.
+            metrics: what the best checkpoint is chosen by.
 
         Raises:
-            ValueError: there is a later checkpoint, or one of this step with another content; a leaf that
-                cannot be saved; meta that is not JSON; a name that is taken; a folder opened read_only.
+            ValueError: there is a later checkpoint, or one of this step with other content; a leaf that cannot be
+                saved; meta that is not JSON; a reserved tree name.
         """
-        if self._read_only:
-            raise ValueError(f"{self.folder}: cannot save step {step}, the folder was opened read_only")
-        if not force and step % self._every:
-            return False
         record, arrays = self._pack(trees, meta, metrics)
         if self._unreadable:
             self.wait()
@@ -120,38 +106,36 @@ class Checkpoints:
         there = self.steps()
         if step in there:
             if self._record(step)["trees"] == record["trees"] and self._record(step)["meta"] == record["meta"]:
-                return True
+                return
             raise ValueError(
-                f"{self.folder}: step {step} is there already with another content; "
-                "resume from it, or use another folder"
+                f"{self.folder}: step {step} exists already with other content; resume from it, or use another folder"
             )
         if there and there[-1] > step:
             raise ValueError(
-                f"{self.folder}: cannot save step {step}, step {there[-1]} is there already; "
+                f"{self.folder}: cannot save step {step}, step {there[-1]} exists already; "
                 "resume from the latest step, or use another folder"
             )
         items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if tree}
         items[_RECORD] = ocp.args.JsonSave(record | {"sha256": _json_digest(record)})
         ranked = None if metrics is None else {name: float(value) for name, value in metrics.items()}
-        # When to save was decided above: to Orbax every call is forced, else it may decline in silence.
+        # Forced, because Orbax may otherwise decline silently.
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=ranked, force=True)
         self._records[step] = record
-        return True
 
     def restore(self, step: int, like: Mapping[str, PyTree]) -> Restored:
         """Restore one step.
 
         Args:
             step: one of `steps()`.
-            like: trees of the same structure, holding arrays or `jax.ShapeDtypeStruct`s: dtypes and shapes
-                must be those saved, the placement (sharding) may be another. Trees left out are not read.
+            like: trees of the same structure, holding arrays or `jax.ShapeDtypeStruct`s: dtypes and shapes must equal
+                those saved, shardings may differ. Trees left out are not read.
 
         Raises:
             ValueError: no such step; another structure, dtype or shape; damaged content.
         """
         if step not in self.steps():
-            raise ValueError(f"{self.folder}: no checkpoint of step {step}; there are {self.steps() or 'none'}")
+            raise ValueError(f"{self.folder}: no checkpoint of step {step}; available: {self.steps() or 'none'}")
         try:
             return self._restore(step, like)
         except MismatchError:
@@ -160,39 +144,39 @@ class Checkpoints:
             raise ValueError(f"{self.folder}: step {step} cannot be read ({_reason(error)})") from error
 
     def restore_latest(self, like: Mapping[str, PyTree]) -> Restored | None:
-        """Restore the latest step that is whole, and say which later ones were skipped.
+        """Restore the latest intact step, and say which later ones were skipped.
 
         Returns:
-            None where there is no checkpoint.
+            The checkpoint; None if there is none.
 
         Raises:
-            ValueError: another structure, dtype or shape (see `restore`); or no checkpoint is whole.
+            ValueError: another structure, dtype or shape (see `restore`); or no checkpoint is intact.
         """
         skipped: list[str] = []
         for step in reversed(self.steps()):
             try:
-                found = self._restore(step, like)
+                restored = self._restore(step, like)
             except MismatchError:
-                raise  # it fits no step: to go further back would only lose work
+                raise  # it matches no step: going further back would only lose work
             except Exception as error:
                 self._unreadable.add(step)
                 skipped.append(f"step {step} cannot be read ({_reason(error)})")
                 continue
-            return Restored(found.step, found.trees, found.meta, skipped)
+            return Restored(restored.step, restored.trees, restored.meta, skipped)
         if skipped:
             self._unreadable.clear()
             raise ValueError(
-                f"{self.folder}: no checkpoint is whole: {'; '.join(skipped)}. Move the folder away to begin anew"
+                f"{self.folder}: no checkpoint is intact: {'; '.join(skipped)}. Move the folder away to start over"
             )
         return None
 
     def restore_best(self, like: Mapping[str, PyTree]) -> Restored | None:
-        """Restore `best_step()`; None where no checkpoint has the metric."""
+        """Restore `best_step()`; None if no checkpoint has the metric."""
         step = self.best_step()
         return None if step is None else self.restore(step, like)
 
     def best_step(self) -> int | None:
-        """The step with the best metric (the latest of equals, NaN is worst); None where no step has it.
+        """The step with the best metric (the latest of equals, NaN is worst); None if no step has it.
 
         Raises:
             ValueError: the checkpoints were opened without `best_metric`.
@@ -203,27 +187,27 @@ class Checkpoints:
         for step in self.steps():
             try:
                 metrics = self._record(step)["metrics"]
-            except Exception:  # a damaged one is not the best; restoring says what is wrong with it
+            except Exception:  # a damaged one is not the best; restoring it reports the damage
                 continue
             if self._best[0] in metrics:
                 ranked.append((_rank(metrics, *self._best), step))
         return max(ranked)[1] if ranked else None
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, ascending, with the one being written."""
+        """The steps that have a checkpoint, ascending, including one being written."""
         return sorted(self._manager.all_steps())
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk.
+        """Wait until everything saved is on disk.
 
         Raises:
-            SaveError: it could not be written.
+            SaveError: something could not be written.
         """
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait as `wait` does, then release the folder."""
+        """Wait like `wait`, then release the folder."""
         with self._writing():
             self._manager.close()
 
@@ -232,15 +216,15 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            with suppress(Exception):  # one that is still on its way may arrive
+            with suppress(Exception):  # an earlier one may still be written
                 self._manager.wait_until_finished()
             good: list[int] = []
-            with suppress(Exception):  # a storage that cannot be written may not be readable either
+            with suppress(Exception):  # storage that cannot be written may not be readable either
                 good = ocp.utils.checkpoint_steps(self.folder)
-            why = next((words for words in _DISK if words in str(error)), _reason(error))
+            reason = next((words for words in _DISK if words in str(error)), _reason(error))
             raise SaveError(
-                f"{self.folder}: a checkpoint could not be written ({why}). The last good one is step "
-                f"{max(good, default='none')}; mend this, then go on from there with --resume"
+                f"{self.folder}: a checkpoint could not be written ({reason}). The last good one is step "
+                f"{max(good, default='none')}; fix this, then continue from there with --resume"
             ) from error
 
     def __enter__(self) -> Checkpoints:
@@ -248,22 +232,22 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait and close; an error under way is not replaced by another one."""
+        """Wait and close; an error in progress is not replaced by another."""
         with nullcontext() if kind is None else suppress(SaveError):
             self.close()
 
     def _pack(
         self, trees: Mapping[str, PyTree], meta: Mapping[str, Any], metrics: Mapping[str, float] | None
     ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        """The record, and what Orbax is to write: for each tree its arrays by name."""
+        """The record, and what Orbax writes: the arrays of each tree by name."""
         leaves: dict[str, dict[str, Any]] = {}
         arrays: dict[str, dict[str, Any]] = {}
         for name, tree in trees.items():
             if name in (_RECORD, "metrics"):
-                raise ValueError(f"{self.folder}: a tree cannot be called {name!r}; use another name")
+                raise ValueError(f"{self.folder}: the tree name {name!r} is reserved; use another")
             flat = named_leaves(tree)
             leaves[name] = {path: describe(leaf, f"{name}/{path}") for path, leaf in flat.items()}
-            # A NumPy array is copied, since the caller may change it while it is being written.
+            # NumPy arrays are copied: the caller may change them while they are being written.
             arrays[name] = {path: _own(stored(leaf)) for path, leaf in flat.items() if has_arrays(leaf)}
         values = {name: repr(float(value)) for name, value in (metrics or {}).items()}
         record = {"meta": dict(meta), "metrics": values, "trees": leaves}
@@ -286,7 +270,7 @@ class Checkpoints:
         record = together(lambda: self._record(step))
         where = f"{self.folder}, step {step}"
         if missing := sorted(set(like) - set(record["trees"])):
-            raise MismatchError(f"{where}: has no tree {missing}; it has {sorted(record['trees'])}")
+            raise MismatchError(f"{where}: has no tree {missing}, only {sorted(record['trees'])}")
         flat = {name: named_leaves(tree) for name, tree in like.items()}
         for name, leaves in flat.items():
             check(record["trees"][name], leaves, f"{where}, {name}")
@@ -319,29 +303,25 @@ class Checkpoints:
 def open_checkpoints(
     folder: str | Path,
     *,
-    every: int,
     keep_latest: int = 2,
     best_metric: str | None = None,
     best_mode: Literal["min", "max"] = "min",
-    read_only: bool = False,
 ) -> Checkpoints:
     """Open a folder of checkpoints; all processes of a run do so together, on storage that all of them see.
 
-    What a killed process left half written is removed: open the folder of a run that is running read_only.
+    What a killed process left half-written is removed, so the folder must not be that of a run in progress.
 
     Args:
-        folder: a path, or an address like gs://bucket/run; made if it is missing.
-        every: save at multiples of this step.
-        keep_latest: number of latest checkpoints kept.
+        folder: a path, or an address like gs://bucket/run; created if missing.
+        keep_latest: number of latest checkpoints to keep.
         best_metric: name of a metric; the best checkpoint by it is kept besides the latest.
-        best_mode: whether the smallest or the largest is best.
-        read_only: never write, make or remove anything.
+        best_mode: whether the smallest or the largest value is the best.
 
     Raises:
-        ValueError: `every` or `keep_latest` below 1, an unknown mode; a remote folder that cannot be reached.
+        ValueError: `keep_latest` below 1, an unknown mode; a remote folder that cannot be reached.
     """
-    if every < 1 or keep_latest < 1:
-        raise ValueError(f"checkpoints {folder}: every and keep_latest must be at least 1, got {every}, {keep_latest}")
+    if keep_latest < 1:
+        raise ValueError(f"checkpoints {folder}: keep_latest must be at least 1, got {keep_latest}")
     if best_mode not in ("min", "max"):
         raise ValueError(f"checkpoints {folder}: best_mode must be 'min' or 'max', got {best_mode!r}")
     path = _reach(folder)
@@ -353,19 +333,16 @@ def open_checkpoints(
         keep.append(policies.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(keep),
-        save_decision_policy=policies.FixedIntervalPolicy(every),
-        cleanup_tmp_directories=not read_only,
-        create=not read_only,
-        read_only=read_only,
+        cleanup_tmp_directories=True,
         # The policies decide what is kept; without this Orbax forgets the metrics when it is reopened.
         best_fn=rank,
         best_mode="max",
     )
-    return Checkpoints(path, ocp.CheckpointManager(path, options=options), every, best, read_only)
+    return Checkpoints(path, ocp.CheckpointManager(path, options=options), best)
 
 
 def local_folder(folder: str | Path) -> Path | None:
-    """Where a folder of checkpoints lies in a file system of this machine; None for one that is remote."""
+    """A folder of checkpoints as a path on this machine; None if it is remote."""
     text = str(folder).removeprefix("file://")
     return None if "://" in text else Path(text).expanduser().absolute()
 
@@ -375,19 +352,19 @@ def _own(array: Any) -> Any:
 
 
 def _reach(folder: str | Path) -> epath.Path:
-    """The folder, once it is known that it can be looked at."""
+    """The folder, once it is known to be reachable."""
     text = str(folder).removeprefix("file://")
     try:
         path = epath.Path(text)
         path.exists()
     except (KeyError, ImportError, OSError) as error:
-        what = error if isinstance(error, (ImportError, OSError)) else "known are gs://, s3:// and file://"
-        raise ValueError(f"checkpoints {folder}: cannot be reached ({what})") from None
+        reason = error if isinstance(error, (ImportError, OSError)) else "supported are gs://, s3:// and file://"
+        raise ValueError(f"checkpoints {folder}: cannot be reached ({reason})") from None
     return path
 
 
 def _rank(metrics: Mapping[str, Any], name: str, mode: str) -> float:
-    """A metric as a number where more is better; worst if it is missing or NaN."""
+    """A metric as a number where larger is better; the worst if it is missing or NaN."""
     value = float(metrics.get(name, math.nan))
     return -math.inf if math.isnan(value) else -value if mode == "min" else value
 

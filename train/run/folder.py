@@ -1,4 +1,4 @@
-"""The folder of one run: which file is where, and the refusal to mix two runs."""
+"""The folder of one run: where its files are, and the refusal to mix two runs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from jaxsteer.io import files
 from jaxsteer.io.files import write_json
 
 LOCK, OWNER = ".lock", ".lock.json"
-"""The lock of a run's folder, and who holds it."""
+"""The lock of a run's folder, and the file that says who holds it."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the parts of a run lie. Naming a path makes nothing: `open_run` makes the folder."""
+    """Paths of a run's files. `open_run` creates the folder."""
 
     folder: Path
     """The folder itself."""
 
     @property
     def config(self) -> Path:
-        """The settings of the run, JSON."""
+        """Settings of the run, JSON."""
         return self.folder / "config.json"
 
     @property
@@ -40,17 +40,17 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON line a step."""
+        """One JSON line per step."""
         return self.folder / "metrics.jsonl"
 
     @property
     def plot(self) -> Path:
-        """The training curves, PNG."""
+        """Training curves, PNG."""
         return self.folder / "training.png"
 
     @property
     def begun(self) -> bool:
-        """Whether there is anything that another run could lose."""
+        """Whether the folder holds anything that starting over would lose."""
         return bool(set(_entries(self.folder)) - {self.config.name})
 
     @property
@@ -59,32 +59,40 @@ class RunFolder:
         return self.folder / "steering.safetensors"
 
     @property
+    def answers_before(self) -> Path:
+        """Test answers of the pretrained model, JSON lines."""
+        return self.folder / "answers_before.jsonl"
+
+    @property
+    def answers_after(self) -> Path:
+        """Test answers of the trained model, JSON lines."""
+        return self.folder / "answers_after.jsonl"
+
+    @property
     def profile(self) -> Path:
         """Folder of profiler traces."""
         return self.folder / "profile"
 
     @property
     def summary(self) -> Path:
-        """What came out of the run, JSON."""
+        """Figures of the finished run, JSON."""
         return self.folder / "summary.json"
 
 
 def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> RunFolder:
-    """Begin a run in a new or empty folder, or go on with the run that is there.
+    """Start a run in a new or empty folder, or resume the run that is there.
 
-    With several processes on one file system, process 0 alone calls this; the others name the paths with
-    `RunFolder`.
-
-    A folder with nothing but its config never began to train and is begun anew.
+    With several processes on one file system, only process 0 calls this. A folder that holds nothing but a config never
+    began to train, and is started over.
 
     Args:
-        folder: of the run; made with its parents.
-        config: the settings, JSON values. The folder belongs to them: a run goes on as it began.
-        resume: go on with the run in the folder.
+        folder: the run's folder; created with its parents.
+        config: the settings, JSON values. A run can only be resumed with the settings it was started with.
+        resume: resume the run in the folder.
 
     Raises:
-        ValueError: the folder holds another run, or this one and `resume` is not set, or files that are no
-            run; or there is nothing to resume; or the config is not JSON.
+        ValueError: the folder holds another run, or this one and `resume` is not set, or files that are not a run; or
+            there is nothing to resume; or the config is not JSON.
     """
     run = RunFolder(Path(folder))
     try:
@@ -92,23 +100,29 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
     except (TypeError, ValueError) as error:
         raise ValueError(f"config of {run.folder}: cannot be written as JSON ({error})") from None
     if run.folder.exists() and not run.folder.is_dir():
-        raise ValueError(f"{run.folder}: a file, need a folder for the run; use another --out")
+        raise ValueError(f"{run.folder}: a file, but runs need a folder; use another --out")
     if run.config.exists() and not resume and not run.begun:
         write_json(run.config, settings)  # what was there stopped at a bad setting, before its first step
         return run
     if run.config.exists():
-        if differing := differences(files.read_json(run.config), settings):
+        before = files.read_json(run.config)
+        if unknown := sorted(before.keys() - settings.keys()):
+            raise ValueError(
+                f"{run.folder}: holds a run of another version of jaxsteer, with settings that this one does not have "
+                f"({', '.join(unknown)}). Finish it with that version, or use another --out"
+            )
+        if differing := differences(before, settings):
             raise ValueError(
                 f"{run.folder}: holds a run with other settings: {'; '.join(differing)}. "
                 "Use the same settings, or another --out"
             )
         if not resume:
-            raise ValueError(f"{run.folder}: holds this run already; use --resume to go on, or another --out")
+            raise ValueError(f"{run.folder}: holds this run already; use --resume to continue it, or another --out")
         return run
     if resume:
-        raise ValueError(f"{run.folder}: no run to resume (no config.json); leave out --resume to begin one")
+        raise ValueError(f"{run.folder}: no run to resume (no config.json); leave out --resume to start one")
     if found := _entries(run.folder):
-        raise ValueError(f"{run.folder}: not empty and not a run (holds {', '.join(found[:3])}); use another --out")
+        raise ValueError(f"{run.folder}: neither empty nor a run (holds {', '.join(found[:3])}); use another --out")
     run.folder.mkdir(parents=True, exist_ok=True)
     write_json(run.config, settings)
     return run
@@ -116,10 +130,10 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Keep other runs out of a folder for as long as the block runs; makes the folder.
+    """Keep other runs out of a folder while the block runs; creates the folder.
 
-    The lock is the operating system's: it is gone with the process that held it, however that ended. On file systems
-    without locks nothing is locked.
+    The operating system releases the lock when the process that holds it ends, however it ends. On file systems without
+    locks nothing is locked.
 
     Raises:
         ValueError: another process holds it.
@@ -130,12 +144,12 @@ def locked(folder: str | Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        said = {}
-        with suppress(OSError, ValueError):  # gone or damaged between two looks
-            said = files.read_json(owner)
-        who = f"process {said['process']} on {said['host']}, since {said['since']}" if said else "another process"
+        info = {}
+        with suppress(OSError, ValueError):  # it may be gone by now, or damaged
+            info = files.read_json(owner)
+        who = f"process {info['process']} on {info['host']}, since {info['since']}" if info else "another process"
         raise ValueError(
-            f"{folder}: a run is writing here at this moment ({who}). Wait for it or stop it, or use another --out"
+            f"{folder}: a run is writing here right now ({who}). Wait for it, stop it, or use another --out"
         ) from None
     except NotImplementedError:
         yield
@@ -150,16 +164,16 @@ def locked(folder: str | Path) -> Iterator[None]:
 
 
 def _entries(folder: Path) -> list[str]:
-    """What is in the folder, but for files that a killed process was still writing."""
+    """Names in the folder, without locks and files that a killed process left half-written."""
     if not folder.exists():
         return []
     names = (entry.name for entry in folder.iterdir())
-    passing = lambda name: name in (LOCK, OWNER) or (name.startswith(".") and name.endswith(".partial"))
-    return sorted(name for name in names if not passing(name))
+    ignored = lambda name: name in (LOCK, OWNER) or (name.startswith(".") and name.endswith(".partial"))
+    return sorted(name for name in names if not ignored(name))
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Each differing setting, nested names joined by dots: 'optim.lr is 0.1 there, 0.2 here'."""
+    """Each setting that differs, nested names joined by dots: "optim.lr is 0.1 there, 0.2 here"."""
     old, new = _flat(there), _flat(here)
 
     def show(values: dict[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""A pytree as leaves by name, each with its dtype, shape and sha256, as a checkpoint's record holds them."""
+"""A pytree as named leaves, each with dtype, shape and sha256, for the record of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from jax.experimental import multihost_utils
 
 from jaxsteer.types import PyTree
 
-_CHUNK = 1 << 26  # bytes fetched at once of an array that is spread over processes
+_CHUNK = 1 << 26  # bytes fetched at once from an array that is sharded over processes
 
 
 class SaveError(ValueError):
-    """A checkpoint could not be written; the ones before it are as they were."""
+    """A checkpoint could not be written; earlier ones are intact."""
 
 
 class MismatchError(ValueError):
-    """What is asked for is not what was saved: no damage, and no reason to look at an earlier step."""
+    """The request does not match what was saved: nothing is damaged, and an earlier step would not help."""
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves by path, in tree order, as in "0/mu/late/block/up"; None is no leaf.
+    """The leaves by path, in tree order, such as "0/mu/late/block/up"; None is not a leaf.
 
     Raises:
-        ValueError: two leaves have one path, as in {"a": {"b": x}, "a/b": y}.
+        ValueError: two leaves have the same path, as in {"a": {"b": x}, "a/b": y}.
     """
     out: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -40,12 +40,12 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def is_number(leaf: Any) -> bool:
-    """Whether it is a Python number, which the record holds itself."""
+    """Whether it is a Python number, which is stored in the record itself."""
     return isinstance(leaf, (bool, int, float)) and not isinstance(leaf, np.generic)
 
 
 def has_arrays(leaf: Any) -> bool:
-    """Whether there is anything to store beside the record: TensorStore has no arrays without elements."""
+    """Whether there is an array to store: TensorStore has no arrays without elements."""
     return not is_number(leaf) and leaf.size > 0
 
 
@@ -54,11 +54,11 @@ def _is_key(leaf: Any) -> bool:
 
 
 def form(leaf: Any, where: str) -> dict[str, Any]:
-    """Dtype and shape as in the record; for a Python number its type."""
+    """Dtype and shape as in the record; for a Python number, its type."""
     if is_number(leaf):
         return {"dtype": f"python {type(leaf).__name__}", "shape": []}
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape") or leaf.dtype == object:
-        raise ValueError(f"{where}: a {type(leaf).__name__} cannot be checkpointed, need an array or a number")
+        raise ValueError(f"{where}: a {type(leaf).__name__} cannot be checkpointed; need an array or a number")
     return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
 
 
@@ -73,7 +73,7 @@ def describe(leaf: Any, where: str) -> dict[str, Any]:
 
 
 def digest_of(leaf: Any) -> str:
-    """The sha256 of the stored array's bytes, the same however it is placed on devices."""
+    """sha256 of the stored array's bytes, independent of its sharding."""
     digest = hashlib.sha256()
     for part in _host(stored(leaf)):
         digest.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
@@ -81,7 +81,7 @@ def digest_of(leaf: Any) -> str:
 
 
 def _host(array: Any) -> Iterator[np.ndarray]:
-    """The values on the host, in parts along the first axis where the array is spread over processes."""
+    """The values on the host, in parts along the first axis if the array is sharded over processes."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         yield np.asarray(array)
     elif array.is_fully_replicated:
@@ -97,14 +97,14 @@ _rows = jax.jit(lambda array, start, size: jax.lax.dynamic_slice_in_dim(array, s
 
 
 def stored(leaf: Any) -> Any:
-    """The array that is stored for a leaf: a key's words; else itself."""
+    """The array that is stored for a leaf: a key's data, else the leaf itself."""
     if _is_key(leaf):
         return jax.random.key_data(leaf)
     return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
 
 
 def _placement(leaf: Any) -> jax.sharding.Sharding:
-    """Where to put what is restored: where `like` is, else on the first device (or on all processes')."""
+    """Where to put a restored leaf: like `leaf`, else on the first device (replicated, with several processes)."""
     if getattr(leaf, "sharding", None) is not None:
         return leaf.sharding
     if jax.process_count() == 1:
@@ -114,7 +114,7 @@ def _placement(leaf: Any) -> jax.sharding.Sharding:
 
 
 def target(leaf: Any) -> Any:
-    """What Orbax is asked for."""
+    """What to ask Orbax for."""
     if isinstance(leaf, (np.ndarray, np.generic)):
         return np.asarray(leaf)
     if _is_key(leaf):
@@ -124,7 +124,7 @@ def target(leaf: Any) -> Any:
 
 
 def restored_leaf(like: Any, array: Any, saved: Mapping[str, Any]) -> Any:
-    """The leaf itself, of the kind of `like`, from its record and what was stored, None for nothing."""
+    """The leaf, of the same kind as `like`, from its record and the stored array (None if there is none)."""
     if is_number(like):
         return saved["value"] == "True" if isinstance(like, bool) else type(like)(saved["value"])
     if isinstance(like, np.generic):
@@ -137,21 +137,21 @@ def restored_leaf(like: Any, array: Any, saved: Mapping[str, Any]) -> Any:
 
 
 def check(saved: Mapping[str, Any], like: Mapping[str, Any], where: str) -> None:
-    """Refuse leaves that are not those saved, before anything is read.
+    """Check that the requested leaves are those saved, before anything is read.
 
     Raises:
-        MismatchError: naming leaves that are missing or left over, or the first of another dtype or shape.
+        MismatchError: names the leaves that are missing or left over, or the first with another dtype or shape.
     """
     missing, extra = sorted(like.keys() - saved.keys()), sorted(saved.keys() - like.keys())
     if missing or extra:
         raise MismatchError(
-            f"{where}: another structure: not in the checkpoint {missing[:5]}, "
-            f"only in the checkpoint {extra[:5]}; restore with the settings that it was saved with"
+            f"{where}: different structure: not in the checkpoint {missing[:5]}, "
+            f"only in the checkpoint {extra[:5]}; restore with the settings it was saved with"
         )
     for path, leaf in like.items():
         own = form(leaf, f"{where}/{path}")
         if (saved[path]["dtype"], saved[path]["shape"]) != (own["dtype"], own["shape"]):
             raise MismatchError(
                 f"{where}/{path}: the checkpoint has {saved[path]['dtype']} {saved[path]['shape']}, "
-                f"asked for {own['dtype']} {own['shape']}; restore what was saved, and convert afterwards"
+                f"requested {own['dtype']} {own['shape']}; restore what was saved, and convert afterwards"
             )

@@ -1,4 +1,4 @@
-"""Methods that take two trainings, as plain functions over whatever trains one."""
+"""LoFiT, which takes two trainings, as a function over anything that can carry out one."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from train.config import TrainConfig
 
 
 class HasParams(Protocol):
-    """The outcome of a training."""
+    """The result of a training."""
 
     @property
     def params(self) -> Params:
-        """The whole trees afterwards."""
+        """The trained trees."""
         ...
 
 
 R = TypeVar("R", bound=HasParams)
 Fit = Callable[[str, TrainConfig, Sequence[Steering] | None], Sequence[R]]
-"""(name of the stage, config, steering to start from) -> the outcomes, one for each run that it trains at a time."""
+"""(name of the stage, config, initial steering) -> the results, one for each run that it trains at a time."""
 
 
 def lofit(
@@ -42,15 +42,15 @@ def lofit(
 
     Args:
         fit: trains one config; called twice.
-        config: what both stages have in common; its plan is not used.
-        steps: of both stages together, so that the budget is that of other methods.
-        heads: number of heads that are shifted, K.
-        share: of the steps for the first stage.
+        config: what both stages have in common; its plan is ignored.
+        steps: updates of both stages together, so that the budget equals that of other methods.
+        heads: number of heads to shift, K.
+        share: share of the steps for the first stage.
         l1: weight of the first stage's L1 penalty.
-        ratio: learning rate of the first stage over that of the second; the paper has 5e-3 and 1e-2.
+        ratio: learning rate of the first stage divided by that of the second; the paper uses 5e-3 and 1e-2.
 
     Returns:
-        The outcomes of the second stage.
+        The results of the second stage.
 
     Raises:
         ValueError: a share that leaves a stage without steps, or more heads than the model has.

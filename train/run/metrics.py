@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, one line a step, and the progress on the console."""
+"""The record of a run: metrics.jsonl, one line per step."""
 
 from __future__ import annotations
 
@@ -9,48 +9,49 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxsteer.io.files import replacing
 from train.run.trackers import Tracker, numbers
 
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsWriter:
-    """Appends one JSON line a step, each on disk at once. A context manager.
+    """Appends one JSON line per step, flushed at once. A context manager.
 
     Args:
-        path: of the .jsonl file; made if it is missing. None: nothing is kept (another process writes).
-        resume_at: None for a new run, which must find no lines there. Else the step that the run goes on at:
-            lines of later steps, and a last line that a killed process left half written, are dropped.
-        trackers: that are to show the numbers too; closed with the writer.
+        path: the .jsonl file, created if missing. None: nothing is written (another process writes).
+        resume_from: the first step that a resumed run will write; its line and later ones are dropped, and so is a
+            half-written last line. None for a new run, which must find no lines.
+        trackers: where the numbers go too; closed with the writer.
 
     Raises:
-        ValueError: a new run finds lines; or, on resuming, a line that is no JSON object with a step.
+        ValueError: a new run finds lines; or, when resuming, a line is not a JSON object with a step.
     """
 
     def __init__(
-        self, path: str | Path | None, *, resume_at: int | None = None, trackers: Sequence[Tracker] = ()
+        self, path: str | Path | None, *, resume_from: int | None = None, trackers: Sequence[Tracker] = ()
     ) -> None:
         self._trackers = trackers
         self.path = Path(os.devnull if path is None else path)
         if path is None:
             pass
-        elif resume_at is None:
+        elif resume_from is None:
             if self.path.exists() and self.path.stat().st_size:
                 raise ValueError(
                     f"{self.path}: holds the metrics of another run; resume that run, or use another folder"
                 )
         elif self.path.exists():
-            self._keep_up_to(resume_at)
+            self._drop_from(resume_from)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, /, **values: Any) -> None:
-        """Append a line: the step, then the values (numbers, lists of them, arrays of one, text, booleans or None).
+        """Append a line: the step, then numbers, arrays of one element, text, booleans, None, or lists of them.
 
         Raises:
             ValueError: a value of another kind, or one named "step".
         """
         if "step" in values:
-            raise ValueError(f"{self.path}: a value may not be called 'step', that is the number of the line")
+            raise ValueError(f"{self.path}: a value may not be called 'step': that is the line's own number")
         row = {"step": int(step)} | {name: _plain(name, value) for name, value in values.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
@@ -58,7 +59,7 @@ class MetricsWriter:
             tracker.write(int(step), numbers(values))
 
     def close(self) -> None:
-        """Close the file; more than once does no harm."""
+        """Close the file and the trackers. May be called more than once."""
         self._file.close()
         trackers, self._trackers = self._trackers, ()
         for tracker in trackers:
@@ -72,33 +73,33 @@ class MetricsWriter:
         """Close the file."""
         self.close()
 
-    def _keep_up_to(self, step: int) -> None:
-        kept = [line for line, row in _rows(self.path) if row["step"] <= step]
-        part = self.path.with_name(f".{self.path.name}.part")
-        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, self.path)
+    def _drop_from(self, step: int) -> None:
+        kept = [line for line, row in _rows(self.path) if row["step"] < step]
+        with replacing(self.path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, oldest first, with "NaN" and "Infinity" turned back into floats.
 
-    A last line that is half written is left out; a missing file is an error.
+    A half-written last line is left out.
 
     Raises:
-        ValueError: another line is no JSON object with a step. FileNotFoundError: there is no such file.
+        ValueError: a line before the last is not a JSON object with a step.
+        FileNotFoundError: there is no such file.
     """
     return [{name: _words(value) for name, value in row.items()} for _, row in _rows(Path(path))]
 
 
 def _words(value: Any) -> Any:
-    """A value with the words for what JSON does not have turned back into floats."""
+    """A value with the words for NaN and infinity turned back into floats."""
     if isinstance(value, list):
         return [_words(each) for each in value]
     return _WORDS.get(value, value) if isinstance(value, str) else value
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of the file with what they say; without a half line at the end."""
+    """(text, parsed) of each line; a half-written last line is left out."""
     lines = path.read_bytes().split(b"\n")
     for number, raw in enumerate(lines, start=1):
         if not raw.strip():
@@ -107,16 +108,16 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             line = raw.decode("utf-8")
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("no object with a whole number as its step")
-        except ValueError as error:
-            if number == len(lines):  # no line end after it: the process was killed while it wrote
+                raise ValueError("not an object with a whole number as its step")
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # no newline after it: the process was killed while writing
                 return
             raise ValueError(f"{path}:{number}: not a line of metrics ({error}); repair or delete the line") from None
         yield line, row
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A value as JSON can hold it."""
+    """A value in a form that JSON can hold."""
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

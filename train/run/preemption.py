@@ -1,4 +1,4 @@
-"""A request to stop (SIGTERM, Ctrl-C) as a question that the training loop asks at every step."""
+"""Requests to stop (SIGTERM, Ctrl-C), which the training loop checks at every step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """Whether the run has been asked to stop, as made by `preemption`."""
+    """Whether the run has been asked to stop; made by `preemption`."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        """Name of the signal that asked, None so far. Stays None under `jax.distributed`."""
+        """Name of the signal received, None so far. Stays None under `jax.distributed`."""
 
     def requested(self, step: int) -> bool:
         """Whether to save and stop after this step; several processes get True at the same step.
 
         Args:
-            step: the number of the step; every process asks once a step.
+            step: the step's number; every process must ask once per step.
         """
         if jax.distributed.is_initialized():
             return bool(multihost_utils.reached_preemption_sync_point(step))
@@ -32,10 +32,10 @@ class Preemption:
 
 @contextmanager
 def preemption() -> Iterator[Preemption]:
-    """In the block SIGTERM and Ctrl-C ask to stop instead of stopping; a second Ctrl-C stops at once.
+    """While the block runs, SIGTERM and Ctrl-C only request a stop; a second Ctrl-C stops at once.
 
-    Under `jax.distributed` no handler is set: JAX's own catches SIGTERM and agrees on a step between the
-    processes, and a handler of ours would disable it.
+    Under `jax.distributed` no handler is set: JAX's own catches SIGTERM and agrees on a step between processes;
+    ours would disable it.
     """
     flag = Preemption()
 

@@ -14,12 +14,13 @@ from train.display.console import get_console
 
 
 class Profiler:
-    """Traces the steps asked for into a folder, on process 0. A context manager: a trace under way ends with it.
+    """Traces some steps into a folder, on process 0. A context manager: leaving it ends a trace in progress.
 
     Args:
-        text: as `parse_steps` reads it.
-        folder: of the traces.
-        start: steps done before (a resumed run). steps: the last step.
+        text: which steps, see `train.config.parse_steps`.
+        folder: where the traces go.
+        start: steps done before (a resumed run).
+        steps: the last step.
 
     Raises:
         ValueError: steps that this run does not do.
@@ -28,22 +29,22 @@ class Profiler:
     def __init__(self, text: str | None, folder: Path, start: int, steps: int) -> None:
         self._steps, self._folder, self._active = parse_steps(text), folder, False
         if self._steps and not (start < self._steps[0] and self._steps[-1] <= steps):
-            raise ValueError(f"profile {text}: this run does steps {start + 1} to {steps}; choose among those")
+            raise ValueError(f"profile {text}: this run does steps {start + 1} to {steps}; choose from those")
 
     def before(self, step: int) -> None:
-        """Begin the trace where this is the first of its steps."""
+        """Start the trace if this is its first step."""
         if self._steps and step == self._steps[0] and is_first():
             jax.profiler.start_trace(str(self._folder))
             self._active = True
 
     def after(self, step: int, state: Any) -> str | None:
-        """End the trace where this was the last of its steps; returns what to tell the person."""
+        """End the trace if this was its last step; returns a message for the user."""
         if not self._active or step != self._steps[-1]:
             return None
         jax.block_until_ready(state)
         self._stop()
         return (
-            f"Traced steps {self._steps[0]} to {self._steps[-1]} into {self._folder}. To look at it: "
+            f"Traced steps {self._steps[0]} to {self._steps[-1]} into {self._folder}. To view it: "
             f"pip install xprof, then xprof --logdir {self._folder}"
         )
 
@@ -52,7 +53,7 @@ class Profiler:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End a trace that an early stop left under way."""
+        """End a trace that an early stop left in progress."""
         if self._active:
             self._stop()
             get_console().print(f"The trace in {self._folder} ends before step {self._steps[-1]}: the run stopped.")

@@ -1,6 +1,6 @@
-"""The program of a run, without its weights and data: model, optimizer, mesh, shardings, and the jitted step.
+"""The static part of a run, without weights and data: model, optimizer, mesh, shardings, and the compiled step.
 
-Training places real arrays by it; `train.plan` compiles the same step from shapes alone.
+Training puts real arrays into it; the fit check (`train.plan`) compiles the same step from shapes alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxsteer.params import Params, param_labels, partition
 from jaxsteer.plans import parse_plan
 from jaxsteer.sharding import MeshShape, base_shardings, check_shape, state_shardings, steering_shardings
 from jaxsteer.steering import param_specs, steering_shapes
-from jaxsteer.training import TrainState, init_state, train_step
+from jaxsteer.training import Metrics, TrainState, init_state, train_step
 from jaxsteer.types import Array, Batch, PyTree
 from train.config import TrainConfig
 from train.devices.placement import Placement, place_on
@@ -54,7 +54,7 @@ class Program:
 
     @cached_property
     def shapes(self) -> tuple[TrainState, Params]:
-        """State and frozen leaves as `jax.ShapeDtypeStruct`s, with their shardings where there is a mesh."""
+        """State and frozen leaves as `jax.ShapeDtypeStruct`s, with shardings if there is a mesh."""
         whole = Params(self.base, steering_shapes(self.model.plan, self.model.config))
         trained, frozen = partition(whole, self.labels)
         state = jax.eval_shape(partial(init_state, tx=self.tx), trained, key=jax.eval_shape(lambda: jax.random.key(0)))
@@ -84,20 +84,20 @@ class Program:
 
     @property
     def placement(self) -> Placement:
-        """How arrays get to the mesh."""
+        """Puts arrays on the mesh."""
         return Placement(self.mesh)
 
     def on_mesh(self) -> AbstractContextManager:
-        """The context in which this run's functions are traced and called."""
+        """The context in which to trace and call this run's functions."""
         return self.placement.on_mesh()
 
-    def step(self, state: TrainState, batch: Batch, frozen: Params) -> Any:
+    def step(self, state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, Metrics]:
         """One training step on placed arrays -> (state, metrics)."""
         with self.on_mesh():
             return self.jitted(state, batch, frozen)
 
     def begin(self, trained: Params, key: Array) -> TrainState:
-        """The state before the first step, where the step expects it. Every process has the same values."""
+        """The state before the first step, placed as the step expects it. Every process passes the same values."""
         if self.mesh is None:
             return init_state(trained, self.tx, key)
         shapes = self.shapes[0]
@@ -106,7 +106,7 @@ class Program:
         return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))(trained, data)
 
     def place_frozen(self, frozen: Params) -> Params:
-        """Put the leaves that do not train where the step expects them."""
+        """Place the leaves that do not train as the step expects them."""
         return self.placement.tree(frozen, self.shapes[1])
 
 
@@ -123,17 +123,17 @@ def make_program(
 
     Args:
         config: the run.
-        model_config: of its base model.
+        model_config: config of its base model.
         base: the base tree, arrays or shapes.
-        steps: length of the schedules.
-        mesh: from `mesh_of`, or of devices that are not here (then with their platform: cpu, gpu or tpu).
-        platform: by default this process's.
+        steps: length of the schedules, in updates.
+        mesh: from `mesh_of`, or a mesh of devices of another machine (then give `platform`).
+        platform: cpu, gpu or tpu; by default this process's.
 
     Raises:
         ValueError: a plan that does not fit the model, a mesh that cannot split the model or the batch.
     """
     plan = parse_plan(config.plan, model_config)
-    rows = config.batch_size // config.grad_accumulation
+    rows = config.microbatch
     if mesh is not None:
         check_shape(
             MeshShape(**mesh.shape),
@@ -169,15 +169,24 @@ def make_program(
     orthogonality = config.orthogonality.resolve(plan)
     params = Params(base, steering_shapes(plan, model_config))
     labels = param_labels(params, plan, train_base=config.train_base, frozen=config.freeze)
-    behind = partial(write_scales, model_config)
-    tx = make_optimizer(config.optim, labels, steps, plan, orthogonality, scales_of=behind)
-    return Program(model, tx, orthogonality, labels, mesh, attention, base, config.nonfinite == "skip")
+    scales = partial(write_scales, model_config)
+    tx = make_optimizer(config.optim, labels, steps, plan, orthogonality, scales_of=scales)
+    return Program(
+        model=model,
+        tx=tx,
+        orthogonality=orthogonality,
+        labels=labels,
+        mesh=mesh,
+        attention=attention,
+        base=base,
+        skip_nonfinite=config.nonfinite == "skip",
+    )
 
 
 def mesh_of(config: TrainConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh of a run on these devices (by default this process's); None for one device of this process.
+    """The mesh of a run on `devices` (by default all); None for a single device of this process.
 
     Raises:
         ValueError: the devices do not make the mesh that the config asks for.
     """
-    return place_on(config.mesh, config.batch_size // config.grad_accumulation, devices).mesh
+    return place_on(config.mesh, config.microbatch, devices).mesh

@@ -1,4 +1,4 @@
-"""Where the numbers of a run are shown besides metrics.jsonl: TensorBoard and Weights & Biases, both optional."""
+"""Trackers that a run can log to besides metrics.jsonl: TensorBoard and Weights & Biases, both optional."""
 
 from __future__ import annotations
 
@@ -9,36 +9,35 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from train.config import Kind
+from train.config import Tracking
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a step."""
+    """Receives the numbers of each step."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the numbers of a step."""
+        """Log the numbers of a step."""
 
     def close(self) -> None:
-        """Finish what is under way."""
+        """Flush and finish."""
 
 
 class TensorBoard:
-    """Event files in a folder. On resuming, TensorBoard drops what it saw of the steps that come again.
+    """Event files in a folder. When a run resumes, TensorBoard purges the steps that will be logged again.
 
     Args:
-        folder: of the event files.
-        resume_at: the step that the run goes on at; None for a new run.
+        folder: where the event files go.
+        resume_from: the first step that a resumed run will log; None for a new run.
     """
 
-    def __init__(self, folder: Path, resume_at: int | None) -> None:
+    def __init__(self, folder: Path, resume_from: int | None) -> None:
         from tensorboardX import SummaryWriter
 
-        purge = None if resume_at is None else resume_at + 1
-        # A file is named by the second that it is made in: one of a run resumed at once would replace the first.
-        suffix = "" if purge is None else f".{purge}"
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10, filename_suffix=suffix)
+        # A file is named by the second of its creation: that of a run resumed at once would replace the first.
+        suffix = "" if resume_from is None else f".{resume_from}"
+        self._writer = SummaryWriter(str(folder), purge_step=resume_from, flush_secs=10, filename_suffix=suffix)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to the curve of each number."""
@@ -46,15 +45,15 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Write what is still buffered."""
         self._writer.close()
 
 
 class WandB:
-    """A run of Weights & Biases; its id is kept in the run's folder, so that a resumed run goes on as the same one.
+    """A Weights & Biases run; its id is kept in the run's folder, so that a resumed run continues it.
 
-    W&B refuses steps that it has already: those that come again are not shown twice. Project, account and offline mode
-    are set by W&B's own environment variables (WANDB_PROJECT, WANDB_MODE, ...).
+    W&B refuses steps that it already has, so repeated steps do not show twice. Project, account and offline mode are
+    set by W&B's own environment variables (WANDB_PROJECT, WANDB_MODE, ...).
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -72,12 +71,12 @@ class WandB:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Finish the run, sending what is left."""
+        """Send what is left and finish the run."""
         self._run.finish()
 
 
-def check_trackers(kinds: Sequence[Kind]) -> None:
-    """Raise ValueError where a tracker's package is missing, before anything is made."""
+def check_trackers(kinds: Sequence[Tracking]) -> None:
+    """Raise ValueError if a tracker's package is missing, before anything is created."""
     for kind in kinds:
         if importlib.util.find_spec(_PACKAGES[kind]) is None:
             raise ValueError(
@@ -87,28 +86,28 @@ def check_trackers(kinds: Sequence[Kind]) -> None:
 
 
 def open_trackers(
-    kinds: Sequence[Kind], folder: Path, settings: Mapping[str, Any], *, resume_at: int | None
+    kinds: Sequence[Tracking], folder: Path, settings: Mapping[str, Any], *, resume_from: int | None
 ) -> list[Tracker]:
-    """The trackers of a run, on the process that writes its files.
+    """The trackers of a run, opened on the process that writes its files.
 
     Args:
-        kinds: which.
-        folder: of the run.
-        settings: of the run, shown beside it.
-        resume_at: the step that the run goes on at; None for a new run.
+        kinds: which ones.
+        folder: the run's folder.
+        settings: the run's settings, shown beside its curves.
+        resume_from: the first step that a resumed run will log; None for a new run.
     """
-    make: dict[Kind, Callable[[], Tracker]] = {
-        "tensorboard": lambda: TensorBoard(folder / "tensorboard", resume_at),
+    make: dict[Tracking, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoard(folder / "tensorboard", resume_from),
         "wandb": lambda: WandB(folder, settings),
     }
     return [make[kind]() for kind in dict.fromkeys(kinds)]
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """What can be drawn of a line of metrics: numbers, and lists of numbers by their mean."""
-    found = {}
+    """The values of a line of metrics that can be plotted: numbers, and the means of lists of numbers."""
+    plotted = {}
     for name, value in values.items():
-        several = value if isinstance(value, (list, tuple)) else [value]
-        if several and all(isinstance(each, (bool, int, float)) for each in several):
-            found[name] = math.fsum(several) / len(several) if all(map(math.isfinite, several)) else math.nan
-    return found
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if items and all(isinstance(item, (bool, int, float)) for item in items):
+            plotted[name] = math.fsum(items) / len(items) if all(map(math.isfinite, items)) else math.nan
+    return plotted

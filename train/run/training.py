@@ -1,4 +1,4 @@
-"""From a config to what a step needs: model, trees, labels, optimizer, data, and the compiled step."""
+"""From a config to what a training needs: program, state, data, and the batches of its steps."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxsteer.flops import step_flops
 from jaxsteer.io import LoadedModel
 from jaxsteer.io.stored import Place
 from jaxsteer.models.attention import causal_share
-from jaxsteer.models.transformer import Model
-from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.params import Params, combine, partition
 from jaxsteer.steering import count_parameters, count_trained, init_steering
 from jaxsteer.training import Metrics, TrainState
@@ -28,13 +25,27 @@ from train.data import DataSource, Report
 from train.data.cache import encode_cached
 from train.devices.machine import cache_folder
 from train.display.console import progress
+from train.evaluation.evaluator import Evaluator
 from train.run.program import Program, make_program, mesh_of
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a run consists of. `state` is the fresh one; `frozen` holds the leaves that do not train."""
+    """A run ready to start.
 
+    config     its settings
+    loaded     the base model
+    program    its static part: model, optimizer, mesh, compiled step
+    state      before the first step
+    frozen     the leaves that do not train
+    data       batches by step
+    report     what tokenising the data did
+    steps      number of updates
+    trainable, total  number of trained parameters, and of all base parameters
+    """
+
+    config: TrainConfig
+    loaded: LoadedModel
     program: Program
     state: TrainState
     frozen: Params
@@ -44,67 +55,79 @@ class Training:
     trainable: int
     total: int
 
-    @property
-    def model(self) -> Model:
-        """What is static about the model."""
-        return self.program.model
-
-    @property
-    def tx(self) -> optax.GradientTransformation:
-        """The optimizer."""
-        return self.program.tx
-
-    @property
-    def orthogonality(self) -> Orthogonality:
-        """Resolved for the plan."""
-        return self.program.orthogonality
-
-    @property
-    def step(self) -> Any:
-        """The jitted training step, (state, batch, frozen) -> (state, metrics); the state is donated."""
-        return self.program.step
-
     def starting_from(self, steering: Steering) -> Training:
-        """The same run with other steering to begin with, constants included."""
-        same = lambda there, new: None if there is None else new
+        """The same run with other initial steering, constants included."""
+        same = lambda old, new: None if old is None else new
         put = lambda tree: tree._replace(
             steering=jax.tree.map(same, tree.steering, steering, is_leaf=lambda leaf: leaf is None)
         )
         params = put(self.state.params)
         still = [name for name, tree in params.steering.items() if not jax.tree.leaves(tree)]
-        trainable = count_parameters(params.base) + count_trained(self.model.plan, steering, still)
+        trainable = count_parameters(params.base) + count_trained(self.program.model.plan, steering, still)
         state, frozen = self.program.begin(params, self.state.key), self.program.place_frozen(put(self.frozen))
         return replace(self, state=state, frozen=frozen, trainable=trainable)
 
-    def batch(self, config: TrainConfig, step: int) -> Batch:
-        """The batch of a step, on the devices; a process makes only the rows that its devices hold."""
-        rows = config.batch_size // config.grad_accumulation
-        place = self.program.placement
-        own = place.own_rows(rows)
-        return place.batch(step_batch(config, self.data, step, own), rows, own.start)
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update. The state given is donated: use the one returned."""
+        return self.program.step(state, batch, self.frozen)
 
-    def flops(self, config: TrainConfig, supervised: float) -> float:
-        """Useful floating-point operations of a step with so many supervised tokens, padding counted as tokens."""
-        share = causal_share(config.sequence_length, self.program.attention[0])
-        length = config.sequence_length
-        return step_flops(self.model, config.batch_size, length, round(supervised), causal_share=share).useful
+    def batch(self, step: int) -> Batch:
+        """The batch of a step (from 0), on the devices; a process makes only the rows that its devices hold."""
+        place, rows = self.program.placement, self.config.microbatch
+        own = place.own_rows(rows)
+        return place.batch(step_batch(self.config, self.data, step, own), rows, own.start)
+
+    def flops(self, supervised: float) -> float:
+        """Useful floating-point operations of a step with N supervised tokens; padding counts as tokens."""
+        rows, length = self.config.batch_size, self.config.sequence_length
+        share = causal_share(length, self.program.attention[0])
+        return step_flops(self.program.model, rows, length, round(supervised), causal_share=share).useful
 
     def params(self, state: TrainState) -> Params:
         """The whole base and steering trees of a state."""
         return combine(state.params, self.frozen)
+
+    def answering(self, state: TrainState) -> Params:
+        """What `Evaluator` takes: the state's steering, and its base if that trains."""
+        params = self.params(state)
+        return params if self.config.train_base else Params(None, params.steering)
+
+    def untouched(self) -> Params:
+        """What `Evaluator` takes for the pretrained model: zeros are the identity for every method."""
+        return Params(None, jax.tree.map(jnp.zeros_like, self.params(self.state).steering))
+
+    def evaluator(self) -> Evaluator:
+        """Evaluates this run's model on its task."""
+        config = self.config
+        return Evaluator(
+            model=self.program.model,
+            loaded=self.loaded,
+            task=config.task,
+            placement=self.program.placement,
+            eval_batch_size=config.eval_batch_size,
+            limits={"validation": config.validation_examples, "test": config.test_examples},
+            metric=config.select_by,
+            loss_shape=(config.microbatch, config.sequence_length),
+        )
 
 
 def load_base_model(config: TrainConfig, place: Place | None = None) -> LoadedModel:
     """The base model of a run, in the form that its config asks for.
 
     Args:
-        place: says where a leaf of the base tree lies, see `train.devices.placement`.
+        config: the run.
+        place: gives the sharding of each leaf of the base tree, see `train.devices.placement`.
     """
     return load(config.model, config.dtype, place, quantised=config.quantise == "int8", tokenizer=config.tokenizer)
 
 
-def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
+def make_training(config: TrainConfig, loaded: LoadedModel, initial: Steering | None = None) -> Training:
     """Build a run's parts.
+
+    Args:
+        config: the settings.
+        loaded: the base model.
+        initial: steering to start from, of the config's plan; by default it is initialised from the seed.
 
     Raises:
         ValueError: a plan that does not fit the model, no data, an example longer than a row, or a mesh that cannot
@@ -124,7 +147,8 @@ def make_training(config: TrainConfig, loaded: LoadedModel) -> Training:
         raise ValueError("nothing to train: every slot is frozen and train_base is off")
     state, frozen = program.begin(trained, jax.random.fold_in(key, 1)), program.place_frozen(frozen)
     total = count_parameters(loaded.base)
-    return Training(program, state, frozen, data, report, steps, trainable, total)
+    training = Training(config, loaded, program, state, frozen, data, report, steps, trainable, total)
+    return training if initial is None else training.starting_from(initial)
 
 
 @contextmanager
@@ -138,7 +162,7 @@ def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Re
     positions = loaded.config.max_length if loaded.config.learned_positions else config.sequence_length
     tokens, report = encode_cached(
         config.task.load("train"),
-        loaded.tokenizer,
+        loaded.require_tokenizer(),
         cache_folder() / "tokens",
         chat=config.task.chat,
         max_length=min(config.sequence_length, positions),
@@ -149,7 +173,7 @@ def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Re
 
 
 def count_steps(config: TrainConfig, loaded: LoadedModel) -> int:
-    """The number of updates of a run: its config's, or what its epochs come to.
+    """The number of updates of a run: as set, or what its epochs come to.
 
     Raises:
         ValueError: no data, or an example longer than a row.
@@ -158,12 +182,15 @@ def count_steps(config: TrainConfig, loaded: LoadedModel) -> int:
 
 
 def step_batch(config: TrainConfig, data: DataSource, step: int, own: range | None = None) -> Batch:
-    """The batch of a step, numpy [B, T], or [M, B / M, T] where it is accumulated over M microbatches.
+    """The batch of a step (from 0): numpy [B, T], or [M, B / M, T] with M microbatches.
 
     Args:
-        own: only these rows, of each microbatch.
+        config: the run.
+        data: its examples.
+        step: counted from 0.
+        own: only these rows of each microbatch.
     """
-    rows = config.batch_size // config.grad_accumulation
+    rows = config.microbatch
     own = range(rows) if own is None else own
     batch = data.batch(step, [micro * rows + row for micro in range(config.grad_accumulation) for row in own])
     if config.grad_accumulation > 1:
@@ -173,6 +200,6 @@ def step_batch(config: TrainConfig, data: DataSource, step: int, own: range | No
 
 
 def to_floats(metrics: Metrics) -> dict[str, Any]:
-    """Metrics as plain numbers; the overlap as a list, a number for each joint layer, left out where there is none."""
+    """Metrics as plain numbers; the overlap as a list with a number per joint layer, left out where there is none."""
     values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics)._asdict().items()}
     return values if values["overlap"] else {k: v for k, v in values.items() if k != "overlap"}

@@ -1,126 +1,161 @@
-"""How fast a run trains: clocks that leave out the compilation, evaluations and checkpoints."""
+"""What watches a training: its speed, steps that are not finite, and whether it still improves."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from train.config import TrainConfig
 from train.data import DataSource
 
 
-class Speed:
-    """The clocks of a run. Begins when it is made.
+class StepTimer:
+    """Wall-clock time of training steps. The first step compiles and is left out of the speed.
 
     Args:
-        flops: useful floating-point operations of a step, by its number of supervised tokens.
-        peak: of the devices together, FLOP/s; None where it is not known.
+        flops: useful floating-point operations of a step, given its number of supervised tokens.
+        peak: peak of all devices together, FLOP/s; None if unknown.
     """
 
     def __init__(self, flops: Callable[[float], float], peak: float | None) -> None:
         self._flops, self._peak = flops, peak
-        self._began = self._step_began = time.perf_counter()
-        self._compiled_at: float | None = None
-        self._ended = self._began
-        self._tokens = 0.0  # of the steps after the first
-
-    def step(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The rates after a step: tokens_per_second of the run so far, step_seconds, and mfu where the peak is known.
-
-        The first step compiles: it has no mfu, and counts for the speed only until there is a second.
-
-        Args:
-            values: its tokens and supervised tokens.
-        """
-        now = self._ended = time.perf_counter()
-        seconds = now - self._step_began
-        if self._compiled_at is None:
-            self._compiled_at = now
-            return {"tokens_per_second": values["tokens"] / (now - self._began), "step_seconds": seconds}
-        self._tokens += values["tokens"]
-        rates = {"tokens_per_second": self.tokens_per_second, "step_seconds": seconds}
-        if self._peak:
-            rates["mfu"] = self._flops(values["supervised"]) / (seconds * self._peak)
-        self._step_began = now
-        return rates
+        self._compiled = False
+        self._last = self._after_first = self._tokens = 0.0
+        self.seconds = 0.0
+        """Time spent in steps, compilation included."""
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """What happens inside does not count; the next step begins after it."""
-        paused = time.perf_counter()
+    def step(self) -> Iterator[None]:
+        """Time one step."""
+        began = time.perf_counter()
         yield
-        self._step_began = time.perf_counter()
-        lost = self._step_began - paused
-        self._began, self._ended = self._began + lost, self._ended + lost
-        if self._compiled_at is not None:
-            self._compiled_at += lost
+        self._last = time.perf_counter() - began
+        self.seconds += self._last
 
-    @property
-    def seconds(self) -> float:
-        """Spent in training, compilation included."""
-        return self._ended - self._began
+    def rates(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Rates after a timed step: tokens_per_second so far, step_seconds, and mfu where the peak is known.
+
+        Args:
+            values: the step's metrics, with `tokens` and `supervised`.
+        """
+        if not self._compiled:
+            self._compiled = True
+            return {"tokens_per_second": values["tokens"] / self._last, "step_seconds": self._last}
+        self._after_first += self._last
+        self._tokens += values["tokens"]
+        rates = {"tokens_per_second": self.tokens_per_second, "step_seconds": self._last}
+        if self._peak:
+            rates["mfu"] = self._flops(values["supervised"]) / (self._last * self._peak)
+        return rates
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens a second after the first step; 0 before there is a second."""
-        return (
-            0.0 if self._compiled_at is None or not self._tokens else self._tokens / (self._ended - self._compiled_at)
+        """Real tokens per second after the first step; 0 before the second."""
+        return self._tokens / self._after_first if self._after_first else 0.0
+
+
+class NonfiniteGuard:
+    """Stops a run at a step whose loss or gradient is not finite, or counts the steps skipped so far.
+
+    Args:
+        config: decides between stopping and skipping, and how many steps may be skipped.
+        data: names the examples of a step.
+        skipped: steps skipped before the run was resumed.
+    """
+
+    def __init__(self, config: TrainConfig, data: DataSource, skipped: int) -> None:
+        self._config, self._data = config, data
+        self.skipped = skipped
+
+    def examine(self, done: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What to log about a step (from 1): {} if it is finite, else the sources of its batch's examples, row by row.
+
+        A step that is to be skipped is counted.
+        """
+        if _is_finite(values):
+            return {}
+        self.skipped += self._config.nonfinite == "skip"
+        rows = self._data.row_members(done - 1)
+        return {"examples": [[self._data.examples[index].source for index in row] for row in rows]}
+
+    def check(self, done: int, values: Mapping[str, Any], last_good: Callable[[], str]) -> str | None:
+        """A message about a skipped step; None for a finite one.
+
+        Args:
+            done: the step, counted from 1.
+            values: its metrics, with the examples that `examine` gave.
+            last_good: describes the last good checkpoint.
+
+        Raises:
+            FloatingPointError: the step is not finite and may not be skipped.
+        """
+        if _is_finite(values):
+            return None
+        happened = _describe(done, values)
+        if self._config.nonfinite == "skip" and self.skipped <= self._config.max_skipped:
+            return f"Skipped {happened}."
+        limit = f" That is one more than --max-skipped {self._config.max_skipped} allows."
+        raise FloatingPointError(
+            f"{happened}.{limit if self._config.nonfinite == 'skip' else ''} Stopped; the last good checkpoint is "
+            f"{last_good()}. A lower --optim.lr or a smaller --optim.clip usually helps; --resume --nonfinite skip "
+            "continues without such steps."
         )
 
 
-def is_finite(values: Mapping[str, Any]) -> bool:
+def _is_finite(values: Mapping[str, Any]) -> bool:
     """Whether a step's loss, penalty and gradient are finite: what `train_step` decides a skip by."""
     return bool(np.isfinite([values["loss"], values["penalty"], values["grad_norm"]]).all())
 
 
-def sources(data: DataSource, step: int) -> list[list[str]]:
-    """For each row of a step's batch, where its examples came from ("file:line"). step: from 0."""
-    return [[data.examples[index].source for index in row] for row in data.row_members(step)]
-
-
-def describe(step: int, values: Mapping[str, Any], rows: list[list[str]]) -> str:
-    """What happened at a step (from 1), and the first examples of its batch."""
+def _describe(done: int, values: Mapping[str, Any]) -> str:
+    """What happened at a step, and the first examples of its batch."""
+    rows = values["examples"]
     shown = "; ".join(
         f"row {row}: {', '.join(members[:3])}{', ...' * (len(members) > 3)}"
         for row, members in list(enumerate(rows))[:4]
     )
     more = "; ..." if len(rows) > 4 else ""
     return (
-        f"step {step}: the loss is {values['loss']}, the penalty {values['penalty']}, the gradient's norm "
+        f"step {done}: the loss is {values['loss']}, the penalty {values['penalty']}, the gradient's norm "
         f"{values['grad_norm']}. Its batch held {shown}{more} (all of it: 'examples' of that step in metrics.jsonl)"
     )
 
 
 @dataclass
-class Patience:
-    """Counts evaluations in a row that were not better than the best before.
+class EarlyStopping:
+    """Counts consecutive evaluations without improvement.
 
-    limit  of them; 0 = without end
+    patience  stop after this many; 0 = never
+    mode      whether the largest or the smallest value is the best
     """
 
-    limit: int
-    best: float = float("-inf")
+    patience: int
+    mode: Literal["max", "min"] = "max"
+    best: float = math.nan
     waited: int = 0
 
-    def hear(self, accuracy: float) -> bool:
-        """Take note of an evaluation; whether it is the best so far."""
-        better = accuracy > self.best
-        self.best, self.waited = (accuracy, 0) if better else (self.best, self.waited + 1)
+    @classmethod
+    def replay(cls, patience: int, mode: Literal["max", "min"], values: Iterable[float]) -> EarlyStopping:
+        """The state after earlier evaluations, of a run that is resumed."""
+        stopping = cls(patience, mode)
+        for value in values:
+            stopping.update(value)
+        return stopping
+
+    def update(self, value: float) -> bool:
+        """Take note of an evaluation. Returns whether it is the best so far."""
+        ahead = value > self.best if self.mode == "max" else value < self.best
+        better = ahead or (math.isnan(self.best) and not math.isnan(value))
+        self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
         return better
 
     @property
-    def over(self) -> bool:
-        """Whether the run is to end."""
-        return 0 < self.limit <= self.waited
-
-
-def patience_after(limit: int, accuracies: Iterable[float]) -> Patience:
-    """The patience that is left after earlier evaluations."""
-    patience = Patience(limit)
-    for accuracy in accuracies:
-        patience.hear(accuracy)
-    return patience
+    def should_stop(self) -> bool:
+        """Whether the run is to stop."""
+        return 0 < self.patience <= self.waited

@@ -1,20 +1,27 @@
-"""Tasks: what is asked, what is right, and where the examples come from."""
+"""Tasks: where the examples of a data set come from, how they are put into words, and how answers are scored.
+
+A new named task is a record (records.py) and a reader of its rows (readers.py); a new way to read an answer is a rule
+(scoring.py, extract.py). Tokenising and batching belong in `train.data`; running a model on a task, in
+`train.evaluation`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
 from typing import Any
 
-from train.data import Keys, ListOps
+from train.data import Keys, ListOps, Split
 from train.tasks.hub import HubTask
 from train.tasks.jsonl import JsonlTask
 from train.tasks.listops import ListOpsTask
-from train.tasks.record import Split
+from train.tasks.protocols import AnswerFormat, AnyTask
 from train.tasks.records import TASKS
 from train.tasks.table import TableTask
 
 __all__ = [
     "TASKS",
+    "AnswerFormat",
+    "AnyTask",
     "HubTask",
     "JsonlTask",
     "ListOpsTask",
@@ -27,18 +34,26 @@ __all__ = [
 ]
 
 Task = ListOpsTask | JsonlTask | HubTask | TableTask
+"""The kinds of task that a config can have. Functions that work with any task take an `AnyTask`."""
+
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in (ListOpsTask, JsonlTask, HubTask, TableTask)}
 
 
 def on_file(task: Task, path: str) -> Task:
-    """The task with a local file's examples, all of them, for validation and test.
+    """The task with all examples of a local file as its validation and test examples.
 
-    The file has the form of the task's own data: the columns of a named task or a table, a JSON line of prompt and
-    completion otherwise.
+    The file has the format of the task's data: the columns of a named task or a table, else JSON Lines with a prompt
+    and a completion.
     """
     if isinstance(task, ListOpsTask):
-        keep = {"template": task.template, "chat": task.chat, "rule": task.rule, "max_new_tokens": task.max_new_tokens}
-        return JsonlTask(path, path, **keep)  # type: ignore[arg-type]  # each value has its field's type
+        return JsonlTask(
+            path,
+            path,
+            template=task.template,
+            chat=task.chat,
+            rule=task.rule,
+            max_new_tokens=task.max_new_tokens,
+        )
     task = replace(task, validation=path, test=path)
     return replace(task, data=None) if isinstance(task, TableTask) else task
 
@@ -52,10 +67,10 @@ def task_to_json(task: Task) -> dict[str, Any]:
 
 
 def task_from_json(data: dict[str, Any]) -> Task:
-    """Read a task back.
+    """Read a task from what `task_to_json` returned.
 
     Raises:
-        ValueError: a type or a setting that this version does not know.
+        ValueError: a kind of task or a setting that this version does not have.
     """
     settings = {key: value for key, value in data.items() if key != "type"}
     kind = _KINDS.get(data.get("type", ""))

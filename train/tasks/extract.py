@@ -1,4 +1,4 @@
-"""Answers in generated texts: how each rule of `train.tasks.scoring` finds one, and when two are the same."""
+"""Answers in generated texts: how each rule of `train.tasks.scoring` reads one, and when two are the same."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 from fractions import Fraction
 
 TOLERANCE = Fraction(1, 10_000)
-"""Numbers closer than this are equal: 33.3333 is a third of a hundred."""
+"""Numbers that differ by less are equal: 33.3333 equals 100/3."""
 
-# A currency sign may stand between sign and digits; a minus after a digit or a word, or before a space, subtracts.
+# A currency sign may separate sign and digits. A minus after a digit or a word, or before a space, is a subtraction.
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
     rf"((?:(?<![\w)\]])[-+\u2212](?=[.\d$€£¥₹]))?)[$€£¥₹]?\s?((?:\d+\s+)?\d+\s*/\s*\d+(?![\d/])|{_PLAIN})"
@@ -19,7 +19,7 @@ _FRAC = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _TEX_SPACE = re.compile(r"\\[!,;: ]|\\(?=[$%])")
 
 _WORD = r"(?i:answer|option|solution|ending|choice)"
-# A bare letter must end there, or "Answer: A cat" would be read as A.
+# A bare letter must not continue as a text: "Answer: A cat" does not choose A.
 _LABEL = r"(?:\(([A-Za-z1-9])\)|([A-Z1-9]|[a-h])(?=\s*(?:[.):,*]|\n|$))|([B-H1-9])(?=\s))"
 _LABELLED = re.compile(rf"{_WORD}\s*(?i:is)?\s*[:=-]?\s*\**{_LABEL}")
 _LABEL_FIRST = re.compile(rf"\s*{_LABEL}")
@@ -31,63 +31,68 @@ _RELATIONS = {"entail": "entailment", "neutral": "neutral", "contradict": "contr
 
 
 def _first(pattern: str) -> Callable[[str], str | None]:
-    """The first match's group, whatever its case, lower-cased."""
-    compiled = re.compile(pattern, re.IGNORECASE | re.DOTALL)
-    after = re.compile(r"answer\s*(?:is\b|:|-).*?" + pattern, re.IGNORECASE | re.DOTALL)
+    """A reader of the pattern's first match after "answer:", else of its first match; ignores case."""
+    anywhere = re.compile(pattern, re.IGNORECASE | re.DOTALL)
+    after_answer = re.compile(r"answer\s*(?:is\b|:|-).*?" + pattern, re.IGNORECASE | re.DOTALL)
 
     def read(text: str) -> str | None:
-        found = after.search(text) or compiled.search(text)
-        return found[1].lower() if found else None
+        match = after_answer.search(text) or anywhere.search(text)
+        return match[1].lower() if match else None
 
     return read
 
 
 def _digit(text: str) -> str | None:
-    found = re.search(r"[0-9]", text)
-    return found[0] if found else None
+    match = re.search(r"[0-9]", text)
+    return match[0] if match else None
 
 
 def _tagged(text: str) -> str | None:
-    found = re.search(r"<answer>\s*(.*?)\s*</answer>", text, re.DOTALL)
-    return found[1] if found else None
+    match = re.search(r"<answer>\s*(.*?)\s*</answer>", text, re.DOTALL)
+    return match[1] if match else None
+
+
+_read_stem = _first(_RELATION)
 
 
 def _relation(text: str) -> str | None:
-    found = _first(_RELATION)(text)
-    return _RELATIONS[found] if found else None
+    stem = _read_stem(text)
+    return _RELATIONS[stem] if stem else None
 
 
 def number(text: str) -> str | None:
-    """The number that a text gives as its answer, without separators and currency: "-1234.5" or "3/4"."""
+    """The number that a text gives as its answer, without thousands separators and currency: "-1234.5" or "3/4"."""
     text = _FRAC.sub(r"\1/\2", _TEX_SPACE.sub("", text.replace("{,}", ",")))
-    for part in (_boxed(text), *(found[1] for found in reversed(list(_ANSWER_IS.finditer(text))))):
-        # Of "2 + 3 = 5" the result counts.
-        if part is not None and (found := _NUMBER.search(part.rpartition("=")[2]) or _NUMBER.search(part)):
-            return _clean(found)
-    every = list(_NUMBER.finditer(text))
-    return _clean(every[-1]) if every else None
+    stated = [match[1] for match in reversed(list(_ANSWER_IS.finditer(text)))]
+    for part in (_boxed(text), *stated):
+        # In "2 + 3 = 5" the answer is what follows the equals sign.
+        if part is not None and (match := _NUMBER.search(part.rpartition("=")[2]) or _NUMBER.search(part)):
+            return _clean(match)
+    numbers = list(_NUMBER.finditer(text))
+    return _clean(numbers[-1]) if numbers else None
 
 
 def _boxed(text: str) -> str | None:
-    """The inside of the last \\boxed{...}, braces within it counted."""
+    """The text inside the last \\boxed{...}, which may contain braces."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
     depth = 0
-    for at in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if text[at] == "}" and depth == 0:
-            return text[start + len("\\boxed{") : at]
+    for i in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if text[i] == "}" and depth == 0:
+            return text[start + len("\\boxed{") : i]
     return None
 
 
-def _clean(found: re.Match[str]) -> str:
-    sign = "-" if found[1] in ("-", "\u2212") else ""
-    return sign + re.sub(r"\s*/\s*", "/", found[2].replace(",", ""))
+def _clean(match: re.Match[str]) -> str:
+    """A match of _NUMBER in one format."""
+    sign = "-" if match[1] in ("-", "\u2212") else ""
+    return sign + re.sub(r"\s*/\s*", "/", match[2].replace(",", ""))
 
 
 def value(text: str) -> Fraction | None:
-    """A cleaned number's value; "2 1/2" is five halves. None for what is none."""
+    """The value of what `number` returned; "2 1/2" is five halves. None if it has none, as "3/0"."""
     negative = text.startswith("-")
     whole, _, rest = text.removeprefix("-").rpartition(" ")
     try:
@@ -98,11 +103,13 @@ def value(text: str) -> Fraction | None:
 
 
 def _label(last: bool) -> Callable[[str], str | None]:
+    """A reader of the label in the first, or the last, "Answer: ..."."""
+
     def read(text: str) -> str | None:
         stated = list(_LABELLED.finditer(text))
-        found = stated[-1 if last else 0] if stated else _LABEL_FIRST.match(text)
-        if found:
-            return next(filter(None, found.groups())).upper()
+        match = stated[-1 if last else 0] if stated else _LABEL_FIRST.match(text)
+        if match:
+            return next(filter(None, match.groups())).upper()
         bracketed = set(_BRACKETED.findall(text))
         return bracketed.pop().upper() if len(bracketed) == 1 else None
 
@@ -119,11 +126,11 @@ READERS: dict[str, Callable[[str], str | None]] = {
     "truth": _first(_TRUTH),
     "relation": _relation,
 }
-"""How each rule reads an answer; None where there is none."""
+"""For each rule, the function that reads an answer; it returns None if there is none."""
 
 
-def same(answer: str, gold: str, rule: str) -> bool:
-    """Whether an answer that was read is the gold one, white space around both left aside."""
+def same_answer(answer: str, gold: str, rule: str) -> bool:
+    """Whether an answer read by a rule equals the gold answer, ignoring surrounding white space."""
     answer, gold = answer.strip(), gold.strip()
     if rule == "number":
         ours, theirs = value(answer), value(number(gold) or "")

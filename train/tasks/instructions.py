@@ -1,4 +1,4 @@
-"""Rows of LLM-Adapters: {"instruction", "output", "answer"}, which several named tasks exist as, too."""
+"""Rows in the instruction format of LLM-Adapters, {"instruction", "output", "answer"}, as a variant of named tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LISTED = re.compile(r"(?:^|(?<=\s))(?:Answer|Option|Ending|Solution)([1-9]): ")
 
 
 def as_instructions(record: Record) -> Record:
-    """The same task, read from instructions instead: prompt and completion are the row's own."""
+    """The same task, read from instructions: prompt and completion are those of the row."""
     return replace(
         record,
         columns=COLUMNS,
@@ -25,39 +25,41 @@ def as_instructions(record: Record) -> Record:
         completion="{said}{label}{rest}",
         choice=None,
         option="{Label}: {text}",
-        between=" ",
+        separator=" ",
         paraphrases=("{body}{options}{after}\n", "Here is something to answer. {body}{options}{after}\n"),
     )
 
 
 def read(row: Row) -> Question:
-    """An instruction, taken apart as far as it has parts: lead ("Please choose ...: "), candidates, allowed answers.
+    """Split an instruction into its parts, if it has them: lead ("Please choose ...: "), candidates, allowed answers.
 
     Raises:
-        ValueError: an answer that is not among those that the instruction allows.
+        ValueError: an answer that the instruction does not allow, or that its output does not contain.
     """
-    text, output, answer = (str(row[name]).strip() for name in COLUMNS)
-    for name, value in zip(COLUMNS, (text, output, answer), strict=True):
+    instruction, output, answer = (str(row[name]).strip() for name in COLUMNS)
+    for name, value in zip(COLUMNS, (instruction, output, answer), strict=True):
         if not value:
             raise EmptyText(f"{name!r} is empty")
-    lead = found[0] if (found := _LEAD.match(text)) else ""
-    fields = {"lead": lead, "body": text[len(lead) :], "after": "", "said": output, "label": "", "rest": ""}
-    allowed = _ALLOWED.search(fields["body"])
+    match = _LEAD.match(instruction)
+    lead = match[0] if match else ""
+    body = instruction[len(lead) :]
+    fields = {"lead": lead, "body": body, "after": "", "said": output, "label": "", "rest": ""}
+    allowed = _ALLOWED.search(body)
     if allowed is None:
         return Question(fields, answer)
     labels = allowed[1].split("/")
     if answer not in labels:
         raise ValueError(f"the label is {answer!r}, allowed are {', '.join(map(repr, labels))}")
     if answer not in output:
-        raise ValueError(f"the output {output!r} does not have the answer {answer!r} in it")
+        raise ValueError(f"the output {output!r} does not contain the answer {answer!r}")
+    body, after = body[: allowed.start()], body[allowed.start() :]
     said, _, rest = output.rpartition(answer)
-    stem, after = fields["body"][: allowed.start()], fields["body"][allowed.start() :]
-    fields |= {"body": stem, "after": after, "said": said, "rest": rest}
-    before, *listed = _LISTED.split(stem)
-    texts = [each.strip() for each in listed[1::2]]
+    fields |= {"body": body, "after": after, "said": said, "rest": rest}
+    question, *listed = _LISTED.split(body)
+    texts = [text.strip() for text in listed[1::2]]
     if listed[::2] == [label[-1] for label in labels]:
         options = tuple(map(Option, labels, texts))
-        # Only where nothing is lost: the candidates are written anew.
-        if before + " ".join(f"{option.label.capitalize()}: {option.text}" for option in options) == stem:
-            return Question(fields | {"body": before}, answer, options)
+        # Only if the list can be written again without loss.
+        if question + " ".join(f"{option.label.capitalize()}: {option.text}" for option in options) == body:
+            return Question(fields | {"body": question}, answer, options)
     return Question(fields, answer, tuple(map(Option, labels)))

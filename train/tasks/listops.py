@@ -1,39 +1,42 @@
-"""ListOps from the project's own generator, or from a file."""
+"""The ListOps task, from the generator in `train.data.listops` or from a file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from train.data import Example, ListOps
+from train.data import Example, ListOps, Split
 from train.data.listops import TEMPLATES, generate, read_tsv
-from train.tasks.record import Split
 from train.tasks.scoring import Rule
 
 
 @dataclass(frozen=True)
 class ListOpsTask:
-    """Nested list operations with a digit as the answer, from the project's own generator."""
+    """Nested list operations whose answer is a digit, from this project's generator."""
 
     problems: ListOps = field(default_factory=ListOps)
-    """Difficulty, number and seed of the problems."""
+    """Difficulty, number, format and random seed of the problems."""
     chat: bool = False
-    """Ask through the model's chat template."""
+    """Use the model's chat template."""
     max_new_tokens: int = 5
-    """Tokens that an answer may take."""
+    """Maximum number of tokens in an answer."""
     data: str | None = None
-    """A file of answer<TAB>expression lines instead of the generator; a problem's text alone decides its split."""
+    """File of answer<TAB>expression lines instead of the generator; the text of a problem determines its split."""
 
     @property
     def rule(self) -> Rule:
-        """How an answer is read."""
+        """Rule that extracts the answer from an output."""
         return "tagged" if self.problems.style == "tagged" else "digit"
 
     @property
     def template(self) -> str:
-        """The prompt around a problem that a person types."""
+        """Text around a problem that a user types."""
         prompt = self.problems.prompt or TEMPLATES[self.problems.style][0]
         return prompt.replace("{expression}", "{prompt}")
 
     def load(self, split: Split) -> list[Example]:
-        """The examples of a split; the three have no problem in common."""
+        """The examples of a split; the three splits have no problem in common.
+
+        Raises:
+            ValueError: naming file and line: a malformed line; settings that do not allow that many problems.
+        """
         return read_tsv(self.data, self.problems, split) if self.data else generate(self.problems, split)

@@ -1,4 +1,4 @@
-"""What a row of each data set asks: pure functions of a row. A value that cannot be raises ValueError."""
+"""Readers: what a row of each data set asks, as pure functions of the row. Invalid values raise ValueError."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from train.tasks.record import EmptyText, Option, Question, Row
 
 
 def _text(row: Row, name: str, *, empty: bool = False) -> str:
-    """The text in a column, without white space around it."""
+    """The text in a column, stripped of surrounding white space."""
     value = row[name]
     if not isinstance(value, str):
         raise ValueError(f"{name!r} must be a text, got {value!r}")
@@ -22,19 +22,20 @@ def _text(row: Row, name: str, *, empty: bool = False) -> str:
 
 
 def _texts(row: Row, *names: str) -> dict[str, str]:
+    """The texts of several columns, by their names in lower case."""
     return {name.lower(): _text(row, name) for name in names}
 
 
 def _chosen(value: Any, options: Sequence[Option], allowed: Sequence[Any]) -> str:
-    """The label of the option that a row's value stands for: the value's place among those allowed."""
-    for option, known in zip(options, allowed, strict=True):
-        if str(value).strip().casefold() == str(known).casefold():
+    """The label of the option that a value stands for: options and allowed values correspond by position."""
+    for option, candidate in zip(options, allowed, strict=True):
+        if str(value).strip().casefold() == str(candidate).casefold():
             return option.label
     raise ValueError(f"the label is {value!r}, allowed are {', '.join(map(repr, allowed))}")
 
 
 def _lettered(fields: dict[str, str], texts: Sequence[Any], value: Any, allowed: Sequence[Any]) -> Question:
-    """A choice among texts, labelled A, B, ...; `value` is the right one's in `allowed`."""
+    """A question with texts to choose from, labelled A, B, ...; `value` is the row's label, one of `allowed`."""
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"the choices must be texts that are not empty, got {list(texts)!r}")
     options = tuple(Option(label, text.strip()) for label, text in zip("ABCDEFGH"[: len(texts)], texts, strict=True))
@@ -42,25 +43,29 @@ def _lettered(fields: dict[str, str], texts: Sequence[Any], value: Any, allowed:
 
 
 def boolq(row: Row) -> Question:
-    """A question about a passage, true or false."""
+    """BoolQ: a question about a passage, true or false."""
     options = (Option("True"), Option("False"))
     return Question(_texts(row, "passage", "question"), _chosen(row["answer"], options, (True, False)), options)
 
 
 def winogrande(row: Row) -> Question:
-    """A sentence with a blank and two candidates for it."""
+    """WinoGrande: a sentence with a blank and two candidates for it."""
     options = (Option("Option1", _text(row, "option1")), Option("Option2", _text(row, "option2")))
     return Question(_texts(row, "sentence"), _chosen(row["answer"], options, ("1", "2")), options)
 
 
 def mnli(row: Row) -> Question:
-    """Whether a premise entails a hypothesis; label 0, 1 or 2."""
+    """MNLI: whether a premise entails a hypothesis; label 0, 1 or 2."""
     options = (Option("ENTAILMENT"), Option("NEUTRAL"), Option("CONTRADICTION"))
     return Question(_texts(row, "premise", "hypothesis"), _chosen(row["label"], options, (0, 1, 2)), options)
 
 
 def labelled(question: str) -> Callable[[Row], Question]:
-    """A reader of rows whose choices have labels of their own: {"choices": {"text": [...], "label": [...]}}."""
+    """ARC and OpenBookQA: a reader of rows with labelled choices, {"choices": {"text": [...], "label": [...]}}.
+
+    Args:
+        question: the column of the question.
+    """
 
     def read(row: Row) -> Question:
         texts, labels = row["choices"]["text"], row["choices"]["label"]
@@ -71,24 +76,24 @@ def labelled(question: str) -> Callable[[Row], Question]:
 
 
 def hellaswag(row: Row) -> Question:
-    """Four endings of a text."""
+    """HellaSwag: a text with four candidate endings."""
     fields = {"activity": _text(row, "activity_label"), "context": _text(row, "ctx")}
     return _lettered(fields, row["endings"], row["label"], range(len(row["endings"])))
 
 
 def piqa(row: Row) -> Question:
-    """Two ways to a goal."""
+    """PIQA: a goal and two ways to reach it."""
     return _lettered(_texts(row, "goal"), (row["sol1"], row["sol2"]), row["label"], (0, 1))
 
 
 def siqa(row: Row) -> Question:
-    """A question about a situation, three answers."""
+    """SIQA: a question about a situation, with three candidate answers."""
     texts = (row["answerA"], row["answerB"], row["answerC"])
     return _lettered(_texts(row, "context", "question"), texts, row["label"], (1, 2, 3))
 
 
 def aqua(row: Row) -> Question:
-    """A problem with options such as "A)21", and how it is solved."""
+    """AQuA: a problem with options such as "A)21", and its solution."""
     pairs = [str(option).partition(")") for option in row["options"]]
     options = tuple(Option(label.strip(" ("), text.strip()) for label, _, text in pairs)
     fields = _texts(row, "question", "rationale")
@@ -96,32 +101,34 @@ def aqua(row: Row) -> Question:
 
 
 def _number(value: Any) -> str:
-    """A number as a person writes it: 8.0 is 8."""
-    return re.sub(r"(\.\d*?)0+$", r"\1", text).rstrip(".") if "." in (text := str(value).strip()) else text
+    """A number without trailing zeros: 8.0 becomes 8."""
+    text = str(value).strip()
+    return re.sub(r"(\.\d*?)0+$", r"\1", text).rstrip(".") if "." in text else text
 
 
 def reasoned(row: Row) -> Question:
-    """Reasoning, then "#### number"."""
+    """GSM8K and MAWPS: reasoning, then "#### number"."""
     reasoning, mark, number = _text(row, "answer").rpartition("####")
     number = _number(number)
     if not number:
         raise ValueError("'answer' has no number after ####")
-    # Where a row has the number alone, there is nothing to write before it.
+    # A row may have the number alone.
     reasoning = reasoning.strip() + "\n" if mark and reasoning.strip() else ""
     return Question({"question": _text(row, "question"), "reasoning": reasoning, "number": number}, number)
 
 
 def svamp(row: Row) -> Question:
-    """A problem with the equation that solves it."""
-    fields = {**_texts(row, "Body", "Question"), "reasoning": _text(row, "Equation") + "\n"}
-    return Question({**fields, "number": (number := _number(row["Answer"]))}, number)
+    """SVAMP: a problem with the equation that solves it."""
+    number = _number(row["Answer"])
+    fields = {**_texts(row, "Body", "Question"), "reasoning": _text(row, "Equation") + "\n", "number": number}
+    return Question(fields, number)
 
 
 _CALCULATION = re.compile(r'<gadget id="calculator">(.*?)</gadget>\s*<output>(.*?)</output>', re.DOTALL)
 
 
 def asdiv(row: Row) -> Question:
-    """A problem with the calculator's steps as marked-up text."""
+    """ASDiv: a problem with calculator steps as marked-up text."""
     steps = "".join(
         f"{expression.strip()} = {value.strip()}\n" for expression, value in _CALCULATION.findall(row["chain"])
     )
@@ -130,23 +137,24 @@ def asdiv(row: Row) -> Question:
 
 
 def listops(row: Row) -> Question:
-    """An expression of Long Range Arena, checked against its answer."""
-    # Long Range Arena writes X for a closing bracket in some copies, and binary-tree brackets besides.
+    """ListOps of Long Range Arena: an expression, checked against its answer."""
+    # Some copies of the data write X for a closing bracket, and add the brackets of a binary tree.
     words = _text(row, "Source").replace("(", " ").replace(")", " ").split()
     expression, answer = " ".join("]" if word == "X" else word for word in words), str(row["Target"])
-    if str(value := evaluate(expression)) != answer:
+    value = evaluate(expression)
+    if str(value) != answer:
         raise ValueError(f"the answer given is {answer}, but {expression} is {value}")
     return Question({"expression": expression}, answer)
 
 
 def alpaca(row: Row) -> Question:
-    """An instruction, perhaps with an input."""
-    given = _text(row, "input", empty=True) if row.get("input") is not None else ""
+    """Alpaca: an instruction, with or without an input."""
+    given = "" if row.get("input") is None else _text(row, "input", empty=True)
     given = f"### Input:\n{given}\n\n" if given else ""
     output = _text(row, "output", empty=True)
     return Question({"instruction": _text(row, "instruction"), "given": given, "output": output}, output)
 
 
 def conversation(row: Row) -> Question:
-    """A list of messages."""
+    """A conversation: a list of messages."""
     return Question({}, "", turns=chat_turns(row["messages"], "messages", "conversation"))

@@ -1,4 +1,4 @@
-"""What a task is: where its rows come from, what a row asks, and how that is put into words."""
+"""What defines a named task: where its rows come from, what a row asks, and how the question is put into words."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from train.data.examples import Example, Turn
+from train.data.examples import Example, Split, Turn
 from train.tasks.scoring import Rule
 
-Split = Literal["train", "validation", "test"]
 Row = Mapping[str, Any]
+"""A row of a data set: its values by column."""
 
 SEED = 42
-"""Of the shuffles that cut a split in two."""
+"""Random seed of the shuffles that divide a split."""
 
 
 class EmptyText(ValueError):
-    """A row without a text where one is needed."""
+    """A row lacks a text that it needs."""
 
 
 class Option(NamedTuple):
-    """A candidate answer: what names it, and its text, which a prompt lists (empty where the label says it all)."""
+    """A candidate answer: its label and its text, which a prompt lists (empty if the label says it all)."""
 
     label: str
     text: str = ""
@@ -35,10 +35,10 @@ class Option(NamedTuple):
 class Question:
     """What a row asks, before it is put into words.
 
-    fields   texts that the templates of a record name
+    fields   texts for the placeholders of the record's templates
     answer   the gold answer, as the record's rule compares it
-    options  the candidates, if the answer is to be chosen; `answer` is the label of one
-    turns    of a conversation, which then is the whole example
+    options  the candidates of a multiple-choice question; `answer` is the label of one of them
+    turns    the turns of a conversation, which then are the whole example
     """
 
     fields: Mapping[str, str]
@@ -48,55 +48,61 @@ class Question:
 
     @property
     def gold(self) -> Option | None:
-        """The option that is right."""
+        """The right option."""
         return next((option for option in self.options if option.label == self.answer), None)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one of the source's splits: all of them, or what some cuts leave.
+    """Rows of one split of the source: all of them, or what remains after some cuts.
 
-    Each cut shuffles with seed 42, holds a share of the rows out, and goes on with those held out ("hold") or with
-    the rest ("keep"); it draws the same rows as `shuffle(seed=42).train_test_split(share, seed=42)` of `datasets`.
+    Each cut shuffles the rows with seed 42, holds out a fraction of them, and continues with the rows held out
+    ("hold") or with the rest ("keep"). It selects the same rows as `shuffle(seed=42).train_test_split(fraction,
+    seed=42)` of the `datasets` library.
     """
 
     split: str
     cuts: tuple[tuple[Literal["hold", "keep"], float], ...] = ()
 
-    def chosen(self, rows: int) -> list[int]:
-        """Indices out of so many rows."""
-        index = np.arange(rows)
-        for which, share in self.cuts:
-            shuffle = np.random.default_rng(SEED).permutation(len(index))
-            order = shuffle[np.random.default_rng(SEED).permutation(len(index))]
-            held = math.ceil(share * len(index))
-            index = index[order[:held] if which == "hold" else order[held:]]
-        return index.tolist()
+    def indices(self, rows: int) -> list[int]:
+        """Indices of the rows of this part, in order.
+
+        Args:
+            rows: number of rows in the split.
+        """
+        indices = np.arange(rows)
+        for side, fraction in self.cuts:
+            shuffle = np.random.default_rng(SEED).permutation(len(indices))
+            order = shuffle[np.random.default_rng(SEED).permutation(len(indices))]
+            count = math.ceil(fraction * len(indices))
+            indices = indices[order[:count] if side == "hold" else order[count:]]
+        return indices.tolist()
 
     def __str__(self) -> str:
         """E.g. "validation (80 %)"."""
-        share = math.prod(share if which == "hold" else 1 - share for which, share in self.cuts)
+        share = math.prod(fraction if side == "hold" else 1 - fraction for side, fraction in self.cuts)
         return f"{self.split} ({100 * share:.0f} %)" if self.cuts else self.split
 
 
 @dataclass(frozen=True)
 class Record:
-    """One task. Templates hold {field} of the questions; {options} in a prompt is the list of candidates.
+    """The definition of one task. The placeholders of its templates are the fields of a `Question`.
 
-    title          for people
-    source, subset the data set's id on the Hugging Face hub, and its configuration
-    splits         where the rows of each split come from
-    columns        that a row must have; more are ignored
-    read           what a row asks; raises ValueError for a value that cannot be
-    prompt         template of the prompt
-    completion     template of what is trained on; may name the gold option's {label} and {text}
-    rule           how an answer is read from an output, see `train.tasks.scoring`
-    max_new_tokens that an answer may take
-    choice         template of a candidate completion, where it is not `completion`
-    option         template of a line in the list of candidates, with {label} and {text}
-    between        what stands between two of these lines
-    paraphrases    other prompts that ask for the same
-    revision       of the data set's repository
+    title           name for readers of the documentation
+    source          id of the data set on the Hugging Face hub
+    splits          which rows of the source make up each split
+    columns         columns that a row must have; others are ignored
+    read            reads a row; raises ValueError for invalid values
+    prompt          template of the prompt; {options} is the list of candidates
+    completion      template of the completion; may use the gold option's {label}, {text} and {sentence}
+    rule            rule that extracts the answer from an output, see `train.tasks.scoring`
+    max_new_tokens  default of the maximum number of tokens in an answer
+    subset          configuration of the hub data set
+    choice          template of a candidate completion, if it is not `completion`
+    option          template of a candidate in the list, with {label} and {text}
+    separator       text between two candidates in the list
+    paraphrases     other prompt templates that ask the same
+    revision        revision of the hub data set
     """
 
     title: str
@@ -111,31 +117,39 @@ class Record:
     subset: str | None = None
     choice: str | None = None
     option: str = "({label}) {text}"
-    between: str = "\n"
+    separator: str = "\n"
     paraphrases: tuple[str, ...] = ()
     revision: str | None = None
 
     def ask(self, row: Row, source: str) -> Question:
-        """What a row asks.
+        """Read a row.
+
+        Args:
+            row: a row of the data set.
+            source: where the row was read, for error messages.
 
         Raises:
-            ValueError: with its source, for a value that cannot be.
+            ValueError: naming the source: an invalid value. EmptyText if a text is missing.
         """
         try:
             return self.read(row)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = str(error) if isinstance(error, ValueError) else f"not a row of {self.source} ({error!r})"
-            raise (EmptyText if isinstance(error, EmptyText) else ValueError)(f"{source}: {reason}") from None
+        except EmptyText as error:
+            raise EmptyText(f"{source}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{source}: not a row of {self.source} ({error!r})") from None
 
     def example(self, question: Question, source: str, prompt: str | None = None) -> Example:
-        """A question in words.
+        """Put a question into words.
 
         Args:
-            source: where it came from, for messages.
-            prompt: another template than the record's.
+            question: what a row asks.
+            source: where the row was read, for error messages.
+            prompt: a prompt template instead of the record's.
 
         Raises:
-            ValueError: the completion would be empty, or the answer is none of the options.
+            ValueError: the answer is not among the options. EmptyText if the completion is empty.
         """
         if question.turns:
             return Example(question.turns, source)
@@ -143,31 +157,30 @@ class Record:
         if question.options and gold is None:
             allowed = ", ".join(option.label for option in question.options)
             raise ValueError(f"{source}: the answer is {question.answer!r}, but the choices are {allowed}")
-        lines = [fill(self.option, _named(option)) for option in question.options if option.text]
-        values = {**question.fields, "answer": question.answer, "options": self.between.join(lines)}
-        asked = fill(prompt or self.prompt, values)
-        completion = fill(self.completion, {**values, **(_named(gold) if gold else {})})
+        listed = self.separator.join(fill(self.option, _values(option)) for option in question.options if option.text)
+        values = {**question.fields, "answer": question.answer, "options": listed}
+        completion = fill(self.completion, {**values, **(_values(gold) if gold else {})})
         if not completion.strip():
             raise EmptyText(f"{source}: the completion is empty")
         choice = self.choice or self.completion
-        choices = tuple(fill(choice, {**question.fields, **_named(option)}) for option in question.options)
-        return Example.of(asked, completion, source, question.answer, choices)
+        choices = tuple(fill(choice, {**question.fields, **_values(option)}) for option in question.options)
+        return Example.of(fill(prompt or self.prompt, values), completion, source, question.answer, choices)
 
 
-def holes(template: str) -> list[str]:
-    """Names between braces in a template, in order; {{ and }} stand for braces."""
+def placeholders(template: str) -> list[str]:
+    """Names in braces in a template, in order; {{ and }} stand for literal braces."""
     return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """A template with its holes filled; braces in the values stay as they are."""
+    """A template with its placeholders replaced; braces in the values are left alone."""
     return "".join(
         text + (values[name] if name is not None else "") for text, name, _, _ in string.Formatter().parse(template)
     )
 
 
-def _named(option: Option) -> dict[str, str]:
-    """An option's values; `sentence` is its text with a full stop, `Label` its label with a capital."""
+def _values(option: Option) -> dict[str, str]:
+    """The placeholders of an option; `sentence` is its text with a full stop, `Label` its label capitalised."""
     text = option.text.strip()
     sentence = text if text.endswith((".", "!", "?")) else text + "."
     return {"label": option.label, "Label": option.label.capitalize(), "text": text, "sentence": sentence}

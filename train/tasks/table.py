@@ -1,80 +1,79 @@
-"""The user's own table: local files or any data set of the hub, with its columns named in the config."""
+"""A task from a user's own table: local files or any hub data set, with templates that name its columns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from train.data import Example
+from train.data import Example, Split
 from train.data.jsonl import chat_turns
-from train.tasks.hub import OnEmpty, around, check_on_empty, keep
-from train.tasks.record import EmptyText, Row, Split, fill, holes
+from train.tasks.hub import OnEmpty, check_on_empty, make_all, user_template
+from train.tasks.record import EmptyText, Row, fill, placeholders
 from train.tasks.rows import Rows, check_columns, read_file, read_hub
 from train.tasks.scoring import Rule, score
 
 
 @dataclass(frozen=True)
 class TableTask:
-    """Your own data: .jsonl, .csv, .tsv, .parquet, or any hub data set; templates say what its columns are for."""
+    """Your own table (.jsonl, .csv, .tsv, .parquet, or any hub data set), with templates that name its columns."""
 
     train: str | None = "train"
-    """Path of the training examples; with `data`, the name of a split there, e.g. train[:90%]."""
+    """File of training examples; with data, a split of that data set, e.g. train[:90%]."""
     validation: str | None = None
-    """The same of examples to watch while training."""
+    """Validation examples, given likewise; None = no evaluation during training."""
     test: str | None = None
-    """The same of held-out examples; None = the validation examples."""
+    """Test examples, given likewise; None = the validation examples."""
     data: str | None = None
-    """Id of a data set on the hub; None = the three above are local files."""
+    """Id of a hub data set; None = train, validation and test are local files."""
     subset: str | None = None
-    """Configuration of the hub's data set."""
+    """Configuration of the hub data set."""
     prompt: str = "{prompt}"
-    """The prompt, with {column} where a column's text goes."""
+    """Template of the prompt; {column} stands for the text of that column."""
     completion: str = "{completion}"
-    """What is trained on, likewise."""
+    """Template of the completion, which is trained on."""
     answer: str | None = None
-    """The answer to score against, likewise; None = the completion."""
+    """Template of the gold answer for scoring; None = the completion."""
     choices: tuple[str, ...] = ()
-    """Candidate completions, likewise; {column} alone may be a column of lists. Exactly one must be right."""
+    """Templates of the candidate completions, exactly one of them right; {column} alone may name a column of lists."""
     messages: str | None = None
-    """Column of conversations, lists of {"role", "content"}; instead of prompt and completion."""
+    """Column of conversations, lists of {"role", "content"}, used instead of prompt and completion."""
     chat: bool = False
-    """Ask through the model's chat template (always, for conversations)."""
+    """Use the model's chat template (always on for conversations)."""
     rule: Rule = "exact"
-    """How an answer is read from the output, see `train.tasks.scoring`."""
+    """Rule that extracts the answer from an output, see docs/tasks.md."""
     max_new_tokens: int = 64
-    """Tokens that an answer may take."""
+    """Maximum number of tokens in an answer."""
     on_empty: OnEmpty = "error"
-    """What to do with a row whose prompt or completion is empty: stop, or leave it out and say how many."""
+    """What to do with rows whose prompt or completion is empty: stop with an error, or drop and count them."""
 
     def __post_init__(self) -> None:
         """Reject templates that name no column."""
         check_on_empty(self.on_empty)
         for name in ("prompt", "completion"):
             try:
-                named = holes(getattr(self, name))
+                columns = placeholders(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"task.{name}: {getattr(self, name)!r}: {error}; write {{{{ for a brace") from None
-            if self.messages is None and not all(named or [""]):
+            if self.messages is None and not all(columns or [""]):
                 raise ValueError(f"task.{name}: got {getattr(self, name)!r}, need a text with a {{column}}")
         if self.messages is not None:
             object.__setattr__(self, "chat", True)
 
     @property
     def template(self) -> str:
-        """The prompt around what a person types, where that is one column; else the bare text."""
-        return "{prompt}" if self.messages else around(self.prompt)
+        """Text around a prompt that a user types, if the prompt has a single column; else "{prompt}"."""
+        return "{prompt}" if self.messages else user_template(self.prompt)
 
     def load(self, split: Split) -> list[Example]:
-        """The examples of a split; empty where nothing was given for it.
+        """The examples of a split; empty if nothing is given for it.
 
         Raises:
-            ValueError: no such file, the hub cannot be reached, missing columns, empty texts, no right choice.
+            ValueError: a missing file, an unreachable hub, missing columns, empty texts, or no single right choice.
         """
-        rows = self._rows(
-            {"train": self.train, "validation": self.validation, "test": self.test or self.validation}[split]
-        )
+        names = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}
+        rows = self._rows(names[split])
         check_columns(rows, self._columns())
-        return keep(rows, lambda row: self._example(*row), self.on_empty, f"{split} examples")
+        return make_all(rows, lambda row: self._example(*row), self.on_empty, f"{split} examples")
 
     def _rows(self, name: str | None) -> Rows:
         if name is None:
@@ -87,7 +86,7 @@ class TableTask:
         return [
             name
             for template in (self.prompt, self.completion, self.answer or "", *self.choices)
-            for name in holes(template)
+            for name in placeholders(template)
         ]
 
     def _example(self, source: str, row: Row) -> Example:
@@ -109,7 +108,8 @@ class TableTask:
         return example
 
     def _choices(self, template: str, row: Row, values: dict[str, str]) -> list[str]:
-        names = holes(template)
+        """The candidates of one template: one, or one for each item of a column of lists."""
+        names = placeholders(template)
         lists = [name for name in names if isinstance(row[name], list)]
         if not lists:
             return [fill(template, values)]
@@ -117,8 +117,9 @@ class TableTask:
             raise ValueError(
                 f"task.choices: {template!r} names the lists {lists} beside other columns; only one may be"
             )
-        return [fill(template, {names[0]: _text(each)}) for each in row[names[0]]]
+        return [fill(template, {names[0]: _text(item)}) for item in row[names[0]]]
 
 
 def _text(value: Any) -> str:
+    """A cell as text; a missing value is empty."""
     return "" if value is None else str(value)

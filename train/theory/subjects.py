@@ -85,7 +85,9 @@ def held_out(
     examples = config.task.load(split)  # type: ignore[arg-type]
     if not examples:
         raise ValueError(f"the task has no {split} examples to measure on")
-    tokens, _ = encode(examples, loaded.tokenizer, chat=config.task.chat, max_length=length, on_long=config.on_long)
+    tokens, _ = encode(
+        examples, loaded.require_tokenizer(), chat=config.task.chat, max_length=length, on_long=config.on_long
+    )
     source = DataSource(tokens, rows, length)
     return [jax.tree.map(jnp.asarray, source.batch(step)) for step in range(batches)]
 
@@ -115,7 +117,7 @@ class Pair:
         some = self.config.task.load(split)[:examples]
         if not some:
             raise ValueError(f"the task has no {split} examples")
-        chat, tokenizer = self.config.task.chat, self.loaded.tokenizer
+        chat, tokenizer = self.config.task.chat, self.loaded.require_tokenizer()
         if answers:
             tokens, _ = encode(some, tokenizer, chat=chat, max_length=length, on_long=self.config.on_long)
         else:

@@ -60,7 +60,7 @@ def test_own_keys_and_template(tmp_path):
     path = write(tmp_path, {"question": "q {x}", "answer": "a"}, {"question": "r", "answer": "b"})
     first, _ = read_jsonl(path, Keys("question", "answer"), template="Q: {prompt}\n")
     assert first.turns == (Turn("prompt", "Q: q {x}\n"), Turn("completion", "a"))
-    assert first.answer is None  # the key is the completion's
+    assert first.answer is None  # its key is that of the completion
     assert first.gold == "a"
 
 
@@ -116,6 +116,24 @@ def test_byte_order_mark(tmp_path):
 def test_refuses_with_file_and_line(tmp_path, line, message):
     path = write(tmp_path, {"prompt": "p", "completion": "c"}, "", line)
     with pytest.raises(ValueError, match=rf"d\.jsonl:3: .*{message}"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("depth", [5_000, 100_000])
+@pytest.mark.parametrize("key", ["prompt", "messages", "answer"])
+def test_refuses_deep_nesting_with_file_and_line(tmp_path, key, depth):
+    good = '{"prompt": "p", "completion": "c"}'
+    for opening, closing in (("[", "]"), ('{"a":', "}")):
+        nested = opening * depth + "1" + closing * depth
+        line = f'{{"{key}": {nested}}}' if key != "answer" else f'{good[:-1]}, "answer": {nested}}}'
+        with pytest.raises(ValueError, match=r"d\.jsonl:2: ") as refused:
+            read_jsonl(write(tmp_path, good, line))
+        assert len(str(refused.value)) < 500
+
+
+def test_refuses_numbers_that_python_does_not_convert(tmp_path):
+    path = write(tmp_path, '{"prompt": "p", "completion": "c", "answer": ' + "9" * 5_000 + "}")
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: cannot be read as JSON"):
         read_jsonl(path)
 
 

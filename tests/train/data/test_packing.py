@@ -1,15 +1,16 @@
 import time
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
-from jaxsteer.batches import make_batch
-from train.data import DataSource, TokenizedExample, bucket_length, pack, prompt_batches, stack_rows
+from jaxsteer.batches import bucket_length, make_batch
+from train.data import DataSource, TokenizedExample, pack, stack_rows
 
 
 def made(lengths, seed=0):
-    """Examples whose first id is their number; the last third is supervised."""
+    """Examples of these lengths whose first id is their index; the last third is supervised."""
     rng = np.random.default_rng(seed)
     examples = []
     for i, n in enumerate(lengths):
@@ -28,8 +29,8 @@ def same(a, b):
 
 
 def seen(source, rows):
-    """How often each example occurs in so many rows from the start."""
-    steps = -(-rows // source.rows)
+    """How often each example occurs in this many rows from the start."""
+    steps = -(-rows // source.batch_size)
     members = [row for step in range(steps) for row in source.row_members(step)][:rows]
     return Counter(i for row in members for i in row)
 
@@ -53,9 +54,9 @@ def test_pack_is_fast_and_full():
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("rows", [1, 4, 7])
-def test_every_epoch_has_every_example_once(packed, rows):
-    source = DataSource(made(LENGTHS), rows, 64, seed=5, pack=packed)
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_every_epoch_has_every_example_once(packed, batch_size):
+    source = DataSource(made(LENGTHS), batch_size, 64, seed=5, pack=packed)
     per_epoch = source.rows_per_epoch
     for epochs in (1, 2, 3):
         assert seen(source, epochs * per_epoch) == dict.fromkeys(range(101), epochs)
@@ -66,7 +67,7 @@ def test_every_epoch_has_every_example_once(packed, rows):
 def test_order_is_a_function_of_seed_and_step():
     examples = made(LENGTHS)
     first, second = (DataSource(examples, 3, 64, seed=5) for _ in range(2))
-    steps = 5 * first.steps_per_epoch
+    steps = 5 * first.steps(1)
     inorder = [first.batch(k) for k in range(steps)]
     for k in np.random.default_rng(0).permutation(steps).tolist():
         assert same(second.batch(k), inorder[k])
@@ -102,7 +103,7 @@ def test_epochs_differ():
 def test_rows_hold_their_examples_exactly():
     examples = made(LENGTHS)
     source = DataSource(examples, 4, 64, seed=2)
-    for step in range(source.steps_per_epoch):
+    for step in range(source.steps(1)):
         batch, members = source.batch(step), source.row_members(step)
         assert [f.dtype for f in batch] == [np.int32] * 4 + [np.bool_, np.float32]
         assert all(f.shape == (4, 64) for f in batch)
@@ -114,6 +115,7 @@ def test_rows_hold_their_examples_exactly():
                 assert (batch.segments[r, span] == segment).all()
                 assert np.array_equal(batch.positions[r, span], np.arange(len(e)))
                 assert (batch.prompt_lengths[r, span] == e.prompt_length).all()
+                assert np.array_equal(batch.completion[r, span], e.completion)
                 assert np.array_equal(batch.weights[r, span], e.weights)
                 at += len(e)
             assert not any(f[r, at:].any() for f in batch)  # padding is zeros
@@ -121,7 +123,7 @@ def test_rows_hold_their_examples_exactly():
 
 def test_counts():
     source = DataSource(made([8] * 10), 4, 16)
-    assert (source.rows_per_epoch, source.steps_per_epoch, source.steps(2), source.steps(0.4)) == (5, 2, 3, 1)
+    assert (source.rows_per_epoch, source.steps(1), source.steps(2), source.steps(0.4)) == (5, 2, 3, 1)
     assert source.fill == 1.0
     assert DataSource(made([8] * 10), 4, 16, pack=False).fill == 0.5
     assert DataSource(made([8] * 30), 1, 8).steps(0.1) == 3
@@ -135,15 +137,16 @@ def test_first_token_is_never_a_target():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rows": 0}, "0 rows"),
-        ({"length": 31}, r"f:\d+: 32 tokens do not fit a row of 31"),
+        ({"batch_size": 0}, "got batch_size 0 and sequence_length 64, both must be at least 1"),
+        ({"sequence_length": 0}, "got batch_size 2 and sequence_length 0, both must be at least 1"),
+        ({"sequence_length": 31}, r"f:\d+: 32 tokens do not fit a row of 31; raise sequence_length"),
         ({"seed": -1}, "seed: got -1"),
         ({"examples": []}, "no examples"),
     ],
 )
 def test_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
-        DataSource(**{"examples": made(LENGTHS), "rows": 2, "length": 64, **settings})
+        DataSource(**{"examples": made(LENGTHS), "batch_size": 2, "sequence_length": 64, **settings})
 
 
 def test_refuses_negative_steps_and_full_rows():
@@ -151,34 +154,6 @@ def test_refuses_negative_steps_and_full_rows():
         DataSource(made([4]), 1, 8).batch(-1)
     with pytest.raises(ValueError, match="8 tokens do not fit a row of 7"):
         stack_rows([made([4, 4])], 7)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_prompt_batches(side):
-    prompts = made(LENGTHS)
-    batches = list(prompt_batches(prompts, 8, side=side, lengths=(32, 8, 16)))
-    indices = np.concatenate([b.indices for b in batches])
-    assert sorted(indices[indices >= 0].tolist()) == list(range(101))
-    assert (indices == -1).sum() == len(batches) * 8 - 101 == 3
-    assert len(batches) == 13
-    widths = [b.batch.tokens.shape for b in batches]
-    assert widths == sorted(widths, reverse=True)
-    for batch, index in batches:
-        width = batch.tokens.shape[1]
-        longest = max(len(prompts[i]) for i in index if i >= 0)
-        assert width == min(n for n in (8, 16, 32) if n >= longest)
-        for r, i in enumerate(index):
-            if i < 0:
-                assert not any(f[r].any() for f in batch)
-                continue
-            e = prompts[i]
-            span = slice(width - len(e), width) if side == "left" else slice(0, len(e))
-            assert np.array_equal(batch.tokens[r, span], e.ids)
-            assert np.array_equal(batch.positions[r, span], np.arange(len(e)))
-            assert np.array_equal(batch.weights[r, span], e.weights)
-            assert (batch.prompt_lengths[r, span] == e.prompt_length).all()
-            assert (batch.segments[r, span] == 1).all()
-            assert batch.segments[r].sum() == len(e)
 
 
 def test_bucket_lengths_are_few():
@@ -194,22 +169,6 @@ def test_bucket_lengths_are_few():
         1024,
     ]
     assert len({bucket_length(n) for n in range(1, 2049)}) == 15
-    (batch,) = prompt_batches(made([20, 30]), 2)
-    assert batch.batch.tokens.shape == (2, 32)
-    assert list(prompt_batches([], 4)) == []
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rows": 0}, "0 rows"),
-        ({"rows": 2, "side": "both"}, "'both'"),
-        ({"rows": 2, "lengths": (8, 16)}, r"f:0: a prompt of 20 tokens, but .* \[8, 16\]"),
-    ],
-)
-def test_prompt_batches_refuse(options, message):
-    with pytest.raises(ValueError, match=message):
-        list(prompt_batches(made([20]), **options))
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -217,4 +176,4 @@ def test_rows_are_what_the_library_would_make_of_them(left):
     examples = made(LENGTHS)
     rows = [[examples[i] for i in row] for row in pack(LENGTHS, 64)]
     batch = stack_rows(rows, 64, left=left)
-    assert same(batch, make_batch(batch.tokens, batch.segments, batch.weights))
+    assert same(batch, jax.jit(make_batch)(batch.tokens, batch.segments, batch.weights))

@@ -21,8 +21,9 @@ def one(example, tokenizer, **options):
 
 
 def spans(tokenizer, row):
-    """Texts of the supervised runs."""
-    edges = np.flatnonzero(np.diff(np.r_[0, row.weights > 0, 0]))
+    """Texts of the runs of completion tokens, each of weight 1."""
+    assert np.array_equal(row.weights, row.completion)
+    edges = np.flatnonzero(np.diff(np.r_[0, row.completion, 0]))
     return [tokenizer.decode(row.ids[a:b]) for a, b in edges.reshape(-1, 2)]
 
 
@@ -30,10 +31,10 @@ def test_plain_golden():
     row = one(Example.of("ab\n", "7", "f:1", "seven"), tiny_tokenizer())
     ids = tiny_tokenizer()("ab\n7")["input_ids"]
     assert row.ids.tolist() == [*ids, END_OF_TEXT]
+    assert row.completion.tolist() == [False, False, False, True, True]
     assert row.weights.tolist() == [0, 0, 0, 1, 1]
     assert (row.prompt_length, len(row), row.source, row.answer) == (3, 5, "f:1", "seven")
-    assert row.ids.dtype == np.int32
-    assert row.weights.dtype == np.float32
+    assert (row.ids.dtype, row.completion.dtype, row.weights.dtype) == (np.int32, bool, np.float32)
 
 
 def test_beginning_of_sequence_where_the_tokenizer_adds_it():
@@ -62,6 +63,7 @@ def test_prompts_begin_the_training_ids(chat):
     row, prompt = one(example, tokenizer, chat=chat), encode_prompts([example], tokenizer, chat=chat)[0][0]
     assert prompt.ids.tolist() == row.ids[: row.prompt_length].tolist()
     assert prompt.prompt_length == row.prompt_length == len(prompt)
+    assert not prompt.completion.any()
     assert not prompt.weights.any()
     assert prompt.answer == row.answer == "that."
 
@@ -91,8 +93,10 @@ def test_multi_turn_prompt_keeps_what_was_supervised():
     row, prompt = one(TALK, tokenizer, chat=True), encode_prompts([TALK], tokenizer, chat=True)[0][0]
     n = len(prompt)
     assert row.ids[:n].tolist() == prompt.ids.tolist()
+    assert row.completion[:n].tolist() == prompt.completion.tolist()
     assert row.weights[:n].tolist() == prompt.weights.tolist()
     assert row.prompt_length == prompt.prompt_length
+    assert row.completion[n:].all()
     assert row.weights[n:].all()
     assert prompt.answer == "Ciao"
 

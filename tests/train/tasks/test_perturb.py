@@ -1,4 +1,4 @@
-"""Perturbed prompts: what changes, what stays, and that it always changes in the same way."""
+"""Perturbed prompts: what changes, what stays, and that the change is deterministic."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def test_only_the_prompt_changes(tmp_path, name, kind):
         before.source,
     )
     assert perturbed(asked, "test", kind) == [after]
-    # What is listed to choose from stays readable.
+    # The listed candidates stay readable.
     for line in before.turns[0].text.splitlines():
         assert not line.startswith(("(", "Option")) or line in after.turns[0].text
 
@@ -43,7 +43,7 @@ def test_only_the_prompt_changes(tmp_path, name, kind):
 def test_the_gold_follows_the_shuffle(tmp_path, name):
     asked = task(tmp_path, name, [ROWS[name][0]])
     [before] = asked.load("test")
-    [[old]] = [asked.asked("test")]
+    [old] = asked.questions("test")
     text = old.question.gold.text
     golds = set()
     for seed in range(8):
@@ -72,22 +72,22 @@ def test_instructions_are_perturbed_too(tmp_path):
     assert "Answer1: sun" in loud.turns[0].text
 
 
-def test_an_example_changes_the_same_way_wherever_it_stands(tmp_path):
+def test_an_example_changes_the_same_way_whatever_its_place(tmp_path):
     rows = [{**ROWS["gsm8k"][0], "question": f"Somebody counted {i} different things yesterday?"} for i in range(20)]
-    forward, backward = task(tmp_path, "gsm8k", rows), perturbed
+    forward = task(tmp_path, "gsm8k", rows)
     texts = [e.turns[0].text for e in perturbed(forward, "test", "typos")]
     (tmp_path / "other").mkdir()
-    again = [e.turns[0].text for e in backward(task(tmp_path / "other", "gsm8k", rows[::-1]), "test", "typos")]
+    again = [e.turns[0].text for e in perturbed(task(tmp_path / "other", "gsm8k", rows[::-1]), "test", "typos")]
     assert again[::-1] == texts
     assert [e.turns[0].text for e in perturbed(forward, "test", "typos", seed=1)] != texts
     assert all(f" {i} " in text for i, text in enumerate(texts))
-    # Each example draws for itself.
+    # Each example has its own random numbers.
     wordings = [e.turns[0].text.partition("Somebody")[0] for e in perturbed(forward, "test", "paraphrase")]
     assert len(set(wordings)) == len(TASKS["gsm8k"].paraphrases)
     assert len({e.turns[0].text.isupper() for e in perturbed(forward, "test", "casing")}) == 2
 
 
-def test_misspelt_by_so_much():
+def test_misspelt_in_one_word_of_seven():
     text = "The sensible engineers measured 1234 distances between Ankara and café Ömür, twice; then rested a little."
     for seed in range(50):
         found = misspelt(text, random.Random(seed).random)

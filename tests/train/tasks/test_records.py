@@ -1,4 +1,4 @@
-"""Every named task: golden prompts, golds that score, the same tokens in training and evaluation."""
+"""Every named task: golden prompts, gold answers that score, the same tokens in training and evaluation."""
 
 import itertools
 import os
@@ -15,10 +15,10 @@ from tiny_tokenizer import END_OF_TEXT, IM_END, tiny_tokenizer
 
 from train.data import Turn, encode, encode_prompts
 from train.tasks import TASKS, HubTask, task_from_json, task_to_json
-from train.tasks.__main__ import documentation
+from train.tasks.__main__ import documentation, main
 from train.tasks.instructions import as_instructions
-from train.tasks.record import Part, holes
-from train.tasks.records import _cut
+from train.tasks.record import Part, placeholders
+from train.tasks.records import _divided
 from train.tasks.scoring import score
 
 NAMES = list(ROWS)
@@ -99,7 +99,7 @@ def test_templates_name_what_the_reader_gives():
         record, question = TASKS[name], TASKS[name].ask(ROWS[name][0], "f:1")
         assert len(record.paraphrases) >= 2
         for other in record.paraphrases:
-            assert set(holes(other)) == set(holes(record.prompt))
+            assert set(placeholders(other)) == set(placeholders(record.prompt))
             assert other != record.prompt
             assert other not in ("", record.example(question, "f:1").turns[0].text)
 
@@ -109,14 +109,14 @@ def test_cuts_are_those_of_the_datasets_library(rows):
     data = datasets.Dataset.from_dict({"n": list(range(rows))})
     cut = lambda data, share: data.shuffle(seed=42).train_test_split(share, seed=42)
     fifth = cut(data, 0.2)
-    assert Part("test", (("hold", 0.2),)).chosen(rows) == fifth["test"]["n"]
-    assert Part("test", (("keep", 0.2),)).chosen(rows) == fifth["train"]["n"]
+    assert Part("test", (("hold", 0.2),)).indices(rows) == fifth["test"]["n"]
+    assert Part("test", (("keep", 0.2),)).indices(rows) == fifth["train"]["n"]
     if rows > 7:
-        assert Part("test", (("hold", 0.2), ("keep", 0.5))).chosen(rows) == cut(fifth["test"], 0.5)["train"]["n"]
+        assert Part("test", (("hold", 0.2), ("keep", 0.5))).indices(rows) == cut(fifth["test"], 0.5)["train"]["n"]
 
 
-def test_cuts_share_the_rows_out():
-    parts = [part.chosen(101) for part in _cut("train").values()]
+def test_cuts_partition_the_rows():
+    parts = [part.indices(101) for part in _divided("train").values()]
     assert sorted(itertools.chain(*parts)) == list(range(101))
     assert str(Part("test", (("hold", 0.2), ("keep", 0.5)))) == "test (10 %)"
 
@@ -137,7 +137,18 @@ def test_the_documentation_is_that_of_the_records():
     assert found.strip() == documentation().strip(), "run `python -m train.tasks`"
 
 
-# ---- real files, where there are some
+def test_the_command_writes_the_documentation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "tasks.md"
+    page.write_text("before <!-- generated --> old <!-- generated --> after")
+    main()
+    assert page.read_text("utf-8").split("<!-- generated -->")[1].strip() == documentation().strip()
+    assert page.read_text("utf-8").startswith("before <!--")
+    assert page.read_text("utf-8").endswith("--> after")
+
+
+# ---- real files, if there are any
 
 _FILES = {"gsm8k": "gsm8k", "boolq": "boolq_questions", "arc_challenge": "arc_challenge"}
 

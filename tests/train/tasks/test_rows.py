@@ -1,4 +1,4 @@
-"""Rows from files and from the hub, tables with columns of their own, and input that cannot be."""
+"""Rows from files and from the hub, tables with columns of their own, and invalid input."""
 
 import csv
 import json
@@ -86,7 +86,7 @@ def test_a_task_from_files(tmp_path):
         HubTask("boolq", data=str(tmp_path)).load("test")
 
 
-def test_one_file_is_not_cut_into_splits_that_the_hub_keeps_apart(tmp_path):
+def test_one_file_does_not_stand_for_several_splits(tmp_path):
     path = write(tmp_path / "all.jsonl", [{**ROWS["gsm8k"][0], "question": f"{i}?"} for i in range(10)])
     for split in ("train", "test"):
         with pytest.raises(
@@ -114,7 +114,7 @@ def test_listops_from_a_file(tmp_path):
 # ---- the hub
 
 
-def test_a_hub_that_cannot_be_reached_says_how_to_do_without(monkeypatch):
+def test_an_unreachable_hub_names_the_alternatives(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
@@ -142,7 +142,7 @@ def test_the_hub_is_asked_for_what_the_record_says(monkeypatch):
     ]
 
 
-# ---- what cannot be
+# ---- invalid input
 
 
 def changed(name, **values):
@@ -182,19 +182,19 @@ def changed(name, **values):
         ),
     ],
 )
-def test_rows_that_cannot_be(tmp_path, name, row, message):
+def test_invalid_rows_are_refused(tmp_path, name, row, message):
     path = write(tmp_path / "bad.jsonl", [row])
     with pytest.raises(ValueError, match=message):
         HubTask(name, test=str(path)).load("test")
 
 
-def test_empty_texts_can_be_left_out_and_are_counted(tmp_path, capsys):
+def test_empty_texts_can_be_dropped_and_are_counted(tmp_path, capsys):
     path = write(
         tmp_path / "a.jsonl", [changed("alpaca", output=""), ROWS["alpaca"][0], changed("alpaca", instruction="")]
     )
     [example] = HubTask("alpaca", test=str(path), on_empty="drop").load("test")
     assert example.source == f"{path}:2"
-    assert "left out 1 of" in capsys.readouterr().err
+    assert "dropped 1 of" in capsys.readouterr().err
     with pytest.raises(ValueError, match="every row has an empty text"):
         HubTask("alpaca", test=str(write(path, [changed("alpaca", output="")])), on_empty="drop").load("test")
     with pytest.raises(ValueError, match="on_empty: got 'skip'"):
@@ -223,13 +223,20 @@ def test_a_table_refuses(tmp_path):
         ("x.csv", b'a,b\n1,"2\n', r"x\.csv:2: unexpected end of data"),
         ("x.csv", b"a,b\n", r"x\.csv: no rows"),
         ("x.parquet", b"PAR1 no", r"x\.parquet: not a Parquet file"),
-        ("x.txt", b"a", r"x\.txt: cannot tell what this is; known endings are \.jsonl"),
+        ("x.txt", b"a", r"x\.txt: unknown file type; known suffixes are \.jsonl"),
     ],
 )
-def test_files_that_cannot_be(tmp_path, name, content, message):
+def test_unreadable_files_are_refused(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
+        read_file(path)
+
+
+def test_deep_nesting_is_refused_with_file_and_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: cannot be read as JSON \(its brackets are nested too deeply\)"):
         read_file(path)
 
 

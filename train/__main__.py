@@ -1,0 +1,81 @@
+"""The console command: `jaxsteer COMMAND ...`, or `python -m train COMMAND ...`.
+
+Only the module of the command is imported, so that `jaxsteer --help` does not wait for JAX.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+COMMANDS = {
+    "quickstart": "steer SmolLM2-135M on a CPU: before, training, after",
+    "sft": "train steering, LoRA or the whole model on prompts and completions",
+    "lofit": "train LoFiT's two stages: choose attention heads, then steer them",
+    "generate": "answer prompts, with a steering file or without",
+    "evaluate": "measure accuracy on a task, with intervals",
+    "inspect": "show what a steering file holds and how far it moves activations",
+    "robustness": "evaluate on perturbed prompts, another task and neutral text",
+    "compare": "compare methods on one task with equal budgets",
+    "bench": "measure speed and memory of training, decoding, evaluation and loading",
+    "plan": "check whether a run fits on given TPUs or GPUs, and estimate its speed",
+    "theory": "study weight updates as activation shifts on real fine-tunings",
+}
+"""What each command does. The command X runs the module `train.X`."""
+
+_NEEDED = ("filelock", "matplotlib", "orbax", "rich", "scipy", "tyro")
+"""Packages of the extra `train` without which no command runs."""
+
+
+def usage() -> str:
+    """The help text: every command with one line."""
+    width = max(map(len, COMMANDS))
+    lines = (f"  {name:{width}}  {line}" for name, line in COMMANDS.items())
+    return "\n".join(
+        (
+            "usage: jaxsteer COMMAND [ARGUMENTS]\n\nSteer and fine-tune language models in JAX.\n\ncommands:",
+            *lines,
+            "\noptions:\n  --help     show this text; `jaxsteer COMMAND --help` lists the options of a command\n"
+            "  --version  show the version",
+        )
+    )
+
+
+def version() -> str:
+    """The version of the library, read from its source because importing it would import JAX."""
+    spec = find_spec("jaxsteer")
+    assert spec is not None
+    assert spec.origin is not None
+    found = re.search(r'^__version__ = "(.+)"$', Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def main() -> None:
+    """Run a command, with the arguments that follow its name."""
+    name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name == "--version":
+        print(f"jaxsteer {version()}")
+        return
+    if name not in COMMANDS:
+        print(f"error: jaxsteer has no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    if missing := [package for package in _NEEDED if find_spec(package) is None]:
+        print(
+            f"error: `jaxsteer {name}` needs packages that are not installed ({', '.join(missing)}); "
+            'install them with `pip install "jaxsteer[train]"`',
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+    sys.argv = [f"jaxsteer {name}", *arguments]
+    runpy.run_module(f"train.{name}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

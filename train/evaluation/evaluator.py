@@ -1,0 +1,250 @@
+"""One way to evaluate: before, during and after a training, and in every command that asks a model questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsteer.batches import bucket_length, pack, stack_rows
+from jaxsteer.inference.continuous import generate_all
+from jaxsteer.inference.generate import Sampling
+from jaxsteer.inference.likelihood import score_continuations
+from jaxsteer.io import LoadedModel
+from jaxsteer.models.transformer import Model
+from jaxsteer.objective import supervised_loss, total_weight
+from jaxsteer.params import Params
+from jaxsteer.plans import plan_to_json
+from jaxsteer.types import Array, Batch, PyTree, Steering
+from train.data import Example, encode
+from train.devices.placement import Placement
+from train.display.console import progress
+from train.evaluation.answers import (
+    By,
+    Normalise,
+    Prompts,
+    ScoredAnswer,
+    accuracy_of,
+    chosen_reader,
+    generated_reader,
+    make_prompts,
+)
+from train.evaluation.journal import FileJournal, MemoryJournal, hash_prompts, hash_tree
+from train.tasks import Split
+from train.tasks.scoring import Metric
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Answers a task's questions with a model, scores them, and measures the loss of its reference completions.
+
+    Each split is tokenised once. Every process of a run calls the methods together.
+
+    model            config and plan; its steering, and a trained base, come with each call
+    loaded           the pretrained base, its tokenizer and its stop tokens
+    task             where questions come from, and how answers are scored
+    placement        where arrays go
+    eval_batch_size  prompts answered at a time
+    limits           maximum number of examples of a split; a split that is not named is used whole
+    metric           what `validate` measures
+    loss_shape       rows of a batch, and tokens of a row, when the loss is measured
+    by, normalise    how answers are found, see `By` and `Normalise`
+    sampling, seed   how answers are generated; greedy by default
+    """
+
+    model: Model
+    loaded: LoadedModel
+    task: Any
+    placement: Placement
+    eval_batch_size: int = 64
+    limits: Mapping[Split, int] = field(default_factory=dict)
+    metric: Metric = "accuracy"
+    loss_shape: tuple[int, int | None] = (8, None)
+    by: By = "generation"
+    normalise: Normalise = "none"
+    sampling: Sampling = Sampling()  # noqa: RUF009  # frozen
+    seed: int = 0
+    _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def examples(self, split: Split) -> list[Example]:
+        """The examples of a split, up to its limit."""
+        return self._once(f"examples of {split}", lambda: self._load(split))
+
+    def prompts(self, examples: Sequence[Example]) -> Prompts:
+        """Tokenised prompts of examples.
+
+        Raises:
+            ValueError: an example without choices where they are to be scored.
+        """
+        chosen = self.by == "likelihood"
+        return make_prompts(
+            examples, self.loaded.require_tokenizer(), self.loaded.stop_tokens, self.task, choices=chosen
+        )
+
+    def answer(
+        self,
+        questions: Split | Sequence[Example],
+        params: Params,
+        path: Path | None = None,
+        *,
+        title: str | None = None,
+        reuse: bool = False,
+    ) -> list[ScoredAnswer]:
+        """Answer and score questions, in their order.
+
+        Args:
+            questions: a split of the task, or examples.
+            params: steering of the model's plan, and the base if it is not the pretrained one (else None).
+            path: .jsonl file for the answers. A killed evaluation of the same questions by the same model resumes.
+            title: of a progress bar; None shows none.
+            reuse: return the answers at `path` if they are exactly these.
+
+        Raises:
+            ValueError: an unfinished evaluation of something else is at `path`.
+        """
+        prompts = self._split_prompts(questions) if isinstance(questions, str) else self.prompts(questions)
+        total = len(prompts.tokens)
+        if not total:
+            return []
+        with self._journal(prompts, params, path, reuse) as journal, _bar(total, title, len(journal.done)) as advance:
+            for index, answer in self._ask(prompts, params, [i for i in range(total) if i not in journal.done]):
+                journal.add(index, answer)
+                advance(len(journal.done))
+            journal.finish()
+        return [journal.done[index] for index in range(total)]
+
+    def validate(self, params: Params) -> dict[str, float]:
+        """Measure `metric` on the validation split; {} where the task has none.
+
+        Returns:
+            accuracy with the ends of its 95 % interval, low and high, shares from 0 to 1; or validation_loss, nats.
+        """
+        if not self.examples("validation"):
+            return {}
+        if self.metric == "validation_loss":
+            return {"validation_loss": self.loss("validation", params)}
+        result = accuracy_of(self.answer("validation", params))
+        low, high = result.interval
+        return {"accuracy": result.rate, "low": low, "high": high}
+
+    def loss(self, split: Split, params: Params) -> float:
+        """Mean cross-entropy of a split's reference completions, nats a supervised token.
+
+        Raises:
+            ValueError: an example without a completion, or longer than `loss_shape` allows.
+        """
+        batches = self._once(f"batches of {split}", lambda: self._batches(split))
+        base, steering = self._base(params), self._placed(params.steering)
+        with self.placement.on_mesh():
+            placed = (self.placement.batch(batch) for batch in batches)
+            sums = [jax.device_get(_loss_and_weight(self.model, base, steering, batch)) for batch in placed]
+        loss, weight = map(sum, zip(*sums, strict=True))
+        return float(loss / weight)
+
+    def _ask(self, prompts: Prompts, params: Params, left: Sequence[int]) -> Iterator[tuple[int, ScoredAnswer]]:
+        """(index, answer) of the prompts that are left, as they are finished."""
+        base, steering = self._base(params), self._placed(params.steering)
+        tokens = [prompts.tokens[i] for i in left]
+        with self.placement.on_mesh():
+            if self.by == "likelihood":
+                choose = chosen_reader(prompts, self.normalise)
+                ids = [prompts.choice_ids[i] for i in left]
+                scored = score_continuations(
+                    self.model,
+                    base,
+                    steering,
+                    tokens,
+                    ids,
+                    batch_size=self.eval_batch_size,
+                    place=self.placement.batch,
+                )
+                yield from ((left[i], choose(left[i], likelihoods)) for i, likelihoods in scored)
+            else:
+                read = generated_reader(prompts, self.loaded.require_tokenizer())
+                answers = generate_all(
+                    self.model,
+                    base,
+                    steering,
+                    tokens,
+                    self.placement.copies(jax.random.key(self.seed)),
+                    max_new_tokens=prompts.max_new_tokens,
+                    stop_tokens=prompts.stop,
+                    rows=self.eval_batch_size,
+                    sampling=self.sampling,
+                    place=self.placement.batch,
+                )
+                yield from ((left[i], read(left[i], answer)) for i, answer in answers)
+
+    def _journal(self, prompts: Prompts, params: Params, path: Path | None, reuse: bool) -> MemoryJournal | FileJournal:
+        if path is None:
+            return MemoryJournal()
+        identity = {
+            "model": self.loaded.name,
+            "base": self.loaded.fingerprint if params.base is None else hash_tree(params.base),
+            "dtype": jax.tree.leaves(self.loaded.base)[0].dtype.name,
+            "plan": plan_to_json(self.model.plan),
+            "steering": hash_tree(params.steering),
+            "prompts": hash_prompts(prompts),
+            "by": f"{self.by}, {self.normalise}" if self.by == "likelihood" else f"{self.by}, {self.sampling}",
+        }
+        if self.by == "generation" and self.sampling.temperature > 0:
+            identity["seed"] = self.seed
+        return FileJournal(path, identity, reuse=reuse)
+
+    def _base(self, params: Params) -> PyTree:
+        return self.loaded.base if params.base is None else params.base
+
+    def _placed(self, steering: Steering) -> Steering:
+        """The steering on the mesh: a training's is there already."""
+        mesh = self.placement.mesh
+        there = all(
+            getattr(getattr(leaf, "sharding", None), "mesh", None) == mesh for leaf in jax.tree.leaves(steering)
+        )
+        return steering if mesh is None or there else self.placement.copies(steering)
+
+    def _load(self, split: Split) -> list[Example]:
+        limit = self.limits.get(split)
+        return [] if limit == 0 else self.task.load(split)[:limit]
+
+    def _split_prompts(self, split: Split) -> Prompts:
+        examples = self.examples(split)
+        empty = Prompts((), (), (), self.task.rule, self.task.max_new_tokens)
+        return self._once(f"prompts of {split}", lambda: self.prompts(examples) if examples else empty)
+
+    def _batches(self, split: Split) -> list[Batch]:
+        """A split's examples, packed into batches of `loss_shape`; the last is filled up with empty rows."""
+        rows, length = self.loss_shape
+        examples, _ = encode(
+            self.examples(split), self.loaded.require_tokenizer(), chat=self.task.chat, max_length=length
+        )
+        length = length or bucket_length(max(map(len, examples)))
+        packed = pack([len(example) for example in examples], length)
+        packed += [[] for _ in range(-len(packed) % rows)]
+        members = [[examples[i] for i in row] for row in packed]
+        return [stack_rows(members[start : start + rows], length) for start in range(0, len(members), rows)]
+
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self._cache:
+            self._cache[name] = make()
+        return self._cache[name]
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss_and_weight(model: Model, base: PyTree, steering: PyTree, batch: Batch) -> tuple[Array, Array]:
+    loss = supervised_loss(model, base, steering, batch)
+    return loss.astype(jnp.float32), total_weight(batch)
+
+
+@contextmanager
+def _bar(total: int, title: str | None, start: int) -> Iterator[Callable[[int], None]]:
+    if title is None:
+        yield lambda done: None
+        return
+    with progress(total, title, start=start) as bar:
+        yield bar.update
