@@ -2,13 +2,14 @@
 
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
-from train.compare.config import CompareConfig, Entry
+from train.compare.config import CompareConfig, Entry, LoFiT, Method
 from train.config import TrainConfig
 from train.data import ListOps
 from train.tasks import ListOpsTask
 
 LORA = "lora(rank=8) @ projections"
 POST_BLOCK = "nonlinear(rank=8) @ block"
+JOINT = (LORA, POST_BLOCK)
 ENDS = "positions=first:7+last:7"
 
 
@@ -33,19 +34,19 @@ def config() -> CompareConfig:
             eval_batch_size=128,
         ),
         entries=(
-            Entry("full fine-tuning", (), lr=1e-4, train_base=True),
-            Entry("LoRA", (LORA,), lr=2e-3),
-            Entry("LoReFT", (f"loreft(rank=8) @ block {ENDS}",), lr=3e-3),
-            Entry("DiReFT", (f"direft(rank=8) @ block {ENDS}",), lr=3e-3),
-            Entry("LoFiT", ("lofit @ attn.heads",), lr=1e-2, recipe="lofit", heads=32),
-            Entry("JoLA", ("jola @ attn.heads",), lr=1e-2),
-            Entry("post-MLP nonlinear", ("nonlinear(rank=8) @ mlp",), lr=5e-3),
-            Entry("post-block fixed", ("fixed @ block",), lr=1e-2),
-            Entry("post-block linear", ("linear(rank=8) @ block",), lr=5e-3),
-            Entry("post-block nonlinear", (POST_BLOCK,), lr=5e-3),
-            Entry("joint, no constraint", (LORA, POST_BLOCK), 5e-3, 2e-3, orthogonality=Orthogonality("none")),
-            Entry("joint, penalty", (LORA, POST_BLOCK), 5e-3, 2e-3, orthogonality=Orthogonality("penalty")),
-            Entry("joint, projection", (LORA, POST_BLOCK), 5e-3, 2e-3, orthogonality=Orthogonality("projection")),
+            Entry("full fine-tuning", Method((), train_base=True), lr=1e-4),
+            Entry("LoRA", Method((LORA,)), lr=2e-3),
+            Entry("LoReFT", Method((f"loreft(rank=8) @ block {ENDS}",)), lr=3e-3),
+            Entry("DiReFT", Method((f"direft(rank=8) @ block {ENDS}",)), lr=3e-3),
+            Entry("LoFiT", Method(("lofit @ attn.heads",)), lr=1e-2, lofit=LoFiT(heads=32)),
+            Entry("JoLA", Method(("jola @ attn.heads",)), lr=1e-2),
+            Entry("post-MLP nonlinear", Method(("nonlinear(rank=8) @ mlp",)), lr=5e-3),
+            Entry("post-block fixed", Method(("fixed @ block",)), lr=1e-2),
+            Entry("post-block linear", Method(("linear(rank=8) @ block",)), lr=5e-3),
+            Entry("post-block nonlinear", Method((POST_BLOCK,)), lr=5e-3),
+            Entry("joint, no constraint", Method(JOINT, orthogonality=Orthogonality("none")), 5e-3, 2e-3),
+            Entry("joint, penalty", Method(JOINT, orthogonality=Orthogonality("penalty")), 5e-3, 2e-3),
+            Entry("joint, projection", Method(JOINT, orthogonality=Orthogonality("projection")), 5e-3, 2e-3),
         ),
         out="runs/compare_listops",
     )

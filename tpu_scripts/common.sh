@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts of this folder share: flags, commands that can be rehearsed, workers, the table of topologies.
+# Shared by the scripts in this folder: flags, dry runs, workers, the table of topologies.
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
   echo "error: bash 4.4 or newer is needed, this is $BASH_VERSION (on macOS: brew install bash)" >&2
@@ -10,36 +10,36 @@ SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck disable=SC2034  # for the scripts that source this file
 ROOT=$(dirname "$SCRIPTS")
 
-# Every flag there is: what it means, and its default. Each is also read from the environment, as POD_NAME etc.
+# All flags, their meaning and defaults. Each can also be set in the environment, as POD_NAME etc.
 FLAGS=(name zone project topology slices spot valid-until wait-only repo ref env-file mount out bucket upload-every
   worker lines follow save discard retries then-delete image namespace service-account max-restarts dry-run)
 declare -A ABOUT=(
-  [name]="of the TPU (its queued resource and its nodes), or of the JobSet"
-  [zone]="of the TPU, for example us-west4-a"
-  [project]="Google Cloud project; by default the one gcloud is set to"
-  [topology]="of one slice, as JAX's compiler writes it: v5e:4x4, v6e:8x8, v5p:4x4x4, ..."
+  [name]="name of the TPU (its queued resource and nodes), or of the JobSet"
+  [zone]="zone of the TPU, for example us-west4-a"
+  [project]="Google Cloud project (default: gcloud's)"
+  [topology]="topology of one slice, as JAX's compiler writes it: v5e:4x4, v6e:8x8, v5p:4x4x4, ..."
   [slices]="number of slices, joined over the data-centre network (default 1)"
-  [spot]="spot capacity: cheaper, can be taken away at any time"
-  [valid-until]="give up if there is no capacity by then, for example 6h"
-  [wait-only]="ask for nothing, only wait for what was asked for before"
-  [repo]="git address to clone on the workers; by default the tracked files of this checkout are copied"
+  [spot]="use spot capacity: cheaper, but can be preempted at any time"
+  [valid-until]="give up if there is no capacity within this time, for example 6h"
+  [wait-only]="wait for an earlier request instead of making one"
+  [repo]="git URL to clone on the workers (default: copy the tracked files of this checkout)"
   [ref]="branch or tag of --repo (default main)"
-  [env-file]="file of NAME=value lines for the training, such as HF_TOKEN; copied to a private folder, never printed"
-  [mount]="gs://BUCKET that all workers mount as ~/bucket, for a run folder that all of them see"
+  [env-file]="file of NAME=value lines for the training, such as HF_TOKEN=...; copied privately, never printed"
+  [mount]="gs://BUCKET to mount as ~/bucket on all workers, for a run folder that all of them share"
   [out]="run folder on the workers (default runs/sft); ~/bucket/... is in the mounted bucket"
-  [bucket]="gs://BUCKET/FOLDER of this run, where worker 0 copies the run folder and workers get it back from"
+  [bucket]="gs://BUCKET/FOLDER for this run: worker 0 copies the run folder there, and workers restore it from there"
   [upload-every]="seconds between copies to --bucket (default 60)"
-  [worker]="number of the worker, or all (default 0)"
-  [lines]="last lines of a log to show (default 40)"
-  [follow]="go on showing new lines until Ctrl-C"
-  [save]="folder on this computer for one whole log a worker"
-  [discard]="delete though run folders on the TPU were not copied to a bucket"
-  [retries]="failures in a row, without a preemption, before giving up (default 2)"
-  [then-delete]="delete the TPU when the training has finished and its run is in the bucket"
+  [worker]="index of the worker, or all (default 0)"
+  [lines]="number of last log lines to show (default 40)"
+  [follow]="keep showing new lines until Ctrl-C"
+  [save]="local folder to download whole logs to, one file per worker"
+  [discard]="delete without copying the run folder to a bucket first"
+  [retries]="consecutive failures to retry, preemptions not counted (default 2)"
+  [then-delete]="delete the TPU once the training has finished and its run is in the bucket"
   [image]="container image with this repository installed; see tpu_scripts/Dockerfile"
-  [namespace]="of the cluster (default default)"
-  [service-account]="Kubernetes service account that may read and write the bucket (default default)"
-  [max-restarts]="restarts after failures; preemptions are not counted (default 3)"
+  [namespace]="Kubernetes namespace (default default)"
+  [service-account]="Kubernetes service account with read and write access to the bucket (default default)"
+  [max-restarts]="maximum restarts after failures, preemptions not counted (default 3)"
   [dry-run]="print every command instead of running it"
 )
 SWITCHES=" spot wait-only follow discard then-delete dry-run "
@@ -47,11 +47,11 @@ declare -A DEFAULT=([slices]=1 [ref]=main [out]=runs/sft [upload-every]=60 [work
   [namespace]=default [service-account]=default [max-restarts]=3)
 
 # shellcheck disable=SC2034  # for the scripts that source this file
-POLL=${POD_POLL:-20}   # seconds between two looks at something slow
-REST=()                # what is left of the command line after the flags
-WHERE=()               # the flags that say where a TPU is
+POLL=${POD_POLL:-20} # seconds between polls
+REST=()              # command-line words after the flags
+WHERE=()             # gcloud's flags for the zone and project
 
-# hint ...: said only where something was really done.
+# hint ...: printed unless this is a dry run.
 hint() { ((DRY_RUN)) || say "$@"; }
 say() { printf '%s\n' "$*" >&2; }
 
@@ -63,7 +63,7 @@ die() {
   exit 1
 }
 
-# The words as one line that a shell reads back as the same words.
+# The words as one line, quoted so that a shell reads them back unchanged.
 quoted() {
   local word line=
   for word in "$@"; do
@@ -73,10 +73,10 @@ quoted() {
   printf '%s\n' "$line"
 }
 
-# Carry out a command, or only print it.
+# Run a command; in a dry run, print it.
 run() { if ((DRY_RUN)); then quoted "$@"; else "$@"; fi; }
 
-# elapsed SINCE, in seconds as $SECONDS counts them.
+# elapsed START: the time since START, a value of $SECONDS.
 elapsed() {
   local s=$((SECONDS - $1))
   if ((s < 3600)); then
@@ -86,7 +86,7 @@ elapsed() {
   fi
 }
 
-# Sets $name to the variable of a flag: WAIT_ONLY for wait-only.
+# variable FLAG: set $name to the flag's variable, as WAIT_ONLY for wait-only.
 variable() {
   name=${1^^}
   name=${name//-/_}
@@ -95,14 +95,14 @@ variable() {
 help() {
   local flag
   sed -n '2,/^[^#]/ s/^#\( \|$\)//p' "$0"
-  printf '\nFlags, before anything else (each can be set in the environment instead, --name as POD_NAME):\n'
+  printf '\nFlags come first (each can also be set in the environment, as POD_NAME for --name):\n'
   for flag in "${KNOWN[@]}"; do
     if [[ $SWITCHES == *" $flag "* ]]; then printf '  --%s\n' "$flag"; else printf '  --%s VALUE\n' "$flag"; fi
     printf '        %s\n' "${ABOUT[$flag]}"
   done
 }
 
-# parse "flags the script knows" "$@": sets NAME, DRY_RUN and so on; the first other word and all after it go to REST.
+# parse "flags of the script" "$@": set NAME, DRY_RUN and so on; the first non-flag word and all after it go to REST.
 parse() {
   local flag name value
   read -ra KNOWN -d '' <<<"$1 dry-run" || true
@@ -140,11 +140,11 @@ parse() {
   REST=("$@")
   if [[ $ZONE ]]; then WHERE=(--zone="$ZONE"); fi
   if [[ $PROJECT ]]; then WHERE+=(--project="$PROJECT"); fi
-  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "--slices: must be a whole number from 1, got '$SLICES'"
+  [[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "--slices: must be a whole number, at least 1; got '$SLICES'"
   [[ ! $NAME || $NAME =~ ^[a-z]([-a-z0-9]{0,48}[a-z0-9])?$ ]] ||
-    die "--name: got '$NAME'" "use small letters, digits and -, beginning with a letter, at most 50"
+    die "--name: got '$NAME'" "use lowercase letters, digits and -, starting with a letter, at most 50 characters"
   [[ ! $BUCKET || $BUCKET =~ ^gs://[^/]+/[^/] ]] ||
-    die "--bucket: got '$BUCKET'" "give a folder of the run's own, gs://BUCKET/FOLDER"
+    die "--bucket: got '$BUCKET'" "give a folder for this run alone, gs://BUCKET/FOLDER"
   BUCKET=${BUCKET%/}
   SCRATCH=$(mktemp -d)
   trap 'rm -rf "$SCRATCH"' EXIT
@@ -154,22 +154,22 @@ need() {
   local flag name
   for flag in "$@"; do
     variable "$flag"
-    [[ ${!name} ]] || die "--$flag is missing: ${ABOUT[$flag]}" "give it, or set POD_$name in the environment"
+    [[ ${!name} ]] || die "--$flag is missing: ${ABOUT[$flag]}" "give the flag, or set POD_$name in the environment"
   done
 }
 
-nothing_left() { ((${#REST[@]} == 0)) || die "unexpected '${REST[0]}'" "this script takes flags only; see --help"; }
+nothing_left() { ((${#REST[@]} == 0)) || die "unexpected '${REST[0]}'" "this script takes only flags; see --help"; }
 
-# Whether the run folder outlives the TPU: it is in a bucket, mounted or not.
-# shellcheck disable=SC2088  # the tilde is the worker's
+# Whether the run folder survives the TPU, because it is in a bucket (mounted or not).
+# shellcheck disable=SC2088  # the worker expands the tilde
 out_is_safe() { [[ $OUT == gs://* || $OUT == '~/bucket/'* ]]; }
 
-# A copy in --bucket of what is in a bucket already would be a copy of it onto itself, or a second one.
+# With the run folder already in a bucket, --bucket would copy it onto itself, or make a second copy.
 one_place() {
-  if [[ $BUCKET ]] && out_is_safe; then die "$OUT is in a bucket already" "leave out --bucket (POD_BUCKET=$BUCKET)"; fi
+  if [[ $BUCKET ]] && out_is_safe; then die "$OUT is already in a bucket" "leave out --bucket (POD_BUCKET=$BUCKET)"; fi
 }
 
-# For scripts that call others: what was given to this one holds for them.
+# For scripts that call other scripts: pass this one's flags on.
 pass_flags_on() {
   local flag name
   for flag in "${FLAGS[@]}"; do
@@ -180,19 +180,19 @@ pass_flags_on() {
 
 # ---- topologies
 
-# lookup TOPOLOGY: sets SOLD_AS, RUNTIME, CHIPS, HOSTS, GKE_ACCELERATOR and GKE_MACHINE, and says both names.
+# lookup TOPOLOGY: set SOLD_AS, RUNTIME, CHIPS, HOSTS, GKE_ACCELERATOR and GKE_MACHINE, and print both names.
 lookup() {
   local row
   row=$(awk -v wanted="$1" '$1 == wanted' "$SCRIPTS/topologies.txt")
   [[ $row ]] || die "unknown topology '$1'" "known: $(awk '!/^#/ {printf "%s ", $1}' "$SCRIPTS/topologies.txt")"
-  # shellcheck disable=SC2034  # some are for the GKE script
+  # shellcheck disable=SC2034  # some are used by gke.sh
   read -r _ SOLD_AS RUNTIME CHIPS HOSTS GKE_ACCELERATOR GKE_MACHINE <<<"$row"
-  say "$1 is sold as $SOLD_AS: $CHIPS chips on $HOSTS host(s) a slice, $SLICES slice(s)"
+  say "$1 is sold as $SOLD_AS: $CHIPS chips on $HOSTS host(s) per slice, $SLICES slice(s)"
 }
 
 # ---- the queued resource
 
-# One name a line. gcloud numbers the nodes of several slices itself.
+# One name per line. With several slices, gcloud numbers the nodes itself.
 nodes() {
   local i
   if ((SLICES == 1)); then echo "$NAME"; else for ((i = 0; i < SLICES; i++)); do echo "$NAME-$i"; done; fi
@@ -200,7 +200,7 @@ nodes() {
 
 first_node() { nodes | head -n 1; }
 
-# ACTIVE, SUSPENDED and so on; ABSENT where there is none; UNKNOWN where gcloud did not say.
+# Prints ACTIVE, SUSPENDED and so on; ABSENT if there is no queued resource; UNKNOWN if gcloud does not answer.
 queue_state() {
   local state
   if state=$(gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format='value(state.state)' \
@@ -209,31 +209,31 @@ queue_state() {
   elif grep -qi 'NOT_FOUND\|not found' "$SCRATCH/describe"; then
     echo ABSENT
   else
-    say "cannot ask for the state of $NAME: $(tail -n 1 "$SCRATCH/describe")"
+    say "cannot get the state of $NAME: $(tail -n 1 "$SCRATCH/describe")"
     echo UNKNOWN
   fi
 }
 
-# Say what a refusal of gcloud means. Status 0 where asking again later, or elsewhere, can help.
+# explain MESSAGE: say what an error of gcloud means. Status 0 if trying again later, or in another zone, can help.
 explain() {
   local text=$1
   case $text in
     *[Qq]uota*)
-      say "The project's quota is too small for this: Google Cloud limits the TPU chips of a project, zone by zone."
-      say "  - ask for more at https://console.cloud.google.com/iam-admin/quotas (service: Cloud TPU API, zone: $ZONE)"
-      say "  - spot and on-demand capacity have quotas of their own: try with or without --spot"
-      say "  - or take another --zone, a smaller --topology or fewer --slices"
+      say "The project's quota is too small: Google Cloud limits the number of TPU chips per project and zone."
+      say "  - request more at https://console.cloud.google.com/iam-admin/quotas (service: Cloud TPU API, zone: $ZONE)"
+      say "  - spot and on-demand capacity have separate quotas: try with or without --spot"
+      say "  - or use another --zone, a smaller --topology or fewer --slices"
       return 1
       ;;
     *capacity* | *RESOURCE_EXHAUSTED*)
-      say "There is no free capacity in $ZONE now: try another --zone, or wait (see --valid-until)."
+      say "There is no free capacity in $ZONE at the moment: try another --zone, or wait (see --valid-until)."
       ;;
     *ALREADY_EXISTS* | *"already exists"*)
-      say "$NAME exists already: go on with it (--wait-only), delete it (delete.sh), or use another --name."
+      say "$NAME already exists: wait for it (--wait-only), delete it (delete.sh), or use another --name."
       return 1
       ;;
     *PERMISSION_DENIED* | *SERVICE_DISABLED* | *"has not been used in project"*)
-      say "gcloud may not do this: check 'gcloud auth list' and the project, and that the Cloud TPU API is enabled:"
+      say "gcloud has no permission: check 'gcloud auth list' and the project, and enable the Cloud TPU API:"
       say "  gcloud services enable tpu.googleapis.com"
       return 1
       ;;
@@ -243,11 +243,11 @@ explain() {
 
 # ---- the workers
 
-# The command line of worker.sh with these arguments, for a shell on a worker.
+# remote ARGUMENTS: the command line that runs worker.sh with these arguments on a worker.
 remote() { printf 'cd jaxsteer && %s' "$(quoted bash tpu_scripts/worker.sh "$@")"; }
 
-# on_all LABEL COMMAND [quiet]: on every worker of every slice at once; names those that fail and returns 1.
-# What the workers of a node said is left in $SCRATCH/NODE.
+# on_all LABEL COMMAND [quiet]: run a command on every worker of every slice at once; name those that fail and return 1.
+# The output of a node's workers is left in $SCRATCH/NODE.
 on_all() {
   local label=$1 command=$2 quiet=${3:-} node i began=$SECONDS shown=$SECONDS
   local -a all pids=() failed=()
@@ -279,31 +279,31 @@ on_all() {
   return 1
 }
 
-# Which workers of a node failed, from what gcloud printed, and what to do where that is known.
+# blame NODE: which of its workers failed, according to gcloud's output, and a remedy if one is known.
 blame() {
   local workers
   workers=$(awk '/^##### Command execution on worker [0-9]+ failed/ {print "worker " $6 ", exit status " $11}' \
     "$SCRATCH/$1" | tr -d . | sort -u | paste -sd ';' - | sed 's/;/; /g')
   printf '%s %s' "$1" "${workers:-, see above}"
   if grep -q 'SSH agent\|ssh-add' "$SCRATCH/$1"; then
-    printf '\n  gcloud needs your key in the agent: ssh-add ~/.ssh/google_compute_engine'
+    printf '\n  gcloud needs your key in the SSH agent: ssh-add ~/.ssh/google_compute_engine'
   fi
   grep -h 'error:\|ERROR' "$SCRATCH/$1" | tail -n 3 | sed 's/^/\n  /' | tr -d '\r' || true
 }
 
-# On worker 0 of the first slice, where JAX's process 0 runs; prints what it prints.
+# on_first COMMAND: run a command on worker 0 of the first slice, where JAX's process 0 runs, and print its output.
 on_first() {
   run gcloud compute tpus tpu-vm ssh "$(first_node)" "${WHERE[@]}" --quiet --worker=0 --command="$1"
 }
 
-# One line a worker: HOST STATE DETAIL, where STATE is idle, running, finished, stopped or failed.
+# One line per worker: HOST STATE DETAIL, where STATE is idle, running, finished, stopped or failed.
 worker_states() {
   local node
   on_all "asking the workers" "$(remote status --out "$OUT")" quiet || true
   ((DRY_RUN)) || for node in $(nodes); do sed -n 's/^jaxsteer-status //p' "$SCRATCH/$node"; done
 }
 
-# Arguments of worker.sh about where the run is.
+# Set RUN_ARGUMENTS: the arguments of worker.sh that say where the run is.
 run_arguments() {
   RUN_ARGUMENTS=(--out "$OUT")
   if [[ $BUCKET ]]; then RUN_ARGUMENTS+=(--bucket "$BUCKET"); fi

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Ask for a TPU and wait until it is there: a queued resource of one slice or several.
+# Request a TPU of one or more slices, as a queued resource, and wait until it is ready.
 #
 #   tpu_scripts/create.sh --name pod --zone us-west4-a --topology v5e:2x4 --spot
 #
-# Topologies are the compiler's names; tpu_scripts/topologies.txt has what each is sold as (v5e:4x4 is 16 chips and sold
-# as v5litepod-16, v5p:4x4x4 is 64 chips and sold as v5p-128). What follows a -- goes as it is to
+# Topologies have the compiler's names; tpu_scripts/topologies.txt lists what each is sold as (v5e:4x4 is 16 chips, sold
+# as v5litepod-16; v5p:4x4x4 is 64 chips, sold as v5p-128). Words after -- are passed on to
 # `gcloud compute tpus queued-resources create`, for example: ... --spot -- --network=NAME --service-account=ADDRESS
 #
-# Waiting can take hours where capacity is short. Ctrl-C stops waiting, not the request: --wait-only goes on.
-# Exit status: 0 the TPU is there; 1 it was refused; 3 it was taken away or found no capacity, so ask again.
+# Waiting can take hours when capacity is short. Ctrl-C stops the waiting, not the request: --wait-only resumes it.
+# Exit status: 0 the TPU is ready; 1 the request was refused; 3 it was preempted or found no capacity, so try again.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -34,7 +34,7 @@ if ! ((WAIT_ONLY)); then
   else
     cat "$SCRATCH/refusal" >&2
     if explain "$(cat "$SCRATCH/refusal")"; then exit 3; fi
-    die "$NAME was not created" "nothing is running and nothing is charged"
+    die "$NAME was not created" "nothing is running and nothing is billed"
   fi
 fi
 
@@ -52,7 +52,7 @@ while :; do
   fi
   case $state in
     ACTIVE)
-      say "$NAME is there. Next: tpu_scripts/setup.sh"
+      say "$NAME is ready. Next: tpu_scripts/setup.sh"
       exit 0
       ;;
     FAILED)
@@ -60,13 +60,13 @@ while :; do
         --format='value(state.failedData.error.message)' || true)
       say "The request failed: ${reason:-gcloud gives no reason}"
       if explain "$reason" || [[ ! $reason ]]; then exit 3; fi
-      die "$NAME was not created" "remove the request before you ask again: tpu_scripts/delete.sh --discard"
+      die "$NAME was not created" "delete the request before you try again: tpu_scripts/delete.sh --discard"
       ;;
     SUSPENDING | SUSPENDED)
-      say "$NAME was taken away while it was being set up (a preemption)."
+      say "$NAME was preempted while it was being created."
       exit 3
       ;;
-    ABSENT | DELETING) die "$NAME is gone" "somebody deleted it; ask again without --wait-only" ;;
+    ABSENT | DELETING) die "$NAME is gone: someone deleted it" "request it again without --wait-only" ;;
   esac
   sleep "$POLL"
 done

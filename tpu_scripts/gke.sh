@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Train on TPU slices of a GKE cluster, as a JobSet (https://jobset.sigs.k8s.io): it starts a pod a host and restarts
-# all of them together when one goes, so a preempted run resumes from its last checkpoint by itself.
+# Train on TPU slices of a GKE cluster, as a JobSet (https://jobset.sigs.k8s.io): it starts one pod per host and
+# restarts all of them together when one is lost, so a preempted run resumes from its last checkpoint.
 #
 #   tpu_scripts/gke.sh apply --name run1 --topology v5e:2x4 --image REGISTRY/jaxsteer --bucket gs://mine/run1 \
 #       configs/listops_smollm2.py --optim.lr 3e-3
-#   tpu_scripts/gke.sh watch --name run1              # until it has finished or failed; names the pods that failed
-#   tpu_scripts/gke.sh logs --name run1 --follow      # every pod's, each line with the pod's name
+#   tpu_scripts/gke.sh watch --name run1              # until it finishes or fails; names failed pods
+#   tpu_scripts/gke.sh logs --name run1 --follow      # of every pod, each line with the pod's name
 #   tpu_scripts/gke.sh delete --name run1             # the run stays in the bucket
-#   tpu_scripts/gke.sh render ...                     # like apply, but only prints the manifest
+#   tpu_scripts/gke.sh render ...                     # like apply, but only print the manifest
 #
-# The cluster needs the JobSet controller, the Cloud Storage FUSE CSI driver and one TPU node pool a slice; apply says
-# which. The run folder is --bucket, mounted in every pod; apply with a --bucket that holds a run resumes it.
+# The cluster needs the JobSet controller, the Cloud Storage FUSE CSI driver and one TPU node pool per slice; apply says
+# of which machine type. The run folder is --bucket, mounted in every pod; if it already holds a run, apply resumes it.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -19,14 +19,14 @@ VERB=${1:-}
 case $VERB in
   render | apply | watch | logs | delete) shift ;;
   -h | --help) ;;
-  *) die "got '$VERB'" "say render, apply, watch, logs or delete; see --help" ;;
+  *) die "got '$VERB'" "the first word must be render, apply, watch, logs or delete; see --help" ;;
 esac
 parse "name topology slices spot image bucket namespace service-account max-restarts lines follow" "$@"
 need name
 IN=(--namespace="$NAMESPACE")
 PODS=--selector=jobset.sigs.k8s.io/jobset-name=$NAME
 
-# Words as JSON strings with commas between them, which YAML reads as well.
+# json WORDS: the words as JSON strings, separated by commas; also valid YAML.
 json() {
   local word list=
   for word in "$@"; do
@@ -42,7 +42,7 @@ json() {
 render() {
   local folder=${BUCKET#gs://} text key i
   local command=(bash tpu_scripts/worker.sh pod --out "/bucket/${folder#*/}" -- "${REST[@]}")
-  # Kubernetes fills in $(NAME) in a command; a doubled dollar stays one.
+  # Kubernetes expands $(NAME) in a command; doubling the dollar escapes it.
   for i in "${!command[@]}"; do command[i]=${command[i]//"\$("/"\$\$("}; done
   local -A fill=(
     [NAME]=$NAME [NAMESPACE]=$NAMESPACE [MAX_RESTARTS]=$MAX_RESTARTS [SLICES]=$SLICES [HOSTS]=$HOSTS
@@ -63,16 +63,16 @@ prepare() {
   for word in "${REST[@]}"; do
     case $word in
       --out | --out=* | --resume | --resume=*)
-        die "${word%%=*} is not needed" "the run folder is --bucket, and a run there is resumed"
+        die "${word%%=*} is not needed" "the run folder is --bucket, and an existing run is resumed"
         ;;
     esac
   done
   [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || die "--max-restarts: must be a whole number, got '$MAX_RESTARTS'"
   lookup "$TOPOLOGY"
   if ((SLICES > 1 && HOSTS == 1)); then
-    die "GKE joins only slices of several hosts, and $TOPOLOGY has one" "take a larger --topology, or --slices 1"
+    die "GKE joins only slices of several hosts, and $TOPOLOGY has one" "use a larger --topology, or --slices 1"
   fi
-  say "It needs $SLICES node pool(s) of $HOSTS node(s), machine type $GKE_MACHINE, topology ${TOPOLOGY#*:}."
+  say "This needs $SLICES node pool(s) of $HOSTS node(s), machine type $GKE_MACHINE, topology ${TOPOLOGY#*:}."
 }
 
 pod_phases() {
@@ -89,7 +89,7 @@ watch() {
   fi
   while :; do
     conditions=$("${get[@]}" --output=jsonpath='{.status.conditions[?(@.status=="True")].type}') ||
-      die "cannot ask for JobSet $NAME" "kubectl's message is above; is it applied, and in --namespace $NAMESPACE?"
+      die "cannot get JobSet $NAME" "see kubectl's message above; was it applied, and in --namespace $NAMESPACE?"
     phases=$(pod_phases || true)
     now="restarts $("${get[@]}" --output=jsonpath='{.status.restarts}' || true), pods: $(
       awk '{n[$2]++} END {for (phase in n) printf "%d %s  ", n[phase], phase}' <<<"$phases"
@@ -106,7 +106,7 @@ watch() {
           say "$pod failed; its last lines:"
           kubectl logs "$pod" "${IN[@]}" --container=train --tail=20 >&2 </dev/null || true
         done <<<"$phases"
-        die "JobSet $NAME failed" "what is in the bucket stays; mend it, gke.sh delete, then apply again to resume"
+        die "JobSet $NAME failed" "the run stays in the bucket: fix the cause, gke.sh delete, then gke.sh apply"
         ;;
     esac
     sleep "$POLL"
@@ -124,7 +124,7 @@ case $VERB in
       printf "kubectl apply --filename=- <<'END'\n%s\nEND\n" "$(render)"
     else
       render | kubectl apply --filename=- ||
-        die "JobSet $NAME was not applied" "if there is one of that name already, gke.sh delete it first"
+        die "JobSet $NAME was not applied" "if one of this name already exists, gke.sh delete it first"
       say "Applied. Next: tpu_scripts/gke.sh watch --name $NAME"
     fi
     ;;

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Keep a training alive until it has finished: create the TPU if it is not there, set it up, launch, watch; when the TPU
-# is taken away, delete what is left of it, ask for another and go on from the last checkpoint in the bucket.
+# Keep a training going until it has finished: create the TPU if there is none, set it up, launch, watch; when the TPU
+# is preempted, delete what is left of it, request another and resume from the last checkpoint in the bucket.
 #
 #   tpu_scripts/resume.sh --name pod --zone us-west4-a --topology v5e:2x4 --spot --bucket gs://mine/run1 \
 #       configs/listops_smollm2.py --optim.lr 3e-3
 #
-# Takes the flags of create.sh, setup.sh and launch.sh; CONFIG and what follows are train.sft's. Run it in tmux or on a
-# small machine: it looks every 20 seconds (POD_POLL) and may itself be stopped and started again at any time.
+# Takes the flags of create.sh, setup.sh and launch.sh; CONFIG and what follows are passed to train.sft. Run it in tmux
+# or on a small machine: it polls every 20 seconds (POD_POLL), and can itself be stopped and restarted at any time.
 #
-# A preemption is always retried. A failure of the training itself is retried --retries times (those of a pass that
-# lasted half an hour do not add up), then it stops, names the worker and leaves the TPU for you to look at.
+# Preemptions are always retried. Failures of the training itself are retried --retries times in a row (after half an
+# hour of training the count starts over); then this stops, names the worker and leaves the TPU for you to inspect.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -20,7 +20,7 @@ need name zone topology
 one_place
 ((${#REST[@]})) || die "no CONFIG given" "see resume.sh --help"
 if [[ ! $BUCKET ]] && ! out_is_safe; then
-  die "a TPU that is taken away takes $OUT with it" \
+  die "a preempted TPU would take $OUT with it" \
     "give --bucket gs://BUCKET/FOLDER, or --mount gs://BUCKET and --out '~/bucket/my-run'"
 fi
 pass_flags_on
@@ -28,7 +28,7 @@ lost=0 failures=0 set_up=0 began=$SECONDS
 
 note() { say "[$(elapsed "$began")] $*"; }
 
-# absent, waiting, active, deleting, lost or unknown
+# The TPU's state: absent, waiting, active, deleting, lost or unknown.
 look() {
   local node state
   case $(queue_state) in
@@ -50,10 +50,10 @@ look() {
 
 remove() {
   local command=(gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force --quiet)
-  run "${command[@]}" || note "could not delete what is left of $NAME yet; trying again"
+  run "${command[@]}" || note "could not delete what is left of $NAME yet; will try again"
 }
 
-# What became of this pass: finished, failed, stopped, lost or unreachable.
+# How this pass ended: finished, failed, stopped or lost.
 watch() {
   local states shown=-600
   while :; do
@@ -65,7 +65,7 @@ watch() {
     if [[ $(look) != active ]]; then echo lost && return; fi
     case $states in
       *' failed'*)
-        # Where one worker goes, the others fail before Google says that it is gone.
+        # When one worker is preempted, the others fail before Google reports it.
         sleep "$POLL"
         if [[ $(look) != active ]]; then echo lost && return; fi
         printf '%s\n' "$states" >"$SCRATCH/states"
@@ -80,11 +80,11 @@ watch() {
   done
 }
 
-count_failure() { # count_failure WHAT, with the time the pass lasted in $lasted
+count_failure() { # count_failure WHAT; $lasted is how long the pass lasted
   if ((lasted > 1800)); then failures=0; fi
   failures=$((failures + 1))
-  note "$1 (failure $failures of at most $RETRIES in a row)"
-  ((failures <= RETRIES)) || die "given up: $1" "the TPU $NAME is still there and charged: logs.sh, then delete.sh"
+  note "$1 (failure $failures in a row, retrying up to $RETRIES times)"
+  ((failures <= RETRIES)) || die "giving up: $1" "the TPU $NAME still exists and is billed: logs.sh, then delete.sh"
 }
 
 finish() {
@@ -96,7 +96,7 @@ finish() {
   if ((THEN_DELETE)); then
     "$SCRIPTS/delete.sh"
   else
-    say "The TPU $NAME is still there and charged: delete.sh removes it."
+    say "The TPU $NAME still exists and is billed: delete.sh removes it."
   fi
   exit 0
 }
@@ -108,7 +108,7 @@ if ((DRY_RUN)); then
   "$SCRIPTS/launch.sh" "${REST[@]}"
   worker_states
   if [[ $BUCKET ]]; then on_first "$(remote upload --out "$OUT" --bucket "$BUCKET")"; fi
-  say "# when the TPU was taken away, this, and the same again:"
+  say "# after a preemption, this, and then the same again:"
   remove
   if ((THEN_DELETE)); then say "# at the end:" && "$SCRIPTS/delete.sh"; fi
   exit 0
@@ -122,8 +122,8 @@ while :; do
       ;;
     lost)
       lost=$((lost + 1)) set_up=0
-      note "$NAME was taken away (preemption $lost): deleting what is left of it and asking for another."
-      if ((SLICES > 1)) && [[ $BUCKET ]]; then # the slice of worker 0 may have survived, with a newer checkpoint
+      note "$NAME was preempted (preemption $lost): deleting what is left of it and requesting another."
+      if ((SLICES > 1)) && [[ $BUCKET ]]; then # worker 0's slice may have survived, with a newer checkpoint
         timeout 120 gcloud compute tpus tpu-vm ssh "$(first_node)" "${WHERE[@]}" --quiet --worker=0 \
           --command="$(remote upload --out "$OUT" --bucket "$BUCKET")" 2>/dev/null || true
       fi

@@ -3,11 +3,11 @@
 #
 #   tpu_scripts/setup.sh --name pod --zone us-west4-a
 #
-# Copies the tracked files of this checkout, with changes that are not committed yet; files that git does not know stay
-# here. With --repo the workers clone instead. Safe to run again: run folders on the workers are left alone.
+# Copies the tracked files of this checkout, uncommitted changes included; untracked files are not copied. With --repo
+# the workers clone instead. Safe to run again: run folders on the workers are left alone.
 #
-# A TPU of more than one host needs a run folder that all workers see: --mount gs://BUCKET mounts a bucket as ~/bucket
-# on each (with gcsfuse; a bucket with a hierarchical namespace renames folders in one piece), then use
+# A TPU of several hosts needs a run folder that all workers share: --mount gs://BUCKET mounts a bucket as ~/bucket on
+# each worker (with gcsfuse; a bucket with a hierarchical namespace renames folders atomically); then use
 # launch.sh --out '~/bucket/my-run'.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
@@ -20,13 +20,13 @@ nothing_left
 [[ ! $ENV_FILE || -r $ENV_FILE ]] || die "--env-file: cannot read $ENV_FILE"
 began=$SECONDS
 
-# copy FILE NAME_THERE
+# copy FILE REMOTE_NAME
 copy() {
   local node
   for node in $(nodes); do
     run gcloud compute tpus tpu-vm scp "$1" "$node:$2" "${WHERE[@]}" --quiet --worker=all ||
       die "could not copy $(basename "$1") to all workers of $node" \
-        "gcloud's message is above; where it speaks of the agent: ssh-add ~/.ssh/google_compute_engine"
+        "see gcloud's message above; if it mentions the SSH agent: ssh-add ~/.ssh/google_compute_engine"
   done
 }
 
@@ -40,7 +40,7 @@ if [[ $REPO ]]; then
   command="if [ -d jaxsteer/.git ]; then $update; else $clone; fi && $install"
 else
   git -C "$ROOT" rev-parse --git-dir >/dev/null 2>&1 ||
-    die "$ROOT is not a git checkout" "give the address to clone: --repo https://..."
+    die "$ROOT is not a git checkout" "give a URL to clone: --repo https://..."
   archive=${TMPDIR:-/tmp}/jaxsteer-$NAME.tar.gz
   pack=(git -C "$ROOT" archive --format=tar.gz --output="$archive")
   snapshot=(git -C "$ROOT" -c user.name=jaxsteer -c user.email=jaxsteer stash create)
@@ -50,11 +50,11 @@ else
     # shellcheck disable=SC2016  # printed, not expanded
     printf '%s "$(%s)"\n' "$(quoted "${pack[@]}")" "$(quoted "${snapshot[@]}")"
   else
-    "${pack[@]}" "$("${snapshot[@]}")" # a commit of the changes that no branch knows
+    "${pack[@]}" "$("${snapshot[@]}")" # a commit of the changes, on no branch
   fi
   untracked=$(git -C "$ROOT" ls-files --others --exclude-standard | wc -l)
   if ((untracked)); then
-    say "note: $((untracked)) file(s) that git does not know are not copied; git add those you need"
+    say "note: $((untracked)) untracked file(s) are not copied; git add those you need"
   fi
   copy "$archive" jaxsteer.tar.gz
   run rm -f "$archive"
@@ -66,5 +66,5 @@ if [[ $ENV_FILE ]]; then
   copy "$ENV_FILE" .jaxsteer/env
 fi
 on_all "setting up" "$command" ||
-  die "not all workers are set up, so nothing can be launched" "mend what is said above and run setup.sh again"
+  die "not all workers are set up, so nothing can be launched" "fix the error above and run setup.sh again"
 hint "All workers are set up, $(elapsed "$began"). Next: tpu_scripts/launch.sh CONFIG"

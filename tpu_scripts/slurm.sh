@@ -10,18 +10,18 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
-# Train on GPU nodes under SLURM. From the root of the repository, where .venv has `.[train,cuda]`:
+# Train on GPU nodes under SLURM. From the root of the repository, with `.[train,cuda]` installed in .venv:
 #
 #   sbatch --gpus-per-node=4 tpu_scripts/slurm.sh --out runs/run1 configs/listops_smollm2.py --optim.lr 3e-3
-#   bash tpu_scripts/slurm.sh --dry-run --out runs/run1 configs/listops_smollm2.py     # prints the command only
+#   bash tpu_scripts/slurm.sh --dry-run --out runs/run1 configs/listops_smollm2.py     # only print the command
 #
-# What sbatch is given overrides the #SBATCH lines above: one node of 8 GPUs, and one task that takes all of them.
-# Several tasks are one run: train.sft finds them by SLURM's variables, and each takes its share of the node's GPUs. One
-# task a node, or one a GPU with all visible (not --gpus-per-task).
+# Options of sbatch override the #SBATCH lines above: one node of 8 GPUs, and one task that uses all of them. Several
+# tasks form one run: train.sft finds them through SLURM's variables, and each uses its share of the node's GPUs. Use
+# one task per node, or one per GPU with all GPUs visible (not --gpus-per-task).
 #
-# Five minutes before the time limit, and at a preemption, the tasks get SIGTERM and save; the job is queued again and
-# resumes from there until the training has finished. --out must be on a file system that all nodes see. Each task has
-# its own log beside the run folder. PYTHON picks another interpreter than .venv/bin/python.
+# Five minutes before the time limit, and at a preemption, the tasks get SIGTERM and save; the job is requeued and
+# resumes, until the training has finished. --out must be on a file system that all nodes share. Each task has its own
+# log beside the run folder. PYTHON sets an interpreter other than .venv/bin/python.
 set -euo pipefail
 
 die() {
@@ -40,16 +40,16 @@ while (($#)); do
     *) break ;;
   esac
 done
-[[ $OUT ]] || die "--out is missing: the run folder, on a file system that all nodes see"
+[[ $OUT ]] || die "--out is missing: the run folder, on a file system that all nodes share"
 (($#)) || die "no CONFIG given, for example configs/listops_smollm2.py"
 for word in "$@"; do
   case $word in
-    --out | --out=* | --resume | --resume=*) die "${word%%=*} does not belong after CONFIG; see --help" ;;
+    --out | --out=* | --resume | --resume=*) die "${word%%=*} cannot be given after CONFIG; see --help" ;;
   esac
 done
 cd "${SLURM_SUBMIT_DIR:-.}"
 PYTHON=${PYTHON:-.venv/bin/python}
-[[ -z ${SLURM_GPUS_PER_TASK:-} ]] || die "--gpus-per-task hides the GPUs that JAX gives to tasks: use --gpus-per-node"
+[[ -z ${SLURM_GPUS_PER_TASK:-} ]] || die "--gpus-per-task hides GPUs from JAX: use --gpus-per-node"
 
 resume=()
 if [[ -e $OUT/config.json ]]; then resume=(--resume); fi
@@ -62,9 +62,9 @@ if ((DRY_RUN)); then
   exit 0
 fi
 
-mkdir -p "$OUT.logs" # SLURM does not make the folder of a log, and starts nothing without it
+mkdir -p "$OUT.logs" # SLURM does not create log folders, and fails without them
 echo "start ${SLURM_RESTART_COUNT:-0}: ${SLURM_NTASKS:-1} tasks on ${SLURM_JOB_NODELIST:-this node}; logs: $OUT.logs"
-trap : TERM # for the tasks to act on; this script still has to queue the job again
+trap : TERM # the tasks act on it; this script must live on to requeue the job
 "${command[@]}" &
 step=$!
 while :; do
@@ -74,8 +74,8 @@ done
 case $code in
   0) echo "finished: $OUT" ;;
   75)
-    echo "stopped before the end, saved: queued again"
+    echo "stopped before the end, and saved: requeued"
     scontrol requeue "$SLURM_JOB_ID"
     ;;
-  *) die "srun ended with status $code; the tasks' logs are in $OUT.logs" ;;
+  *) die "srun exited with status $code; the tasks' logs are in $OUT.logs" ;;
 esac

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Say how a TPU and the training on it are: one line for the request, one a worker.
+# Show the state of a TPU and of the training on it: one line for the request, then one per worker.
 #
 #   tpu_scripts/status.sh --name pod --zone us-west4-a
 #
-# A worker is idle, running (with its step), finished, stopped (saved, can be resumed) or failed (with its exit status).
+# A worker is idle, running (with its step), finished, stopped (saved, can be resumed) or failed (with an exit status).
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

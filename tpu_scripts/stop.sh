@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ask the training on a TPU to save and stop, and wait until it has. launch.sh goes on with it later.
+# Ask the training on a TPU to save and stop, and wait until it has. launch.sh resumes it later.
 #
 #   tpu_scripts/stop.sh --name pod --zone us-west4-a
 set -euo pipefail
@@ -10,4 +10,4 @@ parse "name zone project slices out" "$@"
 need name zone
 nothing_left
 on_all "stopping" "$(remote stop --out "$OUT")" || die "not all workers stopped"
-hint "Stopped. The TPU is still there and charged: delete.sh removes it."
+hint "Stopped. The TPU still exists and is billed: delete.sh removes it."

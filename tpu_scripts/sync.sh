@@ -6,8 +6,9 @@
 #   tpu_scripts/sync.sh --bucket gs://mine/run1 fetch runs/run1                      # bucket -> this computer
 #   tpu_scripts/sync.sh --bucket gs://mine/run1 push runs/run1                       # this computer -> bucket
 #
-# launch.sh does up and down by itself. Checkpoints that are still being written are left out. A run is not copied over
-# another run: up refuses a bucket folder with other settings, down a worker that has begun, push a folder in use.
+# launch.sh does up and down itself. Checkpoints that are still being written are left out. One run is never copied over
+# another: up refuses a bucket folder with other settings, down leaves a worker that has a run alone, and push refuses a
+# bucket folder that holds a run.
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -32,9 +33,9 @@ case ${REST[*]:-} in
     if ((DRY_RUN)); then
       quoted gcloud storage ls "$BUCKET/config.json"
     elif gcloud storage ls "$BUCKET/config.json" >/dev/null 2>&1; then
-      die "$BUCKET holds a run already" "use another --bucket folder"
+      die "$BUCKET already holds a run" "use another --bucket folder"
     fi
     run gcloud storage rsync "${REST[1]}" "$BUCKET" --recursive --exclude='.*orbax-checkpoint-tmp.*|.*\.partial$'
     ;;
-  *) die "got '${REST[*]:-}'" "say up, down, fetch FOLDER or push FOLDER; see --help" ;;
+  *) die "got '${REST[*]:-}'" "give up, down, fetch FOLDER or push FOLDER; see --help" ;;
 esac

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What runs on a worker; the other scripts call it there, over ssh or as a pod's command.
+# Runs on a worker; the other scripts call it there, over ssh or as a pod's command.
 #
-#   worker.sh install                                   make .venv and install .[train,tpu]
+#   worker.sh install                                   create .venv and install .[train,tpu]
 #   worker.sh mount --bucket gs://BUCKET                mount a bucket as ~/bucket
-#   worker.sh restore --out OUT --bucket B              get the run from the bucket, unless OUT has one
-#   worker.sh begun --out OUT                           say whether OUT has a run
+#   worker.sh restore --out OUT --bucket B              restore the run from the bucket, unless OUT has one
+#   worker.sh begun --out OUT                           print whether OUT has a run
 #   worker.sh start --out OUT [--resume] -- CONFIG ...  train in the background, log to ~/.jaxsteer/train.log
-#   worker.sh upload --out OUT --bucket B [--every S]   copy the run to the bucket: now, or in the background to its end
-#   worker.sh status --out OUT                          one line: idle, running, finished, stopped or failed
-#   worker.sh log [--lines N|all] [--follow]            the log
+#   worker.sh upload --out OUT --bucket B [--every S]   copy the run to the bucket once, or until it ends
+#   worker.sh status --out OUT                          print idle, running, finished, stopped or failed
+#   worker.sh log [--lines N|all] [--follow]            print the log
 #   worker.sh stop --out OUT                            ask the training to save and stop, and wait
 #   worker.sh pod --out OUT -- CONFIG ...               train in the foreground, in one pod of a JobSet
 #
@@ -20,7 +20,7 @@ STATE=$HOME/.jaxsteer
 LOG=$STATE/train.log
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 HOST=${HOSTNAME:-$(hostname)}
-UNFINISHED='.*orbax-checkpoint-tmp.*|.*\.partial$' # what Orbax and the run folder are still writing
+UNFINISHED='.*orbax-checkpoint-tmp.*|.*\.partial$' # files that Orbax or the run are still writing
 
 say() { printf '%s: %s\n' "$HOST" "$*"; }
 die() {
@@ -59,7 +59,7 @@ run() {
   fi
 }
 
-# has FOLDER FILE: a folder here or in a bucket. Not being able to look is an error, not a no.
+# has FOLDER FILE: whether a folder, here or in a bucket, has a file. Failing to look is an error, not a no.
 has() {
   local error
   if [[ $1 != gs://* ]]; then
@@ -67,7 +67,7 @@ has() {
     return
   fi
   error=$(gcloud storage ls "$1/$2" 2>&1 >/dev/null) && return 0
-  [[ $error == *"matched no objects"* ]] || die "cannot look into $1: $error"
+  [[ $error == *"matched no objects"* ]] || die "cannot read $1: $error"
   return 1
 }
 
@@ -78,21 +78,21 @@ install_all() {
   cd "$ROOT"
   if ! [[ -x .venv/bin/python ]]; then
     for python in python3.13 python3.12 python3.11 python3; do
-      # A Python without ensurepip cannot make an environment.
+      # Without ensurepip, Python cannot create an environment.
       "$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
       python=
     done
     if [[ $python ]]; then
       "$python" -m venv .venv
-    else # the TPU images have Python 3.10
-      say "no Python 3.11 or newer: fetching one with uv"
+    else # TPU images have Python 3.10
+      say "no Python 3.11 or newer: installing one with uv"
       python3 -m pip install --quiet --user uv
       python3 -m uv venv --quiet --seed --python 3.12 .venv
     fi
   fi
-  say "installing into $ROOT/.venv, some minutes ..."
+  say "installing into $ROOT/.venv, a few minutes ..."
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[train,tpu]' ||
-    die "pip could not install .[train,tpu]; its message is above"
+    die "pip could not install .[train,tpu]; see its message above"
   .venv/bin/python -c 'import train.config' || die "the installed repository cannot be imported"
   say "installed in $((SECONDS - began)) s"
 }
@@ -109,10 +109,10 @@ mount_bucket() {
     sudo apt-get update -qq && sudo apt-get install -qq -y gcsfuse
   fi
   mkdir -p "$HOME/bucket"
-  if mountpoint -q "$HOME/bucket"; then say "the bucket is mounted already" && return; fi
-  # No caching of what other workers write; a checkpoint is finished by renaming its folder.
+  if mountpoint -q "$HOME/bucket"; then say "the bucket is already mounted" && return; fi
+  # Other workers write here, so do not cache; a checkpoint is completed by renaming its folder.
   gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
-    "${BUCKET#gs://}" "$HOME/bucket" || die "cannot mount $BUCKET: may the TPU's service account read and write it?"
+    "${BUCKET#gs://}" "$HOME/bucket" || die "cannot mount $BUCKET: can the TPU's service account read and write it?"
   say "mounted $BUCKET as ~/bucket"
 }
 
@@ -120,26 +120,26 @@ mount_bucket() {
 
 restore() {
   [[ $OUT != gs://* ]] || return 0
-  if has "$OUT" config.json; then say "$OUT has the run already, kept as it is" && return; fi
+  if has "$OUT" config.json; then say "$OUT already has the run; left as it is" && return; fi
   if ! has "$BUCKET" config.json; then say "no run in $BUCKET yet" && return; fi
   if [[ -d $OUT ]]; then
     rmdir "$OUT" 2>/dev/null || die "$OUT is not empty and not a run; use another --out"
   fi
-  # Under another name until it is whole: half a run would be taken for one that lost its checkpoints.
+  # Under another name until complete: half a run would look like one that lost its checkpoints.
   mkdir -p "$OUT.restoring"
   gcloud storage rsync "$BUCKET" "$OUT.restoring" --recursive --exclude='logs/.*' || die "cannot copy from $BUCKET"
   mv "$OUT.restoring" "$OUT"
-  say "got the run from $BUCKET"
+  say "restored the run from $BUCKET"
 }
 
 upload_once() {
   if ! has "$OUT" config.json; then say "nothing to copy yet: $OUT has no run" && return; fi
   if ((DRY_RUN == 0)) && has "$BUCKET" config.json; then
     gcloud storage cat "$BUCKET/config.json" | cmp -s - "$OUT/config.json" ||
-      die "$BUCKET holds a run with other settings, left alone; use another --bucket folder"
+      die "$BUCKET holds a run with other settings, so it was left alone; use another --bucket folder"
   fi
-  # Without --delete-unmatched-destination-objects: what was saved once stays. A checkpoint may be removed here, as too
-  # old, while it is copied; the others are copied all the same.
+  # Without --delete-unmatched-destination-objects, so that nothing is deleted in the bucket. An old checkpoint may be
+  # removed here while it is being copied; the others are still copied.
   run gcloud storage rsync "$OUT" "$BUCKET" --recursive --continue-on-error --exclude="$UNFINISHED" || return 1
   if [[ -f $LOG ]]; then run gcloud storage cp "$LOG" "$BUCKET/logs/$HOST.log" || true; fi
 }
@@ -153,9 +153,9 @@ upload() {
   die "cannot copy $OUT to $BUCKET"
 }
 
-# Copies again and again until the training has ended, and once more after that.
+# Copy repeatedly until the training has ended, and once more after that.
 upload_until_end() {
-  trap : TERM INT # at a shutdown the training is still saving
+  trap : TERM INT # at shutdown the training is still saving
   local ended=0
   while ((!ended)); do
     if [[ -e $STATE/exit ]] || ! alive; then ended=1; fi
@@ -166,10 +166,10 @@ upload_until_end() {
 
 # ---- training
 
-# After a reboot the number in the file may be another program's.
+# After a reboot, the process id in the file may belong to another program.
 alive() { [[ -e $STATE/pid ]] && grep -qs worker.sh "/proc/$(cat "$STATE/pid")/cmdline"; }
 
-# train CONFIG ...: CODE is what train.sft ended with.
+# train CONFIG ...: run train.sft and set CODE to its exit status.
 train() {
   local command=("$PYTHON" -u -m train.sft "$@" --out "$OUT" "${RESUME[@]}" "${JOIN[@]}")
   cd "$ROOT"
@@ -184,14 +184,14 @@ train() {
   CHILD=$!
   echo "$CHILD" >"$STATE/child"
   CODE=0
-  while :; do # a signal ends the waiting, not the training
+  while :; do # a signal interrupts the wait, not the training
     wait "$CHILD" && CODE=0 || CODE=$?
     kill -0 "$CHILD" 2>/dev/null || break
   done
 }
 
 start() {
-  ! alive || die "a training runs here already: stop.sh ends it"
+  ! alive || die "a training is already running here: stop it with stop.sh"
   mkdir -p "$STATE"
   rm -f "$STATE/exit"
   printf '\n==== %s %s ====\n' "$(date -u +%FT%TZ)" "$*" >>"$LOG"
@@ -202,7 +202,7 @@ start() {
 
 background() {
   trap : TERM INT
-  JOIN=(--distributed.join yes) # the workers of a slice: only its metadata server knows them
+  JOIN=(--distributed.join yes) # only the slice's metadata server knows its workers
   train "$@"
   echo "$CODE" >"$STATE/exit.new"
   mv "$STATE/exit.new" "$STATE/exit"
@@ -215,21 +215,21 @@ status() {
   elif [[ -e $STATE/exit ]]; then
     case $(cat "$STATE/exit") in
       0) state=finished ;;
-      75) state='stopped, to be resumed' ;;
+      75) state='stopped, can be resumed' ;;
       *) state="failed with status $(cat "$STATE/exit")" ;;
     esac
   elif alive; then
     step=$(tail -n 1 "$OUT/metrics.jsonl" 2>/dev/null | sed -n 's/.*"step": *\([0-9]*\).*/ step \1/p') || true
     state=running${step:-}
   else
-    state='failed without a status: killed, or out of memory'
+    state='failed without an exit status: killed, or out of memory'
   fi
   echo "jaxsteer-status $HOST $state"
 }
 
 stop() {
   local began=$SECONDS shown=$SECONDS
-  alive || { say "nothing runs here" && return; }
+  alive || { say "nothing is running here" && return; }
   kill -TERM "$(cat "$STATE/child")" 2>/dev/null || true
   while alive; do
     sleep 0.2
@@ -239,13 +239,13 @@ stop() {
   say "stopped"
 }
 
-# One pod of a JobSet. OUT is in a bucket that all pods mount. Status 75 asks to be started again.
+# One pod of a JobSet. OUT is in a bucket that all pods mount. Exit status 75 asks to be restarted.
 pod() {
   local decision=$OUT.start-${RUN_TOKEN:-0}-${RESTART_ATTEMPT:-0} waited=0
   STATE=$(mktemp -d)
   if ((DRY_RUN)); then train "$@"; fi
   mkdir -p "$(dirname "$OUT")"
-  # Pods start at different times; looking for themselves, they could disagree on whether there is a run to resume.
+  # Pods start at different times; if each looked for itself, they could disagree on whether there is a run to resume.
   if [[ ${JOB_INDEX:-0}-${JOB_COMPLETION_INDEX:-0} == 0-0 ]]; then
     rm -f "$OUT".start-*
     if has "$OUT" config.json; then echo --resume; else echo new; fi >"$decision"
@@ -258,7 +258,7 @@ pod() {
   if [[ $(cat "$decision") == --resume ]]; then RESUME=(--resume); fi
   trap 'kill -TERM "$CHILD" 2>/dev/null' TERM INT
   train "$@"
-  if ((CODE == 75)); then say "stopped before the end: to be started again"; fi
+  if ((CODE == 75)); then say "stopped before the end: to be restarted"; fi
   exit "$CODE"
 }
 

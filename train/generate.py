@@ -20,6 +20,7 @@ from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, is_first, join
 from train.evaluation.evaluator import Evaluator
+from train.tasks import Split
 from train.tasks.scoring import Rule
 
 
@@ -65,6 +66,10 @@ class OpenTask:
     chat: bool
     max_new_tokens: int
     rule: Rule = "exact"
+
+    def load(self, split: Split) -> list[Example]:
+        """An open task has no examples of its own."""
+        return []
 
     def examples(self, texts: Sequence[str]) -> list[Example]:
         """The questions as examples."""

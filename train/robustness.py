@@ -154,7 +154,7 @@ def measure(config: RobustnessConfig, evaluator: Evaluator, methods: Methods, se
     for name, (plan, steering) in methods.items():
         folder = Path(config.out) / name
         folder.mkdir(parents=True, exist_ok=True)
-        of_method = replace(evaluator, model=Model(evaluator.loaded.config, plan))
+        of_method = evaluator.steered_by(Model(evaluator.loaded.config, plan))
         answers = {}
         for kind, (task, examples) in sets.items():
             path, title = folder / f"{kind.replace(' ', '_')}.jsonl", f"{name}, {kind}"

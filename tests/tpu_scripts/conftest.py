@@ -1,4 +1,4 @@
-"""A stage for the scripts: stand-ins first on PATH, a small checkout, nothing of this machine's own settings."""
+"""A stage for the scripts: stand-ins first on PATH, a small checkout, none of this machine's own settings."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ import stand_in  # noqa: E402
 
 
 class Stage(stand_in.Play):
-    """The play, and a checkout whose scripts are run."""
+    """The play, and a checkout whose scripts run."""
 
     def __init__(self, folder, checkout):
         super().__init__(folder / "play")
@@ -35,10 +35,10 @@ class Stage(stand_in.Play):
             path.write_text(text)
             path.chmod(0o755)
         (self.folder / "home" / "me").mkdir(parents=True)
-        mine = {
+        inherited = {
             k: v for k, v in os.environ.items() if not k.startswith(("POD_", "SLURM_", "CLOUDSDK_", "KUBE", "GIT_"))
         }
-        self.env = mine | {
+        self.env = inherited | {
             "PATH": f"{bin_}:{os.environ['PATH']}",
             "HOME": str(self.folder / "home" / "me"),
             "STAND_IN": str(self.folder),
@@ -49,7 +49,7 @@ class Stage(stand_in.Play):
         }
 
     def run(self, script, *words, ok=True, **env):
-        """Run a script; its output, both kinds, after checking that it ended well (or did not)."""
+        """Run a script, check that it succeeds (or fails, with ok=False), and return its stdout and stderr."""
         done = subprocess.run(
             ["bash", self.checkout / "tpu_scripts" / script, *words],
             env=self.env | env,
@@ -73,7 +73,7 @@ class Stage(stand_in.Play):
             shutil.copy(self.folder / "worker_bin" / "python3", there / ".venv" / "bin" / "python")
 
     def verbs(self):
-        """The calls in short: create, ssh install all, storage rsync and so on."""
+        """Abbreviated calls: create, scp, ssh install and so on, without repetitions."""
         short = []
         for program, *words in self.calls():
             if program == "gcloud" and words[2:3] == ["queued-resources"]:
@@ -88,7 +88,7 @@ class Stage(stand_in.Play):
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
-    """A git checkout with the scripts and next to nothing else."""
+    """A git checkout with the scripts and little else."""
     root = tmp_path_factory.mktemp("checkout") / "jaxsteer"
     shutil.copytree(SCRIPTS, root / "tpu_scripts")
     (root / "configs").mkdir()

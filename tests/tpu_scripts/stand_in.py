@@ -1,10 +1,10 @@
 """Stand-ins for gcloud, kubectl, srun, scontrol and a worker's Python.
 
-They reject what the real programs do not have, write down every call, and fail where a test asks them to. A worker is
-a folder that serves as its home: what is sent over ssh runs there, so quoting and worker.sh are really tried.
+They reject what the real programs do not accept, log every call, and fail when a test asks them to. A worker is a
+folder that serves as its home: what is sent over ssh runs there, so quoting and worker.sh are really tested.
 
-Run as a program under the name that it stands in for; $STAND_IN is the folder of the play, and faults.json in it says
-what is to go wrong.
+Run as a program under the name of the one it replaces; $STAND_IN is the folder of the play, and faults.json in it lists
+the faults to inject.
 """
 
 import json
@@ -53,11 +53,11 @@ SWITCHES = {"quiet", "spot", "force", "async", "recursive", "continue-on-error",
 
 
 class Rejected(Exception):
-    """A call that the real program would not take."""
+    """A call that the real program would not accept."""
 
 
 def parse(program, argv):
-    """(command, positional words, flags) of a call; Rejected where the command or a flag does not exist."""
+    """(command, positional words, flags) of a call; raises Rejected if the command or a flag does not exist."""
     table = GCLOUD if program == "gcloud" else KUBECTL
     known = EVERYWHERE if program == "gcloud" else set()
     command = next((name for name in table if argv[: name.count(" ") + 1] == name.split()), None)
@@ -87,7 +87,7 @@ def parse(program, argv):
 
 
 class Play:
-    """What stands in $STAND_IN: the workers, the buckets, what was called and what is to go wrong."""
+    """The state in $STAND_IN: workers, buckets, the calls so far, and faults to inject."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -111,7 +111,7 @@ class Play:
         return self.folder / "buckets" / url.removeprefix("gs://")
 
     def end_workers(self, under="nodes"):
-        """Kill what still runs on workers, as a power cut would."""
+        """Kill what still runs on the workers, as a power cut would."""
         mark = f"HOME={self.folder / under}/".encode()
         for entry in Path("/proc").glob("[0-9]*/environ"):
             try:
@@ -123,12 +123,12 @@ class Play:
     # ---- gcloud
 
     def fault(self, name):
-        """A fault that is due, once; None otherwise."""
+        """Take a fault, so that it happens only once; None if there is none."""
         faults = self.read("faults", {})
-        found = faults.pop(name, None)
-        if found is not None:
+        fault = faults.pop(name, None)
+        if fault is not None:
             self.write("faults", faults)
-        return found
+        return fault
 
     def gcloud(self, argv):
         command, words, flags = parse("gcloud", argv)
@@ -169,7 +169,7 @@ class Play:
         return None, 0
 
     def take_away(self):
-        """A preemption: the machines are off, the request says so at the next look."""
+        """A preemption: the machines are off, and the next query of the request says so."""
         self.end_workers()
         (self.folder / "hold").unlink(missing_ok=True)
         queue = self.read("queue", {})
@@ -263,7 +263,7 @@ class Play:
             print("error: the loss is nan")
         return None, 0
 
-    # ---- SLURM: one task, the rest of a job is not played
+    # ---- SLURM: one task; the rest of a job is not simulated
 
     def srun(self, argv):
         known = r"--(kill-on-bad-exit|gpu-bind|open-mode|output|cpus-per-task)="
@@ -279,8 +279,8 @@ class Play:
         return None, 0
 
 
-# A worker's Python. It makes environments of itself, installs nothing, and trains a step at a time: process 0 writes
-# checkpoints, and goes on for as long as there is a file `hold`.
+# A worker's Python. It creates environments with copies of itself, installs nothing, and trains one step at a time:
+# process 0 writes checkpoints, and continues as long as there is a file `hold`.
 PYTHON = r"""#!/usr/bin/env bash
 case "$1 $2" in
   "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit ;;

@@ -1,4 +1,4 @@
-"""GKE: the JobSet that is rendered, what kubectl is asked, and how pods agree on resuming."""
+"""GKE: the rendered JobSet, the calls of kubectl, and how pods agree on resuming."""
 
 import shlex
 import subprocess
@@ -19,7 +19,7 @@ def pod_of(jobset):
     return jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
 
 
-def test_the_manifest_has_what_gke_wants(stage):
+def test_the_manifest_has_what_gke_needs(stage):
     jobset = manifest(stage, "--max-restarts", "5", *TRAIN)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert jobset["metadata"]["name"] == "pod"
@@ -49,9 +49,9 @@ def test_the_manifest_has_what_gke_wants(stage):
     assert " " not in volume["volumeAttributes"]["mountOptions"]
 
 
-def test_the_command_is_passed_on_to_the_letter(stage):
+def test_the_command_is_passed_on_exactly(stage):
     container = pod_of(manifest(stage, *TRAIN))["containers"][0]
-    as_started = [word.replace("$$(", "$(") for word in container["command"]]  # what Kubernetes makes of it
+    as_started = [word.replace("$$(", "$(") for word in container["command"]]  # as Kubernetes expands it
     assert as_started == ["bash", "tpu_scripts/worker.sh", "pod", "--out", "/bucket/a/run1", "--", *TRAIN]
     assert "$$(HOME)" in container["command"][8]
 
@@ -108,7 +108,7 @@ def test_a_dry_run_calls_nothing(stage, words):
     stage.run("gke.sh", words[0], "--dry-run", *words[1:])
     assert stage.out.startswith("kubectl ")
     assert not stage.calls()
-    if words[0] == "apply":  # what is printed can be pasted
+    if words[0] == "apply":  # the printed command can be pasted
         subprocess.run(["bash", "-c", stage.out], env=stage.env, check=True)
         assert yaml.safe_load((stage.folder / "applied.yaml").read_text())["kind"] == "JobSet"
     else:
@@ -116,7 +116,7 @@ def test_a_dry_run_calls_nothing(stage, words):
 
 
 def test_pods_agree_on_resuming_and_ask_to_be_restarted(stage):
-    """Pod 0 decides, and the others wait for it; a run that was stopped ends with 75, a finished one with 0."""
+    """Pod 0 decides and the others wait for it; a stopped run exits with 75, a finished one with 0."""
     out = stage.folder / "bucket" / "run"
     python = str(stage.folder / "worker_bin" / "python3")
     both = {"PYTHON": python, "RUN_TOKEN": "7", "JOB_INDEX": "0"}
@@ -129,7 +129,7 @@ def test_pods_agree_on_resuming_and_ask_to_be_restarted(stage):
             **both | name | {"RESTART_ATTEMPT": str(attempt), "JOB_COMPLETION_INDEX": str(index)},
         )
 
-    (stage.folder / "stop").touch()  # it is asked to stop
+    (stage.folder / "stop").touch()  # as after SIGTERM
     for number in range(2):
         pod(number, 0, ok=False)
         assert stage.status == 75

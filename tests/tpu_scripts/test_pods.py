@@ -1,4 +1,4 @@
-"""TPU VMs: create, set up, launch, resume, delete, against a gcloud that rejects what the real one does not have."""
+"""TPU VMs: create, set up, launch, resume, delete, against a gcloud that rejects what the real one does not accept."""
 
 import shlex
 import time
@@ -9,7 +9,7 @@ import stand_in
 
 BUCKET = "gs://mine/run1"
 CREATE = ["--topology", "v5e:4x4"]
-RUN = ["--bucket", BUCKET, "--upload-every", "0.5"]
+RUN = ["--bucket", BUCKET, "--upload-every", "0.1"]
 TRAIN = ["configs/x.py", "--optim.lr", "3e-3", "--plan", "nonlinear(rank=8) @ block"]
 TABLE = [
     line.split()
@@ -23,7 +23,7 @@ def checkpoints(folder):
 
 
 def settle(stage, name=".jaxsteer/exit", workers=2):
-    """Wait until a file is there on so many workers, by default the one that says how the training ended."""
+    """Wait until a file exists on `workers` workers; by default the one with the training's exit status."""
     for _ in range(1000):
         if len(list((stage.folder / "nodes").glob(f"*/*/{name}"))) == workers:
             return
@@ -61,7 +61,7 @@ def test_topologies_are_sold_under_documented_names(row):
     ("topology", "sold", "chips"),
     [("v5e:4x4", "v5litepod-16", 16), ("v5p:4x4x4", "v5p-128", 64), ("v6e:4x4", "v6e-16", 16), ("v4:2x2x1", "v4-8", 4)],
 )
-def test_both_names_are_said(stage, topology, sold, chips):
+def test_both_names_are_printed(stage, topology, sold, chips):
     said = stage.run("create.sh", "--topology", topology, "--dry-run")
     assert f"{topology} is sold as {sold}: {chips} chips" in said
     assert f"--accelerator-type={sold} " in stage.out
@@ -74,9 +74,9 @@ def test_an_unknown_topology_lists_the_known(stage):
     assert not stage.calls()
 
 
-# ---- rehearsals
+# ---- dry runs
 
-REHEARSALS = {
+DRY_RUNS = {
     "create": ["create.sh", *CREATE, "--spot", "--slices=2", "--", "--network=n 1"],
     "setup": ["setup.sh"],
     "setup-repo": ["setup.sh", "--repo", "https://host/a b.git", "--mount", "gs://mine"],
@@ -93,7 +93,7 @@ REHEARSALS = {
 }
 
 
-@pytest.mark.parametrize("words", REHEARSALS.values(), ids=REHEARSALS)
+@pytest.mark.parametrize("words", DRY_RUNS.values(), ids=DRY_RUNS)
 def test_a_dry_run_prints_commands_that_gcloud_has_and_calls_nothing(stage, words):
     script, *flags = words
     stage.run(script, "--dry-run", *flags)
@@ -107,7 +107,7 @@ def test_a_dry_run_prints_commands_that_gcloud_has_and_calls_nothing(stage, word
 
 
 def test_a_dry_run_is_quoted_exactly(stage):
-    """What is printed is what is done, to the letter."""
+    """The printed commands are exactly the commands that run."""
     launch = ["launch.sh", *RUN, *TRAIN, "--seed", "it's 'odd' $HOME `x` \\ *"]
     stage.ready()
     before = len(stage.calls())
@@ -120,13 +120,13 @@ def test_a_dry_run_is_quoted_exactly(stage):
     assert "it\\'s\\ \\'odd\\'\\ \\$HOME\\ \\`x\\`\\ \\\\\\ \\*" in (stage.folder / "trained").read_text()
 
 
-# ---- the whole way
+# ---- end to end
 
 
 def test_create_setup_launch_delete(stage):
     said = stage.run("create.sh", *CREATE, "--spot")
     assert "WAITING_FOR_RESOURCES" in said
-    assert "pod is there" in said
+    assert "pod is ready" in said
     assert stage.calls()[0][4:] == [
         *("create", "pod", "--zone=us-west4-a", "--accelerator-type=v5litepod-16"),
         *("--runtime-version=v2-alpha-tpuv5-lite", "--node-id=pod", "--spot"),
@@ -140,7 +140,7 @@ def test_create_setup_launch_delete(stage):
     trained = (stage.folder / "trained").read_text().splitlines()
     assert len(trained) == 2
     assert all(line.startswith(shlex.join(TRAIN[:3])) and "--resume" not in line for line in trained)
-    assert all("--distributed.join yes" in line for line in trained)  # the workers are one run
+    assert all("--distributed.join yes" in line for line in trained)  # the workers form one run
     assert "trained" in stage.run("logs.sh")
     assert stage.run("logs.sh", "--worker", "all").count("trained") == 2
     stage.run("logs.sh", "--save", "logs")
@@ -152,7 +152,7 @@ def test_create_setup_launch_delete(stage):
         *("ssh status", "ssh log", "ssh stop", "ssh upload", "delete"),
     ]
     bucket = stage.bucket(BUCKET)
-    assert checkpoints(bucket) == ["1"]  # and nothing that was half written
+    assert checkpoints(bucket) == ["1"]  # nothing half written
     assert (bucket / "summary.json").exists()
     assert "trained" in (bucket / "logs" / "pod-w-0.log").read_text()
     assert not stage.read("queue", {})
@@ -171,12 +171,12 @@ def test_several_slices(stage):
     assert (stage.home("pod-1", 1) / "pip").exists()
 
 
-def test_several_hosts_are_told_of_a_shared_folder(stage):
+def test_several_hosts_are_advised_to_share_a_folder(stage):
     assert "note: runs/sft is on each worker's own disk" in stage.run("launch.sh", "--dry-run", *CREATE, *TRAIN)
     assert "note" not in stage.run("launch.sh", "--dry-run", *CREATE, "--out", "~/bucket/a", *TRAIN)
 
 
-# ---- refusals
+# ---- errors
 
 
 def test_a_quota_error_is_explained(stage):
@@ -189,17 +189,17 @@ def test_a_quota_error_is_explained(stage):
     assert limit in said
     assert "quota is too small" in said
     assert "console.cloud.google.com/iam-admin/quotas" in said
-    assert "nothing is charged" in said
+    assert "nothing is billed" in said
 
 
-def test_a_quota_error_found_out_late_ends_resume_too(stage):
+def test_a_late_quota_error_ends_resume_too(stage):
     stage.write("faults", {"states": ["FAILED"], "reason": "Quota limit 'X' has been exceeded."})
     said = stage.run("resume.sh", *CREATE, *RUN, *TRAIN, ok=False)
     assert "quota is too small" in said
     assert stage.verbs() == ["create"]
 
 
-def test_no_capacity_asks_to_try_again(stage):
+def test_no_capacity_suggests_trying_again(stage):
     stage.write("faults", {"states": ["FAILED"], "reason": 'There is no more capacity in the zone "us-west4-a"'})
     assert "no free capacity" in stage.run("create.sh", *CREATE, ok=False)
     assert stage.status == 3
@@ -218,14 +218,14 @@ def test_a_failing_worker_is_named(stage):
     ("words", "complaint"),
     [
         (["launch.sh", *RUN], "no CONFIG given"),
-        (["launch.sh", *TRAIN, "--resume"], "a run that is there already is resumed"),
+        (["launch.sh", *TRAIN, "--resume"], "an existing run is resumed"),
         (["launch.sh", "--bucket", "mine", *TRAIN], "gs://BUCKET/FOLDER"),
-        (["create.sh", "--name", "My_Pod", *CREATE], "small letters"),
+        (["create.sh", "--name", "My_Pod", *CREATE], "lowercase letters"),
         (["create.sh", "--topologie", "v5e:4x4"], "unknown flag --topologie"),
         (["create.sh", "--slices", "0", *CREATE], "whole number"),
-        (["resume.sh", *CREATE, *TRAIN], "a TPU that is taken away takes runs/sft with it"),
-        (["launch.sh", *RUN, "--out", "~/bucket/run1", *TRAIN], "in a bucket already"),
-        (["sync.sh", "--bucket", BUCKET, "sideways"], "say up, down"),
+        (["resume.sh", *CREATE, *TRAIN], "a preempted TPU would take runs/sft with it"),
+        (["launch.sh", *RUN, "--out", "~/bucket/run1", *TRAIN], "already in a bucket"),
+        (["sync.sh", "--bucket", BUCKET, "sideways"], "give up, down"),
     ],
 )
 def test_mistakes_are_caught_before_anything_is_called(stage, words, complaint):
@@ -236,9 +236,9 @@ def test_mistakes_are_caught_before_anything_is_called(stage, words, complaint):
 # ---- nothing is lost
 
 
-def test_delete_wants_the_run_saved_first(stage):
+def test_delete_requires_the_run_to_be_saved_first(stage):
     stage.ready()
-    assert "--discard if it may go" in stage.run("delete.sh", ok=False)
+    assert "--discard if it may be lost" in stage.run("delete.sh", ok=False)
     stage.write("faults", {"worker": {"at": "upload", "node": "pod", "worker": 0, "status": 1}})
     assert "was not copied" in stage.run("delete.sh", "--bucket", BUCKET, ok=False)
     assert "delete" not in stage.verbs()
@@ -246,7 +246,7 @@ def test_delete_wants_the_run_saved_first(stage):
     assert stage.verbs()[-1] == "delete"
 
 
-def test_delete_stops_a_training_which_saves(stage):
+def test_delete_stops_the_training_so_that_it_saves(stage):
     (stage.folder / "hold").touch()
     stage.ready()
     stage.run("launch.sh", *TRAIN)  # without a bucket
@@ -268,7 +268,7 @@ def test_another_run_in_the_bucket_is_left_alone(stage):
 
 
 def test_a_bucket_that_cannot_be_read_is_not_an_empty_one(stage):
-    """Else a run would begin anew beside its own checkpoints."""
+    """Otherwise a new run would start beside its own checkpoints."""
     stage.ready()
     stage.write("faults", {"storage": "ERROR: (gcloud.storage.ls) HTTPError 403: no storage.objects.list access"})
     said = stage.run("launch.sh", *RUN, *TRAIN, ok=False)
@@ -293,8 +293,8 @@ def test_settings_for_the_training_are_never_shown(stage):
 
 def test_preempted_while_launching(stage):
     stage.write("faults", {"preempt": {"at": "worker.sh start"}})
-    said = stage.run("resume.sh", *CREATE, "--spot", *RUN, "--then-delete", *TRAIN, POD_POLL="0.3")
-    assert "pod was taken away (preemption 1)" in said
+    said = stage.run("resume.sh", *CREATE, "--spot", *RUN, "--then-delete", *TRAIN, POD_POLL="0.05")
+    assert "pod was preempted (preemption 1)" in said
     assert "The training has finished" in said
     once = ["create", "scp", "ssh install", "ssh restore", "ssh begun", "ssh start"]
     assert [verb for verb in stage.verbs() if verb not in ("ssh status", "ssh upload", "ssh stop")] == [
@@ -304,11 +304,11 @@ def test_preempted_while_launching(stage):
     assert (stage.bucket(BUCKET) / "summary.json").exists()
 
 
-def test_preempted_while_training_goes_on_from_the_checkpoint(stage):
-    """The machines and their disks are gone; the second pass gets the first one's checkpoint and --resume."""
+def test_preempted_while_training_resumes_from_the_checkpoint(stage):
+    """The machines and their disks are gone; the second pass restores the first one's checkpoint and gets --resume."""
     (stage.folder / "hold").touch()  # until the preemption
     stage.write("faults", {"preempt": {"at": "worker.sh status", "once": "buckets/mine/run1/checkpoints/1/data"}})
-    said = stage.run("resume.sh", *CREATE, *RUN, *TRAIN, POD_POLL="0.3")
+    said = stage.run("resume.sh", *CREATE, *RUN, *TRAIN, POD_POLL="0.05")
     assert "preemption 1" in said
     assert "Resuming the run" in said
     trained = (stage.folder / "trained").read_text().splitlines()
@@ -317,10 +317,10 @@ def test_preempted_while_training_goes_on_from_the_checkpoint(stage):
     assert (stage.bucket(BUCKET) / "checkpoints" / "1" / "data").read_text() == "weights 1\n"
 
 
-def test_a_training_that_fails_is_not_tried_for_ever(stage):
+def test_a_training_that_fails_is_not_retried_forever(stage):
     (stage.folder / "crash").touch()
-    said = stage.run("resume.sh", *CREATE, *RUN, "--retries", "1", *TRAIN, ok=False, POD_POLL="0.3")
-    assert "given up: the training failed on pod-w-0 pod-w-1" in said
+    said = stage.run("resume.sh", *CREATE, *RUN, "--retries", "1", *TRAIN, ok=False, POD_POLL="0.05")
+    assert "giving up: the training failed on pod-w-0 pod-w-1" in said
     assert "error: the loss is nan" in said
     assert stage.verbs().count("ssh start") == 2
-    assert "delete" not in stage.verbs()  # left for a look
+    assert "delete" not in stage.verbs()  # left to be inspected

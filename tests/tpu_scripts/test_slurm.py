@@ -1,4 +1,4 @@
-"""SLURM: the directives, and what the script does at a first start, a restart and an end."""
+"""SLURM: the directives, and what the script does at the first start, a restart and the end."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ def test_directives(checkout):
     text = (checkout / "tpu_scripts" / "slurm.sh").read_text()
     head = text.partition("set -euo pipefail")[0]
     given = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", head, re.MULTILINE))
-    assert given["signal"] == "TERM@300"  # of the tasks, not of the script: no B:
+    assert given["signal"] == "TERM@300"  # to the tasks, not to the script: no B:
     assert {"requeue", "nodes", "time", "output"} <= set(given)
     assert given["open-mode"] == "append"
     assert given["nodes"] == given["ntasks-per-node"] == "1"
@@ -36,16 +36,16 @@ def test_a_run_that_finishes(stage):
     assert not [call for call in stage.calls() if call[0] == "scontrol"]
 
 
-def test_a_run_that_is_stopped_is_queued_again_and_resumes(stage):
-    (stage.folder / "stop").touch()  # SIGTERM came
-    assert "queued again" in start(stage)
+def test_a_stopped_run_is_requeued_and_resumes(stage):
+    (stage.folder / "stop").touch()  # as after SIGTERM
+    assert "requeued" in start(stage)
     assert stage.calls()[-1] == ["scontrol", "requeue", "42"]
     (stage.folder / "stop").unlink()
     assert "finished" in start(stage, SLURM_RESTART_COUNT="1")
     assert [("--resume" in call) for call in srun(stage)] == [False, True]
 
 
-def test_a_run_that_fails_is_not_queued_again(stage):
+def test_a_failed_run_is_not_requeued(stage):
     (stage.folder / "crash").touch()
     stage.run(
         *("slurm.sh", "--out", "runs/a", *TRAIN),
@@ -53,11 +53,11 @@ def test_a_run_that_fails_is_not_queued_again(stage):
         SLURM_SUBMIT_DIR=str(stage.folder),
         PYTHON=str(stage.folder / "worker_bin" / "python3"),
     )
-    assert "srun ended with status 1" in stage.err
+    assert "srun exited with status 1" in stage.err
     assert stage.calls()[-1][0] == "srun"
 
 
-def test_several_tasks_are_one_command(stage):
+def test_several_tasks_get_one_command(stage):
     start(stage, SLURM_NTASKS="16", SLURM_NTASKS_PER_NODE="8", SLURM_GPUS_ON_NODE="8")
     (call,) = srun(stage)
     assert call[call.index("-m") :] == ["-m", "train.sft", *TRAIN, "--out", "runs/a"]
@@ -72,7 +72,7 @@ def test_a_dry_run_prints_the_command(stage):
 
 
 def test_jax_finds_the_tasks(monkeypatch):
-    """The variables that srun sets are those that JAX reads: task 5 of 16 takes the GPU of its number on the node."""
+    """JAX reads the variables that srun sets: task 13 of 16 takes the GPU with its local index."""
     from jax._src.clusters import ClusterEnv
 
     task = {"SLURM_JOB_ID": "42", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_NTASKS": "16"}

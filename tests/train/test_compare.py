@@ -1,4 +1,4 @@
-"""A comparison end to end on a tiny model: what it leaves, how it goes on, and how it picks learning rates."""
+"""A comparison end to end on a tiny model: what it writes, how it resumes, and how it picks learning rates."""
 
 import json
 from dataclasses import replace
@@ -7,14 +7,17 @@ import pytest
 
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
+from train.compare import __main__ as command
 from train.compare import runs as compare_runs
 from train.compare.__main__ import compare
-from train.compare.config import CompareConfig, Entry
+from train.compare.config import CompareConfig, Entry, LoFiT, Method
 from train.compare.runs import search
+from train.compare.timing import measure
 from train.config import TrainConfig
 from train.tasks import JsonlTask
 
 POST_BLOCK = "nonlinear(rank=2) @ block"
+JOINT = ("lora(rank=2) @ mlp.down", POST_BLOCK)
 
 
 @pytest.fixture
@@ -32,10 +35,10 @@ def config(tiny_folder, tiny_data, tmp_path):
             eval_batch_size=8,
         ),
         entries=(
-            Entry("full fine-tuning", (), lr=1e-4, train_base=True),
-            Entry("post-block", (POST_BLOCK,), lr=1e-2),
-            Entry("LoFiT", ("lofit @ attn.heads",), lr=1e-2, recipe="lofit", heads=3),
-            Entry("joint", ("lora(rank=2) @ mlp.down", POST_BLOCK), 1e-2, 1e-3, orthogonality=Orthogonality("penalty")),
+            Entry("full fine-tuning", Method((), train_base=True), lr=1e-4),
+            Entry("post-block", Method((POST_BLOCK,)), lr=1e-2),
+            Entry("LoFiT", Method(("lofit @ attn.heads",)), lr=1e-2, lofit=LoFiT(heads=3)),
+            Entry("joint", Method(JOINT, orthogonality=Orthogonality("penalty")), 1e-2, 1e-3),
         ),
         extensions=0,
         seeds=2,
@@ -43,14 +46,23 @@ def config(tiny_folder, tiny_data, tmp_path):
     )
 
 
-def test_a_comparison_leaves_its_table_and_goes_on_where_it_was(config, tmp_path, monkeypatch):
+def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch):
     original, trained, stop_at = compare_runs.train_runs, [], [5]
+    timings = {}
 
-    def counting(own, loaded, runs, **rest):
+    def measure_once(run_config, loaded, runs):
+        """Timing compiles two programs per method; once with a trained base and once without is enough here."""
+        if run_config.train_base not in timings:
+            timings[run_config.train_base] = measure(run_config, loaded, runs)
+        return timings[run_config.train_base]
+
+    monkeypatch.setattr(command, "measure", measure_once)
+
+    def counting(run_config, loaded, runs, **rest):
         if len(trained) in stop_at:  # in the middle of LoFiT
             raise KeyboardInterrupt
-        trained.append((own.plan, len(runs)))
-        return original(own, loaded, runs, **rest)
+        trained.append((run_config.plan, len(runs)))
+        return original(run_config, loaded, runs, **rest)
 
     monkeypatch.setattr(compare_runs, "train_runs", counting)
     with pytest.raises(KeyboardInterrupt):
@@ -58,7 +70,7 @@ def test_a_comparison_leaves_its_table_and_goes_on_where_it_was(config, tmp_path
     stop_at.clear()
     trained.clear()
     results = compare(config)
-    # Full fine-tuning and post-block were finished: three rates together, then one more seed at the best.
+    # Full fine-tuning and post-block had finished; the others: three rates together, then one more seed at the best.
     assert [plan[0].split("(")[0].split(" ")[0] for plan, _ in trained] == ["lofit_scale", "lofit"] * 2 + ["lora"] * 2
     assert [count for _, count in trained] == [3, 3, 1, 1, 3, 1]
     trained.clear()
@@ -90,7 +102,7 @@ def test_a_comparison_leaves_its_table_and_goes_on_where_it_was(config, tmp_path
     gap = data["differences"]["post-block"]["joint"]["mean"]
     assert gap == pytest.approx(by_name["post-block"]["test"]["mean"] - by_name["joint"]["test"]["mean"])
 
-    with pytest.raises(ValueError, match=r"holds a run with other settings.*rows"):
+    with pytest.raises(ValueError, match=r"holds a run with other settings.*batch_size"):
         compare(replace(config, base=replace(config.base, batch_size=4)))
     changed = (replace(config.entries[0], lr=2e-4), *config.entries[1:])
     with pytest.raises(ValueError, match="other settings of 'full fine-tuning'"):
@@ -120,8 +132,8 @@ class Fake:
 )
 def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
     fake = Fake(replace(config, extensions=3), rate)
-    found, records = search(fake, config.entries[1], lambda text: None)
-    assert (found, len(records)) == (best, tried)
+    exponent, records = search(fake, config.entries[1], lambda text: None)
+    assert (exponent, len(records)) == (best, tried)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +141,7 @@ def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
     [
         ({"rates": 2}, "rates must be odd"),
         ({"factor": 1.0}, "factor above 1"),
-        ({"entries": (Entry("a b", (POST_BLOCK,), 1.0), Entry("A_B", (POST_BLOCK,), 1.0))}, "'a_b'"),
+        ({"entries": (Entry("a b", Method((POST_BLOCK,)), 1.0), Entry("A_B", Method((POST_BLOCK,)), 1.0))}, "'a_b'"),
     ],
 )
 def test_impossible_comparisons_are_refused(changes, message, config):

@@ -12,7 +12,7 @@ from train.cli import load_config_file
 from train.compare.config import CompareConfig
 from train.config import TrainConfig
 from train.devices.placement import SINGLE
-from train.plan.base_models import model_config_of
+from train.plan.model_configs import model_config_of
 from train.plan.programs import base_shapes, lower_training
 from train.run.program import make_program
 

@@ -1,4 +1,4 @@
-"""The machine: where caches lie, a second process finds compiled programs, measurements are plausible."""
+"""The machine: location of caches, compiled programs shared between processes, plausible measurements."""
 
 import os
 import subprocess
@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("JAXSTEER_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
+    monkeypatch.setenv("JAXSTEER_CACHE", str(tmp_path / "chosen"))
+    assert cache_folder() == tmp_path / "chosen"
     monkeypatch.delenv("JAXSTEER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "jaxsteer"
@@ -52,7 +52,7 @@ def test_a_second_process_loads_what_the_first_compiled(tmp_path):
 def test_peak_memory_sees_an_allocation():
     before = peak_memory_bytes()
     assert before > 20e6
-    block = np.ones(int(before) // 8 + 1_000_000)  # more than all that is in use
+    block = np.ones(int(before) // 8 + 1_000_000)  # more than is in use
     after = peak_memory_bytes()
     assert after > before or jax.default_backend() != "cpu"
     assert after >= block.nbytes or jax.default_backend() != "cpu"

@@ -132,7 +132,7 @@ def test_mesh_settings():
     assert sizes(shape(data=4)) == (4, 4, 1)
     assert sizes(shape(fsdp=2)) == (8, 2, 1)
     assert sizes(shape(data=2, fsdp=2, tensor=2)) == (2, 2, 2)
-    with pytest.raises(ValueError, match="16 devices cannot be split so"):
+    with pytest.raises(ValueError, match="cannot split 16 devices this way"):
         shape(tensor=3)
     assert mesh_of(TrainConfig()) is None  # one CPU device
     with pytest.raises(ValueError, match="needs 8 devices; there are 1"):

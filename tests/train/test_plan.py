@@ -1,4 +1,4 @@
-"""Plans: programs compiled for TPUs that are not here, the reading of compiled text, and the analytic estimate."""
+"""The fit check: steps compiled for TPUs that are not here, reading HLO text, and the analytic estimate."""
 
 import importlib.util
 import json
@@ -15,11 +15,13 @@ from jaxsteer.models.families import config_from_hf
 from train.cli import load_config_file
 from train.config import TrainConfig
 from train.devices.placement import MeshConfig
-from train.plan import table
-from train.plan.base_models import KNOWN, model_config_of
-from train.plan.estimate import estimate_training, make_estimated, resident
-from train.plan.figures import figures_of
+from train.plan import figures, page
+from train.plan.estimate import estimate, estimated_program, resident
+from train.plan.figures import figures_of, remedies
 from train.plan.hlo import Traffic, collectives
+from train.plan.model_configs import KNOWN_CONFIGS, model_config_of
+from train.plan.programs import Compiled, TooBig
+from train.plan.question import Question
 from train.plan.search import candidates
 from train.plan.topology import GIB, parse_topology
 
@@ -32,12 +34,12 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-OWN = ("JAX_OPTIMIZATION_LEVEL", "XLA_FLAGS")  # a plan's own settings are what is tested
+UNSET = ("JAX_OPTIMIZATION_LEVEL", "XLA_FLAGS")  # the fit check's own settings are tested
 
 
 def plan(*arguments, status=0):
-    """The programs that `python -m train.plan` reports."""
-    environment = {name: value for name, value in os.environ.items() if name not in OWN}
+    """The compiled steps that `python -m train.plan` reports."""
+    environment = {name: value for name, value in os.environ.items() if name not in UNSET}
     command = [sys.executable, "-m", "train.plan", *arguments, "--json", "-"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=ROOT, env=environment)
     assert done.returncode == status, done.stderr
@@ -47,62 +49,61 @@ def plan(*arguments, status=0):
 @needs_libtpu
 def test_8b_post_block_on_v5e():
     """The real step, packed rows and splash attention: its peak, and every weight gathered in each pass."""
-    (found,) = plan(POST_BLOCK, "--topology", "v5e:4x4", "--programs", "train")
-    assert found["compiled"]
-    assert found["fits"]
-    assert found["sold"] == "v5litepod-16"
-    assert found["attention"][0] == "splash"
-    assert found["needed"] <= 6 * GIB
-    assert sum(found["parts"].values()) == found["needed"]
-    weights = 16 * found["parts"]["weights"]
-    sent = sum(traffic["sent"] for traffic in found["collectives"].values())
+    (step,) = plan(POST_BLOCK, "--topology", "v5e:4x4", "--programs", "train")
+    assert step["compiled"]
+    assert step["fits"]
+    assert step["sold"] == "v5litepod-16"
+    assert step["attention"][0] == "splash"
+    assert step["needed"] <= 6 * GIB
+    assert sum(step["parts"].values()) == step["needed"]
+    weights = 16 * step["parts"]["weights"]
+    sent = sum(traffic["sent"] for traffic in step["collectives"].values())
     assert 1.9 * weights <= sent <= 3 * weights
-    assert found["estimated"] == pytest.approx(found["needed"], rel=0.1)
+    assert step["estimated"] == pytest.approx(step["needed"], rel=0.1)
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_70b_post_block_on_v5p():
-    (found,) = plan("configs/llama3_70b_post_block.py", "--topology", "v5p:4x4x4", "--programs", "train")
-    assert found["fits"]
-    assert found["sold"] == "v5p-128"
-    assert found["mesh"] == "data 4 x fsdp 16 x tensor 1"
-    assert found["needed"] <= 18 * GIB
+    (step,) = plan("configs/llama3_70b_post_block.py", "--topology", "v5p:4x4x4", "--programs", "train")
+    assert step["fits"]
+    assert step["sold"] == "v5p-128"
+    assert step["mesh"] == "data 4 x fsdp 16 x tensor 1"
+    assert step["needed"] <= 18 * GIB
 
 
 @needs_libtpu
-def test_what_cannot_fit_is_said_in_words():
-    (found,) = plan("configs/llama3_70b_post_block.py", "--topology", "v5e:4x4", "--programs", "train", status=2)
-    assert not found["fits"]
-    assert found["needed"] > found["limit"]
-    assert "exceeds" in found["words"]
-    assert any(remedy.startswith("--grad-accumulation 8: about") for remedy in found["remedies"])
-    assert any(remedy.startswith("--topology v5e:8x16: about") for remedy in found["remedies"])
+def test_a_step_that_cannot_fit_is_explained():
+    (step,) = plan("configs/llama3_70b_post_block.py", "--topology", "v5e:4x4", "--programs", "train", status=2)
+    assert not step["fits"]
+    assert step["needed"] > step["limit"]
+    assert "exceeds" in step["words"]
+    assert any(remedy.startswith("--grad-accumulation 8: about") for remedy in step["remedies"])
+    assert any(remedy.startswith("--topology v5e:8x16: about") for remedy in step["remedies"])
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_8b_with_256_rows_fits():
-    (found,) = plan(POST_BLOCK, "--topology", "v5e:4x4", "--programs", "train", "--batch-size", "256")
-    assert found["fits"]
+    (step,) = plan(POST_BLOCK, "--topology", "v5e:4x4", "--programs", "train", "--batch-size", "256")
+    assert step["fits"]
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_two_slices():
     """The batch is split over the slices, the weights within each: only small things go between them."""
-    (found,) = plan(POST_BLOCK, "--topology", "v5e:4x4", "--slices", "2", "--programs", "train")
-    assert found["fits"]
-    assert found["mesh"] == "data 2 x fsdp 16 x tensor 1"
-    assert found["collectives"]["all-reduce"]["sent"] < 0.01 * found["collectives"]["all-gather"]["sent"]
+    (step,) = plan(POST_BLOCK, "--topology", "v5e:4x4", "--slices", "2", "--programs", "train")
+    assert step["fits"]
+    assert step["mesh"] == "data 2 x fsdp 16 x tensor 1"
+    assert step["collectives"]["all-reduce"]["sent"] < 0.01 * step["collectives"]["all-gather"]["sent"]
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_decoding_and_a_comparison_of_chips():
     """All of a chip's new tokens are gathered for: the collectives of the data-dependent loop count as often."""
-    found = plan(POST_BLOCK, "--topologies", "v5e:4x4,h100:8", "--programs", "decode")
-    tpu, gpu = found
+    tpu, gpu = plan(POST_BLOCK, "--topologies", "v5e:4x4,h100:8", "--programs", "decode")
     assert (tpu["compiled"], gpu["compiled"]) == (True, False)
     assert tpu["fits"]
     assert tpu["parts"]["cache"] == 2 * 32 * 4 * (512 + 255) * 8 * 128 * 2  # k and v, layers, rows, slots, heads
@@ -113,10 +114,10 @@ def test_decoding_and_a_comparison_of_chips():
 @needs_libtpu
 @pytest.mark.slow
 def test_a_search_ranks_what_fits():
-    found = plan(POST_BLOCK, "--topology", "v5e:4x4", "--search", "--best", "2")
-    assert len(found) == 2
-    assert all(each["fits"] and each["compiled"] for each in found)
-    assert found[0]["tokens_per_second"] >= found[1]["tokens_per_second"]
+    steps = plan(POST_BLOCK, "--topology", "v5e:4x4", "--search", "--best", "2")
+    assert len(steps) == 2
+    assert all(step["fits"] and step["compiled"] for step in steps)
+    assert steps[0]["tokens_per_second"] >= steps[1]["tokens_per_second"]
 
 
 @needs_libtpu
@@ -238,8 +239,8 @@ ENTRY %main (x: bf16[8,4], y: f32[16], z: f32[4], flag.7: pred[], s: s8[32]) -> 
 
 
 def test_collectives_count_loops_through_nesting():
-    """Three outer turns (2 to 5) of four inner ones (0 to 8 in twos); the loop on data as often as it is told."""
-    assert collectives(HLO, other_trips=7) == {
+    """Three outer iterations (2 to 5) of four inner ones (0 to 8 by 2); the data-dependent loop, `unknown_trips`."""
+    assert collectives(HLO, unknown_trips=7) == {
         "all-gather": Traffic(3, 3 * 256, 3 * 256 * 3 // 4),
         "all-reduce": Traffic(7, 7 * 64, 7 * 2 * 64 * 3 // 4),
         "all-to-all": Traffic(1, 32, 16),
@@ -251,8 +252,8 @@ def test_collectives_count_loops_through_nesting():
 
 
 def test_topologies():
-    found = parse_topology("v5p:4x4x4", slices=2)
-    assert (found.chips, found.sold, str(found)) == (128, "v5p-128", "2 x v5p:4x4x4 (128 chips, sold as 2 x v5p-128)")
+    pod = parse_topology("v5p:4x4x4", slices=2)
+    assert (pod.chips, pod.sold, str(pod)) == (128, "v5p-128", "2 x v5p:4x4x4 (128 chips, sold as 2 x v5p-128)")
     assert parse_topology("h100:8").chips == 8
     for name, words in {
         "v5litepod-16": "unknown chip",
@@ -263,8 +264,8 @@ def test_topologies():
             parse_topology(name)
 
 
-def test_known_features_are_the_published_ones():
-    """What config.json of the 70B says, field by field."""
+def test_known_model_configs_are_the_published_ones():
+    """The 70B's config.json, field by field."""
     published = {
         "model_type": "llama",
         "vocab_size": 128256,
@@ -285,9 +286,9 @@ def test_known_features_are_the_published_ones():
         },
         "tie_word_embeddings": False,
     }
-    assert KNOWN["meta-llama/Llama-3.1-70B"] == config_from_hf(published, "config.json")[1]
+    assert KNOWN_CONFIGS["meta-llama/Llama-3.1-70B"] == config_from_hf(published, "config.json")[1]
     smaller = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336}
-    assert KNOWN["meta-llama/Llama-3.1-8B-Instruct"] == config_from_hf(published | smaller, "config.json")[1]
+    assert KNOWN_CONFIGS["meta-llama/Llama-3.1-8B-Instruct"] == config_from_hf(published | smaller, "config.json")[1]
 
 
 def test_a_local_model_is_read(tiny_folder):
@@ -296,56 +297,98 @@ def test_a_local_model_is_read(tiny_folder):
 
 @pytest.fixture(scope="module")
 def post_block():
-    return load_config_file(ROOT / POST_BLOCK, TrainConfig)
+    """A question about the training step of the 8B post-block config on 16 v5e chips."""
+    config = load_config_file(ROOT / POST_BLOCK, TrainConfig)
+    return Question("train", config, model_config_of(config), parse_topology("v5e:4x4"))
+
+
+def changed(question, **changes):
+    return question.with_config(replace(question.config, **changes))
 
 
 def test_weights_fall_with_fsdp(post_block):
-    model_config, there = model_config_of(post_block), parse_topology("v5e:4x4")
     sizes = {}
     for fsdp in (1, 4, 16):
-        mesh = MeshConfig(16 // fsdp, fsdp)
-        sizes[fsdp] = resident(make_estimated(replace(post_block, mesh=mesh), model_config, there))["weights"]
+        question = changed(post_block, mesh=MeshConfig(16 // fsdp, fsdp))
+        sizes[fsdp] = resident(estimated_program(question))["weights"]
     norms = 2 * (2 * 32 + 1) * 4096  # on every chip
     assert (sizes[1] - norms) == 4 * (sizes[4] - norms) == 16 * (sizes[16] - norms)
 
 
 def test_remat_and_microbatches_save_memory(post_block):
-    model_config, there = model_config_of(post_block), parse_topology("v5e:4x4")
-    peak = lambda **change: (
-        estimate_training(
-            make_estimated(replace(post_block, **change), model_config, there), replace(post_block, **change)
-        ).peak
-    )
+    def peak(**changes):
+        question = changed(post_block, **changes)
+        return estimate(question, estimated_program(question)).peak
+
     assert peak(remat="none") > peak(remat="selective") > peak() > peak(grad_accumulation=4)
 
 
 def test_a_search_begins_with_what_is_fastest_by_the_estimate(post_block):
-    model_config, there = model_config_of(post_block), parse_topology("v5e:2x2")
-    found = candidates(post_block, model_config, there)
-    speeds = [each.tokens_per_second for each in found]
+    question = replace(post_block, topology=parse_topology("v5e:2x2"))
+    ranked = candidates(question)
+    speeds = [candidate.tokens_per_second for candidate in ranked]
     assert all(a >= 0.99 * b for a, b in pairwise(speeds))
-    assert {each.config.mesh.tensor for each in found} >= {1, 2}
-    assert all(each.peak <= 1.05 * there.chip.memory for each in found)
+    assert {candidate.config.mesh.tensor for candidate in ranked} >= {1, 2}
+    assert all(candidate.peak <= 1.05 * question.topology.chip.memory for candidate in ranked)
 
 
 def test_gpus_are_estimated(post_block):
-    found = figures_of("train", post_block, model_config_of(post_block), parse_topology("h100:8"), 0)
-    assert found.fits
-    assert not found.compiled
-    assert found.attention[0] == "cudnn"
-    assert 0 < found.mfu <= 1
+    answer = figures_of(replace(post_block, topology=parse_topology("h100:8")))
+    assert answer.fits
+    assert not answer.compiled
+    assert answer.attention[0] == "cudnn"
+    assert 0 < answer.mfu <= 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "result"),
+    [
+        ("v5e:4x4", TooBig(20 * GIB, "exceeds", 1.0)),  # the estimate says that it fits
+        ("v5e:1x1", TooBig(0, "exceeds", 1.0)),  # the estimate says that it does not fit
+        ("v5e:4x4", Compiled(5 * GIB, {}, 1.0)),
+        ("v5e:1x1", Compiled(5 * GIB, {}, 1.0)),
+    ],
+)
+def test_remedies_are_found_once_and_only_where_a_step_does_not_fit(topology, result, post_block, monkeypatch):
+    """The compiler decides, whatever the estimate says."""
+    calls = []
+
+    def counting(question):
+        calls.append(question)
+        return remedies(question)
+
+    monkeypatch.setattr(figures, "compile_step", lambda question: result)
+    monkeypatch.setattr(figures, "remedies", counting)
+    question = replace(post_block, topology=parse_topology(topology))
+    answer = figures_of(question)
+    if isinstance(result, Compiled):
+        assert answer.fits
+        assert (answer.needed, answer.remedies, calls) == (5 * GIB, (), [])
+        assert sum(answer.parts.values()) == 5 * GIB
+    else:
+        assert not answer.fits
+        assert (answer.needed, answer.words, calls) == (result.needed, "exceeds", [question])
+        assert answer.remedies == remedies(question) != ()
 
 
 def test_the_table_is_what_its_data_say():
     """docs/plans.md has every config on every topology, and the estimate is near the compiled peaks."""
-    data = json.loads(table.DATA.read_text())
-    assert table.PAGE.read_text() == table.page(data)
-    assert {key for key in data if key.endswith("train")} == {
-        f"{name} {topology} train" for name in table.CONFIGS for topology in table.TOPOLOGIES
+    rows = json.loads(page.DATA.read_text())
+    assert page.PAGE.read_text() == page.page(rows)
+    assert {key for key in rows if key.endswith("train")} == {
+        f"{name} {topology} train" for name in page.CONFIGS for topology in page.TOPOLOGIES
     }
-    assert all((CONFIGS / f"{name}.py").exists() for name in table.CONFIGS)
-    compiled = [key for key, each in data.items() if each["compiled"] and each["fits"] and each["which"] == "train"]
+    assert all((CONFIGS / f"{name}.py").exists() for name in page.CONFIGS)
+    compiled = [key for key, row in rows.items() if row["compiled"] and row["fits"] and row["which"] == "train"]
     assert compiled
-    for key in compiled:  # the model of the pass was made on Llama; large vocabularies and windows are further off
-        off = 0.1 if key.startswith("llama3") else 0.15
-        assert data[key]["estimated"] == pytest.approx(data[key]["needed"], rel=off), key
+    for key in compiled:  # the model of the pass was fitted on Llama; large vocabularies and windows are further off
+        tolerance = 0.1 if key.startswith("llama3") else 0.15
+        assert rows[key]["estimated"] == pytest.approx(rows[key]["needed"], rel=tolerance), key
+
+
+def test_data_that_cannot_be_read_are_an_error_that_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "plans.json"
+    path.write_text('{"a": ' * 100_000)
+    monkeypatch.setattr(page, "DATA", path)
+    with pytest.raises(ValueError, match=r"plans\.json: not valid JSON"):
+        page.collect()

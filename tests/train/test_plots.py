@@ -1,4 +1,4 @@
-"""Figures: a readable PNG comes out for whatever a run may hold, and what the smoothing draws is a mean."""
+"""Plots: any run gives a readable PNG, and smoothing is a mean."""
 
 import math
 import struct
@@ -39,7 +39,7 @@ EVALUATIONS = [(0, 0.1, 0.05, 0.2), (100, 0.5, 0.4, 0.6), (200, 1.0, 0.95, 1.0)]
         ([{"step": step, "loss": 1.0} for step in range(50)], []),
     ],
 )
-def test_training_draws_whatever_there_is(tmp_path, rows, evaluations):
+def test_training_plots_whatever_there_is(tmp_path, rows, evaluations):
     path = tmp_path / "training.png"
     plot_training(rows, path, evaluations=evaluations, title="ListOps, post-block steering")
     width, height = size(path)
@@ -54,7 +54,7 @@ def test_layers(tmp_path):
     assert size(path)[0] == 1200
 
 
-def test_nothing_to_draw(tmp_path):
+def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_training([{"step": 1, "accuracy": 0.5}], tmp_path / "a.png")
     for series in ({}, {"empty": []}):
@@ -63,7 +63,7 @@ def test_nothing_to_draw(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_smoothing_is_a_mean_that_leaves_out_gaps():
+def test_smoothing_is_a_mean_that_skips_gaps():
     flat = np.full(40, 3.0)
     np.testing.assert_allclose(smooth(flat, 5), flat, rtol=1e-12)
     holed = flat.copy()

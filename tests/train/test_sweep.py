@@ -1,4 +1,4 @@
-"""Several runs as one program are the runs one by one; LoFiT's two stages."""
+"""Runs trained as one program equal the runs trained one by one; LoFiT's two stages."""
 
 from dataclasses import replace
 
@@ -41,26 +41,27 @@ def loaded(tiny_folder):
     return load(str(tiny_folder), "float32")
 
 
-def test_runs_together_are_the_runs_alone(config, loaded):
-    """Other learning rates on the same batches, and other seeds on other batches."""
-    wanted = {}
+def test_runs_together_equal_the_runs_alone(config, loaded):
+    """Different learning rates on the same batches, and different seeds on different batches."""
+    references = {}
     done = []
     for runs in ([Run(0.5, 0), Run(2.0, 0)], [Run(0.5, 0), Run(0.5, 7)]):
         together = train_runs(config, loaded, runs, advance=done.append)
-        for run, got in zip(runs, together, strict=True):
-            if run not in wanted:
-                wanted[run] = train_runs(config, loaded, [run])[0]
-            alone = wanted[run]
-            np.testing.assert_allclose(got.losses, alone.losses, rtol=1e-5)
-            np.testing.assert_allclose(got.overlap, alone.overlap, atol=1e-6)
-            for a, b in zip(jax.tree.leaves(got.params.steering), jax.tree.leaves(alone.params.steering), strict=True):
-                np.testing.assert_allclose(a, b, atol=2e-5)
-            assert got.overlap.shape == (4, 3)
+        for run, trained in zip(runs, together, strict=True):
+            if run not in references:
+                references[run] = train_runs(config, loaded, [run])[0]
+            alone = references[run]
+            np.testing.assert_allclose(trained.losses, alone.losses, rtol=1e-5)
+            np.testing.assert_allclose(trained.overlap, alone.overlap, atol=1e-6)
+            leaves = jax.tree.leaves(trained.params.steering)
+            for leaf, reference in zip(leaves, jax.tree.leaves(alone.params.steering), strict=True):
+                np.testing.assert_allclose(leaf, reference, atol=2e-5)
+            assert trained.overlap.shape == (4, 3)
     assert done == [2] * 8
-    assert len({float(alone.losses[-1]) for alone in wanted.values()}) == 3
+    assert len({float(alone.losses[-1]) for alone in references.values()}) == 3
 
 
-def test_runs_of_a_trained_base_come_one_after_another(config, loaded):
+def test_runs_that_train_the_base_run_one_after_another(config, loaded):
     config = replace(config, plan=(), train_base=True, orthogonality=Orthogonality("none"), steps=2)
     first, second = train_runs(config, loaded, [Run(0.01), Run(1.0)])
     assert first.losses[0] == pytest.approx(second.losses[0])
@@ -78,11 +79,11 @@ def test_a_diverged_run_does_not_stop_the_others(config, loaded):
 def test_lofit_keeps_the_strongest_heads_and_shifts_only_them(config, loaded):
     seen = {}
 
-    def fit(stage, own, initial):
-        own = replace(own, orthogonality=Orthogonality("none"))
-        seen[stage] = train_runs(own, loaded, [Run(), Run(2.0)], initial=initial)
-        assert own.steps == {"scale": 4, "shift": 6}[stage]
-        assert own.optim.lr == {"scale": 5e-3, "shift": 1e-2}[stage]
+    def fit(stage, stage_config, initial):
+        stage_config = replace(stage_config, orthogonality=Orthogonality("none"))
+        seen[stage] = train_runs(stage_config, loaded, [Run(), Run(2.0)], initial=initial)
+        assert stage_config.steps == {"scale": 4, "shift": 6}[stage]
+        assert stage_config.optim.lr == {"scale": 5e-3, "shift": 1e-2}[stage]
         return seen[stage]
 
     shifted = lofit(fit, config, 10, heads=5)
@@ -99,7 +100,7 @@ def test_lofit_keeps_the_strongest_heads_and_shifts_only_them(config, loaded):
         lofit(fit, config, 10, heads=13)
 
 
-def test_lofit_as_a_program_resumes_where_it_was(config, tmp_path):
+def test_the_lofit_command_resumes(config, tmp_path):
     config = replace(config, orthogonality=Orthogonality("none"), steps=5, out=str(tmp_path / "run"))
     result = run_lofit(config, heads=3)
     first = (tmp_path / "run/scale/metrics.jsonl").read_text()

@@ -1,9 +1,10 @@
-"""The settings of a comparison."""
+"""Settings of a comparison."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
@@ -12,29 +13,43 @@ from train.config import TrainConfig
 
 
 @dataclass(frozen=True)
+class Method:
+    """The settings of a training run that differ between methods; its fields are fields of TrainConfig."""
+
+    plan: tuple[str, ...]
+    """The steering plan, as in a training run; for LoFiT, the plan of its second stage."""
+    train_base: bool = False
+    """Train the base model's weights too."""
+    orthogonality: Orthogonality = field(default_factory=Orthogonality)
+    """How LoRA and steering are kept orthogonal, in a plan that has both."""
+
+
+@dataclass(frozen=True)
+class LoFiT:
+    """Train in LoFiT's two stages, which share the steps of one run."""
+
+    heads: int = 32
+    """Number of attention heads that the second stage shifts."""
+
+
+@dataclass(frozen=True)
 class Entry:
     """One method of a comparison: a row of its table."""
 
     name: str
-    """In the table."""
-    plan: tuple[str, ...]
-    """As in a training run; of a recipe, the plan that it ends with."""
+    """Name in the table."""
+    method: Method
+    """How to train."""
     lr: float
-    """The middle of the grid of learning rates, of the steering (of all that trains, unless weights_lr is given)."""
+    """Learning rate in the middle of the grid, of steering (and of all that trains, unless weights_lr is given)."""
     weights_lr: float | None = None
-    """The same of LoRA or the base. The grid multiplies both."""
-    train_base: bool = False
-    """Train the base too."""
-    orthogonality: Orthogonality = field(default_factory=Orthogonality)
-    """For a plan of LoRA and steering."""
-    recipe: Literal["plain", "lofit"] = "plain"
-    """One training, or LoFiT's two, which share the steps."""
-    heads: int = 32
-    """Heads that LoFiT shifts."""
+    """The same for LoRA or the base model. The grid multiplies both."""
+    lofit: LoFiT | None = None
+    """Train in LoFiT's two stages; None = in one."""
 
     @property
     def slug(self) -> str:
-        """A file name."""
+        """The name as a file name."""
         return "".join(c if c.isalnum() else "_" for c in self.name.lower()).strip("_")
 
 
@@ -43,19 +58,19 @@ class CompareConfig:
     """A comparison of methods."""
 
     base: TrainConfig = field(default_factory=TrainConfig)
-    """Model, task, budget, optimizer: what all methods share."""
+    """What all methods share: model, task, budget, optimizer."""
     entries: tyro.conf.Suppress[tuple[Entry, ...]] = ()
-    """The methods; they stand in the config file."""
+    """The methods to compare, given in the config file."""
     factor: float = 3.0
-    """Between neighbouring learning rates."""
+    """Ratio of neighbouring learning rates in the grid."""
     rates: int = 3
-    """Learning rates to begin with, an odd number around the entry's own."""
+    """Number of learning rates in the first grid: odd, with the method's own in the middle."""
     extensions: int = 3
-    """The most further learning rates, each one beyond the edge that is best."""
+    """Maximum number of learning rates to add, one at a time, while the best is at the grid's edge."""
     seeds: int = 3
-    """Runs at the best learning rate."""
+    """Number of runs, with different seeds, at the best learning rate."""
     out: str = "runs/compare"
-    """Folder of the comparison."""
+    """Output folder."""
 
     def __post_init__(self) -> None:
         """Reject settings that no comparison could have."""
@@ -64,28 +79,34 @@ class CompareConfig:
                 f"comparison: rates must be odd and at least 3, seeds at least 1, factor above 1; got {self.rates}, "
                 f"{self.seeds}, {self.factor}"
             )
-        names = [entry.slug for entry in self.entries]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"comparison: two entries have the name {repeated[0]!r}")
+        slugs = [entry.slug for entry in self.entries]
+        if repeated := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
+            raise ValueError(f"comparison: two entries have the name {repeated[0]!r}; rename one")
 
     @property
     def exponents(self) -> list[int]:
-        """The first grid: powers of `factor` on an entry's learning rates."""
+        """The first grid: powers of `factor` that multiply an entry's learning rates."""
         half = self.rates // 2
         return list(range(-half, half + 1))
 
+    @property
+    def steps(self) -> int:
+        """Updates per run; known once the data has been counted."""
+        assert self.base.steps is not None
+        return self.base.steps
+
     def train_config(self, entry: Entry) -> TrainConfig:
-        """The settings of one method's runs."""
+        """The settings of one method's runs, at the middle of the grid."""
         optim = replace(self.base.optim, lr=entry.lr, weights_lr=entry.weights_lr)
-        return replace(
-            self.base,
-            plan=entry.plan,
-            train_base=entry.train_base,
-            optim=optim,
-            orthogonality=entry.orthogonality,
-        )
+        return replace(self.base, optim=optim, **_method_fields(entry.method))
 
     def to_json(self) -> dict[str, Any]:
-        """For config.json: what makes the finished runs what they are. Entries may be added later."""
-        shared = {k: v for k, v in self.base.to_json().items() if k not in ("plan", "train_base", "orthogonality")}
-        return {"base": shared, "factor": self.factor}
+        """What finished runs depend on, for config.json. Not the entries: more of them may be added later."""
+        base = self.base.to_json()
+        for name in _method_fields(Method(())):
+            del base[name]
+        return {"base": base, "factor": self.factor}
+
+
+def _method_fields(method: Method) -> dict[str, Any]:
+    return {setting.name: getattr(method, setting.name) for setting in dataclasses.fields(Method)}

@@ -1,46 +1,59 @@
-"""The runs of a comparison: trained together, answered, kept; and the search for the learning rate."""
+"""The runs of a comparison: training them together, answering, recording; and the search for the learning rate."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast, get_args
 
-from jaxsteer.io import LoadedModel, files, load_steering, save_steering
-from jaxsteer.io.files import write_json
+from jaxsteer.io import LoadedModel, load_steering, save_steering
+from jaxsteer.io.files import read_json, write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.orthogonality import chance_overlap
-from jaxsteer.types import PyTree, Steering
+from jaxsteer.params import Params
+from jaxsteer.types import Plan, Steering
 from train.compare.config import CompareConfig, Entry
+from train.compare.records import RunRecord
 from train.compare.sweep import Run, Trained, train_runs
 from train.config import TrainConfig
-from train.evaluation.answers import Prompts, decode, make_prompts
+from train.devices.placement import Placement
+from train.evaluation.evaluator import Evaluator
 from train.run.lofit import lofit
+from train.tasks import Split
 
 
 class Comparison:
-    """A comparison under way: its folder of finished runs, and what every run needs."""
+    """A comparison in progress: its folder of finished runs, and what every run needs.
+
+    Args:
+        config: with the number of steps filled in.
+        loaded: the base model.
+        advance: called with the number of training steps done since the last call, over all runs.
+    """
 
     def __init__(self, config: CompareConfig, loaded: LoadedModel, advance: Callable[[int], None]) -> None:
         self.config, self.loaded, self.advance = config, loaded, advance
         self.folder = Path(config.out) / "runs"
-        self.prompts: dict[str, Prompts] = {}
-        limits = {"validation": config.base.validation_examples, "test": config.base.test_examples}
-        for split, limit in limits.items():
-            examples = config.base.task.load(split)[:limit]  # type: ignore[arg-type]
-            if not examples:
+        self.evaluator = Evaluator(
+            model=Model(loaded.config),
+            loaded=loaded,
+            task=config.base.task,
+            placement=Placement(None),
+            eval_batch_size=config.base.eval_batch_size,
+            limits={"validation": config.base.validation_examples, "test": config.base.test_examples},
+        )
+        for split in get_args(Split):
+            if split != "train" and not self.evaluator.examples(split):
                 raise ValueError(f"the task has no {split} examples; a comparison needs training, validation and test")
-            self.prompts[split] = make_prompts(
-                examples, loaded.require_tokenizer(), loaded.stop_tokens, config.base.task
-            )
 
     def path(self, entry: Entry, exponent: int, seed: int) -> Path:
         """The record of one run."""
         return self.folder / entry.slug / f"rate{exponent:+d}_seed{seed}.json"
 
-    def record(self, entry: Entry, exponent: int, seed: int) -> dict[str, Any] | None:
-        """What a finished run left; None where it is not finished.
+    def record(self, entry: Entry, exponent: int, seed: int) -> RunRecord | None:
+        """The record of a finished run; None if it has not finished.
 
         Raises:
             ValueError: the run was made with other settings of its entry.
@@ -48,15 +61,15 @@ class Comparison:
         path = self.path(entry, exponent, seed)
         if not path.exists():
             return None
-        found = files.read_json(path)
-        if found["entry"] != _plain(entry):
+        record = cast(RunRecord, read_json(path))
+        if record["entry"] != _as_json(entry):
             raise ValueError(
                 f"{path}: made with other settings of {entry.name!r}; delete {path.parent}, or rename the entry"
             )
-        return found
+        return record
 
-    def finish(self, entry: Entry, runs: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-        """The records of runs (exponent, seed); those that are not there yet are trained together and answered."""
+    def finish(self, entry: Entry, runs: Sequence[tuple[int, int]]) -> list[RunRecord]:
+        """The records of runs (exponent, seed), after training and answering those that have not finished."""
         missing = [run for run in runs if self.record(entry, *run) is None]
         if missing:
             config = self.config.train_config(entry)
@@ -66,110 +79,115 @@ class Comparison:
         return [self.record(entry, *run) for run in runs]  # type: ignore[misc]
 
     def train(self, entry: Entry, config: TrainConfig, runs: Sequence[Run]) -> Sequence[Trained]:
-        """Train runs of one entry by its recipe."""
+        """Train runs of one entry together, in one stage or in LoFiT's two."""
 
-        def fit(stage: str, config: TrainConfig, initial: Any) -> Sequence[Trained]:
+        def fit(stage: str, config: TrainConfig, initial: Sequence[Steering] | None) -> Sequence[Trained]:
             return train_runs(config, self.loaded, runs, initial=initial, advance=self.advance)
 
-        if entry.recipe == "lofit":
-            return lofit(fit, config, self.steps, heads=entry.heads)
+        if entry.lofit is not None:
+            return lofit(fit, config, self.config.steps, heads=entry.lofit.heads)
         return fit("", config, None)
 
     def untouched(self) -> list[int]:
-        """Which test answers of the plain model are right, 1 or 0; kept like a run."""
+        """Which test answers of the base model are right, 1 or 0; recorded like a run."""
         path = self.folder / "untouched.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"test": self.answer("test", Model(self.loaded.config), self.loaded.base, {})})
-        return list(files.read_json(path)["test"])
-
-    @property
-    def steps(self) -> int:
-        """Updates of every run."""
-        assert self.config.base.steps is not None
-        return self.config.base.steps
+            write_json(path, {"test": self.answer("test", (), Params(None, {}))})
+        return list(read_json(path)["test"])
 
     def keep(self, entry: Entry, exponent: int, seed: int, trained: Trained) -> None:
-        """Answer validation with a trained run and write its record."""
-        path, training = self.path(entry, exponent, seed), trained.training
+        """Answer the validation examples with a trained run, and write its steering file and record."""
+        path, training, params = self.path(entry, exponent, seed), trained.training, trained.params
         path.parent.mkdir(parents=True, exist_ok=True)
-        answer = lambda split: self.answer(split, training.model, trained.params.base, trained.params.steering)
-        if not entry.train_base:
+        program, trains_base = training.program, entry.method.train_base
+        plan, answering = program.model.plan, params if trains_base else Params(None, params.steering)
+        if not trains_base:
             save_steering(
                 path.with_suffix(".safetensors"),
-                trained.params.steering,
-                training.model.plan,
+                params.steering,
+                plan,
                 model_name=self.config.base.model,
                 config=self.loaded.config,
             )
-        write_json(
-            path,
-            {
-                "entry": _plain(entry),
-                "exponent": exponent,
-                "factor": self.config.factor**exponent,
-                "seed": seed,
-                "trainable": training.trainable,
-                "steps": self.steps,
-                "losses": [float(loss) for loss in trained.losses],
-                "overlap": trained.overlap.tolist(),
-                "chance_overlap": chance_overlap(training.model.plan, trained.params.steering, training.orthogonality),
-                "diverged": trained.diverged,
-                "validation": answer("validation"),
-                # A trained base is not kept for later; its test answers wait here, unread by the search.
-                "test": answer("test") if entry.train_base else None,
-            },
-        )
+        record: RunRecord = {
+            "entry": _as_json(entry),
+            "exponent": exponent,
+            "factor": self.config.factor**exponent,
+            "seed": seed,
+            "trainable": training.trainable,
+            "steps": self.config.steps,
+            "losses": [float(loss) for loss in trained.losses],
+            "overlap": trained.overlap.tolist(),
+            "chance_overlap": chance_overlap(plan, params.steering, program.orthogonality),
+            "diverged": trained.diverged,
+            "validation": self.answer("validation", plan, answering),
+            # A trained base is not saved, so its test answers are made now; the search does not read them.
+            "test": self.answer("test", plan, answering) if trains_base else None,
+        }
+        write_json(path, record)
 
-    def answer(self, split: str, model: Model, base: PyTree, steering: Steering) -> list[int]:
-        """Which answers to a split's prompts are right, 1 or 0."""
-        batch_size = self.config.base.eval_batch_size
-        answers = decode(
-            model, base, steering, self.prompts[split], self.loaded.require_tokenizer(), batch_size=batch_size
-        )
-        return [int(answer.correct) for answer in answers]
+    def answer(self, split: Split, plan: Plan, params: Params) -> list[int]:
+        """Which answers to a split's questions are correct, 1 or 0."""
+        model = Model(self.loaded.config, plan)
+        return [int(answer.correct) for answer in self.evaluator.steered_by(model).answer(split, params)]
 
-    def tested(self, entry: Entry, exponent: int, seed: int) -> dict[str, Any]:
-        """The record of a finished run with its test answers."""
+    def tested(self, entry: Entry, exponent: int, seed: int) -> RunRecord:
+        """The record of a finished run, with its test answers."""
         record, path = self.record(entry, exponent, seed), self.path(entry, exponent, seed)
         assert record is not None
         if record["test"] is None:
             saved = load_steering(path.with_suffix(".safetensors"))
             saved.check(self.loaded.config)
-            model = Model(self.loaded.config, saved.plan)
-            record["test"] = self.answer("test", model, self.loaded.base, saved.steering)
+            record["test"] = self.answer("test", saved.plan, Params(None, saved.steering))
             write_json(path, record)
         return record
 
 
-def _plain(entry: Entry) -> dict[str, Any]:
-    """An entry as JSON gives it back."""
-    data = dataclasses.asdict(entry)
-    data["plan"] = list(entry.plan)
-    data["orthogonality"]["sites"] = list(entry.orthogonality.sites)
-    return data
+def _as_json(entry: Entry) -> dict[str, object]:
+    """An entry as it is read back from a JSON file."""
+    return json.loads(json.dumps(dataclasses.asdict(entry)))
 
 
-def validation_rate(record: dict[str, Any]) -> float:
-    """Share of right answers on validation; below any other where the run diverged."""
+def validation_rate(record: RunRecord) -> float:
+    """Share of right validation answers; -1, below any other, if the run diverged."""
     return -1.0 if record["diverged"] else sum(record["validation"]) / len(record["validation"])
 
 
-def search(comparison: Comparison, entry: Entry, note: Callable[[str], None]) -> tuple[int, list[dict[str, Any]]]:
-    """The best learning rate on validation, as a power of the factor, and the records of all that were tried.
+class Runs(Protocol):
+    """What a search needs of a comparison."""
 
-    Among equals the one in the middle of the grid. While the best is at the edge the grid grows by one beyond it.
+    config: CompareConfig
+
+    def finish(self, entry: Entry, runs: Sequence[tuple[int, int]]) -> list[RunRecord]:
+        """The records of runs (exponent, seed)."""
+        ...
+
+
+def search(comparison: Runs, entry: Entry, note: Callable[[str], None]) -> tuple[int, list[RunRecord]]:
+    """Find the learning rate with the best validation accuracy.
+
+    Ties go to the rate nearest to the middle of the grid. While the best rate is at an edge, the grid grows by one rate
+    beyond it.
+
+    Args:
+        comparison: trains and answers the runs.
+        entry: the method.
+        note: called with a line of text on each grid.
+
+    Returns:
+        The best rate as a power of the grid's factor, and a record for every rate tried, in order.
     """
     config = comparison.config
     grid = config.exponents
     records = comparison.finish(entry, [(exponent, 0) for exponent in grid])
     for _ in range(config.extensions + 1):
-        rates = dict(zip(grid, map(validation_rate, records), strict=True))
+        accuracy = dict(zip(grid, map(validation_rate, records), strict=True))
         middle = (grid[0] + grid[-1]) / 2
-        best = max(grid, key=lambda exponent: (rates[exponent], -abs(exponent - middle)))
-        percent = lambda rate: "diverged" if rate < 0 else f"{100 * rate:.1f} %"
-        shown = ", ".join(f"{config.factor**e * entry.lr:.2g}: {percent(rates[e])}" for e in grid)
-        note(f"{entry.name}: validation at learning rates {shown}")
+        best = max(grid, key=lambda exponent: (accuracy[exponent], -abs(exponent - middle)))
+        percent = lambda share: "diverged" if share < 0 else f"{100 * share:.1f} %"
+        by_rate = ", ".join(f"{config.factor**e * entry.lr:.2g}: {percent(accuracy[e])}" for e in grid)
+        note(f"{entry.name}: validation accuracy by learning rate: {by_rate}")
         if grid[0] < best < grid[-1] or len(grid) == config.rates + config.extensions:
             break
         grid = [grid[0] - 1, *grid] if best == grid[0] else [*grid, grid[-1] + 1]

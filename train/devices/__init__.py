@@ -1,4 +1,4 @@
-"""What the machine is and how a run is spread over it: processes, placement, machine facts, chips.
+"""The machine and how a run is spread over it: processes, placement on a mesh, machine facts, chips' published figures.
 
-Nothing about models, data or training belongs here.
+Models, data and training do not belong here.
 """

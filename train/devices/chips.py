@@ -1,8 +1,7 @@
-"""Published figures of known accelerators, by JAX's name of the device.
+"""Published figures of known accelerators, by JAX's `device_kind`.
 
-Sources: Cloud TPU's pages of the versions (https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x) and the data
-sheets of NVIDIA A100, H100, H200 and B200, halved where they count sparsity. A figure is of one JAX device: a TPU7x
-chip is two.
+Sources: the Cloud TPU pages (https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x) and the data sheets of
+NVIDIA A100, H100, H200 and B200, halved where they count sparsity. Figures are per JAX device; a TPU7x chip is two.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ import numpy.typing as npt
 class Chip:
     """One accelerator.
 
-    name       for people
-    flops      peak of dense bf16 matrix products, FLOP/s
-    memory     HBM, bytes
-    bandwidth  of the HBM, bytes/s
-    network    to its neighbours, all links together, one way, bytes/s
+    name       display name
+    flops      peak of dense bf16 matmuls, FLOP/s
+    memory     HBM size, bytes
+    bandwidth  HBM bandwidth, bytes/s
+    network    bandwidth to other chips, all links together, one way, bytes/s
     """
 
     name: str
@@ -31,9 +30,9 @@ class Chip:
     network: float
 
     def peak(self, dtype: npt.DTypeLike) -> float | None:
-        """Peak FLOP/s of matrix products of this dtype, at JAX's default precision; None where it is not known.
+        """Peak FLOP/s of matmuls of this dtype at JAX's default precision; None if unknown.
 
-        There, NVIDIA multiplies float32 as TF32, at half the speed of bf16, and a TPU as bf16.
+        At that precision NVIDIA GPUs multiply float32 as TF32, at half the speed of bf16, and TPUs as bf16.
         """
         name = np.dtype(dtype).name
         if name in ("bfloat16", "float16"):
@@ -52,7 +51,7 @@ _TPUS = {
 }
 _OTHER_NAMES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite", "TPU v7x": "TPU7x"}
 
-# NVIDIA's names go on with memory and form ("NVIDIA H100 80GB HBM3"); the more special one comes first.
+# NVIDIA's names include memory and form factor ("NVIDIA H100 80GB HBM3"); more specific entries come first.
 _GPUS = (
     (("A100", "40GB"), Chip("A100 40 GB", 312e12, 40e9, 1555e9, 300e9)),
     (("A100",), Chip("A100 80 GB", 312e12, 80e9, 2039e9, 300e9)),
@@ -66,10 +65,10 @@ _GPUS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The figures of a device by its `device_kind`; None for one that is not in the table, as a CPU."""
+    """The figures of a device by its `device_kind`; None for a device that is not in the table, such as a CPU."""
     if device_kind.startswith("TPU"):
         return _TPUS.get(_OTHER_NAMES.get(device_kind, device_kind))
-    # Whole words: a GB200 is not a B200, nor is a slice of a GPU ("... MIG 1g.10gb") a whole one.
+    # Match whole words: a GB200 is not a B200, and a MIG slice ("... MIG 1g.10gb") is not a whole GPU.
     words = set(device_kind.upper().replace("-", " ").split())
     if "MIG" in words:
         return None

@@ -1,4 +1,4 @@
-"""What the programs ask of the machine: a compilation cache, memory at its peak, matmul speed, a name."""
+"""Facts about the machine: compilation cache, peak memory, matmul speed, a one-line summary."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192), "tpu": (4096, 8192)}
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $JAXSTEER_CACHE, else jaxsteer in the user's cache folder."""
-    if own := os.environ.get("JAXSTEER_CACHE"):
-        return Path(own).expanduser()
+    """The folder of files that can be recreated: $JAXSTEER_CACHE, else jaxsteer in the user's cache folder."""
+    if folder := os.environ.get("JAXSTEER_CACHE"):
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxsteer"
 
 
 def enable_compilation_cache() -> Path:
-    """Keep compiled programs in a folder under `cache_folder()/xla`, so that the next process loads them.
+    """Cache compiled programs in a folder under `cache_folder()/xla`, for later processes to load.
 
-    Each kind of processor has its own: a home folder may be shared by machines whose instructions differ, and a program
-    compiled for the CPU of one could stop on another.
+    Each kind of processor has a folder of its own: machines with different instruction sets may share a home folder,
+    and a program compiled for one CPU could crash on another.
 
-    Call it before the first compilation: JAX decides once a process whether a cache is used.
+    Call it before the first compilation: JAX decides once per process whether to use a cache.
 
     Returns:
         The folder.
@@ -43,28 +43,28 @@ def enable_compilation_cache() -> Path:
     folder = cache_folder() / "xla" / _processor()
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # By default only programs that took a second to compile are kept; a run on a CPU has many smaller ones.
+    # By default JAX caches only programs that took a second to compile; a run on a CPU has many smaller ones.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
 
 
 def peak_memory_bytes() -> int:
-    """The most memory in use so far: of the fullest local device, or of the process on a CPU."""
+    """Peak memory so far, in bytes: of the fullest local device, or of the process on a CPU."""
     stats = [device.memory_stats() or {} for device in jax.local_devices() if device.platform != "cpu"]
-    if peaks := [int(each["peak_bytes_in_use"]) for each in stats if "peak_bytes_in_use" in each]:
+    if peaks := [int(device["peak_bytes_in_use"]) for device in stats if "peak_bytes_in_use" in device]:
         return max(peaks)
     return _peak_resident_bytes()
 
 
 def matmul_peak_flops(dtype: jnp.dtype | type = jnp.float32) -> float:
-    """The best measured rate of a matrix product on one device, in FLOP/s: the ceiling for a run.
+    """The highest measured matmul rate of one device, in FLOP/s: an upper bound for a run.
 
-    The median over repeats for each of a few shapes, then the best shape. Products run at JAX's default
-    precision, as the model's do.
+    Takes the median over repeats for each of a few shapes, then the best shape. Matmuls run at JAX's default precision,
+    as the model's do.
 
     Args:
-        dtype: of both factors and of the product.
+        dtype: of both operands and the result.
     """
     rows, inner, columns = _PROJECTION
     squares = _SQUARES.get(jax.default_backend(), _SQUARES["cpu"])
@@ -73,13 +73,14 @@ def matmul_peak_flops(dtype: jnp.dtype | type = jnp.float32) -> float:
 
 
 def peak_flops(mesh: Mesh | None, dtype: jnp.dtype | type) -> float | None:
-    """Published FLOP/s of all devices of a run together, for matrix products of this dtype.
+    """Published matmul FLOP/s of all devices of a run together.
 
     Args:
-        mesh: of the run; None for one device of this process.
+        mesh: the run's; None for one device of this process.
+        dtype: of the matmuls.
 
     Returns:
-        None where a device is not a known accelerator, as a CPU.
+        None if a device is not a known accelerator, such as a CPU.
     """
     total = 0.0
     for device in jax.local_devices()[:1] if mesh is None else mesh.devices.flat:
@@ -92,7 +93,7 @@ def peak_flops(mesh: Mesh | None, dtype: jnp.dtype | type) -> float | None:
 
 
 def device_summary() -> str:
-    """One line: platform, number and kind of the devices, number of processes if several, JAX's version."""
+    """One line: platform, number and kind of devices, number of processes if several, JAX version."""
     devices = jax.devices()
     kinds = " + ".join(sorted({device.device_kind for device in devices}))
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -116,7 +117,7 @@ def _matmul_flops(m: int, k: int, n: int, dtype: jnp.dtype, seconds: float = 0.3
 
 
 def _peak_resident_bytes() -> int:
-    # ru_maxrss of a new process begins at its parent's peak; VmHWM is of this program alone.
+    # ru_maxrss of a new process starts at its parent's peak; VmHWM counts this process alone.
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -129,7 +130,7 @@ def _peak_resident_bytes() -> int:
 
 
 def _processor() -> str:
-    """A name for this processor and what it can do."""
+    """A name for this processor's architecture and instruction sets."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])

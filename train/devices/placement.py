@@ -1,11 +1,10 @@
-"""How host arrays get to the devices of a mesh, and which part of them a process needs."""
+"""Placing host arrays on the devices of a mesh, and which part of them a process needs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,44 +18,49 @@ from jaxsteer.types import Array, Batch, PyTree
 
 @dataclass(frozen=True)
 class Placement:
-    """The devices that arrays go to: a mesh, of the devices of all processes; None for one device of this process."""
+    """Where arrays are placed: on a mesh of all processes' devices; None = on one device of this process."""
 
     mesh: Mesh | None
 
     def on_mesh(self) -> AbstractContextManager:
-        """The context in which functions of arrays on the mesh are traced and called."""
+        """The context in which to trace and call functions of arrays on the mesh."""
         return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def tree(self, tree: PyTree, like: PyTree) -> PyTree:
-        """A tree of whole values, the same on every process, or of arrays on the mesh, with the shardings of `like`."""
+        """Place a tree with the shardings of `like`.
+
+        Args:
+            tree: whole values, the same on every process, or arrays on the mesh.
+            like: a tree of the same structure, of arrays or `jax.ShapeDtypeStruct`s.
+        """
         return tree if self.mesh is None else jax.tree.map(_put, tree, like)
 
     def copies(self, tree: PyTree) -> PyTree:
-        """A tree of whole values, the same on every process, copied to every device."""
+        """Copy a tree of whole values, the same on every process, to every device."""
         mesh = self.mesh
         if mesh is None:
             return tree
-        everywhere = NamedSharding(mesh, PartitionSpec())
+        replicated = NamedSharding(mesh, PartitionSpec())
         return jax.tree.map(
-            lambda leaf: _put(leaf, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)), tree
+            lambda leaf: _put(leaf, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)), tree
         )
 
     def own_rows(self, rows: int) -> range:
-        """Those of so many rows (of a microbatch) that this process's devices hold."""
+        """Which of a microbatch's `rows` rows this process's devices hold."""
         if self.mesh is None:
             return range(rows)
         shape = (rows, 1)
-        where = batch_sharding(shape, self.mesh).addressable_devices_indices_map(shape)
-        parts = [index[0].indices(rows) for index in where.values() if index is not None]
-        return range(min(start for start, *_ in parts), max(stop for _, stop, _ in parts))
+        indices = batch_sharding(shape, self.mesh).addressable_devices_indices_map(shape)
+        spans = [index[0].indices(rows) for index in indices.values() if index is not None]
+        return range(min(start for start, *_ in spans), max(stop for _, stop, _ in spans))
 
     def batch(self, batch: Batch, rows: int | None = None, first: int = 0) -> Batch:
-        """Put a batch's rows on their devices.
+        """Place a batch's rows on their devices.
 
         Args:
-            batch: fields [B, T] or [M, B, T], numpy.
-            rows: B of the whole batch where `batch` has a part of its rows, this process's.
-            first: number of the first row there.
+            batch: numpy fields [B, T], or [M, B, T] with M microbatches.
+            rows: B of the whole batch, if `batch` holds only this process's part of it.
+            first: index of the first of these rows in the whole batch.
         """
         mesh = self.mesh
         if mesh is None:
@@ -72,35 +76,35 @@ class Placement:
 
     @property
     def base(self) -> Place | None:
-        """What a loader asks where a leaf of the base tree lies, (path, shape) -> sharding."""
+        """For a model loader: (path, shape) of a leaf of the base tree -> its sharding."""
         mesh = self.mesh
         if mesh is None:
             return None
         return lambda path, shape: base_sharding(path, shape, mesh)
 
 
-def place_on(mesh: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Placement:
-    """The placement that a config asks for on these devices, by default those of all processes.
+def place_on(mesh: MeshConfig, rows: int, devices: Sequence[jax.Device] | None = None) -> Placement:
+    """The placement that a config asks for.
 
     Args:
-        mesh: sizes of its axes.
-        rows: of a batch (a microbatch), which the mesh's row axes are to divide.
-        devices: those of a topology, for compiling ahead of time.
+        mesh: sizes of the mesh's axes.
+        rows: rows per microbatch, which the mesh's row axes must divide.
+        devices: of a topology, for compiling ahead of time; by default those of all processes.
 
     Raises:
-        ValueError: the devices do not make that mesh.
+        ValueError: the devices cannot form that mesh.
     """
-    found = jax.devices() if devices is None else devices
-    shape = mesh.shape(len(found), rows, slices_of(found))
-    if devices is None and jax.process_count() > 1 and shape.size < len(found):
+    available = jax.devices() if devices is None else devices
+    shape = mesh.shape(len(available), rows, slices_of(available))
+    if devices is None and jax.process_count() > 1 and shape.size < len(available):
         raise ValueError(
-            f"mesh {shape}: uses {shape.size} of {len(found)} devices, but every process must take part with all of "
-            f"its own; choose rows (of a microbatch, now {rows}) that {len(found)} divides, or split tensor too"
+            f"mesh {shape}: uses {shape.size} of {len(available)} devices, but every process must use all of its own; "
+            f"choose a microbatch (now {rows} rows) that {len(available)} divides, or split tensor too"
         )
-    return Placement(None if shape.size == 1 and devices is None else make_mesh(shape, found))
+    return Placement(None if shape.size == 1 and devices is None else make_mesh(shape, available))
 
 
-def _put(leaf: Any, like: Any) -> Array:
+def _put(leaf: Array | np.ndarray, like: Array | jax.ShapeDtypeStruct) -> Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return leaf if leaf.sharding == like.sharding else jax.device_put(leaf, like.sharding)
     if like.sharding.is_fully_addressable:
@@ -111,36 +115,42 @@ def _put(leaf: Any, like: Any) -> Array:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How a run is spread over the devices; by default over as many as can share a microbatch's rows equally."""
+    """How a run is spread over devices; by default over as many as divide a microbatch's rows equally."""
 
     data: int | None = None
-    """Copies of the base, each with a part of the rows."""
+    """Data parallelism: copies of the base model, each with a part of the rows."""
     fsdp: int | None = None
-    """Parts that the base and the rows are split into. Where neither is given, up to 16."""
+    """Fully sharded data parallelism: parts that the base model and the rows are split into. If neither this nor
+    `data` is given, up to 16."""
     tensor: int = 1
-    """Parts that heads, MLP and vocabulary are split into."""
+    """Tensor parallelism: parts that heads, MLP and vocabulary are split into."""
     split_sequence: bool = False
-    """Split the residual stream's positions over `tensor` too, between sublayers: less memory."""
+    """Sequence parallelism: between sublayers, split the residual stream's positions over `tensor`, to save memory."""
 
     def shape(self, devices: int, rows: int, slices: int = 1) -> MeshShape:
-        """The mesh on so many devices, which are so many TPU slices, for a microbatch of so many rows.
+        """The sizes of the mesh's axes.
+
+        Args:
+            devices: number of devices.
+            rows: rows per microbatch.
+            slices: number of TPU slices that the devices belong to.
 
         Raises:
-            ValueError: an axis below 1, or one that does not divide the devices.
+            ValueError: an axis below 1, or axes that do not divide the number of devices.
         """
         rest, left = divmod(devices, max(1, self.tensor) * max(1, self.data or 1) * max(1, self.fsdp or 1))
         if self.data is not None and self.fsdp is not None:
             return MeshShape(self.data, self.fsdp, self.tensor)
         if left or not rest:
             raise ValueError(
-                f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}: {devices} devices cannot be split so; "
-                "each given axis must divide their number"
+                f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}: cannot split {devices} devices this "
+                "way; the product of the given axes must divide their number"
             )
         if self.data is None and self.fsdp is None:
-            whole = default_shape(rest, rows, slices)
-            return MeshShape(whole.data, whole.fsdp, self.tensor)
+            default = default_shape(rest, rows, slices)
+            return MeshShape(default.data, default.fsdp, self.tensor)
         return MeshShape(self.data or rest, self.fsdp or rest, self.tensor)
 
 
 SINGLE = MeshConfig(1, 1, 1)
-"""One device, however many there are."""
+"""One device, even if there are more."""

@@ -1,4 +1,4 @@
-"""What a person sees: the console (progress bars, tables) and plots.
+"""What users see: the console (progress bars, aligned facts) and plots.
 
-Nothing here knows what a run, a model or a task is; callers hand over numbers and texts.
+Nothing here knows about runs, models or tasks; callers pass numbers and text.
 """

@@ -1,4 +1,4 @@
-"""The console: progress bars, aligned facts, and who may print."""
+"""The console: progress bars and aligned facts, printed by process 0 alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import SupportsFloat
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,17 +16,20 @@ from train.devices.processes import is_first
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """One aligned line a fact."""
+    """Print one aligned line per fact."""
     width = max(map(len, facts))
     for name, value in facts.items():
         get_console().print(f"[bold]{name:<{width}}[/bold]  {escape(value)}", soft_wrap=True, highlight=False)
 
 
-_WINDOW = 32  # updates that the speed is taken from
+Fact = str | SupportsFloat
+"""The value of a fact: text, or a number (a JAX scalar too)."""
+
+_WINDOW = 32  # number of updates that the speed is averaged over
 
 
 class Bar:
-    """The progress of a run, as made by `progress`."""
+    """A progress bar, as made by `progress`."""
 
     def __init__(
         self,
@@ -53,8 +56,8 @@ class Bar:
             self._task = self._live.add_task(description, total=total, completed=start, facts=f"{start}/{total}")
             self._live.start()
 
-    def update(self, step: int, **facts: Any) -> None:
-        """Show that `step` steps are done, with facts: loss=..., tokens_per_second=..., any other number."""
+    def update(self, step: int, **facts: Fact) -> None:
+        """Show that `step` steps are done, with facts such as loss=..., tokens_per_second=... or any other number."""
         now = self._clock()
         self._seen.append((step, now))
         parts = [f"{step}/{self._total}", *(_fact(name, value) for name, value in facts.items())]
@@ -72,13 +75,13 @@ class Bar:
             self._pending = text
 
     def note(self, text: str) -> None:
-        """Print a line of its own, above the bar."""
+        """Print a separate line above the bar."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def seconds_left(self) -> float | None:
-        """Expected time to the last step, at the speed of the latest steps; None before the second update.
+        """Estimated time to the last step, at the speed of the latest steps; None before the second update.
 
-        It counts from the first update on, so the compilation in front of it does not enter.
+        Time before the first update, such as compilation, is not counted.
         """
         if len(self._seen) < 2:
             return None
@@ -109,15 +112,15 @@ def progress(
     every_seconds: float = 5.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Bar]:
-    """Show progress while the block runs: a live bar on a terminal, else a plain line now and then.
+    """Show progress while the block runs: a live bar on a terminal, otherwise a plain line now and then.
 
     Args:
-        total_steps: the step at which the run is complete.
-        description: what runs, in front of the bar.
-        start: steps done before (a resumed run).
-        console: None = standard output, of process 0 alone.
-        every_seconds: between plain lines; the first and the last update always print.
-        clock: seconds, for tests.
+        total_steps: number of steps at which the bar is full.
+        description: text in front of the bar.
+        start: number of steps done before, in a resumed run.
+        console: where to print; None = standard output of process 0.
+        every_seconds: minimum time between plain lines; the first and the last update always print.
+        clock: returns the time in seconds; replaced in tests.
     """
     bar = Bar(total_steps, description, start, console or get_console(), every_seconds, clock)
     try:
@@ -126,7 +129,7 @@ def progress(
         bar.close()
 
 
-def _fact(name: str, value: Any) -> str:
+def _fact(name: str, value: Fact) -> str:
     if name == "tokens_per_second":
         return f"{float(value):,.0f} tokens/s"
     if name == "mfu":
@@ -143,6 +146,6 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def get_console(**settings: Any) -> Console:
-    """The console of process 0; silent on the others."""
-    return Console(quiet=not is_first(), **settings)
+def get_console(*, stderr: bool = False) -> Console:
+    """The console; prints on process 0 only."""
+    return Console(quiet=not is_first(), stderr=stderr)

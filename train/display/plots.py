@@ -1,4 +1,4 @@
-"""Figures of a run as PNG files, drawn without a display."""
+"""Plots as PNG files, drawn without a display."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,31 +15,31 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
-# Okabe and Ito's palette, told apart by colour-blind readers; markers tell the lines apart in grey too.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; markers distinguish the lines in grey too.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _INK, _GREY = "#222222", "#666666"
 
 
 def plot_training(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, object]],
     path: str | Path,
     *,
     evaluations: Sequence[tuple[int, float, float, float]] = (),
     title: str = "",
 ) -> None:
-    """Draw the loss over the steps, as logged and smoothed, and below it the accuracy with its intervals.
+    """Plot the loss by step, as logged and smoothed, and below it the accuracy with its intervals.
 
     Args:
-        rows: lines of metrics.jsonl; those with a "loss" are drawn, gaps where it is not finite.
-        path: of the PNG; its folder exists.
-        evaluations: (step, accuracy, lower end, upper end), shares from 0 to 1; none = no panel.
+        rows: lines of metrics.jsonl; those with a "loss" are drawn, with gaps where it is not finite.
+        path: of the PNG; its folder must exist.
+        evaluations: (step, accuracy, low, high), shares from 0 to 1; if empty, there is no accuracy panel.
         title: above the figure.
 
     Raises:
         ValueError: nothing to draw.
     """
-    points = [(row["step"], float(row["loss"])) for row in rows if row.get("loss") is not None]
+    points = [(row["step"], float(cast(float, row["loss"]))) for row in rows if row.get("loss") is not None]
     if not points and not evaluations:
         raise ValueError(f"{path}: nothing to draw, no row has a loss and there are no evaluations")
     panels = bool(points) + bool(evaluations)
@@ -62,15 +62,15 @@ def plot_by_layer(
     title: str = "",
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> None:
-    """Draw one line over the layers for each label.
+    """Plot one line by layer for each label.
 
     Args:
-        path: of the PNG; its folder exists.
-        series: a value for each layer, from layer 0; NaN leaves a gap.
-        ylabel: what the values are.
-        xlabel: what they are numbered by.
+        path: of the PNG; its folder must exist.
+        series: label -> a value for each layer, from layer 0; NaN leaves a gap.
+        ylabel: of the axis of values.
+        xlabel: of the axis of layers.
         title: above the figure.
-        bands: (low, high) around the values of a label, shaded.
+        bands: label -> (low, high), a shaded band around its line.
 
     Raises:
         ValueError: nothing to draw.
@@ -102,12 +102,12 @@ def plot_by_layer(
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the panels of `plot_lines`.
+    """One panel of `plot_lines`.
 
-    series  (x, y) of each line by its label; NaN leaves a gap, a label that begins with "_" stays out of the legend
-    xlabel, ylabel, title  what stands there
-    log     which axes are logarithmic: "", "x", "y" or "xy"
-    level   a dashed line across
+    series  label -> (x, y) of a line; NaN leaves a gap, and a label that starts with "_" is not in the legend
+    xlabel, ylabel, title  of the panel
+    log     logarithmic axes: "", "x", "y" or "xy"
+    level   y of a dashed horizontal line
     """
 
     series: Mapping[str, tuple[ArrayLike, ArrayLike]]
@@ -119,11 +119,11 @@ class Panel:
 
 
 def plot_lines(path: str | Path, panels: Sequence[Panel], *, title: str = "") -> None:
-    """Draw panels of lines below one another.
+    """Plot panels of lines, one below the other.
 
     Args:
-        path: of the PNG; its folder exists.
-        panels: what is drawn.
+        path: of the PNG; its folder must exist.
+        panels: from top to bottom.
         title: above the figure.
 
     Raises:
@@ -134,45 +134,49 @@ def plot_lines(path: str | Path, panels: Sequence[Panel], *, title: str = "") ->
     shared = len({panel.xlabel for panel in panels}) == 1
     figure, axes = _figure(len(panels), title, height=0.6 + 3.2 * len(panels), ratios=(1,) * len(panels), shared=shared)
     for axis, panel in zip(axes, panels, strict=True):
-        labels = [label for label in panel.series if not label.startswith("_")]
-        for label, (x, y) in panel.series.items():
-            guide, index = label.startswith("_"), labels.index(label) if label in labels else 0
-            axis.plot(
-                np.asarray(x, float),
-                np.asarray(y, float),
-                color=_GREY if guide else _COLORS[index % len(_COLORS)],
-                marker="" if guide else _MARKERS[index % len(_MARKERS)],
-                linestyle=":" if guide else ("-", "--")[index // len(_COLORS) % 2],
-                markersize=4,
-                linewidth=1.0 if guide else 1.6,
-                label=label,
-            )
-        if "x" in panel.log:
-            axis.set_xscale("log")
-        if "y" in panel.log:
-            axis.set_yscale("log")
-        if panel.level is not None:
-            axis.axhline(panel.level, color=_GREY, linestyle="--", linewidth=1.0)
-        axis.set_ylabel(panel.ylabel)
+        _draw_panel(axis, panel)
         if panel is panels[-1] or not shared:
             axis.set_xlabel(panel.xlabel)
-        if panel.title:
-            axis.set_title(panel.title, fontsize=11, color=_INK, loc="left")
-        if len(labels) > 1:
-            _legend(axis)
     _save(figure, path)
+
+
+def _draw_panel(axis: Axes, panel: Panel) -> None:
+    labels = [label for label in panel.series if not label.startswith("_")]
+    for label, (x, y) in panel.series.items():
+        guide, index = label.startswith("_"), labels.index(label) if label in labels else 0
+        axis.plot(
+            np.asarray(x, float),
+            np.asarray(y, float),
+            color=_GREY if guide else _COLORS[index % len(_COLORS)],
+            marker="" if guide else _MARKERS[index % len(_MARKERS)],
+            linestyle=":" if guide else ("-", "--")[index // len(_COLORS) % 2],
+            markersize=4,
+            linewidth=1.0 if guide else 1.6,
+            label=label,
+        )
+    if "x" in panel.log:
+        axis.set_xscale("log")
+    if "y" in panel.log:
+        axis.set_yscale("log")
+    if panel.level is not None:
+        axis.axhline(panel.level, color=_GREY, linestyle="--", linewidth=1.0)
+    axis.set_ylabel(panel.ylabel)
+    if panel.title:
+        axis.set_title(panel.title, fontsize=11, color=_INK, loc="left")
+    if len(labels) > 1:
+        _legend(axis)
 
 
 def plot_overlap(
     path: str | Path, steps: Sequence[int], overlap: np.ndarray, *, chance: float, title: str = ""
 ) -> None:
-    """Draw the overlap Ω of LoRA and steering as a map, layers over steps, and its mean over the layers below.
+    """Plot the overlap Ω of LoRA and steering as a heat map, layer by step, and below it the mean over layers.
 
     Args:
-        path: of the PNG; its folder exists.
+        path: of the PNG; its folder must exist.
         steps: of the measurements.
         overlap: [steps, layers], in [0, 1].
-        chance: what random directions would give, R/D; drawn as a line.
+        chance: overlap of random directions, R/D; drawn as a line.
         title: above the figure.
 
     Raises:
@@ -200,12 +204,12 @@ def plot_overlap(
 def plot_comparison(
     path: str | Path, points: Sequence[tuple[str, int, float, float, float]], *, base: float | None, title: str = ""
 ) -> None:
-    """Draw accuracy against the number of trainable parameters, on a log axis.
+    """Plot accuracy against the number of trainable parameters, on a logarithmic axis.
 
     Args:
-        path: of the PNG; its folder exists.
-        points: (method, parameters, accuracy, lower end, upper end), shares from 0 to 1.
-        base: accuracy of the untouched model, a line; None = no line.
+        path: of the PNG; its folder must exist.
+        points: (method, parameters, accuracy, low, high), shares from 0 to 1.
+        base: accuracy of the untouched model, drawn as a line; None = no line.
         title: above the figure.
 
     Raises:
@@ -237,16 +241,16 @@ def plot_comparison(
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """A centred mean over about `window` values (Gaussian weights), shorter at the ends, leaving out NaN."""
+    """A centred mean with Gaussian weights over about `window` values, fewer at the ends; skips NaN."""
     reach = min(3 * window, len(values))
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(window / 2, 1e-6)) ** 2)
     finite = np.isfinite(values)
 
-    def full(x: np.ndarray) -> np.ndarray:
+    def weighted_sum(x: np.ndarray) -> np.ndarray:
         return np.convolve(x, weights, mode="full")[reach : reach + len(x)]
 
-    total = full(finite.astype(float))
-    return np.where(total > 1e-9, full(np.where(finite, values, 0.0)) / np.maximum(total, 1e-9), math.nan)
+    total = weighted_sum(finite.astype(float))
+    return np.where(total > 1e-9, weighted_sum(np.where(finite, values, 0.0)) / np.maximum(total, 1e-9), math.nan)
 
 
 def _draw_loss(axis: Axes, points: np.ndarray) -> None:
@@ -265,7 +269,7 @@ def _draw_loss(axis: Axes, points: np.ndarray) -> None:
 
 
 def _limit_loss(axis: Axes, losses: np.ndarray) -> None:
-    """Let a few spikes leave the panel, so that they do not flatten the curve."""
+    """Clip a few spikes, so that they do not flatten the curve."""
     low, usual, high = float(losses.min()), float(np.quantile(losses, 0.99)), float(losses.max())
     if len(losses) >= 100 and high - low > 3 * (usual - low) > 0:
         high = usual + 0.5 * (usual - low)

@@ -15,6 +15,7 @@ from jaxsteer.inference.likelihood import Likelihood
 from jaxsteer.io import Tokenizer
 from jaxsteer.io.files import replacing
 from train.data import Example, TokenizedExample, Turn, encode, encode_prompts, stop_tokens
+from train.tasks import AnswerFormat
 from train.tasks.scoring import Accuracy, Rule, accuracy, extract, score
 
 By = Literal["generation", "likelihood"]
@@ -66,7 +67,7 @@ class Prompts:
 
 
 def make_prompts(
-    examples: Sequence[Example], tokenizer: Tokenizer, stop: Sequence[int], task: Any, *, choices: bool = False
+    examples: Sequence[Example], tokenizer: Tokenizer, stop: Sequence[int], task: AnswerFormat, *, choices: bool = False
 ) -> Prompts:
     """Tokenise the prompts of examples exactly as training does.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from train.evaluation.answers import (
     make_prompts,
 )
 from train.evaluation.journal import FileJournal, MemoryJournal, hash_prompts, hash_tree
-from train.tasks import Split
+from train.tasks import AnyTask, Split
 from train.tasks.scoring import Metric
 
 
@@ -60,7 +60,7 @@ class Evaluator:
 
     model: Model
     loaded: LoadedModel
-    task: Any
+    task: AnyTask
     placement: Placement
     eval_batch_size: int = 64
     limits: Mapping[Split, int] = field(default_factory=dict)
@@ -71,6 +71,12 @@ class Evaluator:
     sampling: Sampling = Sampling()  # noqa: RUF009  # frozen
     seed: int = 0
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def steered_by(self, model: Model) -> Evaluator:
+        """The same evaluator for another plan; it shares the splits that are tokenised already."""
+        other = replace(self, model=model)
+        object.__setattr__(other, "_cache", self._cache)
+        return other
 
     def examples(self, split: Split) -> list[Example]:
         """The examples of a split, up to its limit."""

@@ -4,7 +4,7 @@ from train.plan.environment import prepare
 
 
 def main() -> None:
-    """Plan a run; JAX is imported only when the environment is ready."""
+    """Run the fit check; JAX is imported only after its environment is set."""
     prepare()
     from train.cli import run_main
     from train.plan.command import main as command

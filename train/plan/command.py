@@ -1,101 +1,106 @@
-"""The command line of `python -m train.plan`."""
+"""The command line of `python -m train.plan`, the fit check."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console
 
 from jaxsteer.io.files import write_json
-from train.cli import from_command_line
-from train.config import TrainConfig
-from train.plan.base_models import model_config_of
+from train.cli import Run, from_command_line
 from train.plan.figures import Figures, figures_of
+from train.plan.model_configs import model_config_of
+from train.plan.question import Question
 from train.plan.report import print_comparison, print_figures
 from train.plan.search import search
-from train.plan.topology import parse_topology
+from train.plan.topology import Topology, parse_topology
 
-DESCRIPTION = """Will a run fit, and how fast can it be: on TPUs by compiling its real programs for them here, without a
-TPU (with libtpu, the extra "tpu"); on GPUs by an analytic estimate.
+DESCRIPTION = """Fit check: does a run fit on a topology, and how fast can it be? For TPUs it compiles the run's actual
+training and decoding steps, without a TPU (this needs libtpu: the extra "tpu"); for GPUs it estimates them.
 
-Prints, for the training step and for decoding: whether it fits, the peak of a chip's memory and what takes it,
-collectives by kind, arithmetic, and the least time that the chip's published figures allow."""
+Prints, for each compiled step: whether it fits, peak memory per chip and what uses it, collectives by kind, FLOPs, and
+a lower bound on the time from the chips' published peaks. Exit status 2 if a step does not fit."""
 
 
 @dataclass(frozen=True)
-class PlanConfig(TrainConfig):
-    """A run, and what it is planned for."""
+class FitCheckConfig:
+    """A run, and the topologies to check it on."""
 
+    run: Run
+    """The run."""
     topology: str = "v5e:4x4"
-    """The chips: v5e:4x4, v5p:4x4x4, v6e:4x4, ... as JAX's compiler writes them, or h100:8, h200:8."""
+    """Chips to check: a TPU topology as JAX's compiler writes it (v5e:4x4, v5p:4x4x4, v6e:4x4, ...), or the GPUs of one
+    node (h100:8, h200:8)."""
     topologies: str = ""
-    """Compare several, separated by commas: v5e:4x4,v6e:4x4,h100:8."""
+    """Compare several topologies, separated by commas: v5e:4x4,v6e:4x4,h100:8."""
     slices: int = 1
-    """Slices of the topology, joined by the data-centre network."""
+    """Number of slices of the topology, joined by the data-centre network."""
     programs: tuple[Literal["train", "decode"], ...] = ("train", "decode")
-    """Which programs to plan."""
+    """Compiled steps to check: the training step, decoding, or both."""
     prompt_length: int = 512
-    """Tokens of a prompt in decoding; `eval_batch_size` prompts at a time, `task.max_new_tokens` new tokens."""
+    """Tokens per prompt in decoding, which is `eval_batch_size` prompts with `task.max_new_tokens` new tokens each."""
     search: bool = False
-    """Try meshes, batch sizes and remat policies for the training step, and rank those that fit."""
+    """Search meshes, batch sizes and remat policies for the training step, and rank those that fit."""
     best: int = 3
-    """Settings of a search that are compiled and shown."""
+    """Number of settings that a search reports."""
     estimate: bool = False
-    """Only estimate, do not compile: in a second."""
+    """Estimate only, without compiling; takes a second."""
     json: str | None = None
-    """Write the figures to this file; "-" prints them instead of the tables."""
+    """Write the figures to this file; "-" writes them to standard output instead of the tables."""
 
 
-def plan(config: PlanConfig) -> list[Figures]:
-    """Plan the programs on each topology, and print what is found unless JSON is."""
-    console = Console(stderr=True)
+def check_fit(config: FitCheckConfig) -> list[Figures]:
+    """Check the compiled steps on each topology and print the figures, unless JSON goes to standard output."""
     names = config.topologies.split(",") if config.topologies else [config.topology]
     topologies = [parse_topology(name.strip(), config.slices) for name in names]
-    model_config = model_config_of(config)
-    quiet = config.json == "-"
-    found: list[Figures] = []
-    if config.search:
-        for topology in topologies:
-            with console.status(f"searching on {topology.name}"):
-                ranked = search(
-                    config,
-                    model_config,
-                    topology,
-                    config.best,
-                    lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True),
-                    compiled=not config.estimate,
-                )
-            found += [figures for _, figures in ranked]
-            if not quiet:
-                settings = [str(candidate) for candidate, _ in ranked]
-                print_comparison([figures for _, figures in ranked], settings, f"{config.model}: the best that fit")
-        return found
+    return _search(config, topologies) if config.search else _check(config, topologies)
+
+
+def _check(config: FitCheckConfig, topologies: Sequence[Topology]) -> list[Figures]:
+    """Check the config as it is."""
+    model_config, console, quiet = model_config_of(config.run), Console(stderr=True), config.json == "-"
+    results: list[Figures] = []
     for topology in topologies:
         for which in config.programs:
+            question = Question(which, config.run, model_config, topology, config.prompt_length)
             with console.status(f"{which} on {topology.name}"):
-                found.append(
-                    figures_of(
-                        which, config, model_config, topology, config.prompt_length, compiled=not config.estimate
-                    )
-                )
+                results.append(figures_of(question, compiled=not config.estimate))
             if not quiet and len(topologies) == 1:
-                print_figures(found[-1])
+                print_figures(results[-1])
     if not quiet and len(topologies) > 1:
-        print_comparison(found, [f"{each.which}, {each.mesh}" for each in found], config.model)
-    return found
+        rows = [(f"{figures.which}, {figures.mesh}", figures) for figures in results]
+        print_comparison(rows, config.run.model)
+    return results
+
+
+def _search(config: FitCheckConfig, topologies: Sequence[Topology]) -> list[Figures]:
+    """Search settings for the training step."""
+    model_config, console, quiet = model_config_of(config.run), Console(stderr=True), config.json == "-"
+    log = lambda text: console.print(text, style="dim", highlight=False, soft_wrap=True)
+    results: list[Figures] = []
+    for topology in topologies:
+        question = Question("train", config.run, model_config, topology)
+        with console.status(f"searching on {topology.name}"):
+            ranked = search(question, config.best, log, compiled=not config.estimate)
+        results += [figures for _, figures in ranked]
+        if not quiet:
+            rows = [(str(candidate), figures) for candidate, figures in ranked]
+            print_comparison(rows, f"{config.run.model}: the best settings that fit")
+    return results
 
 
 def main() -> None:
-    """Plan a run. Exit status 2 where a program does not fit."""
-    config = from_command_line("plan", DESCRIPTION, PlanConfig)
-    found = plan(config)
-    data = [each.to_json() for each in found]
+    """Run the fit check. Exit status 2 if a compiled step does not fit."""
+    config = from_command_line("plan", DESCRIPTION, FitCheckConfig)
+    results = check_fit(config)
+    data = {"programs": [figures.to_json() for figures in results]}
     if config.json == "-":
-        json.dump({"programs": data}, sys.stdout, indent=2)
+        json.dump(data, sys.stdout, indent=2)
     elif config.json:
-        write_json(config.json, {"programs": data})
-    if not all(each.fits for each in found):
+        write_json(config.json, data)
+    if not all(figures.fits for figures in results):
         raise SystemExit(2)

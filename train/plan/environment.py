@@ -1,21 +1,21 @@
-"""What the environment must say before JAX starts, so that libtpu compiles on a machine without a TPU."""
+"""Environment variables that libtpu needs, before JAX starts, to compile on a machine without a TPU."""
 
 import os
 
 SETTINGS = {
-    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to query
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second plan stops at a lock file
-    "JAX_PLATFORMS": "cpu",  # leave the accelerators of this machine alone
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a second fit check stops at libtpu's lock file
+    "JAX_PLATFORMS": "cpu",  # leave this machine's accelerators alone
 }
 
 DEFAULTS = {"JAX_OPTIMIZATION_LEVEL": "O1"}
-"""Compiles many times faster than the default and needs the same memory; set it to O2 or O3 for a run's own level."""
+"""Compiles many times faster than JAX's default and needs the same memory. Set O2 or O3 to match a run's own level."""
 
 
 def prepare() -> None:
-    """Set the environment of this process; call it before JAX is imported."""
+    """Set this process's environment; call it before importing JAX."""
     os.environ.update(SETTINGS)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -1,37 +1,38 @@
-"""What a program takes, without compiling it: memory by part, bytes that move, arithmetic, and the time that follows.
+"""What a compiled step needs, estimated without compiling: memory by part, traffic, arithmetic, and time.
 
-Sizes of the trees are exact, from their shardings. Activations and traffic are a model of the forward and backward
-pass; `docs/plans.md` says how far its peaks are from those of compiled programs.
+Sizes of the trees are exact, from their shardings. Activations and traffic come from a model of the forward and
+backward pass; `docs/plans.md` compares its peaks with those of compiled steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import NamedSharding
 
 from jaxsteer.flops import StepFlops, block_weights, decode_flops, step_flops
 from jaxsteer.models.attention import CHUNK, causal_share
-from jaxsteer.models.config import ModelConfig
 from jaxsteer.objective import CHUNK_TOKENS
 from jaxsteer.sharding import AXES
 from jaxsteer.types import PyTree
 from train.config import TrainConfig
-from train.plan.programs import SCHEDULE_STEPS, Which, base_shapes
-from train.plan.topology import Chip, Topology
-from train.run.program import Program, make_program
+from train.plan.programs import build_program, estimation_mesh
+from train.plan.question import Question
+from train.plan.topology import Chip
+from train.run.program import Program
 
-FP32 = 4
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one chip, in bytes: the most that is in use at one time, by part; what its memory reads and writes, and what
-    it sends to others, in one run of the program.
+    """What one run of a compiled step needs on one chip, in bytes.
+
+    parts   memory in use at the peak, by what uses it
+    moved   read from and written to the chip's memory
+    sent    sent to other chips
     """
 
     parts: dict[str, int]
@@ -46,8 +47,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time of a program, in seconds: its arithmetic, memory traffic and network each at their published peak,
-    wholly overlapped.
+    """Lower bounds on the time of a compiled step, in seconds, at the chips' published peaks.
+
+    arithmetic, memory, network   each alone; the step takes at least the longest, if all three overlap perfectly
     """
 
     arithmetic: float
@@ -56,57 +58,48 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
-        """The slowest of the three."""
+        """The longest of the three: perfect overlap."""
         return max(self.arithmetic, self.memory, self.network)
 
     @property
     def total(self) -> float:
-        """The three one after the other: of two programs with the same roofline, the one with less is better."""
+        """The sum of the three: no overlap. Breaks ties between steps with the same roofline."""
         return self.arithmetic + self.memory + self.network
 
     @property
     def bound(self) -> str:
-        """Which of the three it is."""
+        """The name of the longest."""
         return max(("arithmetic", "memory", "network"), key=lambda name: getattr(self, name))
 
 
-def roofline(flops: float, moved: float, sent: float, chip: Chip, chips: int) -> Roofline:
-    """The roofline of a program of so many operations over all chips, and bytes of each chip."""
-    return Roofline(flops / (chips * chip.flops), moved / chip.bandwidth, sent / chip.network)
+def roofline(flops: float, estimate: Estimate, chip: Chip, chips: int) -> Roofline:
+    """The roofline of `flops` operations, shared by all chips, and each chip's traffic."""
+    return Roofline(flops / (chips * chip.flops), estimate.moved / chip.bandwidth, estimate.sent / chip.network)
 
 
-def make_estimated(config: TrainConfig, model_config: ModelConfig, topology: Topology) -> Program:
-    """The program of a run on devices that need not be known: for estimates alone.
+def estimated_program(question: Question) -> Program:
+    """The program of the question's run on a mesh without devices: for estimates, not for compiling.
 
     Raises:
-        ValueError: the config does not fit the model or the devices.
+        ValueError: the config does not fit the model or the topology.
     """
-    shape = config.mesh.shape(topology.chips, config.batch_size // config.grad_accumulation)
-    mesh = AbstractMesh((shape.data, shape.fsdp, shape.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
-    dtype = jnp.float32 if config.dtype == "float32" else jnp.bfloat16
-    return make_program(
-        config,
-        model_config,
-        base_shapes(model_config, dtype, quantised=config.quantise == "int8"),
-        steps=config.steps or SCHEDULE_STEPS,
-        mesh=mesh,  # type: ignore[arg-type]  # only sizes are asked of it
-        platform=topology.chip.platform,
-    )
+    return build_program(question, estimation_mesh(question))
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """Bytes of a tree of shapes on one chip."""
+    """Bytes that one chip holds of a tree of `jax.ShapeDtypeStruct`s."""
 
-    def size(leaf: Any) -> int:
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        width = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
-        return prod(shape) * width
+    def leaf_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+        sharding: NamedSharding | None = leaf.sharding
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        itemsize = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        return prod(shape) * itemsize
 
-    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def resident(program: Program) -> dict[str, int]:
-    """Bytes on one chip of what lies there all the time."""
+    """Bytes that stay on one chip throughout training."""
     state, frozen = program.shapes
     return {
         "weights": tree_bytes((state.params.base, frozen.base)),
@@ -117,9 +110,15 @@ def resident(program: Program) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of one chip: bytes of an element, the base's parts as they are used (gathered over fsdp, split over tensor)."""
+    """Sizes on one chip, with the base as it is used: gathered over `fsdp`, split over `tensor`.
 
-    width: int
+    itemsize      bytes per element of the activations
+    layer, head   bytes of one block's and of the vocabulary's weights
+    fsdp, tensor  sizes of these mesh axes
+    row_shards    parts that the rows of a batch are split into
+    """
+
+    itemsize: int
     layer: float
     head: float
     fsdp: int
@@ -127,101 +126,125 @@ class _Sizes:
     row_shards: int
 
     @property
-    def other_fsdp(self) -> float:
-        """Share of a gathered array that comes from other chips."""
+    def gathered(self) -> bool:
+        """Whether weights have to be gathered before use."""
+        return self.fsdp > 1
+
+    @property
+    def remote_share(self) -> float:
+        """Share of a gathered weight that comes from other chips."""
         return (self.fsdp - 1) / self.fsdp
 
 
 def _sizes(program: Program) -> _Sizes:
     c, mesh = program.model.config, program.mesh
     data, fsdp, tensor = (1, 1, 1) if mesh is None else (mesh.shape[name] for name in AXES)
-    width = program.base["embed"]["embedding"].dtype.itemsize
-    stored = program.base["blocks"]["mlp"]["up"]["kernel"].dtype.itemsize
-    layer, head = stored * block_weights(c) / tensor, width * c.vocab_size * c.width / tensor
-    return _Sizes(width, layer, head, fsdp, tensor, data * fsdp)
+    itemsize = program.base["embed"]["embedding"].dtype.itemsize
+    stored_itemsize = program.base["blocks"]["mlp"]["up"]["kernel"].dtype.itemsize
+    layer = stored_itemsize * block_weights(c) / tensor
+    head = itemsize * c.vocab_size * c.width / tensor
+    return _Sizes(itemsize, layer, head, fsdp, tensor, data * fsdp)
 
 
 def estimate_training(program: Program, config: TrainConfig) -> Estimate:
-    """One training step. The remat policy and the batch are the config's, all else the program's."""
+    """One training step. The remat policy and the batch are taken from `config`, everything else from `program`."""
     c, s = program.model.config, _sizes(program)
-    tokens = (
-        config.batch_size // config.grad_accumulation * config.sequence_length / s.row_shards
-    )  # of a microbatch, on one chip
+    microbatches = config.grad_accumulation
+    tokens = config.batch_size // microbatches * config.sequence_length / s.row_shards  # of a microbatch, on one chip
     backward = _backward_layers(program)
-    stream = c.width / (s.tensor if config.mesh.split_sequence else 1)
-    into = 1 + c.gated  # projections into the MLP
-    projected = ((c.heads + 2 * c.kv_heads) * c.head_dim + into * c.mlp_width) / s.tensor
-    # ---- what the backward pass waits for, a token and layer
-    kept = {
-        "full": stream,
-        "selective": 3 * stream + projected,
-        "none": 7 * stream + 2 * projected + 2 * c.heads * c.head_dim / s.tensor,
-    }[config.remat]
-    saved = tokens * kept * s.width * backward
-    # ---- the two moments of most use: at the loss, and in a block's backward pass
-    gathered = s.fsdp > 1
+    projected = ((c.heads + 2 * c.kv_heads) * c.head_dim + (1 + c.gated) * c.mlp_width) / s.tensor
+
+    # ---- memory: activations saved for the backward pass, then the larger of two peaks, at the loss or inside a block
+    saved = tokens * _saved_per_token(program, config, projected) * s.itemsize * backward
     chunk = min(tokens, CHUNK_TOKENS)
-    at_loss = s.head * gathered + 2 * chunk * c.vocab_size / s.tensor * FP32 + tokens * c.width * (FP32 + s.width)
-    in_block = s.layer * gathered + tokens * (3 * c.mlp_width / s.tensor + 6 * c.width) * s.width
+    at_loss = s.head * s.gathered + 2 * chunk * c.vocab_size / s.tensor * FP32_BYTES
+    at_loss += tokens * c.width * (FP32_BYTES + s.itemsize)
+    in_block = s.layer * s.gathered + tokens * (3 * c.mlp_width / s.tensor + 6 * c.width) * s.itemsize
     in_block += tokens * _score_bytes(program, config) / s.tensor
     trained = tree_bytes(program.shapes[0].params)
     parts = resident(program) | {
-        "gradients": trained * (2 if config.grad_accumulation > 1 else 1),
+        "gradients": trained * (2 if microbatches > 1 else 1),
         "saved activations": int(saved),
         "temporaries": int(max(at_loss, in_block)),
     }
 
-    # ---- traffic of a step
-    again = {"none": 0, "selective": 0.3, "full": 1}[config.remat]
-    passes = c.layers + backward
-    step_tokens, times = tokens * config.grad_accumulation, config.grad_accumulation
-    a_pass = step_tokens * (12 * c.width + (4 * c.mlp_width + 2 * projected) / s.tensor) * s.width
-    moved = times * (passes + again * backward) * s.layer * (3 if gathered else 1)
-    moved += a_pass * (c.layers + backward * (2 + again)) + 3 * step_tokens * c.vocab_size / s.tensor * FP32
-    moved += 2 * saved * times + 6 * trained
-    sent = times * s.other_fsdp * (passes * s.layer + s.head) + 2 * trained
-    reduced = 2 * step_tokens * c.width * s.width * (s.tensor - 1) / s.tensor
-    sent += 2 * reduced * (c.layers + backward * (1 + again)) + step_tokens * c.width * s.width * s.other_fsdp
+    # ---- traffic of the whole step
+    recomputed = {"none": 0, "selective": 0.3, "full": 1}[config.remat]  # share of a forward pass
+    layer_passes = c.layers + backward
+    step_tokens = tokens * microbatches
+    activations = step_tokens * (12 * c.width + (4 * c.mlp_width + 2 * projected) / s.tensor) * s.itemsize
+    moved = microbatches * (layer_passes + recomputed * backward) * s.layer * (3 if s.gathered else 1)
+    moved += activations * (c.layers + backward * (2 + recomputed))
+    moved += 3 * step_tokens * c.vocab_size / s.tensor * FP32_BYTES
+    moved += 2 * saved * microbatches + 6 * trained
+    sent = microbatches * s.remote_share * (layer_passes * s.layer + s.head) + 2 * trained
+    reduced = 2 * step_tokens * c.width * s.itemsize * (s.tensor - 1) / s.tensor
+    sent += 2 * reduced * (c.layers + backward * (1 + recomputed))
+    sent += step_tokens * c.width * s.itemsize * s.remote_share
     return Estimate(parts, moved, sent)
+
+
+def _saved_per_token(program: Program, config: TrainConfig, projected: float) -> float:
+    """Elements that a layer saves for the backward pass per token, on one chip."""
+    c, tensor = program.model.config, _sizes(program).tensor
+    residual = c.width / (tensor if config.mesh.split_sequence else 1)
+    return {
+        "full": residual,
+        "selective": 3 * residual + projected,
+        "none": 7 * residual + 2 * projected + 2 * c.heads * c.head_dim / tensor,
+    }[config.remat]
 
 
 def estimate_decoding(program: Program, config: TrainConfig, prompt_length: int) -> Estimate:
-    """A prefill of `eval_batch_size` prompts and all new tokens."""
+    """Prefilling `eval_batch_size` prompts and generating all new tokens."""
     c, s = program.model.config, _sizes(program)
-    new, rows = config.task.max_new_tokens, max(1.0, config.eval_batch_size / s.row_shards)
-    slots = prompt_length + new - 1
+    new_tokens, rows = config.task.max_new_tokens, max(1.0, config.eval_batch_size / s.row_shards)
+    slots = prompt_length + new_tokens - 1
     cache = cache_bytes(program, config, prompt_length)
     tokens = rows * prompt_length
-    gathered = s.fsdp > 1
-    prefill = s.layer * gathered + tokens * (3 * c.mlp_width / s.tensor + 6 * c.width) * s.width
-    prefill += 2 * tokens * slots * c.heads / s.tensor * FP32  # scores of queries on the cache
-    at_head = s.head * gathered + 2 * rows * c.vocab_size / s.tensor * FP32
-    parts = {name: size for name, size in resident(program).items() if name != "optimizer"}
-    parts |= {"cache": cache, "temporaries": int(max(prefill, at_head))}
-    weights = (c.layers * s.layer + s.head) * new
-    moved = weights * (3 if gathered else 1) + cache * new
-    sent = weights * s.other_fsdp
-    sent += (new * rows + tokens) * 4 * c.layers * c.width * s.width * (s.tensor - 1) / s.tensor
+    in_prefill = s.layer * s.gathered + tokens * (3 * c.mlp_width / s.tensor + 6 * c.width) * s.itemsize
+    in_prefill += 2 * tokens * slots * c.heads / s.tensor * FP32_BYTES  # scores of the queries on the cache
+    at_head = s.head * s.gathered + 2 * rows * c.vocab_size / s.tensor * FP32_BYTES
+    parts = decoding_resident(program, config, prompt_length)
+    parts |= {"temporaries": int(max(in_prefill, at_head))}
+    weights = (c.layers * s.layer + s.head) * new_tokens
+    moved = weights * (3 if s.gathered else 1) + cache * new_tokens
+    sent = weights * s.remote_share
+    sent += (new_tokens * rows + tokens) * 4 * c.layers * c.width * s.itemsize * (s.tensor - 1) / s.tensor
     return Estimate(parts, moved, sent)
 
 
+def decoding_resident(program: Program, config: TrainConfig, prompt_length: int) -> dict[str, int]:
+    """Bytes that stay on one chip throughout decoding: no optimizer, but the KV cache."""
+    parts = {name: size for name, size in resident(program).items() if name != "optimizer"}
+    return parts | {"cache": cache_bytes(program, config, prompt_length)}
+
+
 def cache_bytes(program: Program, config: TrainConfig, prompt_length: int) -> int:
-    """The cache of keys and values on one chip."""
+    """Bytes of the KV cache on one chip."""
     c, s = program.model.config, _sizes(program)
     rows = config.eval_batch_size / (s.row_shards if config.eval_batch_size % s.row_shards == 0 else 1)
     slots = prompt_length + config.task.max_new_tokens - 1
-    return int(2 * c.layers * rows * slots * c.kv_heads * c.head_dim / s.tensor * s.width)
+    return int(2 * c.layers * rows * slots * c.kv_heads * c.head_dim / s.tensor * s.itemsize)
 
 
-def estimate(which: Which, program: Program, config: TrainConfig, prompt_length: int) -> Estimate:
-    """Of a run's training step, or of decoding."""
-    return estimate_training(program, config) if which == "train" else estimate_decoding(program, config, prompt_length)
+def estimate(question: Question, program: Program) -> Estimate:
+    """The estimate of the step that the question is about.
+
+    Args:
+        program: from `estimated_program`; may be that of another remat policy, which only `question.config` decides.
+    """
+    if question.which == "train":
+        return estimate_training(program, question.config)
+    return estimate_decoding(program, question.config, question.prompt_length)
 
 
-def flops_of(which: Which, program: Program, config: TrainConfig, prompt_length: int) -> StepFlops:
-    """Arithmetic of one run of a program, over all chips; in training, every position of full rows is supervised."""
-    if which == "decode":
-        return decode_flops(program.model.config, config.eval_batch_size, prompt_length, config.task.max_new_tokens)
+def flops_of(question: Question, program: Program) -> StepFlops:
+    """Arithmetic of one run of the step, over all chips. In training, rows are full and every position supervised."""
+    config = question.config
+    if question.which == "decode":
+        new_tokens = config.task.max_new_tokens
+        return decode_flops(program.model.config, config.eval_batch_size, question.prompt_length, new_tokens)
     model = replace(program.model, remat=config.remat)
     share = causal_share(config.sequence_length, program.attention[0])
     rows, length = config.batch_size, config.sequence_length
@@ -229,15 +252,14 @@ def flops_of(which: Which, program: Program, config: TrainConfig, prompt_length:
 
 
 def _backward_layers(program: Program) -> int:
-    """Layers that a gradient passes through."""
+    """Number of layers that a gradient passes through."""
     layers = program.model.config.layers
     first = min((layer for slot in program.model.plan for layer in slot.active_layers(layers)), default=0)
     return layers if program.model.train_base else layers - first
 
 
 def _score_bytes(program: Program, config: TrainConfig) -> float:
-    """Bytes of attention scores that exist at one time, a token, all heads of all chips."""
-    queries = {"dense": config.sequence_length, "chunked": min(CHUNK, config.sequence_length)}.get(
-        program.attention[0], 0
-    )
-    return 2 * queries * program.model.config.heads * FP32
+    """Bytes of attention scores in memory at one time, per token, over the heads of all chips."""
+    length = config.sequence_length
+    queries = {"dense": length, "chunked": min(CHUNK, length)}.get(program.attention[0], 0)
+    return 2 * queries * program.model.config.heads * FP32_BYTES

@@ -1,32 +1,81 @@
-"""One program of a run on one topology: whether it fits, what takes the memory, how fast it can be."""
+"""The answer to a question: whether a compiled step fits, what uses the memory, and how fast it can be."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from jaxsteer.flops import StepFlops
-from jaxsteer.models.config import ModelConfig
 from train.config import TrainConfig
-from train.plan.estimate import Estimate, Roofline, cache_bytes, estimate, flops_of, make_estimated, resident, roofline
+from train.plan.estimate import (
+    Estimate,
+    Roofline,
+    decoding_resident,
+    estimate,
+    estimated_program,
+    flops_of,
+    resident,
+    roofline,
+)
 from train.plan.hlo import Collectives
-from train.plan.programs import TooBig, Which, compile_for
+from train.plan.programs import Compiled, TooBig, compile_step
+from train.plan.question import Question, Which
 from train.plan.topology import CHIPS, GIB, Topology, parse_topology, sold_names
 from train.run.program import Program
 
 
+class TrafficJson(TypedDict):
+    """`Traffic` in a JSON file."""
+
+    count: int
+    bytes: int
+    sent: int
+
+
+class FiguresJson(TypedDict):
+    """`Figures` in a JSON file, derived figures included."""
+
+    which: Which
+    topology: str
+    mesh: str
+    used: int
+    attention: tuple[str, str]
+    compiled: bool
+    fits: bool
+    needed: int
+    parts: dict[str, int]
+    collectives: dict[str, TrafficJson]
+    flops: dict[str, float]
+    roofline: dict[str, float]
+    tokens: int
+    estimated: int
+    compile_seconds: NotRequired[float]
+    words: str
+    remedies: tuple[str, ...]
+    sold: str
+    slices: int
+    chips: int
+    limit: int
+    seconds: float
+    bound: str
+    tokens_per_second: float
+    mfu: float
+
+
 @dataclass(frozen=True)
 class Figures:
-    """What is known of a program. Bytes are of one chip, seconds of one run of the program.
+    """What is known of a compiled step. Bytes are per chip, seconds per run of the step.
 
-    used       chips that the mesh takes
-    compiled   by the compiler of the chip, or False: from the analytic estimate alone
-    needed     bytes at the peak; 0 where a compiler refused without saying
-    parts      what takes them
-    tokens     that one run processes (training) or makes (decoding)
-    estimated  what the analytic estimate says for `needed`
-    words      the compiler's, where it refused
-    remedies   what would fit by the estimate
+    used       chips in the mesh
+    attention  kernel, and why it was chosen
+    compiled   whether the chip's compiler was asked; otherwise everything is estimated
+    needed     bytes at the peak; 0 where the compiler ran out of memory without saying how much it wanted
+    parts      what uses them
+    tokens     processed (training) or generated (decoding) per run of the step
+    estimated  the analytic estimate of `needed`
+    words      the compiler's message, if it ran out of memory
+    remedies   changes that would make it fit, by the estimate
     """
 
     which: Which
@@ -49,7 +98,7 @@ class Figures:
 
     @property
     def limit(self) -> int:
-        """Bytes of a chip that a program may use."""
+        """Bytes of a chip that a compiled step may use."""
         return int(self.topology.chip.memory)
 
     @property
@@ -59,12 +108,12 @@ class Figures:
 
     @property
     def mfu(self) -> float:
-        """Useful arithmetic at the roofline, as a share of what the chips could do in that time."""
+        """Model FLOPs utilisation at the roofline: useful arithmetic over what the chips could do in that time."""
         return self.flops.useful / (self.roofline.seconds * self.topology.chips * self.topology.chip.flops)
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything, derived figures too, as plain values."""
-        return asdict(self) | {
+    def to_json(self) -> FiguresJson:
+        """Everything as plain values, derived figures included."""
+        return asdict(self) | {  # type: ignore[return-value]
             "topology": self.topology.name,
             "sold": self.topology.sold,
             "slices": self.topology.slices,
@@ -78,144 +127,149 @@ class Figures:
         }
 
 
-def figures_of(
-    which: Which,
-    config: TrainConfig,
-    model_config: ModelConfig,
-    topology: Topology,
-    prompt_length: int,
-    *,
-    compiled: bool = True,
-) -> Figures:
-    """Plan one program.
+def figures_of(question: Question, *, compiled: bool = True) -> Figures:
+    """Answer a question.
 
     Args:
-        compiled: compile for TPUs; GPUs are estimated anyway.
+        compiled: compile for TPUs; steps for GPUs are always estimated.
 
     Raises:
-        ValueError: the config does not fit the model or the devices, or there is no compiler.
+        ValueError: the config does not fit the model or the devices, or libtpu is not installed.
     """
-    program = make_estimated(config, model_config, topology)
-    guess = estimate(which, program, config, prompt_length)
-    if not compiled or topology.chip.platform != "tpu":
-        return _figures(which, config, topology, prompt_length, program, guess, model_config)
-    _, found = compile_for(which, config, model_config, topology, prompt_length)
-    if isinstance(found, TooBig):
-        return replace(
-            _figures(which, config, topology, prompt_length, program, guess, model_config),
-            compiled=True,
-            fits=False,
-            needed=found.needed,
-            words=found.words,
-            compile_seconds=found.seconds,
-            remedies=remedies(which, config, model_config, topology, prompt_length),
-        )
-    held = {name: size for name, size in resident(program).items() if which == "train" or name != "optimizer"}
-    if which == "decode":
-        held["cache"] = cache_bytes(program, config, prompt_length)
-    rest = found.peak - sum(held.values())
-    flops = flops_of(which, program, config, prompt_length)
-    sent = sum(traffic.sent for traffic in found.collectives.values())
-    return replace(
-        _figures(which, config, topology, prompt_length, program, guess, model_config),
-        compiled=True,
-        fits=True,
-        needed=found.peak,
-        parts=held | {"activations and temporaries": rest},
-        collectives=found.collectives,
-        roofline=roofline(flops.executed, guess.moved, sent, topology.chip, _size(program)),
-        compile_seconds=found.seconds,
-        remedies=(),
-    )
+    program = estimated_program(question)
+    guess = estimate(question, program)
+    figures = _estimated(question, program, guess)
+    if compiled and question.topology.chip.platform == "tpu":
+        result = compile_step(question)
+        if isinstance(result, TooBig):
+            figures = _refused(figures, result)
+        else:
+            figures = _compiled(figures, question, program, guess, result)
+    return figures if figures.fits else replace(figures, remedies=remedies(question))
 
 
-def _figures(
-    which: Which,
-    config: TrainConfig,
-    topology: Topology,
-    prompt_length: int,
-    program: Program,
-    guess: Estimate,
-    model_config: ModelConfig,
-) -> Figures:
-    """By the estimate alone."""
-    flops = flops_of(which, program, config, prompt_length)
-    fits = guess.peak <= topology.chip.memory
+def _estimated(question: Question, program: Program, guess: Estimate) -> Figures:
+    """Figures from the estimate alone, without remedies."""
+    config, topology = question.config, question.topology
     assert program.mesh is not None
+    if question.which == "train":
+        attention, tokens = program.attention, config.batch_size * config.sequence_length
+    else:
+        attention = ("dense", "queries read the whole cache")
+        tokens = config.eval_batch_size * config.task.max_new_tokens
+    flops = flops_of(question, program)
     return Figures(
-        which=which,
+        which=question.which,
         topology=topology,
-        used=_size(program),
+        used=_mesh_size(program),
         mesh=" x ".join(f"{name} {size}" for name, size in program.mesh.shape.items()),
-        attention=program.attention if which == "train" else ("dense", "queries read the whole cache"),
+        attention=attention,
         compiled=False,
-        fits=fits,
+        fits=guess.peak <= topology.chip.memory,
         needed=guess.peak,
         parts=guess.parts,
         collectives={},
         flops=flops,
-        roofline=roofline(flops.executed, guess.moved, guess.sent, topology.chip, _size(program)),
-        tokens=config.batch_size * config.sequence_length
-        if which == "train"
-        else config.eval_batch_size * config.task.max_new_tokens,
+        roofline=roofline(flops.executed, guess, topology.chip, _mesh_size(program)),
+        tokens=tokens,
         estimated=guess.peak,
-        remedies=() if fits else remedies(which, config, model_config, topology, prompt_length),
     )
 
 
-def remedies(
-    which: Which, config: TrainConfig, model_config: ModelConfig, topology: Topology, prompt_length: int
-) -> tuple[str, ...]:
-    """What would fit by the estimate, the least change first."""
-    found: list[str] = []
-    for group in _variants(which, config, topology):
-        for change, there in group:
+def _refused(figures: Figures, result: TooBig) -> Figures:
+    """The figures of a step that the compiler could not fit; what the compiler does not say stays estimated."""
+    return replace(
+        figures,
+        compiled=True,
+        fits=False,
+        needed=result.needed,
+        words=result.message,
+        compile_seconds=result.seconds,
+    )
+
+
+def _compiled(figures: Figures, question: Question, program: Program, guess: Estimate, result: Compiled) -> Figures:
+    """The figures of a step that compiled. Its collectives give the network's time; memory traffic stays estimated."""
+    if question.which == "train":
+        parts = resident(program)
+    else:
+        parts = decoding_resident(program, question.config, question.prompt_length)
+    sent = sum(traffic.sent for traffic in result.collectives.values())
+    chip = question.topology.chip
+    return replace(
+        figures,
+        compiled=True,
+        fits=True,
+        needed=result.peak,
+        parts=parts | {"activations and temporaries": result.peak - sum(parts.values())},
+        collectives=result.collectives,
+        roofline=roofline(figures.flops.executed, replace(guess, sent=sent), chip, _mesh_size(program)),
+        compile_seconds=result.seconds,
+    )
+
+
+def remedies(question: Question) -> tuple[str, ...]:
+    """Changes that would make a step fit by the estimate, the smallest change first."""
+    texts: list[str] = []
+    for group in [*_cheaper_settings(question), *_larger_topologies(question)]:
+        for candidate in group:
             try:
-                program = make_estimated(change, model_config, there)
+                program = estimated_program(candidate)
             except ValueError:
                 continue
-            peak = estimate(which, program, change, prompt_length).peak
-            if peak <= there.chip.memory and _size(program) == there.chips:
-                text = _difference(config, change, topology, there)
-                found.append(f"{text}: about {peak / GIB:.1f} of {there.chip.memory / GIB:.1f} GiB")
+            peak, chips = estimate(candidate, program).peak, candidate.topology
+            if peak <= chips.chip.memory and _mesh_size(program) == chips.chips:
+                flags = _changed_flags(question, candidate)
+                texts.append(f"{flags}: about {peak / GIB:.1f} of {chips.chip.memory / GIB:.1f} GiB")
                 break
-    return tuple(found)
+    return tuple(texts)
 
 
-def _variants(which: Which, config: TrainConfig, topology: Topology) -> list[list[tuple[TrainConfig, Topology]]]:
-    """Groups of changes; of each, the first that fits is worth a word."""
-    here: list[list[TrainConfig]] = []
-    if which == "decode":
-        here = [
-            [replace(config, eval_batch_size=rows) for rows in (32, 16, 8, 4, 2, 1) if rows < config.eval_batch_size]
-        ]
-    else:
+def _cheaper_settings(question: Question) -> list[list[Question]]:
+    """Groups of questions with settings that need less memory; of each group only the first that fits is reported."""
+    config = question.config
+    if question.which == "decode":
+        smaller = [rows for rows in (32, 16, 8, 4, 2, 1) if rows < config.eval_batch_size]
+        return [[question.with_config(replace(config, eval_batch_size=rows)) for rows in smaller]]
+
+    def accumulated(config: TrainConfig) -> Iterator[Question]:
+        for doublings in range(1, 8):
+            microbatches = config.grad_accumulation * 2**doublings
+            if config.batch_size % microbatches == 0:
+                yield question.with_config(replace(config, grad_accumulation=microbatches))
+
+    groups = [list(accumulated(config))]
+    if config.remat != "full":
         full = replace(config, remat="full")
-        parts = [
-            config.grad_accumulation * 2**k
-            for k in range(1, 8)
-            if config.batch_size % (config.grad_accumulation * 2**k) == 0
-        ]
-        here.append([replace(config, grad_accumulation=n) for n in parts])
-        if config.remat != "full":
-            here += [[full], [replace(full, grad_accumulation=n) for n in parts]]
-    slices = [parse_topology(name) for name in sold_names() if name.partition(":")[0] in CHIPS]
-    same = [parse_topology(each.name, topology.slices) for each in slices if each.chip == topology.chip]
-    larger = [each for each in same if each.chips > topology.chips]
-    groups = [[(change, topology) for change in group] for group in here] + [[(config, each) for each in larger]]
-    roomier = [chip for chip in CHIPS.values() if chip.platform == "tpu" and chip.memory > topology.chip.memory]
-    enough = [each for each in slices if each.chips >= topology.chips]
-    return groups + [[(config, each) for each in enough if each.chip == chip] for chip in roomier]
+        groups += [[question.with_config(full)], list(accumulated(full))]
+    return groups
 
 
-def _size(program: Program) -> int:
+def _larger_topologies(question: Question) -> list[list[Question]]:
+    """Groups of questions about more chips of the same kind, then about kinds of TPU with more memory."""
+    topology = question.topology
+    single_slices = [parse_topology(name) for name in sold_names() if name.partition(":")[0] in CHIPS]
+    same_chip = [parse_topology(t.name, topology.slices) for t in single_slices if t.chip == topology.chip]
+    larger_chips = [chip for chip in CHIPS.values() if chip.platform == "tpu" and chip.memory > topology.chip.memory]
+    groups = [
+        [t for t in same_chip if t.chips > topology.chips],
+        *([t for t in single_slices if t.chip == chip and t.chips >= topology.chips] for chip in larger_chips),
+    ]
+    return [[replace(question, topology=larger) for larger in group] for group in groups]
+
+
+def _mesh_size(program: Program) -> int:
     assert program.mesh is not None
     return program.mesh.size
 
 
-def _difference(config: TrainConfig, change: TrainConfig, topology: Topology, there: Topology) -> str:
-    names = ("grad_accumulation", "remat", "eval_batch_size")
-    flags = [f"--{n.replace('_', '-')} {getattr(change, n)}" for n in names if getattr(change, n) != getattr(config, n)]
-    if there != topology:
-        flags.append(f"--topology {there.name}")
+def _changed_flags(before: Question, after: Question) -> str:
+    """The options that turn one question into the other, as typed."""
+    flags = []
+    for name in ("grad_accumulation", "remat", "eval_batch_size"):
+        value = getattr(after.config, name)
+        if value != getattr(before.config, name):
+            flags.append(f"--{name.replace('_', '-')} {value}")
+    if after.topology != before.topology:
+        flags.append(f"--topology {after.topology.name}")
     return " ".join(flags)

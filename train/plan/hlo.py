@@ -1,7 +1,7 @@
-"""Collectives of a compiled program, read from its text: by kind, how often they run and how much they move.
+"""Collectives of a compiled step, read from its HLO text: by kind, how often they run and how many bytes they send.
 
-A loop's body counts as often as the loop runs. That is in the text where the compiler knew it; otherwise it follows
-from the loop's condition (counter < constant), the counter's start and its step.
+A loop's body is counted as often as the loop runs. The text gives the trip count where the compiler knew it; otherwise
+it follows from the loop's condition (counter < constant) and the counter's start and step.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from math import ceil, prod
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 WIDTHS = {"pred": 1, "bf16": 2, "token": 0}
-"""Bytes of an element whose type's name does not end in its bits."""
+"""Bytes per element of types whose name does not end in their number of bits."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in one run of a program.
+    """Collectives of one kind in one run of a compiled step.
 
-    count   times that they run
-    bytes   of their results, on one device
-    sent    bytes that one device sends, by a ring or its like
+    count   number of executions
+    bytes   size of their results on one device
+    sent    bytes that one device sends, with ring algorithms
     """
 
     count: int = 0
@@ -31,7 +31,7 @@ class Traffic:
     sent: int = 0
 
     def __add__(self, other: Traffic) -> Traffic:
-        """One after the other."""
+        """Both, one after the other."""
         return Traffic(self.count + other.count, self.bytes + other.bytes, self.sent + other.sent)
 
     def __mul__(self, times: int) -> Traffic:
@@ -41,7 +41,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A line of the text: name = shape opcode(operands), attributes."""
+    """One line of HLO text: name = shape opcode(operands), attributes. `inside` is the text between the parentheses."""
 
     name: str
     shape: str
@@ -52,58 +52,60 @@ class Instruction:
 
 
 Computation = dict[str, Instruction]
-"""By name, in order; the root under "ROOT" as well."""
+"""Instructions by name, in order; the root is also under "ROOT"."""
 
 Collectives = dict[str, Traffic]
+"""Traffic by kind of collective."""
 
 
-def collectives(text: str, other_trips: int = 1) -> Collectives:
-    """Count the collectives of a compiled program.
+def collectives(text: str, unknown_trips: int = 1) -> Collectives:
+    """Count the collectives of a compiled step.
 
     Args:
-        text: of the optimised module, `compiled.as_text()`.
-        other_trips: how often a loop runs whose end depends on data.
+        text: the optimised module, `compiled.as_text()`.
+        unknown_trips: trip count to assume for loops whose end depends on data.
     """
     computations, entry = parse(text)
 
     @cache
-    def of(name: str) -> tuple[tuple[str, Traffic], ...]:
+    def within(name: str) -> tuple[tuple[str, Traffic], ...]:
+        computation = computations[name]
         total: Collectives = {}
-        for key, each in computations[name].items():
+        for key, instruction in computation.items():
             if key == "ROOT":
                 continue
-            kind = each.opcode.removesuffix("-start")
+            kind = instruction.opcode.removesuffix("-start")
             if kind in KINDS:
-                _add(total, {kind: _traffic(kind, each)})
-            elif each.opcode == "while":
-                trips = trip_count(each, computations[name], computations)
+                _add(total, {kind: _traffic(kind, instruction)})
+            elif instruction.opcode == "while":
+                trips = trip_count(instruction, computation, computations)
                 for part in ("body", "condition"):
-                    _add(total, dict(of(_attribute(each, part))), other_trips if trips is None else trips)
-            elif each.opcode == "conditional":  # the costliest branch
-                branches = [dict(of(branch)) for branch in _branches(each)]
-                _add(total, max(branches, key=lambda found: sum(t.sent for t in found.values())))
-            elif each.opcode in ("fusion", "call", "async-start"):
-                for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", each.attributes):
-                    _add(total, dict(of(called)))
+                    _add(total, dict(within(_attribute(instruction, part))), unknown_trips if trips is None else trips)
+            elif instruction.opcode == "conditional":  # the most expensive branch
+                branches = [dict(within(branch)) for branch in _branches(instruction)]
+                _add(total, max(branches, key=lambda branch: sum(traffic.sent for traffic in branch.values())))
+            elif instruction.opcode in ("fusion", "call", "async-start"):
+                for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.attributes):
+                    _add(total, dict(within(called)))
         return tuple(total.items())
 
-    return dict(sorted(of(entry)))
+    return dict(sorted(within(entry)))
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations of a module, and the entry's name."""
-    found: dict[str, Computation] = {}
+    """All computations of a module by name, and the name of the entry computation."""
+    computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            current = found.setdefault(header[2], {})
+            current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
         elif body := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line):
             instruction = _instruction(body[2], re.sub(r"/\*.*?\*/", "", body[3]))
             current[instruction.name] = instruction
             if body[1]:
                 current["ROOT"] = instruction
-    return found, entry
+    return computations, entry
 
 
 def _instruction(name: str, text: str) -> Instruction:
@@ -117,36 +119,36 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis at `opening` closes."""
+    """Index of the parenthesis that closes the one at `opening`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, opening):
         depth += 1 if match[0] == "(" else -1
         if not depth:
             return match.start()
-    raise ValueError(f"HLO text: a parenthesis does not close in {text[:80]!r}")
+    raise ValueError(f"HLO text: unbalanced parenthesis in {text[:80]!r}")
 
 
-def trip_count(loop: Instruction, around: Computation, computations: dict[str, Computation]) -> int | None:
-    """How often a `while` runs; None where that depends on data."""
-    if known := re.search(r'known_trip_count"?:\s*\{"n":"(\d+)"', loop.attributes):
-        return int(known[1])
+def trip_count(loop: Instruction, caller: Computation, computations: dict[str, Computation]) -> int | None:
+    """Trip count of a `while`; None if it depends on data."""
+    if given := re.search(r'known_trip_count"?:\s*\{"n":"(\d+)"', loop.attributes):
+        return int(given[1])
     condition, body = computations[_attribute(loop, "condition")], computations[_attribute(loop, "body")]
     bound = _bound(condition, computations)
     if bound is None:
         return None
     index, stop = bound
-    start = _element(around, loop.operands[0], index)
-    after = _through_copies(body, body["ROOT"].operands[index])
-    added = [_constant(body, name) for name in after.operands] if after.opcode == "add" else []
-    step = next((value for value in added if value), 1)
+    start = _element(caller, loop.operands[0], index)
+    update = _through_copies(body, body["ROOT"].operands[index])
+    addends = [_constant(body, name) for name in update.operands] if update.opcode == "add" else []
+    step = next((value for value in addends if value), 1)
     return max(0, ceil((stop - (start or 0)) / step))
 
 
 def _bound(condition: Computation, computations: dict[str, Computation]) -> tuple[int, int] | None:
-    """(element of the carry, constant) of a condition "element < constant"; None for any other."""
+    """(index in the carry, constant) of a condition "carry[index] < constant"; None for any other condition."""
     root, values = condition["ROOT"], condition
     names = root.operands
-    if root.opcode == "fusion":  # the comparison may be wrapped: its parameters are the fusion's operands
+    if root.opcode == "fusion":  # a wrapped comparison: its parameters are the fusion's operands
         inner = computations[_attribute(root, "calls")]
         outer = {e.name: names[int(e.inside)] for e in inner.values() if e.opcode == "parameter"}
         root, values = inner["ROOT"], {**condition, **inner}
@@ -159,33 +161,35 @@ def _bound(condition: Computation, computations: dict[str, Computation]) -> tupl
 
 
 def _through_copies(values: Computation, name: str) -> Instruction:
-    found = values[name]
-    while found.opcode in ("copy", "bitcast") and found.operands:
-        found = values[found.operands[0]]
-    return found
+    """The instruction that computes a value, with copies and bitcasts skipped."""
+    source = values[name]
+    while source.opcode in ("copy", "bitcast") and source.operands:
+        source = values[source.operands[0]]
+    return source
 
 
 def _constant(values: Computation, name: str) -> int | None:
-    found = _through_copies(values, name)
-    return int(found.inside) if found.opcode == "constant" and re.fullmatch(r"-?\d+", found.inside) else None
+    """The value of an integer constant; None for anything else."""
+    source = _through_copies(values, name)
+    return int(source.inside) if source.opcode == "constant" and re.fullmatch(r"-?\d+", source.inside) else None
 
 
 def _element(values: Computation, name: str, index: int) -> int | None:
-    """The constant at an index of a tuple."""
-    made = values[name]
-    return _constant(values, made.operands[index]) if made.opcode == "tuple" else None
+    """The integer constant at an index of a tuple; None for anything else."""
+    source = values[name]
+    return _constant(values, source.operands[index]) if source.opcode == "tuple" else None
 
 
-def _attribute(each: Instruction, name: str) -> str:
-    found = re.search(rf"\b{name}=%?([\w.\-]+)", each.attributes)
-    assert found, (each.name, name)
-    return found[1]
+def _attribute(instruction: Instruction, name: str) -> str:
+    match = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)
+    assert match, (instruction.name, name)
+    return match[1]
 
 
-def _branches(each: Instruction) -> list[str]:
-    if listed := re.search(r"branch_computations=\{(.*?)\}", each.attributes):
+def _branches(instruction: Instruction) -> list[str]:
+    if listed := re.search(r"branch_computations=\{(.*?)\}", instruction.attributes):
         return re.findall(r"%?([\w.\-]+)", listed[1])
-    return [_attribute(each, "true_computation"), _attribute(each, "false_computation")]
+    return [_attribute(instruction, "true_computation"), _attribute(instruction, "false_computation")]
 
 
 def _add(total: Collectives, more: Collectives, times: int = 1) -> None:
@@ -193,12 +197,12 @@ def _add(total: Collectives, more: Collectives, times: int = 1) -> None:
         total[kind] = total.get(kind, Traffic()) + traffic * times
 
 
-def _traffic(kind: str, each: Instruction) -> Traffic:
-    """One run of a collective. A -start form returns (operands, results, ...)."""
-    shape = each.shape
-    if each.opcode.endswith("-start") and shape.startswith("("):
+def _traffic(kind: str, instruction: Instruction) -> Traffic:
+    """One execution of a collective. Its -start form returns (operands, results, ...)."""
+    shape = instruction.shape
+    if instruction.opcode.endswith("-start") and shape.startswith("("):
         shape = _elements(shape)[1] if len(_elements(shape)) > 1 else shape
-    size, n = shape_bytes(shape), group_size(each.attributes)
+    size, n = shape_bytes(shape), group_size(instruction.attributes)
     share = (n - 1) / n if n else 1.0
     sent = {
         "all-gather": size * share,
@@ -211,7 +215,7 @@ def _traffic(kind: str, each: Instruction) -> Traffic:
 
 
 def _elements(shape: str) -> list[str]:
-    """The members of a tuple's shape, nested tuples whole."""
+    """The shapes in a tuple's shape; nested tuples stay whole."""
     parts, depth = [""], 0
     for char in shape[1:-1]:
         depth += (char in "([{") - (char in ")]}")
@@ -223,7 +227,7 @@ def _elements(shape: str) -> list[str]:
 
 
 def shape_bytes(shape: str) -> int:
-    """Size of a shape such as "bf16[4,2048]{1,0}", or of a tuple of them."""
+    """Bytes of a shape such as "bf16[4,2048]{1,0}", or of a tuple of shapes."""
     total = 0
     for dtype, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
         bits = re.search(r"\d+", dtype)
@@ -233,7 +237,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def group_size(attributes: str) -> int:
-    """Devices that take part in one group of a collective; 0 where the text does not say."""
+    """Number of devices in one group of a collective; 0 if the text does not say."""
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(iota[2])
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):

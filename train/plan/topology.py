@@ -1,4 +1,4 @@
-"""Topologies that can be planned for: their chips, and the names that slices are sold under."""
+"""Topologies that the fit check knows: their chips, and the names under which clouds sell them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from train.devices.chips import Chip as Figures
+from train.devices.chips import Chip as Published
 from train.devices.chips import chip_of
 
 _HERE = Path(__file__).parent
@@ -19,38 +19,38 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """An accelerator that can be planned for.
+    """An accelerator that the fit check knows.
 
-    memory   bytes that a program may use: what the compiler allows on TPUs; on GPUs the three quarters that JAX takes
-             unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-    figures  published ones
+    memory     bytes that a program may use: on TPUs the compiler's limit; on GPUs the three quarters that JAX reserves
+               unless XLA_PYTHON_CLIENT_MEM_FRACTION is set
+    published  the vendor's figures
     """
 
     name: str
     platform: Literal["tpu", "gpu"]
     memory: float
-    figures: Figures
+    published: Published
 
     @property
     def flops(self) -> float:
-        """bf16 FLOP/s, dense."""
-        return self.figures.flops
+        """Peak dense bf16 FLOP/s."""
+        return self.published.flops
 
     @property
     def bandwidth(self) -> float:
-        """Of the memory, bytes/s."""
-        return self.figures.bandwidth
+        """Memory bandwidth, bytes/s."""
+        return self.published.bandwidth
 
     @property
     def network(self) -> float:
-        """Bytes/s that it can send to its neighbours, all links together, one way."""
-        return self.figures.network
+        """Bandwidth to other chips, all links together, one way, bytes/s."""
+        return self.published.network
 
 
 def _chip(name: str, platform: Literal["tpu", "gpu"], memory: float, kind: str) -> Chip:
-    figures = chip_of(kind)
-    assert figures is not None
-    return Chip(name, platform, memory, figures)
+    published = chip_of(kind)
+    assert published is not None
+    return Chip(name, platform, memory, published)
 
 
 CHIPS = {
@@ -67,11 +67,11 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips that are connected: one or several slices of a TPU, or the GPUs of one node.
+    """Connected chips: one or more slices of a TPU, or the GPUs of one node.
 
     name    as the compiler writes it ("v5e:4x4"), or "h100:8"
-    sold    what to ask a cloud for ("v5litepod-16"); the name itself for GPUs
-    chips   in all slices
+    chips   number of chips in all slices
+    sold    accelerator type to request from a cloud ("v5litepod-16"); for GPUs, the name itself
     """
 
     name: str
@@ -81,42 +81,40 @@ class Topology:
     slices: int = 1
 
     def __str__(self) -> str:
-        """As in "v5e:4x4 (16 chips, sold as v5litepod-16)"."""
-        many = f"{self.slices} x " if self.slices > 1 else ""
-        sold = f", sold as {many}{self.sold}" if self.sold != self.name else ""
-        return f"{many}{self.name} ({self.chips} chips{sold})"
+        """E.g. "v5e:4x4 (16 chips, sold as v5litepod-16)"."""
+        slices = f"{self.slices} x " if self.slices > 1 else ""
+        sold = f", sold as {slices}{self.sold}" if self.sold != self.name else ""
+        return f"{slices}{self.name} ({self.chips} chips{sold})"
 
 
 def sold_names() -> dict[str, str]:
-    """The topologies that can be had: the compiler's name -> the name that they are sold under."""
-    lines = [line.split() for line in SOLD.read_text().splitlines() if line and not line.startswith("#")]
-    return {line[0]: line[1] for line in lines}
+    """The TPU topologies that clouds sell: the compiler's name -> accelerator type."""
+    rows = [line.split() for line in SOLD.read_text().splitlines() if line and not line.startswith("#")]
+    return {row[0]: row[1] for row in rows}
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """Read "v5e:4x4" or "h100:8".
+    """Parse "v5e:4x4" or "h100:8".
 
     Raises:
-        ValueError: an unknown chip or shape; says which there are.
+        ValueError: an unknown chip or shape; the message lists the known ones.
     """
     kind, _, shape = text.partition(":")
     if kind not in CHIPS:
-        raise ValueError(
-            f"topology {text!r}: unknown chip {kind!r}; known are {', '.join(CHIPS)}, as in v5e:4x4, h100:8"
-        )
+        raise ValueError(f"topology {text!r}: unknown chip {kind!r}; known: {', '.join(CHIPS)}, as in v5e:4x4, h100:8")
     if slices < 1:
-        raise ValueError(f"slices: at least 1, got {slices}")
+        raise ValueError(f"slices: must be at least 1, got {slices}")
     chip = CHIPS[kind]
     if chip.platform == "gpu":
         if not shape.isdigit() or not 1 <= int(shape) <= 8:
-            raise ValueError(f"topology {text!r}: for GPUs give their number in one node, 1 to 8, as in {kind}:8")
+            raise ValueError(f"topology {text!r}: give the number of GPUs in one node, 1 to 8, as in {kind}:8")
         if slices > 1:
-            raise ValueError(f"topology {text!r}: several slices are of TPUs; GPUs are planned for one node")
+            raise ValueError(f"topology {text!r}: only TPUs have slices; GPUs are checked on one node")
         return Topology(text, chip, int(shape), text)
     names = sold_names()
     if text not in names:
-        near = difflib.get_close_matches(text, names, n=1) or [""]
-        own = [name for name in names if name.startswith(f"{kind}:")]
-        hint = f" (did you mean {near[0]}?)" if near[0] else ""
-        raise ValueError(f"topology {text!r}: no such slice{hint}; of {kind} there are {', '.join(own)}")
-    return Topology(text, chip, slices * prod(int(n) for n in shape.split("x")), names[text], slices)
+        closest = difflib.get_close_matches(text, names, n=1)
+        hint = f" (did you mean {closest[0]}?)" if closest else ""
+        known = [name for name in names if name.startswith(f"{kind}:")]
+        raise ValueError(f"topology {text!r}: no such slice{hint}; known for {kind}: {', '.join(known)}")
+    return Topology(text, chip, slices * prod(int(side) for side in shape.split("x")), names[text], slices)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -49,9 +48,9 @@ def score(output: str, gold: str, rule: Rule = "exact") -> bool:
 
 
 def interval(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a proportion: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n).
+    """Wilson's 95 % confidence interval of a proportion, accurate near 0 and 1 too.
 
-    Wilson 1927, doi:10.1080/01621459.1927.10502953. Unlike p ± z √(p(1-p)/n), it is accurate near 0 and 1.
+    Wilson 1927, doi:10.1080/01621459.1927.10502953.
 
     Args:
         successes: number of successes.
@@ -65,15 +64,10 @@ def interval(successes: int, n: int) -> tuple[float, float]:
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"interval: got {successes} successes of {n}, need 0 <= successes <= n and n > 0")
-    z = 1.959963984540054  # the 97.5 % point of the normal distribution
-    p = successes / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # Exact at 0 and 1, where rounding would leave 1e-17.
-    low = 0.0 if successes == 0 else (centre - half) / scale
-    high = 1.0 if successes == n else (centre + half) / scale
-    return low, high
+    import scipy.stats  # takes a second to import, and configs import this module
+
+    ends = scipy.stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 Metric = Literal["accuracy", "validation_loss"]

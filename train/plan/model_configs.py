@@ -1,8 +1,9 @@
-"""The model config of a config's base model, without its weights."""
+"""Model configs of base models, without their weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jaxsteer.io import load_config
 from jaxsteer.models.config import ModelConfig, RopeScaling
@@ -56,24 +57,28 @@ _GEMMA2_9B = {
     "num_key_value_heads": 8,
     "head_dim": 256,
 }
-_read = lambda raw: config_from_hf(raw, raw["model_type"])[1]
 
-KNOWN = {
+
+def _from_hf(raw: dict[str, Any]) -> ModelConfig:
+    return config_from_hf(raw, raw["model_type"])[1]
+
+
+KNOWN_CONFIGS = {
     **{f"meta-llama/Llama-3.1-8B{kind}": _8B for kind in ("", "-Instruct")},
     **{f"meta-llama/Llama-3.1-70B{kind}": _70B for kind in ("", "-Instruct")},
-    **{f"Qwen/Qwen2.5-7B{kind}": _read(_QWEN2_5_7B) for kind in ("", "-Instruct")},
-    "mistralai/Mistral-7B-Instruct-v0.3": _read(_MISTRAL_7B),
-    **{f"google/gemma-2-9b{kind}": _read(_GEMMA2_9B) for kind in ("", "-it")},
+    **{f"Qwen/Qwen2.5-7B{kind}": _from_hf(_QWEN2_5_7B) for kind in ("", "-Instruct")},
+    "mistralai/Mistral-7B-Instruct-v0.3": _from_hf(_MISTRAL_7B),
+    **{f"google/gemma-2-9b{kind}": _from_hf(_GEMMA2_9B) for kind in ("", "-it")},
 }
-"""Models planned for without the hub: its id -> what the config.json there says."""
+"""Hub id -> model config, as in the hub's config.json: models that can be checked offline."""
 
 
 def model_config_of(config: TrainConfig) -> ModelConfig:
-    """What the config's model is like: from its local files where it has any, else from KNOWN, else from the hub.
+    """The model config of a run's base model: from local files, else from KNOWN_CONFIGS, else from the hub.
 
     Raises:
-        ValueError: nothing is known of the model, see `jaxsteer.io.load_config`.
+        ValueError: the model is in none of them, see `jaxsteer.io.load_config`.
     """
-    if config.model in KNOWN and not Path(config.model).expanduser().exists():
-        return KNOWN[config.model]
+    if config.model in KNOWN_CONFIGS and not Path(config.model).expanduser().exists():
+        return KNOWN_CONFIGS[config.model]
     return load_config(resolve_model(config.model))

@@ -1,0 +1,124 @@
+"""The JSON files of a comparison: records of runs, timings, and results.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NotRequired, TypedDict
+
+import numpy as np
+
+from train.compare.config import Entry
+
+
+class RunRecord(TypedDict):
+    """One finished run: runs/SLUG/rate±N_seedN.json."""
+
+    entry: dict[str, object]
+    exponent: int
+    factor: float
+    seed: int
+    trainable: int
+    steps: int
+    losses: list[float]
+    overlap: list[list[float]]
+    chance_overlap: float
+    diverged: bool
+    validation: list[int]
+    test: list[int] | None
+
+
+class Timing(TypedDict):
+    """What a training step costs: runs/SLUG/timing.json.
+
+    tokens_per_second  of a single run; padding is not counted
+    step_bytes         memory that the compiled step of a single run needs: weights, state and temporaries
+    sweep_cost         seconds per step of a sweep over those of a single run (K runs one after another cost K); None
+                       if the base trains, because such runs are not merged
+    sweep_runs         K, the runs of that sweep
+    compile_seconds    for the step of a single run, then of the sweep
+    """
+
+    tokens_per_second: float
+    step_bytes: int
+    sweep_cost: float | None
+    sweep_runs: int
+    compile_seconds: list[float]
+
+
+class Interval(TypedDict):
+    """An estimate with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class MethodRow(Timing):
+    """A row of the table of results."""
+
+    method: str
+    plan: list[str]
+    trainable: int
+    steps: int
+    lr: float
+    weights_lr: float | None
+    validation: dict[str, float | None]
+    at_edge: bool
+    test: Interval
+    test_by_seed: list[float]
+    minus_first: Interval | None
+    final_loss: list[float]
+    overlap: float | None
+    largest_overlap: float | None
+    chance_overlap: float | None
+
+
+class Results(TypedDict):
+    """results.json; `files` lists what the report wrote, and is not in the file."""
+
+    model: str
+    parameters: int
+    device: str
+    jax: str
+    examples: dict[str, int]
+    seeds: int
+    settings: dict[str, object]
+    untouched: Interval
+    methods: list[MethodRow]
+    differences: dict[str, dict[str, Interval]]
+    files: NotRequired[list[str]]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """All runs of one method.
+
+    best    the best learning rate, as a power of the grid's factor
+    tried   a record for each learning rate, with one seed
+    seeds   a record for each seed at the best learning rate, with test answers
+    """
+
+    entry: Entry
+    best: int
+    tried: list[RunRecord]
+    seeds: list[RunRecord]
+    timing: Timing
+
+    @property
+    def test(self) -> np.ndarray:
+        """Which test answers are right, 1 or 0: [seeds, examples]."""
+        answers = [record["test"] for record in self.seeds]
+        assert None not in answers
+        return np.array(answers)
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best learning rate is at an edge of the grid."""
+        exponents = [record["exponent"] for record in self.tried]
+        return self.best in (min(exponents), max(exponents))
+
+    @property
+    def final_overlap(self) -> np.ndarray | None:
+        """The overlap of LoRA and steering after the last step, [seeds, joint layers]; None without joint layers."""
+        overlap = [record["overlap"][-1] for record in self.seeds if np.size(record["overlap"])]
+        return np.array(overlap) if overlap else None
