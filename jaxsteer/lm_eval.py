@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -25,7 +23,7 @@ from jaxsteer.inference.decoder import Decoder, generate_all
 from jaxsteer.inference.generate import GREEDY, Sampling
 from jaxsteer.inference.likelihood import score_continuations
 from jaxsteer.inference.scheduling import Limits, Request
-from jaxsteer.io import LoadedModel, load_config, load_model, load_steering
+from jaxsteer.io import LoadedModel, compute_dtype, load_config, load_model, load_steering
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
 
@@ -89,10 +87,9 @@ class JaxsteerLM(TemplateLM):
         name = pretrained or (file.model_name if file else None)
         if name is None:
             raise ValueError("which model? Give pretrained=..., or steering=... with a file that names its base model")
-        if steering is not None:
-            load_steering(steering, load_config(name))  # refuses the steering of another model before loading
-        default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        loaded = load_model(name, dtype=jnp.dtype(default if dtype == "auto" else dtype))
+        if file is not None:
+            file.check(load_config(name))  # refuses the steering of another model before loading
+        loaded = load_model(name, dtype=compute_dtype(dtype))
         plan, params = (file.plan, file.steering) if file else ((), {})
         number = int(batch_size) if str(batch_size).isdecimal() else DEFAULT_BATCH_SIZE
         self._set(loaded, plan, params, batch_size=number, max_length=max_length, seed=seed)
@@ -126,7 +123,7 @@ class JaxsteerLM(TemplateLM):
         TemplateLM.__init__(self)
         self.loaded, self.steering = loaded, steering
         self.steered = Model(loaded.config, plan)
-        self.tokenizer = loaded.tokenizer
+        self.tokenizer = loaded.require_tokenizer()
         self.batch_size, self.seed = batch_size, seed
         self.max_length = max_length or loaded.config.max_length
         plain, whole = (self.tokenizer("x", add_special_tokens=add)["input_ids"] for add in (False, True))

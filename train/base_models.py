@@ -9,14 +9,11 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxsteer.io import LoadedModel, SteeringFile, load_config, load_model, load_steering
+from jaxsteer.io import LoadedModel, SteeringFile, compute_dtype, load_config, load_model, load_steering
 from jaxsteer.io.stored import Place
 from jaxsteer.types import Plan, Steering
 from train.devices.machine import cache_folder
@@ -117,15 +114,6 @@ def load(
         )
 
 
-def compute_dtype(name: str) -> Any:
-    """The dtype called `name`; "auto" = fp32 on CPU, bf16 on accelerators. ValueError for any other name."""
-    if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype: auto, float32 or bfloat16; got {name!r}")
-    return jnp.dtype(name)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -143,14 +131,14 @@ if __name__ == "__main__":
 
 
 def load_steered(
-    path: str, model: str | None, dtype: str = "auto", place: Place | None = None
+    source: str | SteeringFile, model: str | None, dtype: str = "auto", place: Place | None = None
 ) -> tuple[LoadedModel, SteeringFile | None]:
     """Load a steering file and its base model; the file is checked against the model before weights are read.
 
     The base is loaded in int8, and with another tokenizer, if the steering was trained so.
 
     Args:
-        path: the steering file, or "none" for the pretrained model.
+        source: path of the steering file, or "none" for the pretrained model; or a file that is already read.
         model: name of the base model; None: as the file says.
         dtype: data type of the weights.
         place: gives the sharding of each leaf of the weights, see `train.devices.placement`.
@@ -158,14 +146,21 @@ def load_steered(
     Raises:
         ValueError: no such file; neither names a model; the file belongs to another model.
     """
-    if path != "none" and not Path(path).is_file():
-        raise ValueError(f"{path}: no such file (expected a steering file, or the word none)")
-    file = None if path == "none" else load_steering(path)
+    file: SteeringFile | None
+    match source:
+        case SteeringFile():
+            file = source
+        case "none":
+            file = None
+        case _:
+            if not Path(source).is_file():
+                raise ValueError(f"{source}: no such file (expected a steering file, or the word none)")
+            file = load_steering(source)
     name = model or (file.model_name if file else None)
     if name is None:
         raise ValueError("which model? Give --model, or a steering file, which names its own")
     if file is not None:
-        load_steering(path, load_config(resolve_model(name)))
+        file.check(load_config(resolve_model(name)))
     run = file.notes.get("config", {}) if file else {}
     quantised = run.get("quantise") == "int8"
     return load(name, dtype, place, quantised=quantised, tokenizer=run.get("tokenizer")), file

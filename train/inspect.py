@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsteer.batches import make_batch
-from jaxsteer.io import load_config, load_steering
+from jaxsteer.io import compute_dtype, load_config, load_steering
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, forward, init_base
 from jaxsteer.plans import method_name, parse_plan
 from jaxsteer.steering import steering_shapes
 from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
-from train.base_models import compute_dtype, load_steered, resolve_model
+from train.base_models import load_steered, resolve_model
 from train.cli import load_config_file, run_main
 from train.config import TrainConfig
 from train.devices.machine import enable_compilation_cache
@@ -110,7 +110,7 @@ def inspect_shift(config: InspectConfig, prompt: str) -> None:
     loaded, file = load_steered(config.source, config.model, config.dtype)
     assert file is not None
     print_plan(file.plan, file.steering, loaded.config)
-    ids = loaded.tokenizer(prompt)["input_ids"]
+    ids = loaded.require_tokenizer()(prompt)["input_ids"]
     model, batch = Model(loaded.config, file.plan), make_batch(jnp.array([ids]))
     shifts = jax.device_get(relative_shift(model, loaded.base, file.steering, batch, SHOWN_SITES))
     table = Table(title=f"‖Δh‖ / ‖h‖ on {len(ids)} tokens, mean over tokens", title_justify="left")

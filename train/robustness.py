@@ -114,7 +114,7 @@ def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *
     """
     tokenised = []
     for number, text in enumerate(texts, 1):
-        ids = np.asarray(evaluator.loaded.tokenizer(text)["input_ids"][:length], np.int32)
+        ids = np.asarray(evaluator.loaded.require_tokenizer()(text)["input_ids"][:length], np.int32)
         half = len(ids) // 2
         if len(ids) >= 4:
             tokenised.append(TokenizedExample(ids, np.arange(len(ids)) >= half, half, f"neutral text {number}"))
@@ -198,10 +198,11 @@ def main() -> None:
     enable_compilation_cache()
     files = read_methods(config)
     place = place_on(config.mesh, config.batch_size)
-    loaded, _ = load_steered(config.steering[0], config.model, config.dtype, place.base)
-    for path in config.steering[1:]:
-        load_steering(path, loaded.config)
-    task = find_task(config.config, config.data, next(iter(files.values())).notes)
+    first = next(iter(files.values()))
+    loaded, _ = load_steered(first, config.model, config.dtype, place.base)
+    for file in files.values():
+        file.check(loaded.config)
+    task = find_task(config.config, config.data, first.notes)
     transferred = load_config_file(config.transfer, TrainConfig).task if config.transfer else None
     sets = example_sets(config, task, transferred)
     evaluator = Evaluator(

@@ -1,8 +1,12 @@
-"""The only package of the library that opens files: pretrained models, tokenizers, steering files, export."""
+"""Everything that reads or writes files: pretrained models, tokenizers, steering files, export to Hugging Face.
+
+No other package of the library opens a file. How a family's fields and tensors map to ours is data, in
+`jaxsteer.models.families`.
+"""
 
 from jaxsteer.io.export import save_hf
 from jaxsteer.io.identity import config_from_json, config_to_json, fingerprint
-from jaxsteer.io.load import LoadedModel, load_base, load_config, load_model, load_tokenizer
+from jaxsteer.io.load import LoadedModel, compute_dtype, load_base, load_config, load_model, load_tokenizer
 from jaxsteer.io.steering_file import SteeringFile, load_steering, save_steering
 from jaxsteer.io.tokenizer import Tokenizer
 
@@ -10,6 +14,7 @@ __all__ = [
     "LoadedModel",
     "SteeringFile",
     "Tokenizer",
+    "compute_dtype",
     "config_from_json",
     "config_to_json",
     "fingerprint",

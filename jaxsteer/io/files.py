@@ -1,4 +1,4 @@
-"""Small files: JSON with errors that name the file, and writing that is whole or not at all."""
+"""Small files: one JSON reader whose errors name the file, and atomic writes."""
 
 from __future__ import annotations
 
@@ -7,29 +7,84 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
+
+Json: TypeAlias = Any
+"""What JSON can hold: None, bool, int, float, str, list or dict. Check a value's type before using it."""
+
+DEPTH_LIMIT = 100
+"""Nesting of lists and objects beyond which JSON is refused: Python's own functions fail on a few hundred levels."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def parse_json(text: str | bytes, where: str, *, unique_keys: bool = False) -> Json:
+    """Parse JSON that may be damaged or hostile.
+
+    Args:
+        text: the JSON; bytes are UTF-8.
+        where: the file, and which part of it, for the message.
+        unique_keys: refuse an object that gives a key twice, instead of keeping the last value.
 
     Raises:
-        ValueError: the file is not there, not JSON, or not an object.
+        ValueError: not JSON, more than DEPTH_LIMIT levels deep, or a repeated key; the message begins with `where`.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(text, bytes):
+            text = text.decode()
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply; at most {DEPTH_LIMIT} levels are read") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+    if _is_deeper_than(value, DEPTH_LIMIT):
+        raise ValueError(f"{where}: nested too deeply; at most {DEPTH_LIMIT} levels are read")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    """A JSON object, refused if it repeats a key."""
+    result: dict[str, Json] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"{key!r} is given twice")
+        result[key] = value
+    return result
+
+
+def _is_deeper_than(value: Json, limit: int) -> bool:
+    """Whether lists and objects nest more than `limit` levels deep, found without recursion."""
+    level = [value]
+    for _ in range(limit + 1):
+        containers = [part for part in level if isinstance(part, dict | list)]
+        if not containers:
+            return False
+        level = [child for part in containers for child in (part.values() if isinstance(part, dict) else part)]
+    return True
+
+
+def read_json(path: str | Path) -> dict[str, Json]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        ValueError: the file does not exist, is not JSON, nests too deeply, or is not an object.
+    """
+    try:
+        data = parse_json(Path(path).read_bytes(), str(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Was the download or the copy cut short?") from None
+    except ValueError as error:
+        raise ValueError(f"{error}. Was the download or the copy cut short?") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` that takes its place once complete, and goes on an error."""
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a temporary file next to `path` that replaces it when the block ends, and is deleted if it raises.
+
+    Readers, and a process that is killed, see either the old file or the complete new one.
+    """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
@@ -41,17 +96,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write an indented JSON object, whole or not at all: a killed process leaves the old file.
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically, see `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
-    NaN and the infinities, which JSON does not have, become the text "NaN", "Infinity", "-Infinity".
+
+def write_json(path: str | Path, data: Mapping[str, Json]) -> None:
+    """Write an indented JSON object atomically, see `replacing`.
+
+    NaN and the infinities, which JSON does not have, become the strings "NaN", "Infinity" and "-Infinity".
 
     Raises:
         ValueError: a value that JSON cannot hold.
     """
     try:
         values = json.loads(json.dumps(dict(data)), parse_constant=str)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be written as JSON ({error})") from None
-    with replacing(Path(path)) as file:
-        file.write((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -1,39 +1,30 @@
-"""GGUF metadata -> ModelConfig. The keys are llama.cpp's; any that is not known here is refused."""
+"""GGUF metadata -> ModelConfig. The keys are llama.cpp's; a key that is not supported is refused."""
 
 from __future__ import annotations
 
 import math
 import reprlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from jaxsteer.io.gguf_file import Gguf
+from jaxsteer.io.gguf_file import Gguf, GgufValue
 from jaxsteer.io.stored import Stored, repeats_embedding
 from jaxsteer.models.config import ModelConfig, RopeScaling
-from jaxsteer.models.families import (
-    Family,
-    Row,
-    families_of,
-    flags_of_layers,
-    model_config,
-    unrotated_layers,
-    window_fields,
-)
-from jaxsteer.models.families.table import REQUIRED
+from jaxsteer.models.families import families_of, flags_of_layers, model_config, unrotated_layers, window_fields
+from jaxsteer.models.families.table import REQUIRED, Family, Fields, FieldValue, Row
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""Constant tensor [H/2] of a scaled model: what each rotary frequency is to be divided by."""
+"""Constant tensor [H/2] of a model with scaled positions: the divisor of each rotary frequency."""
 
 LONGROPE_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
-"""The same for long and for short contexts, in models that are not read."""
+"""The same for long and short contexts; models that have these are not supported."""
 
 _IGNORED = {"rope.scaling.finetuned", "rope.scaling.original_context_length", "attention.causal"}
-"""Keys (without the architecture's prefix) that change nothing once the others are followed."""
+"""Keys (without the architecture's prefix) that add nothing to the others."""
 
 _ZERO = {"expert_count", "expert_used_count", "attention.sliding_window", "attention.clamp_kqv"}
-"""Keys of features that are off at 0; of a family that has them they are among its `gguf_keys`."""
+"""Keys of features that 0 disables; a family that has the feature lists its key in `gguf_keys`."""
 
 _SCALING = {"rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor"}
 _KINDS: dict[str, type] = {
@@ -41,39 +32,39 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("attn_softcap", "final_softcap"), float),
 }
 _OPTIONAL = ("attn_softcap", "final_softcap")
-"""Fields that 0 switches off."""
+"""Fields that 0 disables."""
 
 
 def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
-    """Read the model's features from a GGUF file's metadata, and from which tensors it holds.
+    """Read the model's family and config from a GGUF file's metadata, and from which tensors it holds.
 
     Raises:
-        ValueError: an unknown architecture; a key that is missing, of the wrong type, or not known.
+        ValueError: an unknown architecture; a key that is missing, has the wrong type, or is not supported.
     """
     where = str(file.path)
     families = families_of("gguf", file.metadata.get("general.architecture"), where)
     prefix = f"{families[0].gguf}."
-    said = {key.removeprefix(prefix): v for key, v in file.metadata.items() if key.startswith(prefix)}
-    family = min(families, key=lambda family: len(_unknown(family, said)))
-    if unknown := _unknown(family, said):
+    keys = {key.removeprefix(prefix): v for key, v in file.metadata.items() if key.startswith(prefix)}
+    family = min(families, key=lambda family: len(_unknown(family, keys)))
+    if unknown := _unknown(family, keys):
         raise ValueError(
             f"{where}: "
-            + ", ".join(f"{prefix}{key} is {reprlib.repr(said[key])}" for key in unknown)
-            + f", but for the {family.name} family this is not known; this model cannot be loaded faithfully"
+            + ", ".join(f"{prefix}{key} is {reprlib.repr(keys[key])}" for key in unknown)
+            + f", which is not supported for the {family.name} family; this model cannot be loaded faithfully"
         )
     vocab, width = _embedding(file, family)
-    read: dict[str, Any] = {"vocab_size": vocab, "width": width}
+    read: Fields = {"vocab_size": vocab, "width": width}
     for ours, (key, default) in family.gguf_keys.items():
-        if key in said:
-            read[ours] = _typed(said[key], ours, f"{where}: {prefix}{key}")
+        if key in keys:
+            read[ours] = _typed(keys[key], ours, f"{where}: {prefix}{key}")
         elif default is REQUIRED:
             raise ValueError(f"{where}: {prefix}{key} is missing")
         else:
             read[ours] = default(read) if callable(default) else default
     for key, expected in _implied(read).items():
-        if said.get(key, expected) != expected:
+        if keys.get(key, expected) != expected:
             raise ValueError(
-                f"{where}: {prefix}{key} is {reprlib.repr(said[key])}; only {expected} is supported for this model"
+                f"{where}: {prefix}{key} is {reprlib.repr(keys[key])}; only {expected} is supported for this model"
             )
     read |= {ours: read[ours] or None for ours in _OPTIONAL if ours in read}
     read |= _windows(read.pop("window", 0), read.pop("local_layers", 0), read["layers"], where)
@@ -81,24 +72,27 @@ def config_from_gguf(file: Gguf) -> tuple[Family, ModelConfig]:
         read.pop("local_rope_theta", None)
     read |= unrotated_layers(family, {}, read["layers"], where)
     read |= {row.when: row.gguf.replace("{i}", "0") in file.tensors for row in family.rows if row.when}
-    read |= {row.unless: _is_elsewhere(file, row, family) for row in family.rows if row.unless}
+    read |= {row.unless: _is_tied(file, row, family) for row in family.rows if row.unless}
     if "rope_theta" in read:
-        read["rope_scaling"] = _scaling(file, read["rope_theta"], read["head_dim"], said, where)
+        read["rope_scaling"] = _scaling(file, read["rope_theta"], read["head_dim"], keys, where)
     return family, model_config(read | dict(family.features), where)
 
 
-def _unknown(family: Family, said: Mapping[str, Any]) -> list[str]:
-    """The keys that a family does not know how to follow."""
+def _unknown(family: Family, keys: Mapping[str, GgufValue]) -> list[str]:
+    """The keys that are not supported for a family."""
     known = {key for key, _ in family.gguf_keys.values()} | set(_implied(family.gguf_keys)) | _IGNORED
     if "rope_theta" in family.gguf_keys:
         known |= _SCALING
-    return [key for key, value in said.items() if key not in known and not (key in _ZERO and value == 0)]
+    return [key for key, value in keys.items() if key not in known and not (key in _ZERO and value == 0)]
 
 
-def _implied(read: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys that can only repeat what others say; of the fields' names alone, which keys those are."""
+def _implied(read: Mapping[str, object]) -> dict[str, object]:
+    """Keys that must repeat what others say, with the value they must have.
+
+    `read` has our fields, or anything else by their names if only the keys matter.
+    """
     head_dim = read.get("head_dim")
-    same = {"embedding_length": read.get("width"), "vocab_size": read.get("vocab_size")}
+    same: dict[str, object] = {"embedding_length": read.get("width"), "vocab_size": read.get("vocab_size")}
     same |= dict.fromkeys(
         ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"), head_dim
     )
@@ -108,7 +102,7 @@ def _implied(read: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _embedding(file: Gguf, family: Family) -> tuple[int, ...]:
-    """The shape of the token embedding, [V, D]."""
+    """V and D, the shape of the token embedding."""
     name = next(row.gguf for row in family.rows if row.path == "embed/embedding")
     if name not in file.tensors:
         raise ValueError(f"{file.path}: the tensor {name} is missing; is this a part of a split model?")
@@ -118,25 +112,30 @@ def _embedding(file: Gguf, family: Family) -> tuple[int, ...]:
     return shape
 
 
-def _is_elsewhere(file: Gguf, row: Row, family: Family) -> bool:
-    """Whether a head is the embedding: it is not stored, or as old converters did it, once more."""
+def _is_tied(file: Gguf, row: Row, family: Family) -> bool:
+    """Whether the head is tied: not stored, or stored as a copy of the embedding, as old converters did."""
     return row.gguf not in file.tensors or repeats_embedding(file.tensors, row.gguf, "gguf", family)
 
 
-def _typed(value: Any, ours: str, what: str) -> Any:
-    """The value of a key, if it has the type of our field."""
+def _typed(value: GgufValue, ours: str, what: str) -> FieldValue | list[bool]:
+    """The value of a key, checked against the type of our field; `what` is the file and key, for the message."""
     if ours == "local_layers":
-        if type(value) is int or (isinstance(value, list) and all(type(flag) is bool for flag in value)):
+        if type(value) is int:
             return value
+        if isinstance(value, list) and all(type(flag) is bool for flag in value):
+            return [flag is True for flag in value]
         raise ValueError(f"{what} is {reprlib.repr(value)}; expected a period or a flag for each layer")
     kind = _KINDS.get(ours, int)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{what} is {reprlib.repr(value)}; expected one {kind.__name__} for all layers")
-    # Stored as fp32: 1e-05 comes back as 9.99e-06 unless it is read as the shortest decimal.
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    if isinstance(value, float):  # stored as fp32: 1e-05 comes back as 9.99e-06 unless read as the shortest decimal
+        return float(str(np.float32(value)))
+    assert isinstance(value, int)
+    return value
 
 
-def _windows(size: int, local: int | list[bool], layers: int, where: str) -> dict[str, Any]:
+def _windows(size: int, local: int | list[bool], layers: int, where: str) -> Fields:
+    """The window and its layers; {} if no layer has one."""
     if size == 0:
         return {}
     if isinstance(local, list):
@@ -147,13 +146,14 @@ def _windows(size: int, local: int | list[bool], layers: int, where: str) -> dic
 
 
 def parameters_of(file: Gguf) -> dict[str, Stored]:
-    """The file's tensors without the constants that `config_from_gguf` has read."""
+    """The file's tensors without the constants, which `config_from_gguf` reads."""
     return {name: tensor for name, tensor in file.tensors.items() if name != ROPE_FACTORS}
 
 
-def _scaling(file: Gguf, theta: float, head_dim: int, said: Mapping[str, Any], where: str) -> RopeScaling | None:
-    kind, attention = said.get("rope.scaling.type", "none"), said.get("rope.scaling.attn_factor", 1.0)
-    factor = said.get("rope.scale_linear", said.get("rope.scaling.factor", 1.0))
+def _scaling(file: Gguf, theta: float, head_dim: int, keys: Mapping[str, GgufValue], where: str) -> RopeScaling | None:
+    """How rotary positions are scaled, from the metadata or from the tensor of factors; None if they are not."""
+    kind, attention = keys.get("rope.scaling.type", "none"), keys.get("rope.scaling.attn_factor", 1.0)
+    factor = keys.get("rope.scale_linear", keys.get("rope.scaling.factor", 1.0))
     if long := [name for name in LONGROPE_FACTORS if name in file.tensors]:
         raise ValueError(
             f"{where}: {', '.join(long)}: the rotary positions are scaled by longrope; supported are none, linear and "
@@ -165,7 +165,7 @@ def _scaling(file: Gguf, theta: float, head_dim: int, said: Mapping[str, Any], w
             f"{reprlib.repr(attention)}; supported are none, linear and llama3's factors, with an attention factor of 1"
         )
     linear = kind == "linear" or factor != 1.0
-    if linear and (type(factor) is not float or not 0 < factor < math.inf):
+    if not isinstance(factor, float) or (linear and not 0 < factor < math.inf):
         raise ValueError(f"{where}: rope.scaling.factor is {reprlib.repr(factor)}; expected a positive number")
     if ROPE_FACTORS not in file.tensors:
         return RopeScaling("linear", float(str(np.float32(factor)))) if linear else None
@@ -178,26 +178,25 @@ def _scaling(file: Gguf, theta: float, head_dim: int, said: Mapping[str, Any], w
     scaling = scaling_from_factors(factors.read().astype(np.float64), theta)
     if scaling is None:
         raise ValueError(
-            f"{where}: {ROPE_FACTORS} does not follow Llama 3's rule for stretched frequencies (kept, "
-            "blended, divided); no other is supported"
+            f"{where}: {ROPE_FACTORS} does not follow Llama 3's rule for scaled frequencies (kept, "
+            "blended, divided); no other rule is supported"
         )
     return None if scaling.factor == 1.0 else scaling
 
 
 def scaling_from_factors(factors: np.ndarray, theta: float) -> RopeScaling | None:
-    """The llama3 scaling whose divisors of the rotary frequencies are these.
+    """The llama3 scaling that divides the rotary frequencies by these factors.
 
-    A frequency that turns t times within the original context is divided by 1 / (keep + (1 - keep) / factor)
-    with keep = clip((t - low) / (high - low), 0, 1). That is one function of t / original_length, so only the
-    ratios of
-    the three numbers can be known: published models' (1, 4, 8192) is tried first, then low = 1 is assumed.
+    A frequency that makes t turns within the original context is divided by 1 / (keep + (1 - keep) / factor) with
+    keep = clip((t - low) / (high - low), 0, 1). This depends only on the ratios of low, high and the original length,
+    so one of them must be chosen: the (1, 4, 8192) of published models is tried first, then low = 1 is assumed.
 
     Args:
         factors: fp64 [H/2].
         theta: the rotary base.
 
     Returns:
-        The scaling; factor 1.0 where nothing is stretched; None if the numbers follow another rule.
+        The scaling, with factor 1.0 if all factors are 1; None if the factors follow another rule.
     """
     half = len(factors)
     factor = float(str(np.float32(factors.max())))
@@ -205,7 +204,7 @@ def scaling_from_factors(factors: np.ndarray, theta: float) -> RopeScaling | Non
         return None
     if factor == 1.0:
         return RopeScaling("llama3", 1.0)
-    rate = theta ** (-np.arange(half) / half) / (2 * math.pi)  # turns a token
+    rate = theta ** (-np.arange(half) / half) / (2 * math.pi)  # turns per token
     keep = (1 / factors - 1 / factor) / (1 - 1 / factor)
     candidates = [RopeScaling("llama3", factor, 1.0, 4.0, 8192)]
     blended = (keep > 1e-4) & (keep < 1 - 1e-4)

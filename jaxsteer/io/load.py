@@ -1,12 +1,14 @@
-"""Load a pretrained model: config, weights and tokenizer, together or apart."""
+"""Load a pretrained model: config, weights and tokenizer, together or separately."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from jaxsteer.io import source as sources
 from jaxsteer.io.files import read_json
@@ -14,10 +16,17 @@ from jaxsteer.io.gguf_config import config_from_gguf, parameters_of
 from jaxsteer.io.gguf_file import open_gguf
 from jaxsteer.io.identity import fingerprint
 from jaxsteer.io.safetensors_file import open_safetensors
-from jaxsteer.io.stored import Place, Progress, Stored, read_base
-from jaxsteer.io.tokenizer import has_tokenizer, stop_tokens_from_gguf, tokenizer_from_folder, tokenizer_from_gguf
+from jaxsteer.io.stored import Place, Progress, ReadOptions, Stored, read_base
+from jaxsteer.io.tokenizer import (
+    Tokenizer,
+    has_tokenizer,
+    stop_tokens_from_gguf,
+    tokenizer_from_folder,
+    tokenizer_from_gguf,
+)
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.families import Family, config_from_hf
+from jaxsteer.models.families import config_from_hf
+from jaxsteer.models.families.table import Family
 from jaxsteer.types import PyTree
 
 
@@ -27,26 +36,36 @@ class LoadedModel:
 
     config       its features
     base         its weights, in the layout of `jaxsteer.models.transformer.init_base`
-    tokenizer    a `transformers.PreTrainedTokenizerFast`; None where the source has none
-    name         the hub's id, the folder's name or the file's, for people
-    fingerprint  of the config, see `fingerprint`
+    tokenizer    a `transformers.PreTrainedTokenizerFast`; None if the source has none
+    name         for display: the hub id, the folder's name, or the file's name without its ending
+    fingerprint  of the config, see `jaxsteer.io.fingerprint`
     family       our name of its family, see `jaxsteer.models.families.FAMILIES`
     stop_tokens  ids that end a reply
     """
 
     config: ModelConfig
     base: PyTree
-    tokenizer: Any
+    tokenizer: Tokenizer | None
     name: str
     fingerprint: str
     family: str
     stop_tokens: tuple[int, ...]
 
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name}: this model comes without a tokenizer; say where to load one from")
+        return self.tokenizer
+
 
 def load_model(
     source: str | Path,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     progress: Progress | None = None,
     place: Place | None = None,
     quantised: bool = False,
@@ -55,80 +74,87 @@ def load_model(
     """Load config, weights and tokenizer.
 
     Args:
-        source: a folder with config.json and safetensors, a .gguf file, or a hub id ("owner/name").
-        dtype: of the weights; quantised ones are dequantised to it.
-        progress: called with (bytes read, bytes that this process reads in all) after every tensor or part of one.
-        place: (path, shape) -> the sharding of a stacked leaf. Each process reads its own shards only, so that host
-            memory stays near what its devices hold. By default all is on one device.
-        quantised: the projections of the blocks in int8, see `jaxsteer.models.quantise`.
-        tokenizer: where it comes from, if not from `source`: a GGUF file may have one of a kind that is not known.
+        source: a folder with config.json and safetensors, a .gguf file, or a Hugging Face id ("owner/name").
+        dtype: of the weights; quantised GGUF tensors are dequantised to it. See `compute_dtype`.
+        progress: called with (bytes read so far, bytes that this process will read) after every tensor or part of one.
+        place: (path, shape) -> the sharding of a stacked leaf; by default all leaves are on the default device. Each
+            process reads its own shards only, so that host memory stays near what its devices hold.
+        quantised: store the blocks' projections in int8, see `jaxsteer.models.quantise`.
+        tokenizer: where to load the tokenizer from, if not from `source`: the vocabulary of a GGUF file may be of an
+            unsupported kind.
 
     Raises:
         ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully.
     """
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER, *sources.WEIGHTS))
     family, config = _read_config(path)
-    own = path if path.is_file() or has_tokenizer(path) else None
-    words = None if (given := tokenizer or own) is None else load_tokenizer(given)
-    base = _load_base(path, family, config, dtype, progress, place, quantised)
-    stops = _stop_tokens(path, words)
+    if tokenizer is None and (path.is_file() or has_tokenizer(path)):
+        tokenizer = path
+    loaded_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
+    base = _load_base(path, family, config, ReadOptions(dtype, progress, place, quantised))
+    stop_tokens = _stop_tokens(path, loaded_tokenizer)
     name = sources.name_of(source, path)
-    return LoadedModel(config, base, words, name, fingerprint(config), family.name, stops)
+    return LoadedModel(config, base, loaded_tokenizer, name, fingerprint(config), family.name, stop_tokens)
+
+
+def compute_dtype(name: str) -> np.dtype:
+    """The dtype of weights and compute that an option names; "auto" is fp32 on CPU and bf16 on accelerators.
+
+    Raises:
+        ValueError: `name` is not auto, float32 or bfloat16.
+    """
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype: auto, float32 or bfloat16; got {name!r}")
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
 
 
 def load_base(
     source: str | Path,
     *,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     progress: Progress | None = None,
     place: Place | None = None,
     quantised: bool = False,
 ) -> PyTree:
-    """Load the weights alone; see `load_model`."""
+    """Load only the weights; see `load_model`."""
     path = sources.locate(source, (*sources.CONFIG, *sources.WEIGHTS))
-    return _load_base(path, *_read_config(path), dtype, progress, place, quantised)
+    return _load_base(path, *_read_config(path), ReadOptions(dtype, progress, place, quantised))
 
 
 def load_config(source: str | Path) -> ModelConfig:
-    """Load the config alone, without reading weights; see `load_model`."""
+    """Load only the config, without reading weights; see `load_model`."""
     return _read_config(sources.locate(source, sources.CONFIG))[1]
 
 
-def load_tokenizer(source: str | Path) -> Any:
-    """Load the tokenizer alone; see `load_model`.
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """Load only the tokenizer; see `load_model`.
 
     Raises:
-        ValueError: the source has no tokenizer, or one of a kind that is not known.
+        ValueError: the source has no tokenizer, or one of an unsupported kind.
     """
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER))
     return tokenizer_from_gguf(open_gguf(path).metadata, str(path)) if path.is_file() else tokenizer_from_folder(path)
 
 
 def _read_config(path: Path) -> tuple[Family, ModelConfig]:
+    """Family and config of a local folder or .gguf file."""
     if path.is_file():
         return config_from_gguf(open_gguf(path))
     file = path / "config.json"
     return config_from_hf(read_json(file), str(file))
 
 
-def _load_base(
-    path: Path,
-    family: Family,
-    config: ModelConfig,
-    dtype: Any,
-    progress: Progress | None,
-    place: Place | None,
-    quantised: bool,
-) -> PyTree:
-    layout = "gguf" if path.is_file() else "hf"
-    stored = parameters_of(open_gguf(path)) if path.is_file() else _open_folder(path)
-    return read_base(
-        stored, layout, family, config, str(path), dtype=dtype, progress=progress, place=place, quantised=quantised
-    )
+def _load_base(path: Path, family: Family, config: ModelConfig, options: ReadOptions) -> PyTree:
+    """The weights in a local folder or .gguf file."""
+    if path.is_file():
+        return read_base(parameters_of(open_gguf(path)), "gguf", family, config, str(path), options)
+    return read_base(_open_folder(path), "hf", family, config, str(path), options)
 
 
 def _open_folder(folder: Path) -> dict[str, Stored]:
-    """The tensors of a folder's model.safetensors, or of the shards that its index names."""
+    """The tensors of a folder's model.safetensors, or of the shards that its index lists."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return open_safetensors(single)[0]
@@ -137,33 +163,34 @@ def _open_folder(folder: Path) -> dict[str, Stored]:
             f"{folder}: no model.safetensors and no model.safetensors.index.json. If the weights are .bin or "
             ".pth, convert them to safetensors first"
         )
-    said = read_json(index).get("weight_map")
-    if not isinstance(said, dict) or not all(isinstance(name, str) for name in said.values()):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index}: expected a weight_map from tensors to files")
     stored: dict[str, Stored] = {}
-    for name in sorted(set(said.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{index}: {name!r} is outside the folder; shards must lie beside their index")
-        for tensor, found in open_safetensors(folder / name)[0].items():
-            if said.get(tensor) != name:
-                raise ValueError(f"{folder / name}: holds {tensor}, which the index does not place there")
-            stored[tensor] = found
-    if lost := sorted(set(said) - set(stored)):
-        raise ValueError(f"{index}: the shards do not hold {', '.join(lost)}, which the index promises")
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise ValueError(f"{index}: {shard!r} is outside the folder; shards must be next to their index")
+        for name, tensor in open_safetensors(folder / shard)[0].items():
+            if weight_map.get(name) != shard:
+                raise ValueError(f"{folder / shard}: holds {name}, which the index does not place there")
+            stored[name] = tensor
+    if missing := sorted(set(weight_map) - set(stored)):
+        raise ValueError(f"{index}: the shards do not hold {', '.join(missing)}, which the index promises")
     return stored
 
 
-def _stop_tokens(path: Path, tokenizer: Any) -> tuple[int, ...]:
-    """What a GGUF file says, or generation_config.json, or config.json, or the tokenizer."""
-    if path.is_file() and (named := stop_tokens_from_gguf(open_gguf(path).metadata)):
-        return named
+def _stop_tokens(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """From the first of these that names any: the GGUF file, generation_config.json, config.json, the tokenizer."""
+    if path.is_file() and (from_gguf := stop_tokens_from_gguf(open_gguf(path).metadata)):
+        return from_gguf
     for name in ("generation_config.json", "config.json"):
         if (path / name).is_file():
-            said = read_json(path / name).get("eos_token_id")
-            ids = said if isinstance(said, list) else [] if said is None else [said]
+            eos = read_json(path / name).get("eos_token_id")
+            ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
             if any(type(i) is not int for i in ids):
-                raise ValueError(f"{path / name}: eos_token_id is {said!r}; expected an id or a list of them")
+                raise ValueError(f"{path / name}: eos_token_id is {eos!r}; expected a token id or a list of them")
             if ids:
                 return tuple(dict.fromkeys(ids))
-    eos = getattr(tokenizer, "eos_token_id", None)
-    return () if eos is None else (eos,)
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        return ()
+    return (tokenizer.eos_token_id,)

@@ -1,9 +1,10 @@
-"""The safetensors format: a checked header, tensors read and written one at a time.
+"""The safetensors format: a checked header; tensors are read and written one at a time.
 
-Layout (huggingface/safetensors): u64 length of the header, the header as JSON
-{name: {dtype, shape, data_offsets}, "__metadata__": {str: str}}, then the bytes without gaps. The package of
-that
-name is not used: its numpy interface knows no bfloat16 in older versions and writes only from whole trees.
+Layout (huggingface/safetensors): the header's length as u64, the header as JSON
+{name: {dtype, shape, data_offsets}, "__metadata__": {str: str}}, then the tensors' bytes without gaps.
+
+The `safetensors` package is not used: it writes from a dict of arrays that are all in memory, and its errors about a
+damaged file do not name the tensor.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import os
 import reprlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from jaxsteer.io.files import replacing
+from jaxsteer.io.files import Json, parse_json, replacing
 from jaxsteer.io.stored import Index, Read, Stored, read_part, size
 
-DTYPES: dict[str, Any] = {
+DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -39,12 +40,12 @@ DTYPES: dict[str, Any] = {
     "BOOL": np.dtype("?"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
-HEADER_LIMIT = 100_000_000  # the format's own
+HEADER_LIMIT = 100_000_000  # bytes; set by the format
 AXES_LIMIT = 8
 
 
 class ToWrite(NamedTuple):
-    """A tensor to be written; `read` is called when its turn comes."""
+    """A tensor to write; `read` returns its value, of this shape and dtype, and is called just before it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,40 +57,32 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Read the header of a safetensors file.
 
     Returns:
-        The tensors by name, each read when asked for, and the file's own metadata.
+        The tensors by name, each read only when its `read` is called, and the file's metadata.
 
     Raises:
-        ValueError: the file is truncated or malformed; reading a tensor that is not of a float type.
+        ValueError: the file is truncated or malformed; reading a tensor whose dtype is not a float type.
     """
     try:
-        length = os.path.getsize(path)
+        file_size = os.path.getsize(path)
         with open(path, "rb") as file:
-            head = int.from_bytes(file.read(8), "little")
-            if length < 8 or head > min(length - 8, HEADER_LIMIT):
-                raise ValueError(f"the header would end at byte {8 + head} of {length}")
-            header = json.loads(file.read(head), object_pairs_hook=_once)
-        return _parse(path, header, 8 + head, length)
+            header_size = int.from_bytes(file.read(8), "little")
+            if file_size < 8 or header_size > min(file_size - 8, HEADER_LIMIT):
+                raise ValueError(f"the header would end at byte {8 + header_size} of {file_size}")
+            # Of two entries for one tensor neither can be trusted.
+            header = parse_json(file.read(header_size), "the header", unique_keys=True)
+        return _parse(path, header, 8 + header_size, file_size)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path}: not a complete safetensors file ({error}). Was the download or the copy cut short?"
         ) from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object that names nothing twice: of two entries for a tensor neither can be believed."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name!r} is given twice")
-        found[name] = value
-    return found
-
-
-def _parse(path: Path, header: Any, start: int, length: int) -> tuple[dict[str, Stored], dict[str, str]]:
+def _parse(path: Path, header: Json, start: int, file_size: int) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors and the metadata of a header; the tensors' bytes begin at `start`."""
     if not isinstance(header, dict):
-        raise ValueError("the header is no JSON object")
+        raise ValueError("the header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ holds something other than text")
@@ -103,15 +96,15 @@ def _parse(path: Path, header: Any, start: int, length: int) -> tuple[dict[str, 
     at = 0
     for begin, end, name in sorted(spans):
         if begin != at:
-            raise ValueError(f"{name!r} begins at byte {begin} of the data, where {at} was due")
+            raise ValueError(f"{name!r} begins at byte {begin} of the data, expected {at}")
         at = end
-    if start + at != length:
-        raise ValueError(f"the tensors end at byte {start + at}, the file at {length}")
+    if start + at != file_size:
+        raise ValueError(f"the tensors end at byte {start + at}, the file at {file_size}")
     return stored, metadata
 
 
-def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Type, shape, begin and end of a tensor, as the header says them."""
+def _entry(name: str, entry: Json) -> tuple[str, tuple[int, ...], int, int]:
+    """A tensor's dtype code, shape, and where its bytes begin and end within the data, checked."""
     fields = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, dict) or any(field not in entry for field in fields):
         raise ValueError(f"{name!r} is {reprlib.repr(entry)}; expected an object with {', '.join(fields)}")
@@ -125,11 +118,13 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _reader(path: Path, name: str, code: str, shape: tuple[int, ...], offset: int) -> Read:
+    """The `read` of a tensor that begins at byte `offset`."""
+
     def read(index: Index = ()) -> np.ndarray:
         if code not in FLOATS:
             raise ValueError(
-                f"{path}: {name} is stored as {code}, which needs scales from elsewhere; supported are "
-                f"{', '.join(FLOATS)}. Use an unquantised copy of the model, or its GGUF"
+                f"{path}: {name} is stored as {code}, whose scales this loader does not know; supported are "
+                f"{', '.join(FLOATS)}. Use an unquantised copy of the model, or its GGUF file"
             )
         return read_part(path, name, DTYPES[code], offset, shape, index)
 
@@ -137,15 +132,15 @@ def _reader(path: Path, name: str, code: str, shape: tuple[int, ...], offset: in
 
 
 def write_safetensors(path: Path, tensors: Iterable[ToWrite], metadata: dict[str, str]) -> None:
-    """Write a safetensors file: under a temporary name in the same folder, then renamed.
+    """Write a safetensors file atomically.
 
     Raises:
         ValueError: a dtype that the format does not have.
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
-    # Wide types first, so that every tensor is aligned to its own width.
+    # Wide types first, so that every tensor is aligned to its item size.
     order = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, Json] = {"__metadata__": metadata}
     at = 0
     for name, shape, dtype, _ in order:
         if dtype not in codes:

@@ -18,14 +18,14 @@ WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
 
 def locate(source: str | Path, patterns: tuple[str, ...]) -> Path:
-    """The local folder or .gguf file of a source, downloaded from the hub if need be.
+    """The local folder or .gguf file of a source, downloaded from the Hugging Face Hub if necessary.
 
     Args:
-        source: a folder, a .gguf file, or a hub id such as "HuggingFaceTB/SmolLM2-135M".
-        patterns: which of a hub repository's files are wanted.
+        source: a folder, a .gguf file, or a Hugging Face id such as "HuggingFaceTB/SmolLM2-135M".
+        patterns: glob patterns of the files to download from a repository.
 
     Raises:
-        ValueError: there is nothing at `source`, and the hub has no such repository or cannot be reached.
+        ValueError: nothing exists at `source`, and the Hub has no such repository or cannot be reached.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -34,14 +34,14 @@ def locate(source: str | Path, patterns: tuple[str, ...]) -> Path:
         if path.suffix.lower() == ".gguf":
             return path
         raise ValueError(f"{path}: expected a folder, a .gguf file or a hub id; for safetensors give their folder")
-    # What cannot be a repository's id is never asked for: a mistyped path should not become a request.
+    # Only what can be a repository's id is requested: a mistyped path should not reach the network.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.suffix.lower() in (".gguf", ".safetensors"):
         raise ValueError(f"{source}: no such folder or .gguf file, and not an id on the Hugging Face Hub (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
-    except Exception as error:  # a dozen kinds, for one outcome
+    except Exception as error:  # a dozen classes, for one outcome
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{source}: not a local path, and the Hugging Face Hub gave nothing by that name ({reason}). "
@@ -50,7 +50,7 @@ def locate(source: str | Path, patterns: tuple[str, ...]) -> Path:
 
 
 def name_of(source: str | Path, path: Path) -> str:
-    """A short name for people: the hub's id, the folder's name, or the file's without its ending."""
+    """A short name for display: the hub id, the folder's name, or the file's name without its ending."""
     if not Path(source).expanduser().exists():
         return str(source)
     return path.stem if path.is_file() else path.resolve().name

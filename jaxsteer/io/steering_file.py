@@ -1,54 +1,72 @@
-"""A portable steering file: one safetensors file with the steering pytree, its plan and its model.
+"""A portable steering file: one safetensors file with a steering tree, its plan and the model it was made for.
 
-Tensors are named "slot/site/param"; the file's metadata holds, as text, the format's version, the plan as
-JSON, the base model's name, fingerprint and config, the versions of jaxsteer and jax, and free notes.
+Tensors are named "slot/site/param". The metadata holds, as text: the format and its version; the plan; the base
+model's name, fingerprint and config; the versions of jaxsteer and jax; free notes; and SHA-256 digests of every
+tensor's bytes and of the metadata itself. Version 1 is the same without digests.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsteer.io.files import Json, parse_json
 from jaxsteer.io.identity import config_from_json, config_to_json, differences, fingerprint
 from jaxsteer.io.safetensors_file import ToWrite, open_safetensors, write_safetensors
+from jaxsteer.io.stored import Stored
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.plans import plan_from_json, plan_to_json, validate_plan
 from jaxsteer.steering import param_specs
 from jaxsteer.types import Plan, Steering
 
 FORMAT = "jaxsteer-steering"
-VERSION = 1
+VERSIONS = ("1", "2")
+"""Versions that are read; the last one is written. 2 added the digests."""
 
 
 @dataclass(frozen=True)
 class SteeringFile:
-    """What a steering file holds.
+    """The content of a steering file.
 
+    path         where it was read from
     steering     steering[slot][site][param], each leaf [A, ...]
-    plan         the slots that it belongs to
-    model_name   the base model's name, for people
+    plan         the slots of `steering`
+    model_name   name of the base model, for display
     fingerprint  of the base model's config
     config       the base model's config
-    versions     of jaxsteer and jax that wrote it
-    notes        free text values of whoever wrote it
+    versions     of jaxsteer and jax that wrote the file
+    notes        what the writer added: any JSON
     """
 
+    path: Path
     steering: Steering
     plan: Plan
     model_name: str
     fingerprint: str
     config: ModelConfig
     versions: dict[str, str] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Json] = field(default_factory=dict)
+
+    def check(self, model_config: ModelConfig) -> None:
+        """Refuse to steer another model than the one the file was made for.
+
+        Raises:
+            ValueError: `model_config` has other dimensions or features; the message names them.
+        """
+        if reasons := differences(model_config, self.config):
+            raise ValueError(
+                f"{self.path}: made for {self.model_name}, which is another model than this one: {'; '.join(reasons)}"
+            )
 
 
 def save_steering(
@@ -58,15 +76,15 @@ def save_steering(
     *,
     model_name: str,
     config: ModelConfig,
-    notes: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Json] | None = None,
 ) -> None:
-    """Write a steering file, whole or not at all. Leaves keep their dtype.
+    """Write a steering file atomically. Leaves keep their dtype.
 
     Args:
-        path: where to, by custom *.safetensors; an existing file is replaced.
-        steering: the steering pytree of `plan`.
+        path: the file, by convention *.safetensors; an existing one is replaced, missing folders are created.
+        steering: the steering tree of `plan`.
         plan: its slots.
-        model_name: the base model's name, for people.
+        model_name: name of the base model, for display.
         config: the base model's config.
         notes: anything that JSON can hold.
 
@@ -76,17 +94,19 @@ def save_steering(
     path = Path(path)
     validate_plan(plan, config)
     leaves = _leaves(steering)
-    _check(leaves, plan, config, f"{path}: not written")
+    _check_tensors(leaves, plan, config, f"{path}: not written")
     metadata = {
         "format": FORMAT,
-        "format_version": str(VERSION),
+        "format_version": VERSIONS[-1],
         "plan": json.dumps(plan_to_json(plan)),
         "model_name": model_name,
         "fingerprint": fingerprint(config),
         "config": json.dumps(config_to_json(config)),
         "versions": json.dumps({"jaxsteer": _version(), "jax": jax.__version__}),
         "notes": json.dumps(dict(notes or {})),
+        "tensor_sha256": json.dumps({name: _digest_of_tensor(np.asarray(leaf)) for name, leaf in leaves.items()}),
     }
+    metadata["metadata_sha256"] = _digest_of_metadata(metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = [
         ToWrite(name, leaf.shape, np.dtype(leaf.dtype), functools.partial(np.asarray, leaf))
@@ -95,54 +115,102 @@ def save_steering(
     write_safetensors(path, tensors, metadata)
 
 
-def load_steering(path: str | Path, config: ModelConfig | None = None) -> SteeringFile:
-    """Read a steering file.
-
-    Args:
-        path: the file.
-        config: of the model that it is to steer; None to look at the file by itself.
+def load_steering(path: str | Path) -> SteeringFile:
+    """Read a steering file; `SteeringFile.check` then compares it with a model.
 
     Raises:
-        ValueError: the file is damaged, of another kind or from a newer version, does not hold what its plan
-            says, or belongs to a model of other dimensions than `config` (the message names them).
+        ValueError: the file is damaged (a digest differs), of another kind, of a newer version, or does not hold what
+            its plan says. The message names the file, and the tensors or the part of the metadata.
     """
     path = Path(path)
     stored, metadata = open_safetensors(path)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a steering file (its metadata does not say format={FORMAT!r})")
-    if metadata.get("format_version") != str(VERSION):
-        raise ValueError(
-            f"{path}: steering format {metadata.get('format_version')}, this version of jaxsteer reads "
-            f"{VERSION}; use the version that wrote it, or a newer one"
-        )
+    _check_version(metadata, path)
+    digests = _verified_digests(metadata, path)
+    file = _parse_metadata(metadata, path)
+    plan, config = file.plan, file.config
     try:
-        own = config_from_json(json.loads(metadata["config"]))
-        plan = plan_from_json(json.loads(metadata["plan"]))
-        notes, versions = json.loads(metadata["notes"]), json.loads(metadata["versions"])
-        name, mark = metadata["model_name"], metadata["fingerprint"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: the metadata cannot be read ({error})") from None
-    if mark != fingerprint(own):
-        raise ValueError(f"{path}: the fingerprint {mark} is not that of the config beside it; the file was altered")
-    if config is not None and (reasons := differences(config, own)):
-        raise ValueError(f"{path}: made for {name}, which is another model than this one: {'; '.join(reasons)}")
-    try:
-        validate_plan(plan, own)
+        validate_plan(plan, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    _check(stored, plan, own, str(path))
-    steering: Steering = {}
-    for slot in plan:
-        for site in slot.sites:
-            read = {
-                param: jnp.asarray(stored[f"{slot.name}/{site}/{param}"].read())
-                for param in param_specs(plan, own)[slot.name][site]
-            }
-            steering.setdefault(slot.name, {})[site] = read
-    return SteeringFile(steering, plan, name, mark, own, versions, notes)
+    _check_tensors(stored, plan, config, str(path))
+    read = lambda slot, site, param: jnp.asarray(_read_tensor(stored, f"{slot}/{site}/{param}", digests, path))
+    steering = {
+        slot: {site: {param: read(slot, site, param) for param in params} for site, params in sites.items()}
+        for slot, sites in param_specs(plan, config).items()
+    }
+    return replace(file, steering=steering)
 
 
-def _leaves(steering: Steering) -> dict[str, Any]:
+def _check_version(metadata: Mapping[str, str], path: Path) -> None:
+    """Refuse a file of another kind, or of a version that is not read here."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a steering file (its metadata does not say format={FORMAT!r})")
+    if (written := metadata.get("format_version")) not in VERSIONS:
+        raise ValueError(
+            f"{path}: steering format {written}, this version of jaxsteer reads {' and '.join(VERSIONS)}; "
+            "use the version that wrote it, or a newer one"
+        )
+
+
+def _verified_digests(metadata: Mapping[str, str], path: Path) -> dict[str, str] | None:
+    """The tensors' digests by name, once the metadata matches its own; None for a file of version 1, which has none."""
+    if metadata["format_version"] == "1":
+        return None
+    if metadata.get("metadata_sha256") != _digest_of_metadata(metadata):
+        raise ValueError(f"{path}: the metadata is damaged: it does not match its SHA-256 digest. Copy the file again")
+    return _metadata_json(metadata, "tensor_sha256", path)
+
+
+def _parse_metadata(metadata: Mapping[str, str], path: Path) -> SteeringFile:
+    """The content of the metadata, with an empty steering tree."""
+    try:
+        config = config_from_json(_metadata_json(metadata, "config", path))
+        plan = plan_from_json(_metadata_json(metadata, "plan", path))
+        notes, versions = (_metadata_json(metadata, key, path) for key in ("notes", "versions"))
+        file = SteeringFile(
+            path, {}, plan, metadata["model_name"], metadata["fingerprint"], config, versions=versions, notes=notes
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: the metadata cannot be read ({error})") from None
+    if file.fingerprint != fingerprint(config):
+        raise ValueError(
+            f"{path}: the fingerprint {file.fingerprint} is not that of the config beside it; the file was altered"
+        )
+    return file
+
+
+def _metadata_json(metadata: Mapping[str, str], key: str, path: Path) -> Json:
+    return parse_json(metadata[key], f"{path}: {key} in the metadata")
+
+
+def _read_tensor(stored: Mapping[str, Stored], name: str, digests: Mapping[str, str] | None, path: Path) -> np.ndarray:
+    """A tensor whose bytes match their digest, where there is one."""
+    value = stored[name].read()
+    if digests is not None and digests.get(name) != _digest_of_tensor(value):
+        raise ValueError(f"{path}: {name} is damaged: its bytes do not match their SHA-256 digest. Copy the file again")
+    return value
+
+
+def _digest_of_tensor(value: np.ndarray) -> str:
+    """SHA-256 of a tensor's bytes as they are in the file, in hex."""
+    return hashlib.sha256(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _digest_of_metadata(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of all entries but the digest itself, as JSON with sorted keys, in hex."""
+    signed = {key: value for key, value in metadata.items() if key != "metadata_sha256"}
+    return hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
+
+
+class _Shaped(Protocol):
+    """An array, or a tensor in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def _leaves(steering: Steering) -> dict[str, jax.Array]:
+    """The leaves by their names in the file."""
     return {
         f"{slot}/{site}/{param}": leaf
         for slot, sites in steering.items()
@@ -151,8 +219,8 @@ def _leaves(steering: Steering) -> dict[str, Any]:
     }
 
 
-def _check(leaves: Mapping[str, Any], plan: Plan, config: ModelConfig, where: str) -> None:
-    """Compare names and shapes with what the plan's methods declare."""
+def _check_tensors(leaves: Mapping[str, _Shaped], plan: Plan, config: ModelConfig, where: str) -> None:
+    """Compare names, shapes and (of arrays) dtypes with what the plan's methods declare."""
     layers = {slot.name: len(slot.active_layers(config.layers)) for slot in plan}
     expected = {
         f"{slot}/{site}/{param}": (layers[slot], *spec.shape)
@@ -167,10 +235,11 @@ def _check(leaves: Mapping[str, Any], plan: Plan, config: ModelConfig, where: st
         for name, shape in expected.items()
         if name in leaves and tuple(leaves[name].shape) != shape
     ]
+    dtypes = {name: leaf.dtype for name, leaf in leaves.items() if hasattr(leaf, "dtype")}
     problems += [
-        f"{name} has dtype {leaf.dtype}, expected a float type"
-        for name, leaf in leaves.items()
-        if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jnp.floating)
+        f"{name} has dtype {dtype}, expected a float type"
+        for name, dtype in dtypes.items()
+        if not jnp.issubdtype(dtype, jnp.floating)
     ]
     if problems:
         raise ValueError(f"{where}: the tensors do not fit the plan: {'; '.join(problems)}")

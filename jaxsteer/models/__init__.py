@@ -1,1 +1,4 @@
-"""Decoder-only transformers as pure functions: features as data, one scanned block, sites that can be steered."""
+"""Decoder-only transformers as pure functions: a config of features, one scanned block, and sites that can be steered.
+
+Not here: what happens at a site (`jaxsteer.interventions`), losses and decoding, and reading weights (`jaxsteer.io`).
+"""

@@ -1,57 +1,59 @@
-"""Attention behind one function: softmax(q kᵀ / √H + mask) v, grouped heads, segments, causal by position, and
-where a family has them: another scale, soft-capped scores, a window.
+"""Attention behind one function: softmax(q kᵀ / √H + mask) v with grouped heads, segments, and causal by position.
 
-Several kernels compute it; `choose_attention` says which one runs where.
+Options for families that need them: another scale, soft-capped scores, a sliding window. Several kernels compute it;
+`choose_attention` picks one.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+from jax.typing import DTypeLike
 
 from jaxsteer.models.splash import splash_attention, splash_refusal
 from jaxsteer.sharding import current_mesh, current_platform
 from jaxsteer.types import Array
 
 Kernel = Literal["auto", "rows", "dense", "chunked", "cudnn", "splash"]
-"""How attention of rows on themselves is computed.
+"""How self-attention (of rows without a cache) is computed.
 
-auto     what `choose_attention` says
-rows     XLA, a few rows at a time in causal blocks of queries: for one CPU
+auto     the kernel that `choose_attention` picks
+rows     XLA, a few rows at a time in causal blocks of queries: for a single CPU device
 dense    XLA, all scores at once
-chunked  XLA, one chunk of queries after another, recomputed by the backward pass: scores are never stored
+chunked  XLA, a chunk of queries at a time, recomputed in the backward pass: scores are never stored
 cudnn    cuDNN's fused kernel (NVIDIA)
 splash   the Pallas kernel (TPU)
 
-Forward-mode derivatives pass through the XLA kernels alone.
+Only the XLA kernels support forward-mode derivatives.
 """
 
 CHUNK = 512
-"""Queries that the chunked kernel takes at a time."""
+"""Queries that the chunked kernel computes at a time."""
 
 CPU_ROWS = 4
-"""Rows of a batch that attention takes at a time on CPU: their scores stay in the processor's cache."""
+"""Rows of a batch that are computed at a time on CPU, so that their scores stay in the processor's cache."""
 
 
 class Span(NamedTuple):
-    """Where the tokens of one side of the attention stand: segments and positions, [B, T] or [B, S]."""
+    """Segments and positions of the queries [B, T], or of the keys [B, S]."""
 
     segments: Array
     positions: Array
 
 
 class Scores(NamedTuple):
-    """How scores come from queries and keys.
+    """How scores are computed from queries and keys.
 
     scale    factor on q · k; None = 1/√H
-    softcap  scores s become c · tanh(s / c)
-    window   a query reads so many tokens, itself included
-    local    whether the window holds in this layer, a bool or bool []
+    softcap  c, if scores s become c · tanh(s / c)
+    window   number of tokens that a query attends to, itself included; None = all
+    local    whether the window applies in this layer, a bool or bool []
     """
 
     scale: float | None = None
@@ -60,7 +62,7 @@ class Scores(NamedTuple):
     local: Array | bool = True
 
     def queries(self, q: Array) -> Array:
-        """Scaled, so that q · k is the score."""
+        """The queries, scaled so that q · k is the score."""
         return q * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
 
 
@@ -68,9 +70,8 @@ PLAIN = Scores()
 
 
 def visible(query: Span, key: Span, scores: Scores = PLAIN) -> Array:
-    """Which keys a query reads: its own segment (never padding), none later than itself or outside of the window.
-
-    Bool [..., T, S].
+    """Which keys a query attends to, bool [..., T, S]: those of its segment (never padding), not later than itself, and
+    within the window.
     """
     same = query.segments[..., :, None] == key.segments[..., None, :]
     distance = query.positions[..., :, None] - key.positions[..., None, :]
@@ -80,40 +81,40 @@ def visible(query: Span, key: Span, scores: Scores = PLAIN) -> Array:
     return seen
 
 
-def attend_row(q: Array, k: Array, v: Array, query: Span, key: Span, how: Scores = PLAIN) -> Array:
+def attend_row(q: Array, k: Array, v: Array, query: Span, key: Span, rule: Scores = PLAIN) -> Array:
     """Attention of one row as plain matmuls: q [T, N, H], k and v [S, K, H] -> [T, N, H].
 
-    Query head n reads key/value head n // (N / K). Scores and softmax in at least fp32. A query that sees nothing
-    (padding) gets the mean of v, which nothing reads.
+    Query head n uses key/value head n // (N / K). Scores and softmax are in at least fp32. A query that attends to
+    nothing (padding) returns the mean of v, which is never used.
     """
     T, N, H = q.shape
     K = k.shape[1]
-    q = how.queries(q).transpose(1, 0, 2).reshape(K, N // K * T, H)  # the query heads of a group share one matmul
+    q = rule.queries(q).transpose(1, 0, 2).reshape(K, N // K * T, H)  # the query heads of a group share one matmul
     scores = jnp.einsum("kth,skh->kts", q, k, preferred_element_type=np.promote_types(q.dtype, np.float32))
-    weights = _weights(scores, visible(query, key, how), how).astype(v.dtype)
+    weights = _weights(scores, visible(query, key, rule), rule).astype(v.dtype)
     return jnp.einsum("kts,skh->kth", weights, v).reshape(N, T, H).transpose(1, 0, 2)
 
 
-class Held(NamedTuple):
-    """Keys and values as they lie in a cache, k and v [B, K, S, H], and where they stand."""
+class CachedKeys(NamedTuple):
+    """Keys and values in the layout of a cache, k and v [B, K, S, H], with their segments and positions."""
 
     k: Array
     v: Array
     span: Span
 
 
-def attend_held_row(q: Array, query: Span, *parts: Held, how: Scores = PLAIN) -> Array:
-    """`attend_row` to several stores of keys: q [T, N, H], k and v of each [K, S, H], S its own.
+def attend_cached_row(q: Array, query: Span, *parts: CachedKeys, rule: Scores = PLAIN) -> Array:
+    """`attend_row` to the keys of several caches: q [T, N, H], k and v of each part [K, S, H] with its own S.
 
-    Scores are joined, which are small; keys and values would have to be copied.
+    The scores are concatenated rather than the keys and values, which are larger.
     """
     T, N, H = q.shape
     K = parts[0].k.shape[0]
-    q = how.queries(q).transpose(1, 0, 2).reshape(K, N // K * T, H)
+    q = rule.queries(q).transpose(1, 0, 2).reshape(K, N // K * T, H)
     wide = np.promote_types(q.dtype, np.float32)
     scores = [jnp.einsum("kth,ksh->kts", q, part.k, preferred_element_type=wide) for part in parts]
-    seen = jnp.concatenate([visible(query, part.span, how) for part in parts], axis=-1)
-    weights = _weights(jnp.concatenate(scores, axis=-1), seen, how).astype(q.dtype)
+    seen = jnp.concatenate([visible(query, part.span, rule) for part in parts], axis=-1)
+    weights = _weights(jnp.concatenate(scores, axis=-1), seen, rule).astype(q.dtype)
     edges = np.cumsum([part.k.shape[1] for part in parts])[:-1]
     read = (
         jnp.einsum("kts,ksh->kth", some, part.v)
@@ -122,25 +123,25 @@ def attend_held_row(q: Array, query: Span, *parts: Held, how: Scores = PLAIN) ->
     return sum(read, start=jnp.zeros_like(q)).reshape(N, T, H).transpose(1, 0, 2)
 
 
-def _weights(scores: Array, seen: Array, how: Scores) -> Array:
-    """Softmax of scores [K, G · T, S] where a query sees the key: seen [T, S]."""
+def _weights(scores: Array, seen: Array, rule: Scores) -> Array:
+    """Softmax of scores [K, G · T, S] over the keys that a query attends to, seen [T, S]."""
     (K, GT, S), T = scores.shape, len(seen)
-    if how.softcap is not None:
-        scores = how.softcap * jnp.tanh(scores / how.softcap)
-    # Added, not selected: a sum has no derivative to compute, and a masked weight of 0 passes none on.
+    if rule.softcap is not None:
+        scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+    # Added, not selected: adding a constant is free in the backward pass, and a masked weight is 0.
     bias = jnp.where(seen, 0.0, 0.5 * np.finfo(scores.dtype).min).astype(scores.dtype)
     scores = scores.reshape(K, GT // T, T, S) + bias[None, None]
     return jax.nn.softmax(scores, axis=-1).reshape(K, GT, S)
 
 
 def query_blocks(length: int) -> list[int]:
-    """Where the blocks of queries begin, and the last one ends: up to 8 blocks of at least 64."""
+    """Boundaries of the blocks of queries: up to 8 blocks of at least 64 queries."""
     blocks = max(1, min(8, length // 64))
     return [length * i // blocks for i in range(blocks + 1)]
 
 
 def causal_share(length: int, kernel: Kernel) -> float:
-    """Share of a row's [T, T] scores that a kernel (not "auto") computes."""
+    """Share of a row's [T, T] scores that a kernel other than "auto" computes."""
     if kernel in ("cudnn", "splash"):  # blocks above the diagonal are skipped
         blocks = max(1, length // CHUNK)
         return (blocks + 1) / (2 * blocks)
@@ -148,24 +149,24 @@ def causal_share(length: int, kernel: Kernel) -> float:
     return sum((stop - start) * stop for start, stop in pairwise(edges)) / length**2
 
 
-def attend_causal_row(q: Array, k: Array, v: Array, span: Span, how: Scores = PLAIN) -> Array:
-    """`attend_row` of a row on itself, in blocks of queries that stop at the last key they may see.
+def attend_causal_row(q: Array, k: Array, v: Array, span: Span, rule: Scores = PLAIN) -> Array:
+    """`attend_row` of a row to itself, in blocks of queries, each with the keys up to its last query.
 
-    Tokens of an example stand in order within a row, so no query sees a key to its right: with four blocks that saves
-    three eighths of the work.
+    Tokens of an example are in order within a row, so no query attends to a key on its right: four blocks save three
+    eighths of the work.
     """
     edges = query_blocks(q.shape[0])
     upto = lambda stop, start=0: Span(span.segments[start:stop], span.positions[start:stop])
     return jnp.concatenate(
         [
-            attend_row(q[start:stop], k[:stop], v[:stop], upto(stop, start), upto(stop), how)
+            attend_row(q[start:stop], k[:stop], v[:stop], upto(stop, start), upto(stop), rule)
             for start, stop in pairwise(edges)
         ]
     )
 
 
-def attend_in_chunks(q: Array, k: Array, v: Array, span: Span, how: Scores = PLAIN) -> Array:
-    """Rows on themselves, a chunk of queries at a time: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]."""
+def attend_in_chunks(q: Array, k: Array, v: Array, span: Span, rule: Scores = PLAIN) -> Array:
+    """Self-attention, a chunk of queries at a time: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]."""
     B, T, N, H = q.shape
     chunks = -(-T // CHUNK)
 
@@ -173,21 +174,21 @@ def attend_in_chunks(q: Array, k: Array, v: Array, span: Span, how: Scores = PLA
         x = jnp.pad(x, ((0, 0), (0, chunks * CHUNK - T)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(B, chunks, CHUNK, *x.shape[2:]).swapaxes(0, 1)
 
-    attend = jax.checkpoint(lambda some, at: _rows(some, k, v, at, span, how), prevent_cse=False)
+    attend = jax.checkpoint(lambda some, at: _rows(some, k, v, at, span, rule), prevent_cse=False)
     _, out = jax.lax.scan(lambda _, xs: (None, attend(*xs)), None, (cut(q), Span(*map(cut, span))))
     return out.swapaxes(0, 1).reshape(B, chunks * CHUNK, N, H)[:, :T]
 
 
-def _rows(q: Array, k: Array, v: Array, query: Span, key: Span, how: Scores) -> Array:
+def _rows(q: Array, k: Array, v: Array, query: Span, key: Span, rule: Scores) -> Array:
     """`attend_row` of every row of a batch."""
-    return jax.vmap(partial(attend_row, how=how))(q, k, v, query, key)
+    return jax.vmap(partial(attend_row, rule=rule))(q, k, v, query, key)
 
 
-def attend_cudnn(q: Array, k: Array, v: Array, span: Span, how: Scores = PLAIN) -> Array:
-    """Rows on themselves by cuDNN's fused kernel; q, k, v in half precision."""
-    # A query that sees nothing would be 0 / 0.
-    seen = visible(span, span, how) | jnp.eye(q.shape[1], dtype=bool)[None]
-    return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=how.scale, implementation="cudnn")
+def attend_cudnn(q: Array, k: Array, v: Array, span: Span, rule: Scores = PLAIN) -> Array:
+    """Self-attention with cuDNN's fused kernel; q, k, v in half precision."""
+    # A query that attends to nothing would be 0 / 0.
+    seen = visible(span, span, rule) | jnp.eye(q.shape[1], dtype=bool)[None]
+    return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=rule.scale, implementation="cudnn")
 
 
 def choose_attention(
@@ -198,11 +199,11 @@ def choose_attention(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    dtype: Any,
-    mesh: Any = None,
+    dtype: DTypeLike,
+    mesh: Mesh | AbstractMesh | None = None,
     softcap: float | None = None,
 ) -> tuple[Kernel, str]:
-    """The kernel for rows that attend to themselves, and why.
+    """The fastest kernel for self-attention of these shapes, and the reason in words.
 
     Args:
         platform: cpu, gpu or tpu.
@@ -216,7 +217,7 @@ def choose_attention(
     if platform == "cpu":
         if mesh is None:
             return "rows", "one CPU device: scores of a few rows stay in its cache"
-        return plain, "CPU devices on a mesh: XLA's own"
+        return plain, "CPU devices on a mesh: plain XLA"
     if platform == "tpu":
         shards = (1, 1) if mesh is None else (mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"])
         refusal = splash_refusal(rows, length, kv_heads, *shards)
@@ -227,28 +228,33 @@ def choose_attention(
         if softcap is not None:
             return plain, "cuDNN's kernel has no soft-cap of the scores"
         if head_dim % 8 or head_dim > 128:
-            return plain, f"cuDNN's kernel needs a head_dim that 8 divides, 128 at most; got {head_dim}"
+            return plain, f"cuDNN's kernel needs a head_dim that is a multiple of 8 and at most 128; got {head_dim}"
         return "cudnn", "NVIDIA: fused"
     return plain, f"no kernel of its own for {platform}"
 
 
-def cached_attention(q: Array, query: Span, held: Held, new: Held, scores: Scores = PLAIN) -> Array:
-    """Attention of new tokens to those in a cache and to themselves: q [B, T, N, H] -> [B, T, N, H]."""
-    row = partial(attend_held_row, how=scores)
+def cached_attention(q: Array, query: Span, cached: CachedKeys, new: CachedKeys, scores: Scores = PLAIN) -> Array:
+    """Attention of new tokens to a cache and to themselves: q [B, T, N, H] -> [B, T, N, H]."""
+    row = partial(attend_cached_row, rule=scores)
     if current_platform() == "cpu" and current_mesh() is None and q.shape[1] > 1:
-        return jax.lax.map(lambda each: row(*each), (q, query, held, new), batch_size=CPU_ROWS)
-    return jax.vmap(row)(q, query, held, new)
+        return jax.lax.map(lambda args: row(*args), (q, query, cached, new), batch_size=CPU_ROWS)
+    return jax.vmap(row)(q, query, cached, new)
 
 
 def attention(q: Array, k: Array, v: Array, query: Span, *, kernel: Kernel = "auto", scores: Scores = PLAIN) -> Array:
-    """Causal grouped-query attention of rows on themselves, within segments: q [B, T, N, H], k and v [B, T, K, H].
+    """Causal grouped-query self-attention within segments: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
 
-    On one CPU the batch is mapped over a few rows at a time and rematerialised, so that scores stay in the processor's
-    cache and are never stored. XLA's kernels are free of custom derivative rules: jvp, vjp and any nesting of them pass
-    through.
+    On a single CPU device a few rows are computed at a time and rematerialised, so that scores stay in the processor's
+    cache and are never stored. The XLA kernels have no custom derivative rules: jvp, vjp and any nesting of them work.
+
+    Args:
+        q, k, v: queries, keys and values, rotated.
+        query: segments and positions of the tokens, [B, T].
+        kernel: see `Kernel`.
+        scores: scale, soft-cap and window.
 
     Raises:
-        ValueError: an unknown kernel, or one that cannot take these shapes.
+        ValueError: an unknown kernel, or one that cannot compute these shapes.
     """
     if kernel not in get_args(Kernel):
         raise ValueError(f"unknown attention kernel {kernel!r}: use {', '.join(get_args(Kernel))}")
@@ -267,7 +273,7 @@ def attention(q: Array, k: Array, v: Array, query: Span, *, kernel: Kernel = "au
             softcap=scores.softcap,
         )
     if kernel == "rows":
-        one = jax.checkpoint(partial(attend_causal_row, how=scores))
+        one = jax.checkpoint(partial(attend_causal_row, rule=scores))
         return jax.lax.map(lambda row: one(*row), (q, k, v, query), batch_size=CPU_ROWS)
     if kernel == "splash":
         kernel_of = lambda window: partial(
@@ -276,7 +282,7 @@ def attention(q: Array, k: Array, v: Array, query: Span, *, kernel: Kernel = "au
         operands = (scores.queries(q), k, v, query.segments)
         if isinstance(scores.local, bool):
             return kernel_of(scores.window if scores.local else None)(*operands)
-        # Its mask is static: one kernel for local layers, one for the others.
+        # The mask is static: one kernel for local layers, one for the others.
         return jax.lax.cond(scores.local, kernel_of(scores.window), kernel_of(None), *operands)
     if kernel == "cudnn":
         return attend_cudnn(q, k, v, query, scores)

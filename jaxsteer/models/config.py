@@ -1,4 +1,4 @@
-"""A model family as data: the features that the forward pass reads. No field here is a family's name."""
+"""A model as data: the dimensions and features that the forward pass reads. No field is the name of a family."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from jaxsteer.types import PROJECTIONS, SITES, SiteDims
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than those of pre-training.
+    """How rotary frequencies are scaled for contexts longer than those of pretraining.
 
-    linear   all frequencies divided by `factor`
-    llama3   wavelengths longer than original_length / low_factor divided by `factor`, shorter than
-             original_length / high_factor kept, blended between (Llama 3.1, `rope_type: llama3`)
+    linear   all frequencies are divided by `factor`
+    llama3   frequencies with a wavelength above original_length / low_factor are divided by `factor`, those below
+             original_length / high_factor are kept, and those between are blended (Llama 3.1, `rope_type: llama3`)
     """
 
     kind: Literal["linear", "llama3"]
@@ -46,42 +46,42 @@ class ModelConfig:
     mlp_bias: bool = False
     max_length: int = 2048
     qkv_bias: bool = False
-    """Biases of q, k and v alone, where attn_bias adds one to the output too."""
+    """Biases of q, k and v; attn_bias has those and one of the output."""
     qk_norm: Literal["none", "head", "whole"] = "none"
-    """RMSNorm of queries and keys before they are rotated: of each head, or of all heads of a token together."""
+    """RMSNorm of queries and keys before rotation: of each head, or of all heads of a token together."""
     pre_norm: bool = True
-    """Norm of the residual stream in front of attention and MLP."""
+    """Norm of the residual stream before attention and before the MLP."""
     post_norm: bool = False
-    """Norm of what attention and MLP add to the residual stream."""
+    """Norm of the outputs of attention and of the MLP, before they are added to the residual stream."""
     norm: Literal["rms", "layer"] = "rms"
-    """Every norm is an RMSNorm, or a LayerNorm with a bias."""
+    """Kind of all norms: RMSNorm, or LayerNorm with a bias."""
     norm_plus_one: bool = False
     """RMSNorms multiply by 1 + scale."""
     gated: bool = True
-    """The MLP is act(x W_gate) ⊙ x W_up, or else act(x W_up), before W_down."""
+    """The MLP is (act(x W_gate) ⊙ x W_up) W_down, else act(x W_up) W_down."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    """Of the MLP."""
+    """Activation function of the MLP."""
     learned_positions: bool = False
-    """A learned vector for each of max_length positions is added to the embedding; q and k are not rotated."""
+    """Add a learned vector for each of max_length positions to the embedding, and do not rotate q and k."""
     scaled_embedding: bool = False
-    """Embeddings are multiplied by √D."""
+    """Multiply the embedding by √D."""
     query_scale: float | None = None
-    """Factor on the scores; None = 1/√H."""
+    """Scale of the attention scores; None = 1/√H."""
     attn_softcap: float | None = None
-    """Scores s become c · tanh(s / c)."""
+    """Soft-cap c of the attention scores: s becomes c · tanh(s / c)."""
     final_softcap: float | None = None
-    """The same for logits."""
+    """Soft-cap of the logits."""
     window: int | None = None
-    """Local layers attend to so many tokens, themselves included."""
+    """Number of tokens that a query of a local layer attends to, itself included; None = no local layers."""
     local_layers: tuple[bool, ...] = ()
-    """Which layers are local, one each; () = all, if there is a window."""
+    """A flag for each layer, whether it is local; () = all are, if there is a window."""
     local_rope_theta: float | None = None
-    """Rotary base of local layers, without scaling; None = as the others."""
+    """Rotary base of local layers, which are not scaled; None = the same as in the other layers."""
     unrotated_layers: tuple[bool, ...] = ()
-    """Layers without rotary positions, one each; () = none."""
+    """A flag for each layer, whether it has no rotary positions; () = all have them."""
 
     def __post_init__(self) -> None:
-        """Reject shapes that no model of this architecture can have."""
+        """Reject values that no model of this architecture can have."""
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model config: {name} must be at least 1, got {getattr(self, name)}")
@@ -94,7 +94,7 @@ class ModelConfig:
             raise ValueError(f"model config: rotary positions need an even head_dim, got {self.head_dim}")
         for name in ("local_layers", "unrotated_layers"):
             if (count := len(getattr(self, name))) not in (0, self.layers):
-                raise ValueError(f"model config: {name} names {count} layers, the model has {self.layers}")
+                raise ValueError(f"model config: {name} has {count} flags, the model has {self.layers} layers")
         for name in ("window", "query_scale", "attn_softcap", "final_softcap", "local_rope_theta"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"model config: {name} must be above 0, got {value}")
@@ -103,10 +103,10 @@ class ModelConfig:
 
 
 def check_length(config: ModelConfig, tokens: int, where: str) -> None:
-    """Refuse an example that has no learned positions left.
+    """Refuse an example that is longer than the model's learned positions; `where` names it in the message.
 
     Raises:
-        ValueError: it may take more tokens than the model has positions.
+        ValueError: the model has learned positions, fewer than `tokens`.
     """
     if config.learned_positions and tokens > config.max_length:
         raise ValueError(
@@ -116,12 +116,12 @@ def check_length(config: ModelConfig, tokens: int, where: str) -> None:
 
 
 def projections_of(config: ModelConfig) -> tuple[str, ...]:
-    """The projections that a block of this model has."""
+    """The projections in a block of this model."""
     return tuple(site for site in PROJECTIONS if config.gated or site != "mlp.gate")
 
 
 def site_dims(config: ModelConfig, site: str) -> SiteDims:
-    """Shapes of a site's x and y.
+    """Shapes of a site's input x and output y, for one token.
 
     Raises:
         ValueError: `site` is not one of SITES, or the model does not have it.

@@ -1,7 +1,7 @@
-"""The parts of a block, each a Flax Linen module over one layer's parameters: norm, rotary, attention, MLP, block.
+"""The parts of a block, each a Flax Linen module over one layer's parameters: norms, attention, MLP; and embeddings.
 
-Every projection and sublayer hands its input and output to `steer(site, x, y, kernel, bias)`, which returns the y to go
-on with. That call is the whole of what a model knows about interventions.
+Every projection and sublayer passes its input and output to `steer(site, x, y, kernel, bias)` and continues with the y
+that it returns. That call is all a model knows about interventions.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
-from jaxsteer.models.attention import Held, Kernel, Scores, Span, attention, cached_attention
+from jaxsteer.models.attention import CachedKeys, Kernel, Scores, Span, attention, cached_attention
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.quantise import dequantised
 from jaxsteer.types import Array, Cache
@@ -32,32 +33,33 @@ class Steer(Protocol):
 
 
 class KeysValues(NamedTuple):
-    """Keys and values as they lie in a cache, [B, K, T, H] each."""
+    """Keys and values in the layout of a cache, [B, K, T, H] each."""
 
     k: Array
     v: Array
 
 
 class LayerCache(NamedTuple):
-    """The cache of all layers, and the layer whose part is read.
+    """The cache of all layers, and the index of the layer to read.
 
-    The layers only read it: written inside their loop, XLA would copy the whole stack for every layer.
+    Layers only read it: if they wrote to it inside the scan, XLA would copy the whole stack for every layer.
     """
 
     cache: Cache
     layer: Array
 
-    def read(self, dtype: Any) -> Held:
-        """What the layer holds of earlier tokens."""
+    def read(self, dtype: DTypeLike) -> CachedKeys:
+        """The layer's keys and values of earlier tokens."""
         get = lambda stack: jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False).astype(dtype)
-        return Held(get(self.cache.k), get(self.cache.v), Span(self.cache.segments, self.cache.positions))
+        return CachedKeys(get(self.cache.k), get(self.cache.v), Span(self.cache.segments, self.cache.positions))
 
 
 class Inputs(NamedTuple):
     """What a block reads besides the residual stream.
 
-    sin, cos [B, T, H/2], None without rotary positions · the tokens' places · whether the layer attends within the
-    window, a bool or bool []
+    sin, cos  of the rotary angles, [B, T, H/2]; None without rotary positions
+    span      segments and positions of the tokens
+    local     whether the layer attends within the window, a bool or bool []
     """
 
     sin: Array | None
@@ -77,16 +79,16 @@ def over_last_axis(vector: Array, ndim: int) -> Array:
 
 
 def rotary_frequencies(config: ModelConfig, *, local: bool = False) -> Array:
-    """Angular frequency of each pair of rotary dimensions, radians a token, fp32 [H/2].
+    """Angular frequency of each pair of rotary dimensions, in radians per token: θ^(−2i/H), fp32 [H/2].
 
-    θ^(−2i/H), stretched as `config.rope_scaling` says (Llama 3.1: transformers' `rope_type: llama3`); those of the
-    local layers, where they have a θ of their own, unstretched.
+    Scaled as `config.rope_scaling` says (as in transformers' `rope_type: llama3` for Llama 3.1); local layers with a θ
+    of their own are not scaled.
     """
     half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    own = config.local_rope_theta if local else None
-    frequencies = 1.0 / ((own or config.rope_theta) ** half)
+    local_theta = config.local_rope_theta if local else None
+    frequencies = 1.0 / ((local_theta or config.rope_theta) ** half)
     scaling = config.rope_scaling
-    if scaling is None or own is not None:
+    if scaling is None or local_theta is not None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
@@ -103,30 +105,30 @@ def rotary_angles(config: ModelConfig, positions: Array, *, local: bool = False)
 
 
 def layer_inputs(config: ModelConfig, span: Span) -> Callable[[Array], Inputs]:
-    """What each block reads besides the residual stream, by the layer's index; computed once for all layers."""
+    """Layer index -> what its block reads besides the residual stream; what layers share is computed once, here."""
     if config.learned_positions:
         return lambda layer: Inputs(None, None, span, local=config.window is not None)
-    turned = rotary_angles(config, span.positions)
-    turned_locally = turned if config.local_rope_theta is None else rotary_angles(config, span.positions, local=True)
+    angles = rotary_angles(config, span.positions)
+    local_angles = angles if config.local_rope_theta is None else rotary_angles(config, span.positions, local=True)
 
-    def of(layer: Array) -> Inputs:
+    def inputs(layer: Array) -> Inputs:
         flag = lambda layers: jnp.array(layers)[layer]
         local = flag(config.local_layers) if config.local_layers else config.window is not None
-        sin, cos = turned
+        sin, cos = angles
         if config.local_rope_theta is not None:
-            sin, cos = (jnp.where(local, a, b) for a, b in zip(turned_locally, turned, strict=True))
+            sin, cos = (jnp.where(local, a, b) for a, b in zip(local_angles, angles, strict=True))
         if config.unrotated_layers:
-            still = flag(config.unrotated_layers)
-            sin, cos = jnp.where(still, 0.0, sin), jnp.where(still, 1.0, cos)
+            unrotated = flag(config.unrotated_layers)
+            sin, cos = jnp.where(unrotated, 0.0, sin), jnp.where(unrotated, 1.0, cos)
         return Inputs(sin, cos, span, local)
 
-    return of
+    return inputs
 
 
 def rotate(x: Array, sin: Array | None, cos: Array | None) -> Array:
-    """Rotate the pairs (i, i + H/2) of each head by its token's angles: x [B, T, N, H] -> the same; x without angles.
+    """Rotate the pairs (i, i + H/2) of each head of x [B, T, N, H] by its token's angles; without angles, return x.
 
-    Source: RoFormer (Su et al. 2021), in the half-split layout of GPT-NeoX and Llama's HF weights.
+    Source: RoFormer (Su et al. 2021), in the half-split layout of GPT-NeoX and of Llama's Hugging Face weights.
     """
     if sin is None or cos is None:
         return x
@@ -174,14 +176,14 @@ class LayerNorm(nn.Module):
 
 
 def norm_of(config: ModelConfig, name: str | None = None) -> RMSNorm | LayerNorm:
-    """The norm that a family has everywhere."""
+    """The norm of this config's kind."""
     if config.norm == "layer":
         return LayerNorm(config.norm_eps, name=name)
     return RMSNorm(config.norm_eps, config.norm_plus_one, name=name)
 
 
 class Projection(nn.Module):
-    """y = x W (+ b), then whatever is steered at `site`; W in int8 where it has scales (`jaxsteer.models.quantise`)."""
+    """y = x W (+ b), then the interventions at `site`. W is int8 if it has a scale (`jaxsteer.models.quantise`)."""
 
     features: int
     bias: bool
@@ -194,11 +196,11 @@ class Projection(nn.Module):
         y = jnp.einsum("btd,df->btf", x, kernel.astype(x.dtype))
         if self.has_variable("params", "scale"):
             y = y * over_last_axis(self.get_variable("params", "scale").astype(y.dtype), y.ndim)
-            kernel = dequantised(self.variables["params"])["kernel"]  # computed only where a method looks at it
+            kernel = dequantised(self.variables["params"])["kernel"]  # computed only if a method uses it
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else None
         if bias is not None:
             y = y + over_last_axis(bias, y.ndim)
-        # Named, so that rematerialisation can keep these products and recompute only what is cheap.
+        # Named, so that rematerialisation can keep these products and recompute what is cheap.
         return steer(self.site, x, checkpoint_name(y, self.site), kernel, bias)
 
 
@@ -210,7 +212,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer) -> tuple[Array, KeysValues]:
-        """x [B, T, D], normalised -> the attention's contribution to the residual stream, and the keys and values."""
+        """Normalised x [B, T, D] -> the attention's contribution to the residual stream, and the keys and values."""
         c = self.config
         B, T, _ = x.shape
 
@@ -231,7 +233,7 @@ class Attention(nn.Module):
         if cache is None:
             heads = attention(q, k, v, inputs.span, kernel=self.kernel, scores=scores)
         else:
-            heads = cached_attention(q, inputs.span, cache.read(x.dtype), Held(*new, inputs.span), scores)
+            heads = cached_attention(q, inputs.span, cache.read(x.dtype), CachedKeys(*new, inputs.span), scores)
         heads = steer("attn.heads", x, heads)
         y = Projection(c.width, c.attn_bias, "attn.o", name="o")(heads.reshape(B, T, -1), steer)
         return steer("attn", x, _post_norm(c, y)), new
@@ -241,13 +243,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"silu": nn.silu, "gelu_tanh"
 
 
 class MLP(nn.Module):
-    """(act(x W_gate) ⊙ x W_up) W_down, gated (Shazeer 2020), or act(x W_up) W_down."""
+    """(act(x W_gate) ⊙ x W_up) W_down (gated, Shazeer 2020), or act(x W_up) W_down."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: Array, steer: Steer) -> Array:
-        """x [B, T, D], normalised -> the MLP's contribution to the residual stream."""
+        """Normalised x [B, T, D] -> the MLP's contribution to the residual stream."""
         c = self.config
         act = ACTIVATIONS[c.activation]
         into = lambda name: Projection(c.mlp_width, c.mlp_bias, f"mlp.{name}", name=name)(x, steer)
@@ -257,19 +259,19 @@ class MLP(nn.Module):
 
 
 def _post_norm(config: ModelConfig, y: Array) -> Array:
-    """A sublayer's output, normalised where the model does so before it is added to the residual stream."""
+    """A sublayer's output, normalised if the model normalises what it adds to the residual stream."""
     return norm_of(config, "post_norm")(y) if config.post_norm else y
 
 
 class Block(nn.Module):
-    """One transformer block: h + attention(norm h), then + MLP(norm ·); norms where the family has them."""
+    """One transformer block: h + attention(norm h), then + MLP(norm ·); the config says which norms there are."""
 
     config: ModelConfig
     kernel: Kernel = "auto"
 
     @nn.compact
     def __call__(self, h: Array, inputs: Inputs, cache: LayerCache | None, steer: Steer) -> tuple[Array, KeysValues]:
-        """h [B, T, D], the residual stream -> the stream after the block, and the attention's keys and values."""
+        """Residual stream h [B, T, D] -> the stream after the block, and the attention's keys and values."""
         c = self.config
         norm = lambda x, name: norm_of(c, name)(x) if c.pre_norm else x
         y, new = Attention(c, self.kernel, name="attn")(norm(h, "attn_norm"), inputs, cache, steer)
@@ -280,13 +282,13 @@ class Block(nn.Module):
 
 
 class Embed(nn.Module):
-    """Token embedding, E[tokens], times √D where the family scales it, plus P[positions] where those are learned."""
+    """Token embedding E[tokens], times √D if it is scaled, plus P[positions] if positions are learned."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, tokens: Array, positions: Array) -> Array:
-        """Tokens and their positions [B, T] -> [B, T, D]; NaN at a position that has no learned vector."""
+        """Tokens and their positions [B, T] -> [B, T, D]; NaN at a position beyond the learned ones."""
         shape = (self.config.vocab_size, self.config.width)
         embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
         h = jnp.take(embedding, tokens, axis=0)

@@ -9,14 +9,21 @@ from jaxsteer.sharding import current_mesh, spec_of
 from jaxsteer.types import Array
 
 LANES = 128
-"""The kernel's blocks are multiples of so many tokens."""
+"""Block sizes of the kernel are multiples of this."""
 
 BLOCK = 512
-"""Queries, and keys, of a block where the row is long enough."""
+"""Queries and keys in a block, if this divides the row's length."""
 
 
 def splash_refusal(rows: int, length: int, kv_heads: int, row_shards: int, tensor: int) -> str:
-    """Why the kernel cannot take rows of this kind on a mesh of these sizes; "" where it can."""
+    """Why the kernel cannot compute these shapes on a mesh, or "" if it can.
+
+    Args:
+        rows, length: of the batch, over all devices.
+        kv_heads: K.
+        row_shards: number of parts of the rows (data × fsdp).
+        tensor: number of parts of the heads.
+    """
     if length % LANES:
         return f"rows of {length} tokens are not a multiple of {LANES}"
     if rows % row_shards:
@@ -38,20 +45,21 @@ def splash_attention(
 ) -> Array:
     """Causal grouped-query attention within segments: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
 
-    Tokens of an example stand in order within a row, so causal by index is causal by position. Padding attends to
-    padding, which nothing reads. Reverse mode only.
+    Tokens of an example are in order within a row, so causal by index is causal by position. Padding attends to
+    padding, and its outputs are never used. Reverse mode only.
 
     Args:
-        q: scaled, so that q · k is the score. k, v: as they are.
+        q: queries, already scaled, so that q · k is the score.
+        k, v: keys and values.
         segments: int32 [B, T], 0 = padding.
-        softcap: scores s become c · tanh(s / c).
-        window: a query reads so many tokens, itself included.
+        softcap: c, if scores s become c · tanh(s / c).
+        window: number of tokens that a query attends to, itself included; None = all.
         interpret: emulate the kernel, for tests without a TPU.
 
     Raises:
-        ValueError: rows or heads that the kernel cannot take, see `splash_refusal`.
+        ValueError: shapes that the kernel cannot compute, see `splash_refusal`.
     """
-    # Slow to import, and needed on TPUs alone.
+    # Slow to import, and only needed on TPUs.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -65,7 +73,7 @@ def splash_attention(
     sizes = kernels.BlockSizes(**{f"block_{name}": block for name in names})  # type: ignore[arg-type]
 
     def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        """The rows and heads of one device."""
+        """Attention of the rows and heads on one device."""
         rows, _, heads, _ = q.shape
         kv_heads = k.shape[2]
         seen = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)

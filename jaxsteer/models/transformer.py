@@ -1,23 +1,24 @@
-"""The functional face of a model: `forward` runs the stack as one scan and injects the steering pytree.
+"""The functional interface of a model: `forward` runs the blocks as one scan and applies the steering tree.
 
-The stack is a `lax.scan` of `Block.apply` over parameters stacked on a leading axis L, so there is one trace whatever
-the depth. Steering slices and the layer index are scanned along; the KV cache is read by each layer and written after
-the scan.
+The blocks are a `lax.scan` of `Block.apply` over parameters stacked on a leading axis L, so a block is traced once,
+whatever the depth. Steering parameters and the layer index are scanned with the weights; each layer reads the KV cache,
+and new keys and values are written after the scan.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxsteer.batches import select
 from jaxsteer.models.attention import Kernel, Span
@@ -28,36 +29,37 @@ from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Context, Out
 
 Remat = Literal["none", "selective", "full"]
 SAVED = (*PROJECTIONS[:3], "mlp.gate", "mlp.up", "residual")
-"""What "selective" rematerialisation keeps of a block; the rest costs no matmul to recompute but the attention's."""
+"""What "selective" rematerialisation keeps of a block; recomputing the rest costs no matmul but attention's."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is static about a model: its features, what is steered where, and how it is computed. Hashable.
+    """The static part of a model: its config, its steering plan, and how it is computed. Hashable.
 
-    config      the family's features and sizes
-    plan        which interventions sit at which sites; () for the plain model
-    remat       what the backward pass recomputes: "none" of a block, all but its matmuls ("selective"), or it all
-                ("full": least memory)
-    train_base  the base tree is differentiated too (full fine-tuning): weights are then scanned over from the first
-                layer, where a frozen base would be read in place
-    attention   the kernel, see `jaxsteer.models.attention.Kernel`; forward-mode derivatives need one of XLA's
-    split_sequence  on a mesh, the residual stream's positions are split over the `tensor` axis between sublayers
+    config          dimensions and features
+    plan            the interventions and their sites; () for the plain model
+    remat           what the backward pass recomputes: "none" of a block, all but its matmuls ("selective"), or the
+                    whole block ("full", least memory)
+    train_base      whether the base tree is differentiated too (full fine-tuning); its weights are then scanned over
+                    from the first layer, where a frozen base is read in place
+    attention       the kernel, see `jaxsteer.models.attention.Kernel`; forward-mode derivatives need one of XLA's
+    split_sequence  on a mesh, split the positions of the residual stream over the `tensor` axis between sublayers
     """
 
     config: ModelConfig
     plan: Plan = ()
+    _: KW_ONLY
     remat: Remat = "selective"
     train_base: bool = False
     attention: Kernel = "auto"
     split_sequence: bool = False
 
 
-def init_base(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> PyTree:
+def init_base(config: ModelConfig, key: Array, dtype: DTypeLike = jnp.float32) -> PyTree:
     """Random weights in the layout of the base tree, layers stacked on a leading axis.
 
     {"embed": {"embedding": [V, D]}, "blocks": {... leaves [L, ...]}, "final_norm": {"scale": [D]}} and, unless the
-    head is tied, "head": {"embedding": [V, D]}; with learned positions "embed" has "positions" [max_length, D] too.
+    head is tied, "head": {"embedding": [V, D]}; learned positions are "positions" [max_length, D] in "embed".
     """
     embed, blocks, head = jax.random.split(key, 3)
     tokens = jnp.zeros((1, 2), jnp.int32)
@@ -76,15 +78,15 @@ def init_base(config: ModelConfig, key: Array, dtype: Any = jnp.float32) -> PyTr
 
 
 def output_embedding(base: PyTree) -> Array:
-    """The vectors [V, D] whose products with a hidden state are the logits; the input embedding where the head is tied.
+    """The output embedding [V, D], whose products with a hidden state are the logits; the input embedding if tied.
 
-    Kept in this order, untied too: a transposed embedding would be copied at every use.
+    An untied head has this layout too: a transposed embedding would be copied at every use.
     """
     return base["head" if "head" in base else "embed"]["embedding"]
 
 
 def write_scales(config: ModelConfig, base: PyTree) -> dict[str, Array]:
-    """For each projection that writes to the residual stream, the factors [L, D] of the norm behind it; {} without."""
+    """The factors [L, D] of the norm after each projection that writes to the residual stream; {} if there is none."""
     if not config.post_norm:
         return {}
     one = 1.0 if config.norm_plus_one else 0.0
@@ -93,14 +95,14 @@ def write_scales(config: ModelConfig, base: PyTree) -> dict[str, Array]:
 
 
 def logits_of(hidden: Array, head: Array, softcap: float | None = None) -> Array:
-    """Hidden [..., D] times the output embedding [V, D] -> logits [..., V] in at least fp32, soft-capped if need be."""
+    """Hidden states [..., D] and output embedding [V, D] -> logits [..., V] in at least fp32, soft-capped if asked."""
     wide = np.promote_types(hidden.dtype, np.float32)
     logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=wide)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
-def init_cache(config: ModelConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for `slots` tokens in each of `rows` rows."""
+def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = jnp.float32) -> Cache:
+    """An empty KV cache with `slots` tokens for each of `rows` rows."""
     shape = (config.layers, rows, config.kv_heads, slots, config.head_dim)
     empty = jnp.zeros((rows, slots), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, empty, jnp.zeros((), jnp.int32))
@@ -118,26 +120,26 @@ def forward(
     key: Array | None = None,
     train: bool = False,
 ) -> Output:
-    """Run the model on a batch: base weights, plus Δ(steering) at the plan's sites.
+    """Run the model on a batch: y' = y + Δ(steering; x, y) at each site of the plan.
 
     Args:
-        model: what is static.
-        base: pretrained weights as in `init_base`, in the compute dtype.
-        steering: the steering pytree of `model.plan`, as made by `jaxsteer.init_steering`.
-        batch: [B, T] rows, packed or padded either way.
-        cache: keys and values of earlier tokens; the batch's are appended. Its slots must have room for T more.
-        keep_cache: without a cache to go on with: return one that holds the batch, its T slots all used.
-        capture: sites whose values come back as taps.
-        key: for methods that draw at random in training; folded per slot, site and layer.
-        train: passed to the methods (dropout, gates).
+        model: the static part.
+        base: pretrained weights in the layout of `init_base`, in the compute dtype.
+        steering: the steering tree of `model.plan`, see `jaxsteer.init_steering`.
+        batch: [B, T] rows, packed, or padded on either side.
+        cache: keys and values of earlier tokens, to which the batch's are appended; it needs T free slots.
+        keep_cache: without `cache`, return a new cache that holds the batch in its T slots.
+        capture: sites whose values are returned as taps.
+        key: random key for methods that draw in training; folded for each slot, site and layer.
+        train: training mode of the methods (dropout, gates).
 
     Returns:
-        The hidden states after the final norm [B, T, D], the extended cache (None without one), and the taps, each
+        The hidden states after the final norm [B, T, D], the extended cache (or None), and the taps, each
         [L, B, T, ...], taken after the interventions at their site.
 
     Raises:
-        ValueError: an unknown site in `capture`, or steering whose slots are not the plan's.
-        AssertionError: the batch's fields are not all [B, T] of one shape.
+        ValueError: an unknown site in `capture`, or steering whose slots are not those of the plan.
+        AssertionError: the batch's fields do not all have one shape [B, T].
     """
     config, plan = model.config, model.plan
     chex.assert_rank(batch, 2)
@@ -171,6 +173,7 @@ def embed(model: Model, base: PyTree, batch: Batch) -> Array:
 
 
 BlockFunction = Callable[[PyTree, Array, Array, Steering | None], tuple[Array, tuple[Taps, KeysValues | None]]]
+"""(weights, h, layer, steering) -> (h, (taps, keys and values)), see `block_function`."""
 
 
 def block_function(
@@ -183,17 +186,19 @@ def block_function(
     key: Array | None = None,
     train: bool = False,
 ) -> BlockFunction:
-    """One block as a function (weights, h, layer, p) -> (h, (taps, keys and values)): what `forward` scans.
+    """One block as a function (weights, h, layer, p) -> (h, (taps, keys and values)), which `forward` scans.
 
-    weights are one layer's of `base["blocks"]`, h [B, T, D] is the stream that the block reads, and p one layer's
-    slices of `spread(plan, steering, layers)`, or None to steer nothing. Keys and values are None where no cache is to
-    have them. What all layers share is computed here, once. The arguments are those of `forward`.
+    weights is one layer of `base["blocks"]`, h [B, T, D] the residual stream that the block reads, layer its index,
+    and p one layer of `spread(plan, steering, layers)`, or None to steer nothing. Keys and values are None if no cache
+    needs them. What all layers share is computed once, here. The arguments are those of `forward`.
     """
     config, plan = model.config, model.plan
     inputs_of = layer_inputs(config, Span(batch.segments, batch.positions))
     masks = {slot.name: select(slot.positions, batch) for slot in plan}
 
-    def block(weights: PyTree, h: Array, layer: Array, p: Steering | None) -> Any:
+    def block(
+        weights: PyTree, h: Array, layer: Array, p: Steering | None
+    ) -> tuple[Array, tuple[Taps, KeysValues | None]]:
         taps: Taps = {}
 
         def steer(site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None) -> Array:
@@ -205,36 +210,41 @@ def block_function(
                 taps[site] = y
             return y
 
-        at = None if cache is None else LayerCache(cache, layer)
-        h, new = Block(config, model.attention).apply({"params": weights}, h, inputs_of(layer), at, steer)
+        layer_cache = None if cache is None else LayerCache(cache, layer)
+        apply = Block(config, model.attention).apply
+        out: tuple[Array, KeysValues] = apply({"params": weights}, h, inputs_of(layer), layer_cache, steer)  # type: ignore[assignment]
+        h, new = out
         return constrain(h, *_stream(model)), (taps, new if keep_cache or cache is not None else None)
 
     return block
 
 
 def _stream(model: Model) -> tuple[str | None, ...]:
+    """The logical axes of the residual stream [B, T, D]."""
     return ("rows", "sequence" if model.split_sequence else None, None)
 
 
 def _append(cache: Cache, new: KeysValues, batch: Batch) -> Cache:
-    """The cache with the keys and values of a batch [L, B, K, T, H] in its first free slots."""
-    here = cache.used
-    stack = lambda held, new: lax.dynamic_update_slice(held, new.astype(held.dtype), (0, 0, 0, here, 0))
-    field = lambda held, new: lax.dynamic_update_slice(held, new, (0, here))
+    """The cache with the keys and values of a batch, [L, B, K, T, H] each, in its first free slots."""
+    start = cache.used
+    stack = lambda old, new: lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, start, 0))
+    field = lambda old, new: lax.dynamic_update_slice(old, new, (0, start))
     return Cache(
         stack(cache.k, new.k),
         stack(cache.v, new.v),
         field(cache.segments, batch.segments),
         field(cache.positions, batch.positions),
-        here + batch.tokens.shape[1],
+        start + batch.tokens.shape[1],
     )
 
 
-def _scan_blocks(model: Model, block: Callable, weights: PyTree, h: Array, per_layer: Steering) -> tuple[Array, PyTree]:
-    """Scan `block` over the layers, split at the first one that needs a gradient: below it nothing is saved.
+def _scan_blocks(
+    model: Model, block: BlockFunction, weights: PyTree, h: Array, per_layer: Steering
+) -> tuple[Array, PyTree]:
+    """Scan `block` over the layers in two parts: below the first layer that needs a gradient, nothing is saved.
 
-    Slicing a stack would copy it, so a split stack is read layer by layer from inside the body; above the split that
-    needs rematerialisation, or the backward pass would keep a copy of each layer's weights.
+    Slicing the stacked weights would copy them, so the two parts index them layer by layer inside the body; above the
+    split that needs rematerialisation, or the backward pass would keep a copy of each layer's weights.
     """
     L = model.config.layers
     first = min((layer for slot in model.plan for layer in slot.active_layers(L)), default=L)
@@ -253,7 +263,7 @@ def _scan_blocks(model: Model, block: Callable, weights: PyTree, h: Array, per_l
         return block(jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, layer, keepdims=False), weights), h, layer, p)
 
     part = lambda tree, start, stop: jax.tree.map(lambda leaf: leaf[start:stop], tree)
-    # No steering at all below: its zeros depend on the steering tree, and would be differentiated through every layer.
+    # Below, p is None rather than zeros: zeros depend on the steering tree and would be differentiated in every layer.
     h, below = lax.scan(lambda h, layer: indexed(h, (layer, None)), h, indices[:split])
     upper = indexed if model.remat == "none" else remat(indexed)
     h, above = lax.scan(upper, h, part((indices, per_layer), split, L))
@@ -261,7 +271,7 @@ def _scan_blocks(model: Model, block: Callable, weights: PyTree, h: Array, per_l
 
 
 def spread(plan: Plan, steering: Steering, layers: int) -> Steering:
-    """Scatter each slot's active layers into [L, ...] zeros; zeros are the identity, so the others stay as they are."""
+    """Scatter each slot's active layers into [L, ...] zeros, the identity of every method for the other layers."""
 
     def put(leaf: Array, active: tuple[int, ...]) -> Array:
         if len(active) == layers:
@@ -275,7 +285,7 @@ def spread(plan: Plan, steering: Steering, layers: int) -> Steering:
 
 
 def _steered(apply: Callable, p: PyTree, x: Array, y: Array, context: Context, mask: Array | None) -> Array:
-    """y + Δ where the mask says so. Computed in at least fp32, returned in y's dtype."""
+    """y + Δ where the mask is true, else y. Computed in at least fp32, returned in y's dtype."""
     wide = np.promote_types(y.dtype, np.float32)
     for leaf in jax.tree.leaves(p):
         wide = np.promote_types(wide, leaf.dtype)
@@ -287,7 +297,7 @@ def _steered(apply: Callable, p: PyTree, x: Array, y: Array, context: Context, m
 
 
 def _fold_key(key: Array | None, slot: str, site: str, layer: Array) -> Array | None:
-    """A key of its own for each slot, site and layer; crc32, because Python's hash differs from process to process."""
+    """A key for one slot, site and layer. By crc32, because Python's hash of a string differs between processes."""
     if key is None:
         return None
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(f"{slot}/{site}".encode())), layer)
@@ -300,23 +310,32 @@ def _unsteered(site: str, x: Array, y: Array, kernel: Array | None = None, bias:
 @partial(jax.tree_util.register_dataclass, data_fields=["base", "steering"], meta_fields=["model"])
 @dataclass(frozen=True)
 class Network:
-    """A model with its weights, as one tree: the first three arguments of `forward`. Goes through jit and grad."""
+    """A model with its weights as one pytree, for jit and grad: the first three arguments of `forward`.
+
+    model     the static part
+    base      pretrained weights in the layout of `init_base`
+    steering  the steering tree of `model.plan`
+    """
 
     model: Model
     base: PyTree
     steering: Steering
 
     def __call__(self, batch: Batch, capture: Sequence[str] = ()) -> Output:
-        """`forward` on a batch."""
+        """`forward` on a batch; `capture`: sites whose values are returned as taps."""
         return forward(self.model, self.base, self.steering, batch, capture=capture)
 
     def steered(self, slot: Slot, params: dict[str, dict[str, Array]]) -> Network:
-        """The network with one slot more, behind those that it has.
+        """The network with one more slot, applied after the others.
+
+        Args:
+            slot: the new slot.
+            params: its parameters, params[site][param].
 
         Raises:
-            ValueError: it has a slot of that name.
+            ValueError: the network already has a slot of that name.
         """
         if slot.name in self.steering:
-            raise ValueError(f"the network has a slot {slot.name!r} already; give the new one another name")
+            raise ValueError(f"the network already has a slot {slot.name!r}; give the new one another name")
         model = replace(self.model, plan=(*self.model.plan, slot))
         return Network(model, self.base, {**self.steering, slot.name: params})

@@ -92,9 +92,9 @@ def test_other_pairs_of_split_and_rematerialisation(layers, remats, tiny_config,
     plan = (slot_of("nonlinear", tiny_config, layers=layers, sites=("block",)),)
     steering = random_steering(plan, tiny_config)
     batch = supervised_batch(tiny_config.vocab_size)
-    want = loss_and_grads(Model(tiny_config, plan, "none", train_base=True), tiny_base, steering, batch)
+    want = loss_and_grads(Model(tiny_config, plan, remat="none", train_base=True), tiny_base, steering, batch)
     for remat in remats:
-        close(loss_and_grads(Model(tiny_config, plan, remat), tiny_base, steering, batch), want, 1e-5)
+        close(loss_and_grads(Model(tiny_config, plan, remat=remat), tiny_base, steering, batch), want, 1e-5)
 
 
 # ---- taps

@@ -70,7 +70,7 @@ def test_greedy_continuation_alone(smollm2, theirs):
 
 def test_zero_steering_of_a_real_model_is_the_identity(smollm2, theirs):
     plan = (Slot("s", NonlinearSteering(), ("block",)),)
-    batch = padded(theirs, [2], "right")
+    batch = padded(theirs, range(PROMPTS), "left")  # as in test_logits, so that the plain model is compiled once
     steering = init_steering(plan, smollm2.config, jax.random.key(0))
     plain = run(Model(smollm2.config), smollm2.base, {}, batch).hidden
     np.testing.assert_array_equal(run(Model(smollm2.config, plan), smollm2.base, steering, batch).hidden, plain)

@@ -71,7 +71,8 @@ def test_a_run_leaves_what_it_promises(config):
     assert len((run.folder / "answers_before.jsonl").read_text().splitlines()) == 16
     # 3 layers of D and U [4, 32], and in the last 2 layers A and B of the query (32 -> 32) and down (48 -> 32) maps.
     assert summary["trainable_parameters"] == 3 * 2 * 4 * 32 + 2 * 2 * (32 + 32 + 48 + 32)
-    file = load_steering(run.steering, load_model(config.model).config)
+    file = load_steering(run.steering)
+    file.check(load_model(config.model).config)
     assert [slot.name for slot in file.plan] == ["nonlinear", "lora"]
     assert file.notes["template"] == "{prompt}"
 

@@ -68,7 +68,7 @@ def test_conversion_then_geometry(setting, tiny_folder, tmp_path):
     ConvertStudy(**setting, **small, rank=2, prompts=40, distill_steps=3, out=str(tmp_path)).run()
     models = result(tmp_path, "convert")["models"]
     assert models["affine"]["kl"] < models["base"]["kl"]
-    assert load_steering(tmp_path / "distilled.safetensors", config).plan[0].sites == ("block",)
+    assert load_steering(tmp_path / "distilled.safetensors").plan[0].sites == ("block",)
     steering = str(tmp_path / "linear.safetensors")
     GeometryStudy(**setting, **small, rank=2, steering=steering, out=str(tmp_path)).run()
     found = result(tmp_path, "geometry")

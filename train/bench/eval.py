@@ -57,7 +57,7 @@ class _Run:
         plan = parse_plan(config.plan, loaded.config)
         steering = init_steering(plan, loaded.config, jax.random.key(0), base=loaded.base)
         self._network = Network(Model(loaded.config, plan), loaded.base, steering)
-        self._stops = tuple(sorted({*loaded.stop_tokens, *stop_tokens(loaded.tokenizer)}))
+        self._stops = tuple(sorted({*loaded.stop_tokens, *stop_tokens(loaded.require_tokenizer())}))
         self._new_tokens = config.new_tokens
 
     def answer(self, prompts: Sequence[TokenizedExample], rows: int) -> tuple[list[Answer], float]:
@@ -86,7 +86,7 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     slows both.
     """
     loaded = load(config.model, config.dtype)
-    prompts, run = _prompts(config, loaded.tokenizer), _Run(config, loaded)
+    prompts, run = _prompts(config, loaded.require_tokenizer()), _Run(config, loaded)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     count = min(config.alone, len(prompts))
     chosen = [by_length[int((i + 0.5) * len(prompts) / count)] for i in range(count)]

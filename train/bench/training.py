@@ -153,5 +153,5 @@ def _source(config: TrainBench, loaded: LoadedModel) -> DataSource:
     else:
         listops = config.data == "listops"
         texts = generate_listops(ListOps(), "train") if listops else read_jsonl(config.data, config.keys)
-        examples, _ = encode(texts, loaded.tokenizer, max_length=config.sequence_length, on_long="drop")
+        examples, _ = encode(texts, loaded.require_tokenizer(), max_length=config.sequence_length, on_long="drop")
     return DataSource(examples, config.batch_size, config.sequence_length)

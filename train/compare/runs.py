@@ -137,7 +137,8 @@ class Comparison:
         record, path = self.record(entry, exponent, seed), self.path(entry, exponent, seed)
         assert record is not None
         if record["test"] is None:
-            saved = load_steering(path.with_suffix(".safetensors"), self.loaded.config)
+            saved = load_steering(path.with_suffix(".safetensors"))
+            saved.check(self.loaded.config)
             record["test"] = self.answer("test", saved.plan, Params(None, saved.steering))
             write_json(path, record)
         return record

@@ -89,7 +89,9 @@ class Evaluator:
             ValueError: an example without choices where they are to be scored.
         """
         chosen = self.by == "likelihood"
-        return make_prompts(examples, self.loaded.tokenizer, self.loaded.stop_tokens, self.task, choices=chosen)
+        return make_prompts(
+            examples, self.loaded.require_tokenizer(), self.loaded.stop_tokens, self.task, choices=chosen
+        )
 
     def answer(
         self,
@@ -172,7 +174,7 @@ class Evaluator:
                 )
                 yield from ((left[i], choose(left[i], likelihoods)) for i, likelihoods in scored)
             else:
-                read = generated_reader(prompts, self.loaded.tokenizer)
+                read = generated_reader(prompts, self.loaded.require_tokenizer())
                 limits = Limits(max(map(len, tokens)), prompts.max_new_tokens, rows=self.eval_batch_size)
                 decoder = Decoder(self.model, base, steering, limits, self.placement.batch)
                 seeds = [self.seed << 32 | index for index in left]  # a prompt's answer does not depend on the others
@@ -220,7 +222,9 @@ class Evaluator:
     def _batches(self, split: Split) -> list[Batch]:
         """A split's examples, packed into batches of `loss_shape`; the last is filled up with empty rows."""
         rows, length = self.loss_shape
-        examples, _ = encode(self.examples(split), self.loaded.tokenizer, chat=self.task.chat, max_length=length)
+        examples, _ = encode(
+            self.examples(split), self.loaded.require_tokenizer(), chat=self.task.chat, max_length=length
+        )
         length = length or bucket_length(max(map(len, examples)))
         packed = pack([len(example) for example in examples], length)
         packed += [[] for _ in range(-len(packed) % rows)]

@@ -158,7 +158,14 @@ def make_program(
             softcap=model_config.attn_softcap,
             mesh=mesh if mesh is not None and mesh.size > 1 else None,
         )
-    model = Model(model_config, plan, config.remat, config.train_base, config.attention, config.mesh.split_sequence)
+    model = Model(
+        model_config,
+        plan,
+        remat=config.remat,
+        train_base=config.train_base,
+        attention=config.attention,
+        split_sequence=config.mesh.split_sequence,
+    )
     orthogonality = config.orthogonality.resolve(plan)
     params = Params(base, steering_shapes(plan, model_config))
     labels = param_labels(params, plan, train_base=config.train_base, frozen=config.freeze)

@@ -162,7 +162,7 @@ def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Re
     positions = loaded.config.max_length if loaded.config.learned_positions else config.sequence_length
     tokens, report = encode_cached(
         config.task.load("train"),
-        loaded.tokenizer,
+        loaded.require_tokenizer(),
         cache_folder() / "tokens",
         chat=config.task.chat,
         max_length=min(config.sequence_length, positions),

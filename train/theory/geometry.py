@@ -67,7 +67,8 @@ class GeometryStudy:
         for name, kind in ((self.tuned, "LoRA"), (self.steering, "steering")):
             if name is None or Path(name).is_dir():
                 continue
-            file = load_steering(name, pair.loaded.config)
+            file = pair.file if name == self.tuned and pair.file is not None else load_steering(name)
+            file.check(pair.loaded.config)
             for (_, site), (inputs, outputs) in map_directions(file.plan, file.steering).items():
                 if site not in ("mlp.down", "attn.o", "block") or len(outputs.rows) != len(shifts.rows):
                     continue

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.io import LoadedModel, load_steering
+from jaxsteer.io import LoadedModel, SteeringFile, load_steering
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.params import Params
@@ -61,7 +61,8 @@ def read_subject(path: str, loaded: LoadedModel, dtype: str = "float32") -> Subj
     if place.is_dir():
         tuned = load(path, dtype)
         return Subject(name, Model(loaded.config), *_of_weights(loaded.base, tuned.base))
-    file = load_steering(path, loaded.config)
+    file = load_steering(path)
+    file.check(loaded.config)
     if all(slot.method.kind == "weight" for slot in file.plan):
         update = merged(file.plan, loaded.base, file.steering)
         return Subject(name, Model(loaded.config), Params(loaded.base, {}), update)
@@ -84,7 +85,9 @@ def held_out(
     examples = config.task.load(split)  # type: ignore[arg-type]
     if not examples:
         raise ValueError(f"the task has no {split} examples to measure on")
-    tokens, _ = encode(examples, loaded.tokenizer, chat=config.task.chat, max_length=length, on_long=config.on_long)
+    tokens, _ = encode(
+        examples, loaded.require_tokenizer(), chat=config.task.chat, max_length=length, on_long=config.on_long
+    )
     source = DataSource(tokens, rows, length)
     return [jax.tree.map(jnp.asarray, source.batch(step)) for step in range(batches)]
 
@@ -102,6 +105,8 @@ class Pair:
     config: TrainConfig
     base: Network
     tuned: Network
+    file: SteeringFile | None = None
+    """The steering file that `tuned` was read from, if it is one."""
 
     def batches(self, split: Split, examples: int, *, rows: int, length: int, answers: bool = True) -> list[Batch]:
         """The first so many examples of a split in packed rows, each once; the last batch is filled up by padding.
@@ -112,7 +117,7 @@ class Pair:
         some = self.config.task.load(split)[:examples]
         if not some:
             raise ValueError(f"the task has no {split} examples")
-        chat, tokenizer = self.config.task.chat, self.loaded.tokenizer
+        chat, tokenizer = self.config.task.chat, self.loaded.require_tokenizer()
         if answers:
             tokens, _ = encode(some, tokenizer, chat=chat, max_length=length, on_long=self.config.on_long)
         else:
@@ -143,9 +148,10 @@ def read_pair(path: str, config: str) -> Pair:
     base = Network(Model(loaded.config), loaded.base, {})
     if place.is_dir():
         return Pair(loaded, settings, base, Network(Model(loaded.config), load(path, "float32").base, {}))
-    file = load_steering(path, loaded.config)
+    file = load_steering(path)
+    file.check(loaded.config)
     merged, rest, steering = fold_weights(file.plan, loaded.base, file.steering)
-    return Pair(loaded, settings, base, Network(Model(loaded.config, rest), merged, steering))
+    return Pair(loaded, settings, base, Network(Model(loaded.config, rest), merged, steering), file)
 
 
 def judge(tuned: Network, network: Network, batches: Sequence[Batch], where: Where = "answers") -> Means:

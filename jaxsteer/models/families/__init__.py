@@ -1,15 +1,16 @@
-"""Model families as data: which published fields and tensors mean which of ours, readable in both directions.
+"""Model families as data: how published config fields and tensor names map to ours, in both directions.
 
-A family is one record. To add one, write its `Family`: the config fields that become features of `ModelConfig`, those
-that must have one value because the forward pass knows no other, those that change no result, and one `Row` per
-parameter. Anything that a published model says and its family does not list is refused rather than ignored.
+Each family is one `Family` record in a module of this package; reading files is `jaxsteer.io`, computing is
+`jaxsteer.models.layers`. To add a family, list the config fields that map to `ModelConfig`, those of which the forward
+pass supports one value, those that do not change the result, and one `Row` per parameter. A field or tensor that its
+family does not list is refused, never ignored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Literal
 
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families.gemma import GEMMA2, GEMMA3
@@ -19,16 +20,10 @@ from jaxsteer.models.families.olmo import OLMO2
 from jaxsteer.models.families.phi import PHI3
 from jaxsteer.models.families.qwen import QWEN2, QWEN3
 from jaxsteer.models.families.rope import ROPE_FIELDS, rope_from_hf, rope_to_hf
-from jaxsteer.models.families.table import GENERAL_FIXED, IDENTITY, REQUIRED, ROTARY, TRANSPOSE, Family, Row, Transform
+from jaxsteer.models.families.table import GENERAL_FIXED, REQUIRED, Family, Fields, FieldValue, RawConfig
 
 __all__ = [
     "FAMILIES",
-    "IDENTITY",
-    "ROTARY",
-    "TRANSPOSE",
-    "Family",
-    "Row",
-    "Transform",
     "config_from_hf",
     "config_to_hf",
     "families_of",
@@ -49,30 +44,31 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("tied_head", "attn_bias", "mlp_bias"), bool),
 }
 _OPTIONAL = ("attn_softcap", "final_softcap")
-"""Fields that null switches off."""
+"""Fields that null disables."""
 
-_LAYERS_LIMIT = 100_000  # of models whose layers differ: a file that lies must not make a tuple of billions
+_LAYERS_LIMIT = 100_000
+"""Layers of a model whose layers differ: a damaged file must not ask for a tuple of billions."""
 
 
-def families_of(kind: str, name: Any, where: str) -> list[Family]:
-    """The families with this published name; GGUF has one for several.
+def families_of(kind: Literal["hf_type", "gguf"], name: object, where: str) -> list[Family]:
+    """The families with this published name; in GGUF, several may share one.
 
     Args:
-        kind: "hf_type" (`model_type` of a config.json) or "gguf" (`general.architecture`).
+        kind: "hf_type" for `model_type` of a config.json, "gguf" for `general.architecture`.
         name: the published name.
         where: the file, for the message.
 
     Raises:
-        ValueError: no family has it.
+        ValueError: no family has this name.
     """
-    if found := [family for family in FAMILIES.values() if name and getattr(family, kind) == name]:
-        return found
+    if families := [family for family in FAMILIES.values() if name and getattr(family, kind) == name]:
+        return families
     key = "model_type" if kind == "hf_type" else "general.architecture"
     known = ", ".join(dict.fromkeys(getattr(family, kind) for family in FAMILIES.values()))
     raise ValueError(f"{where}: {key} is {name!r}; the families known here are {known}")
 
 
-def config_from_hf(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelConfig]:
+def config_from_hf(raw: RawConfig, where: str) -> tuple[Family, ModelConfig]:
     """Read a Hugging Face config.json.
 
     Args:
@@ -80,16 +76,16 @@ def config_from_hf(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelCon
         where: the file, for messages.
 
     Raises:
-        ValueError: an unknown family; a field that is missing, of the wrong type, or that the family does not
-            know how to follow. The message names the field and its value.
+        ValueError: an unknown family; a field that is missing, has the wrong type, or is not supported for the family.
+            The message names the field and its value.
     """
     (family,) = families_of("hf_type", raw.get("model_type"), where)
-    read: dict[str, Any] = {}
+    read: Fields = {}
     for ours, (name, default) in family.fields.items():
         value = raw.get(name)
         if value is None and not (ours in _OPTIONAL and name in raw):
             if default is REQUIRED:
-                raise ValueError(f"{where}: {name} is missing; a {family.name} config must say it")
+                raise ValueError(f"{where}: {name} is missing; a {family.name} config must have it")
             value = default(read) if callable(default) else default
         read[ours] = None if value is None and ours in _OPTIONAL else _typed(value, ours, name, where)
     read.setdefault("kv_heads", read["heads"])
@@ -103,15 +99,15 @@ def config_from_hf(raw: Mapping[str, Any], where: str) -> tuple[Family, ModelCon
     rope = rope_from_hf(raw, read["max_length"], where, theta=family.theta, local_theta=family.local_theta)
     if "window" not in windows:
         rope.pop("local_rope_theta", None)
-    still = unrotated_layers(family, raw, read["layers"], where)
-    return family, model_config({**read, **family.features, **windows, **still, **rope}, where)
+    unrotated = unrotated_layers(family, raw, read["layers"], where)
+    return family, model_config({**read, **family.features, **windows, **unrotated, **rope}, where)
 
 
-def model_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
+def model_config(fields: Fields, where: str) -> ModelConfig:
     """The config with these fields.
 
     Raises:
-        ValueError: no model can have them; the message names the file.
+        ValueError: no model can have them; the message begins with the file, `where`.
     """
     try:
         return ModelConfig(**fields)
@@ -119,7 +115,8 @@ def model_config(fields: Mapping[str, Any], where: str) -> ModelConfig:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _refuse_unknown(family: Family, raw: Mapping[str, Any], where: str) -> None:
+def _refuse_unknown(family: Family, raw: RawConfig, where: str) -> None:
+    """Raise a ValueError for a field that the family does not know, or that has an unsupported value."""
     handled = {name for name, _ in family.fields.values()} | family.ignored | ROPE_FIELDS
     if family.local_theta is None:
         handled -= {"rope_local_base_freq"}
@@ -134,75 +131,78 @@ def _refuse_unknown(family: Family, raw: Mapping[str, Any], where: str) -> None:
             continue
         allowed = f"only {family.fixed[name]!r} is supported" if name in family.fixed else "the field is not known"
         raise ValueError(
-            f"{where}: {name} is {value!r}, but for the {family.name} family {allowed}. If it changes "
-            "nothing in the forward pass, remove it from the file; otherwise this model cannot be loaded "
-            "faithfully"
+            f"{where}: {name} is {value!r}, but for the {family.name} family {allowed}. If it does "
+            "not change the forward pass, remove it from the file; otherwise this model cannot be loaded faithfully"
         )
 
 
-def _typed(value: Any, ours: str, name: str, where: str) -> Any:
-    """The value of a field, if it has the type of ours; a whole number passes for a float."""
+def _typed(value: object, ours: str, name: str, where: str) -> FieldValue:
+    """The value of a published field, checked against the type of our field; an int is accepted for a float."""
     kind = _KINDS.get(ours, int)
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{where}: {name} is {value!r}; expected {kind.__name__}")
+    assert isinstance(value, bool | int | float)
     return value
 
 
-def _windows(family: Family, raw: Mapping[str, Any], layers: int, where: str) -> dict[str, Any]:
-    """The window and which layers it holds in; {} where it holds in none."""
+def _windows(family: Family, raw: RawConfig, layers: int, where: str) -> Fields:
+    """The window and its layers; {} if no layer has one."""
     windows = family.windows
     if windows is None:
         return {}
-    size = raw.get("sliding_window", windows.default)  # null is no window, and no default
-    said = raw.get("layer_types")
-    if said is None:
+    size = raw.get("sliding_window", windows.default)  # null means no window, not the default
+    types = raw.get("layer_types")
+    if types is None:
         local = flags_of_layers(lambda layer: windows.local(raw, layer), layers, where)
-    elif isinstance(said, list) and len(said) == layers and all(kind in _LAYER_TYPES for kind in said):
-        local = tuple(_LAYER_TYPES[kind] for kind in said)
+    elif isinstance(types, list) and len(types) == layers and all(kind in _LAYER_TYPES for kind in types):
+        local = tuple(_LAYER_TYPES[kind] for kind in types)
     else:
-        raise ValueError(f"{where}: layer_types is {said!r}; expected {layers} words out of {', '.join(_LAYER_TYPES)}")
+        raise ValueError(f"{where}: layer_types is {types!r}; expected {layers} words out of {', '.join(_LAYER_TYPES)}")
     if size is None or (windows.switch and not raw.get(windows.switch, False)) or not any(local):
         return {}
     if type(size) is not int or size < 1:
-        raise ValueError(f"{where}: sliding_window is {size!r}; expected a positive whole number")
+        raise ValueError(f"{where}: sliding_window is {size!r}; expected a positive integer")
     return window_fields(size, local)
 
 
-def window_fields(size: int, local: tuple[bool, ...]) -> dict[str, Any]:
-    """The fields of a `ModelConfig` that say that these layers have a window; {} where it holds in none."""
+def window_fields(size: int, local: tuple[bool, ...]) -> Fields:
+    """The fields of a `ModelConfig` for a window in these layers; {} if it is in none."""
     if not any(local):
         return {}
     return {"window": size} if all(local) else {"window": size, "local_layers": local}
 
 
-def unrotated_layers(family: Family, raw: Mapping[str, Any], layers: int, where: str) -> dict[str, Any]:
-    """The field of a `ModelConfig` that names layers without rotary positions; {} where all have them."""
+def unrotated_layers(family: Family, raw: RawConfig, layers: int, where: str) -> Fields:
+    """The field of a `ModelConfig` for layers without rotary positions; {} if all layers have them."""
     if (rule := family.unrotated) is None:
         return {}
-    still = flags_of_layers(lambda layer: rule(raw, layer), layers, where)
-    return {"unrotated_layers": still} if any(still) else {}
+    flags = flags_of_layers(lambda layer: rule(raw, layer), layers, where)
+    return {"unrotated_layers": flags} if any(flags) else {}
 
 
-def flags_of_layers(rule: Callable[[int], Any], layers: int, where: str) -> tuple[bool, ...]:
-    """A flag for every layer.
+def flags_of_layers(rule: Callable[[int], bool], layers: int, where: str) -> tuple[bool, ...]:
+    """What `rule` says of every layer.
 
     Raises:
-        ValueError: so many layers that only a damaged file can have them.
+        ValueError: `rule` raised one, or there are more layers than any model has; the file is damaged.
     """
     if layers > _LAYERS_LIMIT:
         raise ValueError(f"{where}: {layers} layers; a model whose layers differ has at most {_LAYERS_LIMIT}")
-    return tuple(bool(rule(layer)) for layer in range(layers))
+    try:
+        return tuple(rule(layer) for layer in range(layers))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
-def config_to_hf(family: Family, config: ModelConfig) -> dict[str, Any]:
+def config_to_hf(family: Family, config: ModelConfig) -> RawConfig:
     """The config.json that transformers reads as this model; `config_from_hf` gives `config` back."""
-    raw: dict[str, Any] = {"architectures": [family.hf_class], "model_type": family.hf_type}
+    raw: RawConfig = {"architectures": [family.hf_class], "model_type": family.hf_type}
     raw |= {name: getattr(config, ours) for ours, (name, _) in family.fields.items()}
     raw |= {name: value for name, value in family.fixed.items() if name not in GENERAL_FIXED}
     if (scale := config.query_scale) is not None:
-        raw["query_pre_attn_scalar"] = round(scale**-2)  # a whole number, in every published config
+        raw["query_pre_attn_scalar"] = round(scale**-2)  # an integer in every published config
     if (windows := family.windows) is not None:
         local = config.local_layers or (config.window is not None,) * config.layers
         raw["sliding_window"] = config.window

@@ -1,11 +1,10 @@
-"""Gemma 2 (norms on both sides, soft-caps, every second layer local) and Gemma 3's text models."""
+"""Gemma 2 (norms before and after each sublayer, soft-capping, every second layer local) and Gemma 3's text models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from jaxsteer.models.families.table import (
     DIMENSIONS,
@@ -16,21 +15,24 @@ from jaxsteer.models.families.table import (
     ONE_ADDED,
     REQUIRED,
     Family,
+    Fields,
     Windows,
     after_blocks,
     gated_mlp,
+    layer_count,
     norm,
     projection,
 )
 
+_PATTERN = ("sliding_window_pattern", "_sliding_window_pattern")
 _GELU = "gelu_pytorch_tanh"
 _norm = partial(norm, gguf_transform=ONE_ADDED)
 
 
-def _query_scale(largest: int) -> Callable[[Mapping[str, Any]], float]:
-    """1/√H, and 1/√(D/N) in the largest model. GGUF files do not say it: that one is known by its number of layers."""
+def _query_scale(largest: int) -> Callable[[Fields], float]:
+    """1/√H, but 1/√(D/N) in the largest model, which has `largest` layers: GGUF files do not give the scale."""
 
-    def scale(read: Mapping[str, Any]) -> float:
+    def scale(read: Fields) -> float:
         size = read["width"] // max(read["heads"], 1) if read["layers"] == largest else read["head_dim"]
         return float(max(size, 1)) ** -0.5
 
@@ -105,8 +107,8 @@ GEMMA3 = replace(
     features={**GEMMA2.features, "qk_norm": "head"},
     windows=Windows(
         4096,
-        lambda raw, layer: (layer + 1) % raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6)) > 0,
-        ignored=frozenset({"sliding_window_pattern", "_sliding_window_pattern"}),
+        lambda raw, layer: (layer + 1) % layer_count(raw, *_PATTERN, default=6) > 0,
+        ignored=frozenset(_PATTERN),
     ),
     theta=1_000_000.0,
     local_theta=10_000.0,

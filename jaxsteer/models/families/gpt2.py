@@ -1,4 +1,4 @@
-"""GPT-2: LayerNorms with biases, learned positions, an MLP without a gate; q, k and v in one tensor, [in, out]."""
+"""GPT-2: LayerNorms, learned positions, an MLP without a gate; q, k and v in one tensor of layout [in, out]."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _QKV = ("NH", "NH", "NH")
 
 
 def _affine(path: str, hf: str, gguf: str) -> tuple[Row, ...]:
-    """Scale and bias of a norm, in a block or after all of them."""
+    """Scale and bias of a norm, in a block or after the last one."""
     return (
         Row(f"{path}/scale", ("D",), f"transformer.{hf}.weight", f"{gguf}.weight"),
         Row(f"{path}/bias", ("D",), f"transformer.{hf}.bias", f"{gguf}.bias"),
@@ -18,7 +18,7 @@ def _affine(path: str, hf: str, gguf: str) -> tuple[Row, ...]:
 
 
 def _projection(path: str, hf: str, gguf: str, axes: tuple[str, str], **layout: Any) -> tuple[Row, ...]:
-    """Kernel and bias of a projection: in the kernel's own order in safetensors, transposed in GGUF files."""
+    """Kernel and bias of a projection, stored [in, out] in safetensors and transposed in GGUF; `layout` as in `Row`."""
     ours, hf, gguf = f"blocks/{path}", f"transformer.h.{{i}}.{hf}", f"blk.{{i}}.{gguf}"
     return (
         Row(f"{ours}/kernel", axes, f"{hf}.weight", f"{gguf}.weight", gguf_transform=TRANSPOSE, **layout),
@@ -48,7 +48,7 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": False,
         "reorder_and_upcast_attn": False,
     },
-    # n_ctx was n_positions once more; the summary is of models that classify.
+    # n_ctx repeats n_positions; the summary fields are for classification.
     ignored=frozenset(
         GENERAL_IGNORED
         | {"n_ctx", "attn_pdrop", "embd_pdrop", "resid_pdrop"}
@@ -68,7 +68,7 @@ GPT2 = Family(
         *_affine("final_norm", "ln_f", "output_norm"),
         Row("head/embedding", ("V", "D"), "lm_head.weight", "output.weight", unless="tied_head"),
     ),
-    # The causal mask, which old versions stored as a buffer.
+    # The causal mask, which old versions stored.
     harmless=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
     features={
         **dict.fromkeys(("attn_bias", "mlp_bias", "learned_positions"), True),

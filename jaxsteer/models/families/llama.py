@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from jaxsteer.models.families.table import (
     DIMENSIONS,
@@ -14,9 +12,11 @@ from jaxsteer.models.families.table import (
     GGUF_KEYS,
     ROTARY,
     Family,
+    RawConfig,
     Windows,
     after_blocks,
     gated_mlp,
+    layer_count,
     norm,
     projection,
 )
@@ -28,7 +28,7 @@ LLAMA = Family(
     gguf="llama",
     fields={**DIMENSIONS, "attn_bias": ("attention_bias", False), "mlp_bias": ("mlp_bias", False)},
     fixed={**GENERAL_FIXED, "hidden_act": "silu", "rope_interleaved": False},
-    # pretraining_tp split matrix products in old versions without changing them; is_llama_config marks a conversion.
+    # pretraining_tp split matmuls in old versions without changing them; is_llama_config marks a conversion.
     ignored=frozenset(GENERAL_IGNORED | {"pretraining_tp", "is_llama_config"}),
     rows=(
         EMBEDDING,
@@ -56,12 +56,14 @@ MISTRAL = replace(
 )
 
 
-def _unrotated(raw: Mapping[str, Any], layer: int) -> bool:
-    """SmolLM3's `no_rope_layers` is 1 where a layer has rotary positions, in spite of its name."""
-    said = raw.get("no_rope_layers")
-    if isinstance(said, list) and layer < len(said):
-        return not said[layer]
-    return (layer + 1) % raw.get("no_rope_layer_interval", 4) == 0
+def _unrotated(raw: RawConfig, layer: int) -> bool:
+    """Whether a layer has no rotary positions: SmolLM3's `no_rope_layers` is 1 if it has them, despite its name."""
+    flags = raw.get("no_rope_layers")
+    if flags is not None and not (isinstance(flags, list) and all(flag in (0, 1) for flag in flags)):
+        raise ValueError(f"no_rope_layers is {flags!r}; expected a list of 0 and 1")
+    if flags is not None and layer < len(flags):
+        return not flags[layer]
+    return (layer + 1) % layer_count(raw, "no_rope_layer_interval", default=4) == 0
 
 
 SMOLLM3 = replace(

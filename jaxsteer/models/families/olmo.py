@@ -1,4 +1,4 @@
-"""OLMo 2: norms after attention and MLP instead of before, and of all queries and keys of a token together."""
+"""OLMo 2: norms after attention and MLP instead of before, and over all queries and all keys of a token."""
 
 from __future__ import annotations
 

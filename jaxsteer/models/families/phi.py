@@ -1,4 +1,4 @@
-"""Phi-3: Llama's block with q, k, v in one stored tensor, and gate and up in another."""
+"""Phi-3: Llama's block, with q, k and v fused in one stored tensor and gate and up in another."""
 
 from __future__ import annotations
 

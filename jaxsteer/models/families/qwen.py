@@ -13,6 +13,7 @@ from jaxsteer.models.families.table import (
     Windows,
     after_blocks,
     gated_mlp,
+    layer_count,
     norm,
     projection,
 )
@@ -41,7 +42,7 @@ QWEN2 = Family(
     features={"qkv_bias": True},
     windows=Windows(
         4096,
-        lambda raw, layer: layer >= raw.get("max_window_layers", 28),
+        lambda raw, layer: layer >= layer_count(raw, "max_window_layers", default=28, minimum=0),
         "use_sliding_window",
         frozenset({"max_window_layers"}),
     ),

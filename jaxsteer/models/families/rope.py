@@ -1,12 +1,12 @@
-"""Rotary base and scaling in published configs, old fields and new."""
+"""Rotary base and scaling in published configs, in the fields of transformers 5 and of earlier versions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from jaxsteer.models.config import ModelConfig, RopeScaling
+from jaxsteer.models.families.table import Fields, RawConfig
 
 ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq"})
 _ROPE_NUMBERS = {
@@ -14,22 +14,23 @@ _ROPE_NUMBERS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+"""Kind of scaling -> the parameters it needs."""
 
 
 def rope_from_hf(
-    raw: Mapping[str, Any], max_length: int, where: str, *, theta: float = 10_000.0, local_theta: float | None = None
-) -> dict[str, Any]:
+    raw: RawConfig, max_length: int, where: str, *, theta: float = 10_000.0, local_theta: float | None = None
+) -> Fields:
     """The rotary fields of a `ModelConfig`.
 
     Args:
         raw: the published config.
         max_length: of the model.
         where: the file, for messages.
-        theta: the base where the config does not say it.
-        local_theta: the same for local layers, in families where they have a base of their own.
+        theta: the base, if the config does not give it.
+        local_theta: the base of local layers, if the config does not give it; None if they have the same base.
 
     Raises:
-        ValueError: as `_rope`; scaled local layers.
+        ValueError: an unsupported scaling, also of local layers; a missing number; fields that disagree.
     """
     parameters = raw.get("rope_parameters") or {}
     if local_theta is None:
@@ -37,18 +38,23 @@ def rope_from_hf(
         return {"rope_theta": base, "rope_scaling": scaling}
     nested = isinstance(parameters, Mapping) and {"full_attention", "sliding_attention"} & set(parameters)
     full = {**raw, "rope_parameters": parameters.get("full_attention")} if nested else raw
-    local = {"rope_parameters": parameters.get("sliding_attention") if nested else None}
+    local = {
+        "rope_parameters": parameters.get("sliding_attention") if nested else None,
+        "rope_theta": raw.get("rope_local_base_freq"),
+    }
     base, scaling = _rope(full, max_length, where, theta)
-    own, stretched = _rope({**local, "rope_theta": raw.get("rope_local_base_freq")}, max_length, where, local_theta)
-    if stretched is not None:
+    local_base, local_scaling = _rope(
+        {**local, "rope_theta": raw.get("rope_local_base_freq")}, max_length, where, local_theta
+    )
+    if local_scaling is not None:
         raise ValueError(f"{where}: the rotary positions of local layers are scaled; that is not supported")
-    return {"rope_theta": base, "rope_scaling": scaling, "local_rope_theta": own}
+    return {"rope_theta": base, "rope_scaling": scaling, "local_rope_theta": local_base}
 
 
-def rope_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """What a config.json says of a model's rotary positions; `rope_from_hf` reads it back."""
-    rope: dict[str, Any] = {"rope_type": "default"}
-    raw: dict[str, Any] = {}
+def rope_to_hf(config: ModelConfig) -> RawConfig:
+    """The fields of a config.json for a model's rotary positions; the inverse of `rope_from_hf`."""
+    rope: RawConfig = {"rope_type": "default"}
+    raw: RawConfig = {}
     if (scaling := config.rope_scaling) is not None:
         rope = {"rope_type": scaling.kind, "factor": scaling.factor}
         if scaling.kind == "llama3":
@@ -69,44 +75,39 @@ def rope_to_hf(config: ModelConfig) -> dict[str, Any]:
     return raw
 
 
-def _rope(raw: Mapping[str, Any], max_length: int, where: str, default: float) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling, from `rope_parameters` or, before transformers 5, `rope_theta` and so on.
-
-    Raises:
-        ValueError: a kind of scaling other than default, linear, llama3; a number missing; places that
-            disagree.
-    """
-    said: dict[str, Any] = {}
+def _rope(raw: RawConfig, max_length: int, where: str, default: float) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling, from `rope_parameters` or, before transformers 5, `rope_theta` and `rope_scaling`."""
+    parameters: RawConfig = {}
     top = {} if raw.get("rope_theta") is None else {"rope_theta": raw["rope_theta"]}
     for place in (top, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}):
         if not isinstance(place, Mapping):
             raise ValueError(f"{where}: the rotary parameters are {place!r}; expected an object")
         for key, value in place.items():
             key = "rope_type" if key == "type" else key
-            if value is not None and said.setdefault(key, value) != value:
+            if value is not None and parameters.setdefault(key, value) != value:
                 raise ValueError(
-                    f"{where}: {key} is given as {said[key]!r} and as {value!r} (rope_theta, "
+                    f"{where}: {key} is given as {parameters[key]!r} and as {value!r} (rope_theta, "
                     "rope_parameters, rope_scaling); keep one"
                 )
-    kind = said.pop("rope_type", "default")
+    kind = parameters.pop("rope_type", "default")
     if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         raise ValueError(
             f"{where}: rope_type is {kind!r}; supported are {', '.join(_ROPE_NUMBERS)}. This model's "
             "position encoding cannot be computed faithfully"
         )
-    theta = said.pop("rope_theta", default)
-    original = said.pop("original_max_position_embeddings", max_length)
-    if said.pop("partial_rotary_factor", 1.0) != 1.0:
+    theta = parameters.pop("rope_theta", default)
+    original = parameters.pop("original_max_position_embeddings", max_length)
+    if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where}: partial_rotary_factor must be 1.0: rotary positions cover the whole head here")
     expected = _ROPE_NUMBERS[kind]
-    if set(said) != set(expected):
+    if set(parameters) != set(expected):
         raise ValueError(
-            f"{where}: rope_type {kind!r} has the parameters {sorted(said)}; expected exactly {list(expected)}"
+            f"{where}: rope_type {kind!r} has the parameters {sorted(parameters)}; expected exactly {list(expected)}"
         )
-    for key, value in {**said, "rope_theta": theta, "original_max_position_embeddings": original}.items():
+    for key, value in {**parameters, "rope_theta": theta, "original_max_position_embeddings": original}.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"{where}: {key} is {value!r}; expected a positive number")
-    numbers = {key: float(value) for key, value in said.items()}
+    numbers = {key: float(value) for key, value in parameters.items()}
     if kind == "default":
         return float(theta), None
     if kind == "linear":

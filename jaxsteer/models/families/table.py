@@ -1,25 +1,46 @@
-"""The record that a model family is: how published fields and tensors read as ours, and the parts it is made of."""
+"""`Family`, which maps the fields and tensors of a published model family to ours, and the parts to build one from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.config import ModelConfig, RopeScaling
+
+RawConfig: TypeAlias = dict[str, Any]
+"""A published config.json: its fields as JSON gives them, unchecked."""
+
+FieldValue: TypeAlias = bool | int | float | str | tuple[bool, ...] | RopeScaling | None
+"""Value of a field of a `ModelConfig`."""
+
+Fields: TypeAlias = dict[str, Any]
+"""Fields of a `ModelConfig` by name, each a FieldValue."""
+
+
+class _Required(Enum):
+    REQUIRED = "required"
+
+
+REQUIRED: Final = _Required.REQUIRED
+"""Instead of a default: the published config must give the field."""
+
+Default: TypeAlias = FieldValue | Callable[[Fields], FieldValue] | _Required
+"""For a field that the published config does not give: a value, a function of the fields before it, or REQUIRED."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """An invertible change of layout between a stored tensor and ours, both for one layer.
+    """An invertible change of layout between a stored tensor and our leaf, both for one layer.
 
-    read     (stored tensor, config) -> ours
-    write    (ours, config) -> stored tensor
-    flips    the stored matrix has our two axes in the other order
-    group    `read` also takes part of a stored tensor: all of some columns, and rows in whole groups of so many;
-             None = only the whole
+    read     (stored tensor, config) -> our leaf
+    write    (our leaf, config) -> stored tensor
+    flips    whether the stored matrix has our two axes in the other order
+    group    config -> g: `read` also accepts rows kg to lg of a stored tensor, and any part of its other axes;
+             None if it needs the whole tensor
     """
 
     read: Callable[[np.ndarray, ModelConfig], np.ndarray]
@@ -28,7 +49,7 @@ class Transform:
     group: Callable[[ModelConfig], int] | None = None
 
     def outputs_axis(self, ndim: int) -> int:
-        """Which axis of a stored tensor is our last, the outputs of a projection."""
+        """The axis of a stored tensor that is our last one, the outputs of a projection."""
         return 0 if self.flips else ndim - 1
 
 
@@ -45,10 +66,10 @@ def _heads_together(tensor: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 IDENTITY = Transform(lambda t, c: t, lambda t, c: t, group=lambda c: 1)
-"""Stored as ours."""
+"""Stored in our layout."""
 
 TRANSPOSE = Transform(lambda t, c: t.T, lambda t, c: t.T, flips=True, group=lambda c: 1)
-"""PyTorch's Linear.weight [out, in] against our kernel [in, out]."""
+"""PyTorch's Linear.weight [out, in]; our kernel is [in, out]."""
 
 ROTARY = Transform(
     lambda t, c: _heads_apart(t, c.head_dim).T,
@@ -56,24 +77,25 @@ ROTARY = Transform(
     flips=True,
     group=lambda c: c.head_dim,
 )
-"""Query or key weight [out, in] (or bias [out]) in llama.cpp's order, where rotary pairs are neighbours."""
+"""Query or key weight [out, in] (or bias [out]) in llama.cpp's order, where the two of a rotary pair are adjacent."""
 
 ONE_ADDED = Transform(lambda t, c: t - 1, lambda t, c: t + 1, group=lambda c: 1)
-"""Scale of a norm that multiplies by 1 + scale, stored as what it multiplies by."""
+"""Scale of a norm that multiplies by 1 + scale, stored as 1 + scale."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: where it is in our tree and in the published files.
+    """One parameter: its place in our tree and in the published files.
 
-    path            ours, "/" between the keys; under "blocks/" it is stacked over layers
+    path            in our tree, "/" between the keys; under "blocks/" it is stacked over layers
     axes            our shape for one layer, in axis letters; "NH" and "KH" are products
     hf, gguf        stored names, {i} for the layer
-    transform       between the Hugging Face tensor and ours
-    gguf_transform  between the GGUF tensor and ours; None = the same as `transform`
-    when, unless    name of a `ModelConfig` flag that the parameter exists with, or without
-    fused           where several parameters are one stored tensor, joined along their outputs: the outputs of each, in
-                    axis letters; and `part`, which of them this one is
+    transform       between the Hugging Face tensor and our leaf
+    gguf_transform  between the GGUF tensor and our leaf; None = the same as `transform`
+    when, unless    name of the `ModelConfig` flag with which, or without which, the parameter exists; "" = always
+    fused           for a stored tensor that joins several parameters along their outputs: the outputs of each, in axis
+                    letters; () if the tensor is this parameter alone
+    part            the index of this parameter in `fused`
     """
 
     path: str
@@ -89,7 +111,7 @@ class Row:
 
     @property
     def stacked(self) -> bool:
-        """Whether there is one such tensor for every layer."""
+        """Whether every layer has one such tensor."""
         return self.path.startswith("blocks/")
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
@@ -97,7 +119,7 @@ class Row:
         return tuple(self._sizes(config)[axis] for axis in self.axes)
 
     def stored_outputs(self, config: ModelConfig) -> tuple[int, int, int] | None:
-        """Where it begins and ends in a fused tensor, and how many outputs that has; None for one of its own."""
+        """Start and stop within the outputs of the fused tensor, and how many those are; None if it is not fused."""
         if not self.fused:
             return None
         sizes = [self._sizes(config)[axis] for axis in self.fused]
@@ -116,14 +138,11 @@ class Row:
         }
 
     def exists(self, config: ModelConfig) -> bool:
-        """Whether a model with these features has the parameter."""
+        """Whether a model with this config has the parameter."""
         return (not self.when or getattr(config, self.when)) and not (self.unless and getattr(config, self.unless))
 
 
-REQUIRED = object()
-"""In place of a default: the published config must say it."""
-
-GGUF_KEYS: dict[str, tuple[str, Any]] = {
+GGUF_KEYS: dict[str, tuple[str, Default]] = {
     "layers": ("block_count", REQUIRED),
     "heads": ("attention.head_count", REQUIRED),
     "kv_heads": ("attention.head_count_kv", lambda read: read["heads"]),
@@ -133,26 +152,41 @@ GGUF_KEYS: dict[str, tuple[str, Any]] = {
     "rope_theta": ("rope.freq_base", 10_000.0),
     "max_length": ("context_length", REQUIRED),
 }
-"""Our field -> (key of a GGUF file after its architecture's name, llama.cpp's default); nearly every family has these.
+"""Our field -> (GGUF key without the architecture's name, llama.cpp's default), for keys of almost all families.
 
-`local_layers` is a flag for each layer or a period n: every nth layer is global, none at 0. A default may be a function
-of the fields before it, and of the vocab_size and width that the embedding has.
+`local_layers` is a flag for each layer, or a period n: every nth layer is global, none if n = 0. A default that is a
+function also sees the vocab_size and width of the embedding.
 """
+
+
+def layer_count(raw: RawConfig, *names: str, default: int, minimum: int = 1) -> int:
+    """The first of these fields that a published config gives (null counts as absent): a number of layers.
+
+    Raises:
+        ValueError: it is not an integer of at least `minimum`; the message names the field.
+    """
+    for name in names:
+        if (value := raw.get(name)) is None:
+            continue
+        if type(value) is not int or value < minimum:
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least {minimum}")
+        return value
+    return default
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Which layers of a family attend to a window of tokens alone.
+    """Which layers of a family attend within a sliding window.
 
-    default   of `sliding_window`, where the config does not say it
-    local     (config fields, layer) -> whether a layer is local, where there is no `layer_types`
-    switch    the field that must be true for any window to count
-    ignored   fields that `local` reads, or that say the same once more
-    listed    an exported config names each layer's kind
+    default   of `sliding_window`, if the config does not give it
+    local     (published config, layer) -> whether the layer is local, if the config has no `layer_types`
+    switch    the field that must be true for the window to be used; "" = always used
+    ignored   fields that `local` reads, or that repeat what others say
+    listed    whether an exported config has `layer_types`
     """
 
     default: int | None
-    local: Callable[[Mapping[str, Any], int], bool]
+    local: Callable[[RawConfig, int], bool]
     switch: str = ""
     ignored: frozenset[str] = frozenset()
     listed: bool = True
@@ -160,56 +194,57 @@ class Windows:
 
 @dataclass(frozen=True)
 class Family:
-    """How one family of published models reads as a `ModelConfig` and a base tree.
+    """How the config and the tensors of a published model family map to a `ModelConfig` and a base tree.
 
-    name      ours
-    hf_type   `model_type` in config.json
-    hf_class  the class in transformers that reads what we export
-    gguf      `general.architecture` in GGUF files; families that share it differ in the keys that they know
-    fields    our field -> (Hugging Face field, its default in transformers or REQUIRED)
-    fixed     Hugging Face fields that the forward pass knows one value of
-    ignored   Hugging Face fields that change no result of a forward pass
-    rows      the parameters
-    harmless  regular expressions of stored tensors that are constants, not parameters
-    features  of our config, the same for every model of the family
-    windows   of local attention, where the family has it
-    theta     the rotary base where the config does not say it
-    local_theta  the same of local layers, where they have one of their own
-    unrotated  (config fields, layer) -> whether a layer has no rotary positions
-    gguf_keys  our field -> (key in GGUF files, its default in llama.cpp or REQUIRED)
-    prefix    of all names in `rows`, which some files leave out
+    name         our name of the family
+    hf_type      `model_type` in config.json
+    hf_class     the class in transformers that reads what we export
+    gguf         `general.architecture` in GGUF files; families that share it differ in the keys that they know
+    fields       our field -> (Hugging Face field, its default in transformers or REQUIRED)
+    fixed        Hugging Face fields of which the forward pass supports one value: field -> value
+    ignored      Hugging Face fields that do not change a forward pass
+    rows         the parameters
+    harmless     regular expressions of stored tensors that are constants, not parameters
+    features     fields of our config that are the same in every model of the family
+    windows      local attention; None if the family has none
+    theta        the rotary base, if the config does not give it
+    local_theta  the rotary base of local layers, if the config does not give it; None if they have the same base
+    unrotated    (published config, layer) -> whether the layer has no rotary positions; None if all layers have them
+    gguf_keys    our field -> (key in GGUF files, its default in llama.cpp or REQUIRED)
+    prefix       common to all names in `rows`, which some files omit
     """
 
     name: str
     hf_type: str
     hf_class: str
     gguf: str
-    fields: Mapping[str, tuple[str, Any]]
-    fixed: Mapping[str, Any]
+    fields: Mapping[str, tuple[str, Default]]
+    fixed: Mapping[str, FieldValue]
     ignored: frozenset[str]
     rows: tuple[Row, ...]
     harmless: tuple[str, ...] = ()
-    features: Mapping[str, Any] = field(default_factory=dict)
+    features: Mapping[str, FieldValue] = field(default_factory=dict)
     windows: Windows | None = None
     theta: float = 10_000.0
     local_theta: float | None = None
-    unrotated: Callable[[Mapping[str, Any], int], bool] | None = None
-    gguf_keys: Mapping[str, tuple[str, Any]] = field(default_factory=lambda: GGUF_KEYS)
+    unrotated: Callable[[RawConfig, int], bool] | None = None
+    gguf_keys: Mapping[str, tuple[str, Default]] = field(default_factory=lambda: GGUF_KEYS)
     prefix: str = ""
 
     def parameters(self, config: ModelConfig) -> tuple[Row, ...]:
-        """The rows of the parameters that a model with these features has."""
+        """The rows of the parameters that a model with this config has."""
         return tuple(row for row in self.rows if row.exists(config))
 
 
 def projection(path: str, hf: str, gguf: str, axes: tuple[str, str], bias: str = "", **layout: Any) -> tuple[Row, ...]:
-    """Kernel of one projection of a block, and its bias.
+    """Kernel and bias of one projection of a block.
 
     Args:
-        path: under "blocks/". hf, gguf: stored names in a layer, without ".weight".
+        path: under "blocks/".
+        hf, gguf: stored names within a layer, without ".weight".
         axes: of the kernel.
-        bias: name of the `ModelConfig` flag that the bias exists with; "always", or "" = never.
-        layout: of both, see `Row`.
+        bias: name of the `ModelConfig` flag with which the bias exists; "always", or "" = never.
+        layout: more fields of both rows, see `Row`.
     """
     ours, hf, gguf = f"blocks/{path}", f"model.layers.{{i}}.{hf}", f"blk.{{i}}.{gguf}"
     kernel = Row(f"{ours}/kernel", axes, f"{hf}.weight", f"{gguf}.weight", TRANSPOSE, **layout)
@@ -220,7 +255,7 @@ def projection(path: str, hf: str, gguf: str, axes: tuple[str, str], bias: str =
 
 
 def norm(path: str, hf: str, gguf: str, axis: str = "D", **layout: Any) -> Row:
-    """Scale of one norm of a block."""
+    """Scale of one norm of a block; `layout`: more fields of the row."""
     return Row(f"blocks/{path}/scale", (axis,), f"model.layers.{{i}}.{hf}.weight", f"blk.{{i}}.{gguf}.weight", **layout)
 
 
@@ -228,7 +263,7 @@ EMBEDDING = Row("embed/embedding", ("V", "D"), "model.embed_tokens.weight", "tok
 
 
 def after_blocks(**layout: Any) -> tuple[Row, ...]:
-    """Final norm (in this layout) and head."""
+    """Final norm and head; `layout`: more fields of the norm's row."""
     return (
         Row("final_norm/scale", ("D",), "model.norm.weight", "output_norm.weight", **layout),
         Row("head/embedding", ("V", "D"), "lm_head.weight", "output.weight", IDENTITY, unless="tied_head"),
@@ -244,7 +279,7 @@ def gated_mlp(bias: str = "") -> tuple[Row, ...]:
     )
 
 
-DIMENSIONS: dict[str, tuple[str, Any]] = {
+DIMENSIONS: dict[str, tuple[str, Default]] = {
     "vocab_size": ("vocab_size", REQUIRED),
     "width": ("hidden_size", REQUIRED),
     "layers": ("num_hidden_layers", REQUIRED),
@@ -256,10 +291,8 @@ DIMENSIONS: dict[str, tuple[str, Any]] = {
     "tied_head": ("tie_word_embeddings", False),
     "max_length": ("max_position_embeddings", 2048),
 }
-"""Fields that nearly every family has, with their usual defaults."""
+"""Our field -> (Hugging Face field, default), for fields that almost all families have."""
 
-# Fields of every transformers config that say how to train, generate, classify or store, not what is
-# computed.
 GENERAL_IGNORED = {
     *("architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash"),
     *("dtype", "torch_dtype", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
@@ -268,10 +301,12 @@ GENERAL_IGNORED = {
     *("task_specific_params", "_attn_implementation_autoset", "unsloth_version", "transformers.js_config"),
     "cache_implementation",
 }
+"""Fields of every transformers config about training, generation, classification or storage, not the computation."""
 
-GENERAL_FIXED = {
+GENERAL_FIXED: dict[str, FieldValue] = {
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
     "partial_rotary_factor": 1.0,
 }
+"""Fields of every transformers config of which the forward pass supports one value."""

@@ -1,4 +1,4 @@
-"""Writers of tiny model files."""
+"""Fixtures that write tiny model files."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def golden():
 
 @pytest.fixture
 def write_gguf(tmp_path):
-    """(folder, **changes) -> path of a GGUF with the folder's weights; a change of None leaves a key out."""
+    """(folder, **changes) -> path of a GGUF with the folder's weights; a change of None omits a key."""
 
     def write(
         folder,

@@ -1,4 +1,4 @@
-"""Files spoilt in numbered ways, and readers of their formats made apart from the library."""
+"""Files damaged in numbered ways, and readers of their formats that are independent of the library."""
 
 import json
 import struct
@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
 PLAIN = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-OF_A_TENSOR = ("shape of", "offset of", "type of a tensor", "entry")  # what was spoilt, so that an error can name it
+OF_A_TENSOR = ("shape of", "offset of", "type of a tensor", "entry")  # damage whose error must name the tensor
 HARD = (0, 1, 2, 7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -32,7 +32,7 @@ def read_safetensors(data):
 
 
 class Reader:
-    """Goes through a GGUF file's header and notes where every number stands."""
+    """Reads a GGUF file's header and records the position of every number."""
 
     def __init__(self, data):
         self.data, self.at, self.spots = data, 0, []
@@ -96,7 +96,7 @@ def read_gguf(data):
 
 @cache
 def numbers_in(data):
-    """Of the numbers in a GGUF header: what, where, in which form."""
+    """The numbers in a GGUF header: (what, offset, struct format)."""
     return read_gguf(data)[2]
 
 
@@ -107,14 +107,14 @@ def names_in(data, form):
 
 
 def header_end(data, form):
-    """Where the tensors' bytes begin, about."""
+    """About where the tensors' bytes begin."""
     if form == "gguf":
         return max(at for _, at, _ in numbers_in(data)) + 8
     return 8 + struct.unpack_from("<Q", data)[0]
 
 
 def spoil(data, form, number):
-    """(spoilt file, what was done to it), the same for the same number."""
+    """(damaged file, what was done to it), a function of the number."""
     draw = np.random.default_rng([len(form), number])
     end, way = header_end(data, form), number % 8
     pick = lambda among: among[int(draw.integers(len(among)))]
@@ -149,7 +149,7 @@ def spoil(data, form, number):
 
 
 def spoil_config(raw, number):
-    """(a config.json with one field changed, or one put in, what was done)."""
+    """(a config.json with one field changed or added, what was done)."""
     draw = np.random.default_rng(number)
     pick = lambda among: among[int(draw.integers(len(among)))]
     raw = json.loads(json.dumps(raw))
@@ -163,7 +163,7 @@ def spoil_config(raw, number):
 
 
 def spoil_numbers(data, draw, pick):
-    """One number of a GGUF header, most often one that says how long, how many, of what type or where."""
+    """Change one number of a GGUF header, most often a length, a count, a type or an offset."""
     spots = numbers_in(data)
     telling = [spot for spot in spots if " of " in spot[0] or spot[0].startswith(("axes", "type"))]
     keys = [spot for spot in spots if spot[0].startswith(("llama.", "gemma3."))]
@@ -176,7 +176,7 @@ def spoil_numbers(data, draw, pick):
 
 
 def spoil_entries(data, draw, pick):
-    """One field of one entry of a safetensors header, which stays JSON of the length that it says."""
+    """Change one field of one entry of a safetensors header, which remains JSON of the stated length."""
     length = struct.unpack_from("<Q", data)[0]
     header = json.loads(data[8 : 8 + length])
     names = [name for name in header if name != "__metadata__"]

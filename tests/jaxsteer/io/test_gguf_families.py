@@ -109,8 +109,16 @@ def test_keys_and_llama_cpps_defaults(arch, keys, expected):
         ("gemma2", {"attention__sliding_window_pattern": "every"}, ["sliding_window_pattern", "'every'", "period"]),
         ("gemma2", {"block_count": 1 << 40}, [str(1 << 40), "layers"]),
         ("smollm3", {"block_count": 1 << 40}, [str(1 << 40), "layers"]),
-        ("smollm3", {"attention__sliding_window": 8}, ["smollm3.attention.sliding_window is 8", "not known"]),
-        ("olmo2", {"attention__sliding_window": 4096}, ["olmo2.attention.sliding_window is 4096", "not known"]),
+        (
+            "smollm3",
+            {"attention__sliding_window": 8},
+            ["smollm3.attention.sliding_window is 8", "not supported"],
+        ),
+        (
+            "olmo2",
+            {"attention__sliding_window": 4096},
+            ["olmo2.attention.sliding_window is 4096", "not supported"],
+        ),
         (
             "qwen3",
             {"attention__sliding_window": 8, "expert_count": 4},

@@ -11,13 +11,13 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import load_file, save_file
 
-from jaxsteer.io import load_base, load_config, load_model, load_tokenizer
+from jaxsteer.io import compute_dtype, load_base, load_config, load_model, load_tokenizer
 from jaxsteer.models.transformer import init_base
 
 
 @pytest.fixture
 def folder(golden, tmp_path):
-    """A copy of a tiny model that may be spoilt."""
+    """A copy of a tiny model that a test may damage."""
     return shutil.copytree(golden / "tiny_llama", tmp_path / "model")
 
 
@@ -39,6 +39,8 @@ def test_layout_is_that_of_the_forward_pass(golden, name):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), model.base) == jax.tree.map(lambda a: (a.shape, a.dtype), fresh)
     assert (model.name, model.family, model.stop_tokens) == (name, "llama", (2,))
     assert model.tokenizer is None
+    with pytest.raises(ValueError, match=f"{name}: this model comes without a tokenizer"):
+        model.require_tokenizer()
 
 
 def test_values_and_orientation(golden):
@@ -66,6 +68,13 @@ def test_dtype_progress_and_placement(golden):
     assert done == sorted(done)
     assert seen[-1] == (seen[0][1], seen[0][1])
     assert "blocks/attn/q/kernel" in placed
+
+
+def test_dtype_by_name():
+    names = {"auto": jnp.float32, "float32": jnp.float32, "bfloat16": jnp.bfloat16}  # tests run on CPU
+    assert {name: compute_dtype(name) for name in names} == {name: jnp.dtype(kind) for name, kind in names.items()}
+    with pytest.raises(ValueError, match="dtype: auto, float32 or bfloat16; got 'float16'"):
+        compute_dtype("float16")
 
 
 def test_bfloat16_files(folder):

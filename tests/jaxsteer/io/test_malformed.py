@@ -1,4 +1,4 @@
-"""Spoilt files give a clear error or what they now say; never a crash, a hang, or memory that only a header wants."""
+"""Damaged files give a clear error, or load as what they now say; never a crash, a hang, or unbounded memory."""
 
 import json
 import os
@@ -14,9 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from published import KEYS
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jaxsteer.io import load_config, load_model, save_hf
+from jaxsteer.interventions import FixedVector
+from jaxsteer.io import load_config, load_model, load_steering, load_tokenizer, save_hf, save_steering
+from jaxsteer.io.files import DEPTH_LIMIT, parse_json
 from jaxsteer.io.gguf_config import ROPE_FACTORS
 from jaxsteer.io.gguf_file import open_gguf
 from jaxsteer.io.safetensors_file import open_safetensors
@@ -24,15 +27,17 @@ from jaxsteer.io.stored import Stored, read_base
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import init_base
+from jaxsteer.steering import init_steering
+from jaxsteer.types import Slot
 
-SECONDS = 20  # of this process alone, however busy the machine is; a file takes a hundredth of a second
+SECONDS = 20  # of CPU time, however busy the machine is; a file takes a hundredth of a second
 MEMORY = 8_000_000  # bytes; the files have 30,000 to 190,000
 WORDS = 40_000  # letters of an error, which names up to 1000 missing tensors
 
 
 @contextmanager
 def working_time(seconds):
-    """Fails what takes more of the processor's time."""
+    """Raise TimeoutError in what takes more CPU time than this."""
 
     def stop(*_):
         raise TimeoutError(f"{seconds} s of work")
@@ -47,7 +52,7 @@ def working_time(seconds):
 
 @pytest.fixture
 def sources(golden, tmp_path, write_gguf):
-    """{format: [(what is loaded, the file that is spoilt)]}: fused tensors and three float types; quantised blocks."""
+    """{format: [(what is loaded, the file that is damaged)]}: fused tensors and three float types; quantised blocks."""
     phi3 = shutil.copytree(golden / "families" / "phi3", tmp_path / "phi3")
     weights = load_file(phi3 / "model.safetensors")
     kinds = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -71,12 +76,12 @@ def sources(golden, tmp_path, write_gguf):
 
 
 def stored(arrays):
-    """Tensors in memory as if they lay in a file."""
+    """Tensors in memory as if they were in a file."""
     return {n: Stored(a.shape, a.nbytes, lambda index=(), a=a: a[index] if index else a) for n, a in arrays.items()}
 
 
 def check_what_is_read(form, source, path, model):
-    """The file's header and bytes by the other reader, and the tree that follows from them."""
+    """Compare with the header and bytes that the independent reader finds, and the tree that follows from them."""
     with np.errstate(all="ignore"):
         if form == "gguf":
             metadata, arrays, _ = malformed.read_gguf(path.read_bytes())
@@ -133,7 +138,7 @@ BLOCKS = [(0, 200), *(pytest.param((at, at + 300), marks=pytest.mark.slow) for a
 def test_spoilt_files(sources, form, block):
     wholes = [path.read_bytes() for _, path in sources[form]]
     for source, _ in sources[form]:
-        load_model(source)  # imports are not part of what is measured
+        load_model(source)  # imports are not measured
     tracemalloc.start()
     try:
         found = [
@@ -144,9 +149,73 @@ def test_spoilt_files(sources, form, block):
     assert not (wrong := list(filter(None, found))), f"{len(wrong)} of {len(found)}:\n" + "\n".join(wrong)
 
 
+DEEP = "[" * 5000 + "]" * 5000
+
+
+def steering_with_metadata(path, **metadata):
+    """A steering file, without digests, some of whose metadata is replaced."""
+    config = ModelConfig(64, 32, 2, 2, 1, 16, 64)
+    plan = (Slot("s", FixedVector(), ("block",)),)
+    save_steering(path, init_steering(plan, config, jax.random.key(0)), plan, model_name="m", config=config)
+    with safe_open(path, "np") as file:
+        entries = {k: v for k, v in file.metadata().items() if not k.endswith("_sha256")}
+    save_file(load_file(path), path, entries | {"format_version": "1"} | metadata)
+
+
+@pytest.mark.parametrize("key", ["plan", "config", "notes", "versions"])
+@pytest.mark.parametrize(
+    "text",
+    [DEEP, DEEP[:5000], '{"a":' * 5000 + "1" + "}" * 5000, "[" * 101 + "]" * 101],
+    ids=["lists", "never closed", "objects", "just too deep"],
+)
+def test_deep_metadata_of_a_steering_file(tmp_path, key, text):
+    path = tmp_path / "s.safetensors"
+    steering_with_metadata(path, **{key: text})
+    with pytest.raises(ValueError, match=rf"s\.safetensors: .*{key} in the metadata: (nested|not valid JSON)"):
+        load_steering(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "text",
+    [f'{{"a": {DEEP}}}'.encode(), DEEP[:5000].encode(), b'{"a"', b"\xff{}", b"3"],
+    ids=["deep", "never closed", "cut short", "not UTF-8", "no object"],
+)
+def test_json_of_a_folder(golden, tmp_path, name, text):
+    folder = shutil.copytree(golden / "tiny_llama", tmp_path / "model")
+    if "index" in name:
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(text)
+    with pytest.raises(ValueError, match=rf"{name}: (nested too deeply|not valid JSON|expected a JSON object)"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_deep_json_of_a_tokenizer(golden, tmp_path, name):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / name).write_text(f'{{"a": {DEEP}}}')
+    with pytest.raises(ValueError, match="transformers cannot read this tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_deep_header_of_a_safetensors_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    text = f'{{"a": {DEEP}}}'.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(ValueError, match=r"x\.safetensors: .*the header: nested too deeply"):
+        open_safetensors(path)
+
+
+def test_json_as_deep_as_the_limit_is_read():
+    levels = "[" * DEPTH_LIMIT + "1" + "]" * DEPTH_LIMIT
+    assert json.dumps(parse_json(levels, "here")) == levels
+    with pytest.raises(ValueError, match="here: nested too deeply; at most 100 levels are read"):
+        parse_json(f"[{levels}]", "here")
+
+
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_spoilt_configs(golden, tmp_path, count):
-    """A clear error that names the file, or the features of a model: never another kind of error."""
+    """A clear error that names the file, or a config; never another kind of error."""
     folders = [golden / "tiny_llama_rope", *(golden / "families" / name for name in FAMILIES if name != "llama")]
     raws = [json.loads((folder / "config.json").read_text()) for folder in folders]
     path, wrong = tmp_path / "config.json", []
@@ -165,7 +234,7 @@ def test_spoilt_configs(golden, tmp_path, count):
 
 
 def test_a_long_file_whose_header_lies_is_not_read_as_a_header(tmp_path):
-    """A file of four gigabytes (a hole on the disk) has room for every length that its header could claim."""
+    """A file of four gigabytes (sparse on the disk) is long enough for every length that its header could claim."""
     path = tmp_path / "long.gguf"
     start = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + struct.pack("<Q1sI", 1, b"k", 9)
     lies = [struct.pack("<IQ", 0, 1 << 31), struct.pack("<IQ", 8, 1 << 28), struct.pack("<IQQ", 8, 1, 1 << 31)]
@@ -201,10 +270,38 @@ def test_an_entry_that_is_none_is_named(tmp_path, header, words):
 
 
 def test_what_is_given_twice_is_refused(tmp_path):
-    """JSON's readers take the last of two; so would a file that was joined wrongly be read."""
+    """JSON readers keep the last of two entries, so a file that was joined wrongly would be read."""
     entry = '"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
     text = f"{{{entry}, {entry}}}".encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(ValueError, match="'a' is given twice"):
         open_safetensors(path)
+
+
+@pytest.mark.parametrize("value", ["x", -1, [], {}, True, 1.5])
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("gemma3", "sliding_window_pattern"),
+        ("gemma3", "_sliding_window_pattern"),
+        ("qwen2", "max_window_layers"),
+        ("smollm3", "no_rope_layer_interval"),
+        ("smollm3", "no_rope_layers"),
+    ],
+)
+def test_numbers_of_layers_are_checked(golden, tmp_path, family, field, value):
+    """Fields that say which layers are local or not rotated; null counts as absent."""
+    raw = json.loads((golden / "families" / family / "config.json").read_text())
+    raw = {key: other for key, other in raw.items() if key not in ("layer_types", "no_rope_layers", field)}
+    path, read = tmp_path / "config.json", lambda: load_config(tmp_path)
+    path.write_text(json.dumps(raw))
+    absent = read()
+    path.write_text(json.dumps(raw | {field: None}))
+    assert read() == absent
+    path.write_text(json.dumps(raw | {field: value}))
+    if field == "no_rope_layers" and value == []:
+        assert read() == absent
+        return
+    with pytest.raises(ValueError, match=rf"config\.json: {field} is "):
+        read()

@@ -50,7 +50,7 @@ for source in sys.argv[1:]:
             print("equal")
 
 from dataclasses import replace
-stored.transform = lambda row, layout, own=stored.transform: replace(own(row, layout), group=None)
+stored.transform_of = lambda row, layout, own=stored.transform_of: replace(own(row, layout), group=None)
 jax.tree.map(np.testing.assert_array_equal, load_base(source, place=on(2, 2, 2)), load_base(source))
 print("equal from whole tensors")
 """

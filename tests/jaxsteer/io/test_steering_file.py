@@ -1,5 +1,8 @@
+"""Steering files: what is saved comes back bit for bit, and whatever is damaged or altered is refused by name."""
+
 import dataclasses
 import json
+import struct
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +34,18 @@ def saved(tmp_path):
 
 
 def rewrite(path, metadata=(), tensors=()):
-    """Spoil a file: other metadata, other tensors (None removes one)."""
+    """Replace entries of the metadata and tensors (None removes one), in a file of version 1: without digests."""
     with safe_open(path, "np") as file:
-        said = file.metadata() | dict(metadata)
-    held = {k: v for k, v in (load_file(path) | dict(tensors)).items() if v is not None}
-    save_file(held, path, said)
+        entries = {k: v for k, v in file.metadata().items() if not k.endswith("_sha256")}
+    kept = {k: v for k, v in (load_file(path) | dict(tensors)).items() if v is not None}
+    save_file(kept, path, entries | {"format_version": "1"} | dict(metadata))
 
 
-@pytest.mark.parametrize("config", [None, CONFIG, dataclasses.replace(CONFIG, max_length=4096)])
-def test_same_bits_come_back(saved, config):
+def test_same_bits_come_back(saved):
     path, steering = saved
-    found = load_steering(path, config)
+    found = load_steering(path)
+    found.check(CONFIG)
+    found.check(dataclasses.replace(CONFIG, max_length=4096))
     assert found.plan == PLAN
     assert jax.tree.structure(found.steering) == jax.tree.structure(steering)
     jax.tree.map(np.testing.assert_array_equal, found.steering, steering)
@@ -57,7 +61,7 @@ def test_every_method_can_be_saved(tmp_path, name):
     plan = (Slot("s", METHODS[name](), (site,), (0, 2)),)
     steering = random_steering(plan, CONFIG)
     save_steering(tmp_path / "s.safetensors", steering, plan, model_name="m", config=CONFIG)
-    found = load_steering(tmp_path / "s.safetensors", CONFIG)
+    found = load_steering(tmp_path / "s.safetensors")
     assert found.plan == plan
     identical(found.steering, steering)
 
@@ -72,8 +76,8 @@ def test_bfloat16_is_kept(tmp_path):
 
 def test_another_model_is_refused_with_the_reason(saved):
     other = dataclasses.replace(CONFIG, width=64, layers=4)
-    with pytest.raises(ValueError, match="made for tiny") as error:
-        load_steering(saved[0], other)
+    with pytest.raises(ValueError, match=r"steer\.safetensors: made for tiny") as error:
+        load_steering(saved[0]).check(other)
     assert "width 64 here, 48 in the file; layers 4 here, 3 in the file" in str(error.value)
     assert "heads" not in str(error.value)
 
@@ -108,7 +112,7 @@ def test_tensors_that_do_not_fit_the_plan_are_all_named(saved):
     ("metadata", "words"),
     [
         ({"format": "else"}, "not a steering file"),
-        ({"format_version": "99"}, "steering format 99, this version of jaxsteer reads 1"),
+        ({"format_version": "99"}, "steering format 99, this version of jaxsteer reads 1 and 2"),
         ({"plan": "[{"}, "the metadata cannot be read"),
         ({"plan": "[{}]"}, "the metadata cannot be read"),
         ({"plan": "3"}, "the metadata cannot be read"),
@@ -122,6 +126,60 @@ def test_metadata_that_cannot_be_followed(saved, metadata, words):
     with pytest.raises(ValueError, match=r"steer\.safetensors: ") as error:
         load_steering(saved[0])
     assert words in str(error.value)
+
+
+def test_files_without_digests_still_load(saved):
+    path, steering = saved
+    rewrite(path)
+    with safe_open(path, "np") as file:
+        assert not [key for key in file.metadata() if "sha256" in key]
+    identical(load_steering(path).steering, steering)
+
+
+def flipped(data, bit):
+    """The bytes with one bit changed."""
+    out = bytearray(data)
+    out[bit // 8] ^= 1 << bit % 8
+    return bytes(out)
+
+
+def tensor_spans(data):
+    """{name: (first, last) byte in the file} of the tensors."""
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    del header["__metadata__"]
+    return {name: [8 + length + at for at in entry["data_offsets"]] for name, entry in header.items()}
+
+
+def test_a_flipped_bit_in_a_tensor_is_named(saved):
+    path, _ = saved
+    data = path.read_bytes()
+    for name, (begin, end) in tensor_spans(data).items():
+        for bit in (8 * begin, 4 * (begin + end), 8 * end - 1):
+            path.write_bytes(flipped(data, bit))
+            with pytest.raises(ValueError, match=rf"steer\.safetensors: {name} is damaged"):
+                load_steering(path)
+
+
+def test_a_flipped_bit_in_the_metadata_is_noticed(saved):
+    path, _ = saved
+    data = path.read_bytes()
+    for text in (b"boolq", b"rope_scaling", b"positions", b'"tiny"'):
+        path.write_bytes(flipped(data, 8 * (data.index(text) + 1)))
+        with pytest.raises(ValueError, match=r"steer\.safetensors: the metadata is damaged"):
+            load_steering(path)
+
+
+def test_a_flipped_bit_anywhere_in_the_header_is_noticed(saved):
+    """The header's length, then its JSON: names, types, shapes, offsets, metadata, digests, padding."""
+    path, _ = saved
+    data = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    draw = np.random.default_rng(0)
+    for bit in [*range(64), *(8 * byte + int(draw.integers(8)) for byte in range(8, 8 + length))]:
+        path.write_bytes(flipped(data, bit))
+        with pytest.raises(ValueError, match=r"steer\.safetensors: "):
+            load_steering(path)
 
 
 def test_integer_tensors_are_refused(saved):

@@ -1,12 +1,13 @@
 """The attention kernels agree, forward and backward; and which one runs where."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
+from tiny import fast_jit
 
 from jaxsteer.batches import make_batch
 from jaxsteer.models import attention as kernels
@@ -15,7 +16,7 @@ from jaxsteer.sharding import AXES
 
 
 def packed(length, seed=0):
-    """q, k, v of two rows with several examples and padding at the end, where they stand, and a cotangent."""
+    """q, k, v of two rows with several examples and padding at the end; their span; and a cotangent."""
     draw = np.random.default_rng(seed)
     array = lambda *shape: jnp.asarray(draw.standard_normal(shape, np.float32))
     q, k, v = array(2, length, 4, 16), array(2, length, 2, 16), array(2, length, 2, 16)
@@ -32,27 +33,33 @@ def value_and_gradients(attend, given, span, cotangent):
     return jnp.where((span.segments > 0)[..., None, None], out, 0), back(cotangent)
 
 
-def compare(attend, reference, length):
-    inputs = packed(length)
-    got, want = (jax.jit(partial(value_and_gradients, f))(*inputs) for f in (attend, reference))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), got, want)
+@cache
+def dense(length):
+    """Outputs and gradients of the dense kernel."""
+    return fast_jit(partial(value_and_gradients, partial(attention, kernel="dense")))(*packed(length))
+
+
+def compare_with_dense(kernel, length):
+    got = fast_jit(partial(value_and_gradients, partial(attention, kernel=kernel)))(*packed(length))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), got, dense(length))
 
 
 @pytest.mark.parametrize("kernel", ["rows", "chunked"])
 def test_xla_kernels_agree(kernel, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 48)  # several chunks, the last one padded
-    compare(partial(attention, kernel=kernel), partial(attention, kernel="dense"), 130)
+    compare_with_dense(kernel, 130)
 
 
 def test_splash_agrees():
     """The TPU's kernel, interpreted."""
-    compare(partial(attention, kernel="splash"), partial(attention, kernel="dense"), 128)
+    compare_with_dense("splash", 128)
 
 
 def test_forward_mode_passes_through_xla_kernels():
     (q, k, v), span, dot = packed(64)
     for kernel in ("rows", "dense", "chunked"):
-        _, tangent = jax.jvp(lambda q, kernel=kernel: attention(q, k, v, span, kernel=kernel), (q,), (dot,))
+        attend = lambda q, kernel=kernel: attention(q, k, v, span, kernel=kernel)
+        _, tangent = fast_jit(lambda q, dot, attend=attend: jax.jvp(attend, (q,), (dot,)))(q, dot)
         assert np.isfinite(tangent).all()
         assert np.abs(tangent).max() > 0
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from jaxsteer.models.config import ModelConfig, RopeScaling
-from jaxsteer.models.families import LLAMA, ROTARY, config_from_hf, config_to_hf
+from jaxsteer.models.families import LLAMA, config_from_hf, config_to_hf
+from jaxsteer.models.families.table import ROTARY
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 DIMS = {

@@ -7,8 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import fast_jit
 
-from jaxsteer.models.attention import Held, Span, attend_causal_row, attend_row, attention, cached_attention, visible
+from jaxsteer.models.attention import (
+    CachedKeys,
+    Span,
+    attend_causal_row,
+    attend_row,
+    attention,
+    cached_attention,
+    visible,
+)
 from jaxsteer.models.config import ModelConfig, RopeScaling
 from jaxsteer.models.layers import MLP, RMSNorm, rotary_angles, rotary_frequencies, rotate
 
@@ -105,12 +114,12 @@ def packed_span(B, T, seed=0):
     return Span(segments, positions)
 
 
-# 150 and 203 are cut into blocks of unequal length; 13 is one block.
-@pytest.mark.parametrize("length", [13, 150, 203])
+# 131 is cut into two blocks of unequal length; 13 is one block.
+@pytest.mark.parametrize("length", [13, 131])
 def test_attention_against_loops(length):
     q, k, v = (draw(i, 2, length, heads, 8) for i, heads in enumerate((4, 2, 2)))
     span = packed_span(2, length)
-    got = np.asarray(attention(*map(jnp.asarray, (q, k, v)), Span(*map(jnp.asarray, span))))
+    got = np.asarray(fast_jit(attention)(q, k, v, span))
     assert np.all(np.isfinite(got))
     real = span.segments > 0
     np.testing.assert_allclose(got[real], naive_attention(q, k, v, span, span)[real], **TOLERANCE)
@@ -120,9 +129,9 @@ def test_attention_to_cached_keys_against_loops():
     query = Span(np.array([[2, 2], [1, 1]]), np.array([[3, 4], [0, 1]]))
     key = Span(np.array([[1, 2, 2, 2, 2, 2], [0, 1, 1, 1, 0, 0]]), np.array([[0, 0, 1, 2, 3, 4], [0, 0, 1, 2, 0, 0]]))
     q, k, v = draw(0, 2, 2, 4, 8), draw(1, 2, 6, 2, 8), draw(2, 2, 6, 2, 8)
-    held = lambda s: Held(*(jnp.asarray(x[:, s]).swapaxes(1, 2) for x in (k, v)), Span(*(f[:, s] for f in key)))
+    held = lambda s: CachedKeys(*(x[:, s].swapaxes(1, 2) for x in (k, v)), Span(*(f[:, s] for f in key)))
     for split in (0, 2, 6):  # some in the cache, the others new
-        got = cached_attention(jnp.asarray(q), query, held(slice(split)), held(slice(split, None)))
+        got = fast_jit(cached_attention)(q, query, held(slice(split)), held(slice(split, None)))
         np.testing.assert_allclose(got, naive_attention(q, k, v, query, key), **TOLERANCE)
 
 

@@ -1,4 +1,4 @@
-"""An int8 base: how near it is, what it takes, and that everything above it works as on a float one."""
+"""An int8 base: its error, its size, and that everything on top works as on a float base."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxsteer.types import PROJECTIONS
 
 
 def float_base(base):
-    """The base that an int8 one stands for, in floats."""
+    """The float base that an int8 one represents."""
     blocks = {
         part: {name: dequantised(leaf) if isinstance(leaf, dict) else leaf for name, leaf in tree.items()}
         if part in ("attn", "mlp")
@@ -70,11 +70,12 @@ def test_weights_are_a_quarter(small, tiny_base):
 
 
 def test_decoding(small, tiny_config):
-    tokens = np.arange(12, dtype=np.int32)[None] % tiny_config.vocab_size
+    like = supervised_batch(tiny_config.vocab_size).tokens  # of this shape, so that the full forward is compiled once
+    tokens = np.arange(like.size, dtype=np.int32).reshape(like.shape) % tiny_config.vocab_size
     model = Model(tiny_config)
     full = run(model, small, {}, make_batch(tokens)).hidden
     step = fast_jit(lambda base, batch, cache: forward(model, base, {}, batch, cache=cache))
-    out = step(small, make_batch(tokens), init_cache(tiny_config, 1, 12))
+    out = step(small, make_batch(tokens), init_cache(tiny_config, *like.shape))
     close(out.hidden, full, 1e-5)
 
 
@@ -95,7 +96,7 @@ def test_pissa_and_merging_start_from_the_rounded_weights(small, tiny_config):
 
 
 def test_loaded_as_made(golden, tmp_path):
-    """Loading brings each projection to int8 by itself; a fused one too."""
+    """Loading quantises each projection by itself, fused ones too."""
     for name in ("phi3", "gpt2"):
         folder = golden / "families" / name
         whole, small = load_model(folder), load_model(folder, quantised=True)

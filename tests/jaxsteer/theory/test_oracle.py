@@ -139,5 +139,5 @@ def test_what_cannot_be_replayed_is_refused(base, tuned, batch, tiny_config):
         oracle_steering(base, tuned, batch, (2, 9))
     with pytest.raises(ValueError, match="a replay holds one batch's shifts"):
         Replay().param_specs(None)
-    with pytest.raises(ValueError, match="slot 'oracle' already"):
+    with pytest.raises(ValueError, match="already has a slot 'oracle'"):
         replayed(replayed(base, jnp.zeros(1)), jnp.zeros(1))
