@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -232,30 +233,29 @@ def steering_shardings(specs: Mapping[str, Mapping[str, Mapping[str, ParamSpec]]
     }
 
 
-def state_shardings(state: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh) -> PyTree:
-    """Shardings of a tree that contains copies of `params`, as an optimizer's state does: each like its parameter.
-
-    A leaf whose path ends as a parameter's does, and whose shape is its, is placed as it is; all others (counts, keys)
-    are copied to every device.
+def optimizer_shardings(
+    tx: optax.GradientTransformation, state: optax.OptState, params: PyTree, shardings: PyTree, mesh: Mesh
+) -> PyTree:
+    """Shardings of an optimizer's state: moments like their parameters, everything else (counts) replicated.
 
     Args:
-        state, params: arrays or shapes. shardings: of `params`, of the same form.
+        tx: the optimizer.
+        state: its state, arrays or shapes.
+        params: the parameters that it was initialised with, arrays or shapes.
+        shardings: of `params`, with the same structure.
+        mesh: the mesh.
     """
-    places = {
-        jax.tree_util.keystr(path): (leaf.shape, where)
-        for (path, leaf), where in zip(
-            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
-        )
-    }
+    everywhere = NamedSharding(mesh, P())
+    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # a parameter of another `optax.partition` group
 
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        for start in range(len(path)):
-            shape, where = places.get(jax.tree_util.keystr(path[start:]), (None, None))
-            if shape == leaf.shape:
-                return where
-        return NamedSharding(mesh, P())
+    def place(leaf: Any, param: Any, at: NamedSharding) -> Any:
+        if masked(leaf):
+            return leaf
+        return at if leaf.shape == param.shape else everywhere
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return optax.tree.map_params(
+        tx, place, state, params, shardings, transform_non_params=lambda _: everywhere, is_leaf=masked
+    )
 
 
 def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:

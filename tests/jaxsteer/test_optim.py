@@ -174,9 +174,19 @@ def test_a_traced_peak_replaces_the_configs():
 
 def test_rates_for_the_log():
     config = OptimConfig(lr=1e-2, weights_lr=1e-3, schedule="linear", warmup=0.0)
-    got = learning_rates(config, jnp.array(5, jnp.int32), 10)
-    np.testing.assert_allclose([got["activations"], got["weights"]], [5e-3, 5e-4], rtol=1e-5)
-    assert learning_rates(OptimConfig(), jnp.array(5, jnp.int32), 10)["weights"] > 0
+    assert learning_rates(config, 5, 10) == pytest.approx({"activations": 5e-3, "weights": 5e-4})
+    assert learning_rates(OptimConfig(), 5, 10)["weights"] > 0
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_rates_for_the_log_are_the_schedules(kind):
+    """Computed on the host, step by step, they are what the optimizer uses: in warmup, decay and past the end."""
+    config = OptimConfig(2e-3, 1e-3, "linear", 0.25, weights_schedule=kind, weights_warmup=0.4)
+    want = {group: make_schedule(config, group, 10)(np.arange(13)) for group in ("activations", "weights")}
+    for step in range(13):
+        got = learning_rates(config, step, 10)
+        assert all(type(rate) is float for rate in got.values())
+        assert got == pytest.approx({group: float(rates[step]) for group, rates in want.items()}, rel=1e-6, abs=1e-10)
 
 
 @pytest.mark.parametrize(
