@@ -92,16 +92,12 @@ class Orthogonality:
                 f"orthogonality.mode {self.mode}: no LoRA writes to the residual stream at {', '.join(self.sites)} "
                 f"(the plan has LoRA at {have}); add one of {', '.join(WRITERS)}, or set orthogonality.mode to none"
             )
-        if not any(_share_a_layer(a.slot, b.slot) for a in steered for b in writers):
+        if not any(a.slot.shares_layer(b.slot) for a in steered for b in writers):
             raise ValueError(
                 f"orthogonality.mode {self.mode}: LoRA at {', '.join(self.sites)} and steering share no layer; "
                 "put both in at least one layer, or set orthogonality.mode to none"
             )
         return replace(self, mode="penalty") if self.mode == "auto" else self
-
-
-def _share_a_layer(one: Slot, other: Slot) -> bool:
-    return one.layers is None or other.layers is None or not set(one.layers).isdisjoint(other.layers)
 
 
 class Bundle(NamedTuple):

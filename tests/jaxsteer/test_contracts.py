@@ -145,9 +145,14 @@ def test_cached_decoding_is_the_full_forward_pass(name, tiny_config, tiny_base):
 
 def merged_and_unmerged(plan, config, base, steering):
     """The hidden states with everything merged, and with nothing merged."""
-    merged, rest, left = fold_weights(plan, base, steering)
-    assert rest == ()
-    assert left == {}
+
+    def merge(base, steering):
+        merged, rest, left = fold_weights(plan, base, steering)
+        assert rest == ()
+        assert left == {}
+        return merged
+
+    merged = fast_jit(merge)(base, steering)
     batch = supervised_batch(config.vocab_size)
     unmerged = run(Model(config, plan), base, steering, batch).hidden
     assert np.abs(unmerged - run(Model(config), base, {}, batch).hidden).max() > 1e-3

@@ -128,7 +128,7 @@ def test_clip_is_over_both_groups_together(scale, params, plan):
     norm = optax.tree.norm(grads)
     assert (norm > 2) == (scale == 10.0)
     _, state = tx.update(grads, tx.init(trained), trained)
-    moments = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state) if ".mu" in jax.tree_util.keystr(path)]
+    moments = jax.tree.leaves([moment for _, moment in optax.tree.get_all_with_path(state, "mu")])
     assert len(moments) == len(jax.tree.leaves(trained))
     # The first moment after one step is (1 − b1) × the clipped gradient.
     np.testing.assert_allclose(optax.tree.norm(moments) / (1 - config.b1), min(norm, 2.0), rtol=1e-5)
@@ -327,17 +327,17 @@ def trained_towards_targets(config, start, peaks=None):
     return params.steering
 
 
-def test_three_learning_rates_as_one_vmapped_program_are_three_optimizers():
+def test_two_learning_rates_as_one_vmapped_program_are_two_optimizers():
     config = OptimConfig(schedule="cosine", warmup=0.25)
-    rates, weights = [1e-3, 1e-2, 1e-1], [2e-3, 1e-2, 5e-3]
-    starts = jax.tree.map(lambda leaf: jnp.stack([leaf / 2, leaf + 0.1, -leaf]), TARGETS)
+    rates, weights = [1e-3, 1e-1], [2e-3, 5e-3]
+    starts = jax.tree.map(lambda leaf: np.stack([leaf / 2, 0.1 - leaf]), jax.tree.map(np.asarray, TARGETS))
     starts["reft"]["block"]["R"] = retract(starts["reft"]["block"]["R"])
     peaks = {"activations": jnp.array(rates), "weights": jnp.array(weights)}
     one = lambda start, peaks: trained_towards_targets(config, Params({}, start), peaks)
     got = fast_jit(jax.vmap(one))(starts, peaks)
-    for run in range(3):
+    for run in range(2):
         own = replace(config, lr=rates[run], weights_lr=weights[run])
-        mine = lambda tree, run=run: jax.tree.map(lambda leaf: leaf[run], tree)
+        mine = lambda tree, run=run: jax.tree.map(lambda leaf: np.asarray(leaf)[run], tree)
         want = fast_jit(lambda start, own=own: trained_towards_targets(own, Params({}, start)))(mine(starts))
         close(mine(got), want, 1e-6)
         assert not_orthonormal(mine(got)["reft"]["block"]["R"][0]) < 1e-5

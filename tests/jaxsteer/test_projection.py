@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -69,9 +70,9 @@ def descend(S, B, settings=PROJECTION, plan=PAIR, frozen=(), steps=3):
 
 def first_moment(state, slot, site, name):
     """Adam's first moment of a parameter."""
-    end = f".mu.steering['{slot}']['{site}']['{name}']"
-    (found,) = [x for at, x in jax.tree_util.tree_leaves_with_path(state) if jax.tree_util.keystr(at).endswith(end)]
-    return found
+    found = optax.tree.get_all_with_path(state, "mu", lambda path, value: isinstance(value, Params))
+    (moment,) = jax.tree.leaves([moment.steering[slot][site][name] for _, moment in found])
+    return moment
 
 
 SHARED = draw(2, 3, 32, seed=7)
@@ -134,6 +135,20 @@ def test_projection_leaves_frozen_steering_alone_and_is_the_same_without_jit():
     compiled = list(descend(SHARED, draw(2, 32, 4), steps=1))
     with jax.disable_jit():
         close(list(descend(SHARED, draw(2, 32, 4), steps=1)), compiled, 1e-6)
+
+
+@pytest.mark.parametrize("wrap", [lambda adam: adam, lambda adam: optax.chain(optax.chain(adam), optax.identity())])
+def test_moments_are_found_in_other_optimizers_and_whatever_the_slots_are_called(wrap):
+    plan = (PAIR[0], replace(PAIR[1], name="mu"))
+    tree = lambda S, B: {"lora": pair(S, B)["lora"], "mu": pair(S, B)["steer"]}
+    params = Params({}, tree(SHARED, draw(2, 32, 4)))
+    grads = Params({}, tree(draw(2, 3, 32), draw(2, 32, 4, seed=1)))
+    tx = jaxsteer.project_orthogonal(wrap(optax.adam(0.05)), plan, PROJECTION)
+    params, state = update(tx, grads, tx.init(params), params, None)
+    assert np.all(overlap(plan, params.steering) <= 1e-6)
+    moment, B = first_moment(state, "mu", "block", "D"), params.steering["lora"]["mlp.down"]["B"]
+    assert np.all(overlap(plan, tree(moment, B)) <= 1e-6)
+    assert np.all(np.linalg.norm(moment, axis=(1, 2)) > 1e-2)
 
 
 def test_a_norm_behind_the_projection_is_heeded():

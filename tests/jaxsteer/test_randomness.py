@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import all_methods, fast_jit, identical, method_of, random_steering, run, supervised_batch, turn
+from tiny import DRAW, all_methods, fast_jit, identical, random_steering, run, supervised_batch, turn
 
-from jaxsteer import METHODS, Model, Params, Slot, init_state, param_labels, partition, train_step
+from jaxsteer import Model, Params, Slot, init_state, param_labels, partition, train_step
 from jaxsteer.interventions import FixedVector
 from jaxsteer.types import Batch
 
 pytestmark = pytest.mark.xdist_group("randomness")  # the tests share compiled programs
-
-DRAW = tuple(name for name in METHODS if name == "jola" or method_of(name, draws=True) != METHODS[name]())
 
 
 @pytest.fixture(scope="module")

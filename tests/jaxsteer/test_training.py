@@ -2,8 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,7 @@ from jaxsteer import (
     init_steering,
     make_batch,
     make_optimizer,
+    make_train_step,
     mean_loss,
     param_labels,
     partition,
@@ -42,13 +44,24 @@ class Penalised(NonlinearSteering):
         return (1 + step.astype(jnp.float32)) * jnp.sum(p["U"] ** 2)
 
 
+@cache
+def optimizer_and_step(model, tx):
+    """The optimizer, and the compiled step: tests of one model and one optimizer share it."""
+    if isinstance(tx, OptimConfig):
+        base = jax.eval_shape(partial(init_base, model.config), jax.random.key(0))
+        params = Params(base, steering_shapes(model.plan, model.config))
+        tx = make_optimizer(tx, param_labels(params, model.plan, train_base=model.train_base), 200, model.plan)
+    return tx, fast_jit(partial(train_step, model=model, tx=tx))
+
+
 def start(model, base, steering, tx):
     params = Params(base, steering)
-    labels = param_labels(params, model.plan, train_base=model.train_base)
-    trained, frozen = partition(params, labels)
-    tx = make_optimizer(tx, labels, 200, model.plan) if isinstance(tx, OptimConfig) else tx
-    step = fast_jit(partial(train_step, model=model, tx=tx))
+    trained, frozen = partition(params, param_labels(params, model.plan, train_base=model.train_base))
+    tx, step = optimizer_and_step(model, tx)
     return init_state(trained, tx, jax.random.key(0)), frozen, step
+
+
+LEARN = OptimConfig(lr=1e-2, warmup=0.05)
 
 
 def uneven(vocab):
@@ -68,7 +81,7 @@ def test_accumulated_microbatches_are_one_big_batch(tiny_config, tiny_base):
     micro = Batch(*(field.reshape(4, 2, 9) for field in big))
     state, frozen, step = start(model, tiny_base, steering, optax.sgd(1.0))
     (one, metrics), (four, accumulated) = step(state, big, frozen), step(state, micro, frozen)
-    moved = lambda new: jax.tree.map(jnp.subtract, new.params, state.params)
+    moved = lambda new: jax.tree.map(np.subtract, new.params, state.params)
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved(one)))
     for a, b in zip(jax.tree.leaves(moved(four)), jax.tree.leaves(moved(one)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * scale)
@@ -81,7 +94,7 @@ def test_accumulated_microbatches_are_one_big_batch(tiny_config, tiny_base):
         return mean_loss(model, tiny_base, steering, big) + penalty, penalty
 
     (value, penalty), grads = fast_jit(jax.value_and_grad(whole, has_aux=True))(steering)
-    close(moved(four).steering, jax.tree.map(jnp.negative, grads), 1e-5)
+    close(moved(four).steering, jax.tree.map(np.negative, grads), 1e-5)
     np.testing.assert_allclose(accumulated.loss + accumulated.penalty, value, rtol=1e-5)
     np.testing.assert_allclose(accumulated.penalty, penalty, rtol=1e-6)
     np.testing.assert_allclose(accumulated.grad_norm, optax.tree.norm(grads), rtol=1e-5)
@@ -96,11 +109,26 @@ def test_accumulated_microbatches_are_one_big_batch(tiny_config, tiny_base):
 
 def test_a_batch_with_nothing_to_learn_changes_nothing(tiny_config, tiny_base):
     plan = (slot_of("nonlinear", tiny_config, sites=("block",)),)
-    state, frozen, step = start(Model(tiny_config, plan), tiny_base, random_steering(plan, tiny_config), optax.sgd(1.0))
-    new, metrics = step(state, make_batch(np.ones((2, 9), int)), frozen)
+    state, frozen, step = start(Model(tiny_config, plan), tiny_base, random_steering(plan, tiny_config), LEARN)
+    new, metrics = step(state, make_batch(np.ones((16, 12), int)), frozen)
     assert metrics.loss == 0
     assert metrics.supervised == 0
     close(new.params, state.params, 0)
+
+
+def test_the_compiled_step_donates_the_state_and_returns_one_like_it(tiny_config, tiny_base):
+    plan = (slot_of("nonlinear", tiny_config, sites=("block",)),)
+    model = Model(tiny_config, plan)
+    state, frozen, _ = start(model, tiny_base, random_steering(plan, tiny_config), LEARN)
+    tx, _ = optimizer_and_step(model, LEARN)
+    lowered = make_train_step(model, tx).lower(state, planted(0), frozen)
+    (given, *others), _ = lowered.args_info
+    assert all(info.donated for info in jax.tree.leaves(given))
+    assert not any(info.donated for info in jax.tree.leaves(others))
+    new, metrics = lowered.out_info
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    chex.assert_shape(metrics._replace(overlap=metrics.loss), ())
+    chex.assert_shape(metrics.overlap, (0,))
 
 
 # ---- what a frozen base does not cost
@@ -169,6 +197,7 @@ STEPS = 50
 RULE = np.random.default_rng(3).integers(3, 11, 61)  # any of 61 tokens -> one of eight
 
 
+@cache
 def planted(seed, rows=16):
     """Prompts of four random tokens; each token of the completion follows from the one before by a fixed rule."""
     draw = np.random.default_rng(seed)
@@ -185,10 +214,10 @@ def planted(seed, rows=16):
 evaluate = fast_jit(mean_loss, static_argnums=0)
 
 
-def learn(model, base, lr):
+def learn(model, base, optim=LEARN):
     """The trained trees, the final state and the loss of each step."""
     steering = init_steering(model.plan, model.config, jax.random.key(1))
-    state, frozen, step = start(model, base, steering, OptimConfig(lr=lr, warmup=0.05))
+    state, frozen, step = start(model, base, steering, optim)
     losses = []
     for i in range(STEPS):
         state, out = step(state, planted(i), frozen)
@@ -199,7 +228,8 @@ def learn(model, base, lr):
 def held_out_losses(model, base, whole):
     """Of the base model, and after training."""
     held_out = planted(10_000, 64)
-    before = evaluate(Model(model.config), base, {}, held_out)
+    off = jax.tree.map(np.zeros_like, whole.steering)  # the base model, by the same program
+    before = evaluate(model, base, off, held_out)
     return float(before), float(evaluate(model, whole.base, whole.steering, held_out))
 
 
@@ -221,18 +251,15 @@ def learn_alone(tiny_config, tiny_base):
     def scaled(factors):
         return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
-    @jax.jit  # not the fast one: its program is run often enough
+    @jax.jit  # not the fast one: it runs often enough
     def step(state, batch, frozen, factors):
         return train_step(state, batch, frozen, model=model, tx=optax.chain(tx, scaled(factors)))[0]
 
     def learn(name):
         trained, frozen = partition(Params(tiny_base, turn(fresh, name)), labels)
         factor = FASTER.get(name, 1.0)
-        factors = trained._replace(
-            steering={
-                slot: jax.tree.map(lambda _, on=slot == name: factor * on, p) for slot, p in trained.steering.items()
-            }
-        )
+        on = lambda slot: jax.tree.map(lambda _: np.float32(factor * (slot == name)), trained.steering[slot])
+        factors = trained._replace(steering={slot: on(slot) for slot in trained.steering})
         state = init_state(trained, optax.chain(tx, scaled(factors)), jax.random.key(0))
         for i in range(STEPS):
             state = step(state, planted(i), frozen, factors)
@@ -259,7 +286,7 @@ def test_every_method_learns_and_it_holds_on_unseen_rows(name, learn_alone):
 
 def test_full_fine_tuning_learns(tiny_config, tiny_base):
     model = Model(tiny_config, train_base=True)
-    whole, _, _ = learn(model, tiny_base, 3e-3)
+    whole, _, _ = learn(model, tiny_base, OptimConfig(lr=3e-3, warmup=0.05))
     before, after = held_out_losses(model, tiny_base, whole)
     assert after < 0.8 * before, (before, after)
 
@@ -269,7 +296,7 @@ def test_bf16_base_with_fp32_steering(tiny_config, tiny_base):
     losses = {}
     for dtype in (jnp.float32, jnp.bfloat16):
         base = jax.tree.map(lambda leaf, d=dtype: leaf.astype(d), tiny_base)
-        _, state, losses[dtype] = learn(model, base, 1e-2)
+        _, state, losses[dtype] = learn(model, base)
         kept = [x for x in jax.tree.leaves((state.params, state.opt_state)) if jnp.issubdtype(x.dtype, jnp.floating)]
         assert {leaf.dtype for leaf in kept} == {jnp.dtype("float32")}
     fp32, bf16 = (np.mean(losses[dtype][-5:]) for dtype in (jnp.float32, jnp.bfloat16))

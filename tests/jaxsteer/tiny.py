@@ -68,6 +68,10 @@ def method_of(name, *, draws=False):
     return METHODS[name](**({"dropout": 0.5} if draws and "dropout" in fields else {}))
 
 
+DRAW = tuple(name for name in METHODS if name == "jola" or method_of(name, draws=True) != METHODS[name]())
+"""The methods that draw random numbers while training."""
+
+
 def all_methods(config, names=METHODS, *, few=False, kinds=("all",), layers=None, draws=False):
     """A plan with a slot for each method, named by it, at all its sites or at a `few`: one of them, dealt out in turn.
 
@@ -86,7 +90,7 @@ def turn(steering, name):
     """Only the slot of this name switched on (zeros are the identity), or all of them "together"."""
     if name == "together":
         return steering
-    return {slot: p if slot == name else jax.tree.map(jnp.zeros_like, p) for slot, p in steering.items()}
+    return {slot: p if slot == name else jax.tree.map(np.zeros_like, p) for slot, p in steering.items()}
 
 
 def every_kind(name, config):
