@@ -1,4 +1,4 @@
-"""Derivatives of the whole: against finite differences in fp64, forward against reverse mode, and vmap over seeds."""
+"""Derivatives of the whole model: against finite differences in fp64, forward against reverse mode, vmap over seeds."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def inner(a, b):
 
 @pytest.fixture(scope="module")
 def in_doubles(base):
-    """Loss and gradient of a plan of all methods, and where to take them."""
+    """The loss and gradient of a plan of all methods in fp64, and a point to take them at."""
     plan, batch = all_methods(SMALL), supervised_batch(13, 2, 6, 2)
     with jax.enable_x64(True):
         base, steering = doubled((base, random_steering(plan, SMALL, scale=0.3)))
@@ -57,7 +57,7 @@ def test_gradient_is_the_finite_difference(name, in_doubles):
         assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float64")}
         for seed in range(2):
             tangent = turn(direction(steering, seed), name)
-            if name == "dora":  # the norm is a constant for its other gradients: a test of its own
+            if name == "dora":  # its norm is a constant for the other gradients, see the test below
                 tangent["dora"] = {site: p | {"A": 0 * p["A"], "B": 0 * p["B"]} for site, p in tangent["dora"].items()}
             difference = (loss(moved(steering, tangent, 1e-6)) - loss(moved(steering, tangent, -1e-6))) / 2e-6
             assert abs(difference) > 1e-4
@@ -65,7 +65,7 @@ def test_gradient_is_the_finite_difference(name, in_doubles):
 
 
 def test_dora_takes_its_norm_as_a_constant():
-    """Its gradient is that of (‖W‖ + m) / n ⊙ (W + s B A) x with n fixed."""
+    """The gradient is that of (‖W‖ + m) / n ⊙ (W + s B A) x with n fixed."""
     method = DoRA(rank=2, alpha=3.0)
     draw = np.random.default_rng(0)
     array = lambda *shape: jnp.asarray(draw.standard_normal(shape, np.float32))
@@ -84,7 +84,7 @@ def test_dora_takes_its_norm_as_a_constant():
 
 
 def test_full_fine_tuning_gradient_is_the_finite_difference(base):
-    """Entry by entry: embedding, norms, attention, MLP and head."""
+    """For one entry of each leaf: embedding, norms, attention, MLP and head."""
     model, batch = Model(SMALL, train_base=True), supervised_batch(13, 2, 6, 2)
     with jax.enable_x64(True):
         base = doubled(base)

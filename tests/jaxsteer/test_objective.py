@@ -1,4 +1,4 @@
-"""The loss against the naive one, and the promise that unsupervised positions never meet the vocabulary."""
+"""The loss against a naive one, and the promise that no logits are computed for unsupervised positions."""
 
 import chex
 import jax
@@ -132,7 +132,7 @@ def test_the_logits_of_all_positions_never_exist():
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
     targets = Targets(jax.ShapeDtypeStruct((B, 1000), jnp.int32), shape(B, 1000))
     lowered = lambda f: jax.jit(jax.grad(f, (0, 1))).lower(shape(B, 1000, D), shape(V, D), targets).as_text()
-    assert f"2x1000x{V}" in lowered(naive_loss)  # what is looked for would be found
+    assert f"2x1000x{V}" in lowered(naive_loss)  # the check finds them where they exist
     text = lowered(cross_entropy)
     assert f"10x{V}x" in text
     for whole in (f"2x1000x{V}", f"2000x{V}", f"1000x{V}"):

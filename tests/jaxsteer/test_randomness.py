@@ -1,4 +1,4 @@
-"""What methods draw while training (dropout, JoLA's gates): from an explicit key, and from nothing else."""
+"""Random numbers in training (dropout, JoLA's gates): they depend on an explicit key, and on nothing else."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("randomness")  # the tests share compiled p
 
 @pytest.fixture(scope="module")
 def hidden(tiny_config, tiny_base):
-    """Hidden states with the methods of DRAW in their turns."""
+    """Hidden states with one method of DRAW switched on at a time."""
     plan = all_methods(tiny_config, DRAW, few=True, draws=True)
     steering, batch = random_steering(plan, tiny_config), supervised_batch(tiny_config.vocab_size)
     return lambda name, **settings: run(Model(tiny_config, plan), tiny_base, turn(steering, name), batch, **settings)[0]
@@ -38,7 +38,7 @@ def test_the_key_decides_and_nothing_is_drawn_without_it(name, hidden):
 
 @dataclass(frozen=True)
 class Die(FixedVector):
-    """Puts one number drawn from its key in the place of y."""
+    """Replaces y by one number drawn from its key."""
 
     def apply(self, p, x, y, ctx):
         return jnp.full_like(y, jax.random.uniform(ctx.key))
@@ -58,7 +58,7 @@ def test_every_slot_site_and_layer_has_a_key_of_its_own(tiny_config, tiny_base):
 
 
 def test_microbatches_and_steps_draw_their_own(tiny_config, tiny_base):
-    """The same rows again, in a second microbatch or a second step, meet other draws."""
+    """The same rows in a second microbatch, or in a second step, get different random numbers."""
     plan = all_methods(tiny_config, ("loreft",), few=True, draws=True)
     model, tx = Model(tiny_config, plan), optax.sgd(0.0)
     params = Params(tiny_base, random_steering(plan, tiny_config))

@@ -1,4 +1,4 @@
-"""The training step: accumulation, penalties, a frozen base that costs nothing, and that every method learns."""
+"""The training step: gradient accumulation, penalties, no cost for a frozen base, and that every method learns."""
 
 import re
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ from jaxsteer.types import Batch
 
 @dataclass(frozen=True)
 class Penalised(NonlinearSteering):
-    """With a loss term of its own, that grows with the steps."""
+    """With a penalty that grows with the step."""
 
     def penalty(self, p, step):
         return (1 + step.astype(jnp.float32)) * jnp.sum(p["U"] ** 2)
@@ -65,7 +65,7 @@ LEARN = OptimConfig(lr=1e-2, warmup=0.05)
 
 
 def uneven(vocab):
-    """Eight rows whose supervised tokens are 0, 1, 2, ... 7, with weights of their own."""
+    """Eight rows with 0, 1, 2, ... 7 supervised tokens of random weights."""
     draw = np.random.default_rng(0)
     weights = draw.uniform(0.5, 2, (8, 9)) * (np.arange(9)[::-1] < np.arange(8)[:, None])
     return make_batch(draw.integers(3, vocab, (8, 9)), None, weights)
@@ -100,7 +100,7 @@ def test_accumulated_microbatches_are_one_big_batch(tiny_config, tiny_base):
     np.testing.assert_allclose(accumulated.grad_norm, optax.tree.norm(grads), rtol=1e-5)
     np.testing.assert_allclose(accumulated.supervised, np.sum(big.weights[:, 1:]), rtol=1e-6)
     assert accumulated.tokens == 72
-    # The next step's penalty knows its number.
+    # The penalty of the next step gets that step's number.
     assert four.step == 1
     _, second = step(four, micro, frozen)
     u = four.params.steering["s"]["block"]["U"]
@@ -152,7 +152,7 @@ def lowered_step(train_base):
 
 
 def products(text):
-    """The shapes, without regard to order, that matrix products have as results."""
+    """Shapes of the results of all matrix products, with sorted dimensions."""
     found = re.findall(r"stablehlo\.dot_general.*-> tensor<([0-9x]+)xf32>", text)
     return {tuple(sorted(int(n) for n in shape.split("x") if n != "1")) for shape in found}
 
@@ -160,13 +160,13 @@ def products(text):
 def test_no_gradient_of_a_frozen_weight_is_computed():
     kernels = {tuple(sorted(shape)) for shape in KERNELS}
     step, *args = lowered_step(train_base=True)
-    assert kernels <= products(step.lower(*args).as_text())  # what is looked for would be found
+    assert kernels <= products(step.lower(*args).as_text())  # the check finds them where they exist
     step, *args = lowered_step(train_base=False)
     assert not kernels & products(step.lower(*args).as_text())
 
 
 def scans(jaxpr):
-    """(length, reverse) of every scan, however deep."""
+    """(length, reverse) of every scan, at any depth."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             yield equation.params["length"], equation.params["reverse"]
@@ -185,7 +185,7 @@ def test_layers_below_the_first_steered_one_have_no_backward_pass(layers, backwa
     batch = jax.eval_shape(lambda: make_batch(np.ones((1, 13), int)))
     grad = jax.make_jaxpr(jax.grad(lambda s, base, batch: mean_loss(model, base, s, batch)))
     found = set(scans(grad(steering, base, batch).jaxpr))
-    # Scans of length 1 are not of layers: rows of attention and chunks of the loss.
+    # Scans of length 1 are not over layers, but over rows of attention and chunks of the loss.
     assert {length for length, reverse in found if reverse and length > 1} == {backward}
     if backward < 7:
         assert (7 - backward, False) in found
@@ -199,12 +199,12 @@ RULE = np.random.default_rng(3).integers(3, 11, 61)  # any of 61 tokens -> one o
 
 @cache
 def planted(seed, rows=16):
-    """Prompts of four random tokens; each token of the completion follows from the one before by a fixed rule."""
+    """Prompts of four random tokens; every supervised token follows from the one before by a fixed rule."""
     draw = np.random.default_rng(seed)
     tokens = np.zeros((rows, 12), np.int64)
     tokens[:, :4] = draw.integers(3, 61, (rows, 4))
     for t in range(4, 12):
-        # Every second token is free, so that the rule is met at all its arguments.
+        # Every second token is random, so that the rule is applied to all its arguments.
         tokens[:, t] = RULE[tokens[:, t - 1]] if t % 2 == 0 else draw.integers(3, 61, rows)
     weights = np.zeros((rows, 12), np.float32)
     weights[:, 4::2] = 1
@@ -215,7 +215,7 @@ evaluate = fast_jit(mean_loss, static_argnums=0)
 
 
 def learn(model, base, optim=LEARN):
-    """The trained trees, the final state and the loss of each step."""
+    """The trained trees, the final state, and the loss of each step."""
     steering = init_steering(model.plan, model.config, jax.random.key(1))
     state, frozen, step = start(model, base, steering, optim)
     losses = []
@@ -226,7 +226,7 @@ def learn(model, base, optim=LEARN):
 
 
 def held_out_losses(model, base, whole):
-    """Of the base model, and after training."""
+    """Held-out losses of the base model, and after training."""
     held_out = planted(10_000, 64)
     off = jax.tree.map(np.zeros_like, whole.steering)  # the base model, by the same program
     before = evaluate(model, base, off, held_out)
@@ -235,12 +235,12 @@ def held_out_losses(model, base, whole):
 
 SITES = ("attn.heads", "block", "attn.o", "mlp.down")
 FASTER = {"lofit_scale": 3.0}
-"""Factors on the learning rate: a head's scale is large where a vector of the stream is small."""
+"""Factors on the learning rate: the scale of a head has to move further than a vector in the residual stream."""
 
 
 @pytest.fixture(scope="module")
 def learn_alone(tiny_config, tiny_base):
-    """Train one method of a plan of all: the updates of the others are dropped, so that one program serves all."""
+    """Train one method in a plan of all methods, with the updates of the others zeroed: one program serves all."""
     at = {name: [site for site in sites_of(METHODS[name](), tiny_config) if site in SITES] for name in METHODS}
     plan = tuple(slot_of(name, tiny_config, slot=name, sites=tuple(at[name])) for name in METHODS)
     fresh = init_steering(plan, tiny_config, jax.random.key(1), base=tiny_base)
