@@ -160,7 +160,9 @@ def keep_orthonormal(inner: optax.GradientTransformation, plan: Plan) -> optax.G
                 steering = with_leaf(steering, path, change(leaf, params.steering[slot][site][name]))
         return tree._replace(steering=steering)
 
-    def update(grads: Params, state: PyTree, params: Params | None = None, **extra: Any) -> tuple[Params, PyTree]:
+    def update(
+        grads: Params, state: optax.OptState, params: Params | None = None, **extra: Any
+    ) -> tuple[Params, optax.OptState]:
         if params is None:
             raise ValueError("keep_orthonormal needs the parameters: tx.update(grads, state, params)")
         updates, state = inner.update(map_orthonormal(tangent, grads, params), state, params, **extra)

@@ -299,7 +299,7 @@ def write_basis(written: Array) -> Array:
 class ProjectionState(NamedTuple):
     """The wrapped optimizer's state, and the number of updates done, int32 []."""
 
-    inner: Any
+    inner: optax.OptState
     done: Array
 
 
@@ -330,30 +330,6 @@ def project_orthogonal(
     def init(params: Params) -> ProjectionState:
         return ProjectionState(inner.init(params), jnp.zeros((), jnp.int32))
 
-    def project(updates: Params, state: PyTree, params: Params, frozen: Params | None) -> tuple[Params, PyTree]:
-        whole = params._replace(steering=optax.apply_updates(params.steering, updates.steering))
-        if frozen is not None:
-            whole = combine(whole, frozen)
-        new = whole.steering
-        layers = joint_layers(plan, new, settings)
-        basis = write_basis(_gather(_writers(plan, settings), new, layers, scales_of(whole.base)))
-        basis_for = lambda bundle: _move_layers(basis, layers, bundle.layers(new))
-        trained = [bundle for bundle in _steered(plan, settings) if bundle.leaf(updates.steering) is not None]
-        steering = updates.steering
-        for bundle in trained:
-            shared = bundle.within(bundle.leaf(new), basis_for(bundle))
-            steering = with_leaf(steering, bundle.path, bundle.leaf(steering) - shared)
-
-        def without_span(moment: Params) -> Params:
-            rest = moment.steering
-            for bundle in trained:
-                leaf = bundle.leaf(rest)
-                if not isinstance(leaf, optax.MaskedNode):  # the leaf belongs to another group's moments
-                    rest = with_leaf(rest, bundle.path, leaf - bundle.within(leaf, basis_for(bundle)))
-            return moment._replace(steering=rest)
-
-        return updates._replace(steering=steering), _map_first_moments(without_span, state)
-
     def update(
         updates: Params,
         state: ProjectionState,
@@ -368,7 +344,7 @@ def project_orthogonal(
         done = state.done + 1
         updates, inner_state = jax.lax.cond(
             done % settings.every == 0,
-            lambda u, s: project(u, s, params, frozen),
+            lambda u, s: _project(plan, settings, scales_of, u, s, params, frozen),
             lambda u, s: (u, s),
             updates,
             inner_state,
@@ -376,6 +352,40 @@ def project_orthogonal(
         return updates, ProjectionState(inner_state, done)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _project(
+    plan: Plan,
+    settings: Orthogonality,
+    scales_of: Callable[[PyTree], Scales],
+    updates: Params,
+    state: optax.OptState,
+    params: Params,
+    frozen: Params | None,
+) -> tuple[Params, optax.OptState]:
+    """Updates and an optimizer's state without what leads into the span of LoRA's updated B."""
+    whole = params._replace(steering=optax.apply_updates(params.steering, updates.steering))
+    if frozen is not None:
+        whole = combine(whole, frozen)
+    new = whole.steering
+    layers = joint_layers(plan, new, settings)
+    basis = write_basis(_gather(_writers(plan, settings), new, layers, scales_of(whole.base)))
+    basis_for = lambda bundle: _move_layers(basis, layers, bundle.layers(new))
+    trained = [bundle for bundle in _steered(plan, settings) if bundle.leaf(updates.steering) is not None]
+    steering = updates.steering
+    for bundle in trained:
+        shared = bundle.within(bundle.leaf(new), basis_for(bundle))
+        steering = with_leaf(steering, bundle.path, bundle.leaf(steering) - shared)
+
+    def without_span(moment: Params) -> Params:
+        rest = moment.steering
+        for bundle in trained:
+            leaf = bundle.leaf(rest)
+            if not isinstance(leaf, optax.MaskedNode):  # the leaf belongs to another group's moments
+                rest = with_leaf(rest, bundle.path, leaf - bundle.within(leaf, basis_for(bundle)))
+        return moment._replace(steering=rest)
+
+    return updates._replace(steering=steering), _map_first_moments(without_span, state)
 
 
 def _map_first_moments(change: Callable[[Params], Params], state: optax.OptState) -> optax.OptState:

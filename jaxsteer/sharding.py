@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsteer.types import Array, Batch, Cache, ParamSpec, PyTree
@@ -79,7 +79,7 @@ class MeshShape:
         return self.data * self.fsdp
 
 
-def slices_of(devices: Sequence[Any]) -> int:
+def slices_of(devices: Sequence[jax.Device]) -> int:
     """Number of TPU slices that the devices belong to; the network between slices is slower than within one."""
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
 
@@ -146,7 +146,7 @@ def check_shape(
         )
 
 
-def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make a mesh with the axes data, fsdp and tensor, laid out so that neighbours in the mesh are near in the network.
 
     Over several TPU slices `data` is the outermost axis, so that only gradients cross the slower network.
@@ -179,7 +179,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def current_mesh() -> Any | None:
+def current_mesh() -> AbstractMesh | None:
     """The abstract mesh of the surrounding `jax.set_mesh`; None without one, or if it has a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.axis_names != AXES else mesh
@@ -198,7 +198,7 @@ def row_shards() -> int:
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def spec_of(shape: Sequence[int], axes: Axes, mesh: Any) -> P:
+def spec_of(shape: Sequence[int], axes: Axes, mesh: Mesh | AbstractMesh) -> P:
     """The PartitionSpec of an array with these logical axes, by RULES."""
 
     def split(size: int, axis: str | None) -> tuple[str, ...] | None:

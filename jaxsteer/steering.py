@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxsteer.models.config import ModelConfig, site_dims
 from jaxsteer.models.quantise import dequantised
@@ -22,7 +22,7 @@ def param_specs(plan: Plan, config: ModelConfig) -> dict[str, dict[str, dict[str
 
 
 def init_steering(
-    plan: Plan, config: ModelConfig, key: Array, dtype: Any = jnp.float32, *, base: PyTree | None = None
+    plan: Plan, config: ModelConfig, key: Array, dtype: DTypeLike = jnp.float32, *, base: PyTree | None = None
 ) -> Steering:
     """Initialise the steering tree of a plan, steering[slot][site][param].
 
@@ -74,7 +74,7 @@ def init_steering(
     return jax.tree.map(lambda leaf: leaf.astype(dtype), steering)
 
 
-def steering_shapes(plan: Plan, config: ModelConfig, dtype: Any = jnp.float32) -> PyTree:
+def steering_shapes(plan: Plan, config: ModelConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
     """The steering tree of a plan as `jax.ShapeDtypeStruct`s.
 
     Raises:
@@ -93,7 +93,7 @@ def steering_shapes(plan: Plan, config: ModelConfig, dtype: Any = jnp.float32) -
     }
 
 
-def with_leaf(steering: Steering, path: tuple[str, str, str], leaf: Any) -> Steering:
+def with_leaf(steering: Steering, path: tuple[str, str, str], leaf: Array) -> Steering:
     """A copy of the tree with the leaf at (slot, site, parameter) replaced."""
     slot, site, name = path
     return steering | {slot: steering[slot] | {site: steering[slot][site] | {name: leaf}}}

@@ -131,14 +131,7 @@ def train_step(
         batch = jax.tree.map(lambda field: field[None], batch)
     total = total_weight(batch)
     value, grads = _accumulate(state, batch, frozen, jnp.maximum(total, 1e-6), model, loss)
-
-    def penalties(params: Params) -> Array:
-        whole = combine(params, frozen)
-        scales = write_scales(model.config, whole.base)
-        apart = overlap_penalty(model.plan, whole.steering, orthogonality, scales)
-        return penalty(model.plan, whole.steering, state.step) + apart
-
-    extra, extra_grads = jax.value_and_grad(penalties)(state.params)
+    extra, extra_grads = jax.value_and_grad(_penalties)(state.params, frozen, state.step, model, orthogonality)
     grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, extra_grads)
 
     with jax.numpy_dtype_promotion("standard"):  # optax relies on it, whatever the caller has set
@@ -183,3 +176,11 @@ def _accumulate(
     if batch.tokens.shape[0] == 1:  # no loop around a single one
         return accumulate(zeros, jax.tree.map(lambda x: x[0], microbatches))[0]
     return jax.lax.scan(accumulate, zeros, microbatches)[0]
+
+
+def _penalties(params: Params, frozen: Params, step: Array, model: Model, orthogonality: Orthogonality) -> Array:
+    """The methods' own penalties, and that on the overlap of LoRA and steering. Scalar fp32."""
+    whole = combine(params, frozen)
+    scales = write_scales(model.config, whole.base)
+    apart = overlap_penalty(model.plan, whole.steering, orthogonality, scales)
+    return penalty(model.plan, whole.steering, step) + apart

@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Array = jax.Array
 PyTree = Any
 Kind = Literal["weight", "activation"]
-Initializer = Callable[[Array, tuple[int, ...], Any], Array]
+Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 """(key, shape, dtype) -> array, as in jax.nn.initializers."""
 
 Directions = tuple[tuple[str, int], ...]

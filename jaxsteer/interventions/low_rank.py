@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxsteer.types import Array, Context, Initializer, ParamSpec, SiteDims
 
@@ -67,7 +68,7 @@ def read_write_specs(dims: SiteDims, rank: int, init_scale: float, method: str) 
 def kaiming_uniform(scale: float = 1.0, fan_in: int | None = None) -> Initializer:
     """Uniform in ±scale/√fan_in, PyTorch's Kaiming uniform with a = √5; fan_in defaults to the last dimension."""
 
-    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         bound = scale / (fan_in or shape[-1]) ** 0.5
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
