@@ -1,6 +1,7 @@
-"""jaxsteer: steer and fine-tune language models in JAX; weight updates and activation shifts as one idea.
+"""jaxsteer: steer and fine-tune language models in JAX, with weight updates and activation shifts as one idea.
 
-The functional face, all pure functions over pytrees:
+The public API: pure functions over pytrees. Nothing here prints, reads files or keeps global state; that is for
+`jaxsteer.io` and for programs.
 
     loaded = jaxsteer.io.load_model("path or hub id")
     plan = (Slot("steer", NonlinearSteering(rank=8), sites=("block",)),)
@@ -34,7 +35,7 @@ from jaxsteer.orthogonality import Orthogonality, chance_overlap, joint_overlap,
 from jaxsteer.params import Params, combine, param_labels, partition
 from jaxsteer.plans import parse_plan, plan_from_json, plan_to_json, validate_plan
 from jaxsteer.steering import count_parameters, count_trained, fold_weights, init_steering, keep_kind, steering_shapes
-from jaxsteer.training import TrainState, init_state, train_step
+from jaxsteer.training import TrainState, init_state, make_train_step, train_step
 from jaxsteer.types import ACTIVATIONS, PROJECTIONS, SITES, Batch, Plan, Positions, Slot, Steering
 
 __version__ = "0.1.0"
@@ -82,6 +83,7 @@ __all__ = [
     "keep_kind",
     "make_batch",
     "make_optimizer",
+    "make_train_step",
     "mean_loss",
     "output_embedding",
     "overlap_penalty",

@@ -1,4 +1,4 @@
-"""Batches from plain token arrays, and which of their tokens a slot steers."""
+"""Batches: building them from token arrays, packing examples into rows, and selecting the tokens that a slot steers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from jaxsteer.types import Array, Batch, Positions
 def make_batch(
     tokens: Array, segments: Array | None = None, weights: Array | None = None, completion: Array | None = None
 ) -> Batch:
-    """Complete a batch: positions restart in every segment, the prompt ends at the first completion token.
+    """Build a batch: positions restart in every segment, and a prompt ends at the first completion token.
 
     Args:
-        tokens: int [B, T] token ids.
-        segments: int [B, T], 0 = padding, otherwise the number of the example in its row (at most T); default: one
-            example a row, no padding.
-        weights: [B, T], any real, weight of each token as a target in the loss; default: nothing is supervised.
-        completion: bool [B, T], the tokens that a model is to produce, for the selection of steered tokens; default:
-            those of weight above 0.
+        tokens: token ids, int [B, T].
+        segments: int [B, T], 0 = padding, otherwise the number of the example within its row, at most T. Default: one
+            example per row, no padding.
+        weights: [B, T], any real, the weight of each token as a target in the loss. Default: no targets.
+        completion: bool [B, T], the tokens that the model is to produce; decides which tokens are steered. Default:
+            tokens of weight above 0.
 
     Returns:
-        The batch. An example without a completion counts as prompt in its whole length.
+        The batch. An example without completion tokens is all prompt.
 
     Raises:
         ValueError: the arrays are not all [B, T].
@@ -40,6 +40,12 @@ def make_batch(
             f"a batch needs [B, T] arrays of one shape: tokens {tokens.shape}, segments {segments.shape}, "
             f"weights {weights.shape}, completion {completion.shape}"
         )
+    return _fill_in(tokens, segments, weights, completion)
+
+
+@jax.jit
+def _fill_in(tokens: Array, segments: Array, weights: Array, completion: Array) -> Batch:
+    """The batch with positions and prompt lengths computed from the segments and the completion."""
     length = tokens.shape[1]
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
     new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -56,11 +62,11 @@ def make_batch(
 
 
 def select(positions: Positions, batch: Batch) -> Array | None:
-    """The tokens that a slot steers, [B, T] bool; None when it steers all of them.
+    """The tokens that a slot steers, bool [B, T]; None if it steers all of them.
 
-    Everything is counted inside the example, so packing, padding and decoding cannot change the selection. `last` is
-    the token from which a completion is predicted: before each span of completion, and at the end of an example that
-    ends with a prompt (where decoding would start).
+    Tokens are counted within their example, so packing, padding and decoding do not change the selection. `last` is
+    each token from which a completion is predicted: the one before each span of completion tokens, and the last token
+    of an example that ends with a prompt (where decoding starts).
     """
     if positions.kind == "all":
         return None
@@ -73,9 +79,9 @@ def select(positions: Positions, batch: Batch) -> Array | None:
         return completion
     if positions.kind == "last":
         same = jnp.pad(batch.segments[:, 1:] == batch.segments[:, :-1], ((0, 0), (0, 1)))
-        speaks_next = jnp.pad(completion[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-        return real & ~completion & (~same | speaks_next)
-    half = batch.prompt_lengths // 2  # so that first:n and last:n never overlap, in one slot or in two
+        completion_next = jnp.pad(completion[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+        return real & ~completion & (~same | completion_next)
+    half = batch.prompt_lengths // 2  # first:n and last:n never overlap, in one slot or in two
     from_end = batch.prompt_lengths - 1 - batch.positions
     first = batch.positions < jnp.minimum(positions.first, half)
     return prompt & (first | (from_end < jnp.minimum(positions.last, half)))
@@ -86,9 +92,9 @@ class Tokens(Protocol):
 
     ids            int32 [n]
     completion     bool [n], whether the token belongs to a completion
-    weights        fp32 [n], each token's weight as a target, 0 = no target
-    prompt_length  number of tokens before the first of a completion; n where there is none
-    source         where it came from, for messages
+    weights        fp32 [n], each token's weight as a target; 0 = no target
+    prompt_length  number of tokens before the first completion token; n if there is none
+    source         where the example comes from, for error messages
     """
 
     @property
@@ -103,65 +109,64 @@ class Tokens(Protocol):
 
     @property
     def weights(self) -> np.ndarray:
-        """Weights as targets."""
+        """Weights as targets in the loss."""
         ...
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the first of a completion."""
+        """Number of tokens before the first completion token."""
         ...
 
     @property
     def source(self) -> str:
-        """For messages."""
+        """Where the example comes from, for error messages."""
         ...
 
 
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Put items into rows, each into the fullest row that has room for it (best fit), in the order given.
+    """Pack items into rows by best fit: each item, in the order given, goes into the fullest row that can take it.
 
     Args:
-        lengths: Of the items, each from 1 to row_length.
-        row_length: Room in a row.
+        lengths: lengths of the items, each from 1 to row_length.
+        row_length: capacity of a row.
 
     Returns:
-        For each row the indices of its items.
+        For each row, the indices of its items.
     """
     rows: list[list[int]] = []
-    # Rows by the room they have left, and the same as bits of one number: the lowest set bit from n upwards
-    # is the tightest room for n, so an item costs row_length / 64 machine words and no search.
-    by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
-    rooms = 0
-    for i, n in enumerate(lengths):
-        fitting = rooms >> n
-        if fitting:
-            room = n + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
+    # Rows by their free space, and the free spaces in use as the bits of one number: its lowest set bit from n upwards
+    # is the tightest fit for an item of length n. An item costs row_length / 64 machine words and no search.
+    rows_by_space: list[list[int]] = [[] for _ in range(row_length + 1)]
+    spaces = 0
+    for item, length in enumerate(lengths):
+        if fitting := spaces >> length:
+            space = length + (fitting & -fitting).bit_length() - 1
+            row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
+                spaces ^= 1 << space
         else:
-            room, row = row_length, len(rows)
+            space, row = row_length, len(rows)
             rows.append([])
-        rows[row].append(i)
-        by_room[room - n].append(row)
-        rooms |= 1 << (room - n)
+        rows[row].append(item)
+        rows_by_space[space - length].append(row)
+        spaces |= 1 << (space - length)
     return rows
 
 
 def stack_rows(rows: Sequence[Sequence[Tokens]], length: int, *, left: bool = False) -> Batch:
-    """Write examples into rows one after another.
+    """Write examples into rows, one after another.
 
     Args:
-        rows: Examples of each row; a row may be empty.
-        length: T; what examples do not fill is padding: zeros in every field.
-        left: Put the padding before the examples instead of after them.
+        rows: the examples of each row; a row may be empty.
+        length: T. What the examples leave free is padding, zero in every field.
+        left: pad on the left instead of the right.
 
     Returns:
-        numpy Batch, [len(rows), length]. Segments count from 1 in each row, positions from 0 in each example.
-        The first token of an example is no completion and has weight 0: nothing before it predicts it.
+        A batch of numpy arrays [len(rows), length]. Segments count from 1 in each row, positions from 0 in each
+        example. The first token of an example is neither completion nor target: nothing before it predicts it.
 
     Raises:
-        ValueError: where the examples of a row are longer than it.
+        ValueError: the examples of a row do not fit.
     """
     shape = (len(rows), length)
     tokens, segments, positions, prompt_lengths = (np.zeros(shape, np.int32) for _ in range(4))
@@ -185,11 +190,11 @@ def stack_rows(rows: Sequence[Sequence[Tokens]], length: int, *, left: bool = Fa
 
 
 def bucket_length(length: int, smallest: int = 16) -> int:
-    """The next of smallest · (1, 1.5, 2, 3, 4, 6, 8, 12, ...): two shapes for each doubling of the length.
+    """Round a length up to smallest · (1, 1.5, 2, 3, 4, 6, 8, 12, ...): two compiled shapes per doubling.
 
     Args:
-        length: In tokens.
-        smallest: Even; the shortest length returned.
+        length: in tokens.
+        smallest: the shortest length returned; even.
     """
     power = smallest
     while True:

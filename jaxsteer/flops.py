@@ -1,4 +1,4 @@
-"""Arithmetic of a training step, counted analytically (a compiler's own count visits a loop's body once)."""
+"""FLOPs of training and decoding, counted analytically: the compiler's own count visits a loop body only once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from jaxsteer.models.transformer import Model
 
 
 class StepFlops(NamedTuple):
-    """Floating-point operations of one training step.
+    """Floating-point operations of one step.
 
-    useful    forward and backward; of a frozen weight only the derivative in its input (4 a weight and token)
-    executed  with what rematerialisation computes again
+    useful    forward and backward pass; for a frozen weight, only the gradient of its input (4 per weight and token)
+    executed  including what rematerialisation recomputes
     """
 
     useful: float
@@ -20,17 +20,19 @@ class StepFlops(NamedTuple):
 
 
 def block_weights(config: ModelConfig) -> int:
-    """Weights of one block's projections."""
+    """Number of weights in one block's projections."""
     return sum(site_dims(config, site).x[0] * site_dims(config, site).y[0] for site in projections_of(config))
 
 
 def step_flops(model: Model, rows: int, length: int, supervised: int, *, causal_share: float = 1.0) -> StepFlops:
-    """Count a step on [rows, length] tokens of which `supervised` meet the vocabulary.
+    """Count one training step. The steering itself (a few thousandths of the total) is left out.
 
     Args:
-        model: its plan and train_base decide which layers have a backward pass and which weights a gradient; steering
-            itself (a few thousandths) is left out.
-        causal_share: share of the score matrix that is computed; 1 = all of it, 1/2 at the least.
+        model: its plan and `train_base` decide which layers have a backward pass and which weights have gradients.
+        rows: rows of the batch.
+        length: tokens per row.
+        supervised: number of tokens for which logits are computed.
+        causal_share: fraction of the attention scores that is computed, from 1/2 (causal) to 1 (all).
     """
     config, tokens = model.config, rows * length
     L = config.layers
@@ -48,9 +50,13 @@ def step_flops(model: Model, rows: int, length: int, supervised: int, *, causal_
 
 
 def decode_flops(config: ModelConfig, rows: int, prompt: int, new_tokens: int) -> StepFlops:
-    """Count decoding `new_tokens` after prompts of `prompt` tokens in `rows` rows, with a cache; steering left out.
+    """Count decoding with a KV cache. Attention runs over the whole cache and is counted so; steering is left out.
 
-    Attention is counted over all slots of the cache, as it is computed.
+    Args:
+        config: the model's config.
+        rows: rows of the batch.
+        prompt: tokens per prompt.
+        new_tokens: tokens generated per row.
     """
     slots, steps = prompt + new_tokens - 1, new_tokens - 1
     tokens = rows * (prompt + steps)

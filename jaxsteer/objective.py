@@ -1,9 +1,10 @@
-"""Losses: cross-entropy at the supervised positions, which alone meet the vocabulary."""
+"""Losses: cross-entropy over a batch's supervised tokens, computing logits only where there is a target."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +15,26 @@ from jaxsteer.models.transformer import Model, forward, logits_of, output_embedd
 from jaxsteer.sharding import constrain, current_platform, row_shards
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
+Carry = TypeVar("Carry")
+
 CHUNK_TOKENS, CPU_CHUNK_TOKENS = 512, 128
-"""Positions whose logits exist at one time; few on a CPU, where a short matrix product is as fast as a long one."""
+"""Positions per device whose logits exist at one time. Fewer on a CPU, where a small matmul is as efficient."""
 
 
 class Targets(NamedTuple):
-    """What is predicted at each position [B, T]: the next token, and its weight in the loss (any real, 0 = nothing)."""
+    """What each position predicts, [B, T]: the next token, and its weight in the loss (any real; 0 = no target)."""
 
     tokens: Array
     weights: Array
 
 
 def next_tokens(batch: Batch) -> Targets:
-    """Position t predicts token t + 1 of its own example; the weight is that token's."""
+    """Targets of a batch: position t predicts token t + 1 of the same example, with that token's weight."""
     return Targets(_ahead(batch.tokens), jnp.where(_continues(batch), _ahead(batch.weights), 0.0))
 
 
 def predicts_completion(batch: Batch) -> Array:
-    """Whether position t predicts a completion token of its own example. bool [B, T]."""
+    """Whether position t predicts a completion token of the same example, bool [B, T]."""
     return _continues(batch) & _ahead(batch.completion)
 
 
@@ -50,9 +53,10 @@ def _nll(hidden: Array, head: Array, tokens: Array, softcap: float | None) -> Ar
 
 
 def _nll_and_slope(hidden: Array, head: Array, tokens: Array, softcap: float | None) -> tuple[Array, Array]:
-    """The nll [M] and its gradient in `hidden` [M, D], from one set of logits z.
+    """The NLL [M] and its gradient with respect to `hidden` [M, D], from one computation of the logits.
 
-    Σ_v p_v head_v − head_token; soft-capped logits c tanh(z / c) weigh each head_v by their slope, 1 − (logit / c)².
+    The gradient is Σ_v p_v head_v − head_token. With soft-capped logits c · tanh(z / c), each head_v is multiplied by
+    the cap's derivative, 1 − (logit / c)².
     """
     logits = logits_of(hidden, head, softcap)
     highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
@@ -69,10 +73,19 @@ def _nll_and_slope(hidden: Array, head: Array, tokens: Array, softcap: float | N
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def token_nll(hidden: Array, head: Array, tokens: Array, softcap: float | None = None) -> Array:
-    """−log p(token | hidden): hidden [M, D], head [V, D], tokens int [M] -> [M], at least fp32.
+    """−log p(token | hidden) for each of M positions.
 
-    Its derivative in `hidden` is taken together with the value, while the logits are at hand: the backward pass neither
-    keeps nor recomputes [M, V]. Composes with grad, jvp and their nesting.
+    The gradient with respect to `hidden` is computed in the forward pass, while the logits exist, so the backward pass
+    neither stores nor recomputes [M, V]. Composes with grad, jvp and their nesting.
+
+    Args:
+        hidden: [M, D], after the final norm.
+        head: output embedding [V, D].
+        tokens: int [M], the targets.
+        softcap: logit soft-cap, see `jaxsteer.models.transformer.logits_of`.
+
+    Returns:
+        [M] in nats, at least fp32.
     """
     return _nll(hidden, head, tokens, softcap)
 
@@ -85,14 +98,14 @@ def _token_nll_jvp(softcap: float | None, primals: tuple, tangents: tuple) -> tu
     out = jnp.zeros_like(nll)
     if type(hidden_dot) is not SymbolicZero:
         out += jnp.einsum("md,md->m", slope, hidden_dot.astype(slope.dtype))
-    if type(head_dot) is not SymbolicZero:  # only when the head is trained: its logits are recomputed
+    if type(head_dot) is not SymbolicZero:  # the head is trained: recompute its logits
         out += jax.jvp(jax.checkpoint(lambda w: _nll(hidden, w, tokens, softcap)), (head,), (head_dot,))[1]
     return nll, out
 
 
 @jax.custom_batching.custom_vmap
 def any_left(mask: Array) -> Array:
-    """Whether anything is true; under vmap one answer for all, so that a branch on it stays a branch. bool []."""
+    """Whether any entry is true, bool []. Under vmap: in any of the batch, so that a `cond` on it stays a branch."""
     return jnp.any(mask)
 
 
@@ -101,60 +114,92 @@ def _any_left_of_all(size: int, batched: list[bool], mask: Array) -> tuple[Array
     return any_left(mask), False
 
 
-def cross_entropy(hidden: Array, head: Array, targets: Targets, softcap: float | None = None) -> Array:
-    """Σ weight · −log p(target), over the positions whose weight is not 0. Scalar, at least fp32.
+def scan_counted(visit: Callable[[Carry, Array, Array], Carry], carry: Carry, counted: Array, width: int) -> Carry:
+    """Scan over the counted positions of each row, `width` per row at a time, and skip the rest.
 
-    Each row's supervised positions are moved to its front; chunks of columns are then visited as long as any row has
-    one left, so the unsupervised rest never meets the vocabulary, whatever share of the batch it is.
+    Each row's counted positions are moved to its front, in order. Chunks of columns are then visited for as long as any
+    row has a counted position left, so the cost follows the fullest row and not T.
 
     Args:
-        hidden: [B, T, D]. head: the output embedding [V, D]. targets: [B, T].
-        softcap: of the logits, see `jaxsteer.models.transformer.logits_of`.
+        visit: (carry, index, mask) -> carry, for one chunk. index, int [R, width], holds positions within the rows;
+            mask, bool [R, width], is true where the position is counted. The others repeat arbitrary positions.
+        carry: the initial carry.
+        counted: bool [R, T].
+        width: columns per chunk.
+
+    Returns:
+        The final carry.
+    """
+    rows, length = counted.shape
+    chunks = -(-length // width)
+    order = jnp.argsort(~counted, axis=1, stable=True)
+    into_chunks = lambda field: (
+        jnp.pad(field, ((0, 0), (0, chunks * width - length))).reshape(rows, chunks, width).swapaxes(0, 1)
+    )
+    indices, masks = into_chunks(order), into_chunks(jnp.take_along_axis(counted, order, axis=1))
+
+    def step(carry: Carry, chunk: tuple[Array, Array]) -> tuple[Carry, None]:
+        return jax.lax.cond(any_left(chunk[1]), lambda: visit(carry, *chunk), lambda: carry), None
+
+    return jax.lax.scan(step, carry, (indices, masks))[0]
+
+
+def cross_entropy(hidden: Array, head: Array, targets: Targets, softcap: float | None = None) -> Array:
+    """Σ weight · −log p(target) over the positions whose weight is not 0; no logits are computed for the others.
+
+    Args:
+        hidden: [B, T, D], after the final norm.
+        head: output embedding [V, D].
+        targets: from `next_tokens`, [B, T].
+        softcap: logit soft-cap, see `jaxsteer.models.transformer.logits_of`.
+
+    Returns:
+        Scalar in nats, at least fp32.
     """
     B, T, D = hidden.shape
     hidden = constrain(hidden, "rows", None, None)
     head = constrain(head, "vocab", None)  # gathered once, not for every chunk
-    most = CPU_CHUNK_TOKENS if current_platform() == "cpu" else CHUNK_TOKENS  # on each device
-    width = min(T, max(1, most * row_shards() // B))
-    chunks = -(-T // width)
-    order = jnp.argsort(targets.weights == 0, axis=1, stable=True)
-    front = lambda field: jnp.pad(jnp.take_along_axis(field, order, axis=1), ((0, 0), (0, chunks * width - T))).reshape(
-        B, chunks, width
-    )
-    tokens, weights = (front(field).swapaxes(0, 1) for field in targets)  # [chunks, B, width]
-    where = front(jnp.broadcast_to(jnp.arange(T), (B, T))).swapaxes(0, 1)
+    chunk_tokens = CPU_CHUNK_TOKENS if current_platform() == "cpu" else CHUNK_TOKENS
+    width = min(T, max(1, chunk_tokens * row_shards() // B))
 
-    def visit(total: Array, chunk: tuple) -> tuple[Array, None]:
-        where, tokens, weights = chunk
-
-        def add() -> Array:
-            h = jnp.take_along_axis(hidden, where[..., None], axis=1)
-            h = jnp.where(weights[..., None] != 0, h, 0).reshape(B * width, D)  # 0 · NaN would be NaN
-            return total + jnp.vdot(
-                weights.reshape(-1).astype(total.dtype), token_nll(h, head, tokens.reshape(-1), softcap)
-            )
-
-        return jax.lax.cond(any_left(weights != 0), add, lambda: total), None
+    def add(total: Array, index: Array, mask: Array) -> Array:
+        h = jnp.take_along_axis(hidden, index[..., None], axis=1)
+        h = jnp.where(mask[..., None], h, 0).reshape(B * width, D)  # 0 · NaN would be NaN
+        tokens, weights = (jnp.take_along_axis(field, index, axis=1) for field in targets)
+        weights = jnp.where(mask, weights, 0).reshape(-1).astype(total.dtype)
+        return total + jnp.vdot(weights, token_nll(h, head, tokens.reshape(-1), softcap))
 
     zero = jnp.zeros((), np.promote_types(hidden.dtype, np.float32))
-    return jax.lax.scan(visit, zero, (where, tokens, weights))[0]
+    return scan_counted(add, zero, targets.weights != 0, width)
 
 
 def supervised_loss(
     model: Model, base: PyTree, steering: Steering, batch: Batch, key: Array | None = None, *, train: bool = False
 ) -> Array:
-    """The summed cross-entropy of a batch's supervised tokens; divide by `total_weight` for the mean. Scalar."""
+    """Sum of weight · cross-entropy over a batch's supervised tokens; divide by `total_weight` for the mean.
+
+    Args:
+        model: static.
+        base: base tree.
+        steering: steering tree of the model's plan.
+        batch: [B, T].
+        key: for methods that draw random numbers while training.
+        train: training mode of the methods (dropout, gates).
+
+    Returns:
+        Scalar in nats, at least fp32.
+    """
     hidden = forward(model, base, steering, batch, key=key, train=train).hidden
     return cross_entropy(hidden, output_embedding(base), next_tokens(batch), model.config.final_softcap)
 
 
 def mean_loss(model: Model, base: PyTree, steering: Steering, batch: Batch) -> Array:
-    """Mean cross-entropy a supervised token, nats. Scalar."""
+    """Mean cross-entropy per supervised token of a batch [B, T], a scalar in nats."""
     total = supervised_loss(model, base, steering, batch)
     return total / total_weight(batch).astype(total.dtype)
 
 
 def total_weight(batch: Batch) -> Array:
-    """Σ |weight| of the targets in a batch: what a summed loss is divided by. Scalar fp32. Any leading axes."""
+    """Σ |weight| over the targets of a batch [..., T]: the divisor of a summed loss. Scalar fp32."""
     flat = Batch(*(field.reshape(-1, field.shape[-1]) for field in batch))
     return jnp.sum(jnp.abs(next_tokens(flat).weights))

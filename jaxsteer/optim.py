@@ -1,7 +1,8 @@
-"""What trains and how: labels over (base, steering), the split into trained and frozen leaves, and the optimizer."""
+"""The optimizer: AdamW with a learning rate and a schedule for each group of parameters, and orthonormal parameters."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsteer.orthogonality import HIGHEST, NO_SCALES, Orthogonality, Scales, project_orthogonal
+from jaxsteer.params import Params
 from jaxsteer.steering import with_leaf
 from jaxsteer.types import Array, Plan, PyTree
 
@@ -21,64 +23,71 @@ Rate = float | Array
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Adam with a warm-up and a schedule, for two groups of parameters."""
+    """AdamW with warmup and a schedule, for two groups of parameters: weights and activations."""
 
     lr: float = 9e-4
-    """Peak learning rate of the activation parameters (steering), and of the weights too unless set apart."""
+    """Peak learning rate of the steering (activation) parameters, and of weight parameters unless weights_lr is set."""
     weights_lr: float | None = None
-    """Peak learning rate of weight parameters (LoRA, the base in full fine-tuning); None = lr."""
+    """Peak learning rate of weight parameters (LoRA; the base in full fine-tuning). None: same as lr."""
     schedule: Schedule = "linear"
-    """How the rate goes down after the warm-up, to 0 at the last step: constant (not at all), linear or cosine."""
+    """Learning rate after warmup: constant, or linear or cosine decay to 0 at the last step."""
     warmup: float = 0.03
-    """Share of the steps over which the rate rises from 0."""
+    """Fraction of the steps used for linear warmup from 0."""
     weights_schedule: Schedule | None = None
-    """Of the weight parameters; None = schedule."""
+    """Schedule of the weight parameters. None: same as schedule."""
     weights_warmup: float | None = None
-    """Of the weight parameters; None = warmup."""
+    """Warmup fraction of the weight parameters. None: same as warmup."""
     weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW), for both groups."""
+    """Decoupled weight decay (AdamW), applied to both groups."""
     b1: float = 0.9
-    """Decay of Adam's first moment."""
+    """Decay rate of Adam's first moment."""
     b2: float = 0.999
-    """Decay of Adam's second moment."""
+    """Decay rate of Adam's second moment."""
     eps: float = 1e-8
-    """Added to the root of Adam's second moment."""
+    """Added to the square root of Adam's second moment."""
     clip: float | None = 1.0
-    """Largest global norm of the gradient, over both groups together; None = no clipping."""
+    """Clip the gradient to this global norm, taken over both groups. None: no clipping."""
 
     def __post_init__(self) -> None:
-        """Reject settings that could not train."""
+        """Reject invalid settings."""
         for name in ("lr", "weights_lr"):
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
-                raise ValueError(f"optim.{name}: a learning rate must be above 0, got {rate}")
+                raise ValueError(f"optim.{name}: the learning rate must be above 0, got {rate}")
         for name in ("warmup", "weights_warmup"):
             share = getattr(self, name)
             if share is not None and not 0 <= share < 1:
-                raise ValueError(f"optim.{name}: a share of the steps, at least 0 and below 1; got {share}")
+                raise ValueError(f"optim.{name}: a fraction of the steps, at least 0 and below 1; got {share}")
         if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"optim.clip: must be above 0, or None for no clipping; got {self.clip}")
+            raise ValueError(f"optim.clip must be above 0, or None for no clipping; got {self.clip}")
         for name in ("schedule", "weights_schedule"):
             kind = getattr(self, name)
             if kind not in get_args(Schedule) and not (name == "weights_schedule" and kind is None):
-                raise ValueError(f"optim.{name}: constant, linear or cosine; got {kind!r}")
+                raise ValueError(f"optim.{name}: the schedule must be constant, linear or cosine; got {kind!r}")
 
     def peak(self, group: Group) -> float:
         """The peak learning rate of a group."""
         return self.weights_lr if group == "weights" and self.weights_lr is not None else self.lr
 
+    def schedule_of(self, group: Group, steps: int) -> tuple[Schedule, int]:
+        """The schedule of a group, and its number of warmup steps."""
+        kind, share = self.schedule, self.warmup
+        if group == "weights":
+            kind = self.weights_schedule or kind
+            share = share if self.weights_warmup is None else self.weights_warmup
+        return kind, round(share * steps)
+
 
 def make_schedule(config: OptimConfig, group: Group, steps: int, peak: Rate | None = None) -> optax.Schedule:
-    """Learning rate of a group at each step: a linear warm-up to the peak, then its schedule down to 0 at `steps`.
+    """The learning rate of a group as a function of the step: linear warmup to the peak, then the decay.
 
     Args:
-        peak: instead of the config's; may be traced, so that runs of several rates are one program.
+        config: rates and schedules.
+        group: of parameters.
+        steps: total number of steps.
+        peak: overrides the config's peak; may be traced, so that one program can train at several rates.
     """
-    kind, share = config.schedule, config.warmup
-    if group == "weights":
-        kind = config.weights_schedule or kind
-        share = share if config.weights_warmup is None else config.weights_warmup
-    warmup = round(share * steps)
+    kind, warmup = config.schedule_of(group, steps)
     after = {
         "constant": optax.constant_schedule(1.0),
         "linear": optax.linear_schedule(1.0, 0.0, max(1, steps - warmup)),
@@ -98,22 +107,22 @@ def make_optimizer(
     peaks: Mapping[Group, Rate] | None = None,
     scales_of: Callable[[PyTree], Scales] = lambda base: NO_SCALES,
 ) -> optax.GradientTransformation:
-    """Clip the global norm, then AdamW with a learning rate for each group; then what the plan asks to be kept.
+    """Clip the global norm, apply AdamW with each group's learning rate, then the constraints of the plan.
 
     Args:
         config: rates and schedules.
-        labels: of the whole tree (`param_labels`); the frozen leaves may be None in the trees that it is used on.
-        steps: length of the schedule.
-        plan: its methods' orthonormal parameters stay so; needed for that, and for a projection.
-        orthogonality: a projection goes around the optimizer where its mode says so (resolved, not `auto`).
-        peaks: learning rates instead of the config's, possibly traced.
-        scales_of: for a projection, see `project_orthogonal`.
+        labels: from `param_labels`, for the complete tree; the optimizer then works on its trained half.
+        steps: total number of steps of the schedules.
+        plan: the steering plan; needed to keep parameters orthonormal (LoReFT) and for a projection.
+        orthogonality: resolved (not `auto`); in mode projection, the optimizer is wrapped by `project_orthogonal`.
+        peaks: override the config's learning rates; may be traced.
+        scales_of: see `project_orthogonal`.
 
     Raises:
         ValueError: fewer than 1 step.
     """
     if steps < 1:
-        raise ValueError(f"a schedule needs at least 1 step, got {steps}")
+        raise ValueError(f"the optimizer's schedule needs at least 1 step, got {steps}")
 
     def adam(group: Group) -> optax.GradientTransformation:
         rate = make_schedule(config, group, steps, (peaks or {}).get(group))
@@ -125,52 +134,82 @@ def make_optimizer(
     tx = optax.chain(clip, optax.partition(groups, trained))
     if orthogonality.mode == "projection":
         tx = project_orthogonal(tx, plan, orthogonality, scales_of)
-    # Outermost: making rows orthonormal keeps their span, so a projection survives it.
+    # Outermost: orthonormalising rows keeps their span, so the projection is preserved.
     return keep_orthonormal(tx, plan) if any(slot.method.orthonormal for slot in plan) else tx
 
 
 def keep_orthonormal(inner: optax.GradientTransformation, plan: Plan) -> optax.GradientTransformationExtraArgs:
-    """Wrap an optimizer so that the methods' orthonormal parameters stay orthonormal: R Rᵀ = I.
+    """Wrap an optimizer so that the methods' orthonormal parameters keep orthonormal rows: R Rᵀ = I.
 
-    Riemannian descent on the Stiefel manifold: the gradient loses its part that would stretch the rows,
-    G − sym(G Rᵀ) R; after the inner update, R + u is retracted by its QR decomposition. Nothing of D × D is formed.
+    Riemannian descent on the Stiefel manifold: the gradient becomes the tangent vector G − sym(G Rᵀ) R, and after the
+    inner update R + u is retracted by a QR decomposition. No D × D matrix is formed.
+
+    Args:
+        inner: the optimizer, on gradients and parameters that are `jaxsteer.params.Params`.
+        plan: the steering plan, whose methods name their orthonormal parameters.
     """
     inner = optax.with_extra_args_support(inner)
+    paths = [(slot.name, site, name) for slot in plan for site in slot.sites for name in slot.method.orthonormal]
 
-    def each(tree: PyTree, params: PyTree, change: Callable[[Array, Array], Array]) -> PyTree:
+    def map_orthonormal(change: Callable[[Array, Array], Array], tree: Params, params: Params) -> Params:
         steering = tree.steering
-        for slot in plan:
-            for site in slot.sites:
-                for name in slot.method.orthonormal:
-                    leaf = steering[slot.name][site][name]
-                    if leaf is not None:  # a frozen one
-                        new = change(leaf, params.steering[slot.name][site][name])
-                        steering = with_leaf(steering, (slot.name, site, name), new)
+        for path in paths:
+            slot, site, name = path
+            leaf = steering[slot][site][name]
+            if leaf is not None:  # None: frozen
+                steering = with_leaf(steering, path, change(leaf, params.steering[slot][site][name]))
         return tree._replace(steering=steering)
 
-    def update(grads: PyTree, state: PyTree, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+    def update(
+        grads: Params, state: optax.OptState, params: Params | None = None, **extra: Any
+    ) -> tuple[Params, optax.OptState]:
         if params is None:
             raise ValueError("keep_orthonormal needs the parameters: tx.update(grads, state, params)")
-        updates, state = inner.update(each(grads, params, tangent), state, params, **extra)
-        return each(updates, params, lambda u, r: retract(r + u) - r), state
+        updates, state = inner.update(map_orthonormal(tangent, grads, params), state, params, **extra)
+        return map_orthonormal(lambda u, r: retract(r + u) - r, updates, params), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def tangent(gradient: Array, rows: Array) -> Array:
-    """G − sym(G Rᵀ) R, the part of G [..., R, D] that keeps orthonormal rows R orthonormal to first order."""
+    """G − sym(G Rᵀ) R, the part of a gradient that keeps orthonormal rows orthonormal to first order.
+
+    Args:
+        gradient: G [..., R, D].
+        rows: R [..., R, D], orthonormal.
+    """
     inner = jnp.einsum("...rd,...sd->...rs", gradient, rows, precision=HIGHEST)
     symmetric = (inner + inner.swapaxes(-1, -2)) / 2
     return gradient - jnp.einsum("...rs,...sd->...rd", symmetric, rows, precision=HIGHEST)
 
 
 def retract(rows: Array) -> Array:
-    """The orthonormal rows of a QR decomposition of [..., R, D], each on the side of the row it came from."""
+    """Orthonormal rows from a QR decomposition of [..., R, D], signed so that orthonormal rows are unchanged."""
     q, r = jnp.linalg.qr(rows.swapaxes(-1, -2))
     sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1, 1).astype(q.dtype)
     return (q * sign[..., None, :]).swapaxes(-1, -2)
 
 
-def learning_rates(config: OptimConfig, step: Array, steps: int) -> dict[str, Array]:
-    """The rate of each group at a step, for the log."""
-    return {group: jnp.asarray(make_schedule(config, group, steps)(step)) for group in get_args(Group)}
+def learning_rates(config: OptimConfig, step: int, steps: int) -> dict[Group, float]:
+    """The learning rate of each group at a step, for the log.
+
+    The values are those of `make_schedule`, computed on the host in plain Python: no device is involved.
+
+    Args:
+        config: rates and schedules.
+        step: number of steps done before this one, from 0.
+        steps: total number of steps.
+
+    Returns:
+        Learning rate by group.
+    """
+
+    def rate(group: Group) -> float:
+        kind, warmup = config.schedule_of(group, steps)
+        if step < warmup:
+            return config.peak(group) * step / warmup
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return config.peak(group) * decay[kind]
+
+    return {group: rate(group) for group in get_args(Group)}

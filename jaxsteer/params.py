@@ -1,4 +1,4 @@
-"""What trains: a label for every leaf of (base, steering), and trees partitioned by it."""
+"""Which leaves of (base, steering) train: a label for each, and the trees split by it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from jaxsteer.types import Plan, PyTree, Steering
 
 
 class Params(NamedTuple):
-    """The two trees of a model. Where a leaf is not part of one (frozen, or trained), it holds None."""
+    """A model's base and steering trees. After `partition`, None marks the leaves that the other half holds."""
 
     base: PyTree
     steering: Steering
 
 
 def param_labels(params: Params, plan: Plan, *, train_base: bool = False, frozen: tuple[str, ...] = ()) -> PyTree:
-    """A label for every leaf: "weights", "activations" or "frozen".
+    """Label every leaf "weights", "activations" (its optimizer group) or "frozen".
 
     Args:
-        params: the whole trees.
-        plan: decides, by each method's kind, the group of a slot.
-        train_base: the base weights train (full fine-tuning).
-        frozen: names of slots that do not train; constants of a method never do.
+        params: the complete trees.
+        plan: the steering plan; the kind of a slot's method decides the slot's group.
+        train_base: train the base weights (full fine-tuning).
+        frozen: names of slots that do not train. A method's constants never do.
+
+    Returns:
+        A tree of labels with the structure of `params`.
 
     Raises:
-        ValueError: a frozen slot that is not in the plan.
+        ValueError: `frozen` names a slot that is not in the plan.
     """
     if unknown := sorted(set(frozen) - {slot.name for slot in plan}):
         raise ValueError(f"cannot freeze {unknown}: the plan's slots are {[slot.name for slot in plan]}")
@@ -42,9 +45,13 @@ def param_labels(params: Params, plan: Plan, *, train_base: bool = False, frozen
 
 
 def partition(params: Params, labels: PyTree) -> tuple[Params, Params]:
-    """(trained, frozen): two trees of the same form, each with None where the leaf is in the other.
+    """Split into (trained, frozen): two trees of one structure, each with None where the other has the leaf.
 
-    None is no leaf to JAX: gradients, optimizer state and checkpoints of the trained tree hold nothing for it.
+    JAX does not count None as a leaf, so gradients, optimizer state and checkpoints hold nothing for frozen leaves.
+
+    Args:
+        params: the complete trees, of arrays, shapes or shardings.
+        labels: from `param_labels`.
     """
     trained = jax.tree.map(lambda leaf, label: None if label == "frozen" else leaf, params, labels)
     frozen = jax.tree.map(lambda leaf, label: leaf if label == "frozen" else None, params, labels)
@@ -52,6 +59,6 @@ def partition(params: Params, labels: PyTree) -> tuple[Params, Params]:
 
 
 def combine(trained: Params, frozen: Params) -> Params:
-    """Undo `partition`."""
+    """Undo `partition`: each leaf from the half that has it."""
     pick = lambda a, b: b if a is None else a
     return jax.tree.map(pick, trained, frozen, is_leaf=lambda leaf: leaf is None)

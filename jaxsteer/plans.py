@@ -1,4 +1,4 @@
-"""Plans as one line a slot, for configs and the command line: "nonlinear(rank=8) @ block layers=last:8"."""
+"""Steering plans: read from text ("nonlinear(rank=8) @ block layers=last:8"), checked, and as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxsteer.interventions import METHODS
 from jaxsteer.models.config import ModelConfig, projections_of, site_dims
-from jaxsteer.types import ACTIVATIONS, PROJECTIONS, SITES, Plan, Positions, Slot
+from jaxsteer.types import ACTIVATIONS, PROJECTIONS, SITES, Intervention, Plan, Positions, Slot
 
 GRAMMAR = "method(setting=value, ...) @ site,site layers=... positions=... name=..."
 _SLOT = re.compile(
@@ -19,71 +19,77 @@ _SLOT = re.compile(
 
 
 def parse_plan(texts: Sequence[str], config: ModelConfig) -> Plan:
-    """Read a plan from one text a slot.
+    """Read a steering plan from one text per slot.
 
-    Each text is `method(setting=value, ...) @ site,site layers=... positions=... name=...`; all after the sites may be
-    left out. The site `projections` stands for all that the model has. layers: all · 0-3,7 · first:4 · last:8.
-    positions: as in `Positions.parse`. name: the slot's, by default the method's.
+    Each text is `method(setting=value, ...) @ site,site layers=... positions=... name=...`; everything after the sites
+    is optional. The site `projections` stands for every projection of the model. layers: all · 0-3,7 · first:4 ·
+    last:8. positions: as in `Positions.parse`. name: the slot's name; by default the method's.
 
     Args:
         texts: the slots, in order.
-        config: of the model, for its projections and layers.
+        config: the model's config, for its projections and layers.
 
     Raises:
-        ValueError: names the text, what is wrong in it, and what is allowed.
+        ValueError: a text cannot be read; the message quotes it and says what is allowed.
     """
     return tuple(_parse_slot(text, config) for text in texts)
 
 
 def _parse_slot(text: str, config: ModelConfig) -> Slot:
-    where = f"plan {text!r}"
-    found = _SLOT.fullmatch(text)
-    if not found:
-        raise ValueError(f"{where}: expected {GRAMMAR}")
-    if found["method"] not in METHODS:
-        raise ValueError(f"{where}: unknown method {found['method']!r}; known are {', '.join(METHODS)}")
-    method = METHODS[found["method"]]
+    match = _SLOT.fullmatch(text)
+    if not match:
+        raise ValueError(f"plan {text!r}: expected {GRAMMAR}")
+    name = match["method"]
+    options = {"layers": "all", "positions": "all", "name": name}
+    try:
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
+        for item in match["rest"].split():
+            key, equals, value = item.partition("=")
+            if not equals or key not in options:
+                raise ValueError(f"cannot read {item!r}; after the sites, use {', '.join(options)}, as key=value")
+            options[key] = value
+        sites: list[str] = []
+        for site in (part.strip() for part in match["sites"].split(",")):
+            sites += projections_of(config) if site == "projections" else [site]
+        return Slot(
+            options["name"],
+            _parse_method(name, match["settings"] or ""),
+            tuple(sites),
+            _parse_layers(options["layers"], config.layers),
+            Positions.parse(options["positions"]),
+        )
+    except ValueError as error:
+        raise ValueError(f"plan {text!r}: {error}") from None
+
+
+def _parse_method(name: str, text: str) -> Intervention:
+    """A method with the settings in "setting=value, ..."."""
+    method = METHODS[name]
     known = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     settings = {}
-    for item in filter(None, (part.strip() for part in (found["settings"] or "").split(","))):
+    for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or key not in known:
-            allowed = ", ".join(known) or "none"
-            raise ValueError(f"{where}: {found['method']} has no setting {item!r}; its settings are: {allowed}")
-        settings[key] = _value(value, getattr(known[key], "default", None), f"{where}: {key}")
-    options = {"layers": "all", "positions": "all", "name": found["method"]}
-    for item in found["rest"].split():
-        key, equals, value = item.partition("=")
-        if not equals or key not in options:
-            raise ValueError(
-                f"{where}: cannot read {item!r}; after the sites may stand {', '.join(options)}, as key=value"
-            )
-        options[key] = value
-    sites: list[str] = []
-    for site in (part.strip() for part in found["sites"].split(",")):
-        sites += projections_of(config) if site == "projections" else [site]
-    try:
-        positions = Positions.parse(options["positions"])
-        built = method(**settings)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    return Slot(options["name"], built, tuple(sites), _layers(options["layers"], config.layers, where), positions)
+            raise ValueError(f"{name} has no setting {item!r}; its settings are: {', '.join(known) or 'none'}")
+        settings[key] = _parse_value(key, value, known[key].default)
+    return method(**settings)
 
 
-def _value(text: str, default: object, where: str) -> object:
+def _parse_value(key: str, text: str, default: object) -> object:
     """A setting's value, of the type of its default."""
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+    except (ValueError, SyntaxError, TypeError, ArithmeticError, MemoryError, RecursionError):
         value = text
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if default is not dataclasses.MISSING and default is not None and type(value) is not type(default):
-        raise ValueError(f"{where} needs a value like {default!r}, got {text!r}")
+    if type(value) is not type(default):
+        raise ValueError(f"{key} needs a value like {default!r}, got {text!r}")
     return value
 
 
-def _layers(text: str, num_layers: int, where: str) -> tuple[int, ...] | None:
+def _parse_layers(text: str, num_layers: int) -> tuple[int, ...] | None:
     if text == "all":
         return None
     layers: set[int] = set()
@@ -91,29 +97,33 @@ def _layers(text: str, num_layers: int, where: str) -> tuple[int, ...] | None:
         if end := re.fullmatch(r"(first|last):(\d+)", part):
             count = int(end[2])
             if not 1 <= count <= num_layers:
-                raise ValueError(f"{where}: {part} of a model with {num_layers} layers")
+                raise ValueError(f"layers {part}: the model has {num_layers} layers")
             layers |= set(range(count) if end[1] == "first" else range(num_layers - count, num_layers))
         elif span := re.fullmatch(r"(\d+)(?:-(\d+))?", part):
-            layers |= set(range(int(span[1]), int(span[2] or span[1]) + 1))
+            first, last = int(span[1]), int(span[2] or span[1])
+            if last >= num_layers:
+                raise ValueError(f"layers {part}: the model has layers 0 to {num_layers - 1}")
+            layers |= set(range(first, last + 1))
         else:
-            raise ValueError(f"{where}: cannot read layers {text!r}; use all, 0-3,7, first:4 or last:8")
+            raise ValueError(f"cannot read layers {text!r}; use all, 0-3,7, first:4 or last:8")
     return tuple(sorted(layers))
 
 
 def validate_plan(plan: Plan, config: ModelConfig) -> None:
-    """Check that a plan can be carried out on a model.
+    """Check that a steering plan fits a model.
 
     Raises:
-        ValueError: two slots of one name; an unknown site or layer; a site that the method's kind has no place at; a
-            rank that does not fit. The message names the slot and says what is allowed.
+        ValueError: a slot name that is used twice, empty or contains "/"; an unknown site or layer; a site where the
+            method cannot be used; settings that do not fit the site, such as a rank that is too large. The message
+            names the slot and says what is allowed.
     """
     names = [slot.name for slot in plan]
     for slot in plan:
         where = f"slot {slot.name!r}"
         if names.count(slot.name) > 1:
-            raise ValueError(f"{where}: two slots have this name; give each its own")
+            raise ValueError(f"{where}: two slots have this name; slot names must be unique")
         if not slot.name or "/" in slot.name:
-            raise ValueError(f"{where}: a name must not be empty or contain '/'")
+            raise ValueError(f"{where}: a slot's name must not be empty or contain '/'")
         allowed = PROJECTIONS if slot.method.kind == "weight" else ACTIVATIONS
         if not slot.sites or len(set(slot.sites)) < len(slot.sites):
             raise ValueError(f"{where}: needs at least one site, each once; got {list(slot.sites)}")
@@ -122,7 +132,7 @@ def validate_plan(plan: Plan, config: ModelConfig) -> None:
                 raise ValueError(f"{where}: unknown site {site!r}; the sites are {', '.join(SITES)}")
             if site not in allowed:
                 raise ValueError(
-                    f"{where}: {method_name(slot.method)} is a {slot.method.kind} method and cannot sit at "
+                    f"{where}: {method_name(slot.method)} is a {slot.method.kind} method and cannot be used at "
                     f"{site!r}; its sites are {', '.join(allowed)}"
                 )
             try:
@@ -134,12 +144,16 @@ def validate_plan(plan: Plan, config: ModelConfig) -> None:
             raise ValueError(f"{where}: layers must be ascending, each once, at least one; got {list(layers)}")
         if layers[0] < 0 or layers[-1] >= config.layers:
             raise ValueError(
-                f"{where}: layers {list(layers)} are not all in the model, which has layers 0 to {config.layers - 1}"
+                f"{where}: layers {list(layers)} are not all in the model; it has layers 0 to {config.layers - 1}"
             )
 
 
-def method_name(method: Any) -> str:
-    """The name under which METHODS lists a method."""
+def method_name(method: Intervention) -> str:
+    """The name of a method in METHODS.
+
+    Raises:
+        ValueError: the method's class is not in METHODS.
+    """
     for name, cls in METHODS.items():
         if type(method) is cls:
             return name
@@ -147,7 +161,7 @@ def method_name(method: Any) -> str:
 
 
 def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
-    """A plan as plain lists and dicts; `plan_from_json` reads it back."""
+    """A plan as lists and dicts that JSON can hold; `plan_from_json` reads it back."""
     return [
         {
             "name": slot.name,
@@ -161,21 +175,22 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
 
 
 def plan_from_json(data: Sequence[dict[str, Any]]) -> Plan:
-    """Read a plan back.
+    """Read the output of `plan_to_json`.
 
     Raises:
-        ValueError: a method that this version does not know, or a setting that its method does not have.
+        ValueError: a method that this version does not have, or a setting that the method does not have.
     """
     slots = []
     for entry in data:
         settings = dict(entry["method"])
         name = settings.pop("name")
         if name not in METHODS:
-            raise ValueError(f"slot {entry['name']!r}: unknown method {name!r}; known are {', '.join(METHODS)}")
+            raise ValueError(f"slot {entry['name']!r}: unknown method {name!r}; the methods are {', '.join(METHODS)}")
         known = {field.name for field in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
         if unknown := sorted(set(settings) - known):
             raise ValueError(
-                f"slot {entry['name']!r}: {name} has no setting {', '.join(unknown)}; it has {sorted(known)}"
+                f"slot {entry['name']!r}: {name} has no setting {', '.join(unknown)}; "
+                f"its settings are: {', '.join(sorted(known)) or 'none'}"
             )
         layers = None if entry["layers"] is None else tuple(entry["layers"])
         slots.append(

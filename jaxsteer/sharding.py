@@ -1,8 +1,8 @@
-"""Where arrays lie on a mesh of devices: one table of logical axes, and the shardings of every tree that follow.
+"""Sharding over a mesh of devices: one table of logical axes, and the shardings of every tree that follow from it.
 
-A mesh has three axes. `data` copies the base and splits the batch's rows; `fsdp` splits the rows and the base (each
-layer's weights are gathered as they are used); `tensor` splits heads, the MLP and the vocabulary. Programs compute
-inside `jax.set_mesh(mesh)`; without a mesh everything here is the identity.
+A mesh has three axes. `data` replicates the base and splits the batch's rows; `fsdp` splits the rows and the base (each
+layer's weights are gathered when they are used); `tensor` splits heads, the MLP and the vocabulary. Programs run inside
+`jax.set_mesh(mesh)`; without a mesh, every constraint here is the identity.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxsteer.types import Array, Batch, Cache, ParamSpec, PyTree
@@ -25,16 +26,16 @@ Axes = tuple[str | None, ...]
 
 RULES: dict[str, tuple[str, ...]] = {
     "rows": ("data", "fsdp"),
-    "sequence": ("tensor",),  # of the residual stream, where it is sharded at all
+    "sequence": ("tensor",),  # of the residual stream, with Model.split_sequence
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "width": ("fsdp",),
-    "in": ("fsdp",),  # of LoRA and its kin
+    "in": ("fsdp",),  # of LoRA and its variants
     "out": ("fsdp",),
 }
-"""Logical axis -> axes of the mesh. An axis that is not listed (layers, rank, head_dim, ...) is not split; nor is a
-dimension that the mesh's axes do not divide."""
+"""Logical axis -> mesh axes. Axes that are not listed (layers, rank, head_dim, ...) are not split, nor are dimensions
+that the mesh axes do not divide."""
 
 BASE_AXES: dict[str, Axes] = {
     "embedding": ("vocab", "width"),
@@ -47,12 +48,12 @@ BASE_AXES: dict[str, Axes] = {
     "up/kernel": ("width", "mlp"),
     "down/kernel": ("mlp", "width"),
 }
-"""Logical axes of the base's matrices, by the end of their path, for one layer. Vectors are copied to every device."""
+"""Logical axes of the base's matrices, for one layer, by the end of their path. Vectors are replicated."""
 
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Sizes of the mesh's axes; their product is the number of devices."""
+    """Sizes of the mesh axes; their product is the number of devices."""
 
     data: int = 1
     fsdp: int = 1
@@ -64,7 +65,7 @@ class MeshShape:
             raise ValueError(f"mesh {self}: every axis needs at least 1 device")
 
     def __str__(self) -> str:
-        """As in "data 1 x fsdp 4 x tensor 2"."""
+        """For example "data 1 x fsdp 4 x tensor 2"."""
         return f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}"
 
     @property
@@ -74,19 +75,22 @@ class MeshShape:
 
     @property
     def row_shards(self) -> int:
-        """Parts that the rows of a batch are split into."""
+        """Number of shards of a batch's rows."""
         return self.data * self.fsdp
 
 
-def slices_of(devices: Sequence[Any]) -> int:
-    """The number of TPU slices, joined by a network slower than that inside each, that devices belong to."""
+def slices_of(devices: Sequence[jax.Device]) -> int:
+    """Number of TPU slices that the devices belong to; the network between slices is slower than within one."""
     return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"} or {0})
 
 
 def default_shape(devices: int, rows: int, slices: int = 1) -> MeshShape:
-    """As many of the devices as can share the rows equally; up to 16 split the base, groups of those copy it.
+    """The default mesh: as many devices as can split the rows equally, in fsdp groups of up to 16.
 
-    A group stays inside one of several slices.
+    Args:
+        devices: number of devices.
+        rows: rows of a microbatch.
+        slices: number of TPU slices; an fsdp group stays within one.
     """
     used = math.gcd(devices, rows)
     inside = used // slices if used % slices == 0 else used
@@ -104,14 +108,20 @@ def check_shape(
     length: int = 0,
     split_sequence: bool = False,
 ) -> None:
-    """Check that a model and a batch can be split as asked.
+    """Check that a mesh can split a model and its batches.
 
     Args:
-        devices: present. rows, length: of one microbatch.
-        split_sequence: the residual stream's positions are split over `tensor`.
+        shape: of the mesh.
+        devices: number of devices available.
+        rows: rows of a microbatch.
+        heads: attention heads of the model.
+        kv_heads: key/value heads of the model.
+        length: tokens per row.
+        split_sequence: whether positions of the residual stream are split over `tensor`.
 
     Raises:
-        ValueError: too few devices, or an axis that does not divide; names the nearest value that would do.
+        ValueError: too few devices, or a size that the mesh does not divide; the message gives the nearest one that it
+            does.
     """
     if shape.size > devices:
         raise ValueError(f"mesh {shape} needs {shape.size} devices; there are {devices}")
@@ -136,18 +146,18 @@ def check_shape(
         )
 
 
-def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor over the first devices; neighbours of the network stay neighbours.
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Make a mesh with the axes data, fsdp and tensor, laid out so that neighbours in the mesh are near in the network.
 
-    Over several TPU slices `data` is the outermost: gradients alone cross the slower network.
+    Over several TPU slices `data` is the outermost axis, so that only gradients cross the slower network.
 
     Args:
         shape: sizes of the axes.
-        devices: by default this process's `jax.devices()`; for compiling ahead of time, those of a topology.
+        devices: by default `jax.devices()`; to compile ahead of time, the devices of a topology.
 
     Raises:
-        ValueError: fewer devices than the shape needs; over several slices, not all of them, or `data` cannot be
-            split over the slices.
+        ValueError: there are fewer devices than the mesh needs; or, over several slices, the mesh does not use all of
+            them, or `data` is not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     if shape.size > len(devices):
@@ -169,27 +179,27 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def current_mesh() -> Any | None:
-    """The mesh of `jax.set_mesh` around this code, abstract; None without one, or with a single device."""
+def current_mesh() -> AbstractMesh | None:
+    """The abstract mesh of the surrounding `jax.set_mesh`; None without one, or if it has a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 or mesh.axis_names != AXES else mesh
 
 
 def current_platform() -> str:
-    """cpu, gpu or tpu: of the mesh around this code (it may be compiled for elsewhere), else of this process."""
+    """cpu, gpu or tpu: the platform of the surrounding mesh, which may not be this process's; otherwise the default."""
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     platform = jax.default_backend() if device is None else device.platform
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def row_shards() -> int:
-    """Parts that rows are split into on the mesh around this code; 1 without one."""
+    """Number of shards of the rows on the surrounding mesh; 1 without one."""
     mesh = current_mesh()
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def spec_of(shape: Sequence[int], axes: Axes, mesh: Any) -> P:
-    """The PartitionSpec of an array [shape] with these logical axes, by RULES."""
+def spec_of(shape: Sequence[int], axes: Axes, mesh: Mesh | AbstractMesh) -> P:
+    """The PartitionSpec of an array with these logical axes, by RULES."""
 
     def split(size: int, axis: str | None) -> tuple[str, ...] | None:
         names = RULES.get(axis or "", ())
@@ -200,26 +210,26 @@ def spec_of(shape: Sequence[int], axes: Axes, mesh: Any) -> P:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Keep x split by these logical axes, one for each dimension; x itself without a mesh."""
+    """Constrain the sharding of x by a logical axis for each dimension; without a mesh, return x itself."""
     mesh = current_mesh()
     return x if mesh is None else jax.lax.with_sharding_constraint(x, spec_of(x.shape, axes, mesh))
 
 
 def base_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Where the leaf of a base tree at a path ("blocks/attn/q/kernel") lies."""
+    """The sharding of the base tree's leaf at a path such as "blocks/attn/q/kernel"."""
     names = path.split("/")
     axes: Axes = BASE_AXES.get(names[-1]) or BASE_AXES.get("/".join(names[-2:])) or ()
     return NamedSharding(mesh, spec_of(shape, (None,) * (len(shape) - len(axes)) + axes, mesh))
 
 
 def base_shardings(base: PyTree, mesh: Mesh) -> PyTree:
-    """A NamedSharding for every leaf (array or shape) of a base tree."""
+    """The sharding of every leaf (array or shape) of a base tree."""
     path_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     return jax.tree_util.tree_map_with_path(lambda path, leaf: base_sharding(path_of(path), leaf.shape, mesh), base)
 
 
 def steering_shardings(specs: Mapping[str, Mapping[str, Mapping[str, ParamSpec]]], mesh: Mesh) -> PyTree:
-    """A NamedSharding for every leaf of a steering tree, from `jaxsteer.steering.param_specs`."""
+    """The sharding of every leaf of a steering tree, from `jaxsteer.steering.param_specs`."""
     return {
         slot: {
             site: {
@@ -232,43 +242,42 @@ def steering_shardings(specs: Mapping[str, Mapping[str, Mapping[str, ParamSpec]]
     }
 
 
-def state_shardings(state: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh) -> PyTree:
-    """Shardings of a tree that contains copies of `params`, as an optimizer's state does: each like its parameter.
-
-    A leaf whose path ends as a parameter's does, and whose shape is its, is placed as it is; all others (counts, keys)
-    are copied to every device.
+def optimizer_shardings(
+    tx: optax.GradientTransformation, state: optax.OptState, params: PyTree, shardings: PyTree, mesh: Mesh
+) -> PyTree:
+    """Shardings of an optimizer's state: moments like their parameters, everything else (counts) replicated.
 
     Args:
-        state, params: arrays or shapes. shardings: of `params`, of the same form.
+        tx: the optimizer.
+        state: its state, arrays or shapes.
+        params: the parameters that it was initialised with, arrays or shapes.
+        shardings: of `params`, with the same structure.
+        mesh: the mesh.
     """
-    places = {
-        jax.tree_util.keystr(path): (leaf.shape, where)
-        for (path, leaf), where in zip(
-            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
-        )
-    }
+    everywhere = NamedSharding(mesh, P())
+    masked = lambda leaf: isinstance(leaf, optax.MaskedNode)  # a parameter of another `optax.partition` group
 
-    def place(path: tuple, leaf: Any) -> NamedSharding:
-        for start in range(len(path)):
-            shape, where = places.get(jax.tree_util.keystr(path[start:]), (None, None))
-            if shape == leaf.shape:
-                return where
-        return NamedSharding(mesh, P())
+    def place(leaf: Any, param: Any, at: NamedSharding) -> Any:
+        if masked(leaf):
+            return leaf
+        return at if leaf.shape == param.shape else everywhere
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return optax.tree.map_params(
+        tx, place, state, params, shardings, transform_non_params=lambda _: everywhere, is_leaf=masked
+    )
 
 
 def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Rows over data x fsdp, for a field [B, T] or [M, B, T] (M microbatches) of a batch."""
+    """The sharding of a batch's field [B, T], or [M, B, T] with M microbatches: rows over data and fsdp."""
     return NamedSharding(mesh, spec_of(shape, (None,) * (len(shape) - 2) + ("rows", None), mesh))
 
 
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
-    """Where every field of a batch lies."""
+    """The sharding of every field of a batch."""
     return jax.tree.map(lambda field: batch_sharding(field.shape, mesh), batch)
 
 
 def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
-    """Rows over data x fsdp, heads over tensor."""
-    axes: dict[int, Axes] = {5: (None, "rows", "heads", None, None), 2: ("rows", None), 0: ()}  # by rank
-    return jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x.shape, axes[len(x.shape)], mesh)), cache)
+    """The sharding of a KV cache: rows over data and fsdp, heads over tensor."""
+    by_ndim: dict[int, Axes] = {5: (None, "rows", "heads", None, None), 2: ("rows", None), 0: ()}
+    return jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x.shape, by_ndim[len(x.shape)], mesh)), cache)

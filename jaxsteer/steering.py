@@ -1,14 +1,14 @@
-"""The steering pytree of a plan: validation, initialisation, labels, counts, penalties, folding, and plans as JSON."""
+"""The steering tree of a plan: initialisation, shapes, penalties, folding into the weights, parameter counts."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxsteer.models.config import ModelConfig, site_dims
 from jaxsteer.models.quantise import dequantised
@@ -17,54 +17,69 @@ from jaxsteer.types import Array, Intervention, Kind, ParamSpec, Plan, PyTree, S
 
 
 def param_specs(plan: Plan, config: ModelConfig) -> dict[str, dict[str, dict[str, ParamSpec]]]:
-    """The parameters of each slot and site for one layer, in the layout of the steering pytree."""
+    """The parameters of each slot and site for one layer, in the layout of the steering tree."""
     return {slot.name: {site: slot.method.param_specs(site_dims(config, site)) for site in slot.sites} for slot in plan}
 
 
 def init_steering(
-    plan: Plan, config: ModelConfig, key: Array, dtype: Any = jnp.float32, *, base: PyTree | None = None
+    plan: Plan, config: ModelConfig, key: Array, dtype: DTypeLike = jnp.float32, *, base: PyTree | None = None
 ) -> Steering:
-    """Draw the steering pytree of a plan, steering[slot][site][param], each leaf [A, ...] over the slot's layers.
+    """Initialise the steering tree of a plan, steering[slot][site][param].
 
-    Every leaf and layer has a key of its own, derived from its path, so that adding a slot or leaving out a layer
-    changes nothing elsewhere.
+    Every leaf and layer has its own key, derived from its path, so adding a slot or leaving out a layer does not change
+    the others.
 
     Args:
-        base: the base tree; only methods that start from the weights need it (PiSSA).
+        plan: the steering plan.
+        config: the model's config.
+        key: PRNG key.
+        dtype: of the parameters.
+        base: the base tree; only needed by methods that start from the weights (PiSSA).
+
+    Returns:
+        The steering tree, each leaf [A, ...] over the slot's active layers.
 
     Raises:
-        ValueError: the plan does not fit the model, see `validate_plan`; a method needs the base and there is none.
+        ValueError: the plan does not fit the model, see `validate_plan`; or a method needs `base`.
     """
     validate_plan(plan, config)
-    wide = np.promote_types(dtype, np.float32)  # QR and singular value decompositions know no lower precision
+    wide = np.promote_types(dtype, np.float32)  # QR and SVD have no lower precision
 
     def stack(slot: Slot, path: str, spec: ParamSpec) -> Array:
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.array(slot.active_layers(config.layers)))
+        leaf_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(leaf_key, jnp.array(slot.active_layers(config.layers)))
         return jax.vmap(lambda k: spec.init(k, spec.shape, wide))(keys)
 
     def start(slot: Slot, site: str, specs: dict[str, ParamSpec]) -> dict[str, Array]:
-        drawn = {name: stack(slot, f"{slot.name}/{site}/{name}", spec) for name, spec in specs.items()}
+        params = {name: stack(slot, f"{slot.name}/{site}/{name}", spec) for name, spec in specs.items()}
         if type(slot.method).from_kernel is Intervention.from_kernel:
-            return drawn
+            return params
         if base is None:
-            raise ValueError(f"slot {slot.name!r}: {method_name(slot.method)} starts from the weights; give `base`")
+            raise ValueError(
+                f"slot {slot.name!r}: {method_name(slot.method)} starts from the weights; pass the base tree as `base`"
+            )
         group, projection = site.split(".")
         weights = jax.tree.map(jnp.asarray, dict(base["blocks"][group][projection]))
-        of = lambda layer: dequantised({name: leaf[layer] for name, leaf in weights.items()})["kernel"]
-        # One layer after another: a singular value decomposition of all at once would need many times their memory.
+        kernel_of = lambda layer: dequantised({name: leaf[layer] for name, leaf in weights.items()})["kernel"]
+        # One layer at a time: an SVD of all of them at once would need many times their memory.
         return jax.lax.map(
-            lambda one: dict(slot.method.from_kernel(one[0], of(one[1]))),
-            (drawn, jnp.array(slot.active_layers(config.layers))),
+            lambda xs: dict(slot.method.from_kernel(xs[0], kernel_of(xs[1]))),
+            (params, jnp.array(slot.active_layers(config.layers))),
         )
 
     specs = param_specs(plan, config)
-    drawn = {slot.name: {site: start(slot, site, params) for site, params in specs[slot.name].items()} for slot in plan}
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), drawn)
+    steering = {
+        slot.name: {site: start(slot, site, params) for site, params in specs[slot.name].items()} for slot in plan
+    }
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), steering)
 
 
-def steering_shapes(plan: Plan, config: ModelConfig, dtype: Any = jnp.float32) -> Any:
-    """The steering pytree of a plan as `jax.ShapeDtypeStruct`s."""
+def steering_shapes(plan: Plan, config: ModelConfig, dtype: DTypeLike = jnp.float32) -> PyTree:
+    """The steering tree of a plan as `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError: the plan does not fit the model, see `validate_plan`.
+    """
     validate_plan(plan, config)
     return {
         slot.name: {
@@ -78,14 +93,14 @@ def steering_shapes(plan: Plan, config: ModelConfig, dtype: Any = jnp.float32) -
     }
 
 
-def with_leaf(steering: Steering, place: tuple[str, str, str], leaf: Any) -> Steering:
-    """The tree with another leaf at (slot, site, parameter)."""
-    slot, site, name = place
+def with_leaf(steering: Steering, path: tuple[str, str, str], leaf: Array) -> Steering:
+    """A copy of the tree with the leaf at (slot, site, parameter) replaced."""
+    slot, site, name = path
     return steering | {slot: steering[slot] | {site: steering[slot][site] | {name: leaf}}}
 
 
 def keep_kind(plan: Plan, steering: Steering, kind: Kind) -> Steering:
-    """The steering with the slots of the other kind switched off: zeros are the identity."""
+    """The steering with all slots of the other kind zeroed, which switches them off."""
     return {
         slot.name: steering[slot.name]
         if slot.method.kind == kind
@@ -95,23 +110,28 @@ def keep_kind(plan: Plan, steering: Steering, kind: Kind) -> Steering:
 
 
 def penalty(plan: Plan, steering: Steering, step: Array) -> Array:
-    """The sum of all methods' own loss terms at this step. Scalar fp32."""
+    """The sum of the methods' own penalties at a step. Scalar fp32."""
     terms = [slot.method.penalty(steering[slot.name][site], step) for slot in plan for site in slot.sites]
     return sum(terms, jnp.zeros((), jnp.float32))
 
 
 def fold_weights(plan: Plan, base: PyTree, steering: Steering) -> tuple[PyTree, Plan, Steering]:
-    """Merge into the base weights every slot that can be; a serving model then pays nothing for them.
+    """Merge every slot that can be merged into the base weights, so that inference pays nothing for it.
 
-    A method that looks at the kernel (DoRA) is merged where no other slot meets it: each would change what the other
-    starts from.
+    A method that depends on the kernel (DoRA) is merged only if no other slot shares a projection with it, since
+    merging either one would change what the other depends on.
+
+    Args:
+        plan: the steering plan.
+        base: the base tree.
+        steering: the steering tree of the plan.
 
     Returns:
-        The merged base tree, and the plan and steering of the slots that cannot be merged (they go on as they are).
+        The merged base tree, and the plan and the steering of the slots that are left.
     """
     blocks, rest = base["blocks"], []
     for slot in plan:
-        merged = None if _looks_at_a_neighbour(slot, plan) else _fold_slot(slot, blocks, steering[slot.name])
+        merged = None if _depends_on_neighbour(slot, plan) else _fold_slot(slot, blocks, steering[slot.name])
         if merged is None:
             rest.append(slot)
         else:
@@ -119,19 +139,20 @@ def fold_weights(plan: Plan, base: PyTree, steering: Steering) -> tuple[PyTree, 
     return base | {"blocks": blocks}, tuple(rest), {slot.name: steering[slot.name] for slot in rest}
 
 
-def _looks_at_a_neighbour(slot: Slot, plan: Plan) -> bool:
-    looks = lambda method: getattr(method, "looks_at_kernel", False)
-    meet = lambda a, b: a is None or b is None or not set(a).isdisjoint(b)
+def _depends_on_neighbour(slot: Slot, plan: Plan) -> bool:
+    """Whether merging a slot would change another one's kernel, or the reverse, where one of them depends on it."""
+    depends = lambda method: getattr(method, "depends_on_kernel", False)
     return any(
         other.name != slot.name
-        and (looks(slot.method) or looks(other.method))
+        and (depends(slot.method) or depends(other.method))
         and not set(slot.sites).isdisjoint(other.sites)
-        and meet(slot.layers, other.layers)
+        and slot.shares_layer(other)
         for other in plan
     )
 
 
-def _fold_slot(slot: Slot, blocks: PyTree, params: dict) -> PyTree | None:
+def _fold_slot(slot: Slot, blocks: PyTree, params: dict[str, dict[str, Array]]) -> PyTree | None:
+    """The blocks with a slot merged in; None if it cannot be merged."""
     if slot.method.kind != "weight" or slot.positions.kind != "all":
         return None
     for site in slot.sites:
@@ -151,12 +172,12 @@ def _fold_slot(slot: Slot, blocks: PyTree, params: dict) -> PyTree | None:
 
 
 def count_parameters(tree: PyTree) -> int:
-    """Number of scalars in a tree of arrays (or of shapes)."""
+    """Number of scalars in a tree of arrays or shapes."""
     return sum(int(leaf.size) for leaf in jax.tree.leaves(tree))
 
 
 def count_trained(plan: Plan, steering: Steering, frozen: Sequence[str] = ()) -> int:
-    """Number of scalars that train in a steering pytree: without constants, heads not selected, frozen slots."""
+    """Number of trained scalars in a steering tree: without constants, unselected heads (LoFiT) and frozen slots."""
     return sum(
         slot.method.count(steering[slot.name][site]) for slot in plan if slot.name not in frozen for site in slot.sites
     )

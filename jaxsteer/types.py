@@ -1,8 +1,8 @@
 """The vocabulary of jaxsteer: sites, slots, plans, batches, and the protocol that every intervention follows.
 
 Axis letters, here and in every einsum of the project:
-    B batch · T query position · S key position · L layer · N heads · K key/value heads · G groups (N / K)
-    H head dim · D model width · F feed-forward width · V vocabulary · R rank · A active layers of a slot
+    B batch · T query position · S key position · L layers · N heads · K key/value heads · G heads per K (N / K)
+    H head dimension · D model width · F feed-forward width · V vocabulary · R rank · A active layers of a slot
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkab
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Array = jax.Array
 PyTree = Any
 Kind = Literal["weight", "activation"]
-Initializer = Callable[[Array, tuple[int, ...], Any], Array]
+Initializer = Callable[[Array, tuple[int, ...], DTypeLike], Array]
 """(key, shape, dtype) -> array, as in jax.nn.initializers."""
 
 Directions = tuple[tuple[str, int], ...]
-"""Parameters of a method that are bundles of directions: (name, the axis over the width, counted from the end)."""
+"""Parameters of a method whose vectors are directions: (name, axis over the model width, counted from the end)."""
 
 Steering = dict[str, dict[str, dict[str, Array]]]
-"""steering[slot][site][param], each leaf with a leading axis of the slot's active layers."""
+"""The steering tree: steering[slot][site][param], each leaf [A, ...] over the slot's active layers."""
 
 PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
 """Weight sites: x is the projection's input, y its output."""
@@ -32,8 +33,8 @@ PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "ml
 ACTIVATIONS = ("attn.heads", "attn", "mlp.in", "mlp", "block")
 """Activation sites.
 
-attn.heads  per-head attention output before the output projection, [B, T, N, H]; x is the normalised sublayer input
-attn, mlp   the sublayer's contribution just before its residual add; x is the normalised sublayer input
+attn.heads  per-head attention output, before the output projection, [B, T, N, H]; x is the normalised sublayer input
+attn, mlp   the sublayer's output, before it is added to the residual stream; x is the normalised sublayer input
 mlp.in      the normalised input of the MLP (pre-MLP); x is the residual stream before the norm
 block       the residual stream after the block (post-block); x is the block's input
 """
@@ -43,16 +44,18 @@ SITES = PROJECTIONS + ACTIVATIONS
 
 
 class SiteDims(NamedTuple):
-    """Shapes at one site, without batch and position: x is `[..., *x]` and y is `[..., *y]`."""
+    """Shapes of a site's input and output for one token: x is [..., *x] and y is [..., *y]."""
 
     x: tuple[int, ...]
     y: tuple[int, ...]
 
 
 class ParamSpec(NamedTuple):
-    """One parameter of an intervention, for one layer; stacking over layers is generic.
+    """One parameter of an intervention, for one layer; the callers stack it over layers.
 
-    axes names each dimension logically ("width", "rank", "heads", ... or None) for the sharding rules.
+    shape  of one layer's parameter
+    axes   a logical name for each dimension ("width", "rank", "heads", ... or None), for the sharding rules
+    init   (key, shape, dtype) -> array
     """
 
     shape: tuple[int, ...]
@@ -61,36 +64,37 @@ class ParamSpec(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What an intervention may look at besides its own parameters and the site's x and y."""
+    """What an intervention may use besides its parameters and the site's x and y."""
 
     layer: Array
-    """0-based index of the layer, int32 []."""
+    """0-based layer index, int32 []."""
     kernel: Array | None = None
     """The projection's kernel [in, out] at a weight site; None at an activation site."""
     bias: Array | None = None
-    """The projection's bias [out] at a weight site that has one."""
+    """The projection's bias [out], at a weight site that has one."""
     key: Array | None = None
-    """A key of this slot, site and layer for anything random; None when evaluating."""
+    """PRNG key of this slot, site and layer; None in evaluation."""
     train: bool = False
+    """Training mode: dropout is applied and gates are sampled."""
 
 
 @runtime_checkable
 class Intervention(Protocol):
-    """A function at a site, y' = y + Δ(params; x, y); implementations are frozen (hashable) dataclasses.
+    """A function at a site, y' = y + Δ(params; x, y). Implementations are frozen (hashable) dataclasses.
 
-    All-zero parameters must leave y bitwise unchanged: layers that a slot does not steer receive zeros.
+    All-zero parameters must leave y bitwise unchanged: layers that a slot does not steer get zeros.
     """
 
     kind: ClassVar[Kind]
-    """Which optimizer group the parameters belong to; a weight method sits at PROJECTIONS, an activation method
-    at ACTIVATIONS."""
+    """The optimizer group of the parameters. A weight method is used at PROJECTIONS, an activation method at
+    ACTIVATIONS."""
     constants: ClassVar[tuple[str, ...]] = ()
-    """Parameters that never train, whatever the labels of the rest."""
+    """Parameters that never train."""
 
     reads: ClassVar[Directions] = ()
-    """Parameters whose vectors are the directions that Δ reads of y."""
+    """Parameters whose vectors are the directions of y that Δ depends on."""
     writes: ClassVar[Directions] = ()
-    """Parameters whose vectors are the directions that Δ is made of."""
+    """Parameters whose vectors span Δ."""
 
     @property
     def orthonormal(self) -> tuple[str, ...]:
@@ -98,37 +102,41 @@ class Intervention(Protocol):
         return ()
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
-        """Parameters of one layer. Raises ValueError where the settings do not fit the site (rank > width, ...)."""
+        """The parameters of one layer, by name.
+
+        Raises:
+            ValueError: the settings do not fit the site, such as a rank above the width.
+        """
         ...
 
     def from_kernel(self, p: Mapping[str, Array], kernel: Array) -> Mapping[str, Array]:
-        """The initial parameters of one layer, for methods that start from the projection's kernel [in, out]."""
+        """The initial parameters of one layer, for methods that start from the kernel [in, out] of the projection."""
         return p
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
-        """y + Δ. x, y and p arrive in one dtype of at least fp32; the caller casts the result back."""
+        """y + Δ. x, y and p have one dtype, at least fp32; the caller casts the result back."""
         ...
 
     def penalty(self, p: Mapping[str, Array], step: Array) -> Array:
-        """The method's own term in the loss, for the stacked parameters of one site; 0 for most. Scalar fp32."""
+        """The method's penalty for the stacked parameters of one site at a step, added to the loss. Scalar fp32."""
         return jnp.zeros((), jnp.float32)
 
     def count(self, p: Mapping[str, Array]) -> int:
-        """Number of scalars that train, in the stacked parameters of one site."""
+        """Number of trained scalars in the stacked parameters of one site."""
         return sum(int(leaf.size) for name, leaf in p.items() if name not in self.constants)
 
     def fold(self, p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
-        """The projection's (kernel, bias) with Δ merged in, for one layer; None when it cannot be merged."""
+        """One layer's (kernel, bias) of the projection with Δ merged in; None if it cannot be merged."""
         return None
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Which tokens of an example a slot steers; counted inside the example, whatever the row around it holds.
+    """Which tokens of an example a slot steers, counted within the example, whatever else its row holds.
 
-    kind        all · prompt · completion · last · ends
-    first, last for kind "ends": the first and the last so many tokens of the prompt, each at most half of it (rounded
-                down), so that a slot at the first and one at the last never meet
+    kind   all · prompt · completion · last (the token before a completion) · ends
+    first  for kind "ends": the number of tokens at the start of the prompt, at most half of it (rounded down)
+    last   for kind "ends": the number of tokens at its end, with the same limit, so that the two never overlap
     """
 
     kind: Literal["all", "prompt", "completion", "last", "ends"] = "all"
@@ -136,7 +144,7 @@ class Positions:
     last: int = 0
 
     def __post_init__(self) -> None:
-        """Reject what could never select a token."""
+        """Reject settings that select no token."""
         if self.kind not in ("all", "prompt", "completion", "last", "ends"):
             raise ValueError(f"unknown positions {self.kind!r}: use all, prompt, completion, last or first:n+last:n")
         if self.kind == "ends" and (min(self.first, self.last) < 0 or self.first + self.last == 0):
@@ -152,7 +160,7 @@ class Positions:
         counts: dict[str, int] = {}
         for part in text.split("+"):
             name, _, number = part.partition(":")
-            if name not in ("first", "last") or name in counts or not number.isdigit():
+            if name not in ("first", "last") or name in counts or not number.isdecimal():
                 raise ValueError(f"positions {text!r}: expected first:n, last:n or first:n+last:n")
             counts[name] = int(number)
         return cls("ends", counts.get("first", 0), counts.get("last", 0))
@@ -171,10 +179,10 @@ ALL = Positions()
 class Slot:
     """One method at some sites of some layers: the unit of a plan.
 
-    name       key of the slot in the steering pytree
+    name       the slot's key in the steering tree
     method     the intervention
-    sites      site names, see SITES
-    layers     0-based layer indices, ascending; None = every layer
+    sites      where it is applied, see SITES
+    layers     0-based layer indices, ascending; None = all layers
     positions  which tokens are steered
     """
 
@@ -185,25 +193,28 @@ class Slot:
     positions: Positions = ALL
 
     def active_layers(self, num_layers: int) -> tuple[int, ...]:
-        """The layers that carry parameters, in a model of `num_layers` blocks."""
+        """The layers with parameters, in a model of `num_layers` blocks."""
         return tuple(range(num_layers)) if self.layers is None else self.layers
+
+    def shares_layer(self, other: Slot) -> bool:
+        """Whether the two slots have a layer in common."""
+        return self.layers is None or other.layers is None or not set(self.layers).isdisjoint(other.layers)
 
 
 Plan = tuple[Slot, ...]
-"""Slots at one site compose in this order: each sees the y that the one before left."""
+"""Slots at the same site are applied in this order, each to the output of the one before."""
 
 
 class Batch(NamedTuple):
-    """Rows of tokens, each row holding one or several examples; every field is [B, T].
+    """Rows of tokens, each with one or several examples; every field is [B, T].
 
     tokens          int32 token ids
-    segments        int32, 0 = padding, otherwise the number of the example within its row (tokens attend inside it)
-    positions       int32, index of the token within its example, from 0 (rotary and token selection count here)
-    prompt_lengths  int32, the prompt's length of the example that the token belongs to: all before its first
-                    completion token
-    completion      bool, whether the token belongs to a completion: decides, with prompt_lengths, what is steered
+    segments        int32, 0 = padding, otherwise the number of the example within its row; attention stays inside it
+    positions       int32, index of the token within its example, from 0; rotary embeddings and token selection use it
+    prompt_lengths  int32, number of tokens before the first completion token of the token's example
+    completion      bool, whether the token belongs to a completion; decides, with prompt_lengths, what is steered
     weights         fp32, any real: the token's weight in the loss as a *target* (predicted from the token before it);
-                    0 = no target. It never changes what is steered
+                    0 = no target. It does not affect what is steered
     """
 
     tokens: Array
@@ -215,9 +226,12 @@ class Batch(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of earlier tokens, one slot (S) a token; `used` slots are filled in every row.
+    """The KV cache: keys and values of earlier tokens, one of S entries per token.
 
-    k, v [L, B, K, S, H] · segments, positions [B, S] (segment 0 = not to be attended) · used int32 []
+    k, v       [L, B, K, S, H]
+    segments   int32 [B, S]; entries of segment 0 are not attended to
+    positions  int32 [B, S]
+    used       int32 [], number of entries filled, the same in every row
     """
 
     k: Array
@@ -232,7 +246,12 @@ Taps = dict[str, Array]
 
 
 class Output(NamedTuple):
-    """Result of a forward pass. hidden [B, T, D] is taken after the final norm; logits are the objective's affair."""
+    """Result of a forward pass.
+
+    hidden  [B, T, D], after the final norm; `jaxsteer.models.transformer.logits_of` gives logits
+    cache   the extended cache, if there is one
+    taps    the captured site outputs
+    """
 
     hidden: Array
     cache: Cache | None

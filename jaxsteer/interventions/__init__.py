@@ -1,4 +1,7 @@
-"""Interventions, one file per method; each is a function at a site, y' = y + Δ(params; x, y)."""
+"""Steering and weight-update methods, one file per method; each is a function at a site, y' = y + Δ(params; x, y).
+
+What is the same for all methods (initialisation over layers, selection of tokens, training) is not here.
+"""
 
 from jaxsteer.interventions.direft import DiReFT
 from jaxsteer.interventions.dora import DoRA
@@ -27,7 +30,7 @@ METHODS: dict[str, type[Intervention]] = {
     "dora": DoRA,
     "pissa": PiSSA,
 }
-"""Every method by the name that plans, configs and files use."""
+"""Every method by its name in plans, configs and files."""
 
 __all__ = [
     "METHODS",

@@ -1,4 +1,4 @@
-"""DiReFT: LoReFT without the orthogonality and without the subtraction."""
+"""DiReFT: LoReFT without the orthonormality constraint and without the subtraction."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from jaxsteer.types import Array, Context, Directions, Intervention, Kind, Param
 class DiReFT(Intervention):
     """y' = y + R₂ᵀ act(W y + b), R₂ unconstrained (Wu et al. 2024, arXiv 2404.03592).
 
-    R₂ starts as random orthonormal rows, so a fresh DiReFT is not the base model.
+    R₂ starts with random orthonormal rows, so a freshly initialised DiReFT is not the base model.
 
     rank        R
     activation  none · silu · relu · gelu (exact) · tanh
-    dropout     share of Δ's entries that training leaves out
+    dropout     dropout rate on Δ in training
     """
 
     kind: ClassVar[Kind] = "activation"
@@ -32,7 +32,7 @@ class DiReFT(Intervention):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Reject an unknown activation and an impossible dropout."""
+        """Reject an unknown activation and an invalid dropout rate."""
         check_activation(self.activation, (NONE, *ACTIVATION_FUNCTIONS))
         check_rate(self.dropout)
 

@@ -1,4 +1,4 @@
-"""DoRA: LoRA on the direction of the weights, with a magnitude of its own for each output."""
+"""DoRA: LoRA on the direction of the weights, and a trained magnitude for each output."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from jaxsteer.types import Array, Context, ParamSpec, SiteDims
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """y' = g ⊙ (W + s B A) x + b with g = (‖W‖ + m) / ‖W + s B A‖, norms over each output's weights.
+    """y' = g ⊙ (W + s B A) x + b with g = (‖W‖ + m) / ‖W + s B A‖, norms over the weights of each output.
 
-    Liu et al. 2024 (arXiv 2402.09353), as in PEFT: the norm in the denominator counts as a constant for the gradient.
-    m is the magnitude's difference from the base's and starts at zero, so that zeros are the base model.
+    Liu et al. 2024 (arXiv 2402.09353), as in PEFT: the gradient treats the norm in the denominator as a constant. m is
+    the magnitude's difference from the base model's; it starts at zero, so zero parameters are the base model.
     """
 
-    looks_at_kernel: ClassVar[bool] = True
-    """Δ depends on the kernel that it finds: `jaxsteer.steering.fold` must not change it by merging another slot."""
+    depends_on_kernel: ClassVar[bool] = True
+    """Δ depends on the kernel, so `jaxsteer.steering.fold_weights` must not merge another slot into it."""
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
         """A [R, in], B [out, R] and m [out]."""
         return super().param_specs(dims) | {"m": ParamSpec(dims.y, ("out",), jax.nn.initializers.zeros)}
 
     def gain(self, p: Mapping[str, Array], kernel: Array) -> Array:
-        """g [out]; exactly 1 where all parameters are zero. B A is never formed.
+        """g [out]; exactly 1 if all parameters are zero. B A is never formed.
 
         ‖W_i + s b_i A‖² = ‖W_i‖² (1 + e_i) with e_i = [2 s b_i · (A W_i) + s² b_i · (A Aᵀ) b_i] / ‖W_i‖².
         """
@@ -46,9 +46,9 @@ class DoRA(LoRA):
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + (g − 1) ⊙ (y − b) + g ⊙ s B A x."""
         assert ctx.kernel is not None
-        over = lambda vector: vector.astype(y.dtype).reshape((1,) * (y.ndim - 1) + vector.shape)
-        gain = over(self.gain(p, ctx.kernel))
-        product = y if ctx.bias is None else y - over(ctx.bias)
+        per_output = lambda vector: vector.astype(y.dtype).reshape((1,) * (y.ndim - 1) + vector.shape)
+        gain = per_output(self.gain(p, ctx.kernel))
+        product = y if ctx.bias is None else y - per_output(ctx.bias)
         return y + (gain - 1) * product + gain * self.shift(p, dropout(x, self.dropout, ctx))
 
     def fold(self, p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:

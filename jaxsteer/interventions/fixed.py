@@ -1,4 +1,4 @@
-"""Fixed steering: one vector a layer and site."""
+"""Fixed steering vectors: one per layer and site."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jaxsteer.types import Array, Context, Directions, Intervention, Kind, Param
 
 @dataclass(frozen=True)
 class FixedVector(Intervention):
-    """y' = y + v, the same shift for every token (the paper's fixed steering vector). v starts at zero."""
+    """y' = y + v, the same shift for every token (the fixed vector of arXiv 2603.00425). v starts at zero."""
 
     kind: ClassVar[Kind] = "activation"
     writes: ClassVar[Directions] = (("v", -1),)
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
-        """V, in the shape of the site's output: [D], or [N, H] at `attn.heads`."""
+        """The vector v, shaped like the site's output: [D], or [N, H] at `attn.heads`."""
         axes = ("width",) if len(dims.y) == 1 else ("heads", "head_dim")
         return {"v": ParamSpec(dims.y, axes, jax.nn.initializers.zeros)}
 

@@ -1,4 +1,4 @@
-"""What the methods at `attn.heads` share: the check of the site, and vectors of one layer's heads."""
+"""Shared by the methods at `attn.heads`: the site check, and vectors of one layer's heads."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from jaxsteer.types import Array, ParamSpec, SiteDims
 
 
 def heads_and_width(dims: SiteDims, method: str) -> tuple[int, int]:
-    """(N, H). ValueError at a site without heads."""
+    """The number of heads N and their dimension H.
+
+    Raises:
+        ValueError: the site has no heads.
+    """
     if len(dims.y) != 2:
-        raise ValueError(f"{method} steers attention heads one by one; its site is attn.heads")
+        raise ValueError(f"{method} steers individual attention heads; its site is attn.heads")
     return dims.y[0], dims.y[1]
 
 
 def head_vectors(dims: SiteDims, method: str) -> ParamSpec:
-    """A zero vector [N, H], one for each head."""
+    """A vector for each head [N, H], initially zero."""
     return ParamSpec(heads_and_width(dims, method), ("heads", "head_dim"), jax.nn.initializers.zeros)
 
 
 def over_tokens(vector: Array, y: Array) -> Array:
-    """vector [N, H] or [N, 1], with leading axes of size 1 up to y's rank."""
+    """A vector [N, H] or [N, 1] with leading axes of size 1, to broadcast over y [B, T, N, H]."""
     return vector.reshape((1,) * (y.ndim - vector.ndim) + vector.shape)

@@ -14,11 +14,11 @@ from jaxsteer.types import Array, Context, Directions, Intervention, Kind, Param
 
 @dataclass(frozen=True)
 class LinearSteering(Intervention):
-    """y' = y + α · U D y, the linear variant of the paper's steering. D starts small, U at zero.
+    """y' = y + α · U D y, the linear variant of the steering in arXiv 2603.00425. D starts small, U at zero.
 
     rank        R
-    alpha       α, a factor on the shift
-    init_scale  D is uniform in ±init_scale/√width
+    alpha       α, scales the shift
+    init_scale  D is initialised uniformly in ±init_scale/√width
     """
 
     kind: ClassVar[Kind] = "activation"

@@ -1,4 +1,4 @@
-"""LoFiT: find the heads that matter by scaling all of them, then shift the ones that do."""
+"""LoFiT: scale all attention heads to find those that matter, then shift only these."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jaxsteer.types import Array, Context, Intervention, Kind, ParamSpec, SiteDi
 
 @dataclass(frozen=True)
 class LoFiTScale(Intervention):
-    """z' = z + A ⊙ z for every head z [H], with L1 · ‖A‖₁ in the loss: LoFiT's first stage (Yin et al. 2024).
+    """z' = z + A ⊙ z for every head z [H], with the penalty l1 · ‖A‖₁: LoFiT's first stage (Yin et al. 2024).
 
-    arXiv 2406.01563. A starts at zero. `strongest_heads` ranks the heads by ‖A‖₂ afterwards.
+    arXiv 2406.01563. A starts at zero. `strongest_heads` then ranks the heads by ‖A‖₂.
 
-    l1  weight of Σ|A|
+    l1  weight of the penalty Σ|A|
     """
 
     kind: ClassVar[Kind] = "activation"
@@ -36,7 +36,7 @@ class LoFiTScale(Intervention):
 
     def penalty(self, p: Mapping[str, Array], step: Array) -> Array:
         """l1 · Σ|A|."""
-        # Not jnp.abs: its gradient at 0, where A starts, is 1, and would push every scale down.
+        # Not jnp.abs: its gradient is 1 at 0, where A starts, which would push every scale down.
         return self.l1 * jnp.sum(p["A"] * jnp.sign(p["A"])).astype(jnp.float32)
 
 
@@ -44,7 +44,8 @@ class LoFiTScale(Intervention):
 class LoFiT(Intervention):
     """z' = z + v for the selected heads z [H]: LoFiT's second stage (Yin et al. 2024). v starts at zero.
 
-    Which heads is a constant beside v, 1 or 0 for each; all of them at first. `select_heads` sets it.
+    The selection is a constant, 1 or 0 for each head; initially all are selected. `strongest_heads` or `select_heads`
+    makes another one.
     """
 
     kind: ClassVar[Kind] = "activation"
@@ -59,28 +60,28 @@ class LoFiT(Intervention):
         }
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
-        """z + v where selected."""
+        """z + v at the selected heads."""
         return y + over_tokens(p["selected"][:, None] * p["v"], y)
 
     def count(self, p: Mapping[str, Array]) -> int:
-        """Scalars of the selected heads; of all of them while only shapes are known."""
+        """Number of scalars of the selected heads; of all heads if only shapes are given."""
         if isinstance(p["selected"], jax.ShapeDtypeStruct):
             return int(p["v"].size)
         return int(np.sum(np.asarray(p["selected"]))) * p["v"].shape[-1]
 
 
 def strongest_heads(scales: Array, count: int) -> Array:
-    """1 for the `count` heads of the largest ‖A‖₂ over all layers, 0 for the others.
+    """Select the `count` heads with the largest ‖A‖₂ over all layers.
 
     Args:
         scales: A [A, N, H] of a trained `LoFiTScale`.
-        count: number of heads, K.
+        count: number of heads to select.
 
     Returns:
-        fp32 [A, N]; among equals the earlier heads.
+        fp32 [A, N], 1 for the selected heads and 0 for the others. Ties go to the earlier head.
 
     Raises:
-        ValueError: more heads than there are, or fewer than 1.
+        ValueError: `count` is below 1 or above the number of heads.
     """
     layers, heads, _ = scales.shape
     if not 1 <= count <= layers * heads:
@@ -91,19 +92,21 @@ def strongest_heads(scales: Array, count: int) -> Array:
 
 
 def select_heads(active_layers: tuple[int, ...], heads: int, chosen: tuple[tuple[int, int], ...]) -> Array:
-    """`LoFiT`'s constant for heads chosen by hand.
+    """The selection of given heads, for `LoFiT`.
 
     Args:
-        active_layers: of the slot. heads: N of the model. chosen: (layer, head) pairs, 0-based.
+        active_layers: the slot's layers.
+        heads: number of heads per layer, N.
+        chosen: (layer, head) pairs, 0-based.
 
     Returns:
-        fp32 [A, N].
+        fp32 [A, N], 1 for the chosen heads and 0 for the others.
 
     Raises:
-        ValueError: a pair that the slot or the model does not have; none chosen.
+        ValueError: no pair, or one that the slot or the model does not have.
     """
     if not chosen:
-        raise ValueError("LoFiT: choose at least one (layer, head)")
+        raise ValueError("LoFiT: choose at least one (layer, head) pair")
     selected = np.zeros((len(active_layers), heads), np.float32)
     for layer, head in chosen:
         if layer not in active_layers:

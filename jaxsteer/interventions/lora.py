@@ -1,4 +1,4 @@
-"""LoRA: a low-rank weight update, computed as the activation shift that it is."""
+"""LoRA: a low-rank weight update, computed as an activation shift."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jaxsteer.types import Array, Context, Directions, Intervention, Kind, Param
 
 @dataclass(frozen=True)
 class LoRA(Intervention):
-    """y' = y + s · B A x with s = alpha / rank (Hu et al. 2021). A is Kaiming uniform, B starts at zero.
+    """y' = y + s · B A x with s = alpha / rank (Hu et al. 2021, arXiv 2106.09685). A is Kaiming uniform, B zero.
 
     rank     R
-    alpha    numerator of s
-    dropout  share of x's entries that training leaves out, as in PEFT's lora_dropout
+    alpha    numerator of the scale s
+    dropout  dropout rate on x in training, as PEFT's lora_dropout
     """
 
     kind: ClassVar[Kind] = "weight"
@@ -29,12 +29,12 @@ class LoRA(Intervention):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Reject an impossible dropout."""
+        """Reject an invalid dropout rate."""
         check_rate(self.dropout)
 
     @property
     def scale(self) -> float:
-        """The factor s on the update."""
+        """The scale s of the update."""
         return self.alpha / self.rank
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:

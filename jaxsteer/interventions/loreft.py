@@ -1,4 +1,4 @@
-"""LoReFT: an edit inside a low-rank subspace with orthonormal axes."""
+"""LoReFT: an edit within a low-rank subspace with orthonormal axes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class LoReFT(Intervention):
-    """y' = y + Rᵀ (act(W y + b) − R y), the rows of R orthonormal (Wu et al. 2024, arXiv 2404.03592).
+    """y' = y + Rᵀ (act(W y + b) − R y), with orthonormal rows of R (Wu et al. 2024, arXiv 2404.03592).
 
-    R starts as random orthonormal rows, W and b as in a linear layer, so a fresh LoReFT is not the base model. The
-    optimizer keeps R orthonormal (`jaxsteer.optim.keep_orthonormal`). The paper steers positions `first:n+last:n`.
+    R starts with random orthonormal rows, W and b as in a linear layer, so a freshly initialised LoReFT is not the base
+    model. The optimizer keeps R orthonormal (`jaxsteer.optim.keep_orthonormal`). The paper steers positions
+    `first:n+last:n`.
 
     rank         R
-    activation   none · silu · relu · gelu (exact) · tanh, of the learned source
-    dropout      share of Δ's entries that training leaves out
-    constrained  False: R is free (pyreft's NoReFT without its second bias)
+    activation   none · silu · relu · gelu (exact) · tanh, applied to W y + b
+    dropout      dropout rate on Δ in training
+    constrained  keep R orthonormal; False leaves it free (pyreft's NoReFT without its second bias)
     """
 
     kind: ClassVar[Kind] = "activation"
@@ -45,13 +46,13 @@ class LoReFT(Intervention):
     constrained: bool = True
 
     def __post_init__(self) -> None:
-        """Reject an unknown activation and an impossible dropout."""
+        """Reject an unknown activation and an invalid dropout rate."""
         check_activation(self.activation, (NONE, *ACTIVATION_FUNCTIONS))
         check_rate(self.dropout)
 
     @property
     def orthonormal(self) -> tuple[str, ...]:
-        """R, unless it is free."""
+        """R, if it is constrained."""
         return ("R",) if self.constrained else ()
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
@@ -65,7 +66,11 @@ class LoReFT(Intervention):
 
 
 def reft_specs(dims: SiteDims, rank: int, method: str) -> dict[str, ParamSpec]:
-    """R [R, D] with orthonormal rows, W [R, D] and b [R] uniform in ±1/√width."""
+    """R [R, D] with orthonormal rows; W [R, D] and b [R] uniform in ±1/√width.
+
+    Raises:
+        ValueError: the rank does not fit, or the site has per-head vectors.
+    """
     width = site_width(dims, method)
     check_rank(rank, width, width)
     return {

@@ -1,4 +1,4 @@
-"""What the low-rank methods share: checks of rank and width, initialisers, activation functions, dropout."""
+"""Shared by the low-rank methods: checks of settings, initialisers, activation functions, dropout."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxsteer.types import Array, Context, Initializer, ParamSpec, SiteDims
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
-    "gelu": partial(jax.nn.gelu, approximate=False),  # the exact one (erf), as in the paper's implementation
+    "gelu": partial(jax.nn.gelu, approximate=False),  # exact (erf), as in the paper's implementation
     "tanh": jnp.tanh,
 }
 
 
 def check_activation(name: str, allowed: tuple[str, ...] = tuple(ACTIVATION_FUNCTIONS), hint: str = "") -> None:
-    """Raise ValueError unless the activation is one of those allowed."""
+    """Raise ValueError unless the activation is allowed."""
     if name not in allowed:
         raise ValueError(f"unknown activation {name!r}: use {', '.join(allowed)}{hint}")
 
 
 def check_rank(rank: int, n_in: int, n_out: int) -> None:
-    """Raise ValueError unless 1 <= rank <= min(n_in, n_out): more would only be the same map with more parameters."""
+    """Raise ValueError unless 1 <= rank <= min(n_in, n_out): a higher rank adds parameters, but no new maps."""
     if not 1 <= rank <= min(n_in, n_out):
         raise ValueError(
             f"rank {rank} does not fit a map from {n_in} to {n_out} dimensions: "
@@ -40,9 +41,13 @@ def check_rate(rate: float) -> None:
 
 
 def site_width(dims: SiteDims, method: str) -> int:
-    """The width of a site whose output is one vector a token. ValueError at a site of per-head vectors."""
+    """The width of a site whose output is one vector per token.
+
+    Raises:
+        ValueError: the site has per-head vectors.
+    """
     if len(dims.y) != 1:
-        raise ValueError(f"{method} steers one vector a token; this site has {dims.y} (heads, head_dim) for each")
+        raise ValueError(f"{method} steers one vector per token; this site has {dims.y} (heads, head_dim) per token")
     return dims.y[0]
 
 
@@ -50,7 +55,7 @@ def read_write_specs(dims: SiteDims, rank: int, init_scale: float, method: str) 
     """D [R, D] that reads a site, uniform in ±init_scale/√width, and U [D, R] that writes to it, zero.
 
     Raises:
-        ValueError: the rank does not fit, or the site has no one vector a token.
+        ValueError: the rank does not fit, or the site has per-head vectors.
     """
     width = site_width(dims, method)
     check_rank(rank, width, width)
@@ -61,9 +66,9 @@ def read_write_specs(dims: SiteDims, rank: int, init_scale: float, method: str) 
 
 
 def kaiming_uniform(scale: float = 1.0, fan_in: int | None = None) -> Initializer:
-    """Uniform in ±scale/√fan_in: PyTorch's Kaiming uniform with a = √5. fan_in: by default the last dimension."""
+    """Uniform in ±scale/√fan_in, PyTorch's Kaiming uniform with a = √5; fan_in defaults to the last dimension."""
 
-    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         bound = scale / (fan_in or shape[-1]) ** 0.5
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -71,7 +76,7 @@ def kaiming_uniform(scale: float = 1.0, fan_in: int | None = None) -> Initialize
 
 
 def dropout(value: Array, rate: float, ctx: Context) -> Array:
-    """value · Bernoulli(1 − rate) / (1 − rate) while training with a key; else value itself."""
+    """value · Bernoulli(1 − rate) / (1 − rate) in training with a key; otherwise the value itself."""
     if rate == 0 or not ctx.train or ctx.key is None:
         return value
     keep = jax.random.bernoulli(ctx.key, 1 - rate, value.shape)

@@ -1,4 +1,4 @@
-"""Nonlinear low-rank steering: the paper's post-block adapter."""
+"""Nonlinear low-rank steering: the post-block adapter of arXiv 2603.00425."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jaxsteer.types import Array, Context, Directions, Intervention, Kind, Param
 
 @dataclass(frozen=True)
 class NonlinearSteering(Intervention):
-    """y' = y + α · U act(D y), arXiv 2603.00425 at site `block`. D starts small, U at zero.
+    """y' = y + α · U act(D y), the paper's method at site `block`. D starts small, U at zero.
 
     rank        R
-    alpha       α, a factor on the shift
+    alpha       α, scales the shift
     activation  silu · relu · gelu (exact) · tanh
-    init_scale  D is uniform in ±init_scale/√width
+    init_scale  D is initialised uniformly in ±init_scale/√width
     """
 
     kind: ClassVar[Kind] = "activation"

@@ -1,4 +1,4 @@
-"""PiSSA: LoRA that starts in the top singular directions of the weights."""
+"""PiSSA: LoRA initialised from the top singular vectors of the weights."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jaxsteer.types import Array, Context, Directions, ParamSpec, SiteDims
 
 @dataclass(frozen=True)
 class PiSSA(LoRA):
-    """y' = y + s · (B A − B₀ A₀) x, B₀ A₀ the best rank-R approximation of the weights over s (Meng et al. 2024).
+    """y' = y + s · (B A − B₀ A₀) x, where s B₀ A₀ is the best rank-R approximation of the weights (Meng et al. 2024).
 
-    arXiv 2404.02948. The paper trains B A beside the residual W − s B₀ A₀; here the shared base stays as it is and the
-    starting point B₀, A₀ is kept beside the factors, as constants.
+    arXiv 2404.02948. The paper trains B A on top of the residual W − s B₀ A₀; here the base stays unchanged, and the
+    initial factors B₀ and A₀ are kept as constants.
     """
 
     constants: ClassVar[tuple[str, ...]] = ("A0", "B0")
     writes: ClassVar[Directions] = (("B", -2), ("B0", -2))
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
-        """A, A0 [R, in] and B, B0 [out, R]; their values come from the kernel."""
+        """A, A0 [R, in] and B, B0 [out, R]; `from_kernel` gives their values."""
         specs = super().param_specs(dims)
         zeros = {name: spec._replace(init=jax.nn.initializers.zeros) for name, spec in specs.items()}
         return zeros | {f"{name}0": spec for name, spec in zeros.items()}

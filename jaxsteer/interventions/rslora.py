@@ -1,4 +1,4 @@
-"""rsLoRA: LoRA whose scale keeps its learning independent of the rank."""
+"""rsLoRA: LoRA with a scale that keeps learning stable as the rank grows."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ class RsLoRA(LoRA):
 
     @property
     def scale(self) -> float:
-        """The factor s on the update."""
+        """The scale s of the update."""
         return self.alpha / self.rank**0.5

@@ -13,7 +13,6 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,8 +141,9 @@ def forward(
         AssertionError: the batch's fields do not all have one shape [B, T].
     """
     config, plan = model.config, model.plan
-    chex.assert_rank(batch, 2)
-    chex.assert_equal_shape(batch)
+    shapes = {name: field.shape for name, field in batch._asdict().items()}
+    if batch.tokens.ndim != 2 or len(set(shapes.values())) > 1:
+        raise ValueError(f"forward: a batch needs [B, T] arrays of one shape, got {shapes}")
     for site in capture:
         if site not in SITES:
             raise ValueError(f"cannot capture {site!r}; the sites are {', '.join(SITES)}")

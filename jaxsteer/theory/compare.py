@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.transformer import Model, Network, forward, logits_of, output_embedding
-from jaxsteer.objective import any_left, next_tokens, predicts_completion
+from jaxsteer.objective import next_tokens, predicts_completion, scan_counted
 from jaxsteer.theory.oracle import check_comparable
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
@@ -95,11 +95,8 @@ def compare_hidden(
     targets = jnp.where(following.weights > 0, following.tokens, -1)  # nothing is right after an example's end
     heads = [_head(network) for network in (tuned, other)]
     B, T, _ = hidden.shape
-    chunks = -(-B * T // CHUNK)
-    order = jnp.argsort(~counted.reshape(-1), stable=True)  # what counts first, so that most chunks of the rest rest
-    front = lambda field: jnp.pad(
-        field.reshape(B * T, *field.shape[2:])[order], ((0, chunks * CHUNK - B * T), *((0, 0),) * (field.ndim - 2))
-    ).reshape(chunks, CHUNK, *field.shape[2:])
+    flat = lambda field: field.reshape(B * T, *field.shape[2:])
+    fields = flat(told), flat(hidden), flat(targets)
 
     @jax.checkpoint  # or the backward pass would keep the logits of all chunks
     def differ(told: Array, hidden: Array, target: Array, counts: Array) -> tuple[Array, Array, Array]:
@@ -111,13 +108,14 @@ def compare_hidden(
         values = (kl, jnp.argmax(a, axis=-1) == top, top == target)
         return tuple(jnp.where(counts, value.astype(jnp.float32), 0) for value in values)  # type: ignore[return-value]
 
-    def visit(chunk: tuple) -> tuple[Array, Array, Array]:
-        nothing = (jnp.zeros(CHUNK, jnp.float32),) * 3
-        return jax.lax.cond(any_left(chunk[-1]), lambda: differ(*chunk), lambda: nothing)
+    def visit(sums: tuple[Array, Array, Array], index: Array, mask: Array) -> tuple[Array, Array, Array]:
+        index, mask = index[0], mask[0]
+        values = differ(*(field[index] for field in fields), mask)
+        # Added, not set: an index that is not counted may repeat one that is, and its values are 0.
+        return tuple(total.at[index].add(value) for total, value in zip(sums, values, strict=True))  # type: ignore[return-value]
 
-    found = jax.lax.map(visit, (front(told), front(hidden), front(targets), front(counted)))
-    back = lambda values: jnp.zeros(B * T, jnp.float32).at[order].set(values.reshape(-1)[: B * T]).reshape(B, T)
-    kl, same, right = (back(values) for values in found)
+    zeros = (jnp.zeros(B * T, jnp.float32),) * 3
+    kl, same, right = (values.reshape(B, T) for values in scan_counted(visit, zeros, counted.reshape(1, -1), CHUNK))
     return Comparison(kl, same, right, counted.astype(jnp.float32))
 
 

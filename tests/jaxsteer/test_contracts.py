@@ -1,12 +1,13 @@
-"""What every method must keep, whatever it computes. A method that joins METHODS joins these tests.
+"""What every method must satisfy, whatever it computes. A method that is added to METHODS is tested here.
 
-Compiling is what takes time here, so the methods share programs: one plan holds them all, and a test of one of them
+Compilation dominates the time, so the methods share programs: one plan holds them all, and the test of one of them
 switches the others off.
 """
 
 import dataclasses
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -36,7 +37,7 @@ from jaxsteer.types import PROJECTIONS, Batch, Context
 
 pytestmark = pytest.mark.xdist_group("contracts")  # the tests share compiled programs
 
-RUN = jax.jit(forward, static_argnames=("model", "capture"))  # compiled as users compile it
+RUN = jax.jit(forward, static_argnames=("model", "capture"))  # compiled with the default options, as users do
 START_RANDOM = ("loreft", "direft")
 WEIGHTS = tuple(name for name, method in METHODS.items() if method.kind == "weight")
 
@@ -51,7 +52,7 @@ def fresh(tiny_config, tiny_base):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_zero_and_fresh_parameters_are_bitwise_the_base(name, fresh, tiny_config, tiny_base):
-    """LoReFT and DiReFT start at random, as in their paper."""
+    """LoReFT and DiReFT start with random parameters, as in their paper."""
     batch = supervised_batch(tiny_config.vocab_size)
     plain = RUN(Model(tiny_config), tiny_base, {}, batch, capture=("block",))
     model = Model(tiny_config, all_methods(tiny_config))
@@ -68,7 +69,7 @@ def test_zero_and_fresh_parameters_are_bitwise_the_base(name, fresh, tiny_config
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_apply_with_zeros_returns_y(dtype, tiny_config):
-    """At every site, bit for bit and in the dtype that came."""
+    """At every site, bit for bit and in the dtype of the input."""
     draw = np.random.default_rng(0)
     with jax.enable_x64(dtype == jnp.float64):
         array = lambda *shape: jnp.asarray(draw.standard_normal(shape), dtype)
@@ -99,55 +100,63 @@ def test_packed_padded_single(name, tiny_config, tiny_base):
     see = lambda batch: run(model, tiny_base, steering, batch, capture=("block", "attn.heads"))
     seen = {}
     for layout, (batch, where) in layouts(tiny_config.vocab_size).items():
-        out = see(batch)
+        out = jax.tree.map(np.asarray, see(batch))
         seen[layout] = {
             i: (out.hidden[row, part], out.taps["block"][:, row, part], out.taps["attn.heads"][:, row, part])
             for i, (row, part) in where.items()
         }
     close(seen["left"], seen["right"], 1e-5)
     close(seen["packed"], seen["right"], 1e-5)
-    # Alone and without padding: examples 0 and 1 are of one length, so that one compile serves both.
+    # Alone and without padding: examples 0 and 1 have the same length, to compile once.
     batch, where = layouts(tiny_config.vocab_size)["right"]
     for i in (0, 1):
-        alone = Batch(*(field[i : i + 1, where[i][1]] for field in batch))
-        out = see(make_batch(alone.tokens, None, alone.weights))
+        alone = Batch(*(np.asarray(field)[i : i + 1, where[i][1]] for field in batch))
+        out = jax.tree.map(np.asarray, see(make_batch(alone.tokens, None, alone.weights)))
         got = out.hidden[0], out.taps["block"][:, 0], out.taps["attn.heads"][:, 0]
         close(got, seen["right"][i], 1e-5)
 
 
 @pytest.mark.parametrize("name", TURNS)
 def test_cached_decoding_is_the_full_forward_pass(name, tiny_config, tiny_base):
-    """Prompts of two lengths, on the two sides of their rows; the completion comes token by token."""
-    plan = all_methods(tiny_config, kinds=KINDS)
+    """Prompts of two lengths, one padded on the right and one on the left; then the completion, token by token."""
+    plan = all_methods(tiny_config, few=True, kinds=KINDS)
     model, steering = Model(tiny_config, plan), turn(random_steering(plan, tiny_config), name)
     full, _ = layouts(tiny_config.vocab_size)["right"]
-    want = run(model, tiny_base, steering, full, capture=("block", "attn.heads")).hidden
-    whole, lengths = (3, 0), (6, 4)  # the examples, and how long their prompts are
+    want = np.asarray(run(model, tiny_base, steering, full).hidden)
+    whole, lengths = (3, 0), (6, 4)  # the examples, and the lengths of their prompts
     tokens = np.asarray(full.tokens)
 
     prompts = [(tokens[i, :n], 0) for i, n in zip(whole, lengths, strict=True)]
     start, _ = rows([(0, [(0, prompts[0])]), (2, [(1, prompts[1])])], 6)
     out = run(model, tiny_base, steering, start, cache=init_cache(tiny_config, 2, 9))
-    close(out.hidden[0], want[3, :6], 1e-5)
-    close(out.hidden[1, 2:], want[0, :4], 1e-5)
-    prompt_lengths = jnp.array(lengths, jnp.int32)[:, None]
+    hidden = np.asarray(out.hidden)
+    close(hidden[0], want[3, :6], 1e-5)
+    close(hidden[1, 2:], want[0, :4], 1e-5)
+    prompt_lengths = np.array(lengths, np.int32)[:, None]
     for step in range(3):
         new = [[tokens[i, n + step]] for i, n in zip(whole, lengths, strict=True)]
-        ones = jnp.ones((2, 1), jnp.int32)
-        one = Batch(jnp.array(new), ones, prompt_lengths + step, prompt_lengths, ones > 0, ones.astype(jnp.float32))
+        ones = np.ones((2, 1), np.int32)
+        one = Batch(np.int32(new), ones, prompt_lengths + step, prompt_lengths, ones > 0, ones.astype(np.float32))
         out = run(model, tiny_base, steering, one, cache=out.cache)
         for row, (i, n) in enumerate(zip(whole, lengths, strict=True)):
-            close(out.hidden[row, 0], want[i, n + step], 1e-5)
+            close(np.asarray(out.hidden)[row, 0], want[i, n + step], 1e-5)
 
 
 # ---- folding
 
 
-def merged_and_unmerged(plan, config, base, steering):
-    """The hidden states with everything merged, and with nothing merged."""
+@partial(fast_jit, static_argnums=0)
+def merge_all(plan, base, steering):
+    """The base with every slot merged."""
     merged, rest, left = fold_weights(plan, base, steering)
     assert rest == ()
     assert left == {}
+    return merged
+
+
+def merged_and_unmerged(plan, config, base, steering):
+    """The hidden states with everything merged, and with nothing merged."""
+    merged = merge_all(plan, base, steering)
     batch = supervised_batch(config.vocab_size)
     unmerged = run(Model(config, plan), base, steering, batch).hidden
     assert np.abs(unmerged - run(Model(config), base, {}, batch).hidden).max() > 1e-3
@@ -172,7 +181,7 @@ def test_merged_dora_scales_no_bias(tiny_config):
 
 
 def random_base(config):
-    """A base tree in which biases and norms are random too."""
+    """A base tree whose biases and norms are random too."""
     base = fast_jit(init_base, static_argnums=0)(config, jax.random.key(0))
     leaves, tree = jax.tree.flatten(base)
     draw = np.random.default_rng(0)
@@ -194,7 +203,7 @@ def test_what_cannot_be_merged_stays(tiny_config, tiny_base):
 
 @pytest.mark.parametrize("names", [("lora", "dora"), ("dora", "pissa")])
 def test_dora_and_its_neighbours_are_not_merged(names, tiny_config, tiny_base):
-    """Its norms are those of the base's own weights, which a merged neighbour would change."""
+    """Its norms are those of the base weights, which a merged neighbour would change."""
     one, other = all_methods(tiny_config, names)
     plan = (dataclasses.replace(one, layers=(0, 2)), dataclasses.replace(other, sites=("mlp.down",)))
     merged, rest, _ = fold_weights(plan, tiny_base, random_steering(plan, tiny_config))
@@ -229,7 +238,7 @@ print("equal for", *METHODS)
 
 
 def test_sharded_over_data_is_one_device():
-    """Eight CPU devices in a process of their own."""
+    """Eight CPU devices, in a separate process."""
     root, here = Path(jaxsteer.__file__).parents[1], Path(__file__).parent
     code = f"import sys; sys.path[:0] = [{str(root)!r}, {str(here)!r}]\n{SHARDED}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

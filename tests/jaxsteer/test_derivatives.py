@@ -1,10 +1,10 @@
-"""Derivatives of the whole: against finite differences in fp64, forward against reverse mode, and vmap over seeds."""
+"""Derivatives of the whole model: against finite differences in fp64, forward against reverse mode, vmap over seeds."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import all_methods, close, fast_jit, random_steering, run, slot_of, supervised_batch, turn
+from tiny import all_methods, close, fast_jit, random_steering, slot_of, supervised_batch, turn
 
 from jaxsteer import METHODS, Model, ModelConfig, forward, init_base, init_steering, mean_loss
 from jaxsteer.interventions import DoRA
@@ -26,37 +26,38 @@ def base():
 
 def direction(tree, seed=0):
     draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(draw.standard_normal(leaf.shape), leaf.dtype), tree)
+    return jax.tree.map(lambda leaf: draw.standard_normal(leaf.shape).astype(leaf.dtype), tree)
 
 
 def moved(tree, tangent, by):
-    return jax.tree.map(lambda a, b: a + by * b, tree, tangent)
+    return jax.tree.map(lambda a, b: np.asarray(a) + by * np.asarray(b), tree, tangent)
 
 
 def inner(a, b):
-    return sum(float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return sum(float(np.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
 @pytest.fixture(scope="module")
 def in_doubles(base):
-    """Loss and gradient of a plan of all methods, and where to take them."""
+    """The loss and gradient of a plan of all methods in fp64, and a point to take them at."""
     plan, batch = all_methods(SMALL), supervised_batch(13, 2, 6, 2)
     with jax.enable_x64(True):
         base, steering = doubled((base, random_steering(plan, SMALL, scale=0.3)))
-        loss = lambda s: mean_loss(Model(SMALL, plan), base, s, batch)
-        return fast_jit(loss), fast_jit(jax.grad(loss)), steering
+        loss_and_grads = fast_jit(jax.value_and_grad(lambda s: mean_loss(Model(SMALL, plan), base, s, batch)))
+        return loss_and_grads, steering
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_gradient_is_the_finite_difference(name, in_doubles):
-    loss, gradient, steering = in_doubles
+    loss_and_grads, steering = in_doubles
+    loss = lambda steering: loss_and_grads(steering)[0]
     with jax.enable_x64(True):
         steering = turn(steering, name)
-        grads = gradient(steering)
+        _, grads = loss_and_grads(steering)
         assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float64")}
         for seed in range(2):
             tangent = turn(direction(steering, seed), name)
-            if name == "dora":  # the norm is a constant for its other gradients: a test of its own
+            if name == "dora":  # its norm is a constant for the other gradients, see the test below
                 tangent["dora"] = {site: p | {"A": 0 * p["A"], "B": 0 * p["B"]} for site, p in tangent["dora"].items()}
             difference = (loss(moved(steering, tangent, 1e-6)) - loss(moved(steering, tangent, -1e-6))) / 2e-6
             assert abs(difference) > 1e-4
@@ -64,7 +65,7 @@ def test_gradient_is_the_finite_difference(name, in_doubles):
 
 
 def test_dora_takes_its_norm_as_a_constant():
-    """Its gradient is that of (‖W‖ + m) / n ⊙ (W + s B A) x with n fixed."""
+    """The gradient is that of (‖W‖ + m) / n ⊙ (W + s B A) x with n fixed."""
     method = DoRA(rank=2, alpha=3.0)
     draw = np.random.default_rng(0)
     array = lambda *shape: jnp.asarray(draw.standard_normal(shape, np.float32))
@@ -78,22 +79,26 @@ def test_dora_takes_its_norm_as_a_constant():
         return jnp.sum(toward * (x @ (gain[None] * whole(p))))
 
     ours = lambda p: jnp.sum(toward * method.apply(p, x, x @ w, Context(jnp.array(0), w)))
-    close(jax.value_and_grad(ours)(p), jax.value_and_grad(by_hand)(p), 1e-5)
+    value_and_grads = fast_jit(lambda p: (jax.value_and_grad(ours)(p), jax.value_and_grad(by_hand)(p)))
+    close(*value_and_grads(p), 1e-5)
 
 
 def test_full_fine_tuning_gradient_is_the_finite_difference(base):
-    """Entry by entry: embedding, norms, attention, MLP and head."""
+    """For one entry of each leaf: embedding, norms, attention, MLP and head."""
     model, batch = Model(SMALL, train_base=True), supervised_batch(13, 2, 6, 2)
     with jax.enable_x64(True):
         base = doubled(base)
-        loss = fast_jit(lambda b: mean_loss(model, b, {}, batch))
-        grads = fast_jit(jax.grad(lambda b: mean_loss(model, b, {}, batch)))(base)
+        loss_and_grads = fast_jit(jax.value_and_grad(lambda b: mean_loss(model, b, {}, batch)))
+        loss, (_, grads) = lambda b: loss_and_grads(b)[0], loss_and_grads(base)
         leaves, tree = jax.tree.flatten(base)
         for i, (path, grad) in enumerate(jax.tree_util.tree_leaves_with_path(grads)):
             at = np.unravel_index(np.argmax(np.abs(grad)), grad.shape)  # an entry that matters
-            bump = lambda by, i=i, at=at: loss(
-                jax.tree.unflatten(tree, [x.at[at].add(by) if j == i else x for j, x in enumerate(leaves)])
-            )
+
+            def bump(by, i=i, at=at):
+                bumped = np.array(leaves[i])
+                bumped[at] += by
+                return loss(jax.tree.unflatten(tree, [*leaves[:i], bumped, *leaves[i + 1 :]]))
+
             difference = (bump(1e-6) - bump(-1e-6)) / 2e-6  # the embedding is small: its curvature shows at 1e-5
             assert abs(difference) > 1e-6, path
             np.testing.assert_allclose(grad[at], difference, rtol=1e-5, err_msg=jax.tree_util.keystr(path))
@@ -108,8 +113,9 @@ def test_jvp_is_the_finite_difference_and_the_transposed_vjp(layers, base):
         base, steering = doubled((base, steering))
         f = lambda b, s: forward(model, b, s, batch).hidden
         primal, tangent = (base, steering), (direction(base), direction(steering))
-        out, out_dot = fast_jit(lambda p, t: jax.jvp(f, p, t))(primal, tangent)
-        plain = fast_jit(lambda p: f(*p))
+        forwards = fast_jit(lambda p, t: jax.jvp(f, p, t))
+        out, out_dot = forwards(primal, tangent)
+        plain = lambda p: np.asarray(forwards(p, tangent)[0])
         difference = (plain(moved(primal, tangent, 1e-6)) - plain(moved(primal, tangent, -1e-6))) / 2e-6
         np.testing.assert_allclose(out_dot, difference, rtol=1e-5, atol=1e-5 * np.abs(difference).max())
         # ⟨w, J t⟩ = ⟨Jᵀ w, t⟩
@@ -118,20 +124,24 @@ def test_jvp_is_the_finite_difference_and_the_transposed_vjp(layers, base):
             pulled = fast_jit(lambda p, w: jax.vjp(f, *p)[1](w))(primal, cotangent)
             np.testing.assert_allclose(inner(cotangent, out_dot), inner(pulled, tangent), rtol=1e-9)
         f = lambda s: forward(model, base, s, batch).hidden
-        _, out_dot = fast_jit(lambda p, t: jax.jvp(f, (p,), (t,)))(steering, tangent[1])
-        (pulled,) = fast_jit(lambda p, w: jax.vjp(f, p)[1](w))(steering, cotangent)
+        both = fast_jit(lambda p, t, w: (jax.jvp(f, (p,), (t,))[1], jax.vjp(f, p)[1](w)[0]))
+        out_dot, pulled = both(steering, tangent[1], cotangent)
         np.testing.assert_allclose(inner(cotangent, out_dot), inner(pulled, tangent[1]), rtol=1e-9)
 
 
 def test_vmap_over_seeds_is_the_loop(base):
-    model, batch = Model(SMALL, all_methods(SMALL)), supervised_batch(13, 2, 6, 2)
+    model, batch = Model(SMALL, all_methods(SMALL, few=True)), supervised_batch(13, 2, 6, 2)
     steering = random_steering(model.plan, SMALL, scale=0.3)
     keys = jax.random.split(jax.random.key(0), 3)
-    init = lambda key: init_steering(model.plan, SMALL, key, base=base)
-    stacked, alone = fast_jit(jax.vmap(init))(keys), fast_jit(init)
-    shift = lambda tree: jax.tree.map(jnp.add, tree, steering)  # fresh parameters alone would steer little
-    got = fast_jit(jax.vmap(lambda s: forward(model, base, shift(s), batch).hidden))(stacked)
+
+    def one(key):
+        fresh = init_steering(model.plan, SMALL, key, base=base)
+        shifted = jax.tree.map(jnp.add, fresh, steering)  # fresh parameters alone would steer little
+        return fresh, forward(model, base, shifted, batch).hidden
+
+    stacked, hidden = fast_jit(jax.vmap(one))(keys)
+    alone = fast_jit(one)
     for i, key in enumerate(keys):
-        one = alone(key)
-        close(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), one, 0)
-        close(got[i], run(model, base, shift(one), batch).hidden, 1e-5)
+        fresh, want = alone(key)
+        close(jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], stacked), fresh, 0)
+        close(np.asarray(hidden)[i], want, 1e-5)

@@ -89,7 +89,7 @@ def test_jola_in_training_with_given_draws(methods, monkeypatch):
     case = read(methods, "jola/train")
     close(jola.gate(case["log_g1"], case["u"][:, 0]), case["gates"][:, 0], 1e-5)
     close(jola.gate(case["log_g2"], case["u"][:, 1]), case["gates"][:, 1], 1e-5)
-    monkeypatch.setattr(jola, "draw", lambda key, logits: key)  # the draws come as keys
+    monkeypatch.setattr(jola, "uniform_noise", lambda key, logits: key)  # the draws come as keys
     check(case, JOLA, lambda leaves: (at_heads(JoLA(), leaves, keys=case["u"]), 0.0))
 
 

@@ -1,5 +1,6 @@
-"""The loss against the naive one, and the promise that unsupervised positions never meet the vocabulary."""
+"""The loss against a naive one, and the promise that no logits are computed for unsupervised positions."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from tiny import close, fast_jit, naive_loss
 
 from jaxsteer import make_batch, objective
-from jaxsteer.objective import Targets, cross_entropy, next_tokens, token_nll, total_weight
+from jaxsteer.objective import Targets, cross_entropy, next_tokens, scan_counted, token_nll, total_weight
 
 B, T, D, V = 2, 20, 6, 37
 
@@ -111,11 +112,27 @@ def test_chunks_without_supervision_are_not_computed(counts, chunks, monkeypatch
     close(got, naive_loss(hidden, head, targets), 1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 4, 10, 16])
+def test_the_scan_visits_every_counted_position_once_and_no_chunk_without_one(width):
+    counted = np.random.default_rng(0).random((3, 10)) < np.array([[0.2], [0.7], [0.0]])
+    row = np.arange(3)[:, None]
+
+    def visit(carry, index, mask):
+        visits, seen = carry
+        chex.assert_shape([index, mask], (3, width))
+        return visits + 1, seen.at[row, index].add(mask.astype(jnp.int32))
+
+    start = jnp.zeros((), jnp.int32), jnp.zeros((3, 10), jnp.int32)
+    visits, seen = fast_jit(lambda counted: scan_counted(visit, start, counted, width))(counted)
+    np.testing.assert_array_equal(seen, counted)
+    assert visits == -(-counted.sum(axis=1).max() // width)
+
+
 def test_the_logits_of_all_positions_never_exist():
     shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)
     targets = Targets(jax.ShapeDtypeStruct((B, 1000), jnp.int32), shape(B, 1000))
     lowered = lambda f: jax.jit(jax.grad(f, (0, 1))).lower(shape(B, 1000, D), shape(V, D), targets).as_text()
-    assert f"2x1000x{V}" in lowered(naive_loss)  # what is looked for would be found
+    assert f"2x1000x{V}" in lowered(naive_loss)  # the check finds them where they exist
     text = lowered(cross_entropy)
     assert f"10x{V}x" in text
     for whole in (f"2x1000x{V}", f"2000x{V}", f"1000x{V}"):
@@ -127,6 +144,7 @@ def test_targets_stay_inside_their_example():
     weights = np.array([[0, 1, 0.5, 1, 2, 3]], np.float32)
     batch = make_batch(tokens, np.array([[1, 1, 1, 2, 2, 0]]), weights)
     targets = next_tokens(batch)
+    chex.assert_shape(targets, (1, 6))
     # Neither the first token of the second example nor padding is predicted.
     np.testing.assert_array_equal(targets.weights, [[1, 0.5, 0, 2, 0, 0]])
     np.testing.assert_array_equal(targets.tokens[0, [0, 1, 3]], [6, 7, 9])

@@ -1,4 +1,4 @@
-"""LoRA and steering in one plan: what they share, and the penalty on it."""
+"""LoRA and steering in one plan: their overlap, and the penalty on it."""
 
 from dataclasses import replace
 
@@ -25,12 +25,12 @@ def draw(*shape, seed=0):
 
 
 def pair(S, B):
-    """Steering of PAIR as far as the overlap sees it: S [n, r, D], B [n, D, R]."""
+    """The leaves of PAIR's steering that the overlap depends on: S [n, r, D], B [n, D, R]."""
     return {"lora": {"mlp.down": {"B": jnp.asarray(B)}}, "steer": {"block": {"D": jnp.asarray(S)}}}
 
 
 def energy(S, B):
-    """tr(S P Sᵀ) for S [r, D] and B [D, R], as the equation says it, in fp64."""
+    """tr(S P Sᵀ) for S [r, D] and B [D, R], straight from the equation, in fp64."""
     S, B = np.asarray(S, np.float64), np.asarray(B, np.float64)
     gram = B.T @ B
     ridge = 1e-6 * np.trace(gram) / len(gram) + 1e-12
@@ -42,7 +42,7 @@ def omega(S, B):
 
 
 def with_singular_values(*values, layers=2, width=32, seed=0):
-    """B [n, D, R] with orthonormal directions of these strengths."""
+    """B [n, D, R] with these singular values."""
     u, _, v = np.linalg.svd(draw(layers, width, len(values), seed=seed), full_matrices=False)
     return np.float32(np.einsum("ndr,r,nrs->nds", u, np.array(values), v))
 
@@ -126,7 +126,7 @@ COLUMNS = ("B", "U")
 
 
 def rows_of(steering, names, layer):
-    """The directions of "slot/site/parameter" in a layer as rows, for the slots of MIXED that are there."""
+    """The directions of each "slot/site/parameter" in a layer as rows, for the slots of MIXED that steer it."""
     found = []
     for slot, site, name in (text.split("/") for text in names.split()):
         active = next(s for s in MIXED if s.name == slot).active_layers(4)

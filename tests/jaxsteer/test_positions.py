@@ -37,7 +37,7 @@ def test_all_tokens_need_no_mask():
 
 @pytest.mark.parametrize("length", range(1, 18))
 def test_first_and_last_never_meet(length):
-    """Each takes at most half of the prompt, whether they share a slot or not."""
+    """Each selects at most half of the prompt, whether they are in one slot or in two."""
     batch = make_batch(np.ones((1, 18), int), None, np.arange(18)[None] >= length)
     first, last, both = (select(Positions.parse(kind), batch) for kind in ("first:7", "last:7", "first:7+last:7"))
     assert np.sum(first) == np.sum(last) == min(7, length // 2)
@@ -46,7 +46,7 @@ def test_first_and_last_never_meet(length):
 
 
 def test_only_selected_tokens_are_steered(tiny_config, tiny_base):
-    """At one layer a shift reaches the selected tokens, and no other."""
+    """At the steered layer, a shift changes the selected tokens and no others."""
     batch, _ = layouts(tiny_config.vocab_size)["packed"]
     plan = tuple(
         slot_of("fixed", tiny_config, slot=kind, sites=("block",), layers=(3,), positions=Positions.parse(kind))
@@ -61,7 +61,7 @@ def test_only_selected_tokens_are_steered(tiny_config, tiny_base):
 
 
 def test_loss_weights_do_not_decide_what_is_steered(tiny_config, tiny_base):
-    """Loss on the prompt, example weights, none at all, or one below zero: the same hidden states, bit for bit."""
+    """Loss on the prompt, random, zero or negative weights: the same hidden states, bit for bit."""
     kinds = ("prompt", "completion", "last", "first:2+last:2")
     batch, _ = layouts(tiny_config.vocab_size)["packed"]
     plan = tuple(
@@ -79,7 +79,7 @@ def test_loss_weights_do_not_decide_what_is_steered(tiny_config, tiny_base):
 
 
 def test_untied_positions_with_the_same_parameters_are_tied_ones(tiny_config, tiny_base):
-    """ReFT's two slots, at the first and the last tokens of a prompt, longer and shorter than they would reach."""
+    """ReFT's two slots, at the first and the last tokens, for prompts longer and shorter than 14 tokens."""
     slot = lambda name, kind: Slot(name, LoReFT(), ("block", "mlp"), positions=Positions.parse(kind))
     tied = (slot("both", "first:7+last:7"),)
     untied = (slot("first", "first:7"), slot("last", "last:7"))

@@ -1,7 +1,8 @@
-"""The projection: what LoRA and steering share is taken out of the steering after every update."""
+"""The projection: what LoRA and steering share is removed from the steering after every update."""
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -69,9 +70,9 @@ def descend(S, B, settings=PROJECTION, plan=PAIR, frozen=(), steps=3):
 
 def first_moment(state, slot, site, name):
     """Adam's first moment of a parameter."""
-    end = f".mu.steering['{slot}']['{site}']['{name}']"
-    (found,) = [x for at, x in jax.tree_util.tree_leaves_with_path(state) if jax.tree_util.keystr(at).endswith(end)]
-    return found
+    found = optax.tree.get_all_with_path(state, "mu", lambda path, value: isinstance(value, Params))
+    (moment,) = jax.tree.leaves([moment.steering[slot][site][name] for _, moment in found])
+    return moment
 
 
 SHARED = draw(2, 3, 32, seed=7)
@@ -99,7 +100,7 @@ def test_after_every_projected_update_nothing_is_shared(B, frozen):
         assert np.array_equal(steering["lora"]["mlp.down"]["B"], B) == bool(frozen)
 
 
-def test_lora_that_starts_at_zero_is_heeded_from_its_first_update():
+def test_lora_that_starts_at_zero_is_projected_out_from_its_first_update():
     for steering, _ in descend(SHARED, np.zeros((2, 32, 4), np.float32)):
         assert np.all(overlap(PAIR, steering) <= 1e-6)
         assert np.all(overlap(PAIR, pair(SHARED, steering["lora"]["mlp.down"]["B"])) > 1e-3)
@@ -136,7 +137,21 @@ def test_projection_leaves_frozen_steering_alone_and_is_the_same_without_jit():
         close(list(descend(SHARED, draw(2, 32, 4), steps=1)), compiled, 1e-6)
 
 
-def test_a_norm_behind_the_projection_is_heeded():
+@pytest.mark.parametrize("wrap", [lambda adam: adam, lambda adam: optax.chain(optax.chain(adam), optax.identity())])
+def test_moments_are_found_in_other_optimizers_and_whatever_the_slots_are_called(wrap):
+    plan = (PAIR[0], replace(PAIR[1], name="mu"))
+    tree = lambda S, B: {"lora": pair(S, B)["lora"], "mu": pair(S, B)["steer"]}
+    params = Params({}, tree(SHARED, draw(2, 32, 4)))
+    grads = Params({}, tree(draw(2, 3, 32), draw(2, 32, 4, seed=1)))
+    tx = jaxsteer.project_orthogonal(wrap(optax.adam(0.05)), plan, PROJECTION)
+    params, state = update(tx, grads, tx.init(params), params, None)
+    assert np.all(overlap(plan, params.steering) <= 1e-6)
+    moment, B = first_moment(state, "mu", "block", "D"), params.steering["lora"]["mlp.down"]["B"]
+    assert np.all(overlap(plan, tree(moment, B)) <= 1e-6)
+    assert np.all(np.linalg.norm(moment, axis=(1, 2)) > 1e-2)
+
+
+def test_the_norm_after_the_projection_is_taken_into_account():
     B, factors = draw(2, 32, 4), {"mlp.down": jnp.asarray(1 + draw(2, 32, seed=2) / 2)}
     tx = jaxsteer.project_orthogonal(optax.set_to_zero(), PAIR, PROJECTION, lambda base: base["factors"])
     params = Params({"factors": factors}, pair(SHARED, B))
@@ -157,20 +172,20 @@ PLAN = (
 )
 BOTH_SIDES = Orthogonality("projection", side="both")
 SMOOTH = OptimConfig(lr=1e-3, eps=1e-3, schedule="constant", warmup=0.0)
-"""Adam's eps keeps it from blowing up the rounding of gradients near 0."""
+"""A large eps, so that Adam does not amplify rounding errors of gradients near 0."""
 FAR = {"lora": draw(3, 32, 2) / 4, "pissa": draw(2, 32, 2, seed=1) / 4}
 
 
 @cache
 def start():
-    """(fresh state, state of LoRA that has moved, frozen leaves, jitted step, batch) of PLAN."""
+    """(initial state, state with LoRA moved away from its start, frozen leaves, compiled step, batch) for PLAN."""
     base = fast_jit(init_base, static_argnums=0)(TINY, jax.random.key(7))
     base |= {part: {"embedding": 20 * base[part]["embedding"]} for part in ("embed", "head")}  # gradients that count
     steering = fast_jit(lambda base: init_steering(PLAN, TINY, jax.random.key(1), base=base))(base)
     labels = param_labels(Params(base, steering), PLAN)
     tx = make_optimizer(SMOOTH, labels, 10, PLAN, BOTH_SIDES)
     fresh, frozen = partition(Params(base, steering), labels)
-    # While B is nearly 0, or nearly PiSSA's B₀, its last bits decide where the span lies.
+    # While B is nearly 0, or nearly PiSSA's B₀, its span is decided by rounding.
     far = {name: {"mlp.down": fresh.steering[name]["mlp.down"] | {"B": jnp.asarray(B)}} for name, B in FAR.items()}
     moved = fresh._replace(steering=fresh.steering | far)
     step = fast_jit(partial(train_step, model=Model(TINY, PLAN), tx=tx, orthogonality=BOTH_SIDES))
@@ -231,7 +246,7 @@ np.savez(sys.argv[1], *jax.tree.leaves(state.params))
 
 
 def test_sharded_projection_is_that_of_one_device(tmp_path):
-    """Eight CPU devices in a process of their own; batch and the model's width are split over them."""
+    """Eight CPU devices, in a separate process; the batch and the model width are split over them."""
     root, here = Path(jaxsteer.__file__).parents[1], Path(__file__).parent
     code = f"import sys; sys.path[:0] = [{str(root)!r}, {str(here)!r}]\n{SHARDED}"
     command = [sys.executable, "-c", code, tmp_path / "leaves.npz"]

@@ -1,4 +1,4 @@
-"""What methods draw while training (dropout, JoLA's gates): from an explicit key, and from nothing else."""
+"""Random numbers in training (dropout, JoLA's gates): they depend on an explicit key, and on nothing else."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -8,20 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import all_methods, fast_jit, identical, method_of, random_steering, run, supervised_batch, turn
+from tiny import DRAW, all_methods, fast_jit, identical, random_steering, run, supervised_batch, turn
 
-from jaxsteer import METHODS, Model, Params, Slot, init_state, param_labels, partition, train_step
+from jaxsteer import Model, Params, Slot, init_state, param_labels, partition, train_step
 from jaxsteer.interventions import FixedVector
 from jaxsteer.types import Batch
 
 pytestmark = pytest.mark.xdist_group("randomness")  # the tests share compiled programs
 
-DRAW = tuple(name for name in METHODS if name == "jola" or method_of(name, draws=True) != METHODS[name]())
-
 
 @pytest.fixture(scope="module")
 def hidden(tiny_config, tiny_base):
-    """Hidden states with the methods of DRAW in their turns."""
+    """Hidden states with one method of DRAW switched on at a time."""
     plan = all_methods(tiny_config, DRAW, few=True, draws=True)
     steering, batch = random_steering(plan, tiny_config), supervised_batch(tiny_config.vocab_size)
     return lambda name, **settings: run(Model(tiny_config, plan), tiny_base, turn(steering, name), batch, **settings)[0]
@@ -40,7 +38,7 @@ def test_the_key_decides_and_nothing_is_drawn_without_it(name, hidden):
 
 @dataclass(frozen=True)
 class Die(FixedVector):
-    """Puts one number drawn from its key in the place of y."""
+    """Replaces y by one number drawn from its key."""
 
     def apply(self, p, x, y, ctx):
         return jnp.full_like(y, jax.random.uniform(ctx.key))
@@ -60,7 +58,7 @@ def test_every_slot_site_and_layer_has_a_key_of_its_own(tiny_config, tiny_base):
 
 
 def test_microbatches_and_steps_draw_their_own(tiny_config, tiny_base):
-    """The same rows again, in a second microbatch or a second step, meet other draws."""
+    """The same rows in a second microbatch, or in a second step, get different random numbers."""
     plan = all_methods(tiny_config, ("loreft",), few=True, draws=True)
     model, tx = Model(tiny_config, plan), optax.sgd(0.0)
     params = Params(tiny_base, random_steering(plan, tiny_config))

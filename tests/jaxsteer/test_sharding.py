@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
@@ -25,13 +26,12 @@ from jaxsteer.sharding import (
     constrain,
     default_shape,
     make_mesh,
+    optimizer_shardings,
     slices_of,
     spec_of,
-    state_shardings,
     steering_shardings,
 )
 from jaxsteer.steering import param_specs, steering_shapes
-from jaxsteer.training import init_state
 
 MESH = AbstractMesh((2, 2, 2), AXES)
 ROWS = ("data", "fsdp")
@@ -71,15 +71,19 @@ def test_the_optimizer_follows_its_parameters(tiny_config):
     labels = param_labels(params, plan, train_base=True)
     (trained, _), (at, _) = partition(params, labels), partition(where, labels)
     tx = make_optimizer(OptimConfig(), labels, 10, plan)
-    state = jax.eval_shape(partial(init_state, tx=tx), trained, key=jax.random.key(0))
-    got = specs(state_shardings(state, trained, at, MESH))
-    assert got.params == specs(at)
-    assert got.step == got.key == P()
-    moments = {}
-    for path, spec in jax.tree_util.tree_leaves_with_path(got.opt_state):
-        moments.setdefault(spec, []).append(jax.tree_util.keystr(path))
-    sharded = sum(len(paths) for spec, paths in moments.items() if any(spec))
-    assert sharded == 2 * sum(any(spec) for spec in jax.tree.leaves(specs(at)))  # mu and nu
+    state = jax.eval_shape(tx.init, trained)
+    got = optimizer_shardings(tx, state, trained, at, MESH)
+    assert jax.tree.structure(got) == jax.tree.structure(state)
+    want = {jax.tree_util.keystr(path): leaf.spec for path, leaf in jax.tree_util.tree_leaves_with_path(at)}
+    moments = [
+        (jax.tree_util.keystr(path), leaf.spec)
+        for name in ("mu", "nu")
+        for _, moment in optax.tree.get_all_with_path(got, name)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(moment)
+    ]
+    assert sorted(moments) == sorted(2 * list(want.items()))
+    assert {leaf.spec for _, leaf in optax.tree.get_all_with_path(got, "count")} == {P()}
+    assert len(jax.tree.leaves(got)) == len(moments) + len(optax.tree.get_all_with_path(got, "count"))
 
 
 def test_what_does_not_divide_is_not_split():

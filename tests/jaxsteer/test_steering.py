@@ -1,4 +1,4 @@
-"""Plans and the steering pytree: what is refused, how it is drawn, and plans as JSON and as text."""
+"""Plans and the steering tree: invalid plans, initialisation, and plans as JSON and as text."""
 
 import dataclasses
 import json
@@ -131,7 +131,7 @@ def test_shapes_counts_and_dtypes(name, drawn, tiny_config):
 
 
 def test_keys_depend_on_the_path_alone(drawn, tiny_config, tiny_base):
-    """Leaving out layers or other slots, and another order, change no parameter."""
+    """Leaving out layers or slots, or changing their order, changes no parameter."""
     identical(drawn[1, 3], jax.tree.map(lambda leaf: leaf[jnp.array([1, 3])], drawn[None]))
     plan = all_methods(tiny_config, few=True)
     for some in (plan[::-2], plan[-2::-2]):
@@ -140,7 +140,7 @@ def test_keys_depend_on_the_path_alone(drawn, tiny_config, tiny_base):
 
 
 def test_low_precision_is_the_rounded_draw(drawn, tiny_config, tiny_base):
-    """Also where a decomposition is taken, which none but fp32 and fp64 have."""
+    """Also for methods that start from an SVD or QR, which exist in fp32 and fp64 only."""
     plan = all_methods(tiny_config, few=True, layers=(1, 3))
     low = init(plan, tiny_config, jax.random.key(4), jnp.bfloat16, base=tiny_base)
     identical(low, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), drawn[1, 3]))
@@ -256,7 +256,7 @@ def test_plans_as_json(tiny_config):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_plans_as_text(name, tiny_config):
-    """Every setting of every method can be written down."""
+    """Every setting of every method can be written as text."""
     (made,) = all_methods(tiny_config, [name], layers=(0, 2, 3), kinds=("first:2+last:1",), draws=True)
     settings = ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(made.method).items())
     text = f"{name}({settings}) @ {','.join(made.sites)} layers=0,2-3 positions=first:2+last:1"

@@ -1,4 +1,4 @@
-"""What the tests of the core share: methods at all their sites, random steering, rows of examples, jitted functions."""
+"""Shared by the core tests: methods at all their sites, random steering, rows of examples, compiled functions."""
 
 import dataclasses
 from functools import partial
@@ -16,7 +16,7 @@ from jaxsteer.steering import steering_shapes
 from jaxsteer.types import ACTIVATIONS, ALL, PROJECTIONS, Positions, Slot
 
 TURNS = (*METHODS, "together")
-"""One method at a time, by `turn` of the steering of a plan of all: so that they share one compiled program."""
+"""The methods one at a time: `turn` switches off all others of a plan of all methods, so they share one program."""
 
 KINDS = ("all", "prompt", "completion", "last", "first:2+last:2", "first:3", "last:1")
 
@@ -24,7 +24,7 @@ FAST = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
-"""Compile faster; tests of tiny shapes are compile time. What must hold bitwise compiles as users do."""
+"""Compiler options: tests on tiny shapes are mostly compile time. Bitwise tests use the defaults, as users do."""
 
 fast_jit = partial(jax.jit, compiler_options=FAST)
 run = fast_jit(forward, static_argnames=("model", "capture", "train"))
@@ -32,7 +32,7 @@ loss_and_grads = fast_jit(jax.value_and_grad(mean_loss, argnums=2), static_argnu
 
 
 def close(got, want, tolerance):
-    """Relative and absolute tolerance on every leaf of two trees."""
+    """Assert that two trees agree, every leaf within this relative and absolute tolerance."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -40,12 +40,13 @@ def close(got, want, tolerance):
 
 
 def identical(got, want):
+    """Assert that two trees agree bit for bit."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def sites_of(method, config):
-    """All the sites that a method can sit at."""
+    """All sites where a method can be used."""
 
     def fits(site):
         try:
@@ -57,21 +58,25 @@ def sites_of(method, config):
 
 
 def slot_of(name, config, *, slot="s", layers=None, positions=ALL, sites=None):
-    """A slot with METHODS[name] at its default settings and, by default, at every site that it can sit at."""
+    """A slot with METHODS[name] at its default settings; by default at every site where it can be used."""
     method = METHODS[name]()
     return Slot(slot, method, sites or sites_of(method, config), layers, positions)
 
 
 def method_of(name, *, draws=False):
-    """METHODS[name] at its default settings; `draws`: with dropout, if it has any."""
+    """METHODS[name] at its default settings; with dropout, if it has any, for `draws`."""
     fields = {field.name for field in dataclasses.fields(METHODS[name])}
     return METHODS[name](**({"dropout": 0.5} if draws and "dropout" in fields else {}))
 
 
-def all_methods(config, names=METHODS, *, few=False, kinds=("all",), layers=None, draws=False):
-    """A plan with a slot for each method, named by it, at all its sites or at a `few`: one of them, dealt out in turn.
+DRAW = tuple(name for name in METHODS if name == "jola" or method_of(name, draws=True) != METHODS[name]())
+"""The methods that draw random numbers while training."""
 
-    So are the kinds of positions.
+
+def all_methods(config, names=METHODS, *, few=False, kinds=("all",), layers=None, draws=False):
+    """A plan with a slot for each method, named after it, at all its sites; or with `few` at one, dealt out in turn.
+
+    The kinds of positions are dealt out in turn as well.
     """
     plan = []
     for i, name in enumerate(names):
@@ -83,10 +88,10 @@ def all_methods(config, names=METHODS, *, few=False, kinds=("all",), layers=None
 
 
 def turn(steering, name):
-    """Only the slot of this name switched on (zeros are the identity), or all of them "together"."""
+    """The steering with only the slot of this name switched on (zeros are the identity), or with all "together"."""
     if name == "together":
         return steering
-    return {slot: p if slot == name else jax.tree.map(jnp.zeros_like, p) for slot, p in steering.items()}
+    return {slot: p if slot == name else jax.tree.map(np.zeros_like, p) for slot, p in steering.items()}
 
 
 def every_kind(name, config):
@@ -95,14 +100,14 @@ def every_kind(name, config):
 
 
 def random_steering(plan, config, seed=1, scale=0.1):
-    """Steering in which every leaf is random: nothing is left at an initial zero that could hide a mistake."""
+    """Steering with every leaf random: an initial zero could hide a mistake."""
     shapes = steering_shapes(plan, config)
     draw = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(scale * draw.standard_normal(leaf.shape, np.float32)), shapes)
 
 
 def examples(vocab, seed=0):
-    """Examples (tokens, weights): lengths 3 to 9, one of several turns, one without a completion."""
+    """Examples (tokens, weights) of 3 to 9 tokens, one with several turns, one without a completion."""
     draw = np.random.default_rng(seed)
     spans = [(7, [(4, 7)]), (7, [(2, 3), (5, 7)]), (3, [(2, 3)]), (9, [(6, 9)]), (4, [])]
     out = []
@@ -115,7 +120,7 @@ def examples(vocab, seed=0):
 
 
 def rows(layout, width):
-    """A batch from rows of examples, each row (offset, [examples]); also where each example stands: (row, slice)."""
+    """A batch from rows of examples, each (offset, [examples]), and the position of each example: (row, slice)."""
     tokens, segments = np.zeros((2, len(layout), width), np.int32)
     weights = np.zeros((len(layout), width), np.float32)
     where = {}
@@ -129,7 +134,7 @@ def rows(layout, width):
 
 
 def layouts(vocab, width=12):
-    """The same examples padded on the right, on the left, and packed: all [5, width], so that one compile serves."""
+    """The same examples padded on the right, on the left, and packed; all [5, width], to compile once."""
     all_of = list(enumerate(examples(vocab)))
     right = [(0, [example]) for example in all_of]
     left = [(width - len(example[1][0]), [example]) for example in all_of]
@@ -138,7 +143,7 @@ def layouts(vocab, width=12):
 
 
 def supervised_batch(vocab, B=3, T=10, prompt=4, seed=0):
-    """A batch of full rows with a prompt of `prompt` tokens."""
+    """A batch of full rows, each with a prompt of `prompt` tokens and a completion."""
     draw = np.random.default_rng(seed)
     weights = np.zeros((B, T), np.float32)
     weights[:, prompt:] = 1
@@ -146,6 +151,6 @@ def supervised_batch(vocab, B=3, T=10, prompt=4, seed=0):
 
 
 def naive_loss(hidden, head, targets):
-    """Cross-entropy by materialising every logit."""
+    """Cross-entropy from all logits at once."""
     logp = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, head))
     return -jnp.sum(jnp.take_along_axis(logp, targets.tokens[..., None], -1)[..., 0] * targets.weights)

@@ -24,9 +24,9 @@ from jaxsteer.optim import make_optimizer
 from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.params import Params, param_labels, partition
 from jaxsteer.plans import parse_plan
-from jaxsteer.sharding import MeshShape, base_shardings, check_shape, state_shardings, steering_shardings
+from jaxsteer.sharding import MeshShape, base_shardings, check_shape, optimizer_shardings, steering_shardings
 from jaxsteer.steering import param_specs, steering_shapes
-from jaxsteer.training import Metrics, TrainState, init_state, train_step
+from jaxsteer.training import Metrics, TrainState, init_state, make_train_step
 from jaxsteer.types import Array, Batch, PyTree
 from train.config import TrainConfig
 from train.devices.placement import Placement, place_on
@@ -64,23 +64,24 @@ class Program:
         where = Params(base_shardings(self.base, self.mesh), steering_shardings(specs, self.mesh))
         trained_at, frozen_at = partition(where, self.labels)
         put = lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)
-        state = jax.tree.map(put, state, state_shardings(state, trained, trained_at, self.mesh))
+        everywhere = NamedSharding(self.mesh, P())
+        moments_at = optimizer_shardings(self.tx, state.opt_state, trained, trained_at, self.mesh)
+        state = jax.tree.map(put, state, TrainState(trained_at, moments_at, everywhere, everywhere))  # type: ignore[arg-type]
         return state, jax.tree.map(put, frozen, frozen_at)
 
     @cached_property
-    def jitted(self) -> Any:
+    def jitted(self) -> jax.stages.Wrapped:
         """The step, (state, batch, frozen) -> (state, metrics), to be traced `on_mesh`; the state is donated."""
-        step = partial(
-            train_step,
-            model=self.model,
-            tx=self.tx,
+        out = None
+        if self.mesh is not None:
+            out = (jax.tree.map(lambda leaf: leaf.sharding, self.shapes[0]), NamedSharding(self.mesh, P()))
+        return make_train_step(
+            self.model,
+            self.tx,
             orthogonality=self.orthogonality,
             skip_nonfinite=self.skip_nonfinite,
+            out_shardings=out,
         )
-        if self.mesh is None:
-            return jax.jit(step, donate_argnums=0)
-        state = jax.tree.map(lambda leaf: leaf.sharding, self.shapes[0])
-        return jax.jit(step, donate_argnums=0, out_shardings=(state, NamedSharding(self.mesh, P())))
 
     @property
     def placement(self) -> Placement:
