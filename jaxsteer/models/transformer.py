@@ -137,8 +137,8 @@ def forward(
         [L, B, T, ...], taken after the interventions at their site.
 
     Raises:
-        ValueError: an unknown site in `capture`, or steering whose slots are not those of the plan.
-        AssertionError: the batch's fields do not all have one shape [B, T].
+        ValueError: an unknown site in `capture`, steering whose slots are not those of the plan, or a batch whose
+            fields do not all have one shape [B, T].
     """
     config, plan = model.config, model.plan
     shapes = {name: field.shape for name, field in batch._asdict().items()}
