@@ -11,8 +11,8 @@ from jaxsteer import LoRA, Slot
 from jaxsteer.io import load_model, save_hf, save_steering
 from jaxsteer.steering import steering_shapes
 from train.theory.__main__ import STUDIES, main
-from train.theory.orders import Orders
-from train.theory.tangent import Tangent
+from train.theory.orders import OrdersStudy
+from train.theory.tangent import TangentStudy
 
 pytestmark = pytest.mark.xdist_group("theory_studies")
 
@@ -46,8 +46,15 @@ def tuned(tiny_folder, tmp_path_factory):
 
 
 def test_orders(config, tuned, tmp_path):
-    study = Orders(
-        tuned, config, sites=("mlp", "block"), order=2, smallest=-11, largest=1, length=16, out=str(tmp_path)
+    study = OrdersStudy(
+        tuned=tuned,
+        config=config,
+        sites=("mlp", "block"),
+        order=2,
+        smallest=-11,
+        largest=1,
+        sequence_length=16,
+        out=str(tmp_path),
     )
     study.run()
     data = json.loads((tmp_path / "orders.json").read_text())
@@ -72,7 +79,8 @@ def test_orders(config, tuned, tmp_path):
 
 @pytest.mark.slow
 def test_tangent(config, tmp_path):
-    Tangent(config, ("lora(rank=2) @ projections",), lr=0.05, steps=6, every=3, length=16, out=str(tmp_path)).run()
+    plan = ("lora(rank=2) @ projections",)
+    TangentStudy(config=config, plan=plan, lr=0.05, steps=6, every=3, sequence_length=16, out=str(tmp_path)).run()
     rows = json.loads((tmp_path / "tangent.json").read_text())["rows"]
     assert [row["step"] for row in rows] == [0, 3, 6]
     names = ("full", "lazy", "lazy_in_full", "full_in_lazy")
@@ -85,13 +93,13 @@ def test_tangent(config, tmp_path):
 
 def test_bad_settings_are_refused(config, tuned, tmp_path):
     with pytest.raises(ValueError, match=r"order must be at least 1"):
-        Orders(tuned, config, order=0).run()
+        OrdersStudy(tuned=tuned, config=config, order=0).run()
     with pytest.raises(ValueError, match=r"no site 'mlp.experts'"):
-        Orders(tuned, config, sites=("mlp.experts",)).run()
+        OrdersStudy(tuned=tuned, config=config, sites=("mlp.experts",)).run()
     with pytest.raises(ValueError, match=r"nowhere: no such fine-tuning"):
-        Orders((str(tmp_path / "nowhere"),), config).run()
+        OrdersStudy(tuned=(str(tmp_path / "nowhere"),), config=config).run()
     with pytest.raises(ValueError, match=r"steps and every"):
-        Tangent(config, every=0).run()
+        TangentStudy(config=config, every=0).run()
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -14,8 +14,9 @@ from jaxsteer import LinearSteering, Model, NonlinearSteering, Slot, forward, ma
 from jaxsteer.io import load_model
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import Network
-from jaxsteer.theory.compare import compare_networks, means, totals
-from jaxsteer.theory.conversion import FitSettings, distill, measure, plan_of, to_lora, to_steering
+from jaxsteer.theory.compare import compare_networks, means, measure, totals
+from jaxsteer.theory.conversion import FitSettings, plan_of, to_lora, to_steering
+from jaxsteer.theory.distillation import distill
 
 pytestmark = pytest.mark.xdist_group("conversion")  # the tests share compiled programs
 
@@ -88,7 +89,7 @@ def test_later_blocks_make_up_for_earlier_ones(tuned, base, batches):
     """Fitted to the increments of the fine-tuned stream instead, errors pile up."""
     settings = FitSettings("affine", rank=4)
     streamed = to_steering(tuned, base, batches, settings)
-    alone = [to_steering(tuned, base, batches, settings, layers=(layer,)) for layer in range(4)]
+    alone = [to_steering(tuned, base, batches, replace(settings, layers=(layer,))) for layer in range(4)]
     # Each fitted as if it were the only one: the shift of the layers before it is counted again and again.
     piled = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(each.network.steering for each in alone))
     plain = Network(streamed.network.model, base.base, piled)
@@ -99,7 +100,7 @@ def test_later_blocks_make_up_for_earlier_ones(tuned, base, batches):
 
 @pytest.mark.slow
 def test_steering_at_one_layer_only(tuned, base, batches):
-    found = to_steering(tuned, base, batches, FitSettings("affine", rank=4), layers=(3,))
+    found = to_steering(tuned, base, batches, FitSettings("affine", rank=4, layers=(3,)))
     (steer, _) = found.network.model.plan
     assert steer.layers == (3,)
     assert found.network.steering["steer"]["block"]["D"].shape == (1, 4, 32)
@@ -131,13 +132,13 @@ def test_flat_conversions_are_the_same(tuned, base, batches):
 
 def test_flat_conversions_do_not_grow_with_the_tokens(tuned, base):
     """10 thousand tokens and 100 thousand: 10 and 100 batches of 32 rows of 32."""
-    settings = FitSettings("fixed")
+    settings = FitSettings("fixed", layers=(0,))
 
     def most(count, flat):
         gc.collect()
         before = sum(array.nbytes for array in jax.live_arrays())
         stream = Stream(base.model.config.vocab_size, count)
-        to_steering(tuned, base, stream, settings, layers=(0,), flat=flat)
+        to_steering(tuned, base, stream, settings, flat=flat)
         return stream.most - before
 
     few, many = most(10, True), most(100, True)

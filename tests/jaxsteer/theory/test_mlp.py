@@ -23,7 +23,7 @@ from jaxsteer.theory import (
 )
 from jaxsteer.theory.mlp import SLOPES, layer_mlp
 
-pytestmark = pytest.mark.xdist_group("theory_gated_mlp")
+pytestmark = pytest.mark.xdist_group("theory_mlp")
 
 LAYER = 2
 first = fast_jit(first_order, static_argnames=("model", "sites"))
