@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from test_oracle import fine_tuned
-from tiny import layouts, random_steering
+from tiny import fast_jit, layouts, random_steering, run
 
-from jaxsteer import LinearSteering, Model, NonlinearSteering, Slot, forward, make_batch
+from jaxsteer import LinearSteering, Model, NonlinearSteering, Slot, make_batch
 from jaxsteer.io import load_model
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import Network
@@ -72,7 +73,7 @@ def test_a_planted_tree_is_found(method, base, batches, held_out):
     assert kl(tuned, found.network, held_out) < 1e-3
     assert np.max(found.unexplained) < 1e-2
     assert found.network.model.plan == plan_of(form, 4)
-    forward(found.network.model, base.base, found.network.steering, held_out[0])  # an ordinary tree
+    run(found.network.model, base.base, found.network.steering, held_out[0])  # an ordinary tree
     # Too few directions leave what they cannot reach; the mean shift leaves most.
     less = to_steering(tuned, base, batches, FitSettings(form, rank=1, ridge=1e-9))
     fixed = to_steering(tuned, base, batches, FitSettings("fixed"))
@@ -173,27 +174,31 @@ def test_a_lora_is_found_for_steering(base, batches):
     assert kl(found.network, again.network, batches) < 1e-3
 
 
+compare = fast_jit(compare_networks, static_argnames="where")
+
+
 def test_comparisons_count_what_is_asked(base, tuned, batches):
     batch = batches[0]
-    found = compare_networks(tuned, base, batch)
-    out = [n(batch).hidden @ n.base["head"]["embedding"].T for n in (tuned, base)]
-    p, q = (jax.nn.log_softmax(x) for x in out)
-    by_hand = jnp.sum(jnp.exp(p) * (p - q), -1)
+    found = compare(tuned, base, batch)
+    out = [np.asarray(run(n.model, n.base, {}, batch).hidden @ n.base["head"]["embedding"].T) for n in (tuned, base)]
+    p, q = (scipy.special.log_softmax(x, axis=-1) for x in out)
+    by_hand = np.sum(np.exp(p) * (p - q), -1)
     counted = np.asarray(found.counted) > 0
-    np.testing.assert_allclose(found.kl[counted], by_hand[counted], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found.kl)[counted], by_hand[counted], rtol=1e-3, atol=1e-5)
     assert counted[:, 11:15].all()
     assert counted.sum() == 8 * 8
-    assert not np.any(found.kl[~counted])
-    everything = compare_networks(tuned, base, batch, "all")
-    assert everything.counted.sum() == 8 * 32 - 8  # no padding
-    assert not np.any(everything.right[:, 15])  # after an example's end
-    same = means(totals(compare_networks(tuned, tuned, batch, "all"), batch))
+    assert not np.any(np.asarray(found.kl)[~counted])
+    everything = compare(tuned, base, batch, "all")
+    assert np.sum(everything.counted) == 8 * 32 - 8  # no padding
+    assert not np.any(np.asarray(everything.right)[:, 15])  # after an example's end
+    same = means(totals(compare(tuned, tuned, batch, "all"), batch))
     assert same.kl == pytest.approx(0, abs=1e-6)
     assert same.agreement == 1
     # A model asked for what it says itself is always right.
-    said = jnp.concatenate([batch.tokens[:, :1], jnp.argmax(out[0], -1)[:, :-1].astype(jnp.int32)], 1)
-    one = make_batch(batch.tokens.at[:, 15].set(said[:, 15]), batch.segments, jnp.zeros((8, 32)).at[:, 15].set(1.0))
-    sums = totals(compare_networks(tuned, tuned, one), one)
+    tokens, weights = np.array(batch.tokens), np.zeros((8, 32), np.float32)
+    tokens[:, 15], weights[:, 15] = np.argmax(out[0], -1)[:, 14], 1
+    one = make_batch(tokens, batch.segments, weights)
+    sums = totals(compare(tuned, tuned, one), one)
     assert (sums.solved, sums.examples) == (8, 8)
     with pytest.raises(ValueError, match="answers or all, got 'some'"):
         compare_networks(tuned, base, batch, "some")
