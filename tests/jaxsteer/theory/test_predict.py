@@ -143,7 +143,7 @@ def test_what_cannot_be_predicted_is_refused(base, batches, factors):
     plan = (Slot("f", FixedVector(), ("block",)),)
     with pytest.raises(ValueError, match=r"nothing to align: no slot of \['f'\].*block"):
         aligned_start(plan, init_steering(plan, base.model.config, jax.random.key(0)), factors)
-    with pytest.raises(ValueError, match="which stream"):
+    with pytest.raises(ValueError, match="stream must be own or whole, got 'both'"):
         site_shares(base, base, batches[0], stream="both")
     with pytest.raises(ValueError, match="no examples"):
         share_intervals(np.zeros((1, 1, 0)), np.zeros((1, 0)))

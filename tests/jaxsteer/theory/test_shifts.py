@@ -214,7 +214,7 @@ def test_bad_input_is_refused(at, batch):
         difference(Params(wide, {}), Params(at.base, {}))
     with pytest.raises(ValueError, match=r"lacks.*blocks"):
         difference(Params({"embed": at.base["embed"]}, {}), Params(at.base, {}))
-    with pytest.raises(ValueError, match=r"router.*has not"):
+    with pytest.raises(ValueError, match=r"router.*does not have"):
         shift(model, at, Params({"blocks": {"router": np.zeros(3)}}, {}), batch, block)
     with pytest.raises(ValueError, match="changes nothing"):
         shift(model, at, Params(None, {}), batch, block)
