@@ -52,8 +52,8 @@ def tangent_forward(model: Model, at: Params, params: Params, batch: Batch) -> E
     model = forward_mode(model)
 
     def hidden_and_head(trained: Params) -> tuple[Array, Array]:
-        params = combine(trained, frozen)
-        return forward(model, *params, batch).hidden, output_embedding(params.base)
+        whole = combine(trained, frozen)
+        return forward(model, *whole, batch).hidden, output_embedding(whole.base)
 
     (hidden, head), (hidden_dot, head_dot) = jax.jvp(hidden_and_head, (at,), (jax.tree.map(jnp.subtract, now, at),))
     head_is_trained = output_embedding(at.base) is not None
