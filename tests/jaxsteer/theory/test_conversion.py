@@ -27,6 +27,9 @@ def base(tiny_config, tiny_base):
     return Network(Model(tiny_config), tiny_base, {})
 
 
+packed_batch = fast_jit(make_batch)
+
+
 def token_batches(vocab, count, seed=0):
     """Packed rows, two examples each, the last tokens of the second supervised; one row of padding at its end."""
     draw = np.random.default_rng(seed)
@@ -34,7 +37,7 @@ def token_batches(vocab, count, seed=0):
     segments[-1, 24:] = 0
     weights = np.zeros((8, 32), np.float32)
     weights[:, 12:16] = weights[:, 20:24] = 1
-    return [make_batch(draw.integers(3, vocab, (8, 32)), segments, weights) for _ in range(count)]
+    return [packed_batch(draw.integers(3, vocab, (8, 32)), segments, weights) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +124,7 @@ class Stream:
         if i >= self.count:
             raise IndexError(i)
         self.most = max(self.most, sum(array.nbytes for array in jax.live_arrays()))
-        return jax.tree.map(lambda leaf: jnp.tile(leaf, (4, 1)), token_batches(self.vocab, 1, seed=i)[0])
+        return jax.tree.map(lambda leaf: jnp.asarray(np.tile(leaf, (4, 1))), token_batches(self.vocab, 1, seed=i)[0])
 
 
 @pytest.mark.slow
@@ -197,7 +200,7 @@ def test_comparisons_count_what_is_asked(base, tuned, batches):
     # A model asked for what it says itself is always right.
     tokens, weights = np.array(batch.tokens), np.zeros((8, 32), np.float32)
     tokens[:, 15], weights[:, 15] = np.argmax(out[0], -1)[:, 14], 1
-    one = make_batch(tokens, batch.segments, weights)
+    one = packed_batch(tokens, batch.segments, weights)
     sums = totals(compare(tuned, tuned, one), one)
     assert (sums.solved, sums.examples) == (8, 8)
     with pytest.raises(ValueError, match="answers or all, got 'some'"):
