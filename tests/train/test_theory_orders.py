@@ -1,11 +1,14 @@
 """The studies `orders` and `tangent` on a tiny model, end to end."""
 
 import json
+import shlex
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tyro
 
 from jaxsteer import LoRA, Slot
 from jaxsteer.io import load_model, save_hf, save_steering
@@ -53,11 +56,12 @@ def test_orders(config, tuned, tmp_path):
         order=2,
         smallest=-11,
         largest=1,
-        sequence_length=16,
+        sequence_length=18,
         out=str(tmp_path),
     )
     study.run()
     data = json.loads((tmp_path / "orders.json").read_text())
+    assert data["tokens"] == 2 * 16  # examples of 4 tokens; the padding of a row does not count
     names = [name for name in data if isinstance(data[name], dict)]
     assert len(names) == 2
     for name in names:
@@ -109,3 +113,22 @@ def test_help(name, monkeypatch, capsys):
         main()
     assert stopped.value.code == 0
     assert "--out" in capsys.readouterr().out
+
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+COMMANDS = [
+    line.split("-m train.theory ")[1]
+    for name in ("theory.md", "theory_oracle.md")
+    for line in (DOCS / name).read_text(encoding="utf-8").splitlines()
+    if "-m train.theory " in line
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_commands_are_understood(command):
+    study = tyro.extras.subcommand_cli_from_dict(STUDIES, args=shlex.split(command))
+    assert study.name == command.split()[0]
+
+
+def test_every_study_is_documented():
+    assert {command.split()[0] for command in COMMANDS} == set(STUDIES)
