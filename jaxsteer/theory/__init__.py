@@ -1,8 +1,21 @@
-"""Weight updates as activation shifts, on any model: pure functions that compose with JAX's transformations."""
+"""Weight updates as activation shifts, on any model: pure functions that compose with JAX's transformations.
+
+Studies of real fine-tunings, with files, figures and tables, are in `train.theory`.
+"""
 
 from jaxsteer.models.transformer import Network
-from jaxsteer.theory.compare import Comparison, Means, Totals, compare_networks, means, totals
-from jaxsteer.theory.conversion import Converted, Distilled, FitSettings, distill, measure, to_lora, to_steering
+from jaxsteer.theory.compare import (
+    Comparison,
+    Means,
+    Totals,
+    compare_networks,
+    kl_divergence,
+    kl_from_base,
+    means,
+    measure,
+    totals,
+)
+from jaxsteer.theory.conversion import Converted, FitSettings, to_lora, to_steering
 from jaxsteer.theory.curvature import (
     dense,
     empirical_fisher_product,
@@ -10,6 +23,7 @@ from jaxsteer.theory.curvature import (
     hessian_product,
     per_example_gradients,
 )
+from jaxsteer.theory.distillation import Distilled, distill
 from jaxsteer.theory.fits import Factor, Fit, absorb, empty, fit, fit_nonlinear, gains, mean_shift, unexplained
 from jaxsteer.theory.geometry import (
     captured,
@@ -76,6 +90,8 @@ __all__ = [
     "gradient_factors",
     "hessian_product",
     "higher_order",
+    "kl_divergence",
+    "kl_from_base",
     "map_directions",
     "mean_shift",
     "means",

@@ -1,7 +1,8 @@
-"""How far one network's predictions are from another's: KL divergence, agreement, and right answers, token by token."""
+"""How one network's predictions differ from another's: KL divergence, agreement and accuracy, token by token."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -9,19 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.models.transformer import Model, Network, forward, logits_of, output_embedding
+from jaxsteer.models.transformer import Model, Network, logits_of, output_embedding
 from jaxsteer.objective import next_tokens, predicts_completion, scan_counted
 from jaxsteer.theory.oracle import check_comparable
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 Where = Literal["answers", "all"]
-"""Which predictions count: those of the supervised tokens, or what is predicted after every token of an example."""
+"""Which predictions count: those of completion tokens, or those after every token that is not padding."""
 CHUNK = 128
-"""Predictions whose logits, over the whole vocabulary, exist at one time."""
+"""Number of positions whose logits over the vocabulary are in memory at one time."""
 
 
 class Comparison(NamedTuple):
-    """Of each prediction, fp32 [B, T]; 0 where none counts.
+    """A network's predictions beside the tuned one's, position by position, fp32 [B, T]; 0 where none counts.
 
     kl       KL(tuned ‖ other), nats
     same     1 where the two have the same most likely token
@@ -36,12 +37,12 @@ class Comparison(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over predictions and examples; those of several batches add up (`jax.tree.map`). Scalars, fp32.
+    """Sums over predictions and examples, fp32 scalars; add them over batches with `jax.tree.map`.
 
-    kl, same, right  of `Comparison`, summed
-    predictions      that count
-    solved           examples of which every prediction that counts is right
-    examples         with any prediction that counts
+    kl, same, right  sums of the fields of `Comparison`
+    predictions      number of predictions that count
+    solved           number of examples of which every prediction that counts is right
+    examples         number of examples with a prediction that counts
     """
 
     kl: Array
@@ -53,8 +54,12 @@ class Totals(NamedTuple):
 
 
 class Means(NamedTuple):
-    """kl in nats a prediction; agreement with the tuned model and token accuracy, shares of the predictions; accuracy,
-    share of the examples whose answer is right throughout.
+    """Averages of `Totals`.
+
+    kl              KL(tuned ‖ other), nats per prediction
+    agreement       share of the predictions whose most likely token is the tuned model's
+    token_accuracy  share of the predictions whose most likely token is the next one
+    accuracy        share of the examples of which every prediction is right
     """
 
     kl: float
@@ -77,35 +82,39 @@ def counted_predictions(batch: Batch, where: Where) -> Array:
 
 
 def compare_networks(tuned: Network, other: Network, batch: Batch, where: Where = "answers") -> Comparison:
-    """Two networks' predictions of one batch. Differentiable in both, through kl.
+    """Compare two networks' predictions on a batch. `kl` is differentiable in both networks.
+
+    Args:
+        tuned: the reference.
+        other: the network to compare with it.
+        batch: [B, T], packed or padded.
+        where: which predictions count; static.
 
     Raises:
-        ValueError: models of different shapes.
+        ValueError: models of different shapes, an unknown `where`.
     """
     check_comparable(tuned, other)
     return compare_hidden(tuned(batch).hidden, tuned, other(batch).hidden, other, batch, where)
 
 
 def compare_hidden(
-    told: Array, tuned: Network, hidden: Array, other: Network, batch: Batch, where: Where = "answers"
+    tuned_hidden: Array, tuned: Network, hidden: Array, other: Network, batch: Batch, where: Where = "answers"
 ) -> Comparison:
-    """The same, from the hidden states [B, T, D] that the two networks have come to."""
+    """`compare_networks` from the final hidden states [B, T, D] of the two networks."""
     counted = counted_predictions(batch, where)
     following = next_tokens(batch._replace(weights=jnp.ones_like(batch.weights)))
     targets = jnp.where(following.weights > 0, following.tokens, -1)  # nothing is right after an example's end
     heads = [_head(network) for network in (tuned, other)]
     B, T, _ = hidden.shape
     flat = lambda field: field.reshape(B * T, *field.shape[2:])
-    fields = flat(told), flat(hidden), flat(targets)
+    fields = flat(tuned_hidden), flat(hidden), flat(targets)
 
     @jax.checkpoint  # or the backward pass would keep the logits of all chunks
-    def differ(told: Array, hidden: Array, target: Array, counts: Array) -> tuple[Array, Array, Array]:
+    def differ(tuned_hidden: Array, hidden: Array, target: Array, counts: Array) -> tuple[Array, Array, Array]:
         mask = counts[:, None]
-        a, b = (logits_of(jnp.where(mask, h, 0), *head) for h, head in zip((told, hidden), heads, strict=True))
-        log_p, log_q = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
-        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        a, b = (logits_of(jnp.where(mask, h, 0), *head) for h, head in zip((tuned_hidden, hidden), heads, strict=True))
         top = jnp.argmax(b, axis=-1)
-        values = (kl, jnp.argmax(a, axis=-1) == top, top == target)
+        values = (kl_divergence(a, b), jnp.argmax(a, axis=-1) == top, top == target)
         return tuple(jnp.where(counts, value.astype(jnp.float32), 0) for value in values)  # type: ignore[return-value]
 
     def visit(sums: tuple[Array, Array, Array], index: Array, mask: Array) -> tuple[Array, Array, Array]:
@@ -119,12 +128,18 @@ def compare_hidden(
     return Comparison(kl, same, right, counted.astype(jnp.float32))
 
 
+def kl_divergence(logits: Array, other: Array) -> Array:
+    """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v), nats, of the distributions given by two logits [..., V] -> [...]."""
+    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
 def _head(network: Network) -> tuple[PyTree, float | None]:
     return output_embedding(network.base), network.model.config.final_softcap
 
 
 def by_example(values: Array, batch: Batch) -> Array:
-    """Sums of values [..., B, T] over the examples, [..., B, T + 1], by their number in the row (0 = padding)."""
+    """Sum values [..., B, T] over each example's tokens: [..., B, T + 1], by its number in the row (0 = padding)."""
     B, T = batch.segments.shape
     rows = jnp.arange(B)[:, None]
     zeros = jnp.zeros((*values.shape[:-1], T + 1), values.dtype)
@@ -134,37 +149,48 @@ def by_example(values: Array, batch: Batch) -> Array:
 def totals(comparison: Comparison, batch: Batch) -> Totals:
     """Sum a comparison over its predictions and examples."""
     wrong = by_example(comparison.counted - comparison.right, batch)
-    asked = by_example(comparison.counted, batch) > 0
+    examples = by_example(comparison.counted, batch) > 0
     count = lambda mask: jnp.sum(mask.astype(jnp.float32))
-    kl, same, right, counted = (jnp.sum(field) for field in comparison)
-    return Totals(kl, same, right, counted, count(asked & (wrong == 0)), count(asked))
+    kl, same, right, predictions = (jnp.sum(field) for field in comparison)
+    return Totals(kl, same, right, predictions, solved=count(examples & (wrong == 0)), examples=count(examples))
 
 
 def means(sums: Totals) -> Means:
-    """Averages of the sums; NaN where nothing counted."""
+    """Divide the sums by the number of predictions or examples; NaN where that is 0."""
     kl, same, right, predictions, solved, examples = (float(np.asarray(value)) for value in sums)
-    over = lambda value, n: value / n if n else float("nan")
-    return Means(over(kl, predictions), over(same, predictions), over(right, predictions), over(solved, examples))
+    per = lambda value, count: value / count if count else float("nan")
+    return Means(
+        kl=per(kl, predictions),
+        agreement=per(same, predictions),
+        token_accuracy=per(right, predictions),
+        accuracy=per(solved, examples),
+    )
+
+
+def measure(tuned: Network, network: Network, batches: Sequence[Batch], where: Where = "answers") -> Totals:
+    """Compare a network with the tuned one over several batches of one shape; `means` gives the averages."""
+    sums = [_totals(tuned, network, batch, where) for batch in batches]
+    return jax.tree.map(lambda *values: sum(values[1:], values[0]), *sums)
+
+
+@partial(jax.jit, static_argnames="where")
+def _totals(tuned: Network, network: Network, batch: Batch, where: Where) -> Totals:
+    return totals(compare_networks(tuned, network, batch, where), batch)
 
 
 @partial(jax.jit, static_argnames="model")
 def kl_from_base(model: Model, base: PyTree, steering: Steering, batch: Batch) -> Array:
-    """Σ_v p(v) log(p(v) / q(v)), p the plain model's next-token distribution, q the steered one's.
+    """KL(p ‖ q) for each row, p the next-token distribution of the model without its plan, q with it.
 
     Args:
-        batch: [B, T]; only positions that predict a token of a completion count.
+        model: static; the plan is that of `steering`.
+        base: weights.
+        steering: the plan's tree.
+        batch: [B, T]; only positions that predict a completion token count.
 
     Returns:
-        For each row the mean over its positions, nats, fp32 [B]; 0 for a row without any.
+        The mean over each row's positions, nats, fp32 [B]; 0 for a row without any.
     """
-    head, softcap = output_embedding(base), model.config.final_softcap
-    plain = forward(Model(model.config, attention=model.attention), base, {}, batch).hidden
-    steered = forward(model, base, steering, batch).hidden
-
-    def column(pair: tuple[Array, Array]) -> Array:  # one position's logits at a time
-        p, q = (jax.nn.log_softmax(logits_of(hidden, head, softcap), axis=-1) for hidden in pair)
-        return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-
-    kl = jax.lax.map(column, (plain.swapaxes(0, 1), steered.swapaxes(0, 1))).T
-    counted = predicts_completion(batch).astype(np.float32)
-    return jnp.sum(kl.astype(np.float32) * counted, axis=1) / jnp.maximum(jnp.sum(counted, axis=1), 1.0)
+    plain = Network(Model(config=model.config, attention=model.attention), base, {})
+    result = compare_networks(plain, Network(model, base, steering), batch)
+    return jnp.sum(result.kl, axis=1) / jnp.maximum(jnp.sum(result.counted, axis=1), 1.0)

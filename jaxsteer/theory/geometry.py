@@ -1,6 +1,6 @@
-"""Spectra of shifts and updates, and angles between the subspaces that they live in.
+"""Spectra of shifts and updates, and principal angles between the subspaces that they span.
 
-Subspaces are bundles of directions, rows [..., R, D]; leading axes (layers) go along.
+A subspace is given by R rows that span it, [..., R, D]; leading axes (layers) are batch axes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,20 @@ from jaxsteer.orthogonality import HIGHEST, Bundle
 from jaxsteer.types import Array, Plan, Steering
 
 Side = Literal["reads", "writes"]
+"""Which directions of a method: those that it reads from the residual stream, or those that it writes to it."""
 
 
 def effective_rank(values: Array) -> Array:
-    """exp(−Σ p log p) with p = σ² / Σσ², the number of directions that the energy is spread over: [..., R] -> [...].
+    """exp(−Σ p log p) with p = σ² / Σσ²: the number of directions that the energy is spread over.
 
-    1 where one direction has all the energy, R where all have the same (Roy & Vetterli 2007, with energies); 0 for
-    nothing.
+    1 where one direction has all the energy, R where all have the same (Roy & Vetterli 2007, there with σ in place of
+    σ²); 0 where all are zero.
+
+    Args:
+        values: singular values [..., R].
+
+    Returns:
+        [...]
     """
     energy = values**2
     whole = jnp.sum(energy, axis=-1, keepdims=True)
@@ -37,18 +44,22 @@ def captured(values: Array) -> Array:
 
 
 def directions_for(values: Array, share: float = 0.9) -> Array:
-    """How many directions hold this share of the energy: [..., R] -> int [...].
+    """The number of leading directions that hold this share of the energy: [..., R] -> int [...].
 
     Raises:
-        ValueError: a share that is not above 0 and at most 1.
+        ValueError: the share is not above 0 and at most 1.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"a share of the energy is above 0 and at most 1, got {share}")
+        raise ValueError(f"a share of the energy must be above 0 and at most 1, got {share}")
     return 1 + jnp.sum(captured(values) < share - 1e-6, axis=-1)
 
 
 class Directions(NamedTuple):
-    """Singular values [..., R], descending, and the directions that belong to them, orthonormal rows [..., R, D]."""
+    """Singular values and singular vectors.
+
+    values  [..., R], descending
+    rows    [..., R, D], orthonormal
+    """
 
     values: Array
     rows: Array
@@ -58,24 +69,28 @@ def top_directions(rows: Array, rank: int | None = None) -> Directions:
     """The right singular vectors of rows [..., n, D]: the directions in which they have most energy.
 
     Args:
-        rows: e.g. shifts of tokens, or the triangle that stands for them (`jaxsteer.theory.fits.target_factor`).
-        rank: how many; None = all, min(n, D).
+        rows: e.g. shifts of tokens, or their triangular factor (`jaxsteer.theory.fits.target_factor`).
+        rank: number of directions; None = all, min(n, D).
 
     Raises:
-        ValueError: a rank above that.
+        ValueError: a rank below 1 or above min(n, D).
     """
-    most = min(rows.shape[-2:])
-    if rank is not None and not 1 <= rank <= most:
-        raise ValueError(f"rank {rank}: rows {rows.shape[-2:]} have between 1 and {most} directions")
+    largest = min(rows.shape[-2:])
+    if rank is not None and not 1 <= rank <= largest:
+        raise ValueError(f"rank {rank}: rows {rows.shape[-2:]} have between 1 and {largest} directions")
     _, values, vt = jnp.linalg.svd(rows, full_matrices=False)
     return Directions(values[..., :rank], vt[..., :rank, :])
 
 
 def product_directions(read: Array, write: Array) -> tuple[Directions, Directions]:
-    """Singular values of the map writeᵀ · read, with its (input, output) directions; nothing of [out, in] is formed.
+    """The singular value decomposition of the map writeᵀ · read, without forming it.
 
     Args:
-        read: rows [..., R, in]. write: rows [..., R, out], e.g. D and Uᵀ of steering, A and Bᵀ of LoRA.
+        read: rows [..., R, in], e.g. D of steering, A of LoRA.
+        write: rows [..., R, out], e.g. Uᵀ of steering, Bᵀ of LoRA.
+
+    Returns:
+        (input directions, output directions), with the same singular values.
     """
     q_read, r_read = jnp.linalg.qr(read.swapaxes(-1, -2))
     q_write, r_write = jnp.linalg.qr(write.swapaxes(-1, -2))
@@ -87,10 +102,10 @@ def product_directions(read: Array, write: Array) -> tuple[Directions, Direction
 
 
 def principal_angles(one: Array, other: Array) -> Array:
-    """Angles between two spans, rows [..., R, D] and [..., S, D] -> [..., min(R, S)], radians, ascending.
+    """Principal angles between two subspaces, radians, ascending: [..., R, D] and [..., S, D] -> [..., min(R, S)].
 
-    From cosines where they are far from 1 and from sines where not, so that small angles keep their digits (Björck &
-    Golub 1973). Rows must be linearly independent.
+    Computed from sines where they are small and from cosines elsewhere, so that small angles keep their precision
+    (Björck & Golub 1973). Rows must be linearly independent.
     """
     a, b = (_orthonormal(rows) for rows in ((one, other) if one.shape[-2] >= other.shape[-2] else (other, one)))
     inner = jnp.einsum("...rd,...sd->...rs", a, b, precision=HIGHEST)
@@ -102,12 +117,12 @@ def principal_angles(one: Array, other: Array) -> Array:
 
 
 def subspace_overlap(one: Array, other: Array) -> Array:
-    """Mean cos² of the principal angles, in [0, 1]; `chance` is what random spans have: [...]."""
+    """Mean cos² of the principal angles, in [0, 1], [...]; `chance` is its expectation for random subspaces."""
     return jnp.mean(jnp.cos(principal_angles(one, other)) ** 2, axis=-1)
 
 
 def chance(one: Array, other: Array) -> float:
-    """The expected overlap of random spans of these sizes, max(R, S) / D."""
+    """The expected overlap of random subspaces of these dimensions, max(R, S) / D."""
     return max(one.shape[-2], other.shape[-2]) / one.shape[-1]
 
 
@@ -117,36 +132,44 @@ def _orthonormal(rows: Array) -> Array:
 
 
 def method_directions(plan: Plan, steering: Steering, side: Side) -> dict[tuple[str, str, str], Array]:
-    """The directions that a plan's methods say they read or write: (slot, site, parameter) -> rows [A, R, D].
+    """The directions that a plan's methods read or write, as they declare them.
 
-    Vectors of methods at `attn.heads` (one a head) are left out: they live in no one space.
+    Vectors at `attn.heads` (one per head) are left out: they do not share a space.
+
+    Args:
+        plan: the plan.
+        steering: its tree.
+        side: "reads" or "writes".
+
+    Returns:
+        {(slot, site, parameter): rows [A, R, D]}
 
     Raises:
         ValueError: an unknown side.
     """
     if side not in ("reads", "writes"):
-        raise ValueError(f"which directions? reads or writes, got {side!r}")
-    found = {}
+        raise ValueError(f"side must be reads or writes, got {side!r}")
+    directions = {}
     for slot in plan:
         for site in slot.sites:
             for name, axis in getattr(slot.method, side) if site != "attn.heads" else ():
                 part = Bundle(slot, site, name, axis)
-                found[slot.name, site, name] = part.to_rows(part.leaf(steering))
-    return found
+                directions[slot.name, site, name] = part.to_rows(part.leaf(steering))
+    return directions
 
 
 def map_directions(plan: Plan, steering: Steering) -> dict[tuple[str, str], tuple[Directions, Directions]]:
-    """Spectrum and directions of each low-rank map in a plan, by (slot, site): of steering's U D and of LoRA's s B A.
+    """Spectrum and directions of each low-rank map in a plan: U D of steering, s B A of LoRA.
 
     Returns:
-        (inputs, outputs), see `product_directions`, with a leading axis of the slot's layers.
+        {(slot, site): (inputs, outputs)}, see `product_directions`, with a leading axis over the slot's layers.
     """
-    found = {}
+    maps = {}
     for slot in plan:
         for site in slot.sites:
             p = steering[slot.name][site]
             if isinstance(slot.method, LinearSteering | NonlinearSteering):
-                found[slot.name, site] = product_directions(p["D"] * slot.method.alpha, p["U"].swapaxes(-1, -2))
+                maps[slot.name, site] = product_directions(p["D"] * slot.method.alpha, p["U"].swapaxes(-1, -2))
             elif isinstance(slot.method, LoRA):
-                found[slot.name, site] = product_directions(p["A"] * slot.method.scale, p["B"].swapaxes(-1, -2))
-    return found
+                maps[slot.name, site] = product_directions(p["A"] * slot.method.scale, p["B"].swapaxes(-1, -2))
+    return maps

@@ -1,4 +1,4 @@
-"""The first-order equivalence for a gated MLP, in closed form: which shift each update makes (arXiv 2603.00425).
+"""The first-order equivalence for a gated MLP in closed form: the shift that each update makes (arXiv 2603.00425).
 
     y = W_d m,  m = σ(a_g) ⊙ a_u,  a_g = W_g x,  a_u = W_u x
 
@@ -8,9 +8,9 @@
     pre-MLP   δy = W_d J(x) δx,  J(x) δx = σ'(a_g) ⊙ a_u ⊙ W_g δx + σ(a_g) ⊙ W_u δx
     post-MLP  δy = what the steering adds
 
-Weights are one layer's of the base tree, {"gate" | "up" | "down": {"kernel": [in, out], "bias": [out] if any}};
-updates have the same form and may leave out what stays. The twin of each is one `jax.jvp` of `gated_mlp`. In families
-with a norm behind the MLP, y is the site `mlp.down`, before it.
+Weights are those of one layer of the base tree, {"gate" | "up" | "down": {"kernel": [in, out], "bias": [out] if any}};
+updates have the same structure and may leave out what does not change. Each shift equals a `jax.jvp` of `gated_mlp`. In
+families with a norm behind the MLP, y is the site `mlp.down`, in front of the norm.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jaxsteer.models.layers import ACTIVATIONS, over_last_axis
 from jaxsteer.types import Array, PyTree
 
 Weights = Mapping[str, Mapping[str, Array]]
+"""Kernels and biases of one MLP, or an update of them."""
 
 
 def layer_mlp(base: PyTree, layer: int) -> dict[str, Any]:
@@ -36,42 +37,46 @@ def layer_mlp(base: PyTree, layer: int) -> dict[str, Any]:
         ValueError: the MLP has no gate.
     """
     if "gate" not in base["blocks"]["mlp"]:
-        raise ValueError("this model's MLP has no gate; the closed forms are those of gated MLPs")
+        raise ValueError("this model's MLP has no gate; the closed forms are for gated MLPs only")
     stacked = {name: base["blocks"]["mlp"][name] for name in ("gate", "up", "down")}
     return jax.tree.map(lambda leaf: leaf[layer], stacked)
 
 
 def gated_mlp(weights: Weights, x: Array, activation: str) -> Array:
-    """y [..., D] of x [..., D], with a model's activation (`ModelConfig.activation`)."""
+    """y = W_d (σ(W_g x) ⊙ W_u x): x [..., D] -> y [..., D], with a model's activation (`ModelConfig.activation`)."""
     return _project(weights["down"], _gated(weights, x, activation))
 
 
 def down_shift(weights: Weights, delta: Weights, x: Array, activation: str) -> Array:
-    """ΔW_d m: the shift of y by an update of the down projection, which is exact."""
+    """ΔW_d m: the shift of y under an update of the down projection; exact."""
     return _project(delta["down"], _gated(weights, x, activation))
 
 
 def gate_shift(weights: Weights, delta: Weights, x: Array, activation: str) -> Array:
-    """W_d (σ'(a_g) ⊙ a_u ⊙ ΔW_g x): of y by an update of the gate, to first order."""
+    """W_d (σ'(a_g) ⊙ a_u ⊙ ΔW_g x): the shift of y under an update of the gate, to first order."""
     gate, up = _project(weights["gate"], x), _project(weights["up"], x)
     return _times(weights["down"], SLOPES[activation](gate) * up * _project(delta["gate"], x))
 
 
 def up_shift(weights: Weights, delta: Weights, x: Array, activation: str) -> Array:
-    """W_d (σ(a_g) ⊙ ΔW_u x): of y by an update of the up projection, which is exact."""
+    """W_d (σ(a_g) ⊙ ΔW_u x): the shift of y under an update of the up projection; exact."""
     return _times(weights["down"], ACTIVATIONS[activation](_project(weights["gate"], x)) * _project(delta["up"], x))
 
 
 def mlp_shift(weights: Weights, delta: Weights, x: Array, activation: str) -> Array:
-    """The sum of the three that `delta` has: of y by an update of all of the MLP's weights, to first order."""
+    """The shift of y under an update of any of the MLP's weights, to first order: the sum of `down`, `gate` and `up`.
+
+    Raises:
+        ValueError: an update of something else.
+    """
     terms = {"down": down_shift, "gate": gate_shift, "up": up_shift}
     if unknown := sorted(set(delta) - set(terms)):
-        raise ValueError(f"an update of a gated MLP has gate, up and down, not {', '.join(unknown)}")
+        raise ValueError(f"an update of a gated MLP may have gate, up and down, not {', '.join(unknown)}")
     return sum((terms[name](weights, delta, x, activation) for name in delta), jnp.zeros_like(x))
 
 
 def pre_mlp_shift(weights: Weights, dx: Array, x: Array, activation: str) -> Array:
-    """W_d J(x) δx: of y by steering in front of the MLP that moves x by δx, to first order."""
+    """W_d J(x) δx: the shift of y under steering in front of the MLP that moves x by δx, to first order."""
     gate, up = _project(weights["gate"], x), _project(weights["up"], x)
     inner = SLOPES[activation](gate) * up * _times(weights["gate"], dx)
     return _times(weights["down"], inner + ACTIVATIONS[activation](gate) * _times(weights["up"], dx))
@@ -80,19 +85,22 @@ def pre_mlp_shift(weights: Weights, dx: Array, x: Array, activation: str) -> Arr
 def adapter_shift(
     p: Mapping[str, Array], delta: Mapping[str, Array], y: Array, activation: str, alpha: float = 1.0
 ) -> Array:
-    """α (ΔU act(D y) + U (act'(D y) ⊙ ΔD y)): what low-rank steering adds to y [..., D] when (D, U) change.
+    """α (ΔU act(D y) + U (act'(D y) ⊙ ΔD y)): the change of what low-rank steering adds to y when (D, U) change.
 
     Post-MLP, with y the MLP's output, this is the shift itself; pre-MLP it is the δx of `pre_mlp_shift`. At U = 0,
-    where training starts, only the first term is there.
+    where training starts, the second term vanishes.
 
     Args:
-        p, delta: {"D": [R, D], "U": [D, R]}.
-        activation: the steering's: silu, relu, gelu or tanh.
+        p: {"D": [R, D], "U": [D, R]}.
+        delta: the change of p, with the same structure.
+        y: what the steering reads, [..., D].
+        activation: of the steering: silu, relu, gelu or tanh.
+        alpha: factor of the steering.
     """
     read = jnp.einsum("...d,rd->...r", y, p["D"])
-    turned = SLOPES[activation](read) * jnp.einsum("...d,rd->...r", y, delta["D"])
-    first = jnp.einsum("...r,dr->...d", ACTIVATION_FUNCTIONS[activation](read), delta["U"])
-    return alpha * (first + jnp.einsum("...r,dr->...d", turned, p["U"]))
+    read_change = SLOPES[activation](read) * jnp.einsum("...d,rd->...r", y, delta["D"])
+    write_change = jnp.einsum("...r,dr->...d", ACTIVATION_FUNCTIONS[activation](read), delta["U"])
+    return alpha * (write_change + jnp.einsum("...r,dr->...d", read_change, p["U"]))
 
 
 def _silu_slope(a: Array) -> Array:
@@ -117,7 +125,7 @@ SLOPES: dict[str, Callable[[Array], Array]] = {
     "relu": lambda a: (a > 0).astype(a.dtype),
     "tanh": lambda a: 1 - jnp.square(jnp.tanh(a)),
 }
-"""The derivatives of the MLP's and of the steering's activations."""
+"""Derivatives of the activations of MLPs and of steering."""
 
 
 def _gated(weights: Weights, x: Array, activation: str) -> Array:

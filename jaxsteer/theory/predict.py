@@ -1,13 +1,13 @@
-"""What will pay, before anything is trained: predictions from the loss's gradients at the base model.
+"""Which layers and sites are worth steering: predictions from the loss's gradients at the base model.
 
 g_t = ∂L/∂y_t, the gradient in a site's value at each token, says where a shift would help. A method can only shift as a
-function of what it reads: a fixed vector by one vector for all, a linear one by W y_t. With one norm for all shifts,
-Σ‖Δ_t‖² = ε², the most that the loss falls to first order is ε times
+function of what it reads: a fixed vector shifts all tokens alike, a linear map by W y_t. Among shifts of one norm,
+Σ‖Δ_t‖² = ε², the loss falls to first order by at most ε times
 
     ‖Σ g_t‖ / √n  for a fixed vector,    (Σ_{i ≤ R} σ_i²)^½  for a linear map of rank R,
 
-σ_i² the energies that `jaxsteer.theory.fits.gains` gives for the best fits of −g_t from y_t. One backward pass finds
-the gradients at all sites and layers.
+with σ_i² the energies that `jaxsteer.theory.fits.gains` gives for the best fits of −g_t from y_t. One backward pass
+gives the gradients at all sites and layers.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from jaxsteer.theory.oracle import SLOT, Replay, check_site
 from jaxsteer.types import Array, Batch, Plan, Slot, Steering, Taps
 
 STREAM_SITES = ("attn", "mlp.in", "mlp", "block")
+"""Sites with one vector per token, of the residual stream's width."""
 
 
 class Promise(NamedTuple):
-    """What is to be had at each layer of a site, in squared units of the loss's gradient, summed over the tokens.
+    """What steering could gain at each layer of a site: energies of the loss's gradient, summed over the tokens.
 
-    energy  Σ‖g_t‖², what shifts chosen token by token could reach, [L]
-    fixed   the part of it that a fixed vector reaches, [L]
-    ranks   the part that a linear map of rank 1, 2, ... reaches, [L, D]
+    energy  Σ‖g_t‖², within reach of a shift chosen for every token, [L]
+    fixed   the part within reach of a fixed vector, [L]
+    ranks   the part within reach of a linear map of rank 1, 2, ..., [L, D]
     """
 
     energy: Array
@@ -45,16 +46,24 @@ class Promise(NamedTuple):
 
 
 def site_gradients(network: Network, batch: Batch, sites: Sequence[str]) -> tuple[Taps, Taps]:
-    """(y, ∂L/∂y) at the sites, each [L, B, T, D], L the mean loss: one backward pass for all.
+    """Values and gradients of the mean loss at the sites of every layer, by one backward pass.
+
+    Args:
+        network: where the gradients are taken.
+        batch: [B, T].
+        sites: static.
+
+    Returns:
+        (y, ∂loss/∂y), each {site: [L, B, T, D]}.
 
     Raises:
-        ValueError: an unknown site, or one whose value is not one vector a token.
+        ValueError: an unknown site, or one with several vectors per token.
     """
     config = network.model.config
     for site in sites:
         check_site(site)
         if len(site_dims(config, site).y) != 1:
-            raise ValueError(f"site {site!r} has several vectors a token; predictions need a site with one")
+            raise ValueError(f"site {site!r} has several vectors per token; predictions need a site with one")
     shapes = {site: (config.layers, *batch.tokens.shape, *site_dims(config, site).y) for site in sites}
     shifts = {site: {"shift": jnp.zeros(shape)} for site, shape in shapes.items()}
     probed = network.steered(Slot(SLOT, Replay(), tuple(sites)), shifts)
@@ -74,7 +83,16 @@ def gradient_factors(
     sites: Sequence[str] = STREAM_SITES,
     advance: Callable[[int], None] = lambda done: None,
 ) -> dict[str, fits.Factor]:
-    """For each site, the factors of the maps y_t → −g_t of all layers (a leading axis L); batches stream by.
+    """Factors for fitting the maps y_t → −g_t at every layer of the sites.
+
+    Args:
+        network: where the gradients are taken.
+        batches: of one shape; each is used once.
+        sites: of `STREAM_SITES`.
+        advance: callback after every batch, with the number of batches done.
+
+    Returns:
+        {site: factors with a leading axis over the layers}
 
     Raises:
         ValueError: an unknown site, no batches.
@@ -94,26 +112,24 @@ def _absorb(
 ) -> dict[str, fits.Factor]:
     values, gradients = site_gradients(network, batch, sites)
     real = (batch.segments > 0).astype(jnp.float32)
-    found = {}
+    absorbed = {}
     for site in sites:
         y, g = values[site], gradients[site]
-        width, layers = y.shape[-1], y.shape[0]
-        if factors is None:
-            start = jnp.zeros((layers, 1 + 2 * width, 1 + 2 * width))
-            factor = fits.Factor(start, width)
-        else:
-            factor = factors[site]
-        found[site] = jax.lax.map(lambda xs: fits.absorb(xs[0], xs[1], -xs[2], real), (factor, y, g))
-    return found
+        layers, width = y.shape[0], y.shape[-1]
+        none = fits.Factor(jnp.zeros((layers, 1 + 2 * width, 1 + 2 * width)), width)
+        factor = none if factors is None else factors[site]
+        absorbed[site] = jax.lax.map(lambda xs: fits.absorb(xs[0], xs[1], -xs[2], real), (factor, y, g))
+    return absorbed
 
 
 @partial(jax.jit, static_argnames="ridge")
 def promise(factor: fits.Factor, ridge: float = 1e-3) -> Promise:
-    """What a site promises, from its factors of all layers.
+    """What a site promises, layer by layer.
 
     Args:
-        ridge: λ as a share of the mean square of what is read. Not small: with few tokens for many dimensions, a map
-            that is free to do so fits each token.
+        factor: of the site, from `gradient_factors`.
+        ridge: λ as a share of the mean square of an input; static. Not small: with few tokens for many dimensions, an
+            unrestricted map fits each token.
     """
 
     def one(factor: fits.Factor) -> Promise:
@@ -124,19 +140,21 @@ def promise(factor: fits.Factor, ridge: float = 1e-3) -> Promise:
 
 
 def aligned_start(plan: Plan, steering: Steering, factors: dict[str, fits.Factor], ridge: float = 1e-3) -> Steering:
-    """A fresh steering tree whose D reads what the gradient asks for; U stays zero, so it is still the base model.
+    """Align D of freshly initialised steering with the gradient; U stays zero, so it is still the base model.
 
-    In each block, D becomes the rows that the best rank-R map y → −g reads, made as long as D's own rows are: the first
-    step of U then goes where the loss falls fastest. Slots without D and U, and sites without a factor, stay.
+    In each layer D becomes the rows that the best rank-R map y → −g reads, with the norms of D's own rows: the first
+    step of U then goes where the loss falls fastest. Slots without D and U, and sites without a factor, do not change.
 
     Args:
-        plan, steering: freshly drawn. factors: of `gradient_factors`, at the sites to be aligned.
+        plan: the plan.
+        steering: its tree, freshly initialised.
+        factors: from `gradient_factors`, at the sites to align.
         ridge: as in `promise`.
 
     Raises:
-        ValueError: nothing in the plan that could be aligned.
+        ValueError: the plan has nothing to align.
     """
-    done = 0
+    aligned = 0
     for slot in plan:
         for site in slot.sites:
             p = steering[slot.name][site]
@@ -144,11 +162,11 @@ def aligned_start(plan: Plan, steering: Steering, factors: dict[str, fits.Factor
                 continue
             layers = slot.active_layers(factors[site].triangle.shape[0])
             rows = _aligned(factors[site], np.asarray(layers), p["D"].shape[1], ridge)
-            length = jnp.linalg.norm(p["D"], axis=-1, keepdims=True)
-            rows = rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-30) * length
+            norms = jnp.linalg.norm(p["D"], axis=-1, keepdims=True)
+            rows = rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-30) * norms
             steering = with_leaf(steering, (slot.name, site, "D"), rows.astype(p["D"].dtype))
-            done += 1
-    if not done:
+            aligned += 1
+    if not aligned:
         raise ValueError(
             f"nothing to align: no slot of {[slot.name for slot in plan]} has D and U at one of {sorted(factors)}"
         )
@@ -156,5 +174,6 @@ def aligned_start(plan: Plan, steering: Steering, factors: dict[str, fits.Factor
 
 
 def _aligned(factor: fits.Factor, layers: np.ndarray, rank: int, ridge: float) -> Array:
+    """What the best map of this rank reads in each of the layers, [A, R, D]."""
     chosen = jax.tree.map(lambda leaf: leaf[layers], factor)
     return jax.jit(lambda f: jax.lax.map(lambda one: fits.fit(one, "linear", rank, ridge).read, f))(chosen)

@@ -4,7 +4,7 @@ With f(θ) the values at the sites and δ an update of θ = (base, steering):
 
     exact         f(θ + s δ) − f(θ)
     first order   s f'(θ)[δ]                             one jvp, all layers at once
-    order n       Σ_{k ≤ n} sᵏ/k! · f⁽ᵏ⁾(θ)[δ, ..., δ]   nested jvps; what is left shrinks like sⁿ⁺¹
+    order n       Σ_{k ≤ n} sᵏ/k! · f⁽ᵏ⁾(θ)[δ, ..., δ]   nested jvps; the remainder shrinks like sⁿ⁺¹
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from jaxsteer.types import SITES, Array, Batch, Taps
 
 
 class Remainders(NamedTuple):
-    """Energies of a shift and of what its expansion leaves, Σ ‖·‖² over the real tokens; add them over batches.
+    """Energies of a shift and of what its expansion leaves, Σ ‖·‖² over tokens that are not padding; add over batches.
 
     scales     [S], factors on the update
-    shift      {site: [S, L]}, of the exact shift
-    remainder  {site: [N, S, L]}, of the exact shift minus its expansion to order 1, ..., N
+    shift      {site: [S, L]}, energy of the exact shift
+    remainder  {site: [N, S, L]}, energy of the exact shift minus its expansion to order 1, ..., N
     """
 
     scales: Array
@@ -45,11 +45,11 @@ def shift(
     """f(θ + s δ) − f(θ): the exact change at every site, layer and token of a finite update.
 
     Args:
-        model: static. Forward mode passes through XLA's attention kernels alone; "auto" takes one of them here.
+        model: static. Forward mode needs one of XLA's attention kernels; "auto" picks one here.
         at: θ, the whole base and steering trees.
         update: δ, a change of some of their leaves, see `jaxsteer.theory.update`.
-        batch: [B, T]. What stands at padding means nothing.
-        sites: whose values are compared.
+        batch: [B, T]. Values at padding are meaningless.
+        sites: whose values are compared; static.
         scale: s, a factor on the update.
 
     Returns:
@@ -63,16 +63,23 @@ def shift(
 
 
 def first_order(model: Model, at: Params, update: Params, batch: Batch, sites: Sequence[str]) -> Taps:
-    """f'(θ)[δ]: the shift to first order, at all layers by one jvp. Arguments and result as for `shift`."""
+    """f'(θ)[δ]: the shift to first order, at all layers, by one jvp. Arguments and result as for `shift`."""
     return higher_order(model, at, update, batch, sites, order=1)[0]
 
 
 def higher_order(
     model: Model, at: Params, update: Params, batch: Batch, sites: Sequence[str], order: int
 ) -> tuple[Taps, ...]:
-    """The terms f⁽ᵏ⁾(θ)[δ, ..., δ]/k! for k = 1, ..., order; at scale s term k counts sᵏ.
+    """The terms f⁽ᵏ⁾(θ)[δ, ..., δ]/k! for k = 1, ..., order; at scale s, term k is multiplied by sᵏ.
 
     By nested jvps through scan and rematerialisation: order n costs 2ⁿ forward passes, in one compiled program.
+
+    Args:
+        model, at, update, batch, sites: as for `shift`.
+        order: n, at least 1; static.
+
+    Returns:
+        A tuple of terms, each {site: [L, B, T, ...]}.
 
     Raises:
         ValueError: an order below 1; as for `shift`.
@@ -81,7 +88,7 @@ def higher_order(
         raise ValueError(f"order {order}: an expansion of the shift needs an order of at least 1")
     f, point, update = _curve(model, at, update, batch, sites)
 
-    def further(lower: Callable) -> Callable:
+    def differentiated(lower: Callable) -> Callable:
         """(f, ..., f⁽ᵏ⁾) -> (f, ..., f⁽ᵏ⁺¹⁾), each along the update."""
 
         def derivatives(point: Params) -> tuple[Taps, ...]:
@@ -90,21 +97,22 @@ def higher_order(
 
         return derivatives
 
-    all_of: Callable = lambda point: (f(point),)
+    series: Callable = lambda point: (f(point),)
     for _ in range(order):
-        all_of = further(all_of)
-    _, *derivatives = all_of(point)
-    return tuple(jax.tree.map(lambda d, k=k: d / math.factorial(k), each) for k, each in enumerate(derivatives, 1))
+        series = differentiated(series)
+    _, *derivatives = series(point)
+    return tuple(jax.tree.map(lambda d, k=k: d / math.factorial(k), taps) for k, taps in enumerate(derivatives, 1))
 
 
 def remainders(
     model: Model, at: Params, update: Params, batch: Batch, terms: Sequence[Taps], scales: ArrayLike
 ) -> Remainders:
-    """How much of the shift the expansion leaves unexplained, order by order, at each scale of the update.
+    """How much of the shift the expansion leaves, order by order, at each scale of the update.
 
     Args:
-        terms: of orders 1, ..., N at some sites, as `higher_order` gives them for the same arguments.
-        scales: [S] factors on the update. Others as for `shift`.
+        model, at, update, batch: as for `shift`.
+        terms: of orders 1, ..., N at some sites, from `higher_order` with the same arguments.
+        scales: [S] factors on the update.
 
     Raises:
         ValueError: no terms; as for `shift`.
@@ -128,7 +136,7 @@ def remainders(
 
 
 def energy(taps: Taps, batch: Batch) -> dict[str, Array]:
-    """Σ ‖·‖² over the real tokens, {site: [L]}; additive over batches."""
+    """Σ ‖·‖² over the tokens that are not padding, {site: [L]}; additive over batches."""
 
     def of(tap: Array) -> Array:
         squares = jnp.sum(jnp.square(tap), axis=tuple(range(3, tap.ndim)))
@@ -137,24 +145,30 @@ def energy(taps: Taps, batch: Batch) -> dict[str, Array]:
     return jax.tree.map(of, taps)
 
 
-def explained(found: Remainders, order: int = 1) -> dict[str, Array]:
-    """1 − ‖what order n leaves‖² / ‖exact shift‖², {site: [S, L]}: the share of the shift that the order explains.
+def explained(measured: Remainders, order: int = 1) -> dict[str, Array]:
+    """1 − ‖remainder of order n‖² / ‖exact shift‖², {site: [S, L]}: the share of the shift that order n explains.
 
     At most 1; negative where the expansion is further off than no shift at all; NaN where nothing shifts.
 
     Raises:
-        ValueError: an order that was not measured.
+        ValueError: the order was not measured.
     """
-    highest = min(left.shape[0] for left in found.remainder.values())
+    highest = min(left.shape[0] for left in measured.remainder.values())
     if not 1 <= order <= highest:
         raise ValueError(f"order {order}: orders 1 to {highest} were measured")
-    return {site: 1 - found.remainder[site][order - 1] / found.shift[site] for site in found.shift}
+    return {site: 1 - measured.remainder[site][order - 1] / measured.shift[site] for site in measured.shift}
 
 
 def reach(scales: ArrayLike, share: ArrayLike, level: float = 0.9) -> Array:
-    """The scale up to which a share stays at `level` or above, interpolated on a log axis. [S] and [S, ...] -> [...].
+    """The scale up to which a share stays at `level` or above, interpolated on a log axis.
 
-    inf where it stays so on all scales, 0 where the smallest scale is below already.
+    Args:
+        scales: [S], ascending.
+        share: [S, ...].
+        level: the threshold.
+
+    Returns:
+        [...]; inf where the share stays above on all scales, 0 where it is below on the smallest.
     """
     shares, log = jnp.asarray(share), jnp.log(jnp.asarray(scales))
     low = ~(shares >= level)
@@ -162,13 +176,13 @@ def reach(scales: ArrayLike, share: ArrayLike, level: float = 0.9) -> Array:
     pick = lambda index: jnp.take_along_axis(shares, index[None], axis=0)[0]
     before = jnp.maximum(first - 1, 0)
     high, under = pick(before), pick(first)
-    way = (high - level) / jnp.where(high > under, high - under, 1)
-    crossing = jnp.exp(log[before] + way * (log[first] - log[before]))
+    fraction = (high - level) / jnp.where(high > under, high - under, 1)
+    crossing = jnp.exp(log[before] + fraction * (log[first] - log[before]))
     return jnp.where(jnp.any(low, axis=0), jnp.where(first == 0, 0.0, crossing), jnp.inf)
 
 
 def log_slope(scales: ArrayLike, sizes: ArrayLike) -> Array:
-    """The least-squares slope of log sizes over log scales, the power at which they grow: [S] and [S, ...] -> [...]."""
+    """The power at which sizes grow, by least squares of log size on log scale: [S] and [S, ...] -> [...]."""
     x = jnp.log(jnp.asarray(scales))
     x = x - jnp.mean(x)
     return jnp.einsum("s,s...->...", x, jnp.log(jnp.asarray(sizes)).astype(x.dtype)) / jnp.vdot(x, x)
@@ -177,24 +191,24 @@ def log_slope(scales: ArrayLike, sizes: ArrayLike) -> Array:
 def _curve(
     model: Model, at: Params, update: Params, batch: Batch, sites: Sequence[str]
 ) -> tuple[Callable[[Params], Taps], Params, Params]:
-    """(f, the leaves that change, by how much): f takes those leaves to the values at the sites, at least fp32."""
+    """(f, the leaves that change, their change): f maps those leaves to the values at the sites, at least fp32."""
     update = complete(update, at)
     captured = check_sites(sites)
-    point, still = split_at(at, update)
+    point, fixed = split_at(at, update)
     model = forward_mode(replace(model, train_base=bool(jax.tree.leaves(update.base))))
 
     def f(changed: Params) -> Taps:
-        taps = forward(model, *combine(changed, still), batch, capture=captured).taps
+        taps = forward(model, *combine(changed, fixed), batch, capture=captured).taps
         return jax.tree.map(lambda tap: tap.astype(np.promote_types(tap.dtype, np.float32)), taps)
 
     return f, point, update
 
 
 def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
-    """The sites as `forward` captures them.
+    """The sites without repetition, as `forward` captures them; a text is one site.
 
     Raises:
-        ValueError: none, or one that no model has.
+        ValueError: no site, or an unknown one.
     """
     if isinstance(sites, str):
         sites = (sites,)
@@ -206,10 +220,10 @@ def check_sites(sites: Sequence[str]) -> tuple[str, ...]:
 
 
 def forward_mode(model: Model) -> Model:
-    """The model with an attention kernel that forward-mode derivatives pass through.
+    """The model with an attention kernel that supports forward-mode derivatives.
 
     Raises:
-        ValueError: a kernel with a derivative rule of its own was asked for.
+        ValueError: the model asks for a kernel with a custom derivative rule.
     """
     if model.attention in ("cudnn", "splash"):
         raise ValueError(

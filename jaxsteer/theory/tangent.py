@@ -1,7 +1,7 @@
-"""The tangent model: logits linear in what trains, z(θ₀) + J(θ₀)(θ − θ₀), to train in place of the full one.
+"""The tangent model: logits linear in the trained parameters, z(θ₀) + J(θ₀)(θ − θ₀).
 
-Its loss is convex in θ. Trained beside the full model on the same batches, it tells lazy dynamics (features stay as
-they are at θ₀) from those that move the features.
+Its loss is convex in θ. Trained beside the full model on the same batches, it tells lazy dynamics, in which features
+stay as they are at θ₀, from those that learn features.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from jaxsteer.types import Array, Batch, PyTree, Steering
 
 
 class Expansion(NamedTuple):
-    """What logits are made of, at θ₀, and how it moves along θ − θ₀: hidden states [B, T, D] and head [V, D].
+    """Hidden states and head at θ₀, and their derivatives along θ − θ₀.
 
-    head_dot is None where the head does not train.
+    hidden      [B, T, D]
+    head        [V, D]
+    hidden_dot  [B, T, D]
+    head_dot    [V, D]; None where the head is not trained
     """
 
     hidden: Array
@@ -33,27 +36,28 @@ class Expansion(NamedTuple):
 
 
 def tangent_forward(model: Model, at: Params, params: Params, batch: Batch) -> Expansion:
-    """`forward` linearised: its hidden states at θ₀ and J(θ₀)(θ − θ₀), by one jvp.
+    """`forward` linearised at θ₀: its hidden states and J(θ₀)(θ − θ₀), by one jvp.
 
     Args:
-        at: the leaves of θ₀ that train, None (or nothing) in place of the others: a fresh `TrainState.params`.
-        params: θ, the whole trees; what does not train is taken from here.
+        model: static.
+        at: the trained leaves of θ₀, None (or nothing) in place of the others, as in a fresh `TrainState.params`.
+        params: θ, the whole trees; frozen leaves are taken from here.
         batch: [B, T].
 
     Raises:
         ValueError: trees that do not fit, or an attention kernel without forward mode.
     """
     at = complete(at, params)
-    now, still = split_at(params, at)
-    plain = forward_mode(model)
+    now, frozen = split_at(params, at)
+    model = forward_mode(model)
 
-    def parts(changed: Params) -> tuple[Array, Array]:
-        whole = combine(changed, still)
-        return forward(plain, *whole, batch).hidden, output_embedding(whole.base)
+    def hidden_and_head(trained: Params) -> tuple[Array, Array]:
+        whole = combine(trained, frozen)
+        return forward(model, *whole, batch).hidden, output_embedding(whole.base)
 
-    (hidden, head), (dot, head_dot) = jax.jvp(parts, (at,), (jax.tree.map(jnp.subtract, now, at),))
-    trains = output_embedding(at.base) is not None
-    return Expansion(hidden, head, dot, head_dot if trains else None)
+    (hidden, head), (hidden_dot, head_dot) = jax.jvp(hidden_and_head, (at,), (jax.tree.map(jnp.subtract, now, at),))
+    head_is_trained = output_embedding(at.base) is not None
+    return Expansion(hidden, head, hidden_dot, head_dot if head_is_trained else None)
 
 
 def tangent_logits(model: Model, at: Params, params: Params, batch: Batch) -> Array:
@@ -74,12 +78,13 @@ def tangent_loss(
 ) -> Array:
     """`supervised_loss` of the tangent model: Σ weight · −log softmax(z(θ₀) + J(θ₀)(θ − θ₀)). Scalar.
 
-    A mode of training: `train_step(..., loss=partial(tangent_loss, at=at))`, everything else as ever. No gradient is
-    taken in θ₀.
+    Takes the place of `supervised_loss` in training: `train_step(..., loss=partial(tangent_loss, at=at))`. θ₀ has no
+    gradient.
 
     Args:
-        key, train: not used; what training draws at random has no part in the tangent model.
-        at: as in `tangent_forward`. Others as for `supervised_loss`.
+        model, base, steering, batch: as for `supervised_loss`.
+        key, train: ignored; the tangent model has no dropout or other randomness.
+        at: as for `tangent_forward`.
     """
     expansion = tangent_forward(model, jax.lax.stop_gradient(at), Params(base, steering), batch)
 
@@ -93,7 +98,7 @@ def tangent_loss(
 
 
 def _linear_logits(expansion: Expansion, h: Array, d: Array, softcap: float | None) -> Array:
-    """Logits of h plus their change along d (and along the head's own)."""
+    """Logits of the hidden states h plus their change along d and along the head's derivative."""
     if expansion.head_dot is None:
         z, dot = jax.jvp(lambda h: logits_of(h, expansion.head, softcap), (h,), (d,))
     else:

@@ -1,12 +1,11 @@
-"""An update: a change of (base, steering), whatever made it. Full fine-tuning, LoRA and steering are all of this form.
+"""Updates: changes of (base, steering), whatever made them. Full fine-tuning, LoRA and steering all have this form.
 
-It is a `Params` of the same form as the model's own trees, with None where a leaf stays as it is.
+An update is a `Params` with the structure of the model's trees, and None for a leaf that does not change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,22 +19,23 @@ _is_none = lambda leaf: leaf is None
 
 
 def difference(after: Params, before: Params) -> Params:
-    """after − before, leaf by leaf; None where both hold the very same array, which an update then leaves alone.
+    """after − before, leaf by leaf; None where both hold the very same array object.
 
     Args:
-        after, before: two points of one model: a fine-tuned and a pretrained base, trained and fresh steering, or both.
+        after: a fine-tuned base, trained steering, or both.
+        before: the pretrained base, fresh steering, or both.
 
     Raises:
-        ValueError: they differ in form, or in the shape of a leaf.
+        ValueError: they differ in structure, or in the shape of a leaf.
     """
     _check(after, before, "the model after the update", whole=True)
     return jax.tree.map(lambda a, b: None if a is b else a - b.astype(a.dtype), after, before)
 
 
 def merged(plan: Plan, base: PyTree, steering: Steering) -> Params:
-    """What LoRA and the like do to the weights: (W + s B A) − W for every kernel that the plan changes.
+    """What LoRA and other weight methods do to the weights: (W + s B A) − W for every kernel that the plan changes.
 
-    In at least fp32: what merging into half precision would round away is still part of the update.
+    Computed in at least fp32, so that it includes what merging into half-precision weights would round away.
 
     Raises:
         ValueError: a slot that cannot be merged into the weights.
@@ -44,24 +44,25 @@ def merged(plan: Plan, base: PyTree, steering: Steering) -> Params:
     after, rest, _ = fold_weights(plan, wide, steering)
     if rest:
         raise ValueError(
-            f"slots {[slot.name for slot in rest]} cannot be merged into the weights: they are no weight updates of "
-            "all tokens; use their steering trees as the update instead, see `difference`"
+            f"slots {[slot.name for slot in rest]} cannot be merged into the weights: they do not change the weights "
+            "for all tokens; use the change of their steering tree as the update instead, see `difference`"
         )
     return difference(Params(after, {}), Params(wide, {}))
 
 
 def written(plan: Plan, base: PyTree, steering: Steering) -> tuple[Params, Params]:
-    """(θ, δ) from steering switched off to steering as it is: δ is what its methods write with (U, B, v).
+    """(θ, δ), θ with the steering switched off and θ + δ with the steering as given.
 
-    At θ these are zero, so it is the plain model; what they read with stays, or U D would begin at order two.
+    δ holds the parameters that methods write with (U, B, v). They are zero at θ, which makes it the plain model; what
+    methods read with is the same in both, because if D moved too, U D would start at second order.
 
     Raises:
-        ValueError: a slot whose method names nothing that it writes with.
+        ValueError: a slot whose method declares no parameters that it writes with.
     """
     off = steering
     for slot in plan:
         if not slot.method.writes:
-            raise ValueError(f"slot {slot.name!r}: its method names no parameters that it writes with")
+            raise ValueError(f"slot {slot.name!r}: its method declares no parameters that it writes with")
         for site in slot.sites:
             for name, _ in slot.method.writes:
                 off = with_leaf(off, (slot.name, site, name), jnp.zeros_like(steering[slot.name][site][name]))
@@ -70,14 +71,14 @@ def written(plan: Plan, base: PyTree, steering: Steering) -> tuple[Params, Param
 
 
 def only_layer(update: Params, layer: Array | int) -> Params:
-    """The update of one block's weights alone; everything before that block stays as it was.
+    """The part of an update that changes one block's weights.
 
     Raises:
         ValueError: it changes no weights of the blocks.
     """
     blocks = (update.base or {}).get("blocks")
     if not jax.tree.leaves(blocks):
-        raise ValueError("the update changes no weights of the blocks, so it has no part that is one layer's")
+        raise ValueError("the update changes no weights of the blocks, so no part of it belongs to one layer")
 
     def keep(leaf: Array) -> Array:
         here = jnp.arange(leaf.shape[0]) == layer
@@ -87,14 +88,14 @@ def only_layer(update: Params, layer: Array | int) -> Params:
 
 
 def complete(update: Params, at: Params) -> Params:
-    """The update in the form of `at`: None for what it leaves out, each leaf in the dtype of the one it changes.
+    """The update with the structure of `at`: None for what it leaves out, each leaf in the dtype of the one it changes.
 
     Args:
-        update: may lack branches of the trees, or hold None for them.
+        update: may lack branches of the trees, or have None for them.
         at: the whole trees, (base, steering).
 
     Raises:
-        ValueError: a leaf that the model does not have, or one of another shape; nothing to change at all.
+        ValueError: a leaf that the model does not have, or one of another shape; no leaf at all.
     """
     _check(update, at, "the update", whole=False)
     base, steering = (_fill(part, whole) for part, whole in zip(update, at, strict=True))
@@ -104,10 +105,10 @@ def complete(update: Params, at: Params) -> Params:
 
 
 def split_at(at: Params, update: Params) -> tuple[Params, Params]:
-    """(what a complete update changes, what it leaves alone): `jaxsteer.optim.merge` puts them together again."""
+    """(leaves that a complete update changes, leaves that it does not); `jaxsteer.params.combine` is the inverse."""
     changed = jax.tree.map(lambda u, a: None if u is None else a, update, at, is_leaf=_is_none)
-    still = jax.tree.map(lambda u, a: a if u is None else None, update, at, is_leaf=_is_none)
-    return changed, still
+    unchanged = jax.tree.map(lambda u, a: a if u is None else None, update, at, is_leaf=_is_none)
+    return changed, unchanged
 
 
 def moved(point: Params, update: Params, scale: Array | float) -> Params:
@@ -120,26 +121,27 @@ def moved(point: Params, update: Params, scale: Array | float) -> Params:
     return jax.tree.map(move, point, update)
 
 
-def _fill(part: Any, whole: Any) -> Any:
+def _fill(part: PyTree, whole: PyTree) -> PyTree:
+    """A part of a nested dict with the structure of the whole, None for what it lacks."""
     if isinstance(whole, Mapping):
         return {key: _fill(None if part is None else part.get(key), value) for key, value in whole.items()}
     return None if part is None else jnp.asarray(part).astype(whole.dtype)
 
 
 def _check(tree: Params, at: Params, what: str, *, whole: bool) -> None:
-    """Raise ValueError where `tree` has a leaf that `at` lacks, one of another shape, or (if whole) too few."""
-    leaves = lambda t: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
-    got, there = leaves(tree), leaves(at)
-    if strange := sorted(set(got) - set(there)):
+    """Raise ValueError if `tree` has a leaf that `at` lacks, one of another shape, or (if whole) lacks one."""
+    by_path = lambda t: {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(t)}
+    leaves, expected = by_path(tree), by_path(at)
+    if unknown := sorted(set(leaves) - set(expected)):
         raise ValueError(
-            f"{what} has {strange[0]}, which the model has not (it has {len(there)} leaves, such as "
-            f"{next(iter(there), 'none')}); base and steering must be those of one model and plan"
+            f"{what} has {unknown[0]}, which the model does not have (it has {len(expected)} leaves, such as "
+            f"{next(iter(expected), 'none')}); both must belong to one model and plan"
         )
-    if whole and (missing := sorted(set(there) - set(got))):
-        raise ValueError(f"{what} lacks {missing[0]}; base and steering must be those of one model and plan")
-    for path, leaf in got.items():
-        if jnp.shape(leaf) != jnp.shape(there[path]):
+    if whole and (missing := sorted(set(expected) - set(leaves))):
+        raise ValueError(f"{what} lacks {missing[0]}; both must belong to one model and plan")
+    for path, leaf in leaves.items():
+        if jnp.shape(leaf) != jnp.shape(expected[path]):
             raise ValueError(
-                f"{what}: {path} is {jnp.shape(leaf)}, the model's is {jnp.shape(there[path])}; both must be of one "
+                f"{what}: {path} is {jnp.shape(leaf)}, the model's is {jnp.shape(expected[path])}; both must be of one "
                 "architecture and plan"
             )

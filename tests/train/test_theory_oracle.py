@@ -13,7 +13,7 @@ from train.theory.convert import ConvertStudy
 from train.theory.geometry import GeometryStudy
 from train.theory.oracle import OracleStudy
 from train.theory.predict import PredictStudy
-from train.theory.subjects import read_pair
+from train.theory.subjects import count_examples, count_tokens, read_base, read_tuned
 
 
 @pytest.fixture(scope="module")
@@ -39,26 +39,60 @@ def result(folder, name):
     return json.loads((folder / f"{name}.json").read_text())
 
 
-def test_examples_are_all_there_once_and_prompts_show_no_label(setting):
-    pair = read_pair(setting["tuned"], setting["config"])
-    whole, prompts = (pair.batches("train", 20, rows=2, length=16, answers=answers) for answers in (True, False))
-    assert sum(int(np.sum(np.asarray(b.positions == 0) & np.asarray(b.segments > 0))) for b in whole) == 20
+def examples_in(batches):
+    return sum(int(np.sum(np.asarray(b.positions == 0) & np.asarray(b.segments > 0))) for b in batches)
+
+
+@pytest.fixture(scope="module")
+def base(setting):
+    return read_base(setting["config"])
+
+
+def test_examples_are_all_there_once_and_prompts_show_no_label(setting, base):
+    whole, prompts = (
+        base.batches("train", 20, batch_size=2, sequence_length=16, answers=answers) for answers in (True, False)
+    )
+    assert examples_in(whole) == count_examples(whole) == 20
     assert {b.tokens.shape for b in whole} == {(2, 16)}
     assert all(np.any(b.weights > 0) for b in whole)
     assert not any(np.any(b.weights > 0) for b in prompts)
     assert sum(int(np.sum(b.segments > 0)) for b in prompts) == 40  # two bytes each: a letter and >
-    with pytest.raises(ValueError, match=r"no such fine-tuning; make it first: python -m train.sft"):
-        read_pair("nowhere.safetensors", setting["config"])
+    assert count_tokens(prompts) == 40
+    with pytest.raises(ValueError, match=r"no such fine-tuning; make it first: python -m train.sft .*config.py"):
+        read_tuned("nowhere.safetensors", base)
+
+
+@pytest.mark.parametrize("length", [4, 9, 32])
+def test_full_batches_hold_what_fits_them_whatever_the_examples_length(length, base):
+    """Examples of four tokens: 1, 2 and 8 in a row."""
+    batches = base.full_batches("train", 3, batch_size=2, sequence_length=length)
+    assert [b.tokens.shape for b in batches] == [(2, length)] * 3
+    assert count_examples(batches) == examples_in(batches) == 6 * (length // 4)
+    few = base.full_batches("train", 60, batch_size=2, sequence_length=32)  # more than all of them fill
+    assert count_examples(few) == 100
+    assert len(few) == 7
+
+
+def check_redrawn(study, folder, data):
+    """Figures come from the data alone: what JSON holds draws them again."""
+    again = folder / "again"
+    again.mkdir()
+    study.draw(data, again)
+    figures = {path.name for path in folder.glob("*.png")}
+    assert figures == {path.name for path in again.iterdir()}
+    assert study.rows(data)
 
 
 @pytest.mark.slow
 def test_the_oracle_study(setting, tmp_path):
-    OracleStudy(**setting, examples=12, batch_size=2, sequence_length=32, every=2, out=str(tmp_path)).run()
+    study = OracleStudy(**setting, examples=12, batch_size=2, sequence_length=32, every=2, out=str(tmp_path))
+    study.run()
     found = result(tmp_path, "oracle")
     assert found["replays"]["every block"]["kl"] < 1e-4 < found["replays"]["base"]["kl"]
     assert found["replays"]["fine-tuned"]["agreement"] == 1
     np.testing.assert_allclose(found["shares"]["whole"]["block"]["share"], 1, atol=1e-4)
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+    check_redrawn(study, tmp_path, found)
 
 
 @pytest.mark.slow
@@ -70,8 +104,11 @@ def test_conversion_then_geometry(setting, tiny_folder, tmp_path):
     assert models["affine"]["kl"] < models["base"]["kl"]
     assert load_steering(tmp_path / "distilled.safetensors").plan[0].sites == ("block",)
     steering = str(tmp_path / "linear.safetensors")
-    GeometryStudy(**setting, **small, rank=2, steering=steering, out=str(tmp_path)).run()
-    found = result(tmp_path, "geometry")
+    study = GeometryStudy(**setting, **small, rank=2, steering=steering, out=str(tmp_path / "geometry"))
+    study.run()
+    found = result(tmp_path / "geometry", "geometry")
+    assert (found["examples"], found["tokens"]) == (12, 48)
+    check_redrawn(study, tmp_path / "geometry", found)
     assert {len(each) for each in found["overlap"].values()} == {config.layers}
     assert "oracle · steering writes, block" in found["mean_overlap"]
     assert max(found["effective_rank"]["LoRA at mlp.down"]) <= 2
@@ -79,9 +116,14 @@ def test_conversion_then_geometry(setting, tiny_folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_prediction_study(setting, tmp_path):
-    study = PredictStudy(setting["config"], "nonlinear(rank=2) @ {site}", batches=1, batch_size=2, steps=2, every=2)
-    PredictStudy(**{**vars(study), "out": str(tmp_path)}).run()
+    plan = "nonlinear(rank=3) @ {site}"
+    study = PredictStudy(
+        config=setting["config"], plan=plan, batches=1, batch_size=2, steps=2, every=2, out=str(tmp_path)
+    )
+    study.run()
     found = result(tmp_path, "predict")
     assert len(found["fall at one layer"]) == len(found["layers"]) == 2
     assert set(found["starts"]) == {"drawn D", "aligned D"}
     assert all(-1 <= each <= 1 for each in found["rank correlation over layers"].values())
+    assert "promise of rank 3" in found["rank correlation over layers"]
+    check_redrawn(study, tmp_path, found)

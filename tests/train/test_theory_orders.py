@@ -1,18 +1,21 @@
 """The studies `orders` and `tangent` on a tiny model, end to end."""
 
 import json
+import shlex
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tyro
 
 from jaxsteer import LoRA, Slot
 from jaxsteer.io import load_model, save_hf, save_steering
 from jaxsteer.steering import steering_shapes
 from train.theory.__main__ import STUDIES, main
-from train.theory.orders import Orders
-from train.theory.tangent import Tangent
+from train.theory.orders import OrdersStudy
+from train.theory.tangent import TangentStudy
 
 pytestmark = pytest.mark.xdist_group("theory_studies")
 
@@ -46,11 +49,19 @@ def tuned(tiny_folder, tmp_path_factory):
 
 
 def test_orders(config, tuned, tmp_path):
-    study = Orders(
-        tuned, config, sites=("mlp", "block"), order=2, smallest=-11, largest=1, length=16, out=str(tmp_path)
+    study = OrdersStudy(
+        tuned=tuned,
+        config=config,
+        sites=("mlp", "block"),
+        order=2,
+        smallest=-11,
+        largest=1,
+        sequence_length=18,
+        out=str(tmp_path),
     )
     study.run()
     data = json.loads((tmp_path / "orders.json").read_text())
+    assert data["tokens"] == 2 * 16  # examples of 4 tokens; the padding of a row does not count
     names = [name for name in data if isinstance(data[name], dict)]
     assert len(names) == 2
     for name in names:
@@ -72,7 +83,8 @@ def test_orders(config, tuned, tmp_path):
 
 @pytest.mark.slow
 def test_tangent(config, tmp_path):
-    Tangent(config, ("lora(rank=2) @ projections",), lr=0.05, steps=6, every=3, length=16, out=str(tmp_path)).run()
+    plan = ("lora(rank=2) @ projections",)
+    TangentStudy(config=config, plan=plan, lr=0.05, steps=6, every=3, sequence_length=16, out=str(tmp_path)).run()
     rows = json.loads((tmp_path / "tangent.json").read_text())["rows"]
     assert [row["step"] for row in rows] == [0, 3, 6]
     names = ("full", "lazy", "lazy_in_full", "full_in_lazy")
@@ -85,13 +97,13 @@ def test_tangent(config, tmp_path):
 
 def test_bad_settings_are_refused(config, tuned, tmp_path):
     with pytest.raises(ValueError, match=r"order must be at least 1"):
-        Orders(tuned, config, order=0).run()
+        OrdersStudy(tuned=tuned, config=config, order=0).run()
     with pytest.raises(ValueError, match=r"no site 'mlp.experts'"):
-        Orders(tuned, config, sites=("mlp.experts",)).run()
+        OrdersStudy(tuned=tuned, config=config, sites=("mlp.experts",)).run()
     with pytest.raises(ValueError, match=r"nowhere: no such fine-tuning"):
-        Orders((str(tmp_path / "nowhere"),), config).run()
+        OrdersStudy(tuned=(str(tmp_path / "nowhere"),), config=config).run()
     with pytest.raises(ValueError, match=r"steps and every"):
-        Tangent(config, every=0).run()
+        TangentStudy(config=config, every=0).run()
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -101,3 +113,22 @@ def test_help(name, monkeypatch, capsys):
         main()
     assert stopped.value.code == 0
     assert "--out" in capsys.readouterr().out
+
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+COMMANDS = [
+    line.split("-m train.theory ")[1]
+    for name in ("theory.md", "theory_oracle.md")
+    for line in (DOCS / name).read_text(encoding="utf-8").splitlines()
+    if "-m train.theory " in line
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_commands_are_understood(command):
+    study = tyro.extras.subcommand_cli_from_dict(STUDIES, args=shlex.split(command))
+    assert study.name == command.split()[0]
+
+
+def test_every_study_is_documented():
+    assert {command.split()[0] for command in COMMANDS} == set(STUDIES)

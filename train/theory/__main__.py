@@ -1,7 +1,7 @@
 """What a fine-tuning does to activations, measured on a real model: `python -m train.theory orders`.
 
-Each study writes figures (PNG) and what they show (JSON) into its folder. Those of docs/theory.md measure two
-fine-tunings, which take a minute or two each:
+Each study prints a table and writes figures (PNG) and numbers (JSON) into its folder. The fine-tunings of
+docs/theory.md take a minute or two each:
 
     python -m train.sft configs/theory.py
     python -m train.sft configs/theory.py --plan --train-base --optim.lr 1e-4 --out runs/theory/full
@@ -9,7 +9,7 @@ fine-tunings, which take a minute or two each:
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import tyro
 
@@ -18,19 +18,15 @@ from train.devices.machine import enable_compilation_cache
 from train.theory.convert import ConvertStudy
 from train.theory.geometry import GeometryStudy
 from train.theory.oracle import OracleStudy
-from train.theory.orders import Orders
+from train.theory.orders import OrdersStudy
 from train.theory.predict import PredictStudy
-from train.theory.tangent import Tangent
+from train.theory.study import Study
+from train.theory.tangent import TangentStudy
 
-STUDIES: dict[str, Any] = {
-    "orders": Orders,
-    "tangent": Tangent,
-    "oracle": OracleStudy,
-    "convert": ConvertStudy,
-    "geometry": GeometryStudy,
-    "predict": PredictStudy,
+STUDIES: dict[str, Callable[..., Study]] = {
+    study.name: study for study in (OrdersStudy, TangentStudy, OracleStudy, ConvertStudy, GeometryStudy, PredictStudy)
 }
-"""A study by its name: a frozen dataclass of settings whose `run()` carries it out."""
+"""Each study by its name."""
 
 
 def main() -> None:

@@ -2,135 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from jaxsteer.io import save_steering
 from jaxsteer.models.transformer import Network
-from jaxsteer.theory.compare import Means
-from jaxsteer.theory.conversion import FitSettings, Form, distill, to_lora, to_steering
-from train.display.console import progress
+from jaxsteer.theory import FitSettings, Means, distill, to_lora, to_steering
+from jaxsteer.theory.conversion import Form
+from jaxsteer.types import Batch
 from train.display.plots import plot_by_layer
-from train.theory.subjects import counter, judge, read_pair, recovered, write_result
+from train.theory.study import Data, PairStudy, Row, Ticker, ticking
+from train.theory.subjects import Base, comparison_rows, count_examples, judge, with_recovered
+
+Check = Callable[[str, Network], None]
+"""Compares a named network with the fine-tuned one."""
 
 
-@dataclass(frozen=True)
-class ConvertStudy:
-    """Post-block steering made from a fine-tuned model and unlabelled prompts, by each form; what it loses in KL and
-    accuracy; what distillation wins back; and the LoRA that the steering becomes. Figure: unexplained.png.
+@dataclass(frozen=True, kw_only=True)
+class ConvertStudy(PairStudy):
+    """Post-block steering made from a fine-tuned model and unlabelled prompts, in several forms: the KL and accuracy
+    that it loses, what distillation wins back, and the LoRA that the steering becomes. Figure: unexplained.png.
     """
 
-    tuned: str = "runs/theory/lora/steering.safetensors"
-    """The fine-tuning: a steering file, or a folder of a fully fine-tuned model."""
-    config: str = "configs/theory.py"
-    """The config file that it was trained with: names the base and the task."""
+    name = "convert"
+    title = "Conversions"
+
     forms: tuple[Form, ...] = ("fixed", "linear", "affine", "nonlinear")
-    """Of steering: the mean shift, linear, linear with a vector, nonlinear."""
+    """Forms of steering to fit: mean shift, linear, linear with a vector, nonlinear."""
     rank: int = 8
-    """Of the steering, and of the LoRA made from it."""
+    """Rank of the steering, and of the LoRA made from it."""
     ridge: float = 1e-5
-    """Of the fits, as a share of the mean square of an input."""
+    """Ridge penalty of the steering fits, as a share of the mean square of an input."""
     lora_ridge: float = 1e-2
-    """The same for the LoRA, whose inputs have more dimensions."""
+    """Ridge penalty of the LoRA fits, whose inputs have more dimensions."""
     prompts: int = 800
-    """Training prompts to fit on; their answers are not looked at."""
-    examples: int = 120
-    """Test examples to measure on."""
-    batch_size: int = 8
-    """Rows of a batch."""
-    sequence_length: int = 96
-    """Tokens of a row."""
+    """Number of training prompts to fit on; their answers are not used."""
     distill_steps: int = 40
-    """Steps of distillation, from the last form; 0 = none."""
+    """Steps of distillation, starting from the last form; 0 = no distillation."""
     distill_rows: int = 2
-    """Rows of a step of it."""
+    """Rows per batch of distillation."""
     distill_lr: float = 1e-4
-    """Its learning rate: the share of itself that an entry moves by in a step."""
+    """Learning rate of distillation: the share of itself by which an entry moves in a step."""
     lora: bool = True
-    """Make a LoRA from the last form's steering."""
+    """Also make a LoRA from the last form's steering."""
     out: str = "runs/theory/convert"
-    """Folder of the figure, convert.json, and the steering of each form (*.safetensors)."""
+    """Output folder for the figure, convert.json and the steering of each form (*.safetensors)."""
 
-    def run(self) -> None:
-        """Convert, measure, draw, print a table and write convert.json.
-
-        Raises:
-            ValueError: there is no such fine-tuning, or settings that do not fit it.
-        """
-        pair = read_pair(self.tuned, self.config)
-        fit_on = pair.batches("train", self.prompts, rows=self.batch_size, length=self.sequence_length, answers=False)
-        test = pair.batches("test", self.examples, rows=self.batch_size, length=self.sequence_length)
-        count, folder = pair.base.model.config.layers, Path(self.out)
-        found: dict[str, Means] = {}
-        left: dict[str, Any] = {}
-        last = pair.base
+    def measure(self) -> Data:
+        """Convert, compare each result with the fine-tuned model, and save the steering files."""
+        base, tuned = self.read()
+        prompts, test = self._prompts(base, self.batch_size), self.test_batches(base)
+        results: dict[str, Means] = {}
+        unexplained: dict[str, list[float]] = {}
         fits = len(self.forms) + self.lora
-        total = fits * count + (2 + fits + bool(self.distill_steps)) + self.distill_steps
-        with progress(total, "Converting") as bar:
-            tick = counter(bar.update)
+        checks = 2 + fits + bool(self.distill_steps)
+        with ticking(fits * base.loaded.config.layers + checks + self.distill_steps, "Converting") as tick:
 
             def check(name: str, network: Network) -> None:
-                found[name] = judge(pair.tuned, network, test)
-                bar.note(f"{name}: KL {found[name].kl:.4f}, accuracy {found[name].accuracy:.3f}")
+                results[name] = judge(tuned, network, test)
+                tick.note(f"{name}: KL {results[name].kl:.4f}, accuracy {results[name].accuracy:.3f}")
                 tick()
 
-            check("base", pair.base)
-            check("fine-tuned", pair.tuned)
+            check("base", base.network)
+            check("fine-tuned", tuned)
+            steered = base.network
             for form in self.forms:
                 settings = FitSettings(form, self.rank, ridge=self.ridge)
-                made = to_steering(pair.tuned, pair.base, fit_on, settings, advance=tick)
-                last, left[form] = made.network, np.asarray(made.unexplained).tolist()
-                check(form, last)
-                self._save(folder, form, pair, last)
+                converted = to_steering(tuned, base.network, prompts, settings, advance=tick)
+                steered, unexplained[form] = converted.network, np.asarray(converted.unexplained).tolist()
+                check(form, steered)
+                self._save(form, base, steered)
             if self.lora:
-                made = to_lora(last, pair.base, fit_on, self.rank, self.lora_ridge, advance=tick)
-                left["LoRA from the steering"] = np.asarray(made.unexplained).tolist()
-                check(f"LoRA from {self.forms[-1]}", made.network)
+                converted = to_lora(steered, base.network, prompts, self.rank, self.lora_ridge, advance=tick)
+                unexplained["LoRA from the steering"] = np.asarray(converted.unexplained).tolist()
+                check(f"LoRA from {self.forms[-1]}", converted.network)
             if self.distill_steps:
-                rows = pair.batches(
-                    "train", self.prompts, rows=self.distill_rows, length=self.sequence_length, answers=False
-                )
-                done = distill(pair.tuned, last, rows, self.distill_steps, self.distill_lr, advance=tick)
-                check(f"{self.forms[-1]}, distilled", done.network)
-                bar.note(f"distillation: KL on the prompts {done.before:.4f} before, {done.after:.4f} after")
-                self._save(folder, "distilled", pair, done.network)
-        base, tuned = found["base"], found["fine-tuned"]
-        data = {
-            "prompts": self.prompts,
-            "examples": self.examples,
+                self._distill(base, tuned, steered, check, tick)
+        return {
+            "prompts": count_examples(prompts),
+            "examples": count_examples(test),
             "rank": self.rank,
-            "models": {name: {**m._asdict(), "recovered": recovered(m, base, tuned)} for name, m in found.items()},
-            "unexplained": left,
+            "models": with_recovered(results),
+            "unexplained": unexplained,
         }
-        path = write_result(folder, "convert", data)
+
+    def draw(self, data: Data, folder: Path) -> None:
+        """What each fit leaves of the shift, by layer."""
         plot_by_layer(
             folder / "unexplained.png",
-            left,
+            data["unexplained"],
             ylabel="share of the shift left over",
-            title=f"What fits of rank {self.rank} leave, on the steered stream",
+            title=f"What fits of rank {data['rank']} leave, on the steered stream",
         )
-        table = Table(title="Conversions", title_justify="left")
-        for column in ("model", "KL, nats", "same answer token", "accuracy", "gain recovered"):
-            table.add_column(column)
-        for name, m in found.items():
-            shown = (f"{m.kl:.4f}", f"{m.agreement:.3f}", f"{m.accuracy:.3f}", f"{recovered(m, base, tuned):.2f}")
-            table.add_row(name, *shown)
-        Console().print(table)
-        print(f"figure, numbers and steering files: {path.parent}")
 
-    def _save(self, folder: Path, name: str, pair: Any, network: Network) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = pair.loaded.config
+    def rows(self, data: Data) -> Sequence[Row]:
+        """A row per model."""
+        return comparison_rows(data["models"], "model")
+
+    def _prompts(self, base: Base, batch_size: int) -> list[Batch]:
+        return base.batches(
+            "train", self.prompts, batch_size=batch_size, sequence_length=self.sequence_length, answers=False
+        )
+
+    def _distill(self, base: Base, tuned: Network, steered: Network, check: Check, tick: Ticker) -> None:
+        """Distil the last form's steering on the prompts, check it and save it."""
+        prompts = self._prompts(base, self.distill_rows)
+        distilled = distill(tuned, steered, prompts, self.distill_steps, self.distill_lr, advance=tick)
+        check(f"{self.forms[-1]}, distilled", distilled.network)
+        tick.note(f"distillation: KL on the prompts {distilled.before:.4f} before, {distilled.after:.4f} after")
+        self._save("distilled", base, distilled.network)
+
+    def _save(self, name: str, base: Base, network: Network) -> None:
+        path = Path(self.out) / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_steering(
-            folder / f"{name}.safetensors",
+            path,
             network.steering,
             network.model.plan,
-            model_name=pair.config.model,
-            config=config,
+            model_name=base.config.model,
+            config=base.loaded.config,
             notes={"converted_from": self.tuned},
         )

@@ -1,176 +1,203 @@
-"""What the gradients at the base model foretell, against what training finds: the study `predict`."""
+"""What the gradients at the base model predict, against what training finds: the study `predict`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.stats import spearmanr
 
-from jaxsteer.models.transformer import Model, Network
-from jaxsteer.objective import mean_loss
+from jaxsteer.models.transformer import Network
+from jaxsteer.objective import supervised_loss, total_weight
+from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
-from jaxsteer.theory.predict import STREAM_SITES, aligned_start, gradient_factors, promise
-from jaxsteer.types import Steering
-from train.base_models import load
-from train.cli import load_config_file
-from train.config import TrainConfig
-from train.display.console import progress
+from jaxsteer.theory import Promise, aligned_start, gradient_factors, promise
+from jaxsteer.theory.predict import STREAM_SITES
+from jaxsteer.types import Array, Batch, Steering
 from train.display.plots import plot_by_layer
 from train.run.training import Training, make_training
-from train.theory.subjects import Pair, counter, write_result
+from train.theory.study import Data, Row, Study, Ticker, ticking
+from train.theory.subjects import Base, read_base
+
+RANKS = (1, 2, 4, 8, 16, 32)
+"""Ranks of linear maps whose promise is recorded, beside that of the plan."""
+HELD_OUT_BATCHES, HELD_OUT_ROWS = 4, 2
+"""Validation batches, and rows of each, that the loss is measured on."""
+
+Start = Callable[[Training, int], Steering]
+"""(a run, its seed) -> the steering that it starts from."""
 
 
-def correlations(data: dict[str, Any]) -> dict[str, float]:
-    """Spearman's, over the layers that were trained alone, of the fall that training found with each prediction."""
-    block = {name: np.array(each)[data["layers"]] for name, each in data["promise"]["block"].items()}
-    predictions = {
-        "promise of rank 8": block["rank 8"],
-        "energy": block["energy"],
-        "share of the energy that rank 8 reaches": block["rank 8"] / block["energy"],
-    }
-    return {name: float(spearmanr(values, data["fall at one layer"]).statistic) for name, values in predictions.items()}
-
-
-@dataclass(frozen=True)
-class PredictStudy:
+@dataclass(frozen=True, kw_only=True)
+class PredictStudy(Study):
     """Which layers and sites should pay, by the gradients of a few batches at the base model; which do, by training
     steering at one layer alone and at one site alone; and whether D along the gradient's directions trains faster.
     Figures: promise.png, layers.png, starts.png.
     """
 
-    config: str = "configs/theory.py"
-    """A config file: its model, its task, and the rows of a training step."""
+    name = "predict"
+    title = "Rank correlation with the fall of the loss, over layers"
+
     plan: str = "nonlinear(rank=8) @ {site}"
-    """The steering that is trained, at {site}."""
+    """Steering to train, with {site} in place of the site."""
     lr: float = 5e-3
-    """Its learning rate."""
+    """Learning rate."""
     batches: int = 4
-    """Training batches that the gradients are taken from."""
+    """Number of training batches to take the gradients from."""
     batch_size: int = 8
-    """Rows of one of them."""
+    """Rows per batch of the gradients."""
     steps: int = 20
-    """Steps of each training."""
+    """Steps of each training run."""
     every: int = 5
-    """Layers between those that are trained alone."""
+    """Train at every N-th layer alone, and at the last."""
     seeds: int = 1
-    """Trainings from each start."""
+    """Training runs from each start."""
     ridge: float = 1e-3
-    """Of the fits, see `jaxsteer.theory.predict.promise`."""
+    """Ridge penalty of the fits, see `jaxsteer.theory.predict.promise`."""
     out: str = "runs/theory/predict"
-    """Folder of the figures and of predict.json."""
+    """Output folder for the figures and predict.json."""
 
-    def run(self) -> None:
-        """Predict, train, draw and write predict.json.
-
-        Raises:
-            ValueError: a config that is not there, or whose model does not fit the plan.
-        """
-        config = load_config_file(self.config, TrainConfig)
-        loaded = load(config.model, "float32")
-        base = Network(Model(loaded.config), loaded.base, {})
-        pair = Pair(loaded, config, base, base)
-        per_row = 8  # a row of this length holds at least so many examples
-        batches = pair.batches(
-            "train", self.batches * self.batch_size * per_row, rows=self.batch_size, length=config.sequence_length
-        )
-        held = pair.batches("validation", 4 * per_row * 2, rows=2, length=config.sequence_length)
-        count = loaded.config.layers
-        layers = sorted({*range(0, count, self.every), count - 1})
+    def measure(self) -> Data:
+        """Predict, then train."""
+        base = read_base(self.config)
+        length, last = base.config.sequence_length, base.loaded.config.layers - 1
+        batches = base.full_batches("train", self.batches, batch_size=self.batch_size, sequence_length=length)
+        held_out = base.full_batches("validation", HELD_OUT_BATCHES, batch_size=HELD_OUT_ROWS, sequence_length=length)
+        layers = sorted({*range(0, last, self.every), last})
+        rank = self._rank(base)
         runs = len(layers) + len(STREAM_SITES) + 2 * self.seeds
-        data: dict[str, Any] = {"layers": layers, "steps": self.steps}
-        with progress(len(batches) + runs * self.steps, "Predicting and training") as bar:
-            tick = counter(bar.update)
-            factors = gradient_factors(base, batches, advance=tick)
-            promises = {site: promise(factors[site], self.ridge) for site in STREAM_SITES}
-            data["promise"] = {
-                site: {
-                    "energy": np.asarray(p.energy).tolist(),
-                    "fixed": np.asarray(p.fixed).tolist(),
-                    **{f"rank {r}": np.asarray(p.ranks[:, r - 1]).tolist() for r in (1, 2, 4, 8, 16, 32)},
-                }
-                for site, p in promises.items()
-            }
+        with ticking(len(batches) + runs * self.steps, "Predicting and training") as tick:
+            factors = gradient_factors(base.network, batches, advance=tick)
+            promises = {site: _promised(promise(factors[site], self.ridge), rank) for site in STREAM_SITES}
+            before = _mean_loss(base.network, held_out)
 
-            def trained(where: str, seed: int = 0, start: Any = None) -> tuple[float, list[float]]:
-                run = replace(
-                    config,
-                    plan=(self.plan.replace("{site}", where),),
-                    optim=replace(config.optim, lr=self.lr),
-                    steps=self.steps,
-                    seed=seed,
-                )
-                training = make_training(run, loaded)
-                if start is not None:
-                    training = training.starting_from(start(training, seed))
-                return self._train(run, training, held, tick)
-
-            before = self._loss(base, {}, held)
-            data["loss before"] = before
-            data["fall at one layer"] = [before - trained(f"block layers={layer}")[0] for layer in layers]
-            data["fall at one site"] = {site: before - trained(site)[0] for site in STREAM_SITES}
+            def train(site: str, seed: int = 0, start: Start | None = None) -> tuple[float, list[float]]:
+                return self._train(base, held_out, site, seed, start, tick)
 
             def aligned(training: Training, seed: int) -> Steering:
-                plan = training.model.plan
-                fresh = init_steering(plan, loaded.config, jax.random.key(seed))
+                plan = training.program.model.plan
+                fresh = init_steering(plan, base.loaded.config, jax.random.key(seed))
                 return aligned_start(plan, fresh, factors, self.ridge)
 
-            starts = {"drawn D": None, "aligned D": aligned}
-            found = {
-                name: [trained("block", seed, start) for seed in range(self.seeds)] for name, start in starts.items()
+            at_layers = [before - train(f"block layers={layer}")[0] for layer in layers]
+            at_sites = {site: before - train(site)[0] for site in STREAM_SITES}
+            starts = {
+                name: [train("block", seed, start) for seed in range(self.seeds)]
+                for name, start in (("drawn D", None), ("aligned D", aligned))
             }
-        data["starts"] = {
-            name: {"held-out loss": [f[0] for f in each], "training loss": [f[1] for f in each]}
-            for name, each in found.items()
+        data: Data = {
+            "layers": layers,
+            "steps": self.steps,
+            "rank": rank,
+            "promise": promises,
+            "loss before": before,
+            "fall at one layer": at_layers,
+            "fall at one site": at_sites,
+            "starts": {
+                name: {"held-out loss": [held for held, _ in runs], "training loss": [losses for _, losses in runs]}
+                for name, runs in starts.items()
+            },
         }
-        data["rank correlation over layers"] = correlations(data)
-        self._draw(data, count, layers, np.sqrt(np.asarray(promises["block"].ranks[:, 7])))
-        print(f"figures and numbers: {write_result(self.out, 'predict', data).parent}")
+        return data | {"rank correlation over layers": correlations(data)}
 
-    def _train(self, config: TrainConfig, training: Training, held: list, tick: Any) -> tuple[float, list[float]]:
-        state, losses = training.state, []
-        for step in range(training.steps):
-            state, metrics = training.step(state, training.batch(config, step), training.frozen)
-            losses.append(float(metrics.loss))
-            tick()
-        params = training.params(state)
-        return self._loss(Network(training.model, params.base, params.steering), params.steering, held), losses
-
-    def _loss(self, network: Network, steering: Steering, held: list) -> float:
-        loss = jax.jit(mean_loss, static_argnums=0)
-        return float(np.mean([loss(network.model, network.base, steering, batch) for batch in held]))
-
-    def _draw(self, data: dict[str, Any], count: int, layers: list[int], expected: np.ndarray) -> None:
-        folder = Path(self.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        share = lambda p: (np.array(p["rank 8"]) / np.array(p["energy"])).tolist()
+    def draw(self, data: Data, folder: Path) -> None:
+        """What each site promises, one layer alone, and training from both starts."""
+        rank, block = f"rank {data['rank']}", data["promise"]["block"]
         plot_by_layer(
             folder / "promise.png",
-            {site: np.sqrt(p["rank 8"]).tolist() for site, p in data["promise"].items()},
+            {site: np.sqrt(promised[rank]).tolist() for site, promised in data["promise"].items()},
             ylabel="first-order fall of the loss\nfor shifts of norm 1",
-            title="What a linear map of rank 8 promises at each site",
+            title=f"What a linear map of {rank} promises at each site",
         )
-        measured = np.full(count, np.nan)
-        measured[layers] = np.array(data["fall at one layer"]) / max(data["fall at one layer"])
+        expected, measured = np.sqrt(block[rank]), np.full(len(block["energy"]), np.nan)
+        measured[data["layers"]] = np.array(data["fall at one layer"]) / max(data["fall at one layer"])
         plot_by_layer(
             folder / "layers.png",
             {
                 "promised, largest = 1": (expected / expected.max()).tolist(),
-                f"after {self.steps} steps, largest = 1": measured.tolist(),
-                "share of the gradient's energy": share(data["promise"]["block"]),
+                f"after {data['steps']} steps, largest = 1": measured.tolist(),
+                "share of the gradient's energy": (np.array(block[rank]) / np.array(block["energy"])).tolist(),
             },
             ylabel="fall of the loss",
             title="Post-block steering at one layer alone",
         )
-        curves = {name: jnp.mean(jnp.array(each["training loss"]), axis=0) for name, each in data["starts"].items()}
         plot_by_layer(
             folder / "starts.png",
-            {name: np.asarray(curve).tolist() for name, curve in curves.items()},
+            {name: np.mean(start["training loss"], axis=0).tolist() for name, start in data["starts"].items()},
             xlabel="step",
             ylabel="training loss",
             title="Post-block steering from a drawn and from an aligned D",
         )
+
+    def rows(self, data: Data) -> Sequence[Row]:
+        """A row per prediction."""
+        found = data["rank correlation over layers"]
+        return [{"prediction": name, "rank correlation": f"{value:.2f}"} for name, value in found.items()]
+
+    def _rank(self, base: Base) -> int:
+        """Rank of the steering that is trained."""
+        (slot,) = parse_plan([self.plan.replace("{site}", "block")], base.loaded.config)
+        rank = getattr(slot.method, "rank", None)
+        if rank is None:
+            raise ValueError(f"predict: --plan {self.plan!r} has no rank; use a method with D and U, such as nonlinear")
+        return rank
+
+    def _train(
+        self, base: Base, held_out: Sequence[Batch], site: str, seed: int, start: Start | None, tick: Ticker
+    ) -> tuple[float, list[float]]:
+        """(held-out loss after training at a site, training loss of each step)."""
+        config = replace(
+            base.config,
+            plan=(self.plan.replace("{site}", site),),
+            optim=replace(base.config.optim, lr=self.lr),
+            steps=self.steps,
+            seed=seed,
+        )
+        training = make_training(config, base.loaded)
+        if start is not None:
+            training = training.starting_from(start(training, seed))
+        state, losses = training.state, []
+        for step in range(training.steps):
+            state, metrics = training.step(state, training.batch(step))
+            losses.append(float(metrics.loss))
+            tick()
+        return _mean_loss(Network(training.program.model, *training.params(state)), held_out), losses
+
+
+def correlations(data: Data) -> dict[str, float]:
+    """Spearman's rank correlation of each prediction with the fall that training found, over the layers trained alone.
+
+    Args:
+        data: what `PredictStudy.measure` returns.
+    """
+    rank = f"rank {data['rank']}"
+    block = {name: np.array(values)[data["layers"]] for name, values in data["promise"]["block"].items()}
+    predictions = {
+        f"promise of {rank}": block[rank],
+        "energy": block["energy"],
+        f"share of the energy that {rank} reaches": block[rank] / block["energy"],
+    }
+    return {name: float(spearmanr(values, data["fall at one layer"]).statistic) for name, values in predictions.items()}
+
+
+def _promised(promised: Promise, rank: int) -> dict[str, list[float]]:
+    """What each layer promises: in all, to a fixed vector, and to linear maps of `RANKS` and of `rank`."""
+    width = promised.ranks.shape[1]
+    ranks = {f"rank {r}": promised.ranks[:, r - 1] for r in sorted({*RANKS, rank}) if r <= width}
+    values = {"energy": promised.energy, "fixed": promised.fixed, **ranks}
+    return {name: np.asarray(array).tolist() for name, array in values.items()}
+
+
+@jax.jit
+def _loss_and_weight(network: Network, batch: Batch) -> tuple[Array, Array]:
+    loss = supervised_loss(network.model, network.base, network.steering, batch)
+    return loss, total_weight(batch)
+
+
+def _mean_loss(network: Network, batches: Sequence[Batch]) -> float:
+    """Mean loss per supervised token, nats."""
+    losses, weights = zip(*(_loss_and_weight(network, batch) for batch in batches), strict=True)
+    return float(np.sum(losses) / np.sum(weights))

@@ -1,95 +1,208 @@
-"""What studies look at: a fine-tuning as an update of its base model, and held-out text."""
+"""What studies measure: a base model and the task it was fine-tuned on, a fine-tuning of it, and packed examples.
+
+A fine-tuning is read either as a second network (`read_tuned`), to be compared with the base, or as an update of the
+base (`read_update`), to be expanded in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io import LoadedModel, SteeringFile, load_steering
-from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.params import Params
 from jaxsteer.steering import fold_weights
-from jaxsteer.theory import difference, merged, written
-from jaxsteer.theory.compare import Means, Where, means
-from jaxsteer.theory.conversion import measure
+from jaxsteer.theory import Means, difference, means, measure, merged, written
+from jaxsteer.theory.compare import Where
 from jaxsteer.types import Batch, PyTree
 from train.base_models import load
 from train.cli import load_config_file
 from train.config import TrainConfig
-from train.data import DataSource, encode, encode_prompts, stack_rows
-from train.data.packing import pack
+from train.data import DataSource, TokenizedExample, encode, encode_prompts, pack, stack_rows
 from train.tasks import Split
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A fine-tuning: the model, the point θ where it began, and its update δ; at θ + δ stands the tuned model."""
+class Base:
+    """A pretrained model in float32, and the config of its fine-tuning, which names the task.
+
+    loaded       the model
+    config       settings of the fine-tuning
+    config_file  where they were read from
+    """
+
+    loaded: LoadedModel
+    config: TrainConfig
+    config_file: str
+
+    @property
+    def network(self) -> Network:
+        """The model without steering."""
+        return Network(Model(config=self.loaded.config), self.loaded.base, {})
+
+    def batches(
+        self, split: Split, examples: int, *, batch_size: int, sequence_length: int, answers: bool = True
+    ) -> list[Batch]:
+        """The first examples of a split, each once, in packed rows; the last batch is filled up with empty rows.
+
+        Args:
+            split: of the task.
+            examples: their number; all, where the split has fewer.
+            batch_size: rows per batch.
+            sequence_length: tokens per row.
+            answers: include the completions; without, the rows hold nothing of a label.
+
+        Raises:
+            ValueError: the split has no examples, or one is longer than a row.
+        """
+        return _stacked(self._tokens(split, sequence_length, answers, examples), batch_size, sequence_length)
+
+    def full_batches(self, split: Split, batches: int, *, batch_size: int, sequence_length: int) -> list[Batch]:
+        """As many leading examples of a split as fit into this number of batches; fewer batches from a small split.
+
+        Raises:
+            ValueError: the split has no examples, or one is longer than a row.
+        """
+        tokens = self._tokens(split, sequence_length)
+        rows = batches * batch_size
+        rows_of = lambda count: len(pack([len(example) for example in tokens[:count]], sequence_length))
+        fitting = bisect_right(range(1, len(tokens) + 1), rows, key=rows_of)
+        return _stacked(tokens[:fitting], batch_size, sequence_length)
+
+    def training_batches(self, split: Split, batches: int, *, batch_size: int, sequence_length: int) -> list[Batch]:
+        """The first batches of a training run on a split: rows in random order, all of them full.
+
+        Raises:
+            ValueError: the split has no examples, or one is longer than a row.
+        """
+        source = DataSource(self._tokens(split, sequence_length), batch_size, sequence_length)
+        return [jax.tree.map(jnp.asarray, source.batch(step)) for step in range(batches)]
+
+    def _tokens(
+        self, split: Split, max_length: int, answers: bool = True, count: int | None = None
+    ) -> list[TokenizedExample]:
+        """The first `count` examples of a split (None = all), tokenised."""
+        examples = self.config.task.load(split)[:count]
+        if not examples:
+            raise ValueError(f"the task has no {split} examples to measure on")
+        tokenise = encode if answers else encode_prompts
+        chat, on_long = self.config.task.chat, self.config.on_long
+        return tokenise(examples, self.loaded.require_tokenizer(), chat=chat, max_length=max_length, on_long=on_long)[0]
+
+
+def read_base(config: str) -> Base:
+    """Load the base model that a training config names.
+
+    Raises:
+        ValueError: there is no such config file, or the model cannot be loaded.
+    """
+    settings = load_config_file(config, TrainConfig)
+    return Base(load(settings.model, "float32"), settings, config)
+
+
+def read_tuned(path: str, base: Base) -> Network:
+    """Load a fine-tuned model; weight methods such as LoRA are merged, other slots stay steering.
+
+    Args:
+        path: a steering file (*.safetensors), or the folder of a fully fine-tuned model.
+        base: the model that was fine-tuned.
+
+    Raises:
+        ValueError: there is no such fine-tuning, or it belongs to another model.
+    """
+    config = base.loaded.config
+    if _existing(path, base).is_dir():
+        return Network(Model(config=config), load(path, "float32").base, {})
+    file = read_steering(path, base)
+    weights, plan, steering = fold_weights(file.plan, base.loaded.base, file.steering)
+    return Network(Model(config=config, plan=plan), weights, steering)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A fine-tuning as an update: the tuned model is at θ + δ.
+
+    name   of the run: the folder of the steering file, or of the model
+    model  what is static about the model
+    at     θ, where the fine-tuning started
+    delta  δ, the change of the leaves that it trained
+    """
 
     name: str
     model: Model
     at: Params
-    update: Params
+    delta: Params
 
 
-def read_subject(path: str, loaded: LoadedModel, dtype: str = "float32") -> Subject:
-    """Read a fine-tuning of a loaded base model.
+def read_update(path: str, base: Base) -> Update:
+    """Load a fine-tuning as an update of its base model.
 
-    LoRA and the like become the update of the weights that merging them makes; steering is switched on by what it
-    writes with; of a fully fine-tuned model every weight changes.
+    LoRA and other weight methods become the change of the weights that merging them makes; steering is switched on by
+    what its methods write with (see `jaxsteer.theory.written`); in a fully fine-tuned model every weight changes.
 
     Args:
-        path: a steering file (*.safetensors), or a folder of a fine-tuned model.
-        loaded: its base.
-        dtype: of the weights while they are loaded.
+        path: a steering file (*.safetensors), or the folder of a fully fine-tuned model.
+        base: the model that was fine-tuned.
 
     Raises:
-        ValueError: there is no such file, or it belongs to another model.
+        ValueError: there is no such fine-tuning, or it belongs to another model.
     """
-    place = Path(path)
-    if not place.exists():
-        raise ValueError(
-            f"{path}: no such fine-tuning; `python -m train.theory --help` says how those of docs/theory.md are made"
-        )
+    place, weights, plain = _existing(path, base), base.loaded.base, Model(config=base.loaded.config)
+    at = Params(weights, {})
     name = place.parent.name if place.is_file() or place.name == "model" else place.name
     if place.is_dir():
-        tuned = load(path, dtype)
-        return Subject(name, Model(loaded.config), *_of_weights(loaded.base, tuned.base))
-    file = load_steering(path)
-    file.check(loaded.config)
+        return Update(name, plain, at, difference(Params(load(path, "float32").base, {}), at))
+    file = read_steering(path, base)
     if all(slot.method.kind == "weight" for slot in file.plan):
-        update = merged(file.plan, loaded.base, file.steering)
-        return Subject(name, Model(loaded.config), Params(loaded.base, {}), update)
-    return Subject(name, Model(loaded.config, file.plan), *written(file.plan, loaded.base, file.steering))
+        return Update(name, plain, at, merged(file.plan, weights, file.steering))
+    model = Model(config=base.loaded.config, plan=file.plan)
+    return Update(name, model, *written(file.plan, weights, file.steering))
 
 
-def _of_weights(base: PyTree, tuned: PyTree) -> tuple[Params, Params]:
-    at = Params(base, {})
-    return at, difference(Params(tuned, {}), at)
-
-
-def held_out(
-    config: TrainConfig, loaded: LoadedModel, *, rows: int, length: int, batches: int, split: str = "test"
-) -> Sequence[Batch]:
-    """Packed batches of the task's held-out examples, prompts and completions.
+def read_steering(path: str, base: Base) -> SteeringFile:
+    """Read a steering file of this base model.
 
     Raises:
-        ValueError: no such examples.
+        ValueError: the file cannot be read, or belongs to another model.
     """
-    examples = config.task.load(split)  # type: ignore[arg-type]
-    if not examples:
-        raise ValueError(f"the task has no {split} examples to measure on")
-    tokens, _ = encode(
-        examples, loaded.require_tokenizer(), chat=config.task.chat, max_length=length, on_long=config.on_long
-    )
-    source = DataSource(tokens, rows, length)
-    return [jax.tree.map(jnp.asarray, source.batch(step)) for step in range(batches)]
+    file = load_steering(path)
+    file.check(base.loaded.config)
+    return file
+
+
+def _existing(path: str, base: Base) -> Path:
+    if not Path(path).exists():
+        raise ValueError(
+            f"{path}: no such fine-tuning; make it first: python -m train.sft {base.config_file} "
+            "(`python -m train.theory --help` shows the commands for the fine-tunings of docs/theory.md)"
+        )
+    return Path(path)
+
+
+def _stacked(tokens: Sequence[TokenizedExample], batch_size: int, sequence_length: int) -> list[Batch]:
+    """Examples in packed rows, and empty rows up to a whole batch."""
+    packed = pack([len(example) for example in tokens], sequence_length)
+    rows = [[tokens[i] for i in row] for row in packed]
+    rows += [[]] * (-len(rows) % batch_size)
+    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return [jax.tree.map(jnp.asarray, stack_rows(part, sequence_length)) for part in parts]
+
+
+def count_examples(batches: Sequence[Batch]) -> int:
+    """Number of examples in the rows of batches."""
+    return sum(int(np.sum(np.max(np.asarray(batch.segments), axis=1))) for batch in batches)
+
+
+def count_tokens(batches: Sequence[Batch]) -> int:
+    """Number of tokens in the rows of batches, without padding."""
+    return sum(int(np.sum(np.asarray(batch.segments) > 0)) for batch in batches)
 
 
 def cast(tree: PyTree, dtype: str) -> PyTree:
@@ -97,89 +210,31 @@ def cast(tree: PyTree, dtype: str) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), dtype), tree)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A base model and what fine-tuning made of it, on one task."""
-
-    loaded: LoadedModel
-    config: TrainConfig
-    base: Network
-    tuned: Network
-    file: SteeringFile | None = None
-    """The steering file that `tuned` was read from, if it is one."""
-
-    def batches(self, split: Split, examples: int, *, rows: int, length: int, answers: bool = True) -> list[Batch]:
-        """The first so many examples of a split in packed rows, each once; the last batch is filled up by padding.
-
-        Args:
-            answers: with the completions; without, nothing of a label is in them.
-        """
-        some = self.config.task.load(split)[:examples]
-        if not some:
-            raise ValueError(f"the task has no {split} examples")
-        chat, tokenizer = self.config.task.chat, self.loaded.require_tokenizer()
-        if answers:
-            tokens, _ = encode(some, tokenizer, chat=chat, max_length=length, on_long=self.config.on_long)
-        else:
-            tokens, _ = encode_prompts(some, tokenizer, chat=chat)
-        packed = pack([len(each) for each in tokens], length)
-        packed += [[]] * (-len(packed) % rows)
-        filled = [[tokens[i] for i in row] for row in packed]
-        return [
-            jax.tree.map(jnp.asarray, stack_rows(filled[i : i + rows], length)) for i in range(0, len(filled), rows)
-        ]
-
-
-def read_pair(path: str, config: str) -> Pair:
-    """Load a fine-tuning and its base.
-
-    Args:
-        path: a steering file (*.safetensors), whose weight methods are merged; or a folder of a fully tuned model.
-        config: the config file of the training: names the base and the task.
-
-    Raises:
-        ValueError: there is no such fine-tuning, or it is another model's.
-    """
-    settings = load_config_file(config, TrainConfig)
-    place = Path(path)
-    if not place.exists():
-        raise ValueError(f"{path}: no such fine-tuning; make it first: python -m train.sft {config}")
-    loaded = load(settings.model, "float32")
-    base = Network(Model(loaded.config), loaded.base, {})
-    if place.is_dir():
-        return Pair(loaded, settings, base, Network(Model(loaded.config), load(path, "float32").base, {}))
-    file = load_steering(path)
-    file.check(loaded.config)
-    merged, rest, steering = fold_weights(file.plan, loaded.base, file.steering)
-    return Pair(loaded, settings, base, Network(Model(loaded.config, rest), merged, steering), file)
-
-
 def judge(tuned: Network, network: Network, batches: Sequence[Batch], where: Where = "answers") -> Means:
-    """A network beside the tuned one: KL, agreement, accuracy."""
+    """How a network compares with the tuned one: KL, agreement, accuracy."""
     return means(measure(tuned, network, batches, where))
 
 
-def recovered(found: Means, base: Means, tuned: Means) -> float:
-    """The share of the accuracy gained by fine-tuning that a network has."""
-    gain = tuned.accuracy - base.accuracy
-    return (found.accuracy - base.accuracy) / gain if gain else float("nan")
+def with_recovered(results: dict[str, Means]) -> dict[str, dict[str, float]]:
+    """Each network's means, and the share of the accuracy gained by fine-tuning that it has ("recovered").
+
+    Args:
+        results: means by name, with those of "base" and "fine-tuned".
+    """
+    base, gain = results["base"].accuracy, results["fine-tuned"].accuracy - results["base"].accuracy
+    share = lambda accuracy: (accuracy - base) / gain if gain else float("nan")
+    return {name: {**found._asdict(), "recovered": share(found.accuracy)} for name, found in results.items()}
 
 
-def counter(update: Callable[..., None]) -> Callable[..., None]:
-    """A function that counts its calls into a progress bar."""
-    done = 0
-
-    def one(*_: Any) -> None:
-        nonlocal done
-        done += 1
-        update(done)
-
-    return one
-
-
-def write_result(folder: str | Path, name: str, data: Mapping[str, Any]) -> Path:
-    """Write NAME.json into the study's folder, which is made."""
-    path = Path(folder) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, data)
-    return path
+def comparison_rows(results: dict[str, dict[str, float]], heading: str) -> list[dict[str, str]]:
+    """Table rows of `with_recovered`'s results (NaN may be text, as in JSON), the networks' names under `heading`."""
+    return [
+        {
+            heading: name,
+            "KL, nats": f"{float(found['kl']):.4f}",
+            "same answer token": f"{float(found['agreement']):.3f}",
+            "accuracy": f"{float(found['accuracy']):.3f}",
+            "gain recovered": f"{float(found['recovered']):.2f}",
+        }
+        for name, found in results.items()
+    ]

@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from test_oracle import fine_tuned
-from tiny import layouts, random_steering
+from tiny import fast_jit, layouts, random_steering, run
 
-from jaxsteer import LinearSteering, Model, NonlinearSteering, Slot, forward, make_batch
+from jaxsteer import LinearSteering, Model, NonlinearSteering, Slot, make_batch
 from jaxsteer.io import load_model
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import Network
-from jaxsteer.theory.compare import compare_networks, means, totals
-from jaxsteer.theory.conversion import FitSettings, distill, measure, plan_of, to_lora, to_steering
+from jaxsteer.theory.compare import compare_networks, means, measure, totals
+from jaxsteer.theory.conversion import FitSettings, plan_of, to_lora, to_steering
+from jaxsteer.theory.distillation import distill
 
 pytestmark = pytest.mark.xdist_group("conversion")  # the tests share compiled programs
 
@@ -25,6 +27,9 @@ def base(tiny_config, tiny_base):
     return Network(Model(tiny_config), tiny_base, {})
 
 
+packed_batch = fast_jit(make_batch)
+
+
 def token_batches(vocab, count, seed=0):
     """Packed rows, two examples each, the last tokens of the second supervised; one row of padding at its end."""
     draw = np.random.default_rng(seed)
@@ -32,7 +37,7 @@ def token_batches(vocab, count, seed=0):
     segments[-1, 24:] = 0
     weights = np.zeros((8, 32), np.float32)
     weights[:, 12:16] = weights[:, 20:24] = 1
-    return [make_batch(draw.integers(3, vocab, (8, 32)), segments, weights) for _ in range(count)]
+    return [packed_batch(draw.integers(3, vocab, (8, 32)), segments, weights) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,7 @@ def test_a_planted_tree_is_found(method, base, batches, held_out):
     assert kl(tuned, found.network, held_out) < 1e-3
     assert np.max(found.unexplained) < 1e-2
     assert found.network.model.plan == plan_of(form, 4)
-    forward(found.network.model, base.base, found.network.steering, held_out[0])  # an ordinary tree
+    run(found.network.model, base.base, found.network.steering, held_out[0])  # an ordinary tree
     # Too few directions leave what they cannot reach; the mean shift leaves most.
     less = to_steering(tuned, base, batches, FitSettings(form, rank=1, ridge=1e-9))
     fixed = to_steering(tuned, base, batches, FitSettings("fixed"))
@@ -88,7 +93,7 @@ def test_later_blocks_make_up_for_earlier_ones(tuned, base, batches):
     """Fitted to the increments of the fine-tuned stream instead, errors pile up."""
     settings = FitSettings("affine", rank=4)
     streamed = to_steering(tuned, base, batches, settings)
-    alone = [to_steering(tuned, base, batches, settings, layers=(layer,)) for layer in range(4)]
+    alone = [to_steering(tuned, base, batches, replace(settings, layers=(layer,))) for layer in range(4)]
     # Each fitted as if it were the only one: the shift of the layers before it is counted again and again.
     piled = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(each.network.steering for each in alone))
     plain = Network(streamed.network.model, base.base, piled)
@@ -99,7 +104,7 @@ def test_later_blocks_make_up_for_earlier_ones(tuned, base, batches):
 
 @pytest.mark.slow
 def test_steering_at_one_layer_only(tuned, base, batches):
-    found = to_steering(tuned, base, batches, FitSettings("affine", rank=4), layers=(3,))
+    found = to_steering(tuned, base, batches, FitSettings("affine", rank=4, layers=(3,)))
     (steer, _) = found.network.model.plan
     assert steer.layers == (3,)
     assert found.network.steering["steer"]["block"]["D"].shape == (1, 4, 32)
@@ -119,7 +124,7 @@ class Stream:
         if i >= self.count:
             raise IndexError(i)
         self.most = max(self.most, sum(array.nbytes for array in jax.live_arrays()))
-        return jax.tree.map(lambda leaf: jnp.tile(leaf, (4, 1)), token_batches(self.vocab, 1, seed=i)[0])
+        return jax.tree.map(lambda leaf: jnp.asarray(np.tile(leaf, (4, 1))), token_batches(self.vocab, 1, seed=i)[0])
 
 
 @pytest.mark.slow
@@ -131,13 +136,13 @@ def test_flat_conversions_are_the_same(tuned, base, batches):
 
 def test_flat_conversions_do_not_grow_with_the_tokens(tuned, base):
     """10 thousand tokens and 100 thousand: 10 and 100 batches of 32 rows of 32."""
-    settings = FitSettings("fixed")
+    settings = FitSettings("fixed", layers=(0,))
 
     def most(count, flat):
         gc.collect()
         before = sum(array.nbytes for array in jax.live_arrays())
         stream = Stream(base.model.config.vocab_size, count)
-        to_steering(tuned, base, stream, settings, layers=(0,), flat=flat)
+        to_steering(tuned, base, stream, settings, flat=flat)
         return stream.most - before
 
     few, many = most(10, True), most(100, True)
@@ -172,27 +177,31 @@ def test_a_lora_is_found_for_steering(base, batches):
     assert kl(found.network, again.network, batches) < 1e-3
 
 
+compare = fast_jit(compare_networks, static_argnames="where")
+
+
 def test_comparisons_count_what_is_asked(base, tuned, batches):
     batch = batches[0]
-    found = compare_networks(tuned, base, batch)
-    out = [n(batch).hidden @ n.base["head"]["embedding"].T for n in (tuned, base)]
-    p, q = (jax.nn.log_softmax(x) for x in out)
-    by_hand = jnp.sum(jnp.exp(p) * (p - q), -1)
+    found = compare(tuned, base, batch)
+    out = [np.asarray(run(n.model, n.base, {}, batch).hidden @ n.base["head"]["embedding"].T) for n in (tuned, base)]
+    p, q = (scipy.special.log_softmax(x, axis=-1) for x in out)
+    by_hand = np.sum(np.exp(p) * (p - q), -1)
     counted = np.asarray(found.counted) > 0
-    np.testing.assert_allclose(found.kl[counted], by_hand[counted], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found.kl)[counted], by_hand[counted], rtol=1e-3, atol=1e-5)
     assert counted[:, 11:15].all()
     assert counted.sum() == 8 * 8
-    assert not np.any(found.kl[~counted])
-    everything = compare_networks(tuned, base, batch, "all")
-    assert everything.counted.sum() == 8 * 32 - 8  # no padding
-    assert not np.any(everything.right[:, 15])  # after an example's end
-    same = means(totals(compare_networks(tuned, tuned, batch, "all"), batch))
+    assert not np.any(np.asarray(found.kl)[~counted])
+    everything = compare(tuned, base, batch, "all")
+    assert np.sum(everything.counted) == 8 * 32 - 8  # no padding
+    assert not np.any(np.asarray(everything.right)[:, 15])  # after an example's end
+    same = means(totals(compare(tuned, tuned, batch, "all"), batch))
     assert same.kl == pytest.approx(0, abs=1e-6)
     assert same.agreement == 1
     # A model asked for what it says itself is always right.
-    said = jnp.concatenate([batch.tokens[:, :1], jnp.argmax(out[0], -1)[:, :-1].astype(jnp.int32)], 1)
-    one = make_batch(batch.tokens.at[:, 15].set(said[:, 15]), batch.segments, jnp.zeros((8, 32)).at[:, 15].set(1.0))
-    sums = totals(compare_networks(tuned, tuned, one), one)
+    tokens, weights = np.array(batch.tokens), np.zeros((8, 32), np.float32)
+    tokens[:, 15], weights[:, 15] = np.argmax(out[0], -1)[:, 14], 1
+    one = packed_batch(tokens, batch.segments, weights)
+    sums = totals(compare(tuned, tuned, one), one)
     assert (sums.solved, sums.examples) == (8, 8)
     with pytest.raises(ValueError, match="answers or all, got 'some'"):
         compare_networks(tuned, base, batch, "some")

@@ -103,5 +103,5 @@ def test_bad_input_is_refused(here):
         per_example_gradients(MODEL, base, steering, batch, examples=1)
     with pytest.raises(ValueError, match=r"under jit.*examples=n"):
         jax.jit(lambda b: per_example_gradients(MODEL, base, steering, b))(batch)
-    with pytest.raises(ValueError, match=r"over 40 parameters.*1,600 entries.*most is 39"):
+    with pytest.raises(ValueError, match=r"over 40 parameters.*1,600 entries.*maximum is 39"):
         dense(lambda v: v, steering, largest=39)

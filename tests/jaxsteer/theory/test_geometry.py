@@ -83,7 +83,7 @@ def test_what_methods_say_they_read_and_write(tiny_config):
     close(writes["lora", "mlp.down", "B"], steering["lora"]["mlp.down"]["B"].swapaxes(1, 2), 0)
     close(writes["fixed", "mlp", "v"], steering["fixed"]["mlp"]["v"][:, None], 0)
     assert not [key for key in (*reads, *writes) if key[1] == "attn.heads"]
-    with pytest.raises(ValueError, match="reads or writes"):
+    with pytest.raises(ValueError, match="reads or writes, got 'both'"):
         geometry.method_directions(plan, steering, "both")
 
 

@@ -79,7 +79,7 @@ def test_logits_and_loss_are_linear_and_touch_the_model(everything, whole, batch
 
 def test_the_training_step_takes_it(whole, batch):
     """The first step is the full model's; later ones part, and the tangent model's loss falls with each."""
-    model, tx = Model(SMALL, PLAN), optax.sgd(0.02)
+    model, tx = Model(SMALL, PLAN, remat="none"), optax.sgd(0.02)
     at, frozen = partition(whole, param_labels(whole, PLAN))
     step = fast_jit(lambda s, at: train_step(s, batch, frozen, model=model, tx=tx, loss=partial(tangent_loss, at=at)))
     plain = fast_jit(lambda s: train_step(s, batch, frozen, model=model, tx=tx))
@@ -89,12 +89,8 @@ def test_the_training_step_takes_it(whole, batch):
         state, metrics = step(state, at)
         other, _ = plain(other)
         losses.append(float(metrics.loss))
-        apart.append(
-            max(
-                float(jnp.abs(a - b).max())
-                for a, b in zip(*map(jax.tree.leaves, (state.params, other.params)), strict=True)
-            )
-        )
+        pairs = zip(*map(jax.tree.leaves, jax.device_get((state.params, other.params))), strict=True)
+        apart.append(max(np.abs(a - b).max() for a, b in pairs))
     assert apart[0] < 1e-6
     assert apart[-1] > 1e-4
     assert all(np.diff(losses) < 0)

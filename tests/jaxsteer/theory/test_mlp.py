@@ -1,6 +1,7 @@
 """The closed forms of the first-order equivalence, against jvps of the MLP and of whole models."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from jaxsteer.theory import (
 )
 from jaxsteer.theory.mlp import SLOPES, layer_mlp
 
-pytestmark = pytest.mark.xdist_group("theory_gated_mlp")
+pytestmark = pytest.mark.xdist_group("theory_mlp")
 
 LAYER = 2
 first = fast_jit(first_order, static_argnames=("model", "sites"))
@@ -47,8 +48,8 @@ def layer(request, tiny_config):
     config = tiny_config
     if request.param != "silu":
         config = replace(config, activation="gelu_tanh", mlp_bias=True)
-    base = fast_jit(init_base, static_argnums=0)(config, jax.random.key(0))
-    weights = layer_mlp(noise(base, 1, 0.3), LAYER)
+    shapes = jax.eval_shape(partial(init_base, config), jax.random.key(0))
+    weights = layer_mlp(noise(shapes, 1, 0.3), LAYER)
     assert ("bias" in weights["up"]) == config.mlp_bias
     x = np.random.default_rng(2).standard_normal((2, 5, config.width), np.float32)
     return config.activation, weights, x
