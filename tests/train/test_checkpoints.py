@@ -106,11 +106,11 @@ def test_saved_bits_survive_donation_and_changes_in_place(tmp_path, size):
         ({"x": jnp.zeros(4), "n": 1, "y": 2}, r"not in the checkpoint \['y'\]"),
         (
             {"x": jnp.zeros(4, jnp.bfloat16), "n": 1},
-            r"t/x: the checkpoint has float32 \[4\], asked for bfloat16",
+            r"t/x: the checkpoint has float32 \[4\], requested bfloat16",
         ),
-        ({"x": jnp.zeros(5), "n": 1}, r"float32 \[4\], asked for float32 \[5\]"),
-        ({"x": jax.random.key(0), "n": 1}, r"asked for key<fry>"),
-        ({"x": jnp.zeros(4), "n": 1.0}, r"python int \[\], asked for python float"),
+        ({"x": jnp.zeros(5), "n": 1}, r"float32 \[4\], requested float32 \[5\]"),
+        ({"x": jax.random.key(0), "n": 1}, r"requested key<fry>"),
+        ({"x": jnp.zeros(4), "n": 1.0}, r"python int \[\], requested python float"),
         ({"x": None, "n": 1}, r"only in the checkpoint \['x'\]"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_misfit_is_an_error_and_never_a_cast(tmp_path, like, message):
     [
         ({"t": {"x": "text"}}, {}, "t/x: a str cannot be checkpointed"),
         ({"t": {"x": np.array([None])}}, {}, "t/x: a ndarray cannot"),
-        ({"record": {}}, {}, "cannot be called 'record'"),
+        ({"record": {}}, {}, "tree name 'record' is reserved"),
         ({"t": {"a": {"b": 1}, "a/b": 2}}, {}, "two leaves of a tree have the path 'a/b'"),
         ({"t": {}}, {"odd": object()}, "meta cannot be written as JSON"),
     ],

@@ -107,6 +107,7 @@ def saved(out):
     return {int(path.name) for path in Path(out, "checkpoints").glob("[0-9]*") if path.name.isdecimal()}
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_the_run_resumes(config, alone, tmp_path):
     out = tmp_path / "run"
     first, second = begin(config, out)
@@ -216,7 +217,7 @@ def test_an_error_of_one_is_an_error_of_all(config, tmp_path):
     for process in processes:
         text, _ = process.communicate(timeout=200)
         assert process.returncode == 1, text
-    assert "not empty and not a run" in " ".join(text.split())
+    assert "neither empty nor a run" in " ".join(text.split())
 
 
 def test_rows_of_a_part_are_those_of_the_whole():

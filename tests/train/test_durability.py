@@ -122,9 +122,9 @@ def test_checkpoints_may_lie_elsewhere(config, tmp_path):
     assert not first.run.checkpoints.exists()
     assert (tmp_path / "bucket" / "run" / "4").exists()
     train(replace(away, resume=True, out=config.out))
-    with pytest.raises(ValueError, match=r"checkpoints hdfs://a/b: cannot be reached \(known are gs://"):
+    with pytest.raises(ValueError, match=r"checkpoints hdfs://a/b: cannot be reached \(supported are gs://"):
         open_checkpoints("hdfs://a/b")
-    with pytest.raises(ValueError, match=r"out must be a folder of this machine.*--checkpoints"):
+    with pytest.raises(ValueError, match=r"out must be a local or mounted folder.*--checkpoints"):
         replace(config, out="gs://bucket/run")
 
 
@@ -133,7 +133,9 @@ def test_checkpoints_outlive_their_run(config, tmp_path, capsys):
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as memory:
         away = replace(config, checkpoints=f"file://{memory}", auto_resume=True)
         first = train(replace(away, auto_resume=False))
-        with pytest.raises(ValueError, match=r"holds checkpoints already, the last of step 4, .*--auto-resume goes on"):
+        with pytest.raises(
+            ValueError, match=r"holds checkpoints already, the last of step 4, .*--auto-resume continues"
+        ):
             train(replace(away, out=config.out + "-2", auto_resume=False))
         with pytest.raises(ValueError, match=r"was saved with other settings: config\.seed is 0 there, 1 here"):
             train(replace(away, out=config.out + "-3", seed=1))
@@ -142,7 +144,7 @@ def test_checkpoints_outlive_their_run(config, tmp_path, capsys):
         assert "Restored step 2" in capsys.readouterr().out
         assert first.run.steering.read_bytes() == again.run.steering.read_bytes()
         assert [row["step"] for row in read_metrics(again.run.metrics)] == [3, 4]
-        with locked(memory), pytest.raises(ValueError, match="a run is writing here at this moment"):
+        with locked(memory), pytest.raises(ValueError, match="a run is writing here right now"):
             train(replace(away, out=config.out + "-5"))
 
 

@@ -164,9 +164,8 @@ def test_a_killed_evaluation_goes_on(loaded, steered, tmp_path, monkeypatch):
     plan, steering = steered
     path = tmp_path / "answers.jsonl"
     params = Params(None, steering)
-    ask = lambda out, examples=None, **rest: evaluator_of(loaded, plan).answer(
-        examples or letters(), params, out, **rest
-    )
+    evaluator = evaluator_of(loaded, plan)
+    ask = lambda out, count=11, **rest: evaluator.answer(letters(count), params, out, **rest)
     whole = ask(tmp_path / "whole.jsonl")
     keep, count = FileJournal.add, []
 

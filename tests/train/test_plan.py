@@ -390,5 +390,5 @@ def test_data_that_cannot_be_read_are_an_error_that_names_the_file(tmp_path, mon
     path = tmp_path / "plans.json"
     path.write_text('{"a": ' * 100_000)
     monkeypatch.setattr(page, "DATA", path)
-    with pytest.raises(ValueError, match=r"plans\.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"plans\.json: nested too deeply"):
         page.collect()

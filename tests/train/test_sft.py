@@ -1,11 +1,13 @@
 """Training end to end on a tiny model: what a run leaves behind, resuming after a kill, and bad input."""
 
+import importlib
 import json
 import random
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 
 from jaxsteer.io import load_model, load_steering
 from jaxsteer.optim import OptimConfig
-from train.cli import from_command_line, load_config_file
+from train.cli import from_command_line, load_config_file, run_main
 from train.config import TrainConfig
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.journal import FileJournal
@@ -169,6 +171,7 @@ def config():
 """
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_resumed_is_bitwise_the_same(tiny_folder, tiny_data, tmp_path):
     file = tmp_path / "config.py"
     file.write_text(CONFIG.format(data=str(tiny_data), model=str(tiny_folder)))
@@ -312,20 +315,36 @@ def test_tasks_survive_json():
         task_from_json({"type": "Chess"})
 
 
-def run(*arguments, fails=False):
-    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode != 0) == fails, done.stderr
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command as its own process would; gives what it prints."""
+
+    def call(module, *arguments, fails=False):
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) if fails else nullcontext() as exit:
+            run_main(importlib.import_module(module).main)
+        printed = capsys.readouterr()
+        assert not fails or exit.value.code == 1
+        return printed.err if fails else printed.out
+
+    return call
+
+
+def test_a_command_of_its_own_process():
+    done = subprocess.run([sys.executable, "-m", "train.generate", "none"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no prompts")
     assert "Traceback" not in done.stderr
-    return done.stderr if fails else done.stdout
 
 
-def test_the_other_programs(config, tmp_path):
+def test_the_other_programs(config, run):
     result = train(replace(config, steps=2))
     steering = str(result.run.steering)
     assert "b>" in run("train.generate", steering, "b>", "c>", "--compare")
     assert "‖Δh‖" in run("train.inspect", steering, "--prompt", "abc")
     assert (result.run.folder / "shift.png").exists()
-    small = ("configs/listops_smollm2.py", "--model", config.model)
+    small = (str(ROOT / "configs/listops_smollm2.py"), "--model", config.model)
     assert "attention on these devices: rows (one CPU device" in run("train.inspect", *small)
     assert "steered" in run("train.evaluate", steering, "--examples", "8")
     answers = (result.run.folder / "evaluation" / "steered.jsonl").read_text().splitlines()

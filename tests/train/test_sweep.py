@@ -12,7 +12,7 @@ from jaxsteer.orthogonality import Orthogonality
 from train.base_models import load
 from train.compare.sweep import Run, train_runs
 from train.config import TrainConfig
-from train.lofit import run as run_lofit
+from train.lofit import train_lofit
 from train.run.lofit import lofit
 from train.tasks import JsonlTask
 
@@ -102,11 +102,11 @@ def test_lofit_keeps_the_strongest_heads_and_shifts_only_them(config, loaded):
 
 def test_the_lofit_command_resumes(config, tmp_path):
     config = replace(config, orthogonality=Orthogonality("none"), steps=5, out=str(tmp_path / "run"))
-    result = run_lofit(config, heads=3)
+    result = train_lofit(config, heads=3)
     first = (tmp_path / "run/scale/metrics.jsonl").read_text()
     assert len([line for line in first.splitlines() if '"loss"' in line]) == 2
     assert int(np.sum(result.params.steering["lofit"]["attn.heads"]["selected"])) == 3
-    again = run_lofit(replace(config, resume=True), heads=3)
+    again = train_lofit(replace(config, resume=True), heads=3)
     assert (tmp_path / "run/scale/metrics.jsonl").read_text() == first
     for a, b in zip(jax.tree.leaves(result.params.steering), jax.tree.leaves(again.params.steering), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -93,12 +93,8 @@ class TangentStudy(Study):
 
     def _train(self, config: TrainConfig, training: Training, held_out: Batch) -> list[dict[str, float]]:
         # These steps donate nothing: both runs start from the same arrays.
-        step = partial(
-            train_step,
-            model=training.program.model,
-            tx=training.program.tx,
-            orthogonality=training.program.orthogonality,
-        )
+        program = training.program
+        step = partial(train_step, model=program.model, tx=program.tx, orthogonality=program.orthogonality)
         full_step = jax.jit(step)
         lazy_step = jax.jit(
             lambda state, batch, frozen, at: step(state, batch, frozen, loss=partial(tangent_loss, at=at))
