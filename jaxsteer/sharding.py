@@ -19,7 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxsteer.types import Array, Batch, Cache, ParamSpec, PyTree
+from jaxsteer.types import Array, Batch, ParamSpec, PyTree
 
 AXES = ("data", "fsdp", "tensor")
 Axes = tuple[str | None, ...]
@@ -275,9 +275,3 @@ def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
     """The sharding of every field of a batch."""
     return jax.tree.map(lambda field: batch_sharding(field.shape, mesh), batch)
-
-
-def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
-    """The sharding of a KV cache: rows over data and fsdp, heads over tensor."""
-    by_ndim: dict[int, Axes] = {5: (None, "rows", "heads", None, None), 2: ("rows", None), 0: ()}
-    return jax.tree.map(lambda x: NamedSharding(mesh, spec_of(x.shape, by_ndim[len(x.shape)], mesh)), cache)

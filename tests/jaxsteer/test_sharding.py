@@ -14,14 +14,13 @@ from jax.sharding import PartitionSpec as P
 from tiny import all_methods
 
 import jaxsteer
-from jaxsteer.models.transformer import init_base, init_cache
+from jaxsteer.models.transformer import init_base
 from jaxsteer.optim import OptimConfig, make_optimizer
 from jaxsteer.params import Params, param_labels, partition
 from jaxsteer.sharding import (
     AXES,
     MeshShape,
     base_shardings,
-    cache_shardings,
     check_shape,
     constrain,
     default_shape,
@@ -51,14 +50,6 @@ def test_base(tiny_config):
     assert mlp["up"]["kernel"] == mlp["gate"]["kernel"] == P(None, ("fsdp",), ("tensor",))
     assert mlp["down"]["kernel"] == P(None, ("tensor",), ("fsdp",))
     assert got["blocks"]["attn_norm"]["scale"] == P(None, None)
-
-
-def test_cache(tiny_config):
-    cache = jax.eval_shape(partial(init_cache, tiny_config, 8, 16))
-    got = specs(cache_shardings(cache, MESH))
-    assert got.k == got.v == P(None, ROWS, ("tensor",), None, None)
-    assert got.segments == P(ROWS, None)
-    assert got.used == P()
 
 
 def test_the_optimizer_follows_its_parameters(tiny_config):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import Literal
 
 import jax
@@ -21,6 +20,7 @@ from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
 from train.base_models import load
 from train.data import Example, TokenizedExample, encode_prompts, stop_tokens
+from train.data.text_files import json_lines
 from train.evaluation.answers import LOW_MARGIN
 
 
@@ -107,7 +107,7 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
         "batched, examples/s": rate,
         "batched / one at a time": rate / rate_alone,
         "answers compared": len(pairs),
-        "of these, near ties": len(pairs) - len(clear),
+        "of these, low margin": len(pairs) - len(clear),
         "other answers that differ": sum(not np.array_equal(a.tokens, b.tokens) for a, b in clear),
     }
 
@@ -115,11 +115,10 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
 def _prompts(config: EvalBench, tokenizer: Tokenizer) -> list[TokenizedExample]:
     """The prompts of the file, or random ones."""
     if config.data is not None:
-        lines = Path(config.data).read_text(encoding="utf-8").splitlines()[: config.examples]
-        rows = {i: json.loads(line) for i, line in enumerate(lines, 1) if line.strip()}
-        if missing := [i for i, row in rows.items() if config.prompt not in row]:
-            raise ValueError(f"{config.data}:{missing[0]}: no field {config.prompt!r}; --prompt names the field")
-        texts = [Example.of(f"{row[config.prompt]}\n", None, f"{config.data}:{i}") for i, row in rows.items()]
+        rows = dict(islice(json_lines(config.data), config.examples))
+        if missing := [source for source, row in rows.items() if config.prompt not in row]:
+            raise ValueError(f"{missing[0]}: no field {config.prompt!r}; --prompt names the field")
+        texts = [Example.of(f"{row[config.prompt]}\n", None, source) for source, row in rows.items()]
         return encode_prompts(texts, tokenizer)[0]
     draw = np.random.default_rng(0)
     # Like GSM8K's questions in SmolLM2's tokens: half between 43 and 74, hardly any above 150.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from jaxsteer.io.files import parse_json
 
 
 def read_text(path: str | Path) -> str:
@@ -48,18 +49,9 @@ def parse_object(text: str, source: str) -> dict[str, Any]:
         source: "path:line", for error messages.
 
     Raises:
-        ValueError: naming the source: not JSON, nested too deeply to parse, or not an object.
+        ValueError: naming the source: not JSON, nested too deeply, or not an object.
     """
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{source}: not JSON ({error.msg} at column {error.colno}); expected one object on one line"
-        ) from None
-    except RecursionError:
-        raise ValueError(f"{source}: cannot be read as JSON (its brackets are nested too deeply)") from None
-    except ValueError as error:  # e.g. an integer of more digits than Python converts
-        raise ValueError(f"{source}: cannot be read as JSON ({error})") from None
+    row = parse_json(text, source)
     if not isinstance(row, dict):
-        raise ValueError(f"{source}: got a JSON {type(row).__name__}, expected an object")
+        raise ValueError(f"{source}: got a JSON {type(row).__name__}, expected one object on one line")
     return row

@@ -13,7 +13,7 @@ import numpy as np
 from jaxsteer.inference.decoder import Answer
 from jaxsteer.inference.likelihood import Likelihood
 from jaxsteer.io import Tokenizer
-from jaxsteer.io.files import replacing
+from jaxsteer.io.files import parse_json, replacing
 from train.data import Example, TokenizedExample, Turn, encode, encode_prompts, stop_tokens
 from train.tasks import AnswerFormat
 from train.tasks.scoring import Accuracy, Rule, accuracy, extract, score
@@ -168,7 +168,8 @@ def write_answers(path: Path, answers: Sequence[ScoredAnswer]) -> None:
 
 def read_answers(path: Path) -> list[ScoredAnswer]:
     """Read what `write_answers` wrote."""
-    return [answer_from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+    return [answer_from_json(parse_json(line, f"{path}:{number}")) for number, line in lines if line]
 
 
 def answer_from_json(data: dict[str, Any]) -> ScoredAnswer:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsteer.io.files import write_json
+from jaxsteer.io.files import parse_json, read_json, write_json
 from jaxsteer.types import PyTree
 from train.devices.processes import fetch, is_first, on_first
 from train.evaluation.answers import Prompts, ScoredAnswer, answer_from_json, read_answers, write_answers
@@ -99,7 +99,7 @@ class FileJournal:
     def _is_complete(self) -> bool:
         if not (self.answers_path.exists() and self._identity_path.exists()):
             return False
-        return json.loads(self._identity_path.read_text(encoding="utf-8")) == self._identity
+        return read_json(self._identity_path) == self._identity
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None
@@ -115,7 +115,7 @@ class FileJournal:
         if len(whole) < len(text):
             with self.path.open("rb+") as file:
                 file.truncate(len(whole))
-        rows = [json.loads(line) for line in whole.split(b"\n") if line]
+        rows = [parse_json(line, f"{self.path}:{number}") for number, line in enumerate(whole.split(b"\n"), 1) if line]
         if not rows:
             return []
         before = rows[0].get("evaluation", {})

@@ -80,7 +80,7 @@ def test_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "p"', "not JSON .* at column"),
+        ('{"prompt": "p"', "not valid JSON .* line 1 column"),
         ("[1, 2]", "got a JSON list, expected an object"),
         ({"completion": "c"}, r"no key 'prompt', got \['completion'\]; expected .*messages"),
         ({"prompt": "p"}, "no key 'completion'"),
@@ -133,7 +133,7 @@ def test_refuses_deep_nesting_with_file_and_line(tmp_path, key, depth):
 
 def test_refuses_numbers_that_python_does_not_convert(tmp_path):
     path = write(tmp_path, '{"prompt": "p", "completion": "c", "answer": ' + "9" * 5_000 + "}")
-    with pytest.raises(ValueError, match=r"d\.jsonl:1: cannot be read as JSON"):
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: not valid JSON"):
         read_jsonl(path)
 
 

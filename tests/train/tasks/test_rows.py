@@ -236,7 +236,7 @@ def test_unreadable_files_are_refused(tmp_path, name, content, message):
 def test_deep_nesting_is_refused_with_file_and_line(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
-    with pytest.raises(ValueError, match=r"x\.jsonl:2: cannot be read as JSON \(its brackets are nested too deeply\)"):
+    with pytest.raises(ValueError, match=r"x\.jsonl:2: nested too deeply"):
         read_file(path)
 
 
