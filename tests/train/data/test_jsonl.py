@@ -80,8 +80,8 @@ def test_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "p"', "not valid JSON .* line 1 column"),
-        ("[1, 2]", "got a JSON list, expected an object"),
+        ('{"prompt": "p"', "not valid JSON .* column"),
+        ("[1, 2]", "got a JSON list, expected one object"),
         ({"completion": "c"}, r"no key 'prompt', got \['completion'\]; expected .*messages"),
         ({"prompt": "p"}, "no key 'completion'"),
         ({"prompt": 3, "completion": "c"}, "'prompt' must be a string, got 3"),
