@@ -37,6 +37,7 @@ EVALUATIONS = [(0, 0.1, 0.05, 0.2), (100, 0.5, 0.4, 0.6), (200, 1.0, 0.95, 1.0)]
         ([{"step": 1, "loss": math.nan}], []),
         ([*losses(30), {"step": 31, "accuracy": 0.5}, {"step": 32, "loss": math.inf}], EVALUATIONS),
         ([{"step": step, "loss": 1.0} for step in range(50)], []),
+        ([*losses(40), *({"step": step, "validation_loss": 3.0 - step / 40} for step in (0, 20, 40))], []),
     ],
 )
 def test_training_plots_whatever_there_is(tmp_path, rows, evaluations):

@@ -31,7 +31,8 @@ def plot_training(
     """Plot the loss by step, as logged and smoothed, and below it the accuracy with its intervals.
 
     Args:
-        rows: lines of metrics.jsonl; those with a "loss" are drawn, with gaps where it is not finite.
+        rows: lines of metrics.jsonl; those with a "loss" are drawn, with gaps where it is not finite, and those with a
+            "validation_loss" as points.
         path: of the PNG; its folder must exist.
         evaluations: (step, accuracy, low, high), shares from 0 to 1; if empty, there is no accuracy panel.
         title: above the figure.
@@ -46,6 +47,7 @@ def plot_training(
     figure, axes = _figure(panels, title, height=3.6 if panels == 1 else 5.8, ratios=(3, 2)[:panels])
     if points:
         _draw_loss(axes[0], np.array(points))
+        _draw_validation_loss(axes[0], rows)
     if evaluations:
         _draw_accuracy(axes[-1], np.array(sorted(evaluations), dtype=float))
     axes[-1].set_xlabel("step")
@@ -266,6 +268,17 @@ def _draw_loss(axis: Axes, points: np.ndarray) -> None:
         _legend(axis)
     if np.isfinite(losses).any():
         _limit_loss(axis, losses[np.isfinite(losses)])
+
+
+def _draw_validation_loss(axis: Axes, rows: Sequence[Mapping[str, object]]) -> None:
+    points = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    if points:
+        steps, losses = np.array(points, dtype=float).T
+        axis.plot(steps, losses, color=_COLORS[1], linewidth=1.2, marker="o", markersize=4, label="validation")
+        axis.set_ylabel("loss (nats per token)")
+        finite = np.concatenate([axis.get_ylim(), losses[np.isfinite(losses)]])
+        axis.set_ylim(finite.min(), finite.max() + 0.02 * np.ptp(finite))
+        _legend(axis)
 
 
 def _limit_loss(axis: Axes, losses: np.ndarray) -> None:
