@@ -17,7 +17,7 @@ _CHUNK = 1 << 26  # bytes fetched at once from an array that is sharded over pro
 
 
 class SaveError(ValueError):
-    """A checkpoint could not be written; earlier ones are intact."""
+    """A checkpoint or a line of metrics could not be written; earlier ones are intact."""
 
 
 class MismatchError(ValueError):

@@ -6,10 +6,12 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from jaxsteer.io.files import replacing
+from train.run.leaves import SaveError
 from train.run.trackers import Tracker, numbers
 
 _WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -49,12 +51,19 @@ class MetricsWriter:
 
         Raises:
             ValueError: a value of another kind, or one named "step".
+            SaveError: the disk is full, or not writable.
         """
         if "step" in values:
             raise ValueError(f"{self.path}: a value may not be called 'step': that is the line's own number")
         row = {"step": int(step)} | {name: _plain(name, value) for name, value in values.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise SaveError(
+                f"{self.path}: could not be written ({error.strerror}). Fix this, then continue from the last "
+                "checkpoint with --resume"
+            ) from error
         for tracker in self._trackers:
             tracker.write(int(step), numbers(values))
 
@@ -69,9 +78,10 @@ class MetricsWriter:
         """The writer itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close the file."""
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close the file; an error in progress is not replaced by another."""
+        with nullcontext() if kind is None else suppress(OSError):
+            self.close()
 
     def _drop_from(self, step: int) -> None:
         kept = [line for line, row in _rows(self.path) if row["step"] < step]
