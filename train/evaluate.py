@@ -48,9 +48,9 @@ class EvaluateConfig:
     model: str | None = None
     """Base model; by default the one named in the steering file."""
     config: str | None = None
-    """Config file whose task to evaluate; by default the task of the training run."""
+    """Config file of the task to evaluate; by default the task that the steering was trained on."""
     data: str | None = None
-    """File with the task's kind of data to evaluate instead, with the template the steering was trained with."""
+    """File to evaluate instead of the task's own data, in the same format; prompts keep the task's template."""
     split: Split = "test"
     """Split of the task to evaluate."""
     perturb: Perturbation | None = None
@@ -79,7 +79,7 @@ class EvaluateConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How weights and prompts are sharded over devices."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """How the processes of a multi-host evaluation find each other."""
+    """How the processes of a multi-host run find each other."""
 
 
 def part_of(plan: Plan, steering: Steering, part: Part) -> Steering:
@@ -110,14 +110,16 @@ def read_examples(config: EvaluateConfig, task: Task) -> list[Example]:
     """The examples to evaluate.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or none are asked for.
     """
+    if config.examples < 1:
+        raise ValueError(f"--examples must be at least 1, got {config.examples}")
     if config.perturb is None:
         examples = task.load(config.split)
     else:
         examples = perturbed(task, config.split, config.perturb, config.perturb_seed)
     if not examples:
-        raise ValueError(f"the task has no {config.split} examples")
+        raise ValueError(f"the task has no {config.split} examples; choose another --split, or give a file: --data")
     return examples[: config.examples]
 
 

@@ -1,7 +1,7 @@
-"""What steering keeps and what it breaks: `python -m train.robustness a/steering.safetensors b/steering.safetensors`.
+"""Measure what steering preserves and breaks: `python -m train.robustness a/steering.safetensors`.
 
-One table: the accuracy of each method on its task, under perturbed prompts, and on a task it was not trained on, and
-how far it moves the model's predictions on neutral text. Answers are kept; existing ones are reused.
+One table: the accuracy of each steering file on its task, under perturbed prompts, and on a task it was not trained on,
+and how far it moves the model's predictions on neutral text. Answers are kept; existing ones are reused.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ class RobustnessConfig:
     model: str | None = None
     """Base model; by default the one named in the first file."""
     config: str | None = None
-    """Config file whose task to evaluate; by default the task of the first file's run."""
+    """Config file of the task to evaluate; by default the task that the first file was trained on."""
     data: str | None = None
-    """File of examples to evaluate instead, as in `train.evaluate`."""
+    """File to evaluate instead of the task's own data, in the same format."""
     transfer: str | None = None
-    """Config file whose task is a related one that was not trained on."""
+    """Config file of a related task that was not trained on."""
     perturb: tuple[Kind, ...] = ("typos", "casing")
     """Kinds of perturbation: typos, casing, paraphrase, choices."""
     split: Split = "test"
     """Split of the tasks to evaluate."""
     examples: int = 512
-    """Maximum number of examples of each."""
+    """Maximum number of examples per task and perturbation."""
     batch_size: int = 64
     """Prompts answered at a time."""
     by: By = "generation"
@@ -137,13 +137,15 @@ def example_sets(config: RobustnessConfig, task: Task, transferred: Task | None)
     Raises:
         ValueError: a set without examples.
     """
+    if config.examples < 1:
+        raise ValueError(f"--examples must be at least 1, got {config.examples}")
     sets = {"as trained": (task, task.load(config.split))}
     sets |= {kind: (task, perturbed(task, config.split, kind, config.seed)) for kind in config.perturb}
     if transferred is not None:
         sets["transferred"] = (transferred, transferred.load(config.split))
     for name, (_, examples) in sets.items():
         if not examples:
-            raise ValueError(f"{name}: the task has no {config.split} examples")
+            raise ValueError(f"{name}: the task has no {config.split} examples; choose another --split")
     return {name: (own, examples[: config.examples]) for name, (own, examples) in sets.items()}
 
 
