@@ -119,6 +119,9 @@ class TrainConfig:
         for name in ("batch_size", "sequence_length", "grad_accumulation", "eval_batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("validation_examples", "test_examples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config: {name} must be at least 0, got {getattr(self, name)}")
         if self.quantise != "none" and self.train_base:
             raise ValueError("config: an int8 base cannot be trained itself; use train_base without quantise")
         if self.batch_size % self.grad_accumulation:
@@ -140,6 +143,8 @@ class TrainConfig:
         parse_steps(self.profile)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"config: steps must be at least 1, got {self.steps}")
+        if not self.epochs > 0:
+            raise ValueError(f"config: epochs must be above 0, got {self.epochs}")
         if not self.plan and not self.train_base:
             raise ValueError("config: nothing to train: the plan is empty and train_base is off")
 

@@ -81,6 +81,12 @@ class EvaluateConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How the processes of a multi-host run find each other."""
 
+    def __post_init__(self) -> None:
+        """Reject settings that evaluate nothing."""
+        for name in ("examples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 def part_of(plan: Plan, steering: Steering, part: Part) -> Steering:
     """The steering with only one part of a joint plan switched on.
@@ -110,10 +116,8 @@ def read_examples(config: EvaluateConfig, task: Task) -> list[Example]:
     """The examples to evaluate.
 
     Raises:
-        ValueError: there are none, or none are asked for.
+        ValueError: there are none.
     """
-    if config.examples < 1:
-        raise ValueError(f"--examples must be at least 1, got {config.examples}")
     if config.perturb is None:
         examples = task.load(config.split)
     else:

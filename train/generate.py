@@ -91,6 +91,8 @@ def main() -> None:
     config = tyro.cli(GenerateConfig, prog="python -m train.generate", description=__doc__)
     join(config.distributed)
     enable_compilation_cache()
+    if not 0 <= config.seed < 1 << 32:
+        raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {config.seed}")
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     texts = config.prompts or tuple(line.rstrip("\n") for line in sys.stdin if line.strip())
     if not texts:

@@ -80,6 +80,12 @@ class RobustnessConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How the processes of a multi-host run find each other."""
 
+    def __post_init__(self) -> None:
+        """Reject settings that evaluate nothing."""
+        for name in ("examples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -137,8 +143,6 @@ def example_sets(config: RobustnessConfig, task: Task, transferred: Task | None)
     Raises:
         ValueError: a set without examples.
     """
-    if config.examples < 1:
-        raise ValueError(f"--examples must be at least 1, got {config.examples}")
     sets = {"as trained": (task, task.load(config.split))}
     sets |= {kind: (task, perturbed(task, config.split, kind, config.seed)) for kind in config.perturb}
     if transferred is not None:
