@@ -19,7 +19,7 @@ from train.base_models import resolve_model
 from train.cli import Run, from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
 from train.devices.placement import place_on
-from train.devices.processes import join
+from train.devices.processes import fetch, join
 from train.run.folder import RunFolder, open_run
 from train.run.lofit import check_heads, lofit
 from train.run.result import Result, print_result
@@ -39,8 +39,8 @@ class LofitConfig:
     """Share of the steps for the first stage."""
 
 
-class Finished(NamedTuple):
-    """A first run that finished earlier, read from its steering file."""
+class Scaled(NamedTuple):
+    """The outcome of the first run, on the host."""
 
     params: Params
 
@@ -64,17 +64,17 @@ def train_lofit(config: TrainConfig, heads: int, share: float = 0.4) -> Result |
     place = place_on(config.mesh, config.microbatch).base
     steps = config.steps or count_steps(config, load_base_model(config, place))
 
-    def fit(stage: str, own: TrainConfig, initial: Sequence[Steering] | None) -> list[Result | Finished]:
+    def fit(stage: str, own: TrainConfig, initial: Sequence[Steering] | None) -> list[Result | Scaled]:
         folder = RunFolder(Path(config.out) / stage)
         if stage == "scale" and folder.summary.exists():
             open_run(folder.folder, own.to_json(), resume=True)  # refuses one with other settings
-            return [Finished(Params(None, load_steering(folder.steering).steering))]
+            return [Scaled(Params(None, load_steering(folder.steering).steering))]
         resume = config.resume or config.auto_resume  # the second run may not have started yet
         settings = replace(own, out=str(folder.folder), resume=False, auto_resume=resume)
         result = train(settings, None if initial is None else initial[0])
         if result is None:
             raise Stopped
-        return [result]
+        return [Scaled(Params(None, fetch(result.params.steering))) if stage == "scale" else result]
 
     try:
         (result,) = lofit(fit, replace(config, steps=steps), steps, heads=heads, share=share)

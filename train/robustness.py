@@ -89,7 +89,7 @@ class RobustnessConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: one method's answers to each set of examples, and its KL on neutral text, nats a token."""
+    """A line of the table: one method's answers to each set of examples, and its KL on neutral text, nats per token."""
 
     name: str
     answers: Mapping[str, Sequence[ScoredAnswer]]
@@ -104,7 +104,7 @@ ExampleSets = dict[str, tuple[Task, list[Example]]]
 
 
 def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *, length: int = 128) -> Estimate:
-    """KL(base ‖ steered) over texts, nats a token, with its 95 % interval.
+    """KL(base ‖ steered) over texts, nats per token, with its 95 % interval.
 
     The second half of each text counts as completion, as if the first had been the prompt, and is what is measured, so
     steering of prompts and of answers both show.
@@ -125,7 +125,7 @@ def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *
         if len(ids) >= 4:
             tokenised.append(TokenizedExample(ids, np.arange(len(ids)) >= half, half, f"neutral text {number}"))
     if len(tokenised) < 2:
-        raise ValueError(f"neutral text: need at least 2 texts of 4 tokens or more, one a line; got {len(tokenised)}")
+        raise ValueError(f"neutral text: need at least 2 texts of 4 tokens or more, one per line; got {len(tokenised)}")
     place, rows, kls = evaluator.placement, 8, []
     with place.on_mesh():
         params = place.copies(steering)
@@ -173,7 +173,7 @@ def measure(config: RobustnessConfig, evaluator: Evaluator, methods: Methods, se
 def table_of(lines: Sequence[Row]) -> list[list[str]]:
     """The table as text, header first."""
     kinds = list(lines[0].answers)
-    head = ["method", *(f"{kind}, n = {len(lines[0].answers[kind])}" for kind in kinds), "KL from base, nats a token"]
+    head = ["method", *(f"{kind}, n = {len(lines[0].answers[kind])}" for kind in kinds), "KL from base, nats per token"]
     cells = lambda line: [percent(accuracy_of(line.answers[kind])) for kind in kinds]
     kl = lambda e: f"{e.mean:.3g} ({max(0.0, e.low):.3g} to {e.high:.3g})"
     return [head, *([line.name, *cells(line), kl(line.divergence)] for line in lines)]

@@ -40,7 +40,7 @@ class MemoryJournal:
 
 
 class FileJournal:
-    """An append-only file beside the final answers: a header that identifies the evaluation, then an answer a line.
+    """An append-only file beside the final answers: a header that identifies the evaluation, then one answer per line.
 
     A context manager. Process 0 alone writes; every process knows what is done. `finish` writes the answers to `path`
     and the identity beside them, and removes the journal.
