@@ -45,13 +45,13 @@ class Orthogonality:
     normalised: bool = False
     """Penalise the overlap Ω, which ignores the steering's norm, instead of tr(S P Sᵀ)."""
     side: Literal["reads", "writes", "both"] = "reads"
-    """Which steering directions to keep apart: those it reads (D), those it writes (U), or both."""
+    """Steering directions to keep orthogonal to LoRA's: those it reads (D), those it writes (U), or both."""
     sites: tuple[str, ...] = ("mlp.down",)
     """Projections whose LoRA is considered: mlp.down, attn.o, or both."""
     through_lora: bool = False
     """Let the penalty's gradient reach LoRA too. It grows as 1/‖B‖ near B = 0."""
     every: int = 1
-    """Project after every this many updates."""
+    """Number of updates between projections."""
 
     def __post_init__(self) -> None:
         """Reject invalid settings."""

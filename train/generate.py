@@ -37,13 +37,13 @@ class GenerateConfig:
     raw: bool = False
     """Use the prompts as they are, without the template that the steering was trained with."""
     chat: bool | None = None
-    """Apply the model's chat template; by default as in the training."""
+    """Apply the model's chat template; by default as in training."""
     compare: bool = False
     """Also print the unsteered model's answer."""
     max_new_tokens: int | None = None
-    """Maximum number of tokens to generate; by default as in the training, else 64."""
+    """Maximum number of tokens to generate; by default as in training, else 64."""
     temperature: float = 0.0
-    """Sampling temperature; 0 always takes the most likely token."""
+    """Sampling temperature; 0: greedy decoding."""
     top_k: int = 0
     """Sample from the k most likely tokens only; 0: all."""
     top_p: float = 1.0
@@ -82,7 +82,7 @@ def open_task(config: GenerateConfig, notes: Mapping[str, Any]) -> OpenTask:
     return OpenTask(
         template="{prompt}" if config.raw else notes.get("template", "{prompt}"),
         chat=notes.get("chat", False) if config.chat is None else config.chat,
-        max_new_tokens=config.max_new_tokens or notes.get("max_new_tokens", 64),
+        max_new_tokens=notes.get("max_new_tokens", 64) if config.max_new_tokens is None else config.max_new_tokens,
     )
 
 
@@ -91,6 +91,8 @@ def main() -> None:
     config = tyro.cli(GenerateConfig, prog="python -m train.generate", description=__doc__)
     join(config.distributed)
     enable_compilation_cache()
+    if not 0 <= config.seed < 1 << 32:
+        raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {config.seed}")
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     texts = config.prompts or tuple(line.rstrip("\n") for line in sys.stdin if line.strip())
     if not texts:

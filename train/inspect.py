@@ -111,6 +111,8 @@ def inspect_shift(config: InspectConfig, prompt: str) -> None:
     assert file is not None
     print_plan(file.plan, file.steering, loaded.config)
     ids = loaded.require_tokenizer()(prompt)["input_ids"]
+    if not ids:
+        raise ValueError("--prompt: the prompt has no tokens; give some text")
     model, batch = Model(loaded.config, file.plan), make_batch(jnp.array([ids]))
     shifts = jax.device_get(relative_shift(model, loaded.base, file.steering, batch, SHOWN_SITES))
     table = Table(title=f"‖Δh‖ / ‖h‖ on {len(ids)} tokens, mean over tokens", title_justify="left")

@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxsteer.io import load_steering
+from jaxsteer.io import load_config, load_steering
 from jaxsteer.params import Params
 from jaxsteer.types import Steering
+from train.base_models import resolve_model
 from train.cli import Run, from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
-from train.run.folder import RunFolder
-from train.run.lofit import lofit
+from train.devices.placement import place_on
+from train.devices.processes import fetch, join
+from train.run.folder import RunFolder, open_run
+from train.run.lofit import check_heads, lofit
 from train.run.result import Result, print_result
 from train.run.training import count_steps, load_base_model
 from train.sft import train
@@ -36,8 +39,8 @@ class LofitConfig:
     """Share of the steps for the first stage."""
 
 
-class Finished(NamedTuple):
-    """A first run that finished earlier, read from its steering file."""
+class Scaled(NamedTuple):
+    """The outcome of the first run, on the host."""
 
     params: Params
 
@@ -55,20 +58,23 @@ def train_lofit(config: TrainConfig, heads: int, share: float = 0.4) -> Result |
         share: share of the steps for the first run.
 
     Raises:
-        ValueError: bad settings or data; more heads than the model has.
+        ValueError: bad settings or data; more heads than the model has; a first run with other settings.
     """
-    steps = config.steps or count_steps(config, load_base_model(config))
+    check_heads(load_config(resolve_model(config.model)), heads)
+    place = place_on(config.mesh, config.microbatch).base
+    steps = config.steps or count_steps(config, load_base_model(config, place))
 
-    def fit(stage: str, own: TrainConfig, initial: Sequence[Steering] | None) -> list[Result | Finished]:
+    def fit(stage: str, own: TrainConfig, initial: Sequence[Steering] | None) -> list[Result | Scaled]:
         folder = RunFolder(Path(config.out) / stage)
         if stage == "scale" and folder.summary.exists():
-            return [Finished(Params(None, load_steering(folder.steering).steering))]
+            open_run(folder.folder, own.to_json(), resume=True)  # refuses one with other settings
+            return [Scaled(Params(None, load_steering(folder.steering).steering))]
         resume = config.resume or config.auto_resume  # the second run may not have started yet
         settings = replace(own, out=str(folder.folder), resume=False, auto_resume=resume)
         result = train(settings, None if initial is None else initial[0])
         if result is None:
             raise Stopped
-        return [result]
+        return [Scaled(Params(None, fetch(result.params.steering))) if stage == "scale" else result]
 
     try:
         (result,) = lofit(fit, replace(config, steps=steps), steps, heads=heads, share=share)
@@ -80,6 +86,7 @@ def train_lofit(config: TrainConfig, heads: int, share: float = 0.4) -> Result |
 def main() -> None:
     """Run both stages of a config and print the result."""
     config = from_command_line("lofit", __doc__ or "", LofitConfig)
+    join(config.run.distributed)
     result = train_lofit(config.run, config.heads, config.share)
     if result is None:
         raise SystemExit(TO_BE_RESUMED)

@@ -1,7 +1,7 @@
-"""What steering keeps and what it breaks: `python -m train.robustness a/steering.safetensors b/steering.safetensors`.
+"""Measure what steering preserves and breaks: `python -m train.robustness a/steering.safetensors`.
 
-One table: the accuracy of each method on its task, under perturbed prompts, and on a task it was not trained on, and
-how far it moves the model's predictions on neutral text. Answers are kept; existing ones are reused.
+One table: the accuracy of each steering file on its task, under perturbed prompts, and on a task it was not trained on,
+and how far it moves the model's predictions on neutral text. Answers are kept; existing ones are reused.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ class RobustnessConfig:
     model: str | None = None
     """Base model; by default the one named in the first file."""
     config: str | None = None
-    """Config file whose task to evaluate; by default the task of the first file's run."""
+    """Config file of the task to evaluate; by default the task that the first file was trained on."""
     data: str | None = None
-    """File of examples to evaluate instead, as in `train.evaluate`."""
+    """File to evaluate instead of the task's own data, in the same format."""
     transfer: str | None = None
-    """Config file whose task is a related one that was not trained on."""
+    """Config file of a related task that was not trained on."""
     perturb: tuple[Kind, ...] = ("typos", "casing")
     """Kinds of perturbation: typos, casing, paraphrase, choices."""
     split: Split = "test"
     """Split of the tasks to evaluate."""
     examples: int = 512
-    """Maximum number of examples of each."""
+    """Maximum number of examples per task and perturbation."""
     batch_size: int = 64
     """Prompts answered at a time."""
     by: By = "generation"
@@ -80,10 +80,16 @@ class RobustnessConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How the processes of a multi-host run find each other."""
 
+    def __post_init__(self) -> None:
+        """Reject settings that evaluate nothing."""
+        for name in ("examples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: one method's answers to each set of examples, and its KL on neutral text, nats a token."""
+    """A line of the table: one method's answers to each set of examples, and its KL on neutral text, nats per token."""
 
     name: str
     answers: Mapping[str, Sequence[ScoredAnswer]]
@@ -98,7 +104,7 @@ ExampleSets = dict[str, tuple[Task, list[Example]]]
 
 
 def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *, length: int = 128) -> Estimate:
-    """KL(base ‖ steered) over texts, nats a token, with its 95 % interval.
+    """KL(base ‖ steered) over texts, nats per token, with its 95 % interval.
 
     The second half of each text counts as completion, as if the first had been the prompt, and is what is measured, so
     steering of prompts and of answers both show.
@@ -119,7 +125,7 @@ def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *
         if len(ids) >= 4:
             tokenised.append(TokenizedExample(ids, np.arange(len(ids)) >= half, half, f"neutral text {number}"))
     if len(tokenised) < 2:
-        raise ValueError(f"neutral text: need at least 2 texts of 4 tokens or more, one a line; got {len(tokenised)}")
+        raise ValueError(f"neutral text: need at least 2 texts of 4 tokens or more, one per line; got {len(tokenised)}")
     place, rows, kls = evaluator.placement, 8, []
     with place.on_mesh():
         params = place.copies(steering)
@@ -143,7 +149,7 @@ def example_sets(config: RobustnessConfig, task: Task, transferred: Task | None)
         sets["transferred"] = (transferred, transferred.load(config.split))
     for name, (_, examples) in sets.items():
         if not examples:
-            raise ValueError(f"{name}: the task has no {config.split} examples")
+            raise ValueError(f"{name}: the task has no {config.split} examples; choose another --split")
     return {name: (own, examples[: config.examples]) for name, (own, examples) in sets.items()}
 
 
@@ -167,7 +173,7 @@ def measure(config: RobustnessConfig, evaluator: Evaluator, methods: Methods, se
 def table_of(lines: Sequence[Row]) -> list[list[str]]:
     """The table as text, header first."""
     kinds = list(lines[0].answers)
-    head = ["method", *(f"{kind}, n = {len(lines[0].answers[kind])}" for kind in kinds), "KL from base, nats a token"]
+    head = ["method", *(f"{kind}, n = {len(lines[0].answers[kind])}" for kind in kinds), "KL from base, nats per token"]
     cells = lambda line: [percent(accuracy_of(line.answers[kind])) for kind in kinds]
     kl = lambda e: f"{e.mean:.3g} ({max(0.0, e.low):.3g} to {e.high:.3g})"
     return [head, *([line.name, *cells(line), kl(line.divergence)] for line in lines)]

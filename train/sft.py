@@ -56,6 +56,8 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None, *, res
     loaded = load_base_model(config, place_on(config.mesh, config.microbatch).base)
     training = make_training(config, loaded, initial)
     evaluator = training.evaluator()
+    if config.patience and not evaluator.examples("validation"):
+        raise ValueError("patience: the task has no validation examples to decide by; give it some, or --patience 0")
     _print_run(config, training)
     with Saver(config, run, training, resume=resume) as saver, preemption() as stop:
         resumed = saver.resumed

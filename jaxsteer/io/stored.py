@@ -169,7 +169,7 @@ class _Leaf:
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, sent)
 
     def _parts(self, spans: Spans) -> list[tuple[Stored, Index]]:
-        """The stored tensors of a shard, one a layer, each with the part of our leaf (for that layer) that it fills."""
+        """The stored tensors of a shard, one per layer, each with the part of our leaf (for that layer) it fills."""
         layers, rest = (range(*spans[0]), spans[1:]) if self.row.stacked else (range(1), spans)
         return [(self.tensors[i], tuple(slice(*span) for span in rest)) for i in layers]
 
@@ -227,7 +227,7 @@ def all_of(shape: tuple[int, ...]) -> Index:
 
 
 def _tensors(stored: Mapping[str, Stored], row: Row, layout: str, config: ModelConfig) -> list[Stored]:
-    """The stored tensors of a parameter, one a layer or just one; a fused one is cut to this parameter's part."""
+    """The stored tensors of a parameter, one per layer or just one; a fused one is cut to this parameter's part."""
     tensors = [stored[name] for name in names_of(row, layout, config)]
     part = row.stored_outputs(config)
     if part is None:
@@ -249,7 +249,7 @@ def _part_of(tensor: Stored, axis: int, start: int, stop: int) -> Stored:
 
 
 def names_of(row: Row, layout: str, config: ModelConfig) -> list[str]:
-    """The published names of a row's tensors: one a layer if it is stacked, else one."""
+    """The published names of a row's tensors: one per layer if it is stacked, else one."""
     name = getattr(row, layout)
     return [name.replace("{i}", str(i)) for i in range(config.layers)] if row.stacked else [name]
 

@@ -205,6 +205,24 @@ def answer(number, correct, source="s"):
     return ScoredAnswer(f"p{number}", "o", "o", "g", correct, False, f"{source}:{number}")
 
 
+def test_new_answers_are_not_taken_for_those_of_an_old_identity(tmp_path, monkeypatch):
+    path = tmp_path / "answers.jsonl"
+    with FileJournal(path, {"steering": "old"}) as journal:
+        journal.add(0, answer(1, True))
+        journal.finish()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.evaluation.journal.write_json", killed)
+    with FileJournal(path, {"steering": "new"}) as journal:
+        journal.add(0, answer(1, False))
+        with pytest.raises(KeyboardInterrupt):
+            journal.finish()
+    with pytest.raises(ValueError, match="unfinished evaluation with another steering"):
+        FileJournal(path, {"steering": "old"}, reuse=True)
+
+
 def test_paired_comparison_by_hand():
     here = [True] * 9 + [False] * 3 + [True] * 8
     there = [False] * 9 + [True] * 3 + [True] * 8

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from jaxsteer.io.files import write_json
-from train.run.folder import RunFolder, open_run
+from train.run.folder import RunFolder, locked, open_run
 
 CONFIG = {"model": "tiny", "optim": {"lr": 0.1, "warmup": 0.03}, "layers": (1, 2), "plan": []}
 
@@ -55,6 +55,13 @@ def test_settings_that_never_began_to_train_do_not_block_the_folder(tmp_path):
     open_run(tmp_path, CONFIG | {"plan": "mistyped"}, resume=False)
     run = open_run(tmp_path, CONFIG, resume=False)
     assert "mistyped" not in run.config.read_text()
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+    (tmp_path / "run").write_text("kept")
+    with pytest.raises(ValueError, match="a file, but runs need a folder"), locked(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run").read_text() == "kept"
 
 
 def test_nothing_to_resume(tmp_path):

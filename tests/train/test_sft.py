@@ -107,6 +107,9 @@ def test_patience_starts_anew_with_each_better_accuracy():
     assert not EarlyStopping.replay(2, "min", [float("nan"), 0.4, 0.6]).should_stop
     with pytest.raises(ValueError, match="patience"):
         TrainConfig(patience=1)
+    for wrong in ({"epochs": 0}, {"validation_examples": -1}, {"test_examples": -1}):
+        with pytest.raises(ValueError, match=f"config: {next(iter(wrong))} must be"):
+            TrainConfig(**wrong)
 
 
 def test_the_validation_loss_selects_and_stops(config, monkeypatch):

@@ -100,12 +100,21 @@ def test_lofit_keeps_the_strongest_heads_and_shifts_only_them(config, loaded):
         lofit(fit, config, 10, heads=13)
 
 
+def test_the_lofit_command_refuses_heads_before_it_trains(config, tmp_path):
+    for heads in (0, 13):
+        with pytest.raises(ValueError, match=f"cannot select {heads} heads: the model has 12"):
+            train_lofit(replace(config, out=str(tmp_path / "run")), heads=heads)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_lofit_command_resumes(config, tmp_path):
     config = replace(config, orthogonality=Orthogonality("none"), steps=5, out=str(tmp_path / "run"))
     result = train_lofit(config, heads=3)
     first = (tmp_path / "run/scale/metrics.jsonl").read_text()
     assert len([line for line in first.splitlines() if '"loss"' in line]) == 2
     assert int(np.sum(result.params.steering["lofit"]["attn.heads"]["selected"])) == 3
+    with pytest.raises(ValueError, match=r"scale: holds a run with other settings: seed is 0 there, 1 here"):
+        train_lofit(replace(config, resume=True, seed=1), heads=3)
     again = train_lofit(replace(config, resume=True), heads=3)
     assert (tmp_path / "run/scale/metrics.jsonl").read_text() == first
     for a, b in zip(jax.tree.leaves(result.params.steering), jax.tree.leaves(again.params.steering), strict=True):

@@ -37,7 +37,7 @@ class DecodeBench:
     repeats: int = 7
     """Number of interleaved pairs of runs; the medians are reported."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the weights and of the computation: auto = float32 on CPU, bfloat16 on accelerators."""
+    """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     json: str | None = None
     """Write the figures to this file."""
 

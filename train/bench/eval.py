@@ -45,7 +45,7 @@ class EvalBench:
     new_tokens: int = 100
     """Maximum number of tokens in an answer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the weights and of the computation: auto = float32 on CPU, bfloat16 on accelerators."""
+    """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     json: str | None = None
     """Write the figures to this file."""
 
@@ -107,7 +107,7 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
         "batched, examples/s": rate,
         "batched / one at a time": rate / rate_alone,
         "answers compared": len(pairs),
-        "of these, low margin": len(pairs) - len(clear),
+        "of these, with a low margin": len(pairs) - len(clear),
         "other answers that differ": sum(not np.array_equal(a.tokens, b.tokens) for a, b in clear),
     }
 

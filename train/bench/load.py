@@ -38,7 +38,7 @@ class LoadBench:
     folder: str | None = None
     """Folder to make it in; by default the system's temporary folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Dtype of the loaded weights."""
+    """Data type of the loaded weights."""
     devices: tuple[int, ...] = (1, 2, 8)
     """Numbers of devices of one process to split the weights over, each measured."""
     processes: tuple[int, ...] = (2, 4)

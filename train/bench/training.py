@@ -54,7 +54,7 @@ class TrainBench:
     remat: Remat = "selective"
     """What the backward pass recomputes instead of storing it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the weights and of the computation: auto = float32 on CPU, bfloat16 on accelerators."""
+    """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     quantise: Literal["none", "int8"] = "none"
     """Quantise the projections of the frozen base to int8."""
     json: str | None = None

@@ -20,7 +20,7 @@ from train.compare.sweep import Run, Trained, train_runs
 from train.config import TrainConfig
 from train.devices.placement import Placement
 from train.evaluation.evaluator import Evaluator
-from train.run.lofit import lofit
+from train.run.lofit import check_heads, lofit
 from train.tasks import Split
 
 
@@ -47,6 +47,9 @@ class Comparison:
         for split in get_args(Split):
             if split != "train" and not self.evaluator.examples(split):
                 raise ValueError(f"the task has no {split} examples; a comparison needs training, validation and test")
+        for entry in config.entries:
+            if entry.lofit is not None:
+                check_heads(loaded.config, entry.lofit.heads)
 
     def path(self, entry: Entry, exponent: int, seed: int) -> Path:
         """The record of one run."""

@@ -65,7 +65,7 @@ class ListOps:
     min_length: int = 5
     """Minimum length of an expression, in operators, digits and closing brackets."""
     max_length: int = 12
-    """Maximum length of an expression, counted likewise."""
+    """Maximum length of an expression, in the same units."""
     train: int = 16_000
     """Number of training problems."""
     validation: int = 2_000

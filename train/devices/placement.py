@@ -118,12 +118,12 @@ class MeshConfig:
     """How a run is spread over devices; by default over as many as divide a microbatch's rows equally."""
 
     data: int | None = None
-    """Data parallelism: copies of the base model, each with a part of the rows."""
+    """Data parallelism: number of copies of the base model, each of which computes a share of the rows."""
     fsdp: int | None = None
-    """Fully sharded data parallelism: parts that the base model and the rows are split into. If neither this nor
-    `data` is given, up to 16."""
+    """Fully sharded data parallelism: number of shards of the base model and the rows. If neither this nor `data` is
+    given, up to 16."""
     tensor: int = 1
-    """Tensor parallelism: parts that heads, MLP and vocabulary are split into."""
+    """Tensor parallelism: number of shards of heads, MLP and vocabulary."""
     split_sequence: bool = False
     """Sequence parallelism: between sublayers, split the residual stream's positions over `tensor`, to save memory."""
 

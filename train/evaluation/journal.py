@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsteer.io.files import parse_json, read_json, write_json
+from jaxsteer.io.files import parse_json, write_json
 from jaxsteer.types import PyTree
 from train.devices.processes import fetch, is_first, on_first
 from train.evaluation.answers import Prompts, ScoredAnswer, answer_from_json, read_answers, write_answers
@@ -40,7 +40,7 @@ class MemoryJournal:
 
 
 class FileJournal:
-    """An append-only file beside the final answers: a header that identifies the evaluation, then an answer a line.
+    """An append-only file beside the final answers: a header that identifies the evaluation, then one answer per line.
 
     A context manager. Process 0 alone writes; every process knows what is done. `finish` writes the answers to `path`
     and the identity beside them, and removes the journal.
@@ -64,7 +64,12 @@ class FileJournal:
         if self.complete:
             self.done = dict(enumerate(read_answers(path)))
             return
-        self.done = {int(index): answer_from_json(answer) for index, answer in on_first(self._read)}
+        try:
+            self.done = {int(index): answer_from_json(answer) for index, answer in on_first(self._read)}
+        except TypeError as error:
+            raise ValueError(
+                f"{self.path}: written by another version of jaxsteer ({error}); delete the file to start over"
+            ) from None
         if is_first():
             self._file = self.path.open("a", encoding="utf-8")
             if not self.path.stat().st_size:
@@ -82,6 +87,7 @@ class FileJournal:
             return
         self.__exit__()
         if is_first():
+            self._identity_path.unlink(missing_ok=True)  # killed here, old identity and new answers must not meet
             write_answers(self.answers_path, [self.done[index] for index in range(len(self.done))])
             write_json(self._identity_path, self._identity)
             self.path.unlink(missing_ok=True)
@@ -99,7 +105,7 @@ class FileJournal:
     def _is_complete(self) -> bool:
         if not (self.answers_path.exists() and self._identity_path.exists()):
             return False
-        return read_json(self._identity_path) == self._identity
+        return parse_json(self._identity_path.read_bytes(), str(self._identity_path)) == self._identity
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None
@@ -115,7 +121,8 @@ class FileJournal:
         if len(whole) < len(text):
             with self.path.open("rb+") as file:
                 file.truncate(len(whole))
-        rows = [parse_json(line, f"{self.path}:{number}") for number, line in enumerate(whole.split(b"\n"), 1) if line]
+        lines = whole.split(b"\n")
+        rows = [parse_json(line, f"{self.path}:{number}") for number, line in enumerate(lines, 1) if line]
         if not rows:
             return []
         before = rows[0].get("evaluation", {})

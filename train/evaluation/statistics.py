@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from train.evaluation.answers import ScoredAnswer, read_answers
+from train.evaluation.answers import Prompts, ScoredAnswer, read_answers
 
 RESAMPLES = 10_000
 
@@ -61,20 +61,44 @@ def compare_scores(here: Sequence[bool], there: Sequence[bool], seed: int = 0) -
     return Paired(len(differences), float(differences.mean()), low, high, gained, lost, float(p))
 
 
+Key = tuple[str, str, str]
+"""What identifies an example of an evaluation: its source, prompt and gold answer."""
+
+
+def key_of(answer: ScoredAnswer) -> Key:
+    """The example that an answer is for."""
+    return answer.source, answer.prompt, str(answer.gold)
+
+
+def keys_of(prompts: Prompts) -> list[Key]:
+    """The examples that prompts are made of."""
+    return [
+        (prompt.source, text, str(prompt.answer)) for prompt, text in zip(prompts.tokens, prompts.texts, strict=True)
+    ]
+
+
+def check_same_examples(here: Sequence[Key], there: Sequence[Key]) -> None:
+    """Check that two evaluations answer the same examples, in any order.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if sorted(here) != sorted(there):
+        raise ValueError(
+            f"the two evaluations must answer the same examples: {len(here)} here, {len(there)} there, "
+            f"{len({*here} & {*there})} in common (same source, prompt and gold answer); give both the same task, split, "
+            "number and template"
+        )
+
+
 def compare_answers(here: Sequence[ScoredAnswer], there: Sequence[ScoredAnswer]) -> Paired:
     """Compare answers to the same prompts, in any order.
 
     Raises:
         ValueError: the two do not answer the same examples.
     """
-    key = lambda answer: (answer.source, answer.prompt, str(answer.gold))
-    first, second = sorted(here, key=key), sorted(there, key=key)
-    if [*map(key, first)] != [*map(key, second)]:
-        common = len({*map(key, first)} & {*map(key, second)})
-        raise ValueError(
-            f"the two evaluations must answer the same examples: {len(first)} here, {len(second)} there, {common} in "
-            "common (same source, prompt and gold answer); give both the same task, split, number and template"
-        )
+    first, second = sorted(here, key=key_of), sorted(there, key=key_of)
+    check_same_examples([*map(key_of, first)], [*map(key_of, second)])
     return compare_scores([answer.correct for answer in first], [answer.correct for answer in second])
 
 

@@ -186,7 +186,7 @@ class Checkpoints:
         ranked: list[tuple[float, int]] = []
         for step in self.steps():
             try:
-                metrics = self._record(step)["metrics"]
+                metrics = together(lambda step=step: self._record(step))["metrics"]  # type: ignore[misc]
             except Exception:  # a damaged one is not the best; restoring it reports the damage
                 continue
             if self._best[0] in metrics:

@@ -99,8 +99,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> 
         settings = json.loads(json.dumps(dict(config), allow_nan=False))  # tuples become lists, as on disk
     except (TypeError, ValueError) as error:
         raise ValueError(f"config of {run.folder}: cannot be written as JSON ({error})") from None
-    if run.folder.exists() and not run.folder.is_dir():
-        raise ValueError(f"{run.folder}: a file, but runs need a folder; use another --out")
+    _refuse_file(run.folder)
     if run.config.exists() and not resume and not run.begun:
         write_json(run.config, settings)  # what was there stopped at a bad setting, before its first step
         return run
@@ -136,9 +135,10 @@ def locked(folder: str | Path) -> Iterator[None]:
     locks nothing is locked.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or there is a file in its place.
     """
     folder = Path(folder)
+    _refuse_file(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / LOCK), folder / OWNER
     try:
@@ -161,6 +161,12 @@ def locked(folder: str | Path) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _refuse_file(folder: Path) -> None:
+    """Raise ValueError if a file is where a folder should be."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: a file, but runs need a folder; use another --out")
 
 
 def _entries(folder: Path) -> list[str]:

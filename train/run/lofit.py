@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 import jax.numpy as jnp
 
 from jaxsteer.interventions import strongest_heads
+from jaxsteer.models.config import ModelConfig
 from jaxsteer.params import Params
 from jaxsteer.types import Steering
 from train.config import TrainConfig
@@ -26,6 +27,19 @@ class HasParams(Protocol):
 R = TypeVar("R", bound=HasParams)
 Fit = Callable[[str, TrainConfig, Sequence[Steering] | None], Sequence[R]]
 """(name of the stage, config, initial steering) -> the results, one for each run that it trains at a time."""
+
+
+def check_heads(config: ModelConfig, heads: int) -> None:
+    """Refuse a number of heads that the second stage cannot select, before the first one trains.
+
+    Raises:
+        ValueError: below 1, or more than the model has.
+    """
+    if not 1 <= heads <= config.layers * config.heads:
+        raise ValueError(
+            f"LoFiT: cannot select {heads} heads: the model has {config.layers * config.heads} ({config.layers} layers "
+            f"with {config.heads} each)"
+        )
 
 
 def lofit(

@@ -80,8 +80,9 @@ class RunLog:
             skipped: steps skipped so far, if any.
         """
         rates = self.timer.rates(values)
+        updates = done - 1 - skipped + bool(skipped and "examples" in values)  # a skipped step counts from the next on
         counted = {"skipped": skipped} if skipped else {}
-        self._writer.write(done, **values, **self._learning_rates(done - 1 - skipped), **rates, **counted)
+        self._writer.write(done, **values, **self._learning_rates(updates), **rates, **counted)
         self._bar.update(done, **_shown(values, rates), **counted)
         if message := self._profiler.after(done, state):
             self.note(message)

@@ -38,7 +38,7 @@ class Program:
 
     model, tx, orthogonality, labels  as `train_step` and `partition` take them
     mesh       None on a single device of this process: nothing is placed then
-    attention  the kernel that this comes to, and why
+    attention  the attention kernel, and why it is chosen
     base       shapes of the base tree
     skip_nonfinite  as `train_step` takes it
     """
@@ -134,31 +134,17 @@ def make_program(
         ValueError: a plan that does not fit the model, a mesh that cannot split the model or the batch.
     """
     plan = parse_plan(config.plan, model_config)
-    rows = config.microbatch
     if mesh is not None:
         check_shape(
             MeshShape(**mesh.shape),
             devices=mesh.size,
-            rows=rows,
+            rows=config.microbatch,
             heads=model_config.heads,
             kv_heads=model_config.kv_heads,
             length=config.sequence_length,
             split_sequence=config.mesh.split_sequence,
         )
     base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base)
-    attention = (config.attention, "as asked")
-    if config.attention == "auto":
-        attention = choose_attention(
-            platform or jax.default_backend(),
-            rows=rows,
-            length=config.sequence_length,
-            heads=model_config.heads,
-            kv_heads=model_config.kv_heads,
-            head_dim=model_config.head_dim,
-            dtype=base["embed"]["embedding"].dtype,
-            softcap=model_config.attn_softcap,
-            mesh=mesh if mesh is not None and mesh.size > 1 else None,
-        )
     model = Model(
         model_config,
         plan,
@@ -178,9 +164,28 @@ def make_program(
         orthogonality=orthogonality,
         labels=labels,
         mesh=mesh,
-        attention=attention,
+        attention=_kernel(config, model_config, base, mesh, platform),
         base=base,
         skip_nonfinite=config.nonfinite == "skip",
+    )
+
+
+def _kernel(
+    config: TrainConfig, model_config: ModelConfig, base: PyTree, mesh: Mesh | None, platform: str | None
+) -> tuple[Kernel, str]:
+    """The attention kernel that a run uses, and why."""
+    if config.attention != "auto":
+        return config.attention, "as asked"
+    return choose_attention(
+        platform or jax.default_backend(),
+        rows=config.microbatch,
+        length=config.sequence_length,
+        heads=model_config.heads,
+        kv_heads=model_config.kv_heads,
+        head_dim=model_config.head_dim,
+        dtype=base["embed"]["embedding"].dtype,
+        softcap=model_config.attn_softcap,
+        mesh=mesh if mesh is not None and mesh.size > 1 else None,
     )
 
 

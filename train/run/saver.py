@@ -98,9 +98,12 @@ class Saver:
         self._checkpoints.save(done, _trees(state), self.meta, ranked)
 
     def last_good(self) -> str:
-        """The last checkpoint on disk, for messages; waits for pending writes."""
+        """A sentence on the last checkpoint on disk, for messages; waits for pending writes."""
         self._checkpoints.wait()
-        return f"step {max(self._checkpoints.steps(), default='none')} in {self._checkpoints.folder}"
+        steps = self._checkpoints.steps()
+        if not steps:
+            return "no checkpoint was saved yet"
+        return f"the last good checkpoint is step {steps[-1]} in {self._checkpoints.folder}"
 
     def wait(self) -> None:
         """Wait until everything saved is on disk."""

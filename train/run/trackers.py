@@ -81,7 +81,7 @@ def check_trackers(kinds: Sequence[Tracking]) -> None:
         if importlib.util.find_spec(_PACKAGES[kind]) is None:
             raise ValueError(
                 f"track {kind}: the package {_PACKAGES[kind]} is not installed; "
-                f"install the extra: pip install -e '.[train,{kind}]', or leave {kind} out of --track"
+                f'install the extra: pip install "jaxsteer[train,{kind}]", or leave {kind} out of --track'
             )
 
 

@@ -90,7 +90,7 @@ class NonfiniteGuard:
         Args:
             done: the step, counted from 1.
             values: its metrics, with the examples that `examine` gave.
-            last_good: describes the last good checkpoint.
+            last_good: gives a clause on the last good checkpoint, only called before raising.
 
         Raises:
             FloatingPointError: the step is not finite and may not be skipped.
@@ -100,11 +100,14 @@ class NonfiniteGuard:
         happened = _describe(done, values)
         if self._config.nonfinite == "skip" and self.skipped <= self._config.max_skipped:
             return f"Skipped {happened}."
-        limit = f" That is one more than --max-skipped {self._config.max_skipped} allows."
+        if self._config.nonfinite == "skip":
+            limit = f" That is one more than --max-skipped {self._config.max_skipped} allows."
+            remedy = "--resume with a larger --max-skipped continues."
+        else:
+            limit, remedy = "", "--resume --nonfinite skip continues without such steps."
         raise FloatingPointError(
-            f"{happened}.{limit if self._config.nonfinite == 'skip' else ''} Stopped; the last good checkpoint is "
-            f"{last_good()}. A lower --optim.lr or a smaller --optim.clip usually helps; --resume --nonfinite skip "
-            "continues without such steps."
+            f"{happened}.{limit} Stopped; {last_good()}. A lower --optim.lr or a smaller --optim.clip usually helps; "
+            f"{remedy}"
         )
 
 

@@ -20,9 +20,9 @@ class TableTask:
     train: str | None = "train"
     """File of training examples; with data, a split of that data set, e.g. train[:90%]."""
     validation: str | None = None
-    """Validation examples, given likewise; None = no evaluation during training."""
+    """Validation examples, in the same form; None = no evaluation during training."""
     test: str | None = None
-    """Test examples, given likewise; None = the validation examples."""
+    """Test examples, in the same form; None = the validation examples."""
     data: str | None = None
     """Id of a hub data set; None = train, validation and test are local files."""
     subset: str | None = None

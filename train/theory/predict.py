@@ -33,9 +33,9 @@ Start = Callable[[Training, int], Steering]
 
 @dataclass(frozen=True, kw_only=True)
 class PredictStudy(Study):
-    """Which layers and sites should pay, by the gradients of a few batches at the base model; which do, by training
-    steering at one layer alone and at one site alone; and whether D along the gradient's directions trains faster.
-    Figures: promise.png, layers.png, starts.png.
+    """Which layers and sites are worth steering according to the gradients of a few batches at the base model, and
+    according to training steering at one layer or one site alone; and whether initialising D along the gradient's
+    directions trains faster. Figures: promise.png, layers.png, starts.png.
     """
 
     name = "predict"
