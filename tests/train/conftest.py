@@ -10,6 +10,11 @@ import pytest
 from jaxsteer.io import save_hf
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import init_base
+from train.devices.machine import enable_compilation_cache
+from train.run import result
+
+# From the start: the tests that run before the first program would otherwise compile everything anew.
+enable_compilation_cache()
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from tiny_tokenizer import tiny_tokenizer
@@ -35,3 +40,9 @@ def tiny_data(tmp_path_factory):
     rows = [{"prompt": f"{chr(97 + i % 25)}>", "completion": chr(98 + i % 25)} for i in range(100)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Drawing takes a third of a tiny run; only runs in fixtures of a wider scope, made before this one, do it."""
+    monkeypatch.setattr(result, "_draw", lambda *rest: None)
