@@ -13,11 +13,11 @@ from jaxsteer.models.transformer import init_base
 from train.devices.machine import enable_compilation_cache
 from train.run import result
 
-# From the start: the tests that run before the first program would otherwise compile everything anew.
-enable_compilation_cache()
-
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from tiny_tokenizer import tiny_tokenizer
+
+# For all tests of a process, not only for those after its first run, which would switch it on.
+enable_compilation_cache()
 
 TINY = ModelConfig(
     vocab_size=259, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48, tied_head=True, max_length=64

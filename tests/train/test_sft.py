@@ -33,7 +33,7 @@ SHARED = pytest.mark.xdist_group("sft")  # the tests share a finished run
 
 @pytest.fixture(scope="module")
 def settings(tiny_folder, tiny_data):
-    """What the runs have in common. Tests keep the steps and shapes where they can: the compiled step is then shared."""
+    """What the runs have in common: tests that keep its steps and shapes share its compiled step."""
     return TrainConfig(
         task=JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=2),
         model=str(tiny_folder),
