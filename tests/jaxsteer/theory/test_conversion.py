@@ -135,7 +135,7 @@ def test_flat_conversions_are_the_same(tuned, base, batches):
 
 
 def test_flat_conversions_do_not_grow_with_the_tokens(tuned, base):
-    """4 thousand tokens and 40 thousand: 4 and 40 batches of 32 rows of 32."""
+    """5 thousand tokens and 50 thousand: 5 and 50 batches of 32 rows of 32."""
     settings = FitSettings("fixed", layers=(0,))
 
     def most(count, flat):
@@ -145,9 +145,9 @@ def test_flat_conversions_do_not_grow_with_the_tokens(tuned, base):
         to_steering(tuned, base, stream, settings, flat=flat)
         return stream.most - before
 
-    few, many = most(4, True), most(40, True)
+    few, many = most(5, True), most(50, True)
     assert many <= 1.01 * few
-    assert most(4, False) > few + 3.2 * 2 * 32 * 32 * 32 * 4  # two streams of each token
+    assert most(5, False) > few + 3.5 * 2 * 32 * 32 * 32 * 4  # two streams of each token
 
 
 @pytest.mark.slow
