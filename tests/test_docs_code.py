@@ -65,15 +65,23 @@ def restored():
         table.update(before)
 
 
-@pytest.fixture
-def tiny_model(monkeypatch, tmp_path):
-    """A tiny random model with a tokenizer, in place of the one that the documentation fetches."""
-    monkeypatch.syspath_prepend(str(ROOT / "tests/train/data"))
-    from tiny_tokenizer import tiny_tokenizer
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """The folder and config of a tiny random model with a tokenizer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tests/train/data"))
+        from tiny_tokenizer import tiny_tokenizer
 
     config = ModelConfig(vocab_size=259, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48)
-    folder = tmp_path / "model"
-    save_hf(folder, config, init_base(config, jax.random.key(3)), "llama", tiny_tokenizer())
+    folder = tmp_path_factory.mktemp("model")
+    save_hf(folder, config, jax.jit(init_base, static_argnums=0)(config, jax.random.key(3)), "llama", tiny_tokenizer())
+    return folder, config
+
+
+@pytest.fixture
+def tiny_model(monkeypatch, tiny_folder):
+    """A tiny model in place of the one that the documentation fetches."""
+    folder, config = tiny_folder
     monkeypatch.setattr(train.base_models, "resolve_model", lambda name: folder)
     return config
 

@@ -119,7 +119,7 @@ def make(steered, tiny_base):
     return lambda limits=LIMITS: Decoder(model, tiny_base, steering, limits)
 
 
-@pytest.mark.parametrize("at_a_time", [3, 40])
+@pytest.mark.parametrize("at_a_time", [LIMITS.rows, 40])
 def test_answers_are_those_of_one_at_a_time(at_a_time, make, alone, monkeypatch):
     kept, keep_rows = [], decoder.keep_rows
     counted = lambda state, rows: kept.append(len(rows)) or keep_rows(state, rows)

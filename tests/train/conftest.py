@@ -10,9 +10,14 @@ import pytest
 from jaxsteer.io import save_hf
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import init_base
+from train.devices.machine import enable_compilation_cache
+from train.run import result
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from tiny_tokenizer import tiny_tokenizer
+
+# For all tests of a process, not only for those after its first run, which would switch it on.
+enable_compilation_cache()
 
 TINY = ModelConfig(
     vocab_size=259, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48, tied_head=True, max_length=64
@@ -34,3 +39,9 @@ def tiny_data(tmp_path_factory):
     rows = [{"prompt": f"{chr(97 + i % 25)}>", "completion": chr(98 + i % 25)} for i in range(100)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """Drawing takes a third of a tiny run; only runs in fixtures of a wider scope, made before this one, do it."""
+    monkeypatch.setattr(result, "_draw", lambda *rest: None)

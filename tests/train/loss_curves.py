@@ -16,6 +16,7 @@ import numpy as np
 from jaxsteer import ModelConfig, OptimConfig, Params, init_base, init_steering, partition
 from train.config import TrainConfig
 from train.data import DataSource, TokenizedExample
+from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig
 from train.devices.processes import DistributedConfig, join
 from train.run.program import make_program, mesh_of
@@ -85,6 +86,8 @@ def main():
     jax.config.update("jax_num_cpu_devices", 8 if asked.process is None else 4)
     if asked.process is not None:
         join(DistributedConfig(coordinator=f"localhost:{asked.port}", processes=2, process=asked.process))
+    else:
+        enable_compilation_cache()
     base, data = make_base(), make_data()
     with open(asked.out, "w", encoding="utf-8") as file:
         for plan in asked.plans:

@@ -28,8 +28,8 @@ from train.tasks import JsonlTask
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def config(tiny_folder, tiny_data, tmp_path):
+@pytest.fixture(scope="module")
+def settings(tiny_folder, tiny_data):
     return TrainConfig(
         task=JsonlTask(str(tiny_data)),
         model=str(tiny_folder),
@@ -39,8 +39,18 @@ def config(tiny_folder, tiny_data, tmp_path):
         sequence_length=32,
         test_examples=0,
         checkpoint_every=2,
-        out=str(tmp_path / "run"),
     )
+
+
+@pytest.fixture
+def config(settings, tmp_path):
+    return replace(settings, out=str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """A run that nothing interrupts."""
+    return train(replace(settings, out=str(tmp_path_factory.mktemp("whole") / "run")))
 
 
 # ---- one run a folder
@@ -96,8 +106,9 @@ def test_a_stopped_run_says_so_in_its_exit_status(config, monkeypatch):
 # ---- a disk that does not take it
 
 
+@pytest.mark.xdist_group("durability")  # they share a whole run
 @pytest.mark.parametrize("words", ["No space left on device", "Read-only file system"])
-def test_a_save_that_fails_keeps_the_last_good_step(config, monkeypatch, words):
+def test_a_save_that_fails_keeps_the_last_good_step(config, whole, monkeypatch, words):
     import orbax.checkpoint as ocp
 
     original = ocp.CheckpointManager.save
@@ -111,7 +122,6 @@ def test_a_save_that_fails_keeps_the_last_good_step(config, monkeypatch, words):
     with pytest.raises(ValueError, match=rf"could not be written \({words}\)\. .* step 2; .*--resume"):
         train(config)
     monkeypatch.undo()
-    whole = train(replace(config, out=config.out + "-whole"))
     resumed = train(replace(config, resume=True))
     assert resumed.run.steering.read_bytes() == whole.run.steering.read_bytes()
 

@@ -106,6 +106,9 @@ def test_a_split_is_read_and_tokenised_once(loaded, steered, tiny_data, monkeypa
     assert reads == ["validation"]
 
 
+loss_of = jax.jit(mean_loss, static_argnums=0)
+
+
 def test_the_validation_loss_is_that_of_training(loaded, steered, tiny_data):
     """Packed rows, several batches, the last of them not full; a base of one's own counts."""
     plan, steering = steered
@@ -117,10 +120,12 @@ def test_the_validation_loss_is_that_of_training(loaded, steered, tiny_data):
     batch = jax.tree.map(jax.numpy.asarray, stack_rows([[row] for row in rows], 8))
     for base in (None, jax.tree.map(lambda leaf: leaf * 0.5, loaded.base)):
         whole = loaded.base if base is None else base
-        want = mean_loss(Model(loaded.config, plan), whole, steering, batch)
+        want = loss_of(Model(loaded.config, plan), whole, steering, batch)
         got = evaluator.validate(Params(base, steering))
         np.testing.assert_allclose(got["validation_loss"], want, rtol=1e-5)
 
+
+whole_text = jax.jit(forward, static_argnums=0)
 
 CHOICES = (" b", " cd", " efgh")
 
@@ -137,7 +142,7 @@ def test_choices_score_as_completions_in_training_do(loaded, steered):
         for choice, got in zip(CHOICES, answer.scores, strict=True):
             trained, _ = encode([Example.of(example.turns[0].text, choice, "here")], loaded.tokenizer)
             batch = stack_rows([trained], 16)
-            hidden = forward(model, loaded.base, steering, jax.tree.map(jax.numpy.asarray, batch)).hidden[0]
+            hidden = whole_text(model, loaded.base, steering, jax.tree.map(jax.numpy.asarray, batch)).hidden[0]
             logp = jax.nn.log_softmax(logits_of(hidden, output_embedding(loaded.base)))
             supervised = np.flatnonzero(batch.weights[0])
             assert len(supervised) == len(choice) + 1  # bytes, and the end of the sequence
@@ -267,8 +272,8 @@ def test_the_program_is_killed_and_goes_on(steering_file, tmp_path, monkeypatch,
     process.communicate()
     assert part.exists(), "it was finished before it could be killed"
     before = part.read_text().splitlines()[1:-1]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", command[2:])
+    evaluate.main()
     answers = {each.source: each for each in read_answers(out / "steered.jsonl")}
     assert len(answers) == 60
     for line in before:

@@ -38,11 +38,19 @@ def model(loaded, steered):
     return JaxsteerLM.of(loaded, *steered, batch_size=4)
 
 
+LENGTH = 16  # of a row that holds any text here
+jitted_forward = jax.jit(forward, static_argnums=0)
+
+
 def log_probabilities(loaded, steered, ids, prompt):
     """Log p of every token but the first, where the tokens after the prompt are completion."""
-    weights = (np.arange(len(ids)) >= prompt)[None].astype(np.float32)
-    batch = make_batch(np.array([ids]), None, weights)
-    hidden = forward(Model(loaded.config, steered[0]), loaded.base, steered[1], batch).hidden[0]
+    row = np.arange(LENGTH)
+    tokens, segments = np.zeros((1, LENGTH), int), (row < len(ids))[None].astype(np.int32)
+    tokens[0, : len(ids)] = ids
+    weights = ((row >= prompt) & (row < len(ids)))[None].astype(np.float32)
+    hidden = jitted_forward(
+        Model(loaded.config, steered[0]), loaded.base, steered[1], make_batch(tokens, segments, weights)
+    ).hidden[0, : len(ids)]
     logp = np.asarray(jax.nn.log_softmax(logits_of(hidden, output_embedding(loaded.base))))
     return logp[np.arange(len(ids) - 1), ids[1:]], logp[:-1].argmax(-1) == ids[1:]
 

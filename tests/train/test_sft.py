@@ -28,10 +28,12 @@ from train.sft import train
 from train.tasks import JsonlTask, ListOpsTask, task_from_json, task_to_json
 
 ROOT = Path(__file__).parents[2]
+SHARED = pytest.mark.xdist_group("sft")  # the tests share a finished run
 
 
-@pytest.fixture
-def config(tiny_folder, tiny_data, tmp_path):
+@pytest.fixture(scope="module")
+def settings(tiny_folder, tiny_data):
+    """What the runs have in common: tests that keep its steps and shapes share its compiled step."""
     return TrainConfig(
         task=JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=2),
         model=str(tiny_folder),
@@ -46,17 +48,33 @@ def config(tiny_folder, tiny_data, tmp_path):
         test_examples=16,
         eval_batch_size=8,
         checkpoint_every=4,
-        out=str(tmp_path / "run"),
     )
+
+
+@pytest.fixture
+def config(settings, tmp_path):
+    return replace(settings, out=str(tmp_path / "run"))
+
+
+@pytest.fixture
+def bare(config):
+    """Without evaluations, and with one checkpoint at the end."""
+    return replace(config, evaluate_every=0, test_examples=0, checkpoint_every=config.steps)
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """A whole run, for tests that only read it."""
+    return train(replace(settings, out=str(tmp_path_factory.mktemp("finished") / "run")))
 
 
 def leaves(path):
     return jax.tree.leaves(load_steering(path).steering)
 
 
-def test_a_run_leaves_what_it_promises(config):
-    result = train(config)
-    run = result.run
+@SHARED
+def test_a_run_leaves_what_it_promises(config, finished):
+    run = finished.run
     rows = read_metrics(run.metrics)
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 12
@@ -142,7 +160,7 @@ def test_a_killed_evaluation_resumes_with_its_run(config, when, monkeypatch):
         add(self, index, answer)
 
     monkeypatch.setattr(FileJournal, "add", adding)
-    config = replace(config, steps=2, evaluate_every=0)
+    config = replace(config, evaluate_every=0, checkpoint_every=config.steps)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     dying[0] = False
@@ -209,9 +227,9 @@ def test_killed_three_times_and_resumed_is_bitwise_the_same(tiny_folder, tiny_da
     assert losses(whole) == losses(killed)
 
 
-def test_stopping_is_saving(config, monkeypatch):
+@SHARED
+def test_stopping_is_saving(config, finished, monkeypatch):
     """SIGTERM: the step under way is finished and saved, and the resumed run ends where the other does."""
-    whole = train(replace(config, out=config.out + "-whole"))
 
     def stepping(*args):
         if args[2] == 6:
@@ -224,7 +242,7 @@ def test_stopping_is_saving(config, monkeypatch):
     monkeypatch.undo()
     assert not (Path(config.out) / "summary.json").exists()
     resumed = train(replace(config, resume=True))
-    for one, other in zip(leaves(whole.run.steering), leaves(resumed.run.steering), strict=True):
+    for one, other in zip(leaves(finished.run.steering), leaves(resumed.run.steering), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
@@ -235,6 +253,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(conf
 
     original = setup.step_batch
     monkeypatch.setattr(setup, "step_batch", poisoned)
+    config = replace(config, evaluate_every=0, test_examples=0)
     with pytest.raises(FloatingPointError, match=r"step 10: .*last good checkpoint is step 8"):
         train(config)
     monkeypatch.undo()
@@ -275,11 +294,11 @@ def test_bad_data_is_named(config, tmp_path):
             train(replace(config, task=JsonlTask(str(path)), out=str(tmp_path / f"run{len(text)}")))
 
 
-def test_long_examples_are_dropped_only_when_asked_and_then_reported(config, tmp_path, capsys):
+def test_long_examples_are_dropped_only_when_asked_and_then_reported(bare, tmp_path, capsys):
     path = tmp_path / "long.jsonl"
     rows = [{"prompt": "a" * n, "completion": "b"} for n in (5, 40, 6)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = replace(config, task=JsonlTask(str(path)), steps=1)
+    config = replace(bare, task=JsonlTask(str(path)))
     with pytest.raises(ValueError, match=r"long.jsonl:2"):
         train(config)
     train(replace(config, on_long="drop", out=config.out + "-drop"))
@@ -288,12 +307,13 @@ def test_long_examples_are_dropped_only_when_asked_and_then_reported(config, tmp
     assert "long.jsonl:2" in printed
 
 
-def test_an_output_folder_with_another_run_is_refused(config):
-    train(replace(config, steps=1))
+@SHARED
+def test_an_output_folder_with_another_run_is_refused(config, finished):
+    config = replace(config, out=str(finished.run.folder))
     with pytest.raises(ValueError, match=r"steps"):
-        train(config)
-    with pytest.raises(ValueError, match=r"--resume"):
         train(replace(config, steps=1))
+    with pytest.raises(ValueError, match=r"--resume"):
+        train(config)
 
 
 def test_configs_and_overrides(tmp_path):
@@ -341,16 +361,16 @@ def test_a_command_of_its_own_process():
     assert "Traceback" not in done.stderr
 
 
-def test_the_other_programs(config, run):
-    result = train(replace(config, steps=2))
-    steering = str(result.run.steering)
+@SHARED
+def test_the_other_programs(config, finished, run):
+    steering = str(finished.run.steering)
     assert "b>" in run("train.generate", steering, "b>", "c>", "--compare")
     assert "‖Δh‖" in run("train.inspect", steering, "--prompt", "abc")
-    assert (result.run.folder / "shift.png").exists()
+    assert (finished.run.folder / "shift.png").exists()
     small = (str(ROOT / "configs/listops_smollm2.py"), "--model", config.model)
     assert "attention on these devices: rows (one CPU device" in run("train.inspect", *small)
     assert "steered" in run("train.evaluate", steering, "--examples", "8")
-    answers = (result.run.folder / "evaluation" / "steered.jsonl").read_text().splitlines()
+    answers = (finished.run.folder / "evaluation" / "steered.jsonl").read_text().splitlines()
     assert len(answers) == 8
     assert set(json.loads(answers[0])) >= {"prompt", "output", "extracted", "gold", "correct", "truncated"}
     assert "no such file" in run("train.generate", "missing.safetensors", "x", fails=True)

@@ -130,7 +130,8 @@ def attempt(form, number, source, path, whole):
     return f"{form} {number} ({what}): {peak} bytes" if peak > MEMORY else None
 
 
-BLOCKS = [(0, 200), *(pytest.param((at, at + 300), marks=pytest.mark.slow) for at in range(200, 2000, 300))]
+MORE = ((100, 200), *((at, at + 300) for at in range(200, 2000, 300)))
+BLOCKS = [(0, 100), *(pytest.param(block, marks=pytest.mark.slow) for block in MORE)]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

@@ -135,7 +135,7 @@ def test_flat_conversions_are_the_same(tuned, base, batches):
 
 
 def test_flat_conversions_do_not_grow_with_the_tokens(tuned, base):
-    """10 thousand tokens and 100 thousand: 10 and 100 batches of 32 rows of 32."""
+    """5 thousand tokens and 50 thousand: 5 and 50 batches of 32 rows of 32."""
     settings = FitSettings("fixed", layers=(0,))
 
     def most(count, flat):
@@ -145,9 +145,9 @@ def test_flat_conversions_do_not_grow_with_the_tokens(tuned, base):
         to_steering(tuned, base, stream, settings, flat=flat)
         return stream.most - before
 
-    few, many = most(10, True), most(100, True)
+    few, many = most(5, True), most(50, True)
     assert many <= 1.01 * few
-    assert most(10, False) > few + 8 * 2 * 32 * 32 * 32 * 4  # two streams of each token
+    assert most(5, False) > few + 3.5 * 2 * 32 * 32 * 32 * 4  # two streams of each token
 
 
 @pytest.mark.slow

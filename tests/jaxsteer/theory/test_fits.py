@@ -135,7 +135,7 @@ def test_a_sample_is_uniform():
     assert np.all(np.abs(counts - 200) < 5 * np.sqrt(200))
 
 
-@pytest.mark.parametrize("activation", ["silu", "tanh"])
+@pytest.mark.parametrize("activation", ["silu", pytest.param("tanh", marks=pytest.mark.slow)])
 def test_a_planted_nonlinear_map_is_found(activation):
     draw = np.random.default_rng(0)
     x = jnp.asarray(draw.standard_normal((2000, IN)) * np.geomspace(30, 1, IN), jnp.float32)
