@@ -86,8 +86,8 @@ def check_same_examples(here: Sequence[Key], there: Sequence[Key]) -> None:
     if sorted(here) != sorted(there):
         raise ValueError(
             f"the two evaluations must answer the same examples: {len(here)} here, {len(there)} there, "
-            f"{len({*here} & {*there})} in common (same source, prompt and gold answer); give both the same task, split, "
-            "number and template"
+            f"{len({*here} & {*there})} in common (same source, prompt and gold answer); give both the same task, "
+            "split, number and template"
         )
 
 
