@@ -6,6 +6,15 @@ from pathlib import Path
 # Before JAX starts, and for the processes that tests start: tolerances are those of a CPU, and a TPU's compiler without
 # a TPU would be tried first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compilation is most of the tests' time, and most of it was XLA's code generator for fused operations and its splitting
+# of a program into many modules. Flags that are already set come last, so they win.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        os.environ.get("XLA_FLAGS", ""),
+    )
+)
 
 import jax
 import pytest

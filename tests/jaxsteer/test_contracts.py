@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import (
+    AS_USERS_DO,
     KINDS,
     TURNS,
     all_methods,
@@ -37,7 +38,10 @@ from jaxsteer.types import PROJECTIONS, Batch, Context
 
 pytestmark = pytest.mark.xdist_group("contracts")  # the tests share compiled programs
 
-RUN = jax.jit(forward, static_argnames=("model", "capture"))  # compiled with the default options, as users do
+COMPILED = {
+    "fast": run,
+    "as users do": jax.jit(forward, static_argnames=("model", "capture"), compiler_options=AS_USERS_DO),
+}
 START_RANDOM = ("loreft", "direft")
 WEIGHTS = tuple(name for name, method in METHODS.items() if method.kind == "weight")
 
@@ -50,13 +54,15 @@ def fresh(tiny_config, tiny_base):
     return init(jax.random.key(3))
 
 
+@pytest.mark.parametrize("compiled", ["fast", pytest.param("as users do", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
-def test_zero_and_fresh_parameters_are_bitwise_the_base(name, fresh, tiny_config, tiny_base):
+def test_zero_and_fresh_parameters_are_bitwise_the_base(name, compiled, fresh, tiny_config, tiny_base):
     """LoReFT and DiReFT start with random parameters, as in their paper."""
+    forwards = COMPILED[compiled]
     batch = supervised_batch(tiny_config.vocab_size)
-    plain = RUN(Model(tiny_config), tiny_base, {}, batch, capture=("block",))
+    plain = forwards(Model(tiny_config), tiny_base, {}, batch, capture=("block",))
     model = Model(tiny_config, all_methods(tiny_config))
-    steer = lambda steering: RUN(model, tiny_base, steering, batch, capture=("block",))
+    steer = lambda steering: forwards(model, tiny_base, steering, batch, capture=("block",))
     fresh = turn(fresh, name)
     if name in START_RANDOM:
         assert np.abs(steer(fresh).hidden - plain.hidden).max() > 1e-3

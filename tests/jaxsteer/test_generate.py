@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from tiny import every_kind, fast_jit, random_steering, rows, run
 
-from jaxsteer import Model, Sampling, generate, make_batch
+import jaxsteer
+from jaxsteer import Model, Sampling, make_batch
 from jaxsteer.inference.generate import sample
 from jaxsteer.models.transformer import logits_of, output_embedding
+
+generate = fast_jit(jaxsteer.generate, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampling"))
 
 NEW = 6
 PROMPTS = [np.array([5, 9, 30, 31, 7]), np.array([11, 3, 42]), np.array([60])]
@@ -105,7 +108,7 @@ def test_distribution_of_samples(settings, want):
 def test_samples_depend_on_the_key_and_the_step(tiny_config, tiny_base):
     draw = fast_jit(
         lambda key: (
-            generate(
+            jaxsteer.generate(
                 Model(tiny_config),
                 tiny_base,
                 {},

@@ -63,6 +63,7 @@ def test_greedy_continuations_in_a_padded_batch(smollm2, theirs):
         np.testing.assert_array_equal(got[i], theirs[f"greedy/{i}"], err_msg=str(theirs["prompts"][i]))
 
 
+@pytest.mark.slow  # the test above has the same continuation in a batch
 def test_greedy_continuation_alone(smollm2, theirs):
     got = greedy(smollm2, padded(theirs, [1], "right"))
     np.testing.assert_array_equal(got[0], theirs["greedy/1"])

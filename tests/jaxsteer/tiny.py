@@ -24,7 +24,15 @@ FAST = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
-"""Compiler options: tests on tiny shapes are mostly compile time. Bitwise tests use the defaults, as users do."""
+"""Compiler options: tests on tiny shapes are mostly compile time."""
+
+AS_USERS_DO = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+    "xla_cpu_parallel_codegen_split_count": 32,
+}
+"""XLA's own defaults, against FAST and the flags in conftest.py."""
 
 fast_jit = partial(jax.jit, compiler_options=FAST)
 run = fast_jit(forward, static_argnames=("model", "capture", "train"))

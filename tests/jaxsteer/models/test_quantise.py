@@ -15,6 +15,7 @@ from jaxsteer.steering import fold_weights
 from jaxsteer.types import PROJECTIONS
 
 
+@fast_jit
 def float_base(base):
     """The float base that an int8 one represents."""
     blocks = {
@@ -28,7 +29,7 @@ def float_base(base):
 
 @pytest.fixture(scope="module")
 def small(tiny_base):
-    return quantise(tiny_base)
+    return fast_jit(quantise)(tiny_base)
 
 
 def test_each_output_has_its_scale():
@@ -51,8 +52,8 @@ def test_products_are_those_of_the_rounded_weights(small, tiny_base, tiny_config
         Slot("l", LoRA(rank=2), PROJECTIONS),
         Slot("d", DoRA(rank=2), ("mlp.down", "attn.q")),
     )
-    steering = init_steering(plan, tiny_config, jax.random.key(0), base=small)
-    steering = jax.tree.map(lambda leaf: leaf + 0.02, steering)
+    init = fast_jit(lambda base: init_steering(plan, tiny_config, jax.random.key(0), base=base))
+    steering = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(0.02), init(small))
     model, rounded = Model(tiny_config, plan), float_base(small)
     (loss, grads), (want, wanted) = (loss_and_grads(model, base, steering, batch) for base in (small, rounded))
     close(loss, want, 1e-5)
