@@ -12,7 +12,8 @@ WORKERS ?= 2
 # Huge pages for large arrays: about 5 % of a step's time on a CPU, if glibc is the allocator.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-# Tests that compile many programs of tiny models compile them fast rather than well; the others compile as users do.
+# Tests that compile many programs of tiny models compile them fast rather than well; the others at XLA's usual level, and
+# some slow ones exactly as users do.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 QUICKLY := tests/train tests/jaxsteer/theory tests/jaxsteer/io tests/jaxsteer/test_decoder.py \
 	tests/jaxsteer/test_likelihood.py tests/test_docs_code.py

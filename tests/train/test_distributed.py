@@ -69,7 +69,8 @@ def start(program, *arguments):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    fast = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
     environment = os.environ | {"XLA_FLAGS": fast, "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     settings = {"coordinator": f"localhost:{port}", "processes": 2, "timeout": DEAD_AFTER}
     command = [sys.executable, "-m", program, *arguments]

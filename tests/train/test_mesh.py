@@ -46,7 +46,8 @@ print("devices", len(jax.tree.leaves(result.params.base)[0].sharding.device_set)
 """
 
 
-FAST = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FAST = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"}
 
 
 def run(*arguments):
