@@ -88,8 +88,9 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None, *, res
                 if _evaluation_due(config, done, training.steps):
                     results = evaluator.validate(training.answering(state))
                     log.evaluation(done, results)
-                    values |= results
-                    improved = config.select_by in results and early.update(results[config.select_by])
+                    if results:
+                        values |= results
+                        improved = early.update(results[config.select_by])
                 asked = stop.requested(done)
                 if saver.due(done) or asked or early.should_stop or (improved and config.patience):
                     saver.save(done, state, values)
