@@ -262,8 +262,10 @@ def optimizer_shardings(
             return leaf
         return at if leaf.shape == param.shape else everywhere
 
+    # Traced, so that nothing is computed: the mesh may be one of devices that are not here.
+    init = lambda placeholders: jax.eval_shape(tx.init, placeholders)
     return optax.tree.map_params(
-        tx, place, state, params, shardings, transform_non_params=lambda _: everywhere, is_leaf=masked
+        init, place, state, params, shardings, transform_non_params=lambda _: everywhere, is_leaf=masked
     )
 
 
