@@ -149,6 +149,7 @@ def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
     [
         ({"rates": 2}, "rates must be odd"),
         ({"factor": 1.0}, "factor above 1"),
+        ({"base": TrainConfig(evaluate_every=5, patience=2)}, "base.evaluate_every has no effect here"),
         ({"entries": (Entry("a b", Method((POST_BLOCK,)), 1.0), Entry("A_B", Method((POST_BLOCK,)), 1.0))}, "'a_b'"),
     ],
 )

@@ -53,6 +53,20 @@ class Entry:
         return "".join(c if c.isalnum() else "_" for c in self.name.lower()).strip("_")
 
 
+IGNORED = (
+    "mesh",
+    "distributed",
+    "evaluate_every",
+    "select_by",
+    "patience",
+    "nonfinite",
+    "track",
+    "profile",
+    "checkpoints",
+)
+"""Settings of a run that a comparison has no use for: its runs train together on one device, without checkpoints."""
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """A comparison of methods."""
@@ -78,6 +92,10 @@ class CompareConfig:
             raise ValueError(
                 f"comparison: rates must be odd and at least 3, seeds at least 1, factor above 1; got {self.rates}, "
                 f"{self.seeds}, {self.factor}"
+            )
+        if ignored := [name for name in IGNORED if getattr(self.base, name) != getattr(TrainConfig(), name)]:
+            raise ValueError(
+                f"comparison: base.{ignored[0]} has no effect here; leave it at its default, and so {', '.join(IGNORED)}"
             )
         slugs = [entry.slug for entry in self.entries]
         if repeated := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
