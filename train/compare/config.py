@@ -95,7 +95,7 @@ class CompareConfig:
             )
         if ignored := [name for name in IGNORED if getattr(self.base, name) != getattr(TrainConfig(), name)]:
             raise ValueError(
-                f"comparison: base.{ignored[0]} has no effect here; leave it at its default, and so {', '.join(IGNORED)}"
+                f"comparison: base.{ignored[0]} has no effect here; leave it and {', '.join(IGNORED)} at their defaults"
             )
         slugs = [entry.slug for entry in self.entries]
         if repeated := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
