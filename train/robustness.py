@@ -203,14 +203,14 @@ def main() -> None:
     join(config.distributed)
     enable_compilation_cache()
     files = read_methods(config)
-    place = place_on(config.mesh, config.batch_size)
     first = next(iter(files.values()))
-    loaded, _ = load_steered(first, config.model, config.dtype, place.base)
-    for file in files.values():
-        file.check(loaded.config)
     task = find_task(config.config, config.data, first.notes)
     transferred = load_config_file(config.transfer, TrainConfig).task if config.transfer else None
     sets = example_sets(config, task, transferred)
+    place = place_on(config.mesh, config.batch_size)
+    loaded, _ = load_steered(first, config.model, config.dtype, place.base)
+    for file in files.values():
+        file.check(loaded.config)
     evaluator = Evaluator(
         model=Model(loaded.config),
         loaded=loaded,
