@@ -15,7 +15,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxsteer.io import LoadedModel, SteeringFile, compute_dtype, load_config, load_model, load_steering
+from jaxsteer.io import (
+    LoadedModel,
+    SteeringFile,
+    compute_dtype,
+    describe_model,
+    load_config,
+    load_model,
+    load_steering,
+)
 from jaxsteer.io.stored import Place
 from jaxsteer.types import Plan, Steering
 from train.devices.machine import cache_folder
@@ -114,6 +122,14 @@ def load(
             quantised=quantised,
             tokenizer=tokenizer,
         )
+
+
+def describe(
+    name: str, dtype: str = "auto", *, quantised: bool = False, tokenizer: str | None = None
+) -> LoadedModel:
+    """All of a model but its weights, of which there are only shapes; see `load`."""
+    source = resolve_model(name)
+    return describe_model(source, dtype=compute_dtype(dtype), quantised=quantised, tokenizer=tokenizer)
 
 
 def _sha256(path: Path) -> str:

@@ -27,7 +27,9 @@ from jaxsteer.io.tokenizer import (
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import config_from_hf
 from jaxsteer.models.families.table import Family
-from jaxsteer.types import PyTree
+from jaxsteer.models.quantise import quantise
+from jaxsteer.models.transformer import init_base
+from jaxsteer.types import Array, PyTree
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,45 @@ def load_model(
     """
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER, *sources.WEIGHTS))
     family, config = _read_config(path)
-    if tokenizer is None and (path.is_file() or has_tokenizer(path)):
-        tokenizer = path
-    loaded_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
+    loaded_tokenizer = _tokenizer_of(path, tokenizer)
     base = _load_base(path, family, config, ReadOptions(dtype, progress, place, quantised))
     stop_tokens = _stop_tokens(path, loaded_tokenizer)
     name = sources.name_of(source, path)
     return LoadedModel(config, base, loaded_tokenizer, name, fingerprint(config), family.name, stop_tokens)
+
+
+def describe_model(
+    source: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    quantised: bool = False,
+    tokenizer: str | Path | None = None,
+) -> LoadedModel:
+    """Read all of a model but its weights: the leaves of `base` are `jax.ShapeDtypeStruct`s.
+
+    It costs no memory, and from the Hugging Face Hub no download of weights, so that what depends on the config or the
+    tokenizer can be checked before the weights are read. See `load_model` for the arguments.
+
+    Raises:
+        ValueError: as `load_model`, except for what is wrong with the weights.
+    """
+    path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER))
+    family, config = _read_config(path)
+    loaded_tokenizer = _tokenizer_of(path, tokenizer)
+
+    def base(key: Array) -> PyTree:
+        made = init_base(config, key, dtype)
+        return quantise(made) if quantised else made
+
+    return LoadedModel(
+        config,
+        jax.eval_shape(base, jax.eval_shape(lambda: jax.random.key(0))),
+        loaded_tokenizer,
+        sources.name_of(source, path),
+        fingerprint(config),
+        family.name,
+        _stop_tokens(path, loaded_tokenizer),
+    )
 
 
 def compute_dtype(name: str) -> np.dtype:
@@ -136,6 +170,13 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     """
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER))
     return tokenizer_from_gguf(open_gguf(path).metadata, str(path)) if path.is_file() else tokenizer_from_folder(path)
+
+
+def _tokenizer_of(path: Path, tokenizer: str | Path | None) -> Tokenizer | None:
+    """The tokenizer of the model at `path`, or another one that is asked for; None if there is neither."""
+    if tokenizer is None and (path.is_file() or has_tokenizer(path)):
+        tokenizer = path
+    return None if tokenizer is None else load_tokenizer(tokenizer)
 
 
 def _read_config(path: Path) -> tuple[Family, ModelConfig]:
