@@ -9,24 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from jaxsteer.io.files import read_json
 from jaxsteer.types import Steering
 from train.cli import from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
 from train.devices.machine import device_summary, enable_compilation_cache
-from train.devices.placement import place_on
 from train.devices.processes import join, on_first
 from train.display.console import print_facts
 from train.run.checkpoints import local_folder
-from train.run.folder import RunFolder, locked, open_run
+from train.run.folder import RunFolder, check_run, locked, open_run, read_inputs, starting, steps_done
 from train.run.log import RunLog
+from train.run.memory import enough_memory
 from train.run.preemption import preemption
 from train.run.result import Result, conclude, print_result
 from train.run.saver import Saver
+from train.run.start import Prepared, changes_for, check_start, filled, load_training, prepare
 from train.run.trackers import check_trackers
-from train.run.training import Training, load_base_model, make_training, to_floats
+from train.run.training import Training, to_floats
 from train.run.watch import EarlyStopping, NonfiniteGuard
 from train.tasks.scoring import BEST
 
@@ -47,35 +50,38 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
     """
     check_trackers(config.track)
     with ExitStack() as held:
-        run, resume = _open(config, held)
-        return _train(config, run, initial, resume=resume)
+        run, stored = _claim(config, held)
+        prepared = prepare(config, stored, on_first(lambda: read_inputs(run)))
+        held.enter_context(starting(run))
+        _open(prepared, run, resume=stored is not None)
+        return _train(prepared, run, initial, resume=stored is not None)
 
 
-def _train(config: TrainConfig, run: RunFolder, initial: Steering | None, *, resume: bool) -> Result | None:
+def _train(prepared: Prepared, run: RunFolder, initial: Steering | None, *, resume: bool) -> Result | None:
     enable_compilation_cache()
-    loaded = load_base_model(config, place_on(config.mesh, config.microbatch).base)
-    training = make_training(config, loaded, initial)
-    evaluator = training.evaluator()
-    if config.patience and not evaluator.examples("validation"):
-        raise ValueError("patience: the task has no validation examples to decide by; give it some, or --patience 0")
+    config = prepared.config
+    training = load_training(prepared, initial)
+    evaluator = prepared.evaluator.steered_by(training.program.model, training.loaded)
     _print_run(config, training)
     with Saver(config, run, training, resume=resume) as saver, preemption() as stop:
         resumed = saver.resumed
         state, start = saver.restore(training.state) if resumed else (training.state, 0)
+        check_start(prepared, start)
         with RunLog(config, run, training, start, resumed=resumed) as log:
             # ---- before
-            before = evaluator.answer(
-                "test", training.untouched(), run.answers_before, title="Evaluating before", reuse=True
-            )
-            if start == 0 and config.evaluate_every:
-                log.evaluation(0, evaluator.validate(training.untouched()))
+            with enough_memory(config, "evaluation"):
+                before = evaluator.answer(
+                    "test", training.untouched(), run.answers_before, title="Evaluating before", reuse=True
+                )
+                if start == 0 and config.evaluate_every:
+                    log.evaluation(0, evaluator.validate(training.untouched()))
 
             # ---- training
             guard = NonfiniteGuard(config, training.data, max((r.get("skipped", 0) for r in log.history), default=0))
             earlier = [row[config.select_by] for row in log.history if row["step"] and config.select_by in row]
             early = EarlyStopping.replay(config.patience, BEST[config.select_by], earlier)
             for done in _steps(start, training.steps, early):
-                with log.timed(done):
+                with log.timed(done), enough_memory(config, "step"):
                     state, metrics = training.step(state, training.batch(done - 1))
                     values = to_floats(metrics)
                 values |= guard.examine(done, values)
@@ -123,31 +129,43 @@ def _evaluation_due(config: TrainConfig, done: int, steps: int) -> bool:
     return config.evaluate_every > 0 and (done % config.evaluate_every == 0 or done == steps)
 
 
-def _open(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, bool]:
-    """Lock the run's folder, and start or resume the run; once for all processes, which must all see the folder.
+def _claim(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, dict[str, Any] | None]:
+    """Lock the run's folder, once for all processes, and refuse it if it is another run's.
 
     Returns:
-        The folder, and whether its run is resumed.
+        The folder, and the settings in it if its run is resumed, else None.
     """
     run = RunFolder(Path(config.out))
 
-    def begin() -> bool:
+    def claim() -> dict[str, Any] | None:
         resume = config.resume or (config.auto_resume and run.begun)
-        if resume and not run.config.exists():
-            open_run(run.folder, config.to_json(), resume=True)  # says what is wrong
+        if resume:
+            check_run(run.folder, {}, resume=True) if not run.config.exists() else None  # says what is wrong
         held.enter_context(locked(run.folder))
         if config.checkpoints is not None and (elsewhere := local_folder(config.checkpoints)) is not None:
             held.enter_context(locked(elsewhere))
-        open_run(run.folder, config.to_json(), resume=resume)
-        return resume
+        stored = read_json(run.config) if run.config.exists() and (resume or run.begun) else None
+        check_run(run.folder, filled(config, stored).to_json(), resume=resume, changes=changes_for(config))
+        return stored
 
-    resume = on_first(begin)
+    return run, on_first(claim)
+
+
+def _open(prepared: Prepared, run: RunFolder, *, resume: bool) -> None:
+    """Write what the run is into its folder, or compare it with what the folder says."""
+    settings, changes = prepared.config.to_json(), changes_for(prepared.config)
+
+    def open_it() -> None:
+        if resume and (done := steps_done(run)) > prepared.steps:
+            raise ValueError(f"{run.folder}: has done {done} steps already, and is now to do {prepared.steps} in all")
+        open_run(run.folder, settings, resume=resume, inputs=prepared.inputs, changes=changes)
+
+    on_first(open_it)
     if not run.config.exists():
         raise ValueError(
             f"{run.folder}: process {jax.process_index()} does not see the folder that process 0 has made; "
             "with several hosts --out must be on a file system that all of them share"
         )
-    return run, resume
 
 
 def _print_run(config: TrainConfig, training: Training) -> None:

@@ -72,9 +72,9 @@ class Evaluator:
     seed: int = 0
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def steered_by(self, model: Model) -> Evaluator:
-        """The same evaluator for another plan; it shares the splits that are tokenised already."""
-        other = replace(self, model=model)
+    def steered_by(self, model: Model, loaded: LoadedModel | None = None) -> Evaluator:
+        """The same evaluator for another plan, or with weights; it shares the splits that are tokenised already."""
+        other = replace(self, model=model, loaded=loaded or self.loaded)
         object.__setattr__(other, "_cache", self._cache)
         return other
 

@@ -23,7 +23,7 @@ from train.display.console import get_console, print_facts
 from train.display.plots import plot_overlap, plot_training
 from train.evaluation.answers import ScoredAnswer, accuracy_of
 from train.evaluation.evaluator import Evaluator
-from train.run.folder import RunFolder
+from train.run.folder import RunFolder, read_history, read_inputs
 from train.run.metrics import read_metrics
 from train.run.training import Training
 from train.run.watch import StepTimer
@@ -120,7 +120,7 @@ def _save_trained(run: RunFolder, training: Training, state: TrainState) -> Stee
     params = training.params(state)
     steering = fetch(params.steering)
     if plan and is_first():
-        notes = notes_of(config)
+        notes = notes_of(config) | provenance(run)
         save_steering(run.steering, steering, plan, model_name=config.model, config=loaded.config, notes=notes)
     if config.train_base:
         base = fetch(params.base)
@@ -158,8 +158,15 @@ def notes_of(config: TrainConfig) -> dict[str, Any]:
         "template": task.template,
         "chat": task.chat,
         "max_new_tokens": task.max_new_tokens,
+        "date": config.date,
         "config": config.to_json(),
     }
+
+
+def provenance(run: RunFolder) -> dict[str, Any]:
+    """Notes on what a run was made from: its data, the steering it started from, and settings changed on the way."""
+    inputs, history = read_inputs(run), read_history(run)
+    return ({"inputs": inputs} if inputs else {}) | ({"history": history} if history else {})
 
 
 SHOWN = 3
