@@ -15,10 +15,11 @@ import jax
 from jaxsteer.types import Steering
 from train.cli import from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
+from train.devices.interrupts import Interrupted
 from train.devices.machine import device_summary, enable_compilation_cache
 from train.devices.placement import place_on
 from train.devices.processes import join, on_first
-from train.display.console import print_facts
+from train.display.console import get_console, print_facts
 from train.run.checkpoints import local_folder
 from train.run.folder import RunFolder, locked, open_run
 from train.run.log import RunLog
@@ -48,7 +49,11 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
     check_trackers(config.track)
     with ExitStack() as held:
         run, resume = _open(config, held)
-        return _train(config, run, initial, resume=resume)
+        try:
+            return _train(config, run, initial, resume=resume)
+        except Interrupted as stop:  # while it answered test questions, before the first step or after the last
+            get_console().print(f"Asked to stop. {stop} Add --resume to continue.", highlight=False, soft_wrap=True)
+            return None
 
 
 def _train(config: TrainConfig, run: RunFolder, initial: Steering | None, *, resume: bool) -> Result | None:
