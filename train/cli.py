@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Mapping
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -12,6 +14,8 @@ import tyro
 
 from train.base_models import run_settings
 from train.config import TrainConfig
+from train.devices import interrupts
+from train.display.failures import close_output, flush, make_printable, report, sentence_of
 from train.tasks import JsonlTask, Task, on_file, task_from_json
 
 T = TypeVar("T")
@@ -53,19 +57,42 @@ def load_config_file(name: str | Path, kind: type[T]) -> T:
         ValueError: no such file, or it does not define `config()` of this kind.
     """
     path = find_config_file(name)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    built = _config_of(path)
+    if not isinstance(built, kind):
+        raise ValueError(f"{path}: must define `def config() -> {kind.__name__}`")
+    return built
+
+
+def _config_of(path: Path) -> Any:
+    """What a Python file's `config()` returns; None if it defines none.
+
+    Raises:
+        ValueError: not a Python file, or an error in it, with its line.
+    """
+    spec = importlib.util.spec_from_loader(path.stem, SourceFileLoader(path.stem, str(path)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
+        return module.config() if hasattr(module, "config") else None
+    except Exception as error:
+        raise ValueError(_in_config(path, error)) from None
     finally:
         sys.path.pop(0)
-    built = module.config() if hasattr(module, "config") else None
-    if not isinstance(built, kind):
-        raise ValueError(f"{path}: must define `def config() -> {kind.__name__}`")
-    return built
+
+
+def _in_config(path: Path, error: Exception) -> str:
+    """An error of a config file in words, with the line of the file that raised it."""
+    if path.suffix != ".py":
+        return f"{path}: not a config file; configs are Python files (*.py) that define `def config() -> TrainConfig`"
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f"{path}:{lines[-1]}" if lines else str(path)
+    message = sentence_of(error) if isinstance(error, (ValueError, OSError, ImportError)) else None
+    return f"{where}: {message or f'{type(error).__name__}: {error}'}"
 
 
 def from_command_line(program: str, description: str, kind: type[T], argv: list[str] | None = None) -> T:
@@ -96,20 +123,25 @@ def from_command_line(program: str, description: str, kind: type[T], argv: list[
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a command; an error that the user can fix is printed as one sentence on stderr, with exit status 1."""
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        from rich.console import Console
-        from rich.text import Text
+    """Run a command, and end the process as a user expects whatever happens.
 
-        message = str(error)
-        if isinstance(error, OSError) and error.filename is not None:  # without "[Errno 2]"
-            message = f"{error.filename}: {error.strerror}"
-        Console(stderr=True).print(Text("error: ", style="bold red").append(Text(message, style="not bold default")))
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    An error that the user can fix is printed as one sentence on stderr, with exit status 1. A bug of jaxsteer's own is
+    named as one: its traceback goes to a file, with exit status 70. Ctrl-C ends with 130, see `train.devices.interrupts`.
+    """
+    make_printable()
+    with interrupts.handling():
+        try:
+            main()
+            flush()
+        except interrupts.Interrupted as stop:
+            print(f"{stop} Give the same command again to continue.".strip(), file=sys.stderr)
+            interrupts.leave(interrupts.STOPPED)
+        except KeyboardInterrupt:
+            raise SystemExit(interrupts.STOPPED) from None
+        except BrokenPipeError:  # the reader, such as head, has what it wanted
+            raise SystemExit(close_output()) from None
+        except Exception as error:
+            raise SystemExit(report(error)) from None
 
 
 def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) -> Task:

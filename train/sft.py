@@ -17,9 +17,10 @@ from jaxsteer.io.files import read_json
 from jaxsteer.types import Steering
 from train.cli import from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
+from train.devices.interrupts import Interrupted
 from train.devices.machine import device_summary, enable_compilation_cache
 from train.devices.processes import join, on_first
-from train.display.console import print_facts
+from train.display.console import get_console, print_facts
 from train.run.checkpoints import local_folder
 from train.run.folder import RunFolder, check_run, locked, open_run, read_inputs, starting, steps_done
 from train.run.log import RunLog
@@ -49,6 +50,15 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
         FloatingPointError: the loss is not finite; the last good checkpoint is kept.
     """
     check_trackers(config.track)
+    try:
+        return _carry_out(config, initial)
+    except Interrupted as stop:  # while it answered test questions, before the first step or after the last
+        again = "Add --resume to continue." if RunFolder(Path(config.out)).config.exists() else "Nothing was begun."
+        get_console().print(f"Asked to stop. {stop} {again}", highlight=False, soft_wrap=True)
+        return None
+
+
+def _carry_out(config: TrainConfig, initial: Steering | None) -> Result | None:
     with ExitStack() as held:
         run, stored = _claim(config, held)
         prepared = prepare(config, stored, on_first(lambda: read_inputs(run)))

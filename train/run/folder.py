@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from jaxsteer.io import files
 from jaxsteer.io.files import write_json
+from train.devices import interrupts
 from train.devices.processes import is_first
 from train.run.changes import Change, changes_of, covers, listed, same
 from train.run.inputs import changed_data, check_inputs
@@ -218,13 +219,18 @@ def starting(run: RunFolder) -> Iterator[None]:
 
     Answers of the pretrained model are kept, and the config with them: they may have taken an hour.
     """
-    try:
-        yield
-    except BaseException:
+
+    def undo() -> None:
         if is_first() and not run.begun and not run.answered:
             _clear(run, keep_answers=False)
             run.config.unlink(missing_ok=True)
             run.inputs.unlink(missing_ok=True)
+
+    try:
+        with interrupts.undoing(undo):
+            yield
+    except BaseException:
+        undo()
         raise
 
 
@@ -284,13 +290,17 @@ def locked(folder: str | Path) -> Iterator[None]:
     _refuse_file(folder)
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with _lock(folder):
-            yield
-    finally:
+
+    def undo() -> None:
         with suppress(OSError):  # the first one that is not empty
             for each in made:
                 each.rmdir()
+
+    try:
+        with interrupts.undoing(undo), _lock(folder):
+            yield
+    finally:
+        undo()
 
 
 @contextmanager
@@ -309,12 +319,17 @@ def _lock(folder: Path) -> Iterator[None]:
     except NotImplementedError:
         yield
         return
-    try:
-        write_json(owner, {"process": os.getpid(), "host": platform.node(), "since": _now()})
-        yield
-    finally:
+
+    def undo() -> None:
         owner.unlink(missing_ok=True)
         (folder / LOCK).unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it is gone
+
+    try:
+        with interrupts.undoing(undo):
+            write_json(owner, {"process": os.getpid(), "host": platform.node(), "since": _now()})
+            yield
+    finally:
+        undo()
         lock.release()
 
 
