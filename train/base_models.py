@@ -124,9 +124,7 @@ def load(
         )
 
 
-def describe(
-    name: str, dtype: str = "auto", *, quantised: bool = False, tokenizer: str | None = None
-) -> LoadedModel:
+def describe(name: str, dtype: str = "auto", *, quantised: bool = False, tokenizer: str | None = None) -> LoadedModel:
     """All of a model but its weights, of which there are only shapes; see `load`."""
     source = resolve_model(name)
     return describe_model(source, dtype=compute_dtype(dtype), quantised=quantised, tokenizer=tokenizer)

@@ -75,11 +75,11 @@ class TrainConfig:
     """What to do with an example longer than a row: stop with an error, drop it, or cut the beginning of its (plain)
     prompt. Dropped and cut examples are reported."""
     loss_on: Literal["completion", "all"] = "completion"
-    """Which tokens the loss is on: those of completions (assistant turns), or those of prompts too. What is steered does
-    not depend on it."""
+    """Which tokens the loss is on: those of completions (assistant turns), or those of prompts too. What is steered
+    does not depend on it."""
     date: str | None = None
-    """The day (2026-01-31) that a chat template writes into the prompt, if it writes one. It is fixed when a run starts,
-    so that a resumed run and an evaluation see the same text. None: today."""
+    """The day (2026-01-31) that a chat template writes into the prompt, if it writes one. It is fixed when a run
+    starts, so that a resumed run and an evaluation see the same text. None: today."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the base weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     tokenizer: str | None = None
@@ -97,7 +97,7 @@ class TrainConfig:
     """How the processes of a multi-host run find each other."""
     evaluate_every: int = changeable(0)
     """Steps between evaluations on the validation split; 0: none during training."""
-    select_by: Metric = changeable("accuracy")
+    select_by: Metric = changeable("accuracy")  # noqa: RUF009
     """What evaluations measure, to choose the best checkpoint and for early stopping: accuracy (answers are generated),
     or validation_loss (cross-entropy of the reference completions; nothing is generated)."""
     patience: int = operational(0)

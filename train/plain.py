@@ -6,6 +6,7 @@ A dataclass that is one of several that a field can have (a task) says which, as
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import types
 import typing
@@ -120,9 +121,9 @@ def _scalar(option: Any, data: Any, where: str, path: str) -> Any:
             return float(data)  # 3e-3 is a text to YAML
         except ValueError:
             pass
-    elif option in (int, str, bool) and type(data) is option:
-        return data
-    elif option is Any:
+    elif option is str and isinstance(data, datetime.date):
+        return data.isoformat()  # 2026-01-31 is a day to YAML
+    elif (option in (int, str, bool) and type(data) is option) or option is Any:
         return data
     raise TypeError
 
@@ -147,7 +148,9 @@ def _described(option: Any) -> str:
 
 
 def _suggested(options: tuple[Any, ...], data: Any) -> str:
-    words = [str(word) for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)]
+    words = [
+        str(word) for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)
+    ]
     return did_you_mean(str(data), words) if words else ""
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxsteer.io.files import read_json
+from jaxsteer.steering import count_parameters
 from jaxsteer.types import Steering
-from train.cli import from_command_line, run_main
+from train.cli import Run, from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
 from train.devices.interrupts import Interrupted
 from train.devices.machine import device_summary, enable_compilation_cache
@@ -23,9 +25,11 @@ from train.devices.processes import join, on_first
 from train.display.console import get_console, print_facts
 from train.run.checkpoints import local_folder
 from train.run.folder import RunFolder, check_run, locked, open_run, read_inputs, starting, steps_done
+from train.run.inputs import check_inputs
 from train.run.log import RunLog
 from train.run.memory import enough_memory
 from train.run.preemption import preemption
+from train.run.preview import print_preview
 from train.run.result import Result, conclude, print_result
 from train.run.saver import Saver
 from train.run.start import Prepared, changes_for, check_start, filled, load_training, prepare
@@ -148,17 +152,20 @@ def _claim(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, dict[str, A
     run = RunFolder(Path(config.out))
 
     def claim() -> dict[str, Any] | None:
-        resume = config.resume or (config.auto_resume and run.begun)
-        if resume:
-            check_run(run.folder, {}, resume=True) if not run.config.exists() else None  # says what is wrong
         held.enter_context(locked(run.folder))
         if config.checkpoints is not None and (elsewhere := local_folder(config.checkpoints)) is not None:
             held.enter_context(locked(elsewhere))
-        stored = read_json(run.config) if run.config.exists() and (resume or run.begun) else None
+        stored, resume = _stored(config, run)
         check_run(run.folder, filled(config, stored).to_json(), resume=resume, changes=changes_for(config))
         return stored
 
     return run, on_first(claim)
+
+
+def _stored(config: TrainConfig, run: RunFolder) -> tuple[dict[str, Any] | None, bool]:
+    """The settings of the run that the folder holds, if it must not be started over; and whether to resume it."""
+    resume = config.resume or (config.auto_resume and run.begun)
+    return read_json(run.config) if run.config.exists() and (resume or run.begun) else None, resume
 
 
 def _open(prepared: Prepared, run: RunFolder, *, resume: bool) -> None:
@@ -199,11 +206,45 @@ def _print_run(config: TrainConfig, training: Training) -> None:
     )
 
 
+def preview(config: TrainConfig) -> None:
+    """Check and print a run, and write nothing.
+
+    Raises:
+        ValueError: as `train`, before anything is trained.
+    """
+    check_trackers(config.track)
+    run = RunFolder(Path(config.out))
+    stored, resume = _stored(config, run)
+    check_run(run.folder, filled(config, stored).to_json(), resume=resume, changes=changes_for(config))
+    prepared = prepare(config, stored, read_inputs(run))
+    if resume:
+        check_inputs(run.folder, read_inputs(run), prepared.inputs, new_data=config.new_data)
+    enable_compilation_cache()
+    print_facts(
+        {"device": device_summary(), "model": f"{config.model}, {count_parameters(prepared.model.base):,} parameters"}
+    )
+    print_preview(prepared)
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Train steering, LoRA or a whole model on prompts and completions."""
+
+    run: Run
+    """The settings of the run."""
+    dry_run: bool = False
+    """Check everything, print plan, memory, steps and examples, and stop: nothing is trained, no weights are read, and
+    nothing is written."""
+
+
 def main() -> None:
     """Run a config and print what came out."""
-    config = from_command_line("sft", "Train steering, LoRA or a whole model on prompts and completions.", TrainConfig)
-    join(config.distributed)
-    result = train(config)
+    settings = from_command_line("sft", SftConfig.__doc__ or "", SftConfig)
+    join(settings.run.distributed)
+    if settings.dry_run:
+        preview(settings.run)
+        return
+    result = train(settings.run)
     if result is None:
         raise SystemExit(TO_BE_RESUMED)
     print_result(result)

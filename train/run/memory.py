@@ -37,7 +37,9 @@ def _advice(config: TrainConfig, what: What) -> str:
             f"--task.max-new-tokens (now {config.task.max_new_tokens}); {plan}"
         )
     rows, length = config.microbatch, config.sequence_length
-    more = f"raise --grad-accumulation (now {config.grad_accumulation}; it must divide --batch-size), " if rows > 1 else ""
+    more = (
+        f"raise --grad-accumulation (now {config.grad_accumulation}; it must divide --batch-size), " if rows > 1 else ""
+    )
     base = "train a plan instead of --train-base" if config.train_base else "--quantise int8 makes the base smaller"
     return (
         f"a step computes {rows} rows of {length:,} tokens at a time; {more}lower --sequence-length or --batch-size "
@@ -49,4 +51,6 @@ def _asked(message: str) -> str:
     """The runtime's own words: how much it asked for."""
     line = next(line for line in message.splitlines() if "RESOURCE_EXHAUSTED" in line)
     line = line[line.index("RESOURCE_EXHAUSTED") :].removeprefix("RESOURCE_EXHAUSTED:").strip()
-    return re.sub(r"\b(\d{6,}) bytes", lambda match: f"{int(match[1]) / 1e9:,.2f} GB", line)[:200] or "RESOURCE_EXHAUSTED"
+    return (
+        re.sub(r"\b(\d{6,}) bytes", lambda match: f"{int(match[1]) / 1e9:,.2f} GB", line)[:200] or "RESOURCE_EXHAUSTED"
+    )

@@ -12,8 +12,8 @@ from jaxsteer.training import TrainState
 from train.config import TrainConfig
 from train.devices.processes import on_first
 from train.display.console import get_console
-from train.run.checkpoints import Checkpoints, open_checkpoints
 from train.run.changes import changes_of, listed
+from train.run.checkpoints import Checkpoints, open_checkpoints
 from train.run.folder import RunFolder, changed_on_purpose
 from train.run.inputs import data_inputs
 from train.run.training import Training
