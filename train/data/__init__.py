@@ -8,7 +8,7 @@ encoding, packing, and the cache of encoded data. What a task asks and how its a
                                                -> encode_prompts -> [TokenizedExample] -> generation
 """
 
-from train.data.examples import Example, Split, TokenizedExample, Turn
+from train.data.examples import Example, Split, TokenizedExample, Turn, digest_of
 from train.data.jsonl import Keys, read_jsonl
 from train.data.listops import ListOps
 from train.data.packing import DataSource, pack, stack_rows
@@ -23,6 +23,7 @@ __all__ = [
     "Split",
     "TokenizedExample",
     "Turn",
+    "digest_of",
     "encode",
     "encode_prompts",
     "pack",
