@@ -95,9 +95,7 @@ def make_prompts(
     return _with_choices(prompts, examples, tokenizer, encoding) if choices else prompts
 
 
-def _with_choices(
-    prompts: Prompts, examples: Sequence[Example], tokenizer: Tokenizer, encoding: Encoding
-) -> Prompts:
+def _with_choices(prompts: Prompts, examples: Sequence[Example], tokenizer: Tokenizer, encoding: Encoding) -> Prompts:
     """Tokenise each choice as the completion that training would see, end of sequence or turn included."""
     completed = []
     for example in examples:
