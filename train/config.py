@@ -11,7 +11,7 @@ from jaxsteer.models.attention import Kernel
 from jaxsteer.models.transformer import Remat
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
-from train.data.tokenize import OnLong
+from train.data import LossOn, OnLong
 from train.devices.placement import MeshConfig
 from train.devices.processes import DistributedConfig
 from train.tasks import ListOpsTask, Task, task_to_json
@@ -74,7 +74,7 @@ class TrainConfig:
     on_long: OnLong = "error"
     """What to do with an example longer than a row: stop with an error, drop it, or cut the beginning of its (plain)
     prompt. Dropped and cut examples are reported."""
-    loss_on: Literal["completion", "all"] = "completion"
+    loss_on: LossOn = "completion"
     """Which tokens the loss is on: those of completions (assistant turns), or those of prompts too. What is steered
     does not depend on it."""
     date: str | None = None

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.data import DataSource, Example, Report
-from train.data.digest import digest_of
+from train.data import DataSource, Example, Report, digest_of
 
 SHOWN = 5
 """Number of files that are listed."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jaxsteer.io import LoadedModel, SteeringFile, Tokenizer, load_steering
+from jaxsteer.io import LoadedModel, SteeringFile, load_steering
 from jaxsteer.plans import format_plan, parse_plan
 from jaxsteer.types import Steering
 from train.base_models import describe
@@ -25,6 +24,7 @@ from train.run.training import (
     RunData,
     Training,
     check_trains,
+    encoding_of,
     load_base_model,
     make_evaluator,
     make_training,
@@ -149,16 +149,7 @@ def _completed(config: TrainConfig, start: SteeringFile | None, model: LoadedMod
                 f"start_from {start.path}: has another plan than this run. Its own is --plan {quoted}; this run's is "
                 f"{'; '.join(config.plan)}"
             )
-    if config.date is None and config.task.chat and writes_date(model.require_tokenizer()):
-        config = replace(config, date=date.today().isoformat())
-    return config
-
-
-def writes_date(tokenizer: Tokenizer) -> bool:
-    """Whether a chat template writes the day into the prompt."""
-    template = tokenizer.chat_template
-    templates = template.values() if isinstance(template, dict) else [template or ""]
-    return any("strftime_now" in text for text in templates)
+    return replace(config, date=encoding_of(config).dated(model.require_tokenizer()).date)
 
 
 def _has_plan(config: TrainConfig) -> bool:

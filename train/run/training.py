@@ -21,7 +21,7 @@ from jaxsteer.training import Metrics, TrainState
 from jaxsteer.types import Batch, Steering
 from train.base_models import load
 from train.config import TrainConfig
-from train.data import DataSource, Report
+from train.data import DataSource, Encoding, Report
 from train.data.cache import encode_cached
 from train.devices.machine import cache_folder
 from train.display.console import progress
@@ -112,6 +112,7 @@ def make_evaluator(config: TrainConfig, loaded: LoadedModel, program: Program) -
         limits={"validation": config.validation_examples, "test": config.test_examples},
         metric=config.select_by,
         loss_shape=(config.microbatch, config.sequence_length),
+        encoding=encoding_of(config),
     )
 
 
@@ -170,6 +171,11 @@ def tokenising(total: int) -> Iterator[Callable[[int], None]]:
         yield bar.update
 
 
+def encoding_of(config: TrainConfig) -> Encoding:
+    """How a run turns texts into tokens, whatever their length."""
+    return Encoding(chat=config.task.chat, date=config.date, loss_on=config.loss_on)
+
+
 class RunData(NamedTuple):
     """The training data of a run, and what tokenising it did."""
 
@@ -187,10 +193,8 @@ def read_data(config: TrainConfig, loaded: LoadedModel) -> RunData:
     tokens, report = encode_cached(
         config.task.load("train"),
         loaded.require_tokenizer(),
+        replace(encoding_of(config), max_length=min(config.sequence_length, positions), on_long=config.on_long),
         cache_folder() / "tokens",
-        chat=config.task.chat,
-        max_length=min(config.sequence_length, positions),
-        on_long=config.on_long,
         watch=tokenising,
     )
     return RunData(DataSource(tokens, config.batch_size, config.sequence_length, config.seed, config.pack), report)
