@@ -63,7 +63,7 @@ def _symmetric(values: np.ndarray, levels: int, *, clips: bool) -> Rounding:
     largest = np.abs(values).max()
     step = largest / levels
     of_scale = half_precision(step)
-    steps = values / step if step else values
+    steps = values / step if step else np.full_like(values, levels)  # a scale too small for fp16 becomes 0
     error = step / 2 + np.abs(steps) * of_scale
     if clips:
         sign = np.sign(values[np.abs(values).argmax()])
@@ -76,7 +76,7 @@ def _shifted(values: np.ndarray, levels: int) -> Rounding:
     lowest, highest = values.min(), values.max()
     step = (highest - lowest) / levels
     of_scale, of_lowest = half_precision(step), half_precision(lowest)
-    steps = (values - lowest) / step if step else np.zeros_like(values)
+    steps = (values - lowest) / step if step else np.full_like(values, levels)
     error = step / 2 + steps * of_scale + of_lowest
     return Rounding(error, {"lowest": float(of_lowest), "highest": float(levels * of_scale + of_lowest)})
 

@@ -19,7 +19,7 @@ from jaxsteer.io.files import Json
 from jaxsteer.io.rounding import BLOCK, is_known, may_be_one
 from jaxsteer.io.stored import Index, Stored, read_part_of_leaf, transform_of, with_prefix
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.families.table import Family, Row
+from jaxsteer.models.families.table import ONE_ADDED, Family, Row
 
 MATRICES, VECTORS = 64, 24
 """Numbers of matrices and vectors (norms, biases) of which a sample keeps a block; its digest is of one in each."""
@@ -102,6 +102,10 @@ def sample(stored: Mapping[str, Stored], layout: str, family: Family, config: Mo
     for row, layer in _leaves(family, config):
         index = _index(row, layer, config)
         values, form = read_part_of_leaf(stored, row, layout, config, layer, index)
+        if ONE_ADDED in (row.transform, row.gguf_transform):
+            values = values + np.float32(
+                1
+            )  # a small scale would lose what GGUF files, which hold this sum, do not have
         blocks.append(Block(row.path, layer, tuple(part.start for part in index), form, values.reshape(-1)))
     digest, forms = hashlib.sha256(), dict[str, int]()
     for block in blocks:
