@@ -24,7 +24,7 @@ from train.devices.machine import device_summary, enable_compilation_cache
 from train.devices.processes import join, on_first
 from train.display.console import get_console, print_facts
 from train.run.checkpoints import local_folder
-from train.run.folder import RunFolder, check_run, locked, open_run, read_inputs, starting, steps_done
+from train.run.folder import RunFolder, check_run, locked, note_model, open_run, read_inputs, starting, steps_done
 from train.run.inputs import check_inputs
 from train.run.log import RunLog
 from train.run.memory import enough_memory
@@ -75,6 +75,8 @@ def _train(prepared: Prepared, run: RunFolder, initial: Steering | None, *, resu
     enable_compilation_cache()
     config = prepared.config
     training = load_training(prepared, initial)
+    if (sample := training.loaded.sample) is not None:
+        on_first(lambda: note_model(run, sample.digest))
     evaluator = prepared.evaluator.steered_by(training.program.model, training.loaded)
     _print_run(config, training)
     with Saver(config, run, training, resume=resume) as saver, preemption() as stop:

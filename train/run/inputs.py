@@ -82,3 +82,21 @@ def check_inputs(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]
             f"{folder}: {'; '.join(phrases)}. Restore the data, give --new-data to continue with what there is now, or "
             "use another --out"
         )
+
+
+def check_model(folder: Path, before: Mapping[str, Any], digest: str) -> None:
+    """Refuse to resume a run with another base model than it was started with.
+
+    Args:
+        folder: of the run, for the message.
+        before: the inputs in that folder.
+        digest: of the model's weights, see `jaxsteer.io.WeightSample`.
+
+    Raises:
+        ValueError: the weights are not those.
+    """
+    if before.get("model", {}).get("sha256", digest) != digest:
+        raise ValueError(
+            f"{folder}: the weights of its base model have changed since the run was started. Restore them, or use "
+            f"another --out (--start-from {folder} takes over the steering of a finished run)"
+        )

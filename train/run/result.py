@@ -10,7 +10,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from jaxsteer.io import save_hf, save_steering
+from jaxsteer.io import sample_weights, save_hf, save_steering
 from jaxsteer.io.files import write_json
 from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.params import Params
@@ -119,13 +119,16 @@ def _save_trained(run: RunFolder, training: Training, state: TrainState) -> Stee
     config, loaded, plan = training.config, training.loaded, training.program.model.plan
     params = training.params(state)
     steering = fetch(params.steering)
-    if plan and is_first():
-        notes = notes_of(config) | provenance(run)
-        save_steering(run.steering, steering, plan, model_name=config.model, config=loaded.config, notes=notes)
+    name, sample = config.model, loaded.sample
     if config.train_base:
         base = fetch(params.base)
         if is_first():
             save_hf(run.folder / "model", loaded.config, base, loaded.family, loaded.tokenizer)
+            # Steering trained together with the base belongs to what the base became.
+            name, sample = str(run.folder / "model"), sample_weights(run.folder / "model")
+    if plan and is_first():
+        notes = notes_of(config) | provenance(run)
+        save_steering(run.steering, steering, plan, model_name=name, config=loaded.config, notes=notes, sample=sample)
     return steering
 
 

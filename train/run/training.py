@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.flops import step_flops
-from jaxsteer.io import LoadedModel
+from jaxsteer.io import LoadedModel, cache_folder
 from jaxsteer.io.stored import Place
 from jaxsteer.models.attention import causal_share
 from jaxsteer.params import Params, combine, partition
@@ -23,7 +23,6 @@ from train.base_models import load
 from train.config import TrainConfig
 from train.data import DataSource, Encoding, Report
 from train.data.cache import encode_cached
-from train.devices.machine import cache_folder
 from train.display.console import progress
 from train.evaluation.evaluator import Evaluator
 from train.run.program import Program, make_program, mesh_of
