@@ -219,8 +219,8 @@ def preview(config: TrainConfig) -> None:
     stored, resume = _stored(config, run)
     check_run(run.folder, filled(config, stored).to_json(), resume=resume, changes=changes_for(config))
     prepared = prepare(config, stored, read_inputs(run))
-    if resume:
-        check_inputs(run.folder, read_inputs(run), prepared.inputs, new_data=config.new_data)
+    if resume and not config.new_data:
+        check_inputs(run.folder, read_inputs(run), prepared.inputs)
     enable_compilation_cache()
     print_facts(
         {"device": device_summary(), "model": f"{config.model}, {count_parameters(prepared.model.base):,} parameters"}

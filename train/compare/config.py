@@ -63,6 +63,9 @@ IGNORED = (
     "track",
     "profile",
     "checkpoints",
+    "start_from",
+    "extend",
+    "new_data",
 )
 """Settings of a run that a comparison has no use for: its runs train together on one device, without checkpoints."""
 

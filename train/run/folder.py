@@ -152,7 +152,8 @@ def open_run(
     changed: list[Change] = []
     if run.config.exists() and resume:
         before = read_inputs(run)
-        check_inputs(run.folder, before, inputs, new_data=changes.new_data)
+        if not changes.new_data:
+            check_inputs(run.folder, before, inputs, optional=bool(changes.settings))
         changed = changes_of(files.read_json(run.config), settings)
         if changed_data(before, inputs):
             changed += changes_of({"data": before}, {"data": inputs})

@@ -167,7 +167,7 @@ def _start_inputs(config: TrainConfig, start: SteeringFile | None) -> dict[str, 
     """Where the steering comes from, and what it was trained on before."""
     if start is None:
         return {"path": config.start_from}
-    notes = {name: start.notes[name] for name in ("inputs", "history") if name in start.notes}
+    notes: dict[str, Any] = {name: start.notes[name] for name in ("inputs", "history") if name in start.notes}
     return {"path": config.start_from, "sha256": _digest(start.path), "model": start.model_name, **notes}
 
 

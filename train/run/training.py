@@ -140,8 +140,8 @@ def make_training(
         ValueError: a plan that does not fit the model, no data, an example longer than a row, or a mesh that cannot
             split the model or the rows.
     """
-    data, report = data or read_data(config, loaded)
-    steps = config.steps or data.steps(config.epochs)
+    source, report = data or read_data(config, loaded)
+    steps = config.steps or source.steps(config.epochs)
     program = make_program(config, loaded.config, loaded.base, steps=steps, mesh=mesh_of(config))
     plan, key = program.model.plan, jax.random.key(config.seed)
     steering = init_steering(plan, loaded.config, key, base=loaded.base)
@@ -153,7 +153,7 @@ def make_training(
     check_trains(program)
     state, frozen = program.begin(trained, jax.random.fold_in(key, 1)), program.place_frozen(frozen)
     total = count_parameters(loaded.base)
-    training = Training(config, loaded, program, state, frozen, data, report, steps, trainable, total)
+    training = Training(config, loaded, program, state, frozen, source, report, steps, trainable, total)
     return training if initial is None else training.starting_from(initial)
 
 
