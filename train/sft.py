@@ -23,7 +23,7 @@ from train.devices.interrupts import Interrupted
 from train.devices.machine import device_summary, enable_compilation_cache
 from train.devices.processes import join, on_first
 from train.display.console import get_console, print_facts
-from train.run.checkpoints import local_folder
+from train.run.checkpoints import check_reachable, local_folder
 from train.run.folder import RunFolder, check_run, locked, note_model, open_run, read_inputs, starting, steps_done
 from train.run.inputs import check_inputs
 from train.run.log import RunLog
@@ -154,6 +154,8 @@ def _claim(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, dict[str, A
     run = RunFolder(Path(config.out))
 
     def claim() -> dict[str, Any] | None:
+        if config.checkpoints is not None:
+            check_reachable(config.checkpoints)
         held.enter_context(locked(run.folder))
         if config.checkpoints is not None and (elsewhere := local_folder(config.checkpoints)) is not None:
             held.enter_context(locked(elsewhere))
