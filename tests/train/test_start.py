@@ -322,7 +322,7 @@ def test_weights_of_examples_are_shown(config):
 
 def test_settings_come_out_as_yaml_and_go_in_again(config, tmp_path, monkeypatch, capsys):
     file = tmp_path / "mine.yaml"
-    options = ("--task.train", "mine.jsonl", "--optim.lr", "3e-3", "--task.chat", "True")
+    options = ("--task.train", "mine.jsonl", "--optim.lr", "3e-3", "--task.chat")
     monkeypatch.setattr(sys, "argv", ["train.sft", "jsonl", *options, "--print-config"])
     with pytest.raises(SystemExit) as ended:
         run_main(sft.main)
