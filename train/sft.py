@@ -28,6 +28,7 @@ from train.run.result import Result, conclude, print_result
 from train.run.saver import Saver
 from train.run.trackers import check_trackers
 from train.run.training import Training, load_base_model, make_training, to_floats
+from train.run.validation import answers_tests, decide, read_splits
 from train.run.watch import EarlyStopping, NonfiniteGuard
 from train.tasks.scoring import BEST
 
@@ -58,20 +59,22 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
 
 def _train(config: TrainConfig, run: RunFolder, initial: Steering | None, *, resume: bool) -> Result | None:
     enable_compilation_cache()
+    splits = read_splits(config)
+    config = decide(config, splits)
     loaded = load_base_model(config, place_on(config.mesh, config.microbatch).base)
     training = make_training(config, loaded, initial)
-    evaluator = training.evaluator()
-    if config.patience and not evaluator.examples("validation"):
-        raise ValueError("patience: the task has no validation examples to decide by; give it some, or --patience 0")
+    evaluator = training.evaluator(splits)
     _print_run(config, training)
     with Saver(config, run, training, resume=resume) as saver, preemption() as stop:
         resumed = saver.resumed
         state, start = saver.restore(training.state) if resumed else (training.state, 0)
         with RunLog(config, run, training, start, resumed=resumed) as log:
             # ---- before
-            before = evaluator.answer(
-                "test", training.untouched(), run.answers_before, title="Evaluating before", reuse=True
-            )
+            before = None
+            if answers_tests(config, splits):
+                before = evaluator.answer(
+                    "test", training.untouched(), run.answers_before, title="Evaluating before", reuse=True
+                )
             if start == 0 and config.evaluate_every:
                 log.evaluation(0, evaluator.validate(training.untouched()))
 
@@ -91,11 +94,10 @@ def _train(config: TrainConfig, run: RunFolder, initial: Steering | None, *, res
                 # ---- evaluation and checkpoint
                 improved = False
                 if _evaluation_due(config, done, training.steps):
-                    results = evaluator.validate(training.answering(state))
-                    log.evaluation(done, results)
-                    if results:
-                        values |= results
-                        improved = early.update(results[config.select_by])
+                    validation = evaluator.validate(training.answering(state))
+                    log.evaluation(done, validation)
+                    values |= validation.results
+                    improved = early.update(validation.results[config.select_by])
                 asked = stop.requested(done)
                 if saver.due(done) or asked or early.should_stop or (improved and config.patience):
                     saver.save(done, state, values)

@@ -21,6 +21,7 @@ from train.config import TrainConfig
 from train.devices.placement import Placement
 from train.evaluation.evaluator import Evaluator
 from train.run.lofit import check_heads, lofit
+from train.run.validation import task_of
 from train.tasks import Split
 
 
@@ -39,7 +40,7 @@ class Comparison:
         self.evaluator = Evaluator(
             model=Model(loaded.config),
             loaded=loaded,
-            task=config.base.task,
+            task=task_of(config.base),
             placement=Placement(None),
             eval_batch_size=config.base.eval_batch_size,
             limits={"validation": config.base.validation_examples, "test": config.base.test_examples},

@@ -27,6 +27,7 @@ from train.devices.machine import cache_folder
 from train.display.console import progress
 from train.evaluation.evaluator import Evaluator
 from train.run.program import Program, make_program, mesh_of
+from train.run.validation import Splits, task_of
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,25 @@ class Training:
         """What `Evaluator` takes for the pretrained model: zeros are the identity for every method."""
         return Params(None, jax.tree.map(jnp.zeros_like, self.params(self.state).steering))
 
-    def evaluator(self) -> Evaluator:
-        """Evaluates this run's model on its task."""
+    def evaluator(self, splits: Splits) -> Evaluator:
+        """Evaluates this run's model on its task.
+
+        Args:
+            splits: the task's validation and test examples.
+        """
         config = self.config
-        return Evaluator(
+        evaluator = Evaluator(
             model=self.program.model,
             loaded=self.loaded,
-            task=config.task,
+            task=task_of(config),
             placement=self.program.placement,
             eval_batch_size=config.eval_batch_size,
             limits={"validation": config.validation_examples, "test": config.test_examples},
-            metric=config.select_by,
+            metric="validation_loss" if config.select_by == "auto" else config.select_by,
+            shown=config.show_answers,
             loss_shape=(config.microbatch, config.sequence_length),
         )
+        return evaluator.knowing(splits)
 
 
 def load_base_model(config: TrainConfig, place: Place | None = None) -> LoadedModel:
@@ -161,7 +168,7 @@ def tokenising(total: int) -> Iterator[Callable[[int], None]]:
 def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Report]:
     positions = loaded.config.max_length if loaded.config.learned_positions else config.sequence_length
     tokens, report = encode_cached(
-        config.task.load("train"),
+        task_of(config).load("train"),
         loaded.require_tokenizer(),
         cache_folder() / "tokens",
         chat=config.task.chat,
