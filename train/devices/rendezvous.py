@@ -132,7 +132,7 @@ def _receive(party: Party, patience: Patience) -> None:
                     raise _give_up(waiting(), patience)
                 patience.notice(waiting)
                 came = {number: one for number, one in came.items() if not _gone(one[1])}
-                for number, host, connection in _arrivals(server, party, min(1.0, patience.left)):
+                for number, host, connection in _arrivals(server, party, min(_RETRY_SECONDS, patience.left)):
                     if number in came:
                         _answer(connection, f"there is a process {number} already, on {came[number][0]}")
                         raise ValueError(
