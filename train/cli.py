@@ -76,6 +76,8 @@ def _config_of(path: Path) -> Any:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "config") and path.suffix != ".py":  # one line of JSON is Python too
+            raise ValueError("no config")
         return module.config() if hasattr(module, "config") else None
     except Exception as error:
         raise ValueError(_in_config(path, error)) from None

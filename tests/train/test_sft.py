@@ -158,6 +158,24 @@ def test_the_validation_loss_selects_and_stops(config, monkeypatch):
         np.testing.assert_array_equal(kept, best)
 
 
+def test_free_text_has_a_signal_without_validation_data(config, tmp_path, capsys):
+    """The loss on examples held out decides; a few answers are shown, none is marked."""
+    path = tmp_path / "free.jsonl"
+    rows = [{"prompt": f"{i}", "completion": "so it goes on and on"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = JsonlTask(str(path), max_new_tokens=2)
+    ended = train(replace(config, task=task, validation_share=0.1, show_answers=1, patience=2))
+    losses = {row["step"]: row["validation_loss"] for row in read_metrics(ended.run.metrics) if "token_accuracy" in row}
+    assert list(losses) == [0, 6, 12]
+    assert losses[12] < losses[6] < losses[0]
+    summary = json.loads(ended.run.summary.read_text())
+    assert summary["validation"]["after"]["loss"] == losses[12]
+    assert summary["test"]["after"]["loss"] == pytest.approx(losses[12], rel=1e-5)  # the same examples
+    assert summary["accuracy_after"] is None
+    assert [row["step"] for row in read_metrics(ended.run.answers_during)] == [0, 6, 12]
+    assert f"step 12: validation loss {losses[12]:.4f} (perplexity" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_killed_evaluation_resumes_with_its_run(config, when, monkeypatch):
     """Five answers are known when the process dies; the resumed run asks for the others alone."""
