@@ -128,7 +128,8 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a command, and end the process as a user expects whatever happens.
 
     An error that the user can fix is printed as one sentence on stderr, with exit status 1. A bug of jaxsteer's own is
-    named as one: its traceback goes to a file, with exit status 70. Ctrl-C ends with 130, see `train.devices.interrupts`.
+    named as one: its traceback goes to a file, with exit status 70. Ctrl-C ends with 130, see
+    `train.devices.interrupts`.
     """
     make_printable()
     with interrupts.handling():

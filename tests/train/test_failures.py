@@ -1,4 +1,4 @@
-"""No input ends in a traceback: each kind of error is a sentence with its exit status, and a bug says that it is one."""
+"""No input ends in a traceback: each kind of error is a sentence with an exit status, and a bug says that it is one."""
 
 import errno
 import json
@@ -71,7 +71,9 @@ def test_an_error_that_a_user_can_cause_is_a_sentence(main, message, ended):
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), KeyError("x"), ImportError("x", name="train.y")])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("division by zero"), KeyError("x"), ImportError("x", name="train.y")]
+)
 def test_a_bug_is_named_and_its_traceback_kept(error, ended, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     status, text = ended(raising(error))
@@ -98,7 +100,9 @@ def test_a_reader_that_has_enough_is_no_error():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("closing", "encoding"), [("<&-", ""), (">&-", ""), ("2>&-", ""), ("", "PYTHONIOENCODING=ascii")])
+@pytest.mark.parametrize(
+    ("closing", "encoding"), [("<&-", ""), (">&-", ""), ("2>&-", ""), ("", "PYTHONIOENCODING=ascii")]
+)
 def test_streams_that_are_closed_or_narrow_are_no_error(closing, encoding):
     command = f"{encoding} '{sys.executable}' -m train plan listops_smollm2 --estimate --topology h100:1 {closing}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
@@ -112,7 +116,7 @@ def test_streams_that_are_closed_or_narrow_are_no_error(closing, encoding):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("data.jsonl", '{"prompt": "a", "completion": "b"}\n', r"data.jsonl: not a config file; configs are Python files"),
+        ("data.jsonl", '{"prompt": "a", "completion": "b"}\n', r"data.jsonl: not a config file; configs are Python"),
         ("run.bin", "\0\1", r"run.bin: not a config file"),
         ("broken.py", "def config(:\n", r"broken.py:1: invalid syntax"),
         ("imports.py", "x = 1\nimport no_such_package\n", r"imports.py:2: .*no_such_package is not installed"),

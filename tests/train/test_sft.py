@@ -150,8 +150,8 @@ def test_the_validation_loss_selects_and_stops(config, monkeypatch):
 
     monkeypatch.setattr(Evaluator, "loss", loss)
     monkeypatch.setattr(Evaluator, "_ask", lambda *rest: pytest.fail("an answer was generated"))
-    settings = {"select_by": "validation_loss", "evaluate_every": 1, "patience": 2, "test_examples": 0, "show_answers": 0}
-    ended = train(replace(config, **settings))
+    config = replace(config, select_by="validation_loss", evaluate_every=1, patience=2, show_answers=0)
+    ended = train(replace(config, test_examples=0))
     rows = [row for row in read_metrics(ended.run.metrics) if "validation_loss" in row]
     assert [(row["step"], row["validation_loss"]) for row in rows] == [(0, 3.0), (1, 2.0), (2, 2.5), (3, 2.2)]
     for kept, best in zip(leaves(ended.run.steering), jax.tree.leaves(seen[1]), strict=True):

@@ -1,8 +1,8 @@
 """The processes of a run find each other before JAX joins them, so that a missing one can be named.
 
 JAX waits in silence for processes that never come, and ends those that did come without a word that a user could act
-on. So process 0 listens at the coordinator's address first, and the others report to it with their number and host; once
-all are there, it lets them go, and JAX takes the address over.
+on. So process 0 listens at the coordinator's address first, and the others report to it with their number and host;
+once all are there, it lets them go, and JAX takes the address over.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Patience:
         """Say what is waited for, if nothing was said for a while."""
         if self.clock() - self._said >= NOTICE_SECONDS:
             self._said = self.clock()
-            self.say(f"{text()} ({self.clock() - self._began:.0f} s; up to {self.seconds:.0f} s, --distributed.timeout)")
+            spent = self.clock() - self._began
+            self.say(f"{text()} ({spent:.0f} s; up to {self.seconds:.0f} s, --distributed.timeout)")
 
 
 def party_of(address: str, processes: int, process: int) -> Party:
@@ -122,7 +123,8 @@ def _receive(party: Party, patience: Patience) -> None:
         there = ", ".join(f"{number} on {host}" for number, (host, _) in sorted(came.items()))
         return (
             f"process 0 at {party.address} waits for {len(missing)} of {party.processes} processes: "
-            f"{', '.join(missing[:20])}{', ...' * (len(missing) > 20)}; {f'there are {there}' if there else 'none has come'}"
+            f"{', '.join(missing[:20])}{', ...' * (len(missing) > 20)}; "
+            f"{f'there are {there}' if there else 'none has come'}"
         )
 
     try:
@@ -136,8 +138,8 @@ def _receive(party: Party, patience: Patience) -> None:
                     if number in came:
                         _answer(connection, f"there is a process {number} already, on {came[number][0]}")
                         raise ValueError(
-                            f"distributed: two processes say --distributed.process {number}: on {came[number][0]} and on "
-                            f"{host}; each needs its own"
+                            f"distributed: two processes say --distributed.process {number}: on {came[number][0]} and "
+                            f"on {host}; each needs its own"
                         )
                     came[number] = (host, connection)
     except BaseException:
@@ -259,6 +261,6 @@ def _answer(connection: socket.socket, word: str) -> None:
 
 def _give_up(text: str, patience: Patience) -> ValueError:
     return ValueError(
-        f"distributed: {text}. Given up after {patience.seconds:.0f} s (--distributed.timeout). All processes need the same "
-        "coordinator and number of processes, and each its own index; --distributed.join no runs this one alone"
+        f"distributed: {text}. Given up after {patience.seconds:.0f} s (--distributed.timeout). All processes need the "
+        "same coordinator and number of processes, and each its own index; --distributed.join no runs this one alone"
     )

@@ -32,7 +32,7 @@ from train.tasks.scoring import percent
 
 
 class BeforeAfter(TypedDict, total=False):
-    """Figures of the pretrained and of the trained model: loss, perplexity, token_accuracy, and accuracy if measured."""
+    """Figures of the pretrained and the trained model: loss, perplexity, token_accuracy, and accuracy if measured."""
 
     before: dict[str, float]
     after: dict[str, float]

@@ -37,13 +37,13 @@ def decide(config: TrainConfig, splits: Splits) -> TrainConfig:
     if config.evaluate_every and not validation:
         raise ValueError(
             f"--evaluate-every {config.evaluate_every}: the task has no validation examples. Give it some "
-            "(--task.validation FILE), hold out a share of the training examples (--validation-share 0.05), or leave out "
-            "--evaluate-every"
+            "(--task.validation FILE), hold out a share of the training examples (--validation-share 0.05), or leave "
+            "out --evaluate-every"
         )
     if _is_set(config, "test_examples") and config.test_examples and not test:
         raise ValueError(
-            f"--test-examples {config.test_examples}: the task has no test examples. Give it some (--task.test FILE), or "
-            "leave out --test-examples"
+            f"--test-examples {config.test_examples}: the task has no test examples. Give it some (--task.test FILE), "
+            "or leave out --test-examples"
         )
     for text in _notes(config, splits):
         get_console().print(f"Note: {text}", highlight=False, soft_wrap=True, markup=False)
@@ -56,7 +56,7 @@ def decide(config: TrainConfig, splits: Splits) -> TrainConfig:
 
 
 def answers_tests(config: TrainConfig, splits: Splits) -> bool:
-    """Whether the test questions of a run (after `decide`) are answered; else the loss of their completions is measured."""
+    """Whether the test questions of a run (after `decide`) are answered; else the loss of their completions tells."""
     return config.select_by == "accuracy" or is_checkable(splits["test"], config.task.rule)
 
 
@@ -69,12 +69,12 @@ def _notes(config: TrainConfig, splits: Splits) -> list[str]:
         notes.append(f"{options}: without effect, because nothing is evaluated during training (--evaluate-every N)")
     elif splits["validation"] and not config.evaluate_every and config.validation_share:
         notes.append("the examples held out are not looked at during training without --evaluate-every N")
-    if config.select_by == "auto" and (asked := splits["validation"] if config.evaluate_every else splits["test"]):
-        if not is_checkable(asked, config.task.rule):
-            notes.append(
-                "the completions are free text, so answers are not marked right or wrong: the loss on them decides "
-                "(--select-by accuracy generates and compares answers all the same)"
-            )
+    asked = splits["validation"] if config.evaluate_every else splits["test"]
+    if config.select_by == "auto" and asked and not is_checkable(asked, config.task.rule):
+        notes.append(
+            "the completions are free text, so answers are not marked right or wrong: the loss on them decides "
+            "(--select-by accuracy generates and compares answers all the same)"
+        )
     return notes
 
 
