@@ -35,6 +35,7 @@ from train.run.saver import Saver
 from train.run.start import Prepared, changes_for, check_start, filled, load_training, prepare
 from train.run.trackers import check_trackers
 from train.run.training import Training, to_floats
+from train.run.validation import answers_tests
 from train.run.watch import EarlyStopping, NonfiniteGuard
 from train.tasks.scoring import BEST
 
@@ -86,9 +87,11 @@ def _train(prepared: Prepared, run: RunFolder, initial: Steering | None, *, resu
         with RunLog(config, run, training, start, resumed=resumed) as log:
             # ---- before
             with enough_memory(config, "evaluation"):
-                before = evaluator.answer(
-                    "test", training.untouched(), run.answers_before, title="Evaluating before", reuse=True
-                )
+                before = None
+                if answers_tests(config, prepared.splits):
+                    before = evaluator.answer(
+                        "test", training.untouched(), run.answers_before, title="Evaluating before", reuse=True
+                    )
                 if start == 0 and config.evaluate_every:
                     log.evaluation(0, evaluator.validate(training.untouched()))
 
@@ -108,11 +111,10 @@ def _train(prepared: Prepared, run: RunFolder, initial: Steering | None, *, resu
                 # ---- evaluation and checkpoint
                 improved = False
                 if _evaluation_due(config, done, training.steps):
-                    results = evaluator.validate(training.answering(state))
-                    log.evaluation(done, results)
-                    if results:
-                        values |= results
-                        improved = early.update(results[config.select_by])
+                    validation = evaluator.validate(training.answering(state))
+                    log.evaluation(done, validation)
+                    values |= validation.results
+                    improved = early.update(validation.results[config.select_by])
                 asked = stop.requested(done)
                 if saver.due(done) or asked or early.should_stop or (improved and config.patience):
                     saver.save(done, state, values)
@@ -174,7 +176,7 @@ def _stored(config: TrainConfig, run: RunFolder) -> tuple[dict[str, Any] | None,
 
 def _open(prepared: Prepared, run: RunFolder, *, resume: bool) -> None:
     """Write what the run is into its folder, or compare it with what the folder says."""
-    settings, changes = prepared.config.to_json(), changes_for(prepared.config)
+    settings, changes = prepared.settings, changes_for(prepared.config)
 
     def open_it() -> None:
         if resume and (done := steps_done(run)) > prepared.steps:

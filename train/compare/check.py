@@ -15,6 +15,7 @@ from train.run.lofit import check_heads, split_steps
 from train.run.program import make_program
 from train.run.start import SCHEDULE_STEPS
 from train.run.training import check_trains, encoding_of, read_data
+from train.run.validation import task_of
 from train.tasks import Split
 
 
@@ -55,7 +56,7 @@ def evaluator_of(config: CompareConfig, loaded: LoadedModel) -> Evaluator:
     return Evaluator(
         model=Model(loaded.config),
         loaded=loaded,
-        task=base.task,
+        task=task_of(base),
         placement=Placement(None),
         eval_batch_size=base.eval_batch_size,
         limits={"validation": base.validation_examples, "test": base.test_examples},

@@ -58,6 +58,7 @@ IGNORED = (
     "distributed",
     "evaluate_every",
     "select_by",
+    "show_answers",
     "patience",
     "nonfinite",
     "track",

@@ -97,6 +97,11 @@ class RunFolder:
         return self.folder / "answers_after.jsonl"
 
     @property
+    def answers_during(self) -> Path:
+        """Answers to a few validation questions at each evaluation, JSON lines."""
+        return self.folder / "answers_during.jsonl"
+
+    @property
     def profile(self) -> Path:
         """Folder of profiler traces."""
         return self.folder / "profile"
