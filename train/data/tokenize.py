@@ -245,29 +245,33 @@ def _to_arrays(example: Example, spans: Sequence[_Span], loss_on: LossOn, genera
     """The tokens of one example as arrays, checked."""
     if not math.isfinite(example.weight):
         raise ValueError(f"{example.source}: the weight is {example.weight}, need a finite number")
-    tokens, said, learned = list[int](), list[bool](), list[bool]()
+    tokens, said, targets = list[int](), list[bool](), list[bool]()
+    prompt_length, end = None, 0
     for span in spans:
         rest = len(span.ids) - span.completion
+        if span.completion and prompt_length is None:
+            prompt_length = len(tokens)
         tokens += span.ids
         said += [True] * span.completion + [False] * rest
-        learned += [True] * span.completion + [span.learned] * rest
-    ids, completion, targets = np.array(tokens, np.int32), np.array(said, bool), np.array(learned, bool)
-    if targets.any() and not generate:
+        targets += [True] * span.completion + [span.learned] * rest
+        if span.completion or span.learned:
+            end = len(tokens) if span.learned else len(tokens) - rest
+    if end and not generate:
         # Whatever a template writes after the last end of turn (a newline) predicts nothing.
-        end = np.flatnonzero(targets)[-1] + 1
-        ids, completion, targets = ids[:end], completion[:end], targets[:end]
+        tokens, said, targets = tokens[:end], said[:end], targets[:end]
     if loss_on == "all":
-        targets = np.ones(len(ids), bool)
-    targets[:1] = False  # nothing predicts it
-    if not generate and not (targets.any() or completion.any()):
+        targets, end = [True] * len(tokens), len(tokens)
+    if not generate and prompt_length is None and end < 2:
         raise ValueError(f"{example.source}: nothing to train on; no completion, no assistant turn and no text")
-    prompt_length = int(completion.argmax()) if completion.any() else len(ids)
+    prompt_length = len(tokens) if prompt_length is None else prompt_length
     if prompt_length == 0:
         raise ValueError(
             f"{example.source}: the prompt is empty and the tokenizer adds no beginning-of-sequence token, so "
             "there is nothing to predict the first token from"
         )
-    weights = targets * np.float32(example.weight)
+    targets[0] = False  # nothing predicts it
+    ids, completion = np.array(tokens, np.int32), np.array(said, bool)
+    weights = np.array(targets, np.float32) * np.float32(example.weight)
     return TokenizedExample(ids, completion, prompt_length, example.source, example.gold, weights)
 
 
