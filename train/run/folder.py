@@ -26,7 +26,16 @@ from train.run.metrics import read_metrics
 LOCK, OWNER = ".lock", ".lock.json"
 """The lock of a run's folder, and the file that says who holds it."""
 
-STARTED = ("config.json", "inputs.json", "metrics.jsonl", "checkpoints", "tensorboard", "wandb", "wandb_id")
+STARTED = (
+    "config.json",
+    "inputs.json",
+    "metrics.jsonl",
+    "answers_during.jsonl",
+    "checkpoints",
+    "tensorboard",
+    "wandb",
+    "wandb_id",
+)
 """What a run may write before its first step, besides answers of the pretrained model."""
 
 
@@ -277,7 +286,8 @@ def changed_on_purpose(run: RunFolder) -> set[str]:
 
 def _clear(run: RunFolder, *, keep_answers: bool) -> None:
     """Remove what a start that came to nothing has left, but for config and inputs."""
-    for path in (run.metrics, run.folder / "wandb_id", *(() if keep_answers else (_unfinished(run.answers_before),))):
+    journal = () if keep_answers else (_unfinished(run.answers_before),)
+    for path in (run.metrics, run.answers_during, run.folder / "wandb_id", *journal):
         path.unlink(missing_ok=True)
     for name in ("tensorboard", "wandb"):
         shutil.rmtree(run.folder / name, ignore_errors=True)
