@@ -273,8 +273,8 @@ def test_a_run_starts_from_another(config, finished, monkeypatch, capsys):
     assert prepared.inputs["start_from"]["inputs"]["train"]["examples"] == 100
     with pytest.raises(ValueError, match=r'another plan.*--plan "fixed @ block"'):
         prepare(replace(continued, plan=("linear @ block",)), None, {})
-    stored = prepared.config.to_json()
-    assert start.filled(continued, stored) == prepared.config
+    stored = prepared.settings
+    assert start.filled(continued, stored).to_json() == stored
     assert prepare(continued, stored, prepared.inputs).start is not None
     assert prepare(continued, stored, {"start_from": {"sha256": "another"}}).start is None
 

@@ -149,7 +149,7 @@ def _completed(config: TrainConfig, start: SteeringFile | None, model: LoadedMod
         texts = format_plan(start.plan)
         if not _has_plan(config):
             config = replace(config, plan=texts)
-            get_console().print(f"Plan of {start.path}: {'; '.join(texts)}", markup=False, highlight=False)
+            _say(f"Plan of {start.path}: {'; '.join(texts)}")
         elif parse_plan(config.plan, model.config) != start.plan:
             quoted = " ".join(f'"{text}"' for text in texts)
             raise ValueError(
@@ -157,6 +157,10 @@ def _completed(config: TrainConfig, start: SteeringFile | None, model: LoadedMod
                 f"{'; '.join(config.plan)}"
             )
     return replace(config, date=encoding_of(config).dated(model.require_tokenizer()).date)
+
+
+def _say(text: str) -> None:
+    get_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _has_plan(config: TrainConfig) -> bool:
@@ -192,6 +196,8 @@ def load_training(prepared: Prepared, initial: Steering | None = None) -> Traini
     loaded = load_base_model(config, prepared.program.placement.base)
     if initial is None and prepared.start is not None:
         initial = prepared.start.steering
+        if said := prepared.start.check_weights(loaded.sample, other_base=True):
+            _say(f"Note: {said}")
     return make_training(config, loaded, initial, prepared.data)
 
 
