@@ -113,8 +113,7 @@ def _check_finished(config: TrainConfig, folder: RunFolder) -> None:
     changes = changes_for(config)
     on_first(
         lambda: (
-            open_run(folder.folder, prepared.settings, resume=True, inputs=prepared.inputs, changes=changes)
-            and None
+            open_run(folder.folder, prepared.settings, resume=True, inputs=prepared.inputs, changes=changes) and None
         )
     )
 
