@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import tyro
 
+from train.base_models import describe
 from train.cli import load_config_file, run_main
 from train.config import TrainConfig
 from train.run.result import print_result
@@ -29,9 +30,10 @@ class QuickstartConfig:
 def main() -> None:
     """Run configs/listops_smollm2.py and print the result."""
     settings = tyro.cli(QuickstartConfig, prog="python -m train.quickstart", description=__doc__)
+    config = replace(load_config_file("listops_smollm2", TrainConfig), model=settings.model, out=settings.out)
+    describe(config.model, config.dtype)  # before an earlier run is removed
     if settings.out == QuickstartConfig.out:
         shutil.rmtree(settings.out, ignore_errors=True)
-    config = replace(load_config_file("listops_smollm2", TrainConfig), model=settings.model, out=settings.out)
     result = train(config)
     if result is not None:
         print_result(result)

@@ -15,7 +15,7 @@ import pytest
 from jaxsteer.io import load_steering, save_hf
 from jaxsteer.models.transformer import init_base
 from jaxsteer.optim import OptimConfig
-from train import lofit, sft
+from train import lofit, quickstart, sft
 from train.cli import from_command_line, load_config_file, run_main
 from train.compare import __main__ as comparison
 from train.compare.config import CompareConfig, Entry, LoFiT, Method
@@ -183,6 +183,17 @@ def test_too_little_memory_is_advice_and_leaves_nothing(config, tmp_path, monkey
     with pytest.raises(ValueError, match=r"out of memory: .* --grad-accumulation .* --sequence-length .*108.02 GB"):
         sft.train(config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quickstart_that_cannot_start_keeps_the_earlier_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    earlier = tmp_path / quickstart.QuickstartConfig.out / "steering.safetensors"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("kept")
+    monkeypatch.setattr(sys, "argv", ["train.quickstart", "--model", "missing.gguf"])
+    with pytest.raises(ValueError, match="missing.gguf"):
+        quickstart.main()
+    assert earlier.read_text() == "kept"
 
 
 # ---- the same run, or another on purpose
