@@ -7,8 +7,6 @@ from dataclasses import replace
 from jaxsteer.models.families.table import (
     DIMENSIONS,
     EMBEDDING,
-    GENERAL_FIXED,
-    GENERAL_IGNORED,
     Family,
     Windows,
     after_blocks,
@@ -27,8 +25,10 @@ QWEN2 = Family(
     hf_class="Qwen2ForCausalLM",
     gguf="qwen2",
     fields={**_FIELDS, "kv_heads": ("num_key_value_heads", 32)},
-    fixed={**GENERAL_FIXED, "hidden_act": "silu", "use_mrope": False},
-    ignored=frozenset(GENERAL_IGNORED),
+    fixed={"hidden_act": "silu", "use_mrope": False},
+    # The biases of Qwen2 do not depend on attention_bias. Chunked attention is that of other programs, for contexts beyond
+    # what the model was trained on.
+    ignored=frozenset({"attention_bias", "dual_chunk_attention_config"}),
     rows=(
         EMBEDDING,
         *_NORMS,
