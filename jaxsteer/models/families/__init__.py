@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.families.general import GENERAL_EMPTY, GENERAL_FIXED, HINTS, is_neutral, same_value
 from jaxsteer.models.families.gemma import GEMMA2, GEMMA3
+from jaxsteer.models.families.general import GENERAL_EMPTY, GENERAL_FIXED, HINTS, is_neutral, same_value
 from jaxsteer.models.families.gpt2 import GPT2
 from jaxsteer.models.families.llama import LLAMA, MISTRAL, SMOLLM3
 from jaxsteer.models.families.olmo import OLMO2

@@ -75,10 +75,10 @@ GENERAL_FIXED: dict[str, Any] = {
 GENERAL_EMPTY = frozenset({"quantization_config", "quantization", "compression_config", "pruned_heads"})
 """Fields that are accepted if they are empty."""
 
-HINTS = {
-    name: "the weights are stored quantised; use an unquantised copy of the model, or its GGUF file"
-    for name in ("quantization_config", "quantization", "compression_config")
-}
+HINTS = dict.fromkeys(
+    ("quantization_config", "quantization", "compression_config"),
+    "the weights are stored quantised; use an unquantised copy of the model, or its GGUF file",
+)
 """What to do about a field that is refused, where more can be said than that it is."""
 
 _SAME_ACTIVATION = (

@@ -26,8 +26,8 @@ QWEN2 = Family(
     gguf="qwen2",
     fields={**_FIELDS, "kv_heads": ("num_key_value_heads", 32)},
     fixed={"hidden_act": "silu", "use_mrope": False},
-    # The biases of Qwen2 do not depend on attention_bias. Chunked attention is that of other programs, for contexts beyond
-    # what the model was trained on.
+    # Qwen2 has its biases whatever attention_bias says; chunked attention is for contexts beyond those of training, and
+    # transformers has none.
     ignored=frozenset({"attention_bias", "dual_chunk_attention_config"}),
     rows=(
         EMBEDDING,

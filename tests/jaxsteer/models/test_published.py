@@ -1,7 +1,7 @@
 """Published configs load, and only what changes a logit is refused."""
 
 import pytest
-from configs import BOOKKEEPING, EFFECTIVE, PUBLISHED
+from published_configs import BOOKKEEPING, EFFECTIVE, PUBLISHED
 
 from jaxsteer.models.families import FAMILIES, config_from_hf
 
