@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
@@ -11,19 +12,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxsteer.io import source as sources
-from jaxsteer.io.files import read_json
+from jaxsteer.io.files import Json, read_json
 from jaxsteer.io.gguf_config import config_from_gguf, parameters_of
 from jaxsteer.io.gguf_file import open_gguf
 from jaxsteer.io.identity import fingerprint
 from jaxsteer.io.safetensors_file import open_safetensors
 from jaxsteer.io.stored import Place, Progress, ReadOptions, Stored, read_base
-from jaxsteer.io.tokenizer import (
-    Tokenizer,
-    has_tokenizer,
-    stop_tokens_from_gguf,
-    tokenizer_from_folder,
-    tokenizer_from_gguf,
-)
+from jaxsteer.io.token_ids import check_token_ids, generation_settings, stop_tokens_of
+from jaxsteer.io.tokenizer import FILES, Tokenizer, has_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import config_from_hf
 from jaxsteer.models.families.table import Family
@@ -41,6 +37,7 @@ class LoadedModel:
     fingerprint  of the config, see `jaxsteer.io.fingerprint`
     family       our name of its family, see `jaxsteer.models.families.FAMILIES`
     stop_tokens  ids that end a reply
+    generation   content of generation_config.json, with the ids of special tokens from wherever the model gives them
     """
 
     config: ModelConfig
@@ -50,6 +47,7 @@ class LoadedModel:
     fingerprint: str
     family: str
     stop_tokens: tuple[int, ...]
+    generation: Mapping[str, Json] = field(default_factory=dict)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -58,7 +56,7 @@ class LoadedModel:
             ValueError: the model has none.
         """
         if self.tokenizer is None:
-            raise ValueError(f"{self.name}: this model comes without a tokenizer; say where to load one from")
+            raise ValueError(missing_tokenizer(self.name))
         return self.tokenizer
 
 
@@ -84,17 +82,28 @@ def load_model(
             unsupported kind.
 
     Raises:
-        ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully.
+        ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully; the
+            tokenizer has tokens that the embedding has no row for. All of this is found before weights are read.
     """
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER, *sources.WEIGHTS))
     family, config = _read_config(path)
     if tokenizer is None and (path.is_file() or has_tokenizer(path)):
         tokenizer = path
     loaded_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
+    generation = generation_settings(path, loaded_tokenizer)
+    stop_tokens = stop_tokens_of(generation)
+    check_token_ids(loaded_tokenizer, stop_tokens, config.vocab_size, str(tokenizer or path))
     base = _load_base(path, family, config, ReadOptions(dtype, progress, place, quantised))
-    stop_tokens = _stop_tokens(path, loaded_tokenizer)
     name = sources.name_of(source, path)
-    return LoadedModel(config, base, loaded_tokenizer, name, fingerprint(config), family.name, stop_tokens)
+    return LoadedModel(config, base, loaded_tokenizer, name, fingerprint(config), family.name, stop_tokens, generation)
+
+
+def missing_tokenizer(name: str) -> str:
+    """The message about a model that has none."""
+    return (
+        f"{name}: this model comes without a tokenizer (none of {', '.join(FILES)}); copy the tokenizer's files into "
+        "its folder, or give the folder or hub id of one as `tokenizer`"
+    )
 
 
 def compute_dtype(name: str) -> np.dtype:
@@ -138,6 +147,18 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     return tokenizer_from_gguf(open_gguf(path).metadata, str(path)) if path.is_file() else tokenizer_from_folder(path)
 
 
+def require_tokenizer(source: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Refuse a model without a tokenizer before its weights are read; the arguments are those of `load_model`.
+
+    Raises:
+        ValueError: the source is a folder without a tokenizer, and no other one is given.
+    """
+    if tokenizer is None:
+        path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER))
+        if path.is_dir() and not has_tokenizer(path):
+            raise ValueError(missing_tokenizer(str(source)))
+
+
 def _read_config(path: Path) -> tuple[Family, ModelConfig]:
     """Family and config of a local folder or .gguf file."""
     if path.is_file():
@@ -177,20 +198,3 @@ def _open_folder(folder: Path) -> dict[str, Stored]:
     if missing := sorted(set(weight_map) - set(stored)):
         raise ValueError(f"{index}: the shards do not hold {', '.join(missing)}, which the index promises")
     return stored
-
-
-def _stop_tokens(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """From the first of these that names any: the GGUF file, generation_config.json, config.json, the tokenizer."""
-    if path.is_file() and (from_gguf := stop_tokens_from_gguf(open_gguf(path).metadata)):
-        return from_gguf
-    for name in ("generation_config.json", "config.json"):
-        if (path / name).is_file():
-            eos = read_json(path / name).get("eos_token_id")
-            ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-            if any(type(i) is not int for i in ids):
-                raise ValueError(f"{path / name}: eos_token_id is {eos!r}; expected a token id or a list of them")
-            if ids:
-                return tuple(dict.fromkeys(ids))
-    if tokenizer is None or tokenizer.eos_token_id is None:
-        return ()
-    return (tokenizer.eos_token_id,)

@@ -44,6 +44,7 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
     bos_token_id: int | None
+    pad_token_id: int | None
     chat_template: str | None
     all_special_ids: list[int]
     special_tokens_map: dict[str, Any]
@@ -53,6 +54,9 @@ class Tokenizer(Protocol):
     def added_tokens_decoder(self) -> Mapping[int, Any]:
         """The added tokens by their ids; `special` says whether one is a special token."""
         ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """The ids of all tokens, added ones included."""
 
     def __call__(self, text: str | list[str], **options: Any) -> Any:
         """Token ids of a text, or of a list of texts: `tokenizer(text)["input_ids"]`."""

@@ -125,7 +125,8 @@ def _save_trained(run: RunFolder, training: Training, state: TrainState) -> Stee
     if config.train_base:
         base = fetch(params.base)
         if is_first():
-            save_hf(run.folder / "model", loaded.config, base, loaded.family, loaded.tokenizer)
+            model = run.folder / "model"
+            save_hf(model, loaded.config, base, loaded.family, loaded.tokenizer, generation=loaded.generation)
     return steering
 
 
