@@ -102,7 +102,7 @@ def missing_tokenizer(name: str) -> str:
     """The message about a model that has none."""
     return (
         f"{name}: this model comes without a tokenizer (none of {', '.join(FILES)}); copy the tokenizer's files into "
-        "its folder, or give the folder or hub id of one as `tokenizer`"
+        "its folder, or name a folder or hub id that has one (`tokenizer` in Python, --tokenizer in training)"
     )
 
 
