@@ -9,7 +9,7 @@ encoding, packing, and the cache of encoded data. What a task asks and how its a
 """
 
 from train.data.examples import Example, Split, TokenizedExample, Turn
-from train.data.jsonl import Keys, read_jsonl
+from train.data.jsonl import Keys, Reading, read_jsonl
 from train.data.listops import ListOps
 from train.data.packing import DataSource, pack, stack_rows
 from train.data.tokenize import Report, encode, encode_prompts, stop_tokens
@@ -19,6 +19,7 @@ __all__ = [
     "Example",
     "Keys",
     "ListOps",
+    "Reading",
     "Report",
     "Split",
     "TokenizedExample",
