@@ -71,7 +71,7 @@ def _read_message(message: Any, name: str, *, first: bool) -> tuple[Turn, float]
     if unsupported := [key for key in _UNSUPPORTED if message.get(key) is not None]:
         raise ValueError(
             f"{name} has {unsupported}, which is not supported; put what the assistant should say into 'content', "
-            "leave an assistant message out of the loss with \"weight\": 0, or leave the conversation out"
+            'leave an assistant message out of the loss with "weight": 0, or leave the conversation out'
         )
     if role == "system" and not first:
         raise ValueError(f"{name} has role 'system', allowed only as the first message")

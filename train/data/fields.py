@@ -94,7 +94,7 @@ def as_weight(value: Any, name: str) -> float:
         weight = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         weight = math.nan
-    if not abs(weight) <= np.finfo(np.float32).max:
+    if not abs(weight) <= float(np.finfo(np.float32).max):
         raise ValueError(f"{name!r} must be a finite number, the weight in the loss; got {show(value)}")
     return weight
 

@@ -233,17 +233,18 @@ def describe(rows: Sequence[tuple[str, Row]], reading: Reading) -> list[str]:
     notes = [f"{shapes[shape]:,} {words}" for shape, words in meaning.items() if shapes[shape]]
     weights = [row[keys.weight] for _, row in rows if isinstance(row.get(keys.weight), int | float)]
     if weights:
-        notes.append(f"{len(weights):,} loss weights ({keys.weight}), from {min(weights):g} to {max(weights):g}")
+        ends = f"from {min(weights):g} to {max(weights):g}"
+        notes.append(f"{len(weights):,} of {len(rows):,} lines have a {keys.weight!r} in the loss, {ends}")
     golds = sum(not is_missing(row.get(keys.answer)) for _, row in rows)
     if 0 < golds < len(rows) and keys.answer != keys.completion:
-        notes.append(f"{golds:,} of {len(rows):,} lines have an {keys.answer!r}; in the others the last text is the gold")
+        notes.append(f"{golds:,} of {len(rows):,} lines have an {keys.answer!r}")
     if unused := _unused((row for _, row in rows), keys):
         notes.append(f"not used: {unused}")
     return notes
 
 
 def _unused(rows: Iterable[Row], keys: Keys) -> str:
-    """The keys that nothing reads, with the number of lines that have them; a similar name that is read is suggested."""
+    """The keys that nothing reads, with the number of lines that have them; suggests a similar name that is read."""
     counts: Counter[str] = Counter()
     for row in rows:
         shape = shape_of(row, keys)
@@ -255,6 +256,8 @@ def _unused(rows: Iterable[Row], keys: Keys) -> str:
         counts.update(f"{key} (of a message)" for key in said.difference(KNOWN))
     named = []
     for key, count in counts.most_common(MAX_NAMED):
-        near = difflib.get_close_matches(key.removesuffix(" (of a message)"), (keys.weight, keys.answer, keys.completion), 1, 0.75)
+        near = difflib.get_close_matches(
+            key.removesuffix(" (of a message)"), (keys.weight, keys.answer, keys.completion), 1, 0.75
+        )
         named.append(f"{key[:40]!r} in {count:,}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     return ", ".join(named) + (", ..." if len(counts) > MAX_NAMED else "")

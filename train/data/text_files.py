@@ -81,4 +81,4 @@ def refuse_nul(text: str | bytes, source: str) -> None:
 def _unreadable(path: str | Path, error: OSError) -> ValueError:
     """What to say about a file that cannot be opened or read."""
     reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-    return ValueError(f"{path}: {reason}")
+    return ValueError(f"{Path(path)}: {reason}")

@@ -155,7 +155,9 @@ class MixtureTask:
 
 def interleave(lists: Sequence[Sequence[T]]) -> list[T]:
     """All items of several lists, each list in its own order and spread evenly over the whole."""
-    placed = [((i + 0.5) / len(items), number, item) for number, items in enumerate(lists) for i, item in enumerate(items)]
+    placed = [
+        ((i + 0.5) / len(items), number, item) for number, items in enumerate(lists) for i, item in enumerate(items)
+    ]
     return [item for _, _, item in sorted(placed, key=lambda each: each[:2])]
 
 

@@ -12,7 +12,6 @@ from train.data.listops import evaluate
 from train.tasks.extract import number as read_number
 from train.tasks.record import Option, Question, Row
 
-
 LETTERS = "ABCDEFGH"
 """Labels of choices that have none."""
 
