@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -105,3 +107,17 @@ class TokenizedExample:
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.ids)
+
+
+def digest_of(rows: Iterable[TokenizedExample]) -> str:
+    """sha256, in hexadecimal, of all that the loss and the steering see of tokenised examples, in their order.
+
+    Args:
+        rows: their ids, completion flags and weights count; sources and answers do not.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little"))
+        for field, dtype in ((row.ids, "<i4"), (row.completion, "?"), (row.weights, "<f4")):
+            digest.update(np.asarray(field, dtype).tobytes())
+    return digest.hexdigest()
