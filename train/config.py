@@ -10,7 +10,7 @@ from jaxsteer.models.attention import Kernel
 from jaxsteer.models.transformer import Remat
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
-from train.data.tokenize import OnLong
+from train.data import OnLong
 from train.devices.placement import MeshConfig
 from train.devices.processes import DistributedConfig
 from train.tasks import ListOpsTask, Task, task_to_json

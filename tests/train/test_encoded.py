@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,19 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
-from train.data import Example, encode
+from train.data import Encoding, Example, encode
 from train.data import cache as encoded
 from train.data.cache import encode_cached
 from train.run.training import tokenising
 
 EXAMPLES = [Example.of("Was? ", "ja", "f:1", "yes"), Example.of("p" * 30, "c", "f:2"), Example.of("x", "no", "f:2")]
+
+PLAIN = Encoding()
+
+
+def encode_first(example, cache):
+    """Another first example."""
+    return encode_cached([example, *EXAMPLES[1:]], tiny_tokenizer(), PLAIN, cache)
 
 
 @pytest.fixture
@@ -45,54 +53,56 @@ def same(a, b):
 
 @pytest.mark.parametrize("options", [{}, {"max_length": 20, "on_long": "drop"}, {"max_length": 20, "on_long": "cut"}])
 def test_the_second_time_is_read(cache, calls, options):
-    first = encode_cached(EXAMPLES, tiny_tokenizer(), cache, **options)
-    second = encode_cached(EXAMPLES, tiny_tokenizer(), cache, **options)
+    first = encode_cached(EXAMPLES, tiny_tokenizer(), Encoding(**options), cache)
+    second = encode_cached(EXAMPLES, tiny_tokenizer(), Encoding(**options), cache)
     assert len(calls) == 1
     same(first, second)
-    same(first, encode(EXAMPLES, tiny_tokenizer(), **options))
+    same(first, encode(EXAMPLES, tiny_tokenizer(), Encoding(**options)))
     assert [path.suffix for path in cache.iterdir()] == [".npz"]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda cache: encode_cached(EXAMPLES[:2], tiny_tokenizer(), cache),
-        lambda cache: encode_cached([Example.of("Was? ", "ja", "f:1", "no"), *EXAMPLES[1:]], tiny_tokenizer(), cache),
-        lambda cache: encode_cached([Example.of("Was?", " ja", "f:1", "yes"), *EXAMPLES[1:]], tiny_tokenizer(), cache),
-        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(), cache, chat=True),
-        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(), cache, max_length=99),
-        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(bos=True), cache),
-        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(merges=[("p", "p")]), cache),
-        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(eos="<|im_end|>"), cache),
-        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(template=CHATML + " "), cache),
+        lambda cache: encode_cached(EXAMPLES[:2], tiny_tokenizer(), PLAIN, cache),
+        lambda cache: encode_first(Example.of("Was? ", "ja", "f:1", "no"), cache),
+        lambda cache: encode_first(Example.of("Was?", " ja", "f:1", "yes"), cache),
+        lambda cache: encode_first(replace(EXAMPLES[0], weight=0.5), cache),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(), Encoding(loss_on="all"), cache),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(), Encoding(chat=True), cache),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(), Encoding(max_length=99), cache),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(bos=True), PLAIN, cache),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(merges=[("p", "p")]), PLAIN, cache),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(eos="<|im_end|>"), PLAIN, cache),
+        lambda cache: encode_cached(EXAMPLES, tiny_tokenizer(template=CHATML + " "), PLAIN, cache),
     ],
 )
 def test_a_change_of_any_input_encodes_again(cache, calls, change):
-    encode_cached(EXAMPLES, tiny_tokenizer(), cache)
+    encode_cached(EXAMPLES, tiny_tokenizer(), PLAIN, cache)
     change(cache)
     assert len(calls) == 2
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"x" * len(raw)])
 def test_a_damaged_file_is_replaced(cache, calls, damage):
-    first = encode_cached(EXAMPLES, tiny_tokenizer(), cache)
+    first = encode_cached(EXAMPLES, tiny_tokenizer(), PLAIN, cache)
     [path] = cache.iterdir()
     path.write_bytes(damage(path.read_bytes()))
-    same(first, encode_cached(EXAMPLES, tiny_tokenizer(), cache))
+    same(first, encode_cached(EXAMPLES, tiny_tokenizer(), PLAIN, cache))
     assert len(calls) == 2
-    encode_cached(EXAMPLES, tiny_tokenizer(), cache)
+    encode_cached(EXAMPLES, tiny_tokenizer(), PLAIN, cache)
     assert len(calls) == 2
 
 
 def test_what_took_no_time_is_not_cached(cache, monkeypatch):
     monkeypatch.setattr(encoded, "WORTH_SECONDS", 60.0)
-    encode_cached(EXAMPLES, tiny_tokenizer(), cache)
+    encode_cached(EXAMPLES, tiny_tokenizer(), PLAIN, cache)
     assert not cache.exists()
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache):
     cache.write_text("a file where the folder should be")
-    rows, _ = encode_cached(EXAMPLES, tiny_tokenizer(), cache)
+    rows, _ = encode_cached(EXAMPLES, tiny_tokenizer(), PLAIN, cache)
     assert len(rows) == 3
 
 
@@ -102,18 +112,18 @@ def test_a_full_disk_is_no_error_and_leaves_no_file(cache, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "savez", savez)
-    rows, _ = encode_cached(EXAMPLES, tiny_tokenizer(), cache)
+    rows, _ = encode_cached(EXAMPLES, tiny_tokenizer(), PLAIN, cache)
     assert len(rows) == 3
     assert list(cache.iterdir()) == []
 
 
 def test_an_error_is_not_cached(cache):
     with pytest.raises(ValueError, match="longer than 5"):
-        encode_cached(EXAMPLES, tiny_tokenizer(), cache, max_length=5)
+        encode_cached(EXAMPLES, tiny_tokenizer(), Encoding(max_length=5), cache)
     assert not cache.exists()
 
 
 def test_progress_of_many(cache, monkeypatch, capsys):
     monkeypatch.setattr(encoded, "CHUNK", 2)
-    encode_cached(EXAMPLES, tiny_tokenizer(), cache, watch=tokenising)
+    encode_cached(EXAMPLES, tiny_tokenizer(), PLAIN, cache, watch=tokenising)
     assert "Tokenising" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from jaxsteer import Model, Params, init_steering, mean_loss, parse_plan
 from jaxsteer.io import load_model, save_steering
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from train import evaluate
-from train.data import Example, encode, stack_rows
+from train.data import Encoding, Example, encode, stack_rows
 from train.devices.placement import SINGLE, place_on
 from train.evaluation.answers import ScoredAnswer, make_prompts, read_answers, summarise, write_answers
 from train.evaluation.evaluator import Evaluator
@@ -158,7 +158,7 @@ def test_choices_score_as_completions_in_training_do(loaded, steered):
 
 
 def test_choices_that_cannot_be_scored_raise(loaded):
-    make = lambda example: make_prompts([example], loaded.tokenizer, loaded.stop_tokens, TASK, choices=True)
+    make = lambda example: make_prompts([example], loaded.tokenizer, Encoding(), loaded.stop_tokens, TASK, choices=True)
     with pytest.raises(ValueError, match="here: has no choices"):
         make(Example.of("a", "b", "here"))
     with pytest.raises(ValueError, match="here: the answer 'x' is none of"):

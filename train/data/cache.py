@@ -16,14 +16,14 @@ import numpy as np
 
 from jaxsteer.io import Tokenizer
 from jaxsteer.io.files import replacing
-from train.data import Example, Report, TokenizedExample, encode
-from train.data.tokenize import CHUNK, OnLong
+from train.data import Encoding, Example, Report, TokenizedExample, encode
+from train.data.tokenize import CHUNK
 
 WORTH_SECONDS = 2.0
 """Data that took less time than this to tokenise is not cached."""
 
-_FORMAT = 2
-"""Version of the file format; files of another version are not found, because it is part of their key."""
+_FORMAT = 3
+"""Version of the file format and of the encoding; it is part of a file's key, so that others are not found."""
 
 Encoded = tuple[list[TokenizedExample], Report]
 Watch = Callable[[int], AbstractContextManager[Callable[[int], None]]]
@@ -37,11 +37,9 @@ def _unwatched(total: int) -> AbstractContextManager[Callable[[int], None]]:
 def encode_cached(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
+    encoding: Encoding,
     folder: Path,
     *,
-    chat: bool = False,
-    max_length: int | None = None,
-    on_long: OnLong = "error",
     watch: Watch = _unwatched,
 ) -> Encoded:
     """`train.data.encode` with a cache: read from `folder` if the same data was encoded before.
@@ -50,8 +48,8 @@ def encode_cached(
     processes may share the folder. A damaged file is replaced.
 
     Args:
+        examples, tokenizer, encoding: as in `encode`.
         folder: the cache folder; created if needed. If it cannot be written to, nothing is cached.
-        examples, tokenizer, chat, max_length, on_long: as in `encode`.
         watch: shows progress; entered only if there is more than one chunk of examples to tokenise.
 
     Returns:
@@ -60,33 +58,33 @@ def encode_cached(
     Raises:
         ValueError: as `encode`; errors are not cached.
     """
-    path = folder / f"{_key(examples, tokenizer, chat, max_length, on_long)}.npz"
+    encoding = encoding.dated(tokenizer)
+    path = folder / f"{_key(examples, tokenizer, encoding)}.npz"
     if (cached := _read(path)) is not None:
         return cached
-    settings: dict[str, Any] = {"chat": chat, "max_length": max_length, "on_long": on_long}
     start = time.perf_counter()
     if len(examples) > CHUNK:
         with watch(len(examples)) as advance:
-            encoded = encode(examples, tokenizer, advance=advance, **settings)
+            encoded = encode(examples, tokenizer, encoding, advance=advance)
     else:
-        encoded = encode(examples, tokenizer, **settings)
+        encoded = encode(examples, tokenizer, encoding)
     if time.perf_counter() - start >= WORTH_SECONDS:
         _write(path, *encoded)
     return encoded
 
 
-def _key(examples: Sequence[Example], tokenizer: Tokenizer, *settings: Any) -> str:
+def _key(examples: Sequence[Example], tokenizer: Tokenizer, encoding: Encoding) -> str:
     """sha256, in hexadecimal, of everything that the tokens depend on."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
         digest.update(json.dumps(value, ensure_ascii=True).encode() + b"\n")
 
-    add([_FORMAT, *settings])
+    add([_FORMAT, asdict(encoding)])
     add([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
     add([tokenizer.special_tokens_map, tokenizer.eos_token_id])
     for example in examples:
-        add([example.turns, example.source, example.gold])
+        add([example.turns, example.source, example.gold, example.weight])
     return digest.hexdigest()
 
 

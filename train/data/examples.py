@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 Split = Literal["train", "validation", "test"]
 
-Role = Literal["prompt", "completion", "system", "user", "assistant"]
-"""prompt and completion are plain text; system, user and assistant are messages of a chat template."""
+Role = Literal["prompt", "completion", "text", "system", "user", "assistant"]
+"""prompt and completion are plain text; text is plain text that is learned as a whole, yet steered like a prompt;
+system, user and assistant are messages of a chat template."""
 
 SUPERVISED: tuple[Role, ...] = ("completion", "assistant")
-"""Roles whose text the model learns to produce."""
+"""Roles whose text is the model's own: what it produces in answer to the turns before."""
 
 
 class Turn(NamedTuple):
@@ -24,24 +27,28 @@ class Turn(NamedTuple):
 
     @property
     def supervised(self) -> bool:
-        """Whether the model learns to produce this text."""
+        """Whether this is a completion, in the sense of `TokenizedExample.completion`."""
         return self.role in SUPERVISED
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt with its completion, or a conversation, as text.
+    """A prompt with its completion, a conversation, or a plain text.
 
     turns    in order; the roles determine which are supervised
     source   where it was read, "file:line", for error messages
     answer   the gold answer; None if the last supervised text is the answer
     choices  candidate completions of a multiple-choice question, exactly one of them right; empty for a free answer
+    weight   factor on the loss of all its targets, any finite real
+    turn_weights  factor on the loss of each turn's targets besides; empty if all are 1
     """
 
     turns: tuple[Turn, ...]
     source: str
     answer: str | None = None
     choices: tuple[str, ...] = ()
+    weight: float = 1.0
+    turn_weights: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -70,7 +77,7 @@ class Example:
         """The example without its final supervised turn: what generation starts from."""
         if not self.turns or not self.turns[-1].supervised:
             return self
-        return Example(self.turns[:-1], self.source, self.gold, self.choices)
+        return replace(self, turns=self.turns[:-1], answer=self.gold)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,3 +107,17 @@ class TokenizedExample:
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.ids)
+
+
+def digest_of(rows: Iterable[TokenizedExample]) -> str:
+    """sha256, in hexadecimal, of all that the loss and the steering see of tokenised examples, in their order.
+
+    Args:
+        rows: their ids, completion flags and weights count; sources and answers do not.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little"))
+        for field, dtype in ((row.ids, "<i4"), (row.completion, "?"), (row.weights, "<f4")):
+            digest.update(np.asarray(field, dtype).tobytes())
+    return digest.hexdigest()

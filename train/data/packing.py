@@ -56,7 +56,7 @@ class DataSource:
         if lengths[longest] > self.sequence_length:
             raise ValueError(
                 f"{self.examples[longest].source}: {lengths[longest]} tokens do not fit a row of "
-                f"{self.sequence_length}; raise sequence_length, or encode with max_length and on_long='drop'"
+                f"{self.sequence_length}; raise --sequence-length, or use --on-long drop"
             )
         shuffle = _generator(self.seed, 0).permutation(len(lengths))
         if self.pack:

@@ -14,7 +14,7 @@ from jaxsteer.inference.decoder import Answer
 from jaxsteer.inference.likelihood import Likelihood
 from jaxsteer.io import Tokenizer
 from jaxsteer.io.files import parse_json, replacing
-from train.data import Example, TokenizedExample, Turn, encode, encode_prompts, stop_tokens
+from train.data import Encoding, Example, TokenizedExample, Turn, encode, encode_prompts, stop_tokens
 from train.tasks import AnswerFormat
 from train.tasks.scoring import Accuracy, Rule, accuracy, extract, score
 
@@ -67,28 +67,35 @@ class Prompts:
 
 
 def make_prompts(
-    examples: Sequence[Example], tokenizer: Tokenizer, stop: Sequence[int], task: AnswerFormat, *, choices: bool = False
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    encoding: Encoding,
+    stop: Sequence[int],
+    task: AnswerFormat,
+    *,
+    choices: bool = False,
 ) -> Prompts:
     """Tokenise the prompts of examples exactly as training does.
 
     Args:
         examples: with their gold answers.
         tokenizer: of the model.
+        encoding: that of the training.
         stop: the model's own stop tokens; those of the tokenizer and the chat template are added.
-        task: gives `chat`, `rule` and `max_new_tokens`.
+        task: gives `rule` and `max_new_tokens`.
         choices: also tokenise each example's choices.
 
     Raises:
         ValueError: an example without choices where they are needed, or whose gold answer is not one of them.
     """
-    tokens, _ = encode_prompts(examples, tokenizer, chat=task.chat)
-    ends = tuple(sorted({*stop, *stop_tokens(tokenizer, chat=task.chat)}))
+    tokens, _ = encode_prompts(examples, tokenizer, encoding)
+    ends = tuple(sorted({*stop, *stop_tokens(tokenizer, encoding)}))
     texts = tuple(tokenizer.decode(example.ids) for example in tokens)
     prompts = Prompts(texts, tuple(tokens), ends, task.rule, task.max_new_tokens)
-    return _with_choices(prompts, examples, tokenizer, chat=task.chat) if choices else prompts
+    return _with_choices(prompts, examples, tokenizer, encoding) if choices else prompts
 
 
-def _with_choices(prompts: Prompts, examples: Sequence[Example], tokenizer: Tokenizer, *, chat: bool) -> Prompts:
+def _with_choices(prompts: Prompts, examples: Sequence[Example], tokenizer: Tokenizer, encoding: Encoding) -> Prompts:
     """Tokenise each choice as the completion that training would see, end of sequence or turn included."""
     completed = []
     for example in examples:
@@ -101,7 +108,7 @@ def _with_choices(prompts: Prompts, examples: Sequence[Example], tokenizer: Toke
             replace(example, turns=(*example.context.turns, Turn(role, choice)), answer=None)
             for choice in example.choices
         ]
-    encoded, _ = encode(completed, tokenizer, chat=chat)
+    encoded, _ = encode(completed, tokenizer, encoding)
     rest = iter(encoded)
     ids = tuple(
         tuple(next(rest).ids[len(prompt) :] for _ in example.choices)

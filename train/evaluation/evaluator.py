@@ -22,7 +22,7 @@ from jaxsteer.objective import supervised_loss, total_weight
 from jaxsteer.params import Params
 from jaxsteer.plans import plan_to_json
 from jaxsteer.types import Array, Batch, PyTree, Steering
-from train.data import Example, encode
+from train.data import Encoding, Example, encode
 from train.devices.placement import Placement
 from train.display.console import progress
 from train.evaluation.answers import (
@@ -56,6 +56,7 @@ class Evaluator:
     loss_shape       rows of a batch, and tokens of a row, when the loss is measured
     by, normalise    how answers are found, see `By` and `Normalise`
     sampling, seed   how answers are generated; greedy by default
+    encoding         how texts become tokens; None for the task's `chat` and no more. Its limit is for the loss only
     """
 
     model: Model
@@ -70,6 +71,7 @@ class Evaluator:
     normalise: Normalise = "none"
     sampling: Sampling = Sampling()  # noqa: RUF009  # frozen
     seed: int = 0
+    encoding: Encoding | None = None
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def steered_by(self, model: Model) -> Evaluator:
@@ -88,10 +90,9 @@ class Evaluator:
         Raises:
             ValueError: an example without choices where they are to be scored.
         """
-        chosen = self.by == "likelihood"
-        return make_prompts(
-            examples, self.loaded.require_tokenizer(), self.loaded.stop_tokens, self.task, choices=chosen
-        )
+        tokenizer, stop = self.loaded.require_tokenizer(), self.loaded.stop_tokens
+        encoding = replace(self._encoding, max_length=None)
+        return make_prompts(examples, tokenizer, encoding, stop, self.task, choices=self.by == "likelihood")
 
     def answer(
         self,
@@ -210,6 +211,10 @@ class Evaluator:
         )
         return steering if mesh is None or there else self.placement.copies(steering)
 
+    @property
+    def _encoding(self) -> Encoding:
+        return Encoding(chat=self.task.chat) if self.encoding is None else self.encoding
+
     def _load(self, split: Split) -> list[Example]:
         limit = self.limits.get(split)
         return [] if limit == 0 else self.task.load(split)[:limit]
@@ -222,9 +227,8 @@ class Evaluator:
     def _batches(self, split: Split) -> list[Batch]:
         """A split's examples, packed into batches of `loss_shape`; the last is filled up with empty rows."""
         rows, length = self.loss_shape
-        examples, _ = encode(
-            self.examples(split), self.loaded.require_tokenizer(), chat=self.task.chat, max_length=length
-        )
+        encoding = replace(self._encoding, max_length=length)
+        examples, _ = encode(self.examples(split), self.loaded.require_tokenizer(), encoding)
         length = length or bucket_length(max(map(len, examples)))
         packed = pack([len(example) for example in examples], length)
         packed += [[] for _ in range(-len(packed) % rows)]

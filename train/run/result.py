@@ -27,6 +27,7 @@ from train.run.folder import RunFolder
 from train.run.metrics import read_metrics
 from train.run.training import Training
 from train.run.watch import StepTimer
+from train.tasks import typed_template
 from train.tasks.scoring import percent
 
 
@@ -106,7 +107,7 @@ def conclude(
         seconds=timer.seconds,
         tokens_per_second=timer.tokens_per_second,
         peak_memory=peak_memory_bytes(),
-        example=bare(questions[-1].turns[0].text, config.task.template) if questions else "",
+        example=bare(questions[-1].turns[0].text, typed_template(config.task)) if questions else "",
     )
     if is_first():
         write_json(run.summary, result.summary())
@@ -156,7 +157,7 @@ def notes_of(config: TrainConfig) -> dict[str, Any]:
     """Notes for the steering file: how to ask a model that is steered with it, and how it was trained."""
     task = config.task
     return {
-        "template": task.template,
+        "template": typed_template(task),
         "chat": task.chat,
         "max_new_tokens": task.max_new_tokens,
         "config": config.to_json(),

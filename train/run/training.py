@@ -21,7 +21,7 @@ from jaxsteer.training import Metrics, TrainState
 from jaxsteer.types import Batch, Steering
 from train.base_models import load
 from train.config import TrainConfig
-from train.data import DataSource, Report
+from train.data import DataSource, Encoding, Report
 from train.data.cache import encode_cached
 from train.devices.machine import cache_folder
 from train.display.console import progress
@@ -108,6 +108,7 @@ class Training:
             limits={"validation": config.validation_examples, "test": config.test_examples},
             metric=config.select_by,
             loss_shape=(config.microbatch, config.sequence_length),
+            encoding=encoding_of(config),
         )
 
 
@@ -158,15 +159,18 @@ def tokenising(total: int) -> Iterator[Callable[[int], None]]:
         yield bar.update
 
 
+def encoding_of(config: TrainConfig) -> Encoding:
+    """How a run turns texts into tokens, whatever their length."""
+    return Encoding(chat=config.task.chat)
+
+
 def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Report]:
     positions = loaded.config.max_length if loaded.config.learned_positions else config.sequence_length
     tokens, report = encode_cached(
         config.task.load("train"),
         loaded.require_tokenizer(),
+        replace(encoding_of(config), max_length=min(config.sequence_length, positions), on_long=config.on_long),
         cache_folder() / "tokens",
-        chat=config.task.chat,
-        max_length=min(config.sequence_length, positions),
-        on_long=config.on_long,
         watch=tokenising,
     )
     return DataSource(tokens, config.batch_size, config.sequence_length, config.seed, config.pack), report

@@ -25,7 +25,7 @@ from jaxsteer.types import Batch, PyTree
 from train.base_models import load
 from train.cli import load_config_file
 from train.config import TrainConfig
-from train.data import DataSource, TokenizedExample, encode, encode_prompts, pack, stack_rows
+from train.data import DataSource, Encoding, TokenizedExample, encode, encode_prompts, pack, stack_rows
 from train.tasks import Split
 
 
@@ -93,8 +93,8 @@ class Base:
         if not examples:
             raise ValueError(f"the task has no {split} examples to measure on")
         tokenise = encode if answers else encode_prompts
-        chat, on_long = self.config.task.chat, self.config.on_long
-        return tokenise(examples, self.loaded.require_tokenizer(), chat=chat, max_length=max_length, on_long=on_long)[0]
+        encoding = Encoding(chat=self.config.task.chat, max_length=max_length, on_long=self.config.on_long)
+        return tokenise(examples, self.loaded.require_tokenizer(), encoding)[0]
 
 
 def read_base(config: str) -> Base:

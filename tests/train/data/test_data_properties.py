@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import END_OF_TEXT, IM_END, tiny_tokenizer
 
-from train.data import DataSource, Example, TokenizedExample, Turn, encode, encode_prompts
+from train.data import DataSource, Encoding, Example, TokenizedExample, Turn, encode, encode_prompts
 
 FEW = settings(derandomize=True, max_examples=30, deadline=None, database=None)
 SEQUENCE_LENGTH = 16
@@ -127,8 +127,8 @@ def test_plain_examples(examples, tokenizer):
 @FEW
 @given(st.lists(conversations(), min_size=1, max_size=4), st.sampled_from(TOKENIZERS))
 def test_conversations(examples, tokenizer):
-    encoded, _ = encode(examples, tokenizer, chat=True)
-    prompts, _ = encode_prompts(examples, tokenizer, chat=True)
+    encoded, _ = encode(examples, tokenizer, Encoding(chat=True))
+    prompts, _ = encode_prompts(examples, tokenizer, Encoding(chat=True))
     for example, row, prompt in zip(examples, encoded, prompts, strict=True):
         n = len(prompt)
         assert row.ids[:n].tolist() == prompt.ids.tolist()

@@ -139,7 +139,7 @@ def test_first_token_is_never_a_target():
     [
         ({"batch_size": 0}, "got batch_size 0 and sequence_length 64, both must be at least 1"),
         ({"sequence_length": 0}, "got batch_size 2 and sequence_length 0, both must be at least 1"),
-        ({"sequence_length": 31}, r"f:\d+: 32 tokens do not fit a row of 31; raise sequence_length"),
+        ({"sequence_length": 31}, r"f:\d+: 32 tokens do not fit a row of 31; raise --sequence-length"),
         ({"seed": -1}, "seed: got -1"),
         ({"examples": []}, "no examples"),
     ],

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from tiny_tokenizer import CHATML, END_OF_TEXT, IM_END, IM_START, tiny_tokenizer
 
-from train.data import Example, Turn, encode, encode_prompts, stop_tokens
+from train.data import Encoding, Example, Turn, encode, encode_prompts, stop_tokens
 
 TALK = Example(
     (
@@ -16,8 +16,11 @@ TALK = Example(
 )
 
 
+CHAT = Encoding(chat=True)
+
+
 def one(example, tokenizer, **options):
-    return encode([example], tokenizer, **options)[0][0]
+    return encode([example], tokenizer, Encoding(**options))[0][0]
 
 
 def spans(tokenizer, row):
@@ -60,7 +63,7 @@ def test_no_merge_across_the_boundary():
 def test_prompts_begin_the_training_ids(chat):
     tokenizer = tiny_tokenizer(bos=True)
     example = Example.of("What? ", " that.", "f:1")
-    row, prompt = one(example, tokenizer, chat=chat), encode_prompts([example], tokenizer, chat=chat)[0][0]
+    row, prompt = one(example, tokenizer, chat=chat), encode_prompts([example], tokenizer, Encoding(chat=chat))[0][0]
     assert prompt.ids.tolist() == row.ids[: row.prompt_length].tolist()
     assert prompt.prompt_length == row.prompt_length == len(prompt)
     assert not prompt.completion.any()
@@ -90,7 +93,7 @@ def test_every_assistant_turn_is_supervised():
 
 def test_multi_turn_prompt_keeps_what_was_supervised():
     tokenizer = tiny_tokenizer()
-    row, prompt = one(TALK, tokenizer, chat=True), encode_prompts([TALK], tokenizer, chat=True)[0][0]
+    row, prompt = one(TALK, tokenizer, chat=True), encode_prompts([TALK], tokenizer, CHAT)[0][0]
     n = len(prompt)
     assert row.ids[:n].tolist() == prompt.ids.tolist()
     assert row.completion[:n].tolist() == prompt.completion.tolist()
@@ -117,7 +120,7 @@ def test_template_that_rewrites_earlier_turns():
     body = "message['content'] if loop.last or message['role'] != 'assistant' else '...'"
     tokenizer = tiny_tokenizer(template=CHATML.replace("message['content']", f"({body})"))
     with pytest.raises(ValueError, match=r"talk\.jsonl:1: the chat template is not prefix-stable: with message 3"):
-        encode([TALK], tokenizer, chat=True)
+        encode([TALK], tokenizer, CHAT)
     single = Example(TALK.turns[:3], "talk.jsonl:2")
     assert spans(tokenizer, one(single, tokenizer, chat=True)) == [" Hello\n<|im_end|>"]
 
@@ -125,20 +128,20 @@ def test_template_that_rewrites_earlier_turns():
 def test_template_without_an_end_of_turn():
     tokenizer = tiny_tokenizer(template=CHATML.replace("<|im_end|>", ""))
     with pytest.raises(ValueError, match=r"talk\.jsonl:1: .* no special token"):
-        encode([TALK], tokenizer, chat=True)
+        encode([TALK], tokenizer, CHAT)
 
 
 def test_template_that_refuses():
     tokenizer = tiny_tokenizer(template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match=r"talk\.jsonl:1: the chat template refused .*roles must alternate"):
-        encode([TALK], tokenizer, chat=True)
+        encode([TALK], tokenizer, CHAT)
 
 
 def test_stop_tokens():
     assert stop_tokens(tiny_tokenizer()) == (END_OF_TEXT,)
-    assert stop_tokens(tiny_tokenizer(), chat=True) == (END_OF_TEXT, IM_END)
-    assert stop_tokens(tiny_tokenizer(eos="<|im_end|>"), chat=True) == (IM_END,)
-    assert stop_tokens(tiny_tokenizer(eos=None), chat=True) == (IM_END,)
+    assert stop_tokens(tiny_tokenizer(), CHAT) == (END_OF_TEXT, IM_END)
+    assert stop_tokens(tiny_tokenizer(eos="<|im_end|>"), CHAT) == (IM_END,)
+    assert stop_tokens(tiny_tokenizer(eos=None), CHAT) == (IM_END,)
     with pytest.raises(ValueError, match="no end-of-sequence"):
         stop_tokens(tiny_tokenizer(eos=None))
 
@@ -146,7 +149,7 @@ def test_stop_tokens():
 def test_long_prompts_lose_their_beginning_if_asked_and_are_counted():
     tokenizer = tiny_tokenizer(bos=True)
     examples = [Example.of("0123456789", "abc", "f:1"), Example.of("xy", "abc", "f:2")]
-    (long, short), report = encode(examples, tokenizer, max_length=9, on_long="cut")
+    (long, short), report = encode(examples, tokenizer, Encoding(max_length=9, on_long="cut"))
     assert tokenizer.decode(long.ids) == "<|im_start|>6789abc<|endoftext|>"
     assert (long.prompt_length, len(long), long.answer) == (5, 9, "abc")
     assert spans(tokenizer, long) == ["abc<|endoftext|>"]
@@ -154,11 +157,11 @@ def test_long_prompts_lose_their_beginning_if_asked_and_are_counted():
     assert (report.cut, report.too_long, report.kept) == ((("f:1", 15),), (), 2)
     assert "cut the prompts of 1 of 2 examples longer than 9 tokens (longest 15): f:1 (15)" in str(report)
     # One token of the prompt stays; a completion is never cut.
-    assert encode(examples, tokenizer, max_length=6, on_long="cut")[0][0].prompt_length == 2
+    assert encode(examples, tokenizer, Encoding(max_length=6, on_long="cut"))[0][0].prompt_length == 2
     with pytest.raises(ValueError, match=r"2 of 2 examples longer than 5 .*cutting the prompt is not enough"):
-        encode(examples, tokenizer, max_length=5, on_long="cut")
-    with pytest.raises(ValueError, match="'cut' is for plain prompts"):
-        encode(examples, tokenizer, chat=True, max_length=9, on_long="cut")
+        encode(examples, tokenizer, Encoding(max_length=5, on_long="cut"))
+    with pytest.raises(ValueError, match="--on-long cut is for plain prompts"):
+        encode(examples, tokenizer, Encoding(chat=True, max_length=9, on_long="cut"))
 
 
 def test_many_examples_are_tokenised_in_chunks(monkeypatch):
@@ -172,7 +175,7 @@ def test_many_examples_are_tokenised_in_chunks(monkeypatch):
 
 def test_long_examples_are_reported_and_not_cut_unasked():
     examples = [Example.of("p" * n, "c", f"f:{n}") for n in (1, 8, 2, 9)]
-    rows, report = encode(examples, tiny_tokenizer(), max_length=9, on_long="drop")
+    rows, report = encode(examples, tiny_tokenizer(), Encoding(max_length=9, on_long="drop"))
     assert [r.source for r in rows] == ["f:1", "f:2"]
     assert report.too_long == (("f:8", 10), ("f:9", 11))
     assert (report.examples, report.kept, report.tokens, report.supervised, report.longest) == (
@@ -183,27 +186,27 @@ def test_long_examples_are_reported_and_not_cut_unasked():
         11,
     )
     assert "2 of 4 examples longer than 9 tokens (longest 11): f:8 (10), f:9 (11)" in str(report)
-    with pytest.raises(ValueError, match=r"2 of 4 examples longer than 9 .* f:8 \(10\).*on_long='drop'"):
-        encode(examples, tiny_tokenizer(), max_length=9)
-    assert encode(examples, tiny_tokenizer(), max_length=11)[1].kept == 4
+    with pytest.raises(ValueError, match=r"2 of 4 examples longer than 9 .* f:8 \(10\).*--on-long drop"):
+        encode(examples, tiny_tokenizer(), Encoding(max_length=9))
+    assert encode(examples, tiny_tokenizer(), Encoding(max_length=11))[1].kept == 4
     with pytest.raises(ValueError, match="no example is left"):
-        encode(examples, tiny_tokenizer(), max_length=2, on_long="drop")
+        encode(examples, tiny_tokenizer(), Encoding(max_length=2, on_long="drop"))
 
 
 @pytest.mark.parametrize(
     ("example", "options", "tokenizer", "message"),
     [
-        (TALK, {}, {}, r"talk\.jsonl:1: has a 'system' message.*chat=True"),
+        (TALK, {}, {}, r"talk\.jsonl:1: has a 'system' message.*--task.chat"),
         (TALK, {"chat": True}, {"template": None}, r"talk\.jsonl:1: .* no chat template"),
         (Example.of("p", None, "f:7"), {}, {}, "f:7: nothing to train on"),
         (Example.of("", "c", "f:7"), {}, {}, "f:7: the prompt is empty"),
         (Example.of("p", "c", "f:7"), {}, {"eos": None}, "no end-of-sequence token"),
-        (Example.of("p", "c", "f:7"), {"on_long": "trim"}, {}, "on_long: got 'trim'"),
+        (Example.of("p", "c", "f:7"), {"on_long": "trim"}, {}, "--on-long: got 'trim'"),
     ],
 )
 def test_refuses(example, options, tokenizer, message):
     with pytest.raises(ValueError, match=message):
-        encode([example], tiny_tokenizer(**tokenizer), **options)
+        encode([example], tiny_tokenizer(**tokenizer), Encoding(**options))
 
 
 def test_refuses_nothing():

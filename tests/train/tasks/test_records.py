@@ -13,7 +13,7 @@ from task_rows import CHAT, INSTRUCTIONS, ROWS
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from tiny_tokenizer import END_OF_TEXT, IM_END, tiny_tokenizer
 
-from train.data import Turn, encode, encode_prompts
+from train.data import Encoding, Turn, encode, encode_prompts
 from train.tasks import TASKS, HubTask, task_from_json, task_to_json
 from train.tasks.__main__ import documentation, main
 from train.tasks.instructions import as_instructions
@@ -59,7 +59,8 @@ def test_training_and_evaluation_share_the_boundary_and_the_end_is_supervised(na
     # Merges over every boundary that a prompt's end and a completion's start could make.
     tokenizer = tiny_tokenizer(merges=[("Ċ", "A"), ("Ċ", "7"), ("Ċ", "(")])
     example = made(name)
-    [row], [prompt] = encode([example], tokenizer, chat=chat)[0], encode_prompts([example], tokenizer, chat=chat)[0]
+    how = Encoding(chat=chat)
+    [row], [prompt] = encode([example], tokenizer, how)[0], encode_prompts([example], tokenizer, how)[0]
     assert row.ids[: row.prompt_length].tolist() == prompt.ids.tolist()
     assert row.ids[-1] == (IM_END if chat else END_OF_TEXT)
     assert row.weights[row.prompt_length :].all()
@@ -72,7 +73,7 @@ def test_a_conversation_is_supervised_at_every_assistant_turn():
     example = record.example(record.ask(CHAT, "hub:1"), "hub:1")
     assert [turn.role for turn in example.turns] == ["user", "assistant", "user", "assistant"]
     assert example.gold == "See you."
-    [row] = encode([example], tokenizer, chat=HubTask("chat").chat)[0]
+    [row] = encode([example], tokenizer, Encoding(chat=HubTask("chat").chat))[0]
     assert tokenizer.decode(row.ids[row.weights > 0]) == "Hello!<|im_end|>See you.<|im_end|>"
 
 
