@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsteer.batches import bucket_length, pack, stack_rows
 from jaxsteer.inference.decoder import Decoder, Limits, Request, generate_all
@@ -23,6 +24,7 @@ from jaxsteer.params import Params
 from jaxsteer.plans import plan_to_json
 from jaxsteer.types import Array, Batch, PyTree, Steering
 from train.data import Encoding, Example, encode
+from train.devices import interrupts
 from train.devices.placement import Placement
 from train.display.console import progress
 from train.evaluation.answers import (
@@ -74,9 +76,9 @@ class Evaluator:
     encoding: Encoding | None = None
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def steered_by(self, model: Model) -> Evaluator:
-        """The same evaluator for another plan; it shares the splits that are tokenised already."""
-        other = replace(self, model=model)
+    def steered_by(self, model: Model, loaded: LoadedModel | None = None) -> Evaluator:
+        """The same evaluator for another plan, or with weights; it shares the splits that are tokenised already."""
+        other = replace(self, model=model, loaded=loaded or self.loaded)
         object.__setattr__(other, "_cache", self._cache)
         return other
 
@@ -119,10 +121,20 @@ class Evaluator:
         total = len(prompts.tokens)
         if not total:
             return []
-        with self._journal(prompts, params, path, reuse) as journal, _bar(total, title, len(journal.done)) as advance:
-            for index, answer in self._ask(prompts, params, [i for i in range(total) if i not in journal.done]):
-                journal.add(index, answer)
-                advance(len(journal.done))
+        # An answer is in the journal as soon as it is given: the process may end at any moment.
+        keeping = nullcontext() if path is None else interrupts.block("soon")
+        with (
+            keeping,
+            self._journal(prompts, params, path, reuse) as journal,
+            _bar(total, title, len(journal.done)) as advance,
+        ):
+            try:
+                for index, answer in self._ask(prompts, params, [i for i in range(total) if i not in journal.done]):
+                    journal.add(index, answer)
+                    advance(len(journal.done))
+                    interrupts.safe_point()
+            except interrupts.Interrupted:
+                raise interrupts.Interrupted(_kept(path, len(journal.done), total)) from None
             journal.finish()
         return [journal.done[index] for index in range(total)]
 
@@ -136,7 +148,8 @@ class Evaluator:
             return {}
         if self.metric == "validation_loss":
             return {"validation_loss": self.loss("validation", params)}
-        result = accuracy_of(self.answer("validation", params))
+        with interrupts.deferred():  # a step and its evaluation belong together
+            result = accuracy_of(self.answer("validation", params))
         low, high = result.interval
         return {"accuracy": result.rate, "low": low, "high": high}
 
@@ -181,7 +194,7 @@ class Evaluator:
                 seeds = [self.seed << 32 | index for index in left]  # a prompt's answer does not depend on the others
                 settings = (prompts.max_new_tokens, prompts.stop, self.sampling)
                 requests = [Request(prompt, *settings, seed) for prompt, seed in zip(tokens, seeds, strict=True)]
-                answers = generate_all(decoder, requests)
+                answers = generate_all(decoder, requests, ended=_never)
                 yield from ((left[i], read(left[i], answer)) for i, answer in answers)
 
     def _journal(self, prompts: Prompts, params: Params, path: Path | None, reuse: bool) -> MemoryJournal | FileJournal:
@@ -245,6 +258,16 @@ class Evaluator:
 def _loss_and_weight(model: Model, base: PyTree, steering: PyTree, batch: Batch) -> tuple[Array, Array]:
     loss = supervised_loss(model, base, steering, batch)
     return loss.astype(jnp.float32), total_weight(batch)
+
+
+def _never(index: int, tokens: np.ndarray) -> bool:
+    """No answer ends early, but the command may: asked after every chunk of decoding."""
+    interrupts.safe_point()
+    return False
+
+
+def _kept(path: Path | None, done: int, total: int) -> str:
+    return "" if path is None else f"{done} of {total} answers are kept."
 
 
 @contextmanager
