@@ -24,6 +24,7 @@ from jaxsteer.inference.generate import GREEDY, Sampling
 from jaxsteer.inference.likelihood import score_continuations
 from jaxsteer.inference.scheduling import Limits, Request
 from jaxsteer.io import LoadedModel, compute_dtype, load_config, load_model, load_steering
+from jaxsteer.io.load import require_tokenizer
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
 
@@ -89,6 +90,7 @@ class JaxsteerLM(TemplateLM):
             raise ValueError("which model? Give pretrained=..., or steering=... with a file that names its base model")
         if file is not None:
             file.check(load_config(name))  # refuses the steering of another model before loading
+        require_tokenizer(name)
         loaded = load_model(name, dtype=compute_dtype(dtype))
         plan, params = (file.plan, file.steering) if file else ((), {})
         number = int(batch_size) if str(batch_size).isdecimal() else DEFAULT_BATCH_SIZE

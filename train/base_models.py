@@ -21,6 +21,7 @@ from jaxsteer.io import (
     load_steering,
     sample_weights,
 )
+from jaxsteer.io.load import require_tokenizer
 from jaxsteer.io.stored import Place
 from jaxsteer.types import Plan, Steering
 from train.display.console import get_console
@@ -111,8 +112,9 @@ def load_steered(
     if file is not None:
         check_base(file, name, other_base=other_base)
     run = run_settings(file.notes if file else {})
-    quantised = run.get("quantise") == "int8"
-    return load(name, dtype, place, quantised=quantised, tokenizer=run.get("tokenizer")), file
+    quantised, tokenizer = run.get("quantise") == "int8", run.get("tokenizer")
+    require_tokenizer(resolve_model(name), tokenizer)
+    return load(name, dtype, place, quantised=quantised, tokenizer=tokenizer), file
 
 
 def find_base(file: SteeringFile | None, model: str | None) -> str:

@@ -14,11 +14,12 @@ import numpy as np
 
 from jaxsteer.inference import Answer, Decoder, Limits, Request, generate_all
 from jaxsteer.io import LoadedModel
+from jaxsteer.io.load import require_tokenizer
 from jaxsteer.io.tokenizer import Tokenizer
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
-from train.base_models import load
+from train.base_models import load, resolve_model
 from train.data import Example, TokenizedExample, encode_prompts, stop_tokens
 from train.data.fields import as_text, located
 from train.data.text_files import json_lines
@@ -86,6 +87,7 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     The prompts are answered one at a time before and after the batched run, so that a machine that is busy for a while
     slows both.
     """
+    require_tokenizer(resolve_model(config.model))
     loaded = load(config.model, config.dtype)
     prompts, run = _prompts(config, loaded.require_tokenizer()), _Run(config, loaded)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io import LoadedModel, SteeringFile, load_steering
+from jaxsteer.io.load import require_tokenizer
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.params import Params
 from jaxsteer.steering import fold_weights
 from jaxsteer.theory import Means, difference, means, measure, merged, written
 from jaxsteer.theory.compare import Where
 from jaxsteer.types import Batch, PyTree
-from train.base_models import check_loaded, load
+from train.base_models import check_loaded, load, resolve_model
 from train.cli import load_config_file
 from train.config import TrainConfig
 from train.data import DataSource, Encoding, TokenizedExample, encode, encode_prompts, pack, stack_rows
@@ -104,6 +105,7 @@ def read_base(config: str) -> Base:
         ValueError: there is no such config file, or the model cannot be loaded.
     """
     settings = load_config_file(config, TrainConfig)
+    require_tokenizer(resolve_model(settings.model))
     return Base(load(settings.model, "float32"), settings, config)
 
 
