@@ -152,7 +152,8 @@ def _add_whole(built: tokenizers.Tokenizer, tokens: list[str], kinds: list[int],
     """Add the tokens that are matched whole, which swallow the white space that follows them if `strips`."""
     from tokenizers import AddedToken
 
-    special, plain = [], []
+    special: list[AddedToken] = []
+    plain: list[AddedToken] = []
     for token, kind in zip(tokens, kinds, strict=True):
         is_special = kind in (CONTROL, UNKNOWN) or token in ENDS
         if is_special or kind == USER_DEFINED or (strips and token == "</s>"):
