@@ -125,7 +125,8 @@ def forward(
         model: the static part.
         base: pretrained weights in the layout of `init_base`, in the compute dtype.
         steering: the steering tree of `model.plan`, see `jaxsteer.init_steering`.
-        batch: [B, T] rows, packed, or padded on either side.
+        batch: [B, T] rows, packed, or padded on either side. Tokens are not checked here, because this is traced: one
+            beyond the vocabulary makes its row NaN.
         cache: keys and values of earlier tokens, to which the batch's are appended; it needs T free slots.
         keep_cache: without `cache`, return a new cache that holds the batch in its T slots.
         capture: sites whose values are returned as taps.

@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 from published import add_tokenizer
-from tiny import identical
+from tiny import identical, run
 from tokenizers import AddedToken
 
+from jaxsteer import Model, make_batch
 from jaxsteer.io import load_config, load_model, load_tokenizer, save_hf
 from jaxsteer.models.families import FAMILIES
 
@@ -74,6 +75,13 @@ def test_a_token_for_images_needs_no_row(folder, words):
     """The text-only Gemma 3 models have it beyond their embedding."""
     grow(folder, words, *(f"<filler {i}>" for i in range(ROWS - 10)), "<image_soft_token>")
     assert load_model(folder).tokenizer.convert_tokens_to_ids("<image_soft_token>") == ROWS
+
+
+def test_a_token_beyond_the_vocabulary_makes_its_row_nan(golden_llama):
+    """What `forward` says of token arrays, which it cannot check."""
+    batch = make_batch(np.array([[5, ROWS, 6], [1, 2, 3]]))
+    hidden = run(Model(golden_llama.config), golden_llama.base, {}, batch).hidden
+    assert np.isnan(hidden).any(axis=(1, 2)).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
