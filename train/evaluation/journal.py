@@ -123,6 +123,9 @@ class FileJournal:
                 file.truncate(len(whole))
         lines = whole.split(b"\n")
         rows = [parse_json(line, f"{self.path}:{number}") for number, line in enumerate(lines, 1) if line]
+        indexed = all(isinstance(row, dict) and isinstance(row.get("index"), int) for row in rows[1:])
+        if not indexed or not all(isinstance(row, dict) for row in rows[:1]):
+            raise ValueError(f"{self.path}: damaged; delete the file to start over")
         if not rows:
             return []
         before = rows[0].get("evaluation", {})
