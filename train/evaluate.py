@@ -31,6 +31,7 @@ from train.devices.processes import DistributedConfig, is_first, join
 from train.evaluation.answers import By, Normalise, ScoredAnswer, accuracy_of, summarise
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.statistics import Paired, check_same_examples, compare_answers, find_answers, key_of, keys_of
+from train.evaluation.strength import parse_strength, show_strength
 from train.tasks import Split, Task
 from train.tasks.perturb import Kind as Perturbation
 from train.tasks.perturb import perturbed
@@ -47,6 +48,9 @@ class EvaluateConfig:
     """A steering file (*.safetensors), or "none" for the pretrained model."""
     model: str | None = None
     """Base model; by default the one named in the steering file."""
+    strength: tuple[str, ...] = ()
+    """Strength of the steering: 0 the base, 1 as trained, 2 twice the shift; for all slots (0.5) or for some
+    (lora=0.5 post_block=2)."""
     config: str | None = None
     """Config file of the task to evaluate; by default the task that the steering was trained on."""
     data: str | None = None
@@ -147,6 +151,7 @@ def main() -> None:
     task = find_task(config.config, config.data, file.notes if file else {})
     examples = read_examples(config, task)
     plan, steering = steered(file)
+    strength = parse_strength(config.strength, plan)
     params = variants(config, plan, steering)
     last = next(reversed(params))
     other = None if config.against is None else find_answers(config.against, last)
@@ -160,6 +165,7 @@ def main() -> None:
         eval_batch_size=config.batch_size,
         by=config.by,
         normalise=config.normalise,
+        strength=strength,
     )
     if other is not None:
         check_same_examples(keys_of(evaluator.prompts(examples)), [key_of(answer) for answer in other])
@@ -172,20 +178,24 @@ def main() -> None:
     }
     compared = None if other is None else compare_answers(answers[last], other)
     if is_first():
-        _report(config, out, answers, compared)
+        _report(config, out, answers, compared, strength)
 
 
 def _report(
-    config: EvaluateConfig, out: Path, answers: Mapping[str, Sequence[ScoredAnswer]], compared: Paired | None
+    config: EvaluateConfig,
+    out: Path,
+    answers: Mapping[str, Sequence[ScoredAnswer]],
+    compared: Paired | None,
+    strength: Mapping[str, float] | None,
 ) -> None:
     """Write the summary and print the table."""
     last, count = list(answers)[-1], len(next(iter(answers.values())))
     summary: dict[str, Any] = {name: summarise(some) for name, some in answers.items()}
     if compared is not None:
         summary[last]["against"] = {"answers": config.against, **asdict(compared)}
-    asked = {"split": config.split, "perturbed": config.perturb, "examples": count}
+    asked = {"split": config.split, "perturbed": config.perturb, "examples": count, "strength": strength}
     write_json(out / "summary.json", asked | summary)
-    print_table(f"{config.split}: {count} examples", answers)
+    print_table(f"{config.split}: {count} examples{show_strength(strength)}", answers)
     if compared is not None:
         print(f"{last} against {config.against}: {compared}")
     print(f"answers and summary: {out}")

@@ -6,8 +6,10 @@ their answers, or written to a file (--output); the answer to a single one appea
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -105,8 +107,8 @@ class GenerateConfig:
             raise ValueError(f"--output {path}: is the file of prompts, which it would overwrite")
         if self.compare:
             raise ValueError(
-                '--output takes one model\'s answers: leave out --compare, and run again with the word "none" in place of '
-                "the steering file"
+                "--output takes the answers of one model: leave out --compare, and run again with the word none instead "
+                "of the steering file"
             )
 
     @property
@@ -150,9 +152,8 @@ def open_task(config: GenerateConfig, notes: Mapping[str, Any], questions: Seque
     Raises:
         ValueError: a system message without a chat template.
     """
-    conversation = config.input is not None and any(q.example.turns[-1].role == "user" and q.row for q in questions)
-    chat = bool(notes.get("chat", False) or (conversation and config.system is None))
-    chat = chat if config.chat is None else config.chat
+    trained = notes.get("chat", False) or any(question.conversation for question in questions)
+    chat = trained if config.chat is None else config.chat
     if config.system is not None and not chat:
         raise ValueError("--system needs a chat template; add --chat")
     return OpenTask(chat, notes.get("max_new_tokens", 64) if config.max_new_tokens is None else config.max_new_tokens)
@@ -190,8 +191,9 @@ class Answering:
     def write(self, path: Path) -> list[Reply]:
         """The answers, each on disk once it is finished: in a journal beside `path` first, at `path` at the end."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        total, rows = len(self.questions), [question.row for question in self.questions]
-        identity = self.evaluator.identity(self.prompts, self.params) | {"rows": rows}
+        total, rows = len(self.questions), json.dumps([question.row for question in self.questions])
+        digest = hashlib.sha256(rows.encode()).hexdigest()
+        identity = self.evaluator.identity(self.prompts, self.params) | {"rows": digest}
         with FileJournal(path, identity, codec=REPLIES) as journal:
             with progress(total, "Answering", start=len(journal.done)) as bar:
                 for index, reply in self._generate([i for i in range(total) if i not in journal.done]):
@@ -213,7 +215,7 @@ class Answering:
         show(text.update(answer.tokens, final=True) + "\n")
         return [reply_of(self.questions[0], self.prompts.texts[0], answer, self.decode)]
 
-    def _generate(self, left: Sequence[int]) -> Any:
+    def _generate(self, left: Sequence[int]) -> Iterator[tuple[int, Reply]]:
         for index, answer in self.evaluator.generate(self.prompts, self.params, left):
             yield index, reply_of(self.questions[index], self.prompts.texts[index], answer, self.decode)
 

@@ -21,14 +21,16 @@ Division = Literal["lines", "paragraphs", "whole"]
 class Question:
     """A prompt to answer.
 
-    text     as it was given, without a template; None for a conversation
-    example  what the model is asked
-    row      the line of a JSONL file that it comes from; None for other sources
+    text          as it was given, without a template; None for a conversation
+    example       what the model is asked
+    row           the line of a JSONL file that it comes from; None for other sources
+    conversation  whether it was given as messages
     """
 
     text: str | None
     example: Example
     row: dict[str, Any] | None = None
+    conversation: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Asking:
             check_unicode(json.dumps(row, ensure_ascii=False), example.source)
             plain = example.turns[0].role == "prompt"
             text = str(row["prompt"]) if plain and "prompt" in row else None
-            questions.append(Question(text, self._with_system(example.context), row))
+            questions.append(Question(text, self._with_system(example.context), row, not plain))
         return questions
 
     def texts(self, text: str, source: str, division: Division) -> list[Question]:

@@ -15,6 +15,11 @@ from train.evaluation.journal import Codec
 HELD_BACK = 4
 """Characters after a space that a tokenizer's clean-up may still join to the word before it (" n't")."""
 
+UNFINISHED = "\ufffd"
+"""What the decoder writes for the first bytes of a character."""
+CONTEXT = 8
+"""Tokens before a token that decide what text it adds."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -44,6 +49,17 @@ def reply_of(question: Question, asked: str, answer: Answer, decode: Callable[[n
     return Reply(prompt, decode(answer.tokens), len(answer.tokens), answer.finished, question.row)
 
 
+def pieces_of(ids: np.ndarray, decode: Callable[[np.ndarray], str]) -> list[str]:
+    """The text that each token adds to those before it; "" for all but the last token of a character."""
+    pieces = []
+    for i in range(len(ids)):
+        near = ids[max(0, i - CONTEXT) : i]
+        before = decode(near).rstrip(UNFINISHED) if len(near) else ""
+        after = decode(ids[i - len(near) : i + 1]).rstrip(UNFINISHED)
+        pieces.append(after[len(before) :])
+    return pieces
+
+
 class TextStream:
     """The text of an answer as its tokens come: what `update` returns is never taken back.
 
@@ -70,6 +86,6 @@ class TextStream:
 
 def _settled(text: str) -> str:
     """The beginning of a text that later tokens cannot change."""
-    text = text.rstrip("\ufffd")  # an unfinished character
+    text = text.rstrip(UNFINISHED)
     space = text.rfind(" ", max(0, len(text) - HELD_BACK))
     return text if space < 0 else text[:space]
