@@ -48,14 +48,11 @@ class EvaluateConfig:
     """A steering file (*.safetensors), or the folder of a run that has one; "none" for the pretrained model."""
     model: str | None = None
     """Base model; by default the one named in the steering file."""
-<<<<<<< HEAD
     other_base: bool = False
     """Steer a model of the same shape whose weights are not those that the steering was trained on."""
-=======
     strength: tuple[str, ...] = ()
     """Strength of the steering: 0 the base, 1 as trained, 2 twice the shift; for all slots (0.5) or for some
     (lora=0.5 post_block=2)."""
->>>>>>> w-strength
     config: str | None = None
     """Config file of the task to evaluate; by default the task that the steering was trained on."""
     data: str | None = None
@@ -199,33 +196,19 @@ def _report(
     config: EvaluateConfig,
     out: Path,
     answers: Mapping[str, Sequence[ScoredAnswer]],
-<<<<<<< HEAD
     compared: Mapping[str, Paired],
-=======
-    compared: Paired | None,
     strength: Mapping[str, float] | None,
->>>>>>> w-strength
 ) -> None:
     """Write the summary, print the table and a line for each comparison."""
     count = len(next(iter(answers.values())))
     summary: dict[str, Any] = {name: summarise(some) for name, some in answers.items()}
-<<<<<<< HEAD
     for name, paired in compared.items():
         summary[name]["against"] = {"answers": config.against, **asdict(paired)}
-    asked = {"split": config.split, "perturbed": config.perturb, "examples": count}
-    write_json(out / "summary.json", asked | summary)
-    print_table(f"{config.split}: {count} examples", answers)
-    for name, paired in compared.items():
-        print(f"{name} against {config.against}: {paired}")
-=======
-    if compared is not None:
-        summary[last]["against"] = {"answers": config.against, **asdict(compared)}
     asked = {"split": config.split, "perturbed": config.perturb, "examples": count, "strength": strength}
     write_json(out / "summary.json", asked | summary)
     print_table(f"{config.split}: {count} examples{show_strength(strength)}", answers)
-    if compared is not None:
-        print(f"{last} against {config.against}: {compared}")
->>>>>>> w-strength
+    for name, paired in compared.items():
+        print(f"{name} against {config.against}: {paired}")
     print(f"answers and summary: {out}")
 
 

@@ -70,7 +70,12 @@ def continuation_likelihoods(
         return at_token - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == token
 
     def score(batch: Batch) -> tuple[Array, Array]:
-        read = forward(model, base, steering, batch, cache=cache, strength=strength).hidden
+        # The last token is only a target: reading it would need a position more than the model may have.
+        ends = jnp.pad(batch.segments[:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
+        inputs = batch._replace(
+            segments=jnp.where(ends, 0, batch.segments), positions=jnp.where(ends, 0, batch.positions)
+        )
+        read = forward(model, base, steering, inputs, cache=cache, strength=strength).hidden
         hidden = jnp.concatenate([last, read[:, :-1]], axis=1)
         # One column at a time, for the memory of the logits.
         log_probabilities, best = jax.lax.map(score_column, (hidden.swapaxes(0, 1), batch.tokens.T))
@@ -144,7 +149,7 @@ def _check(
     for prompt, texts in zip(prompts, continuations, strict=True):
         if not len(prompt.ids) or not texts or not all(map(len, texts)):
             raise ValueError(f"{prompt.source}: a prompt, and each of its continuations, needs at least one token")
-        check_length(model.config, len(prompt.ids) + max(map(len, texts)), prompt.source)
+        check_length(model.config, len(prompt.ids) + max(map(len, texts)) - 1, prompt.source)  # the last is not read
 
 
 def _stack(prompts: Sequence[Tokens], continuations: Sequence[Sequence[np.ndarray]], rows: int, length: int) -> Batch:

@@ -59,11 +59,8 @@ class Evaluator:
     loss_shape       rows of a batch, and tokens of a row, when the loss is measured
     by, normalise    how answers are found, see `By` and `Normalise`
     sampling, seed   how answers are generated; greedy by default
-<<<<<<< HEAD
     encoding         how texts become tokens; None for the task's `chat` and no more. Its limit is for the loss only
-=======
     strength         of the plan's slots, as in `jaxsteer.forward`
->>>>>>> w-strength
     """
 
     model: Model
@@ -78,11 +75,8 @@ class Evaluator:
     normalise: Normalise = "none"
     sampling: Sampling = Sampling()  # noqa: RUF009  # frozen
     seed: int = 0
-<<<<<<< HEAD
     encoding: Encoding | None = None
-=======
     strength: Mapping[str, float] | None = None
->>>>>>> w-strength
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def steered_by(self, model: Model, loaded: LoadedModel | None = None) -> Evaluator:
@@ -209,37 +203,16 @@ class Evaluator:
             Request(prompt, *settings, self.seed << 32 | index, self.strength or {})
             for index, prompt in zip(left, tokens, strict=True)
         ]
-        told = None if ended is None else lambda number, so_far: ended(left[number], so_far)
+
+        def told(number: int, so_far: np.ndarray) -> bool:
+            interrupts.safe_point()
+            return ended is not None and ended(left[number], so_far)
+
         base, steering = self._base(params), self._placed(params.steering)
         with self.placement.on_mesh():
-<<<<<<< HEAD
-            if self.by == "likelihood":
-                choose = chosen_reader(prompts, self.normalise)
-                ids = [prompts.choice_ids[i] for i in left]
-                scored = score_continuations(
-                    self.model,
-                    base,
-                    steering,
-                    tokens,
-                    ids,
-                    batch_size=self.eval_batch_size,
-                    place=self.placement.batch,
-                )
-                yield from ((left[i], choose(left[i], likelihoods)) for i, likelihoods in scored)
-            else:
-                read = generated_reader(prompts, self.loaded.require_tokenizer())
-                limits = Limits(max(map(len, tokens)), prompts.max_new_tokens, rows=self.eval_batch_size)
-                decoder = Decoder(self.model, base, steering, limits, self.placement.batch)
-                seeds = [self.seed << 32 | index for index in left]  # a prompt's answer does not depend on the others
-                settings = (prompts.max_new_tokens, prompts.stop, self.sampling)
-                requests = [Request(prompt, *settings, seed) for prompt, seed in zip(tokens, seeds, strict=True)]
-                answers = generate_all(decoder, requests, ended=_never)
-                yield from ((left[i], read(left[i], answer)) for i, answer in answers)
-=======
             decoder = Decoder(self.model, base, steering, limits, self.placement.batch)
             for number, answer in generate_all(decoder, requests, told):
                 yield left[number], answer
->>>>>>> w-strength
 
     def _ask(self, prompts: Prompts, params: Params, left: Sequence[int]) -> Iterator[tuple[int, ScoredAnswer]]:
         """(index, answer) of the prompts that are left, as they are finished.
@@ -343,12 +316,6 @@ def _loss_and_weight(
 ) -> tuple[Array, Array]:
     loss = supervised_loss(model, base, steering, batch, strength=strength)
     return loss.astype(jnp.float32), total_weight(batch)
-
-
-def _never(index: int, tokens: np.ndarray) -> bool:
-    """No answer ends early, but the command may: asked after every chunk of decoding."""
-    interrupts.safe_point()
-    return False
 
 
 def _kept(path: Path | None, done: int, total: int) -> str:
