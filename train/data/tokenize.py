@@ -180,11 +180,13 @@ def _tokenised(
     for example, talk, kinds, found in zip(examples, talks, pieces, tokens, strict=True):
         begun = not talk and bool(marks.beginning) and found.ids[0][: len(marks.beginning)] == marks.beginning
         spans = [_Span([] if talk or begun else marks.beginning)]
+        of_turns = zip(example.turns, example.turn_weights, strict=False)
+        of_replies = (weight for turn, weight in of_turns if turn.supervised)
         for piece, ids in zip(kinds, found.ids, strict=True):
             if piece.kind == "prompt" or (generate and piece.kind == "text"):
                 spans.append(_Span(ids, learned=piece.kind == "text"))
             elif talk:
-                spans.append(_reply(ids, marks, example.source))
+                spans.append(_reply(ids, marks, example.source)._replace(weight=next(of_replies, 1.0)))
             else:
                 spans.append(_completion(ids, marks, piece.kind == "completion"))
         notes = _Notes(begun, any(span.ended for span in spans), found.straddled)
@@ -193,12 +195,13 @@ def _tokenised(
 
 class _Span(NamedTuple):
     """Tokens of a piece: how many of them, from the first, are a completion; whether they are targets; whether the
-    piece had its end token already."""
+    piece had its end token already; the weight of the completion among the example's turns."""
 
     ids: list[int]
     completion: int = 0
     learned: bool = False
     ended: bool = False
+    weight: float = 1.0
 
 
 def _completion(ids: list[int], marks: _Marks, completion: bool) -> _Span:
@@ -245,12 +248,13 @@ def _to_arrays(example: Example, spans: Sequence[_Span], loss_on: LossOn, genera
     """The tokens of one example as arrays, checked."""
     if not math.isfinite(example.weight):
         raise ValueError(f"{example.source}: the weight is {example.weight}, need a finite number")
-    tokens, said, learned = list[int](), list[bool](), list[bool]()
+    tokens, said, learned, factors = list[int](), list[bool](), list[bool](), list[float]()
     for span in spans:
         rest = len(span.ids) - span.completion
         tokens += span.ids
         said += [True] * span.completion + [False] * rest
         learned += [True] * span.completion + [span.learned] * rest
+        factors += [span.weight] * span.completion + [1.0] * rest
     ids, completion, targets = np.array(tokens, np.int32), np.array(said, bool), np.array(learned, bool)
     if targets.any() and not generate:
         # Whatever a template writes after the last end of turn (a newline) predicts nothing.
@@ -267,7 +271,7 @@ def _to_arrays(example: Example, spans: Sequence[_Span], loss_on: LossOn, genera
             f"{example.source}: the prompt is empty and the tokenizer adds no beginning-of-sequence token, so "
             "there is nothing to predict the first token from"
         )
-    weights = targets * np.float32(example.weight)
+    weights = targets * np.float32(example.weight) * np.array(factors[: len(ids)], np.float32)
     return TokenizedExample(ids, completion, prompt_length, example.source, example.gold, weights)
 
 

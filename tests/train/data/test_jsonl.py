@@ -1,8 +1,11 @@
 import json
 
+import numpy as np
 import pytest
+from tiny_tokenizer import tiny_tokenizer
 
-from train.data import Example, Keys, Reading, Turn, read_jsonl
+from train.data import Encoding, Example, Keys, Reading, Turn, encode, read_jsonl
+from train.data.cache import _key
 from train.data.jsonl import ALPACA_TEMPLATE, describe, read_rows
 
 
@@ -264,3 +267,24 @@ def test_what_a_reader_of_a_file_should_know(tmp_path):
         "'weigth (of a message)' in 1 (did you mean 'weight'?)",
     ]
     assert describe(read_rows(write(tmp_path, {"prompt": "p", "completion": "c"}), Keys()), Reading()) == []
+
+
+def test_the_weights_of_lines_and_messages_reach_the_tokens(tmp_path):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e"), ("assistant", "f")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    messages[3]["weight"] = 0
+    tokenizer = tiny_tokenizer()
+    path = write(tmp_path, {"messages": messages, "weight": 0.5}, {"messages": messages[:2]})
+    rows, report = encode(read_jsonl(path), tokenizer, Encoding(chat=True))
+    spans = [tokenizer.decode(row.ids[row.weights > 0]) for row in rows]
+    assert spans == ["b<|im_end|>f<|im_end|>", "b<|im_end|>"]
+    assert [set(row.weights.tolist()) for row in rows] == [{0, 0.5}, {0, 1}]
+    # What is a completion, and so what positions=completion steers, is as without weights.
+    assert tokenizer.decode(rows[0].ids[rows[0].completion]) == "b<|im_end|>d<|im_end|>f<|im_end|>"
+    assert report.supervised == sum(np.count_nonzero(row.weights) for row in rows)
+
+
+def test_the_cache_of_tokens_knows_the_weights_of_messages(tmp_path):
+    turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d"))
+    examples = [Example(turns, "f:1"), Example(turns, "f:1", turn_weights=(1, 0, 1, 1))]
+    assert len({_key([example], tiny_tokenizer(), Encoding(chat=True)) for example in examples}) == 2
