@@ -258,6 +258,13 @@ def test_paired_comparison_by_hand():
         compare_scores([True], [])
 
 
+@pytest.mark.parametrize("lines", ["[1]\n", '{"evaluation": {}}\n7\n', '{"evaluation": {}}\n{"prompt": "p"}\n'])
+def test_a_damaged_journal_is_refused(tmp_path, lines):
+    (tmp_path / "a.jsonl.unfinished").write_text(lines)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.unfinished: damaged; delete the file to start over"):
+        FileJournal(tmp_path / "a.jsonl", {})
+
+
 def test_only_the_same_examples_are_compared(tmp_path):
     here, there = ([answer(i, right) for i, right in enumerate(s)] for s in ([True, False, True], [False, False, True]))
     assert compare_answers(here, there[::-1]).difference == pytest.approx(1 / 3)

@@ -20,6 +20,7 @@ from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
 from train.base_models import load
 from train.data import Example, TokenizedExample, encode_prompts, stop_tokens
+from train.data.fields import as_text, located
 from train.data.text_files import json_lines
 from train.evaluation.answers import LOW_MARGIN
 
@@ -118,7 +119,10 @@ def _prompts(config: EvalBench, tokenizer: Tokenizer) -> list[TokenizedExample]:
         rows = dict(islice(json_lines(config.data), config.examples))
         if missing := [source for source, row in rows.items() if config.prompt not in row]:
             raise ValueError(f"{missing[0]}: no field {config.prompt!r}; --prompt names the field")
-        texts = [Example.of(f"{row[config.prompt]}\n", None, source) for source, row in rows.items()]
+        texts = []
+        for source, row in rows.items():
+            with located(source):
+                texts.append(Example.of(f"{as_text(row[config.prompt], config.prompt)}\n", None, source))
         return encode_prompts(texts, tokenizer)[0]
     draw = np.random.default_rng(0)
     # Like GSM8K's questions in SmolLM2's tokens: half between 43 and 74, hardly any above 150.
