@@ -24,7 +24,7 @@ from jaxsteer.steering import keep_kind
 from jaxsteer.types import Kind, Plan, Steering
 from train.base_models import load_steered, read_steered, steered
 from train.cli import find_task, run_main
-from train.data import Example
+from train.data import Encoding, Example
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, is_first, join
@@ -177,6 +177,7 @@ def main() -> None:
         by=config.by,
         normalise=config.normalise,
         strength=strength,
+        encoding=Encoding(chat=task.chat, date=file.notes.get("date") if file else None),
     )
     for other in others.values():
         check_same_examples(keys_of(evaluator.prompts(examples)), [key_of(answer) for answer in other])

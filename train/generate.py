@@ -25,7 +25,7 @@ from jaxsteer.models.transformer import Model
 from jaxsteer.params import Params
 from train.base_models import load_steered, read_steered, steered
 from train.cli import run_main
-from train.data import Example
+from train.data import Encoding, Example
 from train.data.prompts import Asking, Division, Question, ask_all, check_unicode, read_questions, read_standard_input
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
@@ -256,6 +256,7 @@ def main() -> None:
         sampling=sampling,
         seed=config.seed,
         strength=strength,
+        encoding=Encoding(chat=task.chat, date=notes.get("date")),
     )
     answering = Answering.of(evaluator, Params(None, steering), questions)
     answering.check(_answer(config, answering, file))

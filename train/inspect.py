@@ -33,7 +33,7 @@ from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
 from train.base_models import load_steered, read_steered, resolve_model
 from train.cli import load_config_file, run_main
 from train.config import TrainConfig
-from train.data import Example, TokenizedExample, encode_prompts
+from train.data import Encoding, Example, TokenizedExample, encode_prompts
 from train.data.prompts import check_unicode
 from train.devices.machine import enable_compilation_cache
 from train.display.heatmap import render_heatmap
@@ -145,7 +145,8 @@ def inspect_shift(config: InspectConfig, prompt: str) -> None:
     loaded, _ = load_steered(file, config.model, config.dtype)
     print_plan(file.plan, file.steering, loaded.config)
     chat = file.notes.get("chat", False) if config.chat is None else config.chat
-    (tokens,), _ = encode_prompts([Example.of(prompt, None, "--prompt")], loaded.require_tokenizer(), chat=chat)
+    encoding = Encoding(chat=chat, date=file.notes.get("date"))
+    (tokens,), _ = encode_prompts([Example.of(prompt, None, "--prompt")], loaded.require_tokenizer(), encoding)
     check_length(loaded.config, len(tokens), "--prompt")
     prompt_batch = stack_rows([[tokens]], len(tokens))
     subject = Subject(Model(loaded.config, file.plan), loaded, file.steering, strength, tokens, prompt_batch)
