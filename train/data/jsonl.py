@@ -225,7 +225,7 @@ def describe(rows: Sequence[tuple[str, Row]], reading: Reading) -> list[str]:
     asked = "as messages" if reading.chat else "in the task's template"
     if not reading.chat and reading.template == "{prompt}":
         asked = "in the words of Alpaca's own prompt"
-    meaning = {
+    meaning: dict[Shape, str] = {
         "ShareGPT": f"ShareGPT conversations ({CONVERSATIONS})",
         "Alpaca": f"Alpaca instructions ({', '.join((*ALPACA, ALPACA_INPUT))}), asked {asked}",
         "text": f"plain texts ({keys.text}), learned as a whole",
