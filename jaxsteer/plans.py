@@ -35,6 +35,25 @@ def parse_plan(texts: Sequence[str], config: ModelConfig) -> Plan:
     return tuple(_parse_slot(text, config) for text in texts)
 
 
+def format_plan(plan: Plan) -> tuple[str, ...]:
+    """A plan as texts that `parse_plan` reads back, settings at their defaults left out."""
+    return tuple(map(_format_slot, plan))
+
+
+def _format_slot(slot: Slot) -> str:
+    name = method_name(slot.method)
+    settings = ", ".join(
+        f"{field.name}={getattr(slot.method, field.name)}"
+        for field in dataclasses.fields(slot.method)  # type: ignore[arg-type]
+        if getattr(slot.method, field.name) != field.default
+    )
+    text = f"{name}({settings})" if settings else name
+    text += f" @ {','.join(slot.sites)}"
+    text += "" if slot.layers is None else f" layers={','.join(map(str, slot.layers))}"
+    text += "" if str(slot.positions) == "all" else f" positions={slot.positions}"
+    return text + ("" if slot.name == name else f" name={slot.name}")
+
+
 def _parse_slot(text: str, config: ModelConfig) -> Slot:
     match = _SLOT.fullmatch(text)
     if not match:

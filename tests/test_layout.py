@@ -23,6 +23,7 @@ RANKS = {
     "jaxsteer.theory": 4,
     "jaxsteer.io": 5,
     "jaxsteer.lm_eval": 6,
+    "train.plain": 11,
     "train.data": 11,
     "train.devices": 11,
     "train.display": 12,

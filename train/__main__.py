@@ -11,6 +11,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from train.devices import interrupts
+
 COMMANDS = {
     "quickstart": "steer SmolLM2-135M on a CPU: before, training, after",
     "sft": "train steering, LoRA or the whole model on prompts and completions",
@@ -74,7 +76,8 @@ def main() -> None:
         )
         raise SystemExit(1)
     sys.argv = [f"jaxsteer {name}", *arguments]
-    runpy.run_module(f"train.{name}", run_name="__main__", alter_sys=True)
+    with interrupts.handling():  # importing JAX takes seconds, in which Ctrl-C must end quietly too
+        runpy.run_module(f"train.{name}", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

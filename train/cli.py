@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
+from jaxsteer.io.files import read_json
 from train.base_models import run_settings
 from train.config import TrainConfig
+from train.devices import interrupts
+from train.display.failures import close_output, flush, make_printable, report, sentence_of
+from train.plain import from_plain, to_plain
 from train.tasks import JsonlTask, Task, on_file, task_from_json
 
 T = TypeVar("T")
@@ -25,7 +31,7 @@ CONFIGS = next((f for f in (_HERE / "configs", _HERE.parent / "configs") if f.is
 
 
 def find_config_file(name: str | Path) -> Path:
-    """A config file: a path, or the name of one that comes with jaxsteer ("listops_smollm2").
+    """A config file (.py, .yaml, .json): a path, or the name of one that comes with jaxsteer ("listops_smollm2").
 
     "configs/listops_smollm2.py", its path in a clone, is a name too where there is no such file.
 
@@ -43,33 +49,83 @@ def find_config_file(name: str | Path) -> Path:
 
 
 def load_config_file(name: str | Path, kind: type[T]) -> T:
-    """Call `config()` of a Python file, which may import its neighbours as a script may.
+    """Read the settings in a YAML or JSON file, or call `config()` of a Python file, which may import its neighbours.
 
     Args:
         name: a path or a shipped config's name, see `find_config_file`.
-        kind: the class of the settings that the file must return.
+        kind: the class of the settings that the file must hold or return.
 
     Raises:
-        ValueError: no such file, or it does not define `config()` of this kind.
+        ValueError: no such file, or it does not define settings of this kind.
     """
     path = find_config_file(name)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if path.suffix.lower() in (".yaml", ".yml", ".json"):
+        return from_plain(kind, read_yaml(path), str(path))
+    built = _config_of(path)
+    if not isinstance(built, kind):
+        raise ValueError(f"{path}: must define `def config() -> {kind.__name__}`")
+    return built
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML file (JSON is YAML too).
+
+    Raises:
+        ValueError: naming the file and, if possible, the line: not UTF-8, or not YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: not YAML ({error.problem})") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+
+
+def _config_of(path: Path) -> Any:
+    """What a Python file's `config()` returns; None if it defines none.
+
+    Raises:
+        ValueError: not a Python file, or an error in it, with its line.
+    """
+    spec = importlib.util.spec_from_loader(path.stem, SourceFileLoader(path.stem, str(path)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
+        return module.config() if hasattr(module, "config") else None
+    except Exception as error:
+        raise ValueError(_in_config(path, error)) from None
     finally:
         sys.path.pop(0)
-    built = module.config() if hasattr(module, "config") else None
-    if not isinstance(built, kind):
-        raise ValueError(f"{path}: must define `def config() -> {kind.__name__}`")
-    return built
+
+
+def _in_config(path: Path, error: Exception) -> str:
+    """An error of a config file in words, with the line of the file that raised it."""
+    if path.suffix != ".py":
+        return (
+            f"{path}: not a config file; configs are Python files (*.py) that define `def config() -> TrainConfig`, or "
+            "YAML files (*.yaml)"
+        )
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f"{path}:{lines[-1]}" if lines else str(path)
+    message = sentence_of(error) if isinstance(error, (ValueError, OSError, ImportError)) else None
+    return f"{where}: {message or f'{type(error).__name__}: {error}'}"
 
 
 def from_command_line(program: str, description: str, kind: type[T], argv: list[str] | None = None) -> T:
     """Read `[CONFIG] [--key value ...]`: the settings of a config file (or the defaults), then overrides.
+
+    Without CONFIG, `--resume --out FOLDER` begins with the settings in that folder. `--print-config` prints the result
+    and ends the command.
 
     Args:
         program: the command's name, for its help.
@@ -80,36 +136,81 @@ def from_command_line(program: str, description: str, kind: type[T], argv: list[
     Raises:
         ValueError: no such config file, or settings that no run could have.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    run = TrainConfig()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if print_only := "--print-config" in argv:
+        argv.remove("--print-config")
+    default = _of_resumed(kind, argv)
     if argv and not argv[0].startswith("-"):
-        run, argv = load_config_file(argv[0], TrainConfig), argv[1:]
-    default: Any = run if kind is TrainConfig else kind(run=run)  # type: ignore[call-arg]
-    return tyro.cli(
+        default, argv = _with_run(kind, load_config_file(argv[0], TrainConfig)), argv[1:]
+    settings = tyro.cli(
         tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type, misc]
         prog=f"python -m train.{program} [CONFIG]",
         args=argv,
         default=default,
-        description=f"{description.strip()}\n\nCONFIG: a config file or the name of one that comes with jaxsteer, e.g. "
-        "configs/listops_smollm2.py or listops_smollm2; the options override it.",
+        description=f"{description.strip()}\n\nCONFIG: a config file (.py, .yaml) or the name of one that comes with "
+        "jaxsteer, e.g. configs/listops_smollm2.py or listops_smollm2; the options override it. --print-config prints "
+        "the settings that come of both, as YAML that can be a CONFIG, and does nothing else.",
+    )
+    if print_only:
+        print_settings(settings if isinstance(settings, TrainConfig) else settings.run)
+    return settings
+
+
+def print_settings(settings: Any) -> NoReturn:
+    """Print settings as YAML, and end the command."""
+    import yaml
+
+    print(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True, width=120), end="")
+    raise SystemExit(0)
+
+
+def _with_run(kind: type[T], run: TrainConfig) -> T:
+    """A command's settings around those of a run."""
+    return run if kind is TrainConfig else kind(run=run)  # type: ignore[call-arg, return-value]
+
+
+def _of_resumed(kind: type[T], argv: Sequence[str]) -> T:
+    """The settings in the folder of a run that is resumed without a config file; else the defaults."""
+    default = _with_run(kind, TrainConfig())
+    names = [text.partition("=")[0].replace("_", "-") for text in argv]
+    if "--resume" not in names or (argv and not argv[0].startswith("-")):
+        return default
+    given = [at for at, name in enumerate(names) if name == "--out"]
+    out = TrainConfig.out
+    if given:
+        _, equals, value = argv[given[-1]].partition("=")
+        out = value if equals else next(iter(argv[given[-1] + 1 :]), out)
+    file = Path(out) / "config.json"
+    if not file.is_file():
+        return default  # the run says what is wrong
+    data = read_json(file)
+    return (
+        from_plain(kind, data, str(file))
+        if "run" in data
+        else _with_run(kind, from_plain(TrainConfig, data, str(file)))
     )
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a command; an error that the user can fix is printed as one sentence on stderr, with exit status 1."""
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        from rich.console import Console
-        from rich.text import Text
+    """Run a command, and end the process as a user expects whatever happens.
 
-        message = str(error)
-        if isinstance(error, OSError) and error.filename is not None:  # without "[Errno 2]"
-            message = f"{error.filename}: {error.strerror}"
-        Console(stderr=True).print(Text("error: ", style="bold red").append(Text(message, style="not bold default")))
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    An error that the user can fix is printed as one sentence on stderr, with exit status 1. A bug of jaxsteer's own is
+    named as one: its traceback goes to a file, with exit status 70. Ctrl-C ends with 130, see `train.devices.interrupts`.
+    """
+    make_printable()
+    with interrupts.handling():
+        try:
+            main()
+            flush()
+        except interrupts.Interrupted as stop:
+            print(f"{stop} Give the same command again to continue.".strip(), file=sys.stderr)
+            interrupts.leave(interrupts.STOPPED)
+        except KeyboardInterrupt:
+            raise SystemExit(interrupts.STOPPED) from None
+        except BrokenPipeError:  # the reader, such as head, has what it wanted
+            raise SystemExit(close_output()) from None
+        except Exception as error:
+            raise SystemExit(report(error)) from None
 
 
 def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) -> Task:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, Literal
 
 from jaxsteer.models.attention import Kernel
 from jaxsteer.models.transformer import Remat
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
-from train.data import OnLong
+from train.data import LossOn, OnLong
 from train.devices.placement import MeshConfig
 from train.devices.processes import DistributedConfig
 from train.tasks import ListOpsTask, Task, task_to_json
@@ -24,6 +25,11 @@ Tracking = Literal["tensorboard", "wandb"]
 """Services that a run can log to."""
 
 _OPERATIONAL = {"operational": True}
+
+
+def changeable(default: Any) -> Any:
+    """A setting that can be changed in the course of a run, with --resume --extend."""
+    return field(default=default, metadata={"changeable": True})
 
 
 def operational(default: Any) -> Any:
@@ -46,13 +52,16 @@ class TrainConfig:
     """Also train the base weights (full fine-tuning; with an empty plan, nothing else)."""
     freeze: tuple[str, ...] = ()
     """Names of slots to keep frozen."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    start_from: str | None = None
+    """Steering file, or folder of a run, whose trained steering this run starts from; the optimizer starts afresh. Its
+    plan is taken over if the config has none of its own (it is empty, or the default)."""
+    optim: OptimConfig = changeable(OptimConfig())  # noqa: RUF009
     """Optimizer: learning rates, schedules, clipping."""
     orthogonality: Orthogonality = field(default_factory=Orthogonality)
     """How LoRA and steering are kept orthogonal when the plan has both (joint adaptation)."""
-    steps: int | None = None
+    steps: int | None = changeable(None)
     """Number of optimizer updates; overrides `epochs`."""
-    epochs: float = 1.0
+    epochs: float = changeable(1.0)
     """Passes over the training examples, if `steps` is not given."""
     batch_size: int = 8
     """Rows per batch."""
@@ -65,6 +74,12 @@ class TrainConfig:
     on_long: OnLong = "error"
     """What to do with an example longer than a row: stop with an error, drop it, or cut the beginning of its (plain)
     prompt. Dropped and cut examples are reported."""
+    loss_on: LossOn = "completion"
+    """Which tokens the loss is on: those of completions (assistant turns), or those of prompts too. What is steered
+    does not depend on it."""
+    date: str | None = None
+    """The day (2026-01-31) that a chat template writes into the prompt, if it writes one. It is fixed when a run
+    starts, so that a resumed run and an evaluation see the same text. None: today."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the base weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     tokenizer: str | None = None
@@ -80,20 +95,20 @@ class TrainConfig:
     """How the run is sharded over devices."""
     distributed: DistributedConfig = operational(DistributedConfig())  # noqa: RUF009
     """How the processes of a multi-host run find each other."""
-    evaluate_every: int = 0
+    evaluate_every: int = changeable(0)
     """Steps between evaluations on the validation split; 0: none during training."""
-    select_by: Metric = "accuracy"
+    select_by: Metric = changeable("accuracy")  # noqa: RUF009
     """What evaluations measure, to choose the best checkpoint and for early stopping: accuracy (answers are generated),
     or validation_loss (cross-entropy of the reference completions; nothing is generated)."""
     patience: int = operational(0)
     """Stop after this many consecutive evaluations without improvement, and keep the best checkpoint. 0: never."""
-    validation_examples: int = 128
+    validation_examples: int = changeable(128)
     """Maximum number of validation examples."""
-    test_examples: int = 512
+    test_examples: int = changeable(512)
     """Maximum number of test examples, evaluated before and after training."""
-    eval_batch_size: int = 64
+    eval_batch_size: int = changeable(64)
     """Prompts decoded at a time."""
-    checkpoint_every: int = 50
+    checkpoint_every: int = changeable(50)
     """Steps between checkpoints; the last two and the best are kept."""
     nonfinite: Literal["stop", "skip"] = operational("stop")
     """What to do when a step's loss or gradient is not finite: stop, or skip its update and continue."""
@@ -113,6 +128,11 @@ class TrainConfig:
     """Resume the run in `out` from its last good checkpoint."""
     auto_resume: bool = operational(False)
     """Resume the run in `out` if there is one, else start it: one command for the first start and every later one."""
+    extend: bool = operational(False)
+    """With --resume, continue with other steps, optimizer settings or evaluation settings than the run had; schedules
+    are then those of the new total. Other settings cannot change."""
+    new_data: bool = operational(False)
+    """With --resume, continue although the training or validation data has changed."""
 
     def __post_init__(self) -> None:
         """Reject settings that no run could have."""
@@ -135,6 +155,10 @@ class TrainConfig:
             )
         if self.max_skipped < 0:
             raise ValueError(f"config: max_skipped must be at least 0, got {self.max_skipped}")
+        if self.date is not None:
+            _check_date(self.date)
+        if self.extend and not self.resume:
+            raise ValueError("config: extend continues a run with other settings; it needs resume too")
         if "://" in self.out:
             raise ValueError(
                 f"config: out must be a local or mounted folder, got {self.out!r}. Only checkpoints may be remote: "
@@ -145,7 +169,7 @@ class TrainConfig:
             raise ValueError(f"config: steps must be at least 1, got {self.steps}")
         if not self.epochs > 0:
             raise ValueError(f"config: epochs must be above 0, got {self.epochs}")
-        if not self.plan and not self.train_base:
+        if not self.plan and not self.train_base and self.start_from is None:
             raise ValueError("config: nothing to train: the plan is empty and train_base is off")
 
     @property
@@ -157,6 +181,17 @@ class TrainConfig:
         """The settings that define the run, for config.json: all but the operational ones."""
         data = dataclasses.asdict(self) | {"task": task_to_json(self.task)}
         return {each.name: data[each.name] for each in dataclasses.fields(self) if not each.metadata.get("operational")}
+
+
+CHANGEABLE = tuple(each.name for each in dataclasses.fields(TrainConfig) if each.metadata.get("changeable"))
+"""Settings that can change in the course of a run."""
+
+
+def _check_date(text: str) -> None:
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"config: date must be a day like 2026-01-31, got {text!r}") from None
 
 
 def parse_steps(text: str | None) -> range:

@@ -31,6 +31,7 @@ from train.devices.processes import DistributedConfig, is_first, join
 from train.evaluation.answers import By, Normalise, ScoredAnswer, accuracy_of, summarise
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.statistics import Paired, check_same_examples, compare_answers, find_answers, key_of, keys_of
+from train.evaluation.strength import parse_strength, show_strength
 from train.tasks import Split, Task
 from train.tasks.perturb import Kind as Perturbation
 from train.tasks.perturb import perturbed
@@ -44,9 +45,14 @@ class EvaluateConfig:
     """Measure the accuracy of a steered model on held-out examples."""
 
     steering: Annotated[str, tyro.conf.Positional]
-    """A steering file (*.safetensors), or "none" for the pretrained model."""
+    """A steering file (*.safetensors), or the folder of a run that has one; "none" for the pretrained model."""
     model: str | None = None
     """Base model; by default the one named in the steering file."""
+    other_base: bool = False
+    """Steer a model of the same shape whose weights are not those that the steering was trained on."""
+    strength: tuple[str, ...] = ()
+    """Strength of the steering: 0 the base, 1 as trained, 2 twice the shift; for all slots (0.5) or for some
+    (lora=0.5 post_block=2)."""
     config: str | None = None
     """Config file of the task to evaluate; by default the task that the steering was trained on."""
     data: str | None = None
@@ -66,14 +72,14 @@ class EvaluateConfig:
     normalise: Normalise = "none"
     """What to divide the log-likelihood of a choice by: nothing, its number of tokens, or its number of characters."""
     against: str | None = None
-    """Answers to the same examples (a .jsonl file, or the folder of an evaluation) to compare with, example by
-    example."""
+    """Answers to the same examples (a .jsonl file, or the folder of an evaluation) to compare each part with, example
+    by example."""
     base: bool = True
     """Also evaluate the pretrained model."""
     parts: tuple[Part, ...] = ("all",)
     """Parts of a joint adaptation to evaluate: all of it, only its LoRA, only its steering; one or more."""
     out: str | None = None
-    """Folder for the answers and the summary; by default `evaluation` beside the steering file."""
+    """Folder for the answers and the summary; by default `evaluation` in the run's folder."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -127,6 +133,14 @@ def read_examples(config: EvaluateConfig, task: Task) -> list[Example]:
     return examples[: config.examples]
 
 
+def find_others(config: EvaluateConfig, names: Sequence[str]) -> dict[str, list[ScoredAnswer]]:
+    """What each part is compared with (--against), by its name; the pretrained model only if it is alone."""
+    if config.against is None:
+        return {}
+    compared = [name for name in names if name != "base"] or names
+    return {name: find_answers(config.against, name) for name in compared}
+
+
 def print_table(title: str, answers: Mapping[str, Sequence[ScoredAnswer]]) -> None:
     """One line per variant: accuracy, answers cut off by the token limit, answers that rounding may have decided."""
     table = Table(title=title, title_justify="left")
@@ -147,11 +161,13 @@ def main() -> None:
     task = find_task(config.config, config.data, file.notes if file else {})
     examples = read_examples(config, task)
     plan, steering = steered(file)
+    strength = parse_strength(config.strength, plan)
     params = variants(config, plan, steering)
-    last = next(reversed(params))
-    other = None if config.against is None else find_answers(config.against, last)
+    others = find_others(config, list(params))
     place = place_on(config.mesh, config.batch_size)
-    loaded, _ = load_steered(file or config.steering, config.model, config.dtype, place.base)
+    loaded, _ = load_steered(
+        file or config.steering, config.model, config.dtype, place.base, other_base=config.other_base
+    )
     evaluator = Evaluator(
         model=Model(loaded.config, plan),
         loaded=loaded,
@@ -160,34 +176,39 @@ def main() -> None:
         eval_batch_size=config.batch_size,
         by=config.by,
         normalise=config.normalise,
+        strength=strength,
     )
-    if other is not None:
+    for other in others.values():
         check_same_examples(keys_of(evaluator.prompts(examples)), [key_of(answer) for answer in other])
-    beside = Path(config.steering).parent if file else Path("runs")
+    beside = file.path.parent if file else Path("runs")
     out = Path(config.out) if config.out else beside / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     answers = {
         name: evaluator.answer(examples, Params(None, tree), out / f"{name}.jsonl", title=f"Evaluating {name}")
         for name, tree in params.items()
     }
-    compared = None if other is None else compare_answers(answers[last], other)
+    compared = {name: compare_answers(answers[name], other) for name, other in others.items()}
     if is_first():
-        _report(config, out, answers, compared)
+        _report(config, out, answers, compared, strength)
 
 
 def _report(
-    config: EvaluateConfig, out: Path, answers: Mapping[str, Sequence[ScoredAnswer]], compared: Paired | None
+    config: EvaluateConfig,
+    out: Path,
+    answers: Mapping[str, Sequence[ScoredAnswer]],
+    compared: Mapping[str, Paired],
+    strength: Mapping[str, float] | None,
 ) -> None:
-    """Write the summary and print the table."""
-    last, count = list(answers)[-1], len(next(iter(answers.values())))
+    """Write the summary, print the table and a line for each comparison."""
+    count = len(next(iter(answers.values())))
     summary: dict[str, Any] = {name: summarise(some) for name, some in answers.items()}
-    if compared is not None:
-        summary[last]["against"] = {"answers": config.against, **asdict(compared)}
-    asked = {"split": config.split, "perturbed": config.perturb, "examples": count}
+    for name, paired in compared.items():
+        summary[name]["against"] = {"answers": config.against, **asdict(paired)}
+    asked = {"split": config.split, "perturbed": config.perturb, "examples": count, "strength": strength}
     write_json(out / "summary.json", asked | summary)
-    print_table(f"{config.split}: {count} examples", answers)
-    if compared is not None:
-        print(f"{last} against {config.against}: {compared}")
+    print_table(f"{config.split}: {count} examples{show_strength(strength)}", answers)
+    for name, paired in compared.items():
+        print(f"{name} against {config.against}: {paired}")
     print(f"answers and summary: {out}")
 
 

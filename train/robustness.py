@@ -16,13 +16,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jaxsteer.io import SteeringFile, load_steering
+from jaxsteer.io import SteeringFile
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.params import Params
 from jaxsteer.theory.compare import kl_from_base
 from jaxsteer.types import Plan, Steering
-from train.base_models import load_steered, steered
+from train.base_models import check_base, find_base, load_steered, read_steered, steered
 from train.cli import find_task, load_config_file, run_main
 from train.config import TrainConfig
 from train.data import Example, TokenizedExample, stack_rows
@@ -45,11 +45,13 @@ class RobustnessConfig:
     """Measure steering files of one base model on their task, perturbed, transferred, and on neutral text."""
 
     steering: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Steering files (*.safetensors); the pretrained model is always in the table."""
+    """Steering files (*.safetensors), or folders of runs; the pretrained model is always in the table."""
     names: tuple[str, ...] = ()
     """Their names in the table; by default the names of their folders."""
     model: str | None = None
     """Base model; by default the one named in the first file."""
+    other_base: bool = False
+    """Steer a model of the same shape whose weights are not those that the steering was trained on."""
     config: str | None = None
     """Config file of the task to evaluate; by default the task that the first file was trained on."""
     data: str | None = None
@@ -184,18 +186,19 @@ def read_methods(config: RobustnessConfig) -> dict[str, SteeringFile]:
     """The steering files by their names in the table.
 
     Raises:
-        ValueError: no files; not a name for each; the same name twice.
+        ValueError: no files; one that cannot be read; not a name for each; the same name twice.
     """
     if not config.steering:
         raise ValueError("robustness: give at least one steering file")
-    if missing := [path for path in config.steering if not Path(path).is_file()]:
-        raise ValueError(f"{missing[0]}: no such steering file")
-    names = config.names or tuple(Path(path).resolve().parent.name for path in config.steering)
+    files = [file for path in config.steering if (file := read_steered(path)) is not None]
+    if len(files) < len(config.steering):
+        raise ValueError("robustness: the pretrained model is always in the table; leave out the word none")
+    names = config.names or tuple(file.path.resolve().parent.name for file in files)
     if len(names) != len(config.steering) or len({*names, "base"}) != len(names) + 1:
         raise ValueError(
             f"--names: need a different name, not 'base', for each of the {len(config.steering)} files; got {names}"
         )
-    return {name: load_steering(path) for name, path in zip(names, config.steering, strict=True)}
+    return dict(zip(names, files, strict=True))
 
 
 def main() -> None:
@@ -209,9 +212,10 @@ def main() -> None:
     transferred = load_config_file(config.transfer, TrainConfig).task if config.transfer else None
     sets = example_sets(config, task, transferred)
     place = place_on(config.mesh, config.batch_size)
-    loaded, _ = load_steered(first, config.model, config.dtype, place.base)
-    for file in files.values():
-        file.check(loaded.config)
+    base = find_base(first, config.model)
+    for file in list(files.values())[1:]:
+        check_base(file, base, other_base=config.other_base)
+    loaded, _ = load_steered(first, base, config.dtype, place.base, other_base=config.other_base)
     evaluator = Evaluator(
         model=Model(loaded.config),
         loaded=loaded,

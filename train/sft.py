@@ -8,25 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from jaxsteer.io.files import read_json
+from jaxsteer.steering import count_parameters
 from jaxsteer.types import Steering
-from train.cli import from_command_line, run_main
+from train.cli import Run, from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
+from train.devices.interrupts import Interrupted
 from train.devices.machine import device_summary, enable_compilation_cache
-from train.devices.placement import place_on
 from train.devices.processes import join, on_first
-from train.display.console import print_facts
+from train.display.console import get_console, print_facts
 from train.run.checkpoints import local_folder
-from train.run.folder import RunFolder, locked, open_run
+from train.run.folder import RunFolder, check_run, locked, note_model, open_run, read_inputs, starting, steps_done
+from train.run.inputs import check_inputs
 from train.run.log import RunLog
+from train.run.memory import enough_memory
 from train.run.preemption import preemption
+from train.run.preview import print_preview
 from train.run.result import Result, conclude, print_result
 from train.run.saver import Saver
+from train.run.start import Prepared, changes_for, check_start, filled, load_training, prepare
 from train.run.trackers import check_trackers
-from train.run.training import Training, load_base_model, make_training, to_floats
+from train.run.training import Training, to_floats
 from train.run.watch import EarlyStopping, NonfiniteGuard
 from train.tasks.scoring import BEST
 
@@ -46,36 +54,50 @@ def train(config: TrainConfig, initial: Steering | None = None) -> Result | None
         FloatingPointError: the loss is not finite; the last good checkpoint is kept.
     """
     check_trackers(config.track)
+    try:
+        return _carry_out(config, initial)
+    except Interrupted as stop:  # while it answered test questions, before the first step or after the last
+        again = "Add --resume to continue." if RunFolder(Path(config.out)).config.exists() else "Nothing was begun."
+        get_console().print(f"Asked to stop. {stop} {again}", highlight=False, soft_wrap=True)
+        return None
+
+
+def _carry_out(config: TrainConfig, initial: Steering | None) -> Result | None:
     with ExitStack() as held:
-        run, resume = _open(config, held)
-        return _train(config, run, initial, resume=resume)
+        run, stored = _claim(config, held)
+        prepared = prepare(config, stored, on_first(lambda: read_inputs(run)))
+        held.enter_context(starting(run))
+        _open(prepared, run, resume=stored is not None)
+        return _train(prepared, run, initial, resume=stored is not None)
 
 
-def _train(config: TrainConfig, run: RunFolder, initial: Steering | None, *, resume: bool) -> Result | None:
+def _train(prepared: Prepared, run: RunFolder, initial: Steering | None, *, resume: bool) -> Result | None:
     enable_compilation_cache()
-    loaded = load_base_model(config, place_on(config.mesh, config.microbatch).base)
-    training = make_training(config, loaded, initial)
-    evaluator = training.evaluator()
-    if config.patience and not evaluator.examples("validation"):
-        raise ValueError("patience: the task has no validation examples to decide by; give it some, or --patience 0")
+    config = prepared.config
+    training = load_training(prepared, initial)
+    if (sample := training.loaded.sample) is not None:
+        on_first(lambda: note_model(run, sample.digest))
+    evaluator = prepared.evaluator.steered_by(training.program.model, training.loaded)
     _print_run(config, training)
     with Saver(config, run, training, resume=resume) as saver, preemption() as stop:
         resumed = saver.resumed
         state, start = saver.restore(training.state) if resumed else (training.state, 0)
+        check_start(prepared, start)
         with RunLog(config, run, training, start, resumed=resumed) as log:
             # ---- before
-            before = evaluator.answer(
-                "test", training.untouched(), run.answers_before, title="Evaluating before", reuse=True
-            )
-            if start == 0 and config.evaluate_every:
-                log.evaluation(0, evaluator.validate(training.untouched()))
+            with enough_memory(config, "evaluation"):
+                before = evaluator.answer(
+                    "test", training.untouched(), run.answers_before, title="Evaluating before", reuse=True
+                )
+                if start == 0 and config.evaluate_every:
+                    log.evaluation(0, evaluator.validate(training.untouched()))
 
             # ---- training
             guard = NonfiniteGuard(config, training.data, max((r.get("skipped", 0) for r in log.history), default=0))
             earlier = [row[config.select_by] for row in log.history if row["step"] and config.select_by in row]
             early = EarlyStopping.replay(config.patience, BEST[config.select_by], earlier)
             for done in _steps(start, training.steps, early):
-                with log.timed(done):
+                with log.timed(done), enough_memory(config, "step"):
                     state, metrics = training.step(state, training.batch(done - 1))
                     values = to_floats(metrics)
                 values |= guard.examine(done, values)
@@ -123,31 +145,46 @@ def _evaluation_due(config: TrainConfig, done: int, steps: int) -> bool:
     return config.evaluate_every > 0 and (done % config.evaluate_every == 0 or done == steps)
 
 
-def _open(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, bool]:
-    """Lock the run's folder, and start or resume the run; once for all processes, which must all see the folder.
+def _claim(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, dict[str, Any] | None]:
+    """Lock the run's folder, once for all processes, and refuse it if it is another run's.
 
     Returns:
-        The folder, and whether its run is resumed.
+        The folder, and the settings in it if its run is resumed, else None.
     """
     run = RunFolder(Path(config.out))
 
-    def begin() -> bool:
-        resume = config.resume or (config.auto_resume and run.begun)
-        if resume and not run.config.exists():
-            open_run(run.folder, config.to_json(), resume=True)  # says what is wrong
+    def claim() -> dict[str, Any] | None:
         held.enter_context(locked(run.folder))
         if config.checkpoints is not None and (elsewhere := local_folder(config.checkpoints)) is not None:
             held.enter_context(locked(elsewhere))
-        open_run(run.folder, config.to_json(), resume=resume)
-        return resume
+        stored, resume = _stored(config, run)
+        check_run(run.folder, filled(config, stored).to_json(), resume=resume, changes=changes_for(config))
+        return stored
 
-    resume = on_first(begin)
+    return run, on_first(claim)
+
+
+def _stored(config: TrainConfig, run: RunFolder) -> tuple[dict[str, Any] | None, bool]:
+    """The settings of the run that the folder holds, if it must not be started over; and whether to resume it."""
+    resume = config.resume or (config.auto_resume and run.begun)
+    return read_json(run.config) if run.config.exists() and (resume or run.begun) else None, resume
+
+
+def _open(prepared: Prepared, run: RunFolder, *, resume: bool) -> None:
+    """Write what the run is into its folder, or compare it with what the folder says."""
+    settings, changes = prepared.config.to_json(), changes_for(prepared.config)
+
+    def open_it() -> None:
+        if resume and (done := steps_done(run)) > prepared.steps:
+            raise ValueError(f"{run.folder}: has done {done} steps already, and is now to do {prepared.steps} in all")
+        open_run(run.folder, settings, resume=resume, inputs=prepared.inputs, changes=changes)
+
+    on_first(open_it)
     if not run.config.exists():
         raise ValueError(
             f"{run.folder}: process {jax.process_index()} does not see the folder that process 0 has made; "
             "with several hosts --out must be on a file system that all of them share"
         )
-    return run, resume
 
 
 def _print_run(config: TrainConfig, training: Training) -> None:
@@ -171,11 +208,45 @@ def _print_run(config: TrainConfig, training: Training) -> None:
     )
 
 
+def preview(config: TrainConfig) -> None:
+    """Check and print a run, and write nothing.
+
+    Raises:
+        ValueError: as `train`, before anything is trained.
+    """
+    check_trackers(config.track)
+    run = RunFolder(Path(config.out))
+    stored, resume = _stored(config, run)
+    check_run(run.folder, filled(config, stored).to_json(), resume=resume, changes=changes_for(config))
+    prepared = prepare(config, stored, read_inputs(run))
+    if resume:
+        check_inputs(run.folder, read_inputs(run), prepared.inputs, new_data=config.new_data)
+    enable_compilation_cache()
+    print_facts(
+        {"device": device_summary(), "model": f"{config.model}, {count_parameters(prepared.model.base):,} parameters"}
+    )
+    print_preview(prepared)
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Train steering, LoRA or a whole model on prompts and completions."""
+
+    run: Run
+    """The settings of the run."""
+    dry_run: bool = False
+    """Check everything, print plan, memory, steps and examples, and stop: nothing is trained, no weights are read, and
+    nothing is written."""
+
+
 def main() -> None:
     """Run a config and print what came out."""
-    config = from_command_line("sft", "Train steering, LoRA or a whole model on prompts and completions.", TrainConfig)
-    join(config.distributed)
-    result = train(config)
+    settings = from_command_line("sft", SftConfig.__doc__ or "", SftConfig)
+    join(settings.run.distributed)
+    if settings.dry_run:
+        preview(settings.run)
+        return
+    result = train(settings.run)
     if result is None:
         raise SystemExit(TO_BE_RESUMED)
     print_result(result)

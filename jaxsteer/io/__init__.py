@@ -6,23 +6,44 @@ No other package of the library opens a file. How a family's fields and tensors 
 
 from jaxsteer.io.export import save_hf
 from jaxsteer.io.identity import config_from_json, config_to_json, fingerprint
-from jaxsteer.io.load import LoadedModel, compute_dtype, load_base, load_config, load_model, load_tokenizer
+from jaxsteer.io.load import (
+    LoadedModel,
+    compute_dtype,
+    describe_model,
+    load_base,
+    load_config,
+    load_model,
+    load_tokenizer,
+    sample_weights,
+)
+from jaxsteer.io.named import WHEEL_MODELS, cache_folder, fetch_named
+from jaxsteer.io.provenance import derived_notes
+from jaxsteer.io.sample import Comparison, WeightSample, compare_samples
 from jaxsteer.io.steering_file import SteeringFile, load_steering, save_steering
 from jaxsteer.io.tokenizer import Tokenizer
 
 __all__ = [
+    "WHEEL_MODELS",
+    "Comparison",
     "LoadedModel",
     "SteeringFile",
     "Tokenizer",
+    "WeightSample",
+    "cache_folder",
+    "compare_samples",
     "compute_dtype",
     "config_from_json",
     "config_to_json",
+    "derived_notes",
+    "describe_model",
+    "fetch_named",
     "fingerprint",
     "load_base",
     "load_config",
     "load_model",
     "load_steering",
     "load_tokenizer",
+    "sample_weights",
     "save_hf",
     "save_steering",
 ]

@@ -41,6 +41,8 @@ SCALARS = {
 }
 STRING, ARRAY = 8, 9
 PLAIN: dict[str, np.dtype] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+EXACT = (*PLAIN, "BF16", "Q8_0")
+"""Types whose rounding an importance matrix does not change."""
 VERSIONS = (2, 3)
 AXES_LIMIT = 4
 HEADER_LIMIT = (
@@ -154,6 +156,7 @@ def _parse(path: Path, cursor: _Cursor) -> Gguf:
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {reprlib.repr(alignment)}; expected a power of two")
     start = at = -(-cursor.at // alignment) * alignment
+    fitted = any(key.startswith("quantize.imatrix.") for key in metadata)
     tensors = {}
     for name, (shape, kind, offset) in infos.items():
         block, width = GGML_QUANT_SIZES[kind]
@@ -164,7 +167,8 @@ def _parse(path: Path, cursor: _Cursor) -> Gguf:
             raise ValueError(f"tensor {name!r} begins at byte {start + offset}, expected {at}")
         if at + nbytes > len(cursor.data):
             raise ValueError(f"tensor {name!r} would end at byte {at + nbytes} of {len(cursor.data)}")
-        tensors[name] = Stored(shape, nbytes, _reader(path, name, shape, kind, at))
+        form = f"{kind.name} (imatrix)" if fitted and kind.name not in EXACT else kind.name
+        tensors[name] = Stored(shape, nbytes, _reader(path, name, shape, kind, at), form)
         at += -(-nbytes // alignment) * alignment
     return Gguf(path, metadata, tensors)
 

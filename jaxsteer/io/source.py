@@ -1,9 +1,11 @@
-"""Where a model comes from: a local folder, a .gguf file, or a repository of the Hugging Face Hub."""
+"""Where a model comes from: a local folder, a .gguf file, a named model, or a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+from jaxsteer.io.named import WHEEL_MODELS, fetch_named
 
 CONFIG = ("config.json", "generation_config.json")
 TOKENIZER = (
@@ -21,12 +23,15 @@ def locate(source: str | Path, patterns: tuple[str, ...]) -> Path:
     """The local folder or .gguf file of a source, downloaded from the Hugging Face Hub if necessary.
 
     Args:
-        source: a folder, a .gguf file, or a Hugging Face id such as "HuggingFaceTB/SmolLM2-135M".
+        source: a folder, a .gguf file, a name in WHEEL_MODELS, or a Hugging Face id such as
+            "HuggingFaceTB/SmolLM2-135M".
         patterns: glob patterns of the files to download from a repository.
 
     Raises:
         ValueError: nothing exists at `source`, and the Hub has no such repository or cannot be reached.
     """
+    if str(source) in WHEEL_MODELS:
+        return fetch_named(str(source))
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -36,7 +41,10 @@ def locate(source: str | Path, patterns: tuple[str, ...]) -> Path:
         raise ValueError(f"{path}: expected a folder, a .gguf file or a hub id; for safetensors give their folder")
     # Only what can be a repository's id is requested: a mistyped path should not reach the network.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.suffix.lower() in (".gguf", ".safetensors"):
-        raise ValueError(f"{source}: no such folder or .gguf file, and not an id on the Hugging Face Hub (owner/name)")
+        raise ValueError(
+            f"{source}: no such folder or .gguf file, none of the named models ({', '.join(WHEEL_MODELS)}), and not an "
+            "id on the Hugging Face Hub (owner/name)"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -51,6 +59,6 @@ def locate(source: str | Path, patterns: tuple[str, ...]) -> Path:
 
 def name_of(source: str | Path, path: Path) -> str:
     """A short name for display: the hub id, the folder's name, or the file's name without its ending."""
-    if not Path(source).expanduser().exists():
+    if str(source) not in WHEEL_MODELS and not Path(source).expanduser().exists():
         return str(source)
     return path.stem if path.is_file() else path.resolve().name

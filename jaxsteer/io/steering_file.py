@@ -1,8 +1,8 @@
 """A portable steering file: one safetensors file with a steering tree, its plan and the model it was made for.
 
 Tensors are named "slot/site/param". The metadata holds, as text: the format and its version; the plan; the base
-model's name, fingerprint and config; the versions of jaxsteer and jax; free notes; and SHA-256 digests of every
-tensor's bytes and of the metadata itself. Version 1 is the same without digests.
+model's name, fingerprint, config and a sample of its weights; the versions of jaxsteer and jax; free notes; and SHA-256
+digests of every tensor's bytes and of the metadata itself. Version 2 has no sample, version 1 also no digests.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +21,9 @@ import numpy as np
 
 from jaxsteer.io.files import Json, parse_json
 from jaxsteer.io.identity import config_from_json, config_to_json, differences, fingerprint
+from jaxsteer.io.provenance import library_version, provenance_of
 from jaxsteer.io.safetensors_file import ToWrite, open_safetensors, write_safetensors
+from jaxsteer.io.sample import WeightSample, compare_samples, sample_from_json
 from jaxsteer.io.stored import Stored
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.plans import plan_from_json, plan_to_json, validate_plan
@@ -30,8 +31,8 @@ from jaxsteer.steering import param_specs
 from jaxsteer.types import Plan, Steering
 
 FORMAT = "jaxsteer-steering"
-VERSIONS = ("1", "2")
-"""Versions that are read; the last one is written. 2 added the digests."""
+VERSIONS = ("1", "2", "3")
+"""Versions that are read; the last one is written. 2 added the digests, 3 the sample of the base model's weights."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class SteeringFile:
     config       the base model's config
     versions     of jaxsteer and jax that wrote the file
     notes        what the writer added: any JSON
+    sample       of the base model's weights; None if the writer had none, as before version 3
     """
 
     path: Path
@@ -56,6 +58,12 @@ class SteeringFile:
     config: ModelConfig
     versions: dict[str, str] = field(default_factory=dict)
     notes: dict[str, Json] = field(default_factory=dict)
+    sample: WeightSample | None = None
+
+    @property
+    def provenance(self) -> list[dict[str, Json]]:
+        """How the steering came about, oldest step first: what made it ("by"), from what, with which settings."""
+        return provenance_of(self.notes, self.model_name, self.plan)
 
     def check(self, model_config: ModelConfig) -> None:
         """Refuse to steer another model than the one the file was made for.
@@ -68,6 +76,35 @@ class SteeringFile:
                 f"{self.path}: made for {self.model_name}, which is another model than this one: {'; '.join(reasons)}"
             )
 
+    def check_weights(self, sample: WeightSample | None, *, other_base: bool = False) -> str:
+        """Refuse to steer another model of the same config, such as the instruction-tuned sibling of a base model.
+
+        Args:
+            sample: of the model to steer, see `sample_weights` and `LoadedModel.sample`.
+            other_base: steer it all the same.
+
+        Returns:
+            What the person who steers should know, a sentence; "" if the weights are the same.
+
+        Raises:
+            ValueError: the weights differ by more than the rounding of the forms in which they are stored.
+        """
+        if self.sample is None or sample is None:
+            reason = "it says nothing of its base model's weights" if sample else "the model has no sample"
+            return f"{self.path}: whether the weights are those of {self.model_name} cannot be checked: {reason}"
+        found = compare_samples(sample, self.sample)
+        if found.verdict == "same":
+            return ""
+        if found.verdict == "undecided":
+            return f"{self.path}: whether the weights are those of {self.model_name} is unknown: {found.reason}"
+        if found.verdict == "consistent":
+            return f"{self.path}: the model is consistent with {self.model_name}: {found.reason}"
+        if other_base:
+            return f"{self.path}: made for {self.model_name}, steers another model: {found.reason}"
+        raise ValueError(
+            f"{self.path}: made for {self.model_name}, which is another model than this one: {found.reason}"
+        )
+
 
 def save_steering(
     path: str | Path,
@@ -77,6 +114,7 @@ def save_steering(
     model_name: str,
     config: ModelConfig,
     notes: Mapping[str, Json] | None = None,
+    sample: WeightSample | None = None,
 ) -> None:
     """Write a steering file atomically. Leaves keep their dtype.
 
@@ -86,7 +124,8 @@ def save_steering(
         plan: its slots.
         model_name: name of the base model, for display.
         config: the base model's config.
-        notes: anything that JSON can hold.
+        notes: anything that JSON can hold; of steering made from another file, see `derived_notes`.
+        sample: of the base model's weights (`LoadedModel.sample`), for `SteeringFile.check_weights`.
 
     Raises:
         ValueError: the plan does not fit the config, or the steering does not fit the plan.
@@ -102,8 +141,9 @@ def save_steering(
         "model_name": model_name,
         "fingerprint": fingerprint(config),
         "config": json.dumps(config_to_json(config)),
-        "versions": json.dumps({"jaxsteer": _version(), "jax": jax.__version__}),
+        "versions": json.dumps({"jaxsteer": library_version(), "jax": jax.__version__}),
         "notes": json.dumps(dict(notes or {})),
+        "base_sample": json.dumps(None if sample is None else sample.to_json()),
         "tensor_sha256": json.dumps({name: _digest_of_tensor(np.asarray(leaf)) for name, leaf in leaves.items()}),
     }
     metadata["metadata_sha256"] = _digest_of_metadata(metadata)
@@ -147,8 +187,8 @@ def _check_version(metadata: Mapping[str, str], path: Path) -> None:
         raise ValueError(f"{path}: not a steering file (its metadata does not say format={FORMAT!r})")
     if (written := metadata.get("format_version")) not in VERSIONS:
         raise ValueError(
-            f"{path}: steering format {written}, this version of jaxsteer reads {' and '.join(VERSIONS)}; "
-            "use the version that wrote it, or a newer one"
+            f"{path}: steering format {written}, this version of jaxsteer reads {', '.join(VERSIONS)}; use the version "
+            "that wrote it, or a newer one"
         )
 
 
@@ -167,8 +207,17 @@ def _parse_metadata(metadata: Mapping[str, str], path: Path) -> SteeringFile:
         config = config_from_json(_metadata_json(metadata, "config", path))
         plan = plan_from_json(_metadata_json(metadata, "plan", path))
         notes, versions = (_metadata_json(metadata, key, path) for key in ("notes", "versions"))
+        stored = _metadata_json(metadata, "base_sample", path) if "base_sample" in metadata else None
         file = SteeringFile(
-            path, {}, plan, metadata["model_name"], metadata["fingerprint"], config, versions=versions, notes=notes
+            path,
+            {},
+            plan,
+            metadata["model_name"],
+            metadata["fingerprint"],
+            config,
+            versions=versions,
+            notes=notes,
+            sample=None if stored is None else sample_from_json(stored),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: the metadata cannot be read ({error})") from None
@@ -243,10 +292,3 @@ def _check_tensors(leaves: Mapping[str, _Shaped], plan: Plan, config: ModelConfi
     ]
     if problems:
         raise ValueError(f"{where}: the tensors do not fit the plan: {'; '.join(problems)}")
-
-
-def _version() -> str:
-    try:
-        return version("jaxsteer")
-    except PackageNotFoundError:  # used from a checkout
-        return "unknown"

@@ -44,11 +44,15 @@ class Read(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, of which all or a part can be read. `shape` is in numpy's order (slowest axis first)."""
+    """A tensor in a file, of which all or a part can be read. `shape` is in numpy's order (slowest axis first).
+
+    `form` names how its values are stored: "F32", "BF16", "Q8_0", ...
+    """
 
     shape: tuple[int, ...]
     nbytes: int
     read: Read
+    form: str = ""
 
     def nbytes_of(self, index: Index) -> int:
         """Bytes that a part takes in the file, about."""
@@ -99,8 +103,7 @@ def read_base(
         ValueError: tensors that are missing, unknown or of the wrong shape, all named in one message.
     """
     rows = family.parameters(config)
-    if layout == "hf" and not any(name.startswith(family.prefix) for name in stored):
-        stored = {family.prefix + name: tensor for name, tensor in stored.items()}
+    stored = with_prefix(stored, layout, family)
     check_names(stored, layout, family, config, where)
     leaves = []
     for row in rows:
@@ -245,7 +248,24 @@ def _part_of(tensor: Stored, axis: int, start: int, stop: int) -> Stored:
         spans[axis] = slice(spans[axis].start + start, spans[axis].stop + start)
         return tensor.read(tuple(spans))
 
-    return Stored(shape, tensor.nbytes * (stop - start) // max(tensor.shape[axis], 1), read)
+    return Stored(shape, tensor.nbytes * (stop - start) // max(tensor.shape[axis], 1), read, tensor.form)
+
+
+def with_prefix(stored: Mapping[str, Stored], layout: str, family: Family) -> Mapping[str, Stored]:
+    """The tensors by their full names, where a file omits what all names of its family begin with."""
+    if layout != "hf" or any(name.startswith(family.prefix) for name in stored):
+        return stored
+    return {family.prefix + name: tensor for name, tensor in stored.items()}
+
+
+def read_part_of_leaf(
+    stored: Mapping[str, Stored], row: Row, layout: str, config: ModelConfig, layer: int, index: Index
+) -> tuple[np.ndarray, str]:
+    """A part of one layer's leaf as `read_base` would read it, in fp32, and the form in which it is stored."""
+    tensor = _tensors(stored, row, layout, config)[layer]
+    out = np.empty([part.stop - part.start for part in index], np.float32)
+    _fill(out, tensor, transform_of(row, layout), index, config)
+    return out, tensor.form
 
 
 def names_of(row: Row, layout: str, config: ModelConfig) -> list[str]:

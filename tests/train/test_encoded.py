@@ -3,6 +3,7 @@
 import errno
 import sys
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,18 @@ def test_a_damaged_file_is_replaced(cache, calls, damage):
     assert len(calls) == 2
     encode_cached(EXAMPLES, tiny_tokenizer(), PLAIN, cache)
     assert len(calls) == 2
+
+
+def test_the_date_that_a_template_prints_belongs_to_the_key(cache, calls):
+    dated = tiny_tokenizer(template="{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    chat, today = Encoding(chat=True), date.today().isoformat()
+    for how in (chat, Encoding(chat=True, date=today), Encoding(chat=True, date="2024-07-04")):
+        rows, _ = encode_cached(EXAMPLES, dated, how, cache)
+        assert dated.decode(rows[0].ids).startswith(how.date or today)
+    assert len(calls) == 2
+    encode_cached(EXAMPLES, tiny_tokenizer(), chat, cache)
+    encode_cached(EXAMPLES, tiny_tokenizer(), Encoding(chat=True, date="2024-07-04"), cache)
+    assert len(calls) == 3
 
 
 def test_what_took_no_time_is_not_cached(cache, monkeypatch):

@@ -11,6 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent / "data"))
+from tiny_tokenizer import tiny_tokenizer
+
 from jaxsteer import Model, Params, init_steering, mean_loss, parse_plan
 from jaxsteer.io import load_model, save_steering
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
@@ -155,6 +158,16 @@ def test_choices_score_as_completions_in_training_do(loaded, steered):
         for plain, each in zip(answers, choose(normalise=normalise), strict=True):
             np.testing.assert_allclose(each.scores, np.divide(plain.scores, size), rtol=1e-5)
             assert each.output == CHOICES[int(np.argmax(each.scores))]
+
+
+def test_prompts_are_encoded_as_the_training_says(loaded, steered):
+    template = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    dated = replace(loaded, tokenizer=tiny_tokenizer(template=template))
+    task, encoding = replace(TASK, chat=True), Encoding(chat=True, date="2024-07-04", max_length=3)
+    evaluator = Evaluator(Model(loaded.config, steered[0]), dated, task, SINGLE, by="likelihood", encoding=encoding)
+    prompts = evaluator.prompts([Example.of("a>", "b", "here", choices=("b", "c"))])
+    assert prompts.texts == ("2024-07-04a><|im_end|>",)
+    assert [dated.tokenizer.decode(ids) for ids in prompts.choice_ids[0]] == ["b<|im_end|>", "c<|im_end|>"]
 
 
 def test_choices_that_cannot_be_scored_raise(loaded):

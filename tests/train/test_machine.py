@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train.devices.machine import cache_folder, device_summary, matmul_peak_flops, peak_memory_bytes
+from jaxsteer.io import cache_folder
+from train.devices.machine import device_summary, matmul_peak_flops, peak_memory_bytes
 
 ROOT = Path(__file__).parents[2]
 

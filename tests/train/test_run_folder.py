@@ -9,6 +9,7 @@ from jaxsteer.io.files import write_json
 from train.run.folder import RunFolder, locked, open_run
 
 CONFIG = {"model": "tiny", "optim": {"lr": 0.1, "warmup": 0.03}, "layers": (1, 2), "plan": []}
+STEP = '{"step": 1, "loss": 2.5}\n'
 
 
 def test_a_new_run(tmp_path):
@@ -22,7 +23,7 @@ def test_a_new_run(tmp_path):
 
 def test_resuming_needs_the_same_settings(tmp_path):
     run = open_run(tmp_path, CONFIG, resume=False)
-    run.metrics.write_text("{}\n")
+    run.metrics.write_text(STEP)
     before = run.config.read_bytes()
     assert open_run(tmp_path, CONFIG, resume=True) == run == RunFolder(tmp_path)
     other = {**CONFIG, "optim": {"lr": 0.2, "warmup": 0.03}, "seed": 1, "layers": [1, 3]}
@@ -40,13 +41,13 @@ def test_resuming_needs_the_same_settings(tmp_path):
 
 
 def test_a_run_of_another_version_is_refused_with_a_sentence(tmp_path):
-    open_run(tmp_path, CONFIG | {"rows": 8, "accumulate": 1}, resume=False).metrics.write_text("")
+    open_run(tmp_path, CONFIG | {"rows": 8, "accumulate": 1}, resume=False).metrics.write_text(STEP)
     with pytest.raises(ValueError, match=r"another version of jaxsteer.*\(accumulate, rows\).*another --out"):
         open_run(tmp_path, CONFIG | {"batch_size": 8}, resume=True)
 
 
 def test_the_same_run_is_not_begun_twice(tmp_path):
-    open_run(tmp_path, CONFIG, resume=False).metrics.write_text("")
+    open_run(tmp_path, CONFIG, resume=False).metrics.write_text(STEP)
     with pytest.raises(ValueError, match="--resume to continue it, or another --out"):
         open_run(tmp_path, CONFIG, resume=False)
 

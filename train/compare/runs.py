@@ -21,6 +21,7 @@ from train.config import TrainConfig
 from train.devices.placement import Placement
 from train.evaluation.evaluator import Evaluator
 from train.run.lofit import check_heads, lofit
+from train.run.result import notes_of
 from train.tasks import Split
 
 
@@ -112,6 +113,8 @@ class Comparison:
                 plan,
                 model_name=self.config.base.model,
                 config=self.loaded.config,
+                notes=notes_of(training.config) | {"learning_rate_factor": self.config.factor**exponent},
+                sample=self.loaded.sample,
             )
         record: RunRecord = {
             "entry": _as_json(entry),
@@ -142,6 +145,7 @@ class Comparison:
         if record["test"] is None:
             saved = load_steering(path.with_suffix(".safetensors"))
             saved.check(self.loaded.config)
+            saved.check_weights(self.loaded.sample)
             record["test"] = self.answer("test", saved.plan, Params(None, saved.steering))
             write_json(path, record)
         return record

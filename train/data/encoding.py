@@ -109,8 +109,8 @@ class Report:
             text += f"; {self.ended:,} had a completion that ended with the end token, which was not added again"
         if self.straddled:
             text += (
-                f"; in {self.straddled:,} a token would have spanned prompt and completion, and was split (begin "
-                "completions with the space, rather than end prompts with it)"
+                f"; in {self.straddled:,} a token would have spanned prompt and completion, and was split (a space "
+                "belongs at the beginning of a completion, not at the end of its prompt)"
             )
         return text
 

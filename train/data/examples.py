@@ -58,12 +58,13 @@ class Example:
         source: str,
         answer: str | None = None,
         choices: tuple[str, ...] = (),
+        weight: float = 1.0,
     ) -> Example:
         """An example of one plain prompt and, unless None, its completion."""
         turns: tuple[Turn, ...] = (Turn("prompt", prompt),)
         if completion is not None:
             turns += (Turn("completion", completion),)
-        return cls(turns, source, answer, choices)
+        return cls(turns, source, answer, choices, weight)
 
     @property
     def gold(self) -> str | None:

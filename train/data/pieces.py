@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from jaxsteer.io import Tokenizer
@@ -40,7 +41,8 @@ def tokenise(examples: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> list[
         examples: the pieces of each.
         tokenizer: a fast transformers tokenizer. What it adds to a text (its beginning) is left out.
     """
-    split = [list(_in_context([piece.text for piece in pieces])) for pieces in examples]
+    whole = "|".join(re.escape(str(token.content)) for token in tokenizer.added_tokens_decoder.values())
+    split = [list(_in_context(pieces, re.compile(whole or "$^"))) for pieces in examples]
     flat = [pair for pairs in split for pair in pairs]
     found = _continuations(flat, tokenizer)
     failed = [pair for pair in flat if found[pair] is None]
@@ -54,12 +56,13 @@ def tokenise(examples: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> list[
     ]
 
 
-def _in_context(texts: Iterable[str]) -> Iterable[tuple[str, str]]:
-    """(the end of what comes before, the text) for each of several texts that follow one another."""
+def _in_context(pieces: Sequence[Piece], token: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    """(the end of what comes before, the text) of each piece; a token that is matched whole separates texts."""
     before = ""
-    for text in texts:
-        yield before, text
-        before = (before + text)[-CONTEXT:]
+    for piece in pieces:
+        yield before, piece.text
+        before = (before + piece.text)[-CONTEXT:]
+        before = before[max((found.start() for found in token.finditer(before)), default=0) :]
 
 
 def _continuations(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> dict[tuple[str, str], list[int] | None]:

@@ -248,31 +248,32 @@ def _to_arrays(example: Example, spans: Sequence[_Span], loss_on: LossOn, genera
     """The tokens of one example as arrays, checked."""
     if not math.isfinite(example.weight):
         raise ValueError(f"{example.source}: the weight is {example.weight}, need a finite number")
-    tokens, said, learned, factors = list[int](), list[bool](), list[bool](), list[float]()
+    tokens, said, weights = list[int](), list[bool](), list[float]()
+    prompt_length, end, everywhere = None, 0, loss_on == "all"
     for span in spans:
         rest = len(span.ids) - span.completion
+        if span.completion and prompt_length is None:
+            prompt_length = len(tokens)
         tokens += span.ids
         said += [True] * span.completion + [False] * rest
-        learned += [True] * span.completion + [span.learned] * rest
-        factors += [span.weight] * span.completion + [1.0] * rest
-    ids, completion, targets = np.array(tokens, np.int32), np.array(said, bool), np.array(learned, bool)
-    if targets.any() and not generate:
+        weights += [span.weight] * span.completion + [float(span.learned or everywhere)] * rest
+        if span.completion or span.learned:
+            end = len(tokens) if span.learned else len(tokens) - rest
+    if end and not generate:
         # Whatever a template writes after the last end of turn (a newline) predicts nothing.
-        end = np.flatnonzero(targets)[-1] + 1
-        ids, completion, targets = ids[:end], completion[:end], targets[:end]
-    if loss_on == "all":
-        targets = np.ones(len(ids), bool)
-    targets[:1] = False  # nothing predicts it
-    if not generate and not (targets.any() or completion.any()):
+        tokens, said, weights = tokens[:end], said[:end], weights[:end]
+    if not generate and prompt_length is None and (len(tokens) if everywhere else end) < 2:
         raise ValueError(f"{example.source}: nothing to train on; no completion, no assistant turn and no text")
-    prompt_length = int(completion.argmax()) if completion.any() else len(ids)
+    prompt_length = len(tokens) if prompt_length is None else prompt_length
     if prompt_length == 0:
         raise ValueError(
             f"{example.source}: the prompt is empty and the tokenizer adds no beginning-of-sequence token, so "
             "there is nothing to predict the first token from"
         )
-    weights = targets * np.float32(example.weight) * np.array(factors[: len(ids)], np.float32)
-    return TokenizedExample(ids, completion, prompt_length, example.source, example.gold, weights)
+    weights[0] = 0.0  # nothing predicts it
+    ids, completion = np.array(tokens, np.int32), np.array(said, bool)
+    factors = np.array(weights, np.float32) * np.float32(example.weight)
+    return TokenizedExample(ids, completion, prompt_length, example.source, example.gold, factors)
 
 
 def _plain_pieces(example: Example) -> list[Piece]:

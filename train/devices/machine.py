@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import resource
 import statistics
@@ -15,18 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxsteer.io import cache_folder
 from jaxsteer.types import Array
 from train.devices.chips import chip_of
 
 _PROJECTION = (2048, 576, 1536)  # rows, inner, columns: a SmolLM2 MLP projection over 2,048 tokens
 _SQUARES = {"cpu": (1024, 2048), "gpu": (4096, 8192), "tpu": (4096, 8192)}
-
-
-def cache_folder() -> Path:
-    """The folder of files that can be recreated: $JAXSTEER_CACHE, else jaxsteer in the user's cache folder."""
-    if folder := os.environ.get("JAXSTEER_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxsteer"
 
 
 def enable_compilation_cache() -> Path:

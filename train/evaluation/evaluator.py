@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsteer.batches import bucket_length, pack, stack_rows
-from jaxsteer.inference.decoder import Decoder, Limits, Request, generate_all
+from jaxsteer.inference.decoder import Answer, Decoder, Limits, Request, generate_all
 from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.likelihood import score_continuations
+from jaxsteer.inference.scheduling import nonfinite_logits
 from jaxsteer.io import LoadedModel
 from jaxsteer.models.transformer import Model
 from jaxsteer.objective import supervised_loss, total_weight
@@ -23,6 +25,7 @@ from jaxsteer.params import Params
 from jaxsteer.plans import plan_to_json
 from jaxsteer.types import Array, Batch, PyTree, Steering
 from train.data import Encoding, Example, encode
+from train.devices import interrupts
 from train.devices.placement import Placement
 from train.display.console import progress
 from train.evaluation.answers import (
@@ -57,6 +60,7 @@ class Evaluator:
     by, normalise    how answers are found, see `By` and `Normalise`
     sampling, seed   how answers are generated; greedy by default
     encoding         how texts become tokens; None for the task's `chat` and no more. Its limit is for the loss only
+    strength         of the plan's slots, as in `jaxsteer.forward`
     """
 
     model: Model
@@ -72,11 +76,12 @@ class Evaluator:
     sampling: Sampling = Sampling()  # noqa: RUF009  # frozen
     seed: int = 0
     encoding: Encoding | None = None
+    strength: Mapping[str, float] | None = None
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def steered_by(self, model: Model) -> Evaluator:
-        """The same evaluator for another plan; it shares the splits that are tokenised already."""
-        other = replace(self, model=model)
+    def steered_by(self, model: Model, loaded: LoadedModel | None = None) -> Evaluator:
+        """The same evaluator for another plan, or with weights; it shares the splits that are tokenised already."""
+        other = replace(self, model=model, loaded=loaded or self.loaded)
         object.__setattr__(other, "_cache", self._cache)
         return other
 
@@ -119,10 +124,20 @@ class Evaluator:
         total = len(prompts.tokens)
         if not total:
             return []
-        with self._journal(prompts, params, path, reuse) as journal, _bar(total, title, len(journal.done)) as advance:
-            for index, answer in self._ask(prompts, params, [i for i in range(total) if i not in journal.done]):
-                journal.add(index, answer)
-                advance(len(journal.done))
+        # An answer is in the journal as soon as it is given: the process may end at any moment.
+        keeping = nullcontext() if path is None else interrupts.block("soon")
+        with (
+            keeping,
+            self._journal(prompts, params, path, reuse) as journal,
+            _bar(total, title, len(journal.done)) as advance,
+        ):
+            try:
+                for index, answer in self._ask(prompts, params, [i for i in range(total) if i not in journal.done]):
+                    journal.add(index, answer)
+                    advance(len(journal.done))
+                    interrupts.safe_point()
+            except interrupts.Interrupted:
+                raise interrupts.Interrupted(_kept(path, len(journal.done), total)) from None
             journal.finish()
         return [journal.done[index] for index in range(total)]
 
@@ -136,7 +151,8 @@ class Evaluator:
             return {}
         if self.metric == "validation_loss":
             return {"validation_loss": self.loss("validation", params)}
-        result = accuracy_of(self.answer("validation", params))
+        with interrupts.deferred():  # a step and its evaluation belong together
+            result = accuracy_of(self.answer("validation", params))
         low, high = result.interval
         return {"accuracy": result.rate, "low": low, "high": high}
 
@@ -150,43 +166,89 @@ class Evaluator:
         base, steering = self._base(params), self._placed(params.steering)
         with self.placement.on_mesh():
             placed = (self.placement.batch(batch) for batch in batches)
-            sums = [jax.device_get(_loss_and_weight(self.model, base, steering, batch)) for batch in placed]
+            sums = [
+                jax.device_get(_loss_and_weight(self.model, base, steering, batch, self.strength)) for batch in placed
+            ]
         loss, weight = map(sum, zip(*sums, strict=True))
         return float(loss / weight)
 
-    def _ask(self, prompts: Prompts, params: Params, left: Sequence[int]) -> Iterator[tuple[int, ScoredAnswer]]:
-        """(index, answer) of the prompts that are left, as they are finished."""
+    def generate(
+        self,
+        prompts: Prompts,
+        params: Params,
+        left: Sequence[int],
+        *,
+        ended: Callable[[int, np.ndarray], bool] | None = None,
+        chunk: int = 32,
+    ) -> Iterator[tuple[int, Answer]]:
+        """Generate answers to some of the prompts, whatever their end.
+
+        Args:
+            prompts: from `prompts`.
+            params: as for `answer`.
+            left: indices of the prompts to answer.
+            ended: as in `generate_all`, called with indices into `prompts`.
+            chunk: maximum number of tokens between two of its calls.
+
+        Yields:
+            (index, answer), as they are finished.
+        """
         if not left:
             return
-        base, steering = self._base(params), self._placed(params.steering)
         tokens = [prompts.tokens[i] for i in left]
-        with self.placement.on_mesh():
-            if self.by == "likelihood":
-                choose = chosen_reader(prompts, self.normalise)
-                ids = [prompts.choice_ids[i] for i in left]
-                scored = score_continuations(
-                    self.model,
-                    base,
-                    steering,
-                    tokens,
-                    ids,
-                    batch_size=self.eval_batch_size,
-                    place=self.placement.batch,
-                )
-                yield from ((left[i], choose(left[i], likelihoods)) for i, likelihoods in scored)
-            else:
-                read = generated_reader(prompts, self.loaded.require_tokenizer())
-                limits = Limits(max(map(len, tokens)), prompts.max_new_tokens, rows=self.eval_batch_size)
-                decoder = Decoder(self.model, base, steering, limits, self.placement.batch)
-                seeds = [self.seed << 32 | index for index in left]  # a prompt's answer does not depend on the others
-                settings = (prompts.max_new_tokens, prompts.stop, self.sampling)
-                requests = [Request(prompt, *settings, seed) for prompt, seed in zip(tokens, seeds, strict=True)]
-                answers = generate_all(decoder, requests)
-                yield from ((left[i], read(left[i], answer)) for i, answer in answers)
+        limits = Limits(max(map(len, tokens)), prompts.max_new_tokens, rows=self.eval_batch_size, chunk=chunk)
+        settings = (prompts.max_new_tokens, prompts.stop, self.sampling)
+        requests = [
+            # The seed: a prompt's answer does not depend on the others.
+            Request(prompt, *settings, self.seed << 32 | index, self.strength or {})
+            for index, prompt in zip(left, tokens, strict=True)
+        ]
 
-    def _journal(self, prompts: Prompts, params: Params, path: Path | None, reuse: bool) -> MemoryJournal | FileJournal:
-        if path is None:
-            return MemoryJournal()
+        def told(number: int, so_far: np.ndarray) -> bool:
+            interrupts.safe_point()
+            return ended is not None and ended(left[number], so_far)
+
+        base, steering = self._base(params), self._placed(params.steering)
+        with self.placement.on_mesh():
+            decoder = Decoder(self.model, base, steering, limits, self.placement.batch)
+            for number, answer in generate_all(decoder, requests, told):
+                yield left[number], answer
+
+    def _ask(self, prompts: Prompts, params: Params, left: Sequence[int]) -> Iterator[tuple[int, ScoredAnswer]]:
+        """(index, answer) of the prompts that are left, as they are finished.
+
+        Raises:
+            FloatingPointError: the model's logits are not finite for one of them.
+        """
+        if not left:
+            return
+        if self.by == "likelihood":
+            yield from self._choose(prompts, params, left)
+            return
+        read = generated_reader(prompts, self.loaded.require_tokenizer())
+        for index, answer in self.generate(prompts, params, left):
+            if answer.finished == "nonfinite":
+                raise nonfinite_logits(prompts.tokens[index], self.model.config.vocab_size)
+            yield index, read(index, answer)
+
+    def _choose(self, prompts: Prompts, params: Params, left: Sequence[int]) -> Iterator[tuple[int, ScoredAnswer]]:
+        choose = chosen_reader(prompts, self.normalise)
+        base, steering = self._base(params), self._placed(params.steering)
+        with self.placement.on_mesh():
+            scored = score_continuations(
+                self.model,
+                base,
+                steering,
+                [prompts.tokens[i] for i in left],
+                [prompts.choice_ids[i] for i in left],
+                batch_size=self.eval_batch_size,
+                place=self.placement.batch,
+                strength=self.strength,
+            )
+            yield from ((left[i], choose(left[i], likelihoods)) for i, likelihoods in scored)
+
+    def identity(self, prompts: Prompts, params: Params) -> dict[str, Any]:
+        """Everything that determines the answers to prompts, JSON values; every process must call it."""
         identity = {
             "model": self.loaded.name,
             "base": self.loaded.fingerprint if params.base is None else hash_tree(params.base),
@@ -198,7 +260,14 @@ class Evaluator:
         }
         if self.by == "generation" and self.sampling.temperature > 0:
             identity["seed"] = self.seed
-        return FileJournal(path, identity, reuse=reuse)
+        if self.strength:
+            identity["strength"] = dict(sorted(self.strength.items()))
+        return identity
+
+    def _journal(self, prompts: Prompts, params: Params, path: Path | None, reuse: bool) -> MemoryJournal | FileJournal:
+        if path is None:
+            return MemoryJournal()
+        return FileJournal(path, self.identity(prompts, params), reuse=reuse)
 
     def _base(self, params: Params) -> PyTree:
         return self.loaded.base if params.base is None else params.base
@@ -242,9 +311,15 @@ class Evaluator:
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss_and_weight(model: Model, base: PyTree, steering: PyTree, batch: Batch) -> tuple[Array, Array]:
-    loss = supervised_loss(model, base, steering, batch)
+def _loss_and_weight(
+    model: Model, base: PyTree, steering: PyTree, batch: Batch, strength: Mapping[str, float] | None
+) -> tuple[Array, Array]:
+    loss = supervised_loss(model, base, steering, batch, strength=strength)
     return loss.astype(jnp.float32), total_weight(batch)
+
+
+def _kept(path: Path | None, done: int, total: int) -> str:
+    return "" if path is None else f"{done} of {total} answers are kept."
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -345,6 +346,21 @@ def local_folder(folder: str | Path) -> Path | None:
     """A folder of checkpoints as a path on this machine; None if it is remote."""
     text = str(folder).removeprefix("file://")
     return None if "://" in text else Path(text).expanduser().absolute()
+
+
+def check_reachable(folder: str | Path) -> None:
+    """Refuse a folder of checkpoints that cannot be reached, or is not writable, before anything is computed.
+
+    Raises:
+        ValueError: an unknown kind of address, a missing package, or no permission.
+    """
+    _reach(folder)
+    if (local := local_folder(folder)) is not None:
+        there = next(each for each in (local, *local.parents) if each.exists())
+        if not there.is_dir():
+            raise ValueError(f"checkpoints {folder}: {there} is a file, not a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"checkpoints {folder}: cannot be written ({there}: permission denied)")
 
 
 def _own(array: Any) -> Any:

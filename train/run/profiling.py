@@ -13,6 +13,13 @@ from train.devices.processes import is_first
 from train.display.console import get_console
 
 
+def check_profile(text: str | None, start: int, steps: int) -> None:
+    """Raise ValueError for steps that a run does not do; see `Profiler`."""
+    traced = parse_steps(text)
+    if traced and not (start < traced[0] and traced[-1] <= steps):
+        raise ValueError(f"profile {text}: this run does steps {start + 1} to {steps}; choose from those")
+
+
 class Profiler:
     """Traces some steps into a folder, on process 0. A context manager: leaving it ends a trace in progress.
 
@@ -27,9 +34,8 @@ class Profiler:
     """
 
     def __init__(self, text: str | None, folder: Path, start: int, steps: int) -> None:
+        check_profile(text, start, steps)
         self._steps, self._folder, self._active = parse_steps(text), folder, False
-        if self._steps and not (start < self._steps[0] and self._steps[-1] <= steps):
-            raise ValueError(f"profile {text}: this run does steps {start + 1} to {steps}; choose from those")
 
     def before(self, step: int) -> None:
         """Start the trace if this is its first step."""

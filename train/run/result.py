@@ -10,7 +10,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from jaxsteer.io import save_hf, save_steering
+from jaxsteer.io import sample_weights, save_hf, save_steering
 from jaxsteer.io.files import write_json
 from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.params import Params
@@ -23,7 +23,7 @@ from train.display.console import get_console, print_facts
 from train.display.plots import plot_overlap, plot_training
 from train.evaluation.answers import ScoredAnswer, accuracy_of
 from train.evaluation.evaluator import Evaluator
-from train.run.folder import RunFolder
+from train.run.folder import RunFolder, read_history, read_inputs
 from train.run.metrics import read_metrics
 from train.run.training import Training
 from train.run.watch import StepTimer
@@ -120,13 +120,17 @@ def _save_trained(run: RunFolder, training: Training, state: TrainState) -> Stee
     config, loaded, plan = training.config, training.loaded, training.program.model.plan
     params = training.params(state)
     steering = fetch(params.steering)
-    if plan and is_first():
-        notes = notes_of(config)
-        save_steering(run.steering, steering, plan, model_name=config.model, config=loaded.config, notes=notes)
+    name, sample = config.model, loaded.sample
     if config.train_base:
         base = fetch(params.base)
         if is_first():
-            save_hf(run.folder / "model", loaded.config, base, loaded.family, loaded.tokenizer)
+            model = run.folder / "model"
+            save_hf(model, loaded.config, base, loaded.family, loaded.tokenizer, generation=loaded.generation)
+            # Steering trained together with the base belongs to what the base became.
+            name, sample = str(model), sample_weights(model)
+    if plan and is_first():
+        notes = notes_of(config) | provenance(run)
+        save_steering(run.steering, steering, plan, model_name=name, config=loaded.config, notes=notes, sample=sample)
     return steering
 
 
@@ -159,8 +163,15 @@ def notes_of(config: TrainConfig) -> dict[str, Any]:
         "template": typed_template(task),
         "chat": task.chat,
         "max_new_tokens": task.max_new_tokens,
+        "date": config.date,
         "config": config.to_json(),
     }
+
+
+def provenance(run: RunFolder) -> dict[str, Any]:
+    """Notes on what a run was made from: its data, the steering it started from, and settings changed on the way."""
+    inputs, history = read_inputs(run), read_history(run)
+    return ({"inputs": inputs} if inputs else {}) | ({"history": history} if history else {})
 
 
 SHOWN = 3

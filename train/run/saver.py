@@ -10,9 +10,12 @@ from jaxsteer.io import fingerprint
 from jaxsteer.plans import plan_to_json
 from jaxsteer.training import TrainState
 from train.config import TrainConfig
+from train.devices.processes import on_first
 from train.display.console import get_console
+from train.run.changes import changes_of, listed
 from train.run.checkpoints import Checkpoints, open_checkpoints
-from train.run.folder import RunFolder, differences
+from train.run.folder import RunFolder, changed_on_purpose
+from train.run.inputs import data_inputs
 from train.run.training import Training
 from train.tasks.scoring import BEST
 
@@ -28,7 +31,7 @@ class Saver:
     """
 
     def __init__(self, config: TrainConfig, run: RunFolder, training: Training, *, resume: bool) -> None:
-        self._config, self._last, self._resume = config, training.steps, resume
+        self._config, self._run, self._last, self._resume = config, run, training.steps, resume
         self.metric: str = config.select_by if config.evaluate_every else "loss"
         """What the best checkpoint is chosen by."""
         self.meta = {
@@ -36,6 +39,7 @@ class Saver:
             "model": config.model,
             "fingerprint": fingerprint(training.loaded.config),
             "config": json.loads(json.dumps(config.to_json())),
+            "data": data_inputs(training.data, training.report),
         }
         self._checkpoints: Checkpoints = open_checkpoints(
             config.checkpoints or run.checkpoints,
@@ -72,10 +76,17 @@ class Saver:
             return state, 0
         for message in restored.skipped:
             get_console().print(message, markup=False, highlight=False, soft_wrap=True)
-        if differing := differences(restored.meta, self.meta):
-            raise ValueError(f"{self._checkpoints.folder}: was saved with other settings: {'; '.join(differing)}")
+        if differing := [change for change in changes_of(restored.meta, self.meta) if not self._accepted(change.name)]:
+            raise ValueError(f"{self._checkpoints.folder}: was saved with other settings: {listed(differing)}")
         get_console().print(f"Restored step {restored.step}.", highlight=False)
         return _with_trees(state, restored.trees), restored.step
+
+    def _accepted(self, name: str) -> bool:
+        """Whether a part of `meta` was changed on purpose since the checkpoint was saved."""
+        changed = on_first(lambda: sorted(changed_on_purpose(self._run)))
+        if name.startswith("data."):
+            return self._config.new_data or any(each.startswith("data.") for each in changed)
+        return name.removeprefix("config.") in changed
 
     def restore_best(self, state: TrainState) -> tuple[TrainState, int] | None:
         """The best checkpoint's state and step; None if no checkpoint has the metric."""

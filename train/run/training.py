@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.flops import step_flops
-from jaxsteer.io import LoadedModel
+from jaxsteer.io import LoadedModel, cache_folder
 from jaxsteer.io.stored import Place
 from jaxsteer.models.attention import causal_share
 from jaxsteer.params import Params, combine, partition
@@ -23,7 +23,6 @@ from train.base_models import load
 from train.config import TrainConfig
 from train.data import DataSource, Encoding, Report
 from train.data.cache import encode_cached
-from train.devices.machine import cache_folder
 from train.display.console import progress
 from train.evaluation.evaluator import Evaluator
 from train.run.program import Program, make_program, mesh_of
@@ -98,18 +97,22 @@ class Training:
 
     def evaluator(self) -> Evaluator:
         """Evaluates this run's model on its task."""
-        config = self.config
-        return Evaluator(
-            model=self.program.model,
-            loaded=self.loaded,
-            task=config.task,
-            placement=self.program.placement,
-            eval_batch_size=config.eval_batch_size,
-            limits={"validation": config.validation_examples, "test": config.test_examples},
-            metric=config.select_by,
-            loss_shape=(config.microbatch, config.sequence_length),
-            encoding=encoding_of(config),
-        )
+        return make_evaluator(self.config, self.loaded, self.program)
+
+
+def make_evaluator(config: TrainConfig, loaded: LoadedModel, program: Program) -> Evaluator:
+    """Evaluates a run's model on its task."""
+    return Evaluator(
+        model=program.model,
+        loaded=loaded,
+        task=config.task,
+        placement=program.placement,
+        eval_batch_size=config.eval_batch_size,
+        limits={"validation": config.validation_examples, "test": config.test_examples},
+        metric=config.select_by,
+        loss_shape=(config.microbatch, config.sequence_length),
+        encoding=encoding_of(config),
+    )
 
 
 def load_base_model(config: TrainConfig, place: Place | None = None) -> LoadedModel:
@@ -122,19 +125,22 @@ def load_base_model(config: TrainConfig, place: Place | None = None) -> LoadedMo
     return load(config.model, config.dtype, place, quantised=config.quantise == "int8", tokenizer=config.tokenizer)
 
 
-def make_training(config: TrainConfig, loaded: LoadedModel, initial: Steering | None = None) -> Training:
+def make_training(
+    config: TrainConfig, loaded: LoadedModel, initial: Steering | None = None, data: RunData | None = None
+) -> Training:
     """Build a run's parts.
 
     Args:
         config: the settings.
         loaded: the base model.
         initial: steering to start from, of the config's plan; by default it is initialised from the seed.
+        data: the training data, if it is read already.
 
     Raises:
         ValueError: a plan that does not fit the model, no data, an example longer than a row, or a mesh that cannot
             split the model or the rows.
     """
-    data, report = _read_data(config, loaded)
+    data, report = data or read_data(config, loaded)
     steps = config.steps or data.steps(config.epochs)
     program = make_program(config, loaded.config, loaded.base, steps=steps, mesh=mesh_of(config))
     plan, key = program.model.plan, jax.random.key(config.seed)
@@ -144,12 +150,17 @@ def make_training(config: TrainConfig, loaded: LoadedModel, initial: Steering | 
     base = jax.tree.map(jnp.copy, loaded.base) if config.train_base else loaded.base
     trained, frozen = partition(Params(base, steering), program.labels)
     trainable = count_parameters(trained.base) + count_trained(plan, steering, config.freeze)
-    if not trainable:
-        raise ValueError("nothing to train: every slot is frozen and train_base is off")
+    check_trains(program)
     state, frozen = program.begin(trained, jax.random.fold_in(key, 1)), program.place_frozen(frozen)
     total = count_parameters(loaded.base)
     training = Training(config, loaded, program, state, frozen, data, report, steps, trainable, total)
     return training if initial is None else training.starting_from(initial)
+
+
+def check_trains(program: Program) -> None:
+    """Raise ValueError if nothing trains."""
+    if not jax.tree.leaves(program.shapes[0].params):
+        raise ValueError("nothing to train: every slot is frozen and train_base is off")
 
 
 @contextmanager
@@ -161,10 +172,22 @@ def tokenising(total: int) -> Iterator[Callable[[int], None]]:
 
 def encoding_of(config: TrainConfig) -> Encoding:
     """How a run turns texts into tokens, whatever their length."""
-    return Encoding(chat=config.task.chat)
+    return Encoding(chat=config.task.chat, date=config.date, loss_on=config.loss_on)
 
 
-def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Report]:
+class RunData(NamedTuple):
+    """The training data of a run, and what tokenising it did."""
+
+    source: DataSource
+    report: Report
+
+
+def read_data(config: TrainConfig, loaded: LoadedModel) -> RunData:
+    """Read and tokenise a run's training data. Of the model, only config and tokenizer are used.
+
+    Raises:
+        ValueError: no data, or an example longer than a row.
+    """
     positions = loaded.config.max_length if loaded.config.learned_positions else config.sequence_length
     tokens, report = encode_cached(
         config.task.load("train"),
@@ -173,7 +196,7 @@ def _read_data(config: TrainConfig, loaded: LoadedModel) -> tuple[DataSource, Re
         cache_folder() / "tokens",
         watch=tokenising,
     )
-    return DataSource(tokens, config.batch_size, config.sequence_length, config.seed, config.pack), report
+    return RunData(DataSource(tokens, config.batch_size, config.sequence_length, config.seed, config.pack), report)
 
 
 def count_steps(config: TrainConfig, loaded: LoadedModel) -> int:
@@ -182,7 +205,7 @@ def count_steps(config: TrainConfig, loaded: LoadedModel) -> int:
     Raises:
         ValueError: no data, or an example longer than a row.
     """
-    return config.steps or _read_data(config, loaded)[0].steps(config.epochs)
+    return config.steps or read_data(config, loaded).source.steps(config.epochs)
 
 
 def step_batch(config: TrainConfig, data: DataSource, step: int, own: range | None = None) -> Batch:

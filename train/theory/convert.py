@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsteer.io import save_steering
+from jaxsteer.io import derived_notes, load_steering, save_steering
+from jaxsteer.io.files import Json
 from jaxsteer.models.transformer import Network
 from jaxsteer.theory import FitSettings, Means, distill, to_lora, to_steering
 from jaxsteer.theory.conversion import Form
@@ -74,7 +75,7 @@ class ConvertStudy(PairStudy):
                 converted = to_steering(tuned, base.network, prompts, settings, advance=tick)
                 steered, unexplained[form] = converted.network, np.asarray(converted.unexplained).tolist()
                 check(form, steered)
-                self._save(form, base, steered)
+                self._save(form, base, steered, by="to_steering", form=form, rank=self.rank, prompts=self.prompts)
             if self.lora:
                 converted = to_lora(steered, base.network, prompts, self.rank, self.lora_ridge, advance=tick)
                 unexplained["LoRA from the steering"] = np.asarray(converted.unexplained).tolist()
@@ -113,10 +114,13 @@ class ConvertStudy(PairStudy):
         distilled = distill(tuned, steered, prompts, self.distill_steps, self.distill_lr, advance=tick)
         check(f"{self.forms[-1]}, distilled", distilled.network)
         tick.note(f"distillation: KL on the prompts {distilled.before:.4f} before, {distilled.after:.4f} after")
-        self._save("distilled", base, distilled.network)
+        steps, rate = self.distill_steps, self.distill_lr
+        self._save("distilled", base, distilled.network, by="distill", form=self.forms[-1], steps=steps, lr=rate)
 
-    def _save(self, name: str, base: Base, network: Network) -> None:
+    def _save(self, name: str, base: Base, network: Network, *, by: str, **facts: Json) -> None:
+        """Write the steering, with notes on what it was made from and how."""
         path = Path(self.out) / f"{name}.safetensors"
+        origin = None if Path(self.tuned).is_dir() else load_steering(self.tuned)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_steering(
             path,
@@ -124,5 +128,6 @@ class ConvertStudy(PairStudy):
             network.model.plan,
             model_name=base.config.model,
             config=base.loaded.config,
-            notes={"converted_from": self.tuned},
+            notes=derived_notes(by, origin, **facts, tuned=self.tuned, data=base.config_file),
+            sample=base.loaded.sample,
         )

@@ -22,7 +22,7 @@ from jaxsteer.steering import fold_weights
 from jaxsteer.theory import Means, difference, means, measure, merged, written
 from jaxsteer.theory.compare import Where
 from jaxsteer.types import Batch, PyTree
-from train.base_models import load
+from train.base_models import check_loaded, load
 from train.cli import load_config_file
 from train.config import TrainConfig
 from train.data import DataSource, Encoding, TokenizedExample, encode, encode_prompts, pack, stack_rows
@@ -173,7 +173,7 @@ def read_steering(path: str, base: Base) -> SteeringFile:
         ValueError: the file cannot be read, or belongs to another model.
     """
     file = load_steering(path)
-    file.check(base.loaded.config)
+    check_loaded(file, base.loaded)
     return file
 
 

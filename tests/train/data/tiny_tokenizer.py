@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 CHATML = (
@@ -36,5 +36,38 @@ def tiny_tokenizer(
         )
     names = {"eos_token": eos} if eos else {}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.chat_template = template
+    return fast
+
+
+ZEPHYR = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + ' </s>' }}"
+    "{% else %}{{ '<s>[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+MARKS = ("first", "always", "prepend")
+"""How a SentencePiece tokenizer marks the beginning of a text: its first word, that of every part between special
+tokens, or the same by a normalizer, as in files converted for llama.cpp."""
+
+
+def sentencepiece_tokenizer(mark: str = "first", template: str = ZEPHYR) -> PreTrainedTokenizerFast:
+    """Characters with merges, bytes for others, `▁` for a space: ids 1 and 2 are <s> and </s>; <s> begins a text."""
+    specials = ["<unk>", "<s>", "</s>"]
+    merges = [("y", "e"), ("ye", "s"), ("▁", "y"), ("▁", "ye"), ("▁", "yes"), ("n", "o"), ("▁", "n"), ("▁", "no")]
+    letters = [*"▁abeinosty<>|[]/.?!ISTNTruxm", *(a + b for a, b in merges)]
+    pieces = dict.fromkeys([*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *letters])
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if mark == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=mark, split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.chat_template = template
     return fast
