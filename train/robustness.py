@@ -26,6 +26,7 @@ from train.base_models import check_base, find_base, load_steered, read_steered,
 from train.cli import find_task, load_config_file, run_main
 from train.config import TrainConfig
 from train.data import Example, TokenizedExample, stack_rows
+from train.data.text_files import read_text
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, fetch, is_first, join
@@ -157,7 +158,7 @@ def example_sets(config: RobustnessConfig, task: Task, transferred: Task | None)
 
 def measure(config: RobustnessConfig, evaluator: Evaluator, methods: Methods, sets: ExampleSets) -> list[Row]:
     """Evaluate every method on every set of examples and on the neutral text."""
-    texts = [line for line in Path(config.neutral).read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = [line for line in read_text(config.neutral).splitlines() if line.strip()]
     lines = []
     for name, (plan, steering) in methods.items():
         folder = Path(config.out) / name

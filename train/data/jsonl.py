@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from train.data.conversations import KNOWN, Conversation, read_conversation, string
 from train.data.examples import Example, Turn
-from train.data.fields import as_text, as_weight, is_missing, located
+from train.data.fields import EmptyText, as_text, as_weight, is_missing, located
 from train.data.text_files import json_lines
 
 Row = dict[str, Any]
@@ -184,7 +184,8 @@ def _plain_turns(row: Row, reading: Reading) -> tuple[Turn, ...]:
     keys = reading.keys
     for key in (keys.prompt, keys.completion) if reading.completions else (keys.prompt,):
         if key not in row:
-            raise ValueError(f"no key {key!r}, got {sorted(row)}; expected {_expected(keys)}")
+            kind = EmptyText if keys.prompt in row else ValueError
+            raise kind(f"no key {key!r}, got {sorted(row)}; expected {_expected(keys)}")
     turns = [Turn("prompt", reading.template.replace("{prompt}", string(row[keys.prompt], keys.prompt)))]
     if keys.completion in row:
         turns.append(Turn("completion", string(row[keys.completion], keys.completion)))
@@ -225,7 +226,7 @@ def describe(rows: Sequence[tuple[str, Row]], reading: Reading) -> list[str]:
     asked = "as messages" if reading.chat else "in the task's template"
     if not reading.chat and reading.template == "{prompt}":
         asked = "in the words of Alpaca's own prompt"
-    meaning = {
+    meaning: dict[Shape, str] = {
         "ShareGPT": f"ShareGPT conversations ({CONVERSATIONS})",
         "Alpaca": f"Alpaca instructions ({', '.join((*ALPACA, ALPACA_INPUT))}), asked {asked}",
         "text": f"plain texts ({keys.text}), learned as a whole",

@@ -19,8 +19,9 @@ def read_text(path: str | Path) -> str:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from None
-    for number, line in enumerate(raw.split(b"\n") if b"\0" in raw else (), 1):
-        refuse_nul(line, f"{path}:{number}")
+    if b"\0" in raw:
+        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
+        refuse_nul(raw, f"{path}:{line}")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -89,7 +89,8 @@ class HubTask:
             ValueError: a missing file, an unreachable hub, missing columns, or invalid values; says what to do.
         """
         questions = self.questions(split)
-        return make_all(questions, lambda question: question.example(), self.on_empty, f"{self.name} {split}")
+        label = f"{self.name} {split}"
+        return weighed(make_all(questions, lambda question: question.example(), self.on_empty, label), label)
 
     def questions(self, split: Split) -> list[SourcedQuestion]:
         """The questions of a split, before they are put into words; otherwise as `load`."""
@@ -169,6 +170,17 @@ def make_all(items: Sequence[Item], make: Callable[[Item], Made], on_empty: OnEm
     if items and not made:
         raise ValueError(f"{label}: every row has an empty or missing text")
     return made
+
+
+def weighed(examples: list[Example], label: str) -> list[Example]:
+    """The examples, unless the loss has nothing to learn from them.
+
+    Raises:
+        ValueError: every one has the weight 0; names the label.
+    """
+    if examples and not any(example.weight for example in examples):
+        raise ValueError(f"{label}: every example has weight 0 in the loss, so there is nothing to train on")
+    return examples
 
 
 def user_template(prompt: str) -> str:

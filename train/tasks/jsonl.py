@@ -10,7 +10,7 @@ from train.data import Example, Keys, Reading, Split
 from train.data.fields import EmptyText, show
 from train.data.jsonl import ALPACA_TEMPLATE, Row, describe, make_example, read_rows, shape_of
 from train.data.text_files import json_lines
-from train.tasks.hub import OnEmpty, check_on_empty, make_all
+from train.tasks.hub import OnEmpty, check_on_empty, make_all, weighed
 from train.tasks.notes import say_once
 from train.tasks.scoring import Rule, check_gold, check_max_new_tokens
 
@@ -80,7 +80,7 @@ class JsonlTask:
         examples = make_all(rows, lambda row: self._example(*row, scored, answered), self.on_empty, path)
         for note in describe(rows, self.reading):
             say_once(f"{path}: {note}")
-        return examples
+        return weighed(examples, path)
 
     def _example(self, source: str, row: Row, scored: bool, answered: bool) -> Example:
         """The example of a line; if `answered`, it must have an answer of its own, as other lines do."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from train.data import Example, Split
 from train.data.conversations import read_conversation
 from train.data.fields import EmptyText, as_text, as_weight, is_missing, located
-from train.tasks.hub import OnEmpty, check_on_empty, make_all, user_template
+from train.tasks.hub import OnEmpty, check_on_empty, make_all, user_template, weighed
 from train.tasks.notes import say_once
 from train.tasks.record import Row, fill, placeholders
 from train.tasks.rows import Rows, check_columns, read_file, read_hub
@@ -87,7 +87,7 @@ class TableTask:
         examples = make_all(rows, lambda row: self._checked(*row, split), self.on_empty, f"{split} examples")
         if unused := [column for column in (rows[0][1] if rows else ()) if column not in columns]:
             say_once(f"{name}: columns that are not used: {', '.join(map(repr, unused))}")
-        return examples
+        return weighed(examples, f"{split} examples")
 
     def _rows(self, name: str | None) -> Rows:
         if name is None:

@@ -2,10 +2,13 @@
 
 import json
 import math
+import sys
 
 import pytest
 from task_rows import ROWS
 
+from train import sft
+from train.cli import run_main
 from train.tasks import HubTask, JsonlTask, TableTask
 
 MISSING = [None, math.nan, math.inf, -math.inf, "", " \n"]
@@ -217,3 +220,27 @@ def test_an_empty_name_is_not_no_file(tmp_path):
     for task in (JsonlTask(path, path, ""), TableTask(path, path, ""), HubTask("gsm8k", path, path, test="")):
         with pytest.raises(ValueError, match=r"\.: "):
             task.load("test")
+
+
+def test_weights_that_leave_nothing_to_train_on(tmp_path):
+    path = write(tmp_path / "d.jsonl", [{**PLAIN, "weight": 0}, {**PLAIN, "weight": 0.0}])
+    for task in (JsonlTask(path), TableTask(path, weight="weight"), HubTask("gsm8k", train=path)):
+        if isinstance(task, HubTask):
+            write(tmp_path / "d.jsonl", [{**ROWS["gsm8k"][0], "weight": 0}])
+        with pytest.raises(ValueError, match="every example has weight 0 in the loss"):
+            task.load("train")
+
+
+def test_a_command_names_file_and_line(tiny_folder, tmp_path, monkeypatch, capsys):
+    path, out = tmp_path / "d.jsonl", tmp_path / "out"
+    options = ["--model", str(tiny_folder), "--task.train", str(path), "--out", str(out)]
+    good = '{"prompt": "a", "completion": "b"}\n'
+    for bad, message in (('{"prompt": "a\\ud83d", "completion": "b"}', "ud83d is half"), ("[" * 100_000, "nested too")):
+        path.write_text(good + bad)
+        monkeypatch.setattr(sys, "argv", ["sft", "jsonl", *options])
+        with pytest.raises(SystemExit) as ended:
+            run_main(sft.main)
+        said = " ".join(capsys.readouterr().err.replace("\n", "").split())
+        assert ended.value.code == 1
+        assert "d.jsonl:2:" in said.replace(" ", "")
+        assert message.replace(" ", "") in said.replace(" ", "")

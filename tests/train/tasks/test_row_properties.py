@@ -53,7 +53,7 @@ BYTES = [
     b"PAR1",
 ]
 BYTES += [b'{"prompt": ', b'"p", ', b'"completion": ', b'"c"}', b"[MAX 1 2 ]", b"\\ud83d"]
-few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def check(task, path, row):
@@ -91,7 +91,7 @@ def test_tables(tmp_path, row):
 
 
 @given(data=st.data(), name=st.sampled_from([*ROWS, "chat", *INSTRUCTIONS]))
-@settings(few, max_examples=100)
+@settings(few, max_examples=60)
 def test_named_tasks(tmp_path, data, name):
     good = (
         CHAT if name == "chat" else data.draw(st.sampled_from([ROWS[name][0], INSTRUCTIONS.get(name, ROWS[name])[0]]))
@@ -103,7 +103,7 @@ def test_named_tasks(tmp_path, data, name):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
 @given(content=st.lists(st.sampled_from(BYTES), max_size=9).map(b"".join))
-@settings(few, max_examples=40)
+@settings(few, max_examples=30)
 def test_bytes(tmp_path, suffix, content):
     path = tmp_path / f"d{suffix}"
     refusals = []
