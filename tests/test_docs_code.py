@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import pytest
 
-import train.base_models
 from jaxsteer.interventions import METHODS
 from jaxsteer.io import save_hf
 from jaxsteer.models.config import ModelConfig
@@ -82,7 +81,7 @@ def tiny_folder(tmp_path_factory):
 def tiny_model(monkeypatch, tiny_folder):
     """A tiny model in place of the one that the documentation fetches."""
     folder, config = tiny_folder
-    monkeypatch.setattr(train.base_models, "resolve_model", lambda name: folder)
+    monkeypatch.setattr("jaxsteer.io.source.fetch_named", lambda name: folder)
     return config
 
 
@@ -109,5 +108,5 @@ def test_the_steering_file_of_getting_started(run, tiny_model):
     plan = parse_plan(["nonlinear(rank=2) @ block"], tiny_model)
     steering = init_steering(plan, tiny_model, jax.random.key(0))
     path = Path("runs/quickstart/steering.safetensors")
-    save_steering(path, steering, plan, model_name="tiny", config=tiny_model)
+    save_steering(path, steering, plan, model_name="smollm2-135m-instruct", config=tiny_model)
     assert run("docs/getting_started.md", "First run").model.plan == plan

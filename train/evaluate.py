@@ -182,7 +182,7 @@ def main() -> None:
     for other in others.values():
         check_same_examples(keys_of(evaluator.prompts(examples)), [key_of(answer) for answer in other])
     beside = file.path.parent if file else Path("runs")
-    out = Path(config.out) if config.out else beside / "evaluation"
+    out = beside / "evaluation" if config.out is None else Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     answers = {
         name: evaluator.answer(examples, Params(None, tree), out / f"{name}.jsonl", title=f"Evaluating {name}")

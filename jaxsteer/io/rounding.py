@@ -99,6 +99,42 @@ def is_known(form: str) -> bool:
     return form in _ROUNDINGS
 
 
+PLAIN = ("F32", "F16", "BF16")
+"""Forms in which a converter finds weights, and through which it goes."""
+
+
+def is_rounding_of(coarse: np.ndarray, form: str, values: np.ndarray) -> bool:
+    """Whether a converter makes `coarse` of these very values, directly or through another of the PLAIN forms.
+
+    That is sharper than `may_be_one`, but does not hold of a model whose two forms were made from a third.
+
+    Args:
+        coarse: a block as it comes back from a block format [32].
+        form: that format, see `is_quantised`.
+        values: the same places in a plain form [32].
+    """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    def through(kind: str, values: np.ndarray) -> np.ndarray:
+        return dequantize(quantize(values, GGMLQuantizationType[kind]), GGMLQuantizationType[kind])
+
+    for plain in PLAIN:
+        master = values if plain == "F32" else through(plain, values).astype(np.float32)
+        again = through(form, master)
+        # A value in the middle of two steps may go either way, as compilers order the arithmetic differently.
+        off = np.abs(again - coarse)
+        tied = np.abs(master - (again + coarse) / 2) <= 0.02 * off
+        if np.all((off == 0) | tied):
+            return True
+    return False
+
+
+def is_quantised(form: str) -> bool:
+    """Whether a form is a block format whose rounding is known."""
+    return is_known(form) and form not in (*PLAIN, "F64")
+
+
 def may_be_one(one: np.ndarray, form: str, other: np.ndarray, other_form: str) -> bool:
     """Whether two blocks can be the same weights in two forms.
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from jaxsteer.io.files import Json
-from jaxsteer.io.rounding import BLOCK, is_known, may_be_one
+from jaxsteer.io.rounding import BLOCK, PLAIN, is_known, is_quantised, is_rounding_of, may_be_one
 from jaxsteer.io.stored import Index, Stored, read_part_of_leaf, transform_of, with_prefix
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families.table import ONE_ADDED, Family, Row
@@ -179,7 +179,7 @@ def compare_samples(here: WeightSample, there: WeightSample) -> Comparison:
     forms = f"stored as {_list(here.forms)} here, as {_list(there.forms)} there"
     if not pairs:
         return Comparison("undecided", "another version of jaxsteer sampled other places of the weights")
-    outcomes = [_compare_blocks(*pair) for pair in pairs]
+    outcomes = _outcomes(pairs)
     different = [one.leaf for (one, _), outcome in zip(pairs, outcomes, strict=True) if outcome == "different"]
     if different or (here.forms == there.forms and "unknown" not in outcomes):
         found = (
@@ -192,7 +192,24 @@ def compare_samples(here: WeightSample, there: WeightSample) -> Comparison:
     return Comparison("consistent", f"the weights are {forms}, and equal but for rounding")
 
 
-def _compare_blocks(one: Block, other: Block) -> Literal["alike", "different", "unknown"]:
+Outcome = Literal["alike", "different", "unknown"]
+
+MADE_FROM = 0.3
+"""Share of quantised blocks that must be exact roundings of the other file's for that file to be what they were made
+from: of two forms of a third file hardly any are, and a quarter at most where the other was made from the quantised."""
+
+
+def _outcomes(pairs: Sequence[tuple[Block, Block]]) -> list[Outcome]:
+    """Compare the blocks of each place, and judge by the sharper test where many pass it."""
+    outcomes = [_compare_blocks(*pair) for pair in pairs]
+    sharp = [_is_exact(*pair) for pair in pairs]
+    judged = [exact for exact in sharp if exact is not None]
+    if judged and sum(judged) > MADE_FROM * len(judged):
+        return ["different" if exact is False else outcome for exact, outcome in zip(sharp, outcomes, strict=True)]
+    return outcomes
+
+
+def _compare_blocks(one: Block, other: Block) -> Outcome:
     """Compare two blocks of one place."""
     if one.form == other.form and np.array_equal(one.values, other.values, equal_nan=True):
         return "alike"
@@ -201,6 +218,14 @@ def _compare_blocks(one: Block, other: Block) -> Literal["alike", "different", "
     if one.form == other.form:
         return "different"
     return "alike" if may_be_one(one.values, one.form, other.values, other.form) else "different"
+
+
+def _is_exact(one: Block, other: Block) -> bool | None:
+    """Whether one block is the exact rounding of the other; None if that is no question, or says nothing."""
+    coarse, fine = (one, other) if is_quantised(one.form) else (other, one)
+    if not is_quantised(coarse.form) or fine.form not in PLAIN or np.ptp(fine.values) == 0:
+        return None
+    return is_rounding_of(coarse.values, coarse.form, fine.values)
 
 
 def _list(forms: Mapping[str, int]) -> str:

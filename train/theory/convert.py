@@ -16,7 +16,7 @@ from jaxsteer.theory.conversion import Form
 from jaxsteer.types import Batch
 from train.display.plots import plot_by_layer
 from train.theory.study import Data, PairStudy, Row, Ticker, ticking
-from train.theory.subjects import Base, comparison_rows, count_examples, judge, with_recovered
+from train.theory.subjects import Base, comparison_rows, count_examples, in_run, judge, with_recovered
 
 Check = Callable[[str, Network], None]
 """Compares a named network with the fine-tuned one."""
@@ -120,7 +120,8 @@ class ConvertStudy(PairStudy):
     def _save(self, name: str, base: Base, network: Network, *, by: str, **facts: Json) -> None:
         """Write the steering, with notes on what it was made from and how."""
         path = Path(self.out) / f"{name}.safetensors"
-        origin = None if Path(self.tuned).is_dir() else load_steering(self.tuned)
+        tuned = in_run(self.tuned)
+        origin = None if tuned.is_dir() else load_steering(tuned)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_steering(
             path,

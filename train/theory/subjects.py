@@ -23,7 +23,7 @@ from jaxsteer.steering import fold_weights
 from jaxsteer.theory import Means, difference, means, measure, merged, written
 from jaxsteer.theory.compare import Where
 from jaxsteer.types import Batch, PyTree
-from train.base_models import check_loaded, load, resolve_model
+from train.base_models import STEERING, check_loaded, load, resolve_model
 from train.cli import load_config_file
 from train.config import TrainConfig
 from train.data import DataSource, Encoding, TokenizedExample, encode, encode_prompts, pack, stack_rows
@@ -113,16 +113,17 @@ def read_tuned(path: str, base: Base) -> Network:
     """Load a fine-tuned model; weight methods such as LoRA are merged, other slots stay steering.
 
     Args:
-        path: a steering file (*.safetensors), or the folder of a fully fine-tuned model.
+        path: a steering file (*.safetensors), the folder of a run that has one, or of a fully fine-tuned model.
         base: the model that was fine-tuned.
 
     Raises:
         ValueError: there is no such fine-tuning, or it belongs to another model.
     """
     config = base.loaded.config
-    if _existing(path, base).is_dir():
+    place = _existing(path, base)
+    if place.is_dir():
         return Network(Model(config=config), load(path, "float32").base, {})
-    file = read_steering(path, base)
+    file = read_steering(str(place), base)
     weights, plan, steering = fold_weights(file.plan, base.loaded.base, file.steering)
     return Network(Model(config=config, plan=plan), weights, steering)
 
@@ -150,7 +151,7 @@ def read_update(path: str, base: Base) -> Update:
     what its methods write with (see `jaxsteer.theory.written`); in a fully fine-tuned model every weight changes.
 
     Args:
-        path: a steering file (*.safetensors), or the folder of a fully fine-tuned model.
+        path: a steering file (*.safetensors), the folder of a run that has one, or of a fully fine-tuned model.
         base: the model that was fine-tuned.
 
     Raises:
@@ -161,7 +162,7 @@ def read_update(path: str, base: Base) -> Update:
     name = place.parent.name if place.is_file() or place.name == "model" else place.name
     if place.is_dir():
         return Update(name, plain, at, difference(Params(load(path, "float32").base, {}), at))
-    file = read_steering(path, base)
+    file = read_steering(str(place), base)
     if all(slot.method.kind == "weight" for slot in file.plan):
         return Update(name, plain, at, merged(file.plan, weights, file.steering))
     model = Model(config=base.loaded.config, plan=file.plan)
@@ -185,7 +186,13 @@ def _existing(path: str, base: Base) -> Path:
             f"{path}: no such fine-tuning; make it first: python -m train.sft {base.config_file} "
             "(`python -m train.theory --help` shows the commands for the fine-tunings of docs/theory.md)"
         )
-    return Path(path)
+    return in_run(path)
+
+
+def in_run(path: str) -> Path:
+    """The steering file in a run's folder; any other path as it is."""
+    inside = Path(path) / STEERING
+    return inside if inside.is_file() else Path(path)
 
 
 def _stacked(tokens: Sequence[TokenizedExample], batch_size: int, sequence_length: int) -> list[Batch]:
