@@ -99,6 +99,8 @@ def _config_of(path: Path) -> Any:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "config") and path.suffix != ".py":  # one line of JSON is Python too
+            raise ValueError("no config")
         return module.config() if hasattr(module, "config") else None
     except Exception as error:
         raise ValueError(_in_config(path, error)) from None
@@ -195,7 +197,8 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a command, and end the process as a user expects whatever happens.
 
     An error that the user can fix is printed as one sentence on stderr, with exit status 1. A bug of jaxsteer's own is
-    named as one: its traceback goes to a file, with exit status 70. Ctrl-C ends with 130, see `train.devices.interrupts`.
+    named as one: its traceback goes to a file, with exit status 70. Ctrl-C ends with 130, see
+    `train.devices.interrupts`.
     """
     make_printable()
     with interrupts.handling():

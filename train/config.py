@@ -97,11 +97,16 @@ class TrainConfig:
     """How the processes of a multi-host run find each other."""
     evaluate_every: int = changeable(0)
     """Steps between evaluations on the validation split; 0: none during training."""
-    select_by: Metric = changeable("accuracy")  # noqa: RUF009
-    """What evaluations measure, to choose the best checkpoint and for early stopping: accuracy (answers are generated),
-    or validation_loss (cross-entropy of the reference completions; nothing is generated)."""
+    select_by: Metric | Literal["auto"] = changeable("auto")  # noqa: RUF009
+    """What chooses the best checkpoint, and what early stopping looks at: accuracy (of generated answers), or
+    validation_loss (of the reference completions). auto: accuracy if answers can be right or wrong, validation_loss for
+    free text."""
     patience: int = operational(0)
     """Stop after this many consecutive evaluations without improvement, and keep the best checkpoint. 0: never."""
+    validation_share: float = 0.0
+    """Share of the training examples to hold out as validation examples, for a task that has none."""
+    show_answers: int = operational(3)
+    """Number of validation questions whose answers are printed at each evaluation; 0: none."""
     validation_examples: int = changeable(128)
     """Maximum number of validation examples."""
     test_examples: int = changeable(512)
@@ -139,9 +144,11 @@ class TrainConfig:
         for name in ("batch_size", "sequence_length", "grad_accumulation", "eval_batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("validation_examples", "test_examples"):
+        for name in ("validation_examples", "test_examples", "evaluate_every", "show_answers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"config: {name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"config: validation_share must be from 0 to below 1, got {self.validation_share}")
         if self.quantise != "none" and self.train_base:
             raise ValueError("config: an int8 base cannot be trained itself; use train_base without quantise")
         if self.batch_size % self.grad_accumulation:

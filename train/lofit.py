@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxsteer.io import load_config, load_steering
+from jaxsteer.io.files import read_json
 from jaxsteer.params import Params
 from jaxsteer.types import Steering
-from train.base_models import resolve_model
+from train.base_models import describe, resolve_model
 from train.cli import Run, from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
-from train.devices.placement import place_on
-from train.devices.processes import fetch, join
-from train.run.folder import RunFolder, open_run
-from train.run.lofit import check_heads, lofit
+from train.devices.processes import fetch, join, on_first
+from train.run.folder import RunFolder, check_run, locked, open_run, read_inputs
+from train.run.lofit import SHARE, check_heads, lofit, split_steps
 from train.run.result import Result, print_result
-from train.run.training import count_steps, load_base_model
+from train.run.start import changes_for, filled, prepare
+from train.run.training import count_steps, encoding_of
 from train.sft import train
 
 
@@ -35,7 +36,7 @@ class LofitConfig:
     """The settings of both stages; their steps (or epochs) are shared."""
     heads: int = 32
     """Number of attention heads, over all layers, that get a vector."""
-    share: float = 0.4
+    share: float = SHARE
     """Share of the steps for the first stage."""
 
 
@@ -49,7 +50,7 @@ class Stopped(Exception):
     """A run was asked to stop; it has saved a checkpoint."""
 
 
-def train_lofit(config: TrainConfig, heads: int, share: float = 0.4) -> Result | None:
+def train_lofit(config: TrainConfig, heads: int, share: float = SHARE) -> Result | None:
     """Carry out both runs; None if one was asked to stop early.
 
     Args:
@@ -58,16 +59,39 @@ def train_lofit(config: TrainConfig, heads: int, share: float = 0.4) -> Result |
         share: share of the steps for the first run.
 
     Raises:
-        ValueError: bad settings or data; more heads than the model has; a first run with other settings.
+        ValueError: bad settings or data; more heads than the model has; a first run with other settings or data.
     """
+    if config.start_from is not None or config.extend:
+        raise ValueError("lofit: start_from and extend have no effect: its two stages begin and end in a fixed way")
     check_heads(load_config(resolve_model(config.model)), heads)
-    place = place_on(config.mesh, config.microbatch).base
-    steps = config.steps or count_steps(config, load_base_model(config, place))
+    whole = RunFolder(Path(config.out))
+    with locked(whole.folder):
+        config = _open(config, whole, heads, share)
+        return _both_stages(config, heads, share)
+
+
+def _open(config: TrainConfig, whole: RunFolder, heads: int, share: float) -> TrainConfig:
+    """Start or resume the folder of both stages. Returns the settings with number of steps and day filled in."""
+    resume = config.resume or (config.auto_resume and whole.begun)
+    stored = on_first(lambda: read_json(whole.config) if whole.config.exists() and resume else {})
+    config = filled(config, stored.get("run"))
+    model = describe(config.model, config.dtype, tokenizer=config.tokenizer)
+    config = replace(config, date=encoding_of(config).dated(model.require_tokenizer()).date)
+    settings = {"run": config.to_json(), "heads": heads, "share": share}
+    on_first(lambda: check_run(whole.folder, settings, resume=resume) and None)
+    steps = config.steps or count_steps(config, model)
+    split_steps(steps, share)
+    on_first(lambda: open_run(whole.folder, settings, resume=resume) and None)
+    return replace(config, steps=steps)
+
+
+def _both_stages(config: TrainConfig, heads: int, share: float) -> Result | None:
+    assert config.steps is not None
 
     def fit(stage: str, own: TrainConfig, initial: Sequence[Steering] | None) -> list[Result | Scaled]:
         folder = RunFolder(Path(config.out) / stage)
         if stage == "scale" and folder.summary.exists():
-            open_run(folder.folder, own.to_json(), resume=True)  # refuses one with other settings
+            _check_finished(own, folder)
             return [Scaled(Params(None, load_steering(folder.steering).steering))]
         resume = config.resume or config.auto_resume  # the second run may not have started yet
         settings = replace(own, out=str(folder.folder), resume=False, auto_resume=resume)
@@ -77,10 +101,21 @@ def train_lofit(config: TrainConfig, heads: int, share: float = 0.4) -> Result |
         return [Scaled(Params(None, fetch(result.params.steering))) if stage == "scale" else result]
 
     try:
-        (result,) = lofit(fit, replace(config, steps=steps), steps, heads=heads, share=share)
+        (result,) = lofit(fit, config, config.steps, heads=heads, share=share)
     except Stopped:
         return None
     return result
+
+
+def _check_finished(config: TrainConfig, folder: RunFolder) -> None:
+    """Refuse a finished first stage that had other settings or data."""
+    prepared = prepare(config, on_first(lambda: read_json(folder.config)), on_first(lambda: read_inputs(folder)))
+    changes = changes_for(config)
+    on_first(
+        lambda: (
+            open_run(folder.folder, prepared.settings, resume=True, inputs=prepared.inputs, changes=changes) and None
+        )
+    )
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from train.devices.interrupts import Interrupted
 from train.devices.machine import device_summary, enable_compilation_cache
 from train.devices.processes import join, on_first
 from train.display.console import get_console, print_facts
-from train.run.checkpoints import local_folder
+from train.run.checkpoints import check_reachable, local_folder
 from train.run.folder import RunFolder, check_run, locked, note_model, open_run, read_inputs, starting, steps_done
 from train.run.inputs import check_inputs
 from train.run.log import RunLog
@@ -35,6 +35,7 @@ from train.run.saver import Saver
 from train.run.start import Prepared, changes_for, check_start, filled, load_training, prepare
 from train.run.trackers import check_trackers
 from train.run.training import Training, to_floats
+from train.run.validation import answers_tests
 from train.run.watch import EarlyStopping, NonfiniteGuard
 from train.tasks.scoring import BEST
 
@@ -86,9 +87,11 @@ def _train(prepared: Prepared, run: RunFolder, initial: Steering | None, *, resu
         with RunLog(config, run, training, start, resumed=resumed) as log:
             # ---- before
             with enough_memory(config, "evaluation"):
-                before = evaluator.answer(
-                    "test", training.untouched(), run.answers_before, title="Evaluating before", reuse=True
-                )
+                before = None
+                if answers_tests(config, prepared.splits):
+                    before = evaluator.answer(
+                        "test", training.untouched(), run.answers_before, title="Evaluating before", reuse=True
+                    )
                 if start == 0 and config.evaluate_every:
                     log.evaluation(0, evaluator.validate(training.untouched()))
 
@@ -108,11 +111,10 @@ def _train(prepared: Prepared, run: RunFolder, initial: Steering | None, *, resu
                 # ---- evaluation and checkpoint
                 improved = False
                 if _evaluation_due(config, done, training.steps):
-                    results = evaluator.validate(training.answering(state))
-                    log.evaluation(done, results)
-                    if results:
-                        values |= results
-                        improved = early.update(results[config.select_by])
+                    validation = evaluator.validate(training.answering(state))
+                    log.evaluation(done, validation)
+                    values |= validation.results
+                    improved = early.update(validation.results[config.select_by])
                 asked = stop.requested(done)
                 if saver.due(done) or asked or early.should_stop or (improved and config.patience):
                     saver.save(done, state, values)
@@ -154,6 +156,8 @@ def _claim(config: TrainConfig, held: ExitStack) -> tuple[RunFolder, dict[str, A
     run = RunFolder(Path(config.out))
 
     def claim() -> dict[str, Any] | None:
+        if config.checkpoints is not None:
+            check_reachable(config.checkpoints)
         held.enter_context(locked(run.folder))
         if config.checkpoints is not None and (elsewhere := local_folder(config.checkpoints)) is not None:
             held.enter_context(locked(elsewhere))
@@ -172,7 +176,7 @@ def _stored(config: TrainConfig, run: RunFolder) -> tuple[dict[str, Any] | None,
 
 def _open(prepared: Prepared, run: RunFolder, *, resume: bool) -> None:
     """Write what the run is into its folder, or compare it with what the folder says."""
-    settings, changes = prepared.config.to_json(), changes_for(prepared.config)
+    settings, changes = prepared.settings, changes_for(prepared.config)
 
     def open_it() -> None:
         if resume and (done := steps_done(run)) > prepared.steps:
@@ -219,8 +223,8 @@ def preview(config: TrainConfig) -> None:
     stored, resume = _stored(config, run)
     check_run(run.folder, filled(config, stored).to_json(), resume=resume, changes=changes_for(config))
     prepared = prepare(config, stored, read_inputs(run))
-    if resume:
-        check_inputs(run.folder, read_inputs(run), prepared.inputs, new_data=config.new_data)
+    if resume and not config.new_data:
+        check_inputs(run.folder, read_inputs(run), prepared.inputs)
     enable_compilation_cache()
     print_facts(
         {"device": device_summary(), "model": f"{config.model}, {count_parameters(prepared.model.base):,} parameters"}

@@ -3,11 +3,13 @@
 import json
 import os
 import pickle
+import platform
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from jaxsteer.io import load_steering
 from train.config import TrainConfig
 from train.data import DataSource, TokenizedExample
 from train.devices import processes as distributed
+from train.devices import rendezvous
 from train.devices.placement import MeshConfig
 from train.devices.processes import DistributedConfig
 from train.run.metrics import read_metrics
@@ -27,7 +30,7 @@ from train.sft import train
 from train.tasks import JsonlTask
 
 ROOT = Path(__file__).parents[2]
-DEAD_AFTER = 10
+DEAD_AFTER = 20
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +288,99 @@ def test_a_coordinator_that_does_not_answer(monkeypatch):
         raise RuntimeError("DEADLINE_EXCEEDED")
 
     monkeypatch.setattr("jax.distributed.initialize", refuse)
+    monkeypatch.setattr(distributed, "meet", lambda party, patience: None)
     with pytest.raises(ValueError, match=r"could not join the others at nowhere:1 \(DEADLINE_EXCEEDED\)"):
         distributed.join(DistributedConfig(coordinator="nowhere:1", processes=2, process=0), {})
     distributed.join(DistributedConfig(join="no", coordinator="nowhere:1", processes=2, process=0), {})
     distributed.join(DistributedConfig(), {})
+
+
+# ---- processes that never come
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def gathering(port, processes, number, seconds=20.0):
+    """A process that goes to the meeting in a thread; gives what it says, and how it ends."""
+    said, ended = [], []
+
+    def go():
+        party = rendezvous.party_of(f"localhost:{port}", processes[number], number)
+        try:
+            rendezvous.meet(party, rendezvous.Patience(seconds, said.append))
+            ended.append("met")
+        except ValueError as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    return thread, said, ended
+
+
+def gathered(*processes):
+    for thread, _, _ in processes:
+        thread.join(30)
+    return [ended[0] for _, _, ended in processes]
+
+
+def test_processes_meet_whichever_comes_first(monkeypatch):
+    for order in ((0, 1, 2), (2, 1, 0)):
+        port = free_port()
+        assert gathered(*(gathering(port, [3] * 3, number) for number in order)) == ["met"] * 3
+
+
+def test_a_process_that_never_comes_is_named_by_all(monkeypatch):
+    monkeypatch.setattr(rendezvous, "NOTICE_SECONDS", 0.1)
+    port = free_port()
+    there = [gathering(port, [3] * 3, number, seconds) for number, seconds in ((0, 0.8), (1, 5.0))]
+    first, other = gathered(*there)
+    node = platform.node()
+    assert f"waits for 1 of 3 processes: 2; there are 1 on {node}. Given up after 1 s" in first
+    assert "process 0 has given up" in other
+    assert "waits for 1 of 3 processes: 2;" in there[0][1][-1]
+    (alone,) = gathered(gathering(free_port(), [3] * 3, 2, 0.3))
+    assert "process 2 waits for process 0 at localhost:" in alone
+    assert "Connection refused. Given up" in alone
+
+
+def test_processes_that_disagree_are_told(monkeypatch):
+    port = free_port()
+    first, other = gathered(gathering(port, [2, 3, 3], 0), gathering(port, [2, 3, 3], 2))
+    assert "process 2 on" in first
+    assert "--distributed.processes 3, process 0 with 2" in first
+    assert "--distributed.processes 2" in other
+    port = free_port()
+    twins = [gathering(port, [3] * 3, 1) for _ in range(2)]
+    outcomes = gathered(gathering(port, [3] * 3, 0), *twins)
+    assert "two processes say --distributed.process 1" in outcomes[0]
+    assert "met" not in outcomes
+
+
+def test_a_stranger_at_the_door_changes_nothing():
+    port = free_port()
+    first = gathering(port, [2] * 2, 0)
+    time.sleep(0.2)
+    with socket.create_connection(("localhost", port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert gathered(first, gathering(port, [2] * 2, 1)) == ["met"] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"coordinator": "localhost"}, "'localhost', need host:port"),
+        ({"coordinator": "localhost:http"}, "need host:port"),
+        ({"coordinator": "a:70000"}, "need host:port"),
+        ({"processes": 0}, "--distributed.processes 0: need at least 1"),
+        ({"process": 2}, "--distributed.process 2: need 0 to 1"),
+        ({"process": -1}, "--distributed.process -1: need 0 to 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_at_once(settings, message):
+    given = {"coordinator": "localhost:1234", "processes": 2, "process": 0} | settings
+    with pytest.raises(ValueError, match=message):
+        distributed.join(DistributedConfig(**given), {})

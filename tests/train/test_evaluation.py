@@ -102,7 +102,7 @@ def test_a_split_is_read_and_tokenised_once(loaded, steered, tiny_data, monkeypa
     monkeypatch.setattr(JsonlTask, "load", lambda self, split: (reads.append(split), load(self, split))[1])
     evaluator = evaluator_of(loaded, plan, task=task, limits={"validation": 6, "test": 0})
     first = evaluator.validate(Params(None, steering))
-    assert set(first) == {"accuracy", "low", "high"}
+    assert set(first.results) == {"validation_loss", "perplexity", "token_accuracy", "accuracy", "low", "high"}
     assert evaluator.validate(Params(None, steering)) == first
     assert len(evaluator.answer("validation", Params(None, steering))) == 6
     assert evaluator.answer("test", Params(None, steering)) == []
@@ -123,9 +123,14 @@ def test_the_validation_loss_is_that_of_training(loaded, steered, tiny_data):
     batch = jax.tree.map(jax.numpy.asarray, stack_rows([[row] for row in rows], 8))
     for base in (None, jax.tree.map(lambda leaf: leaf * 0.5, loaded.base)):
         whole = loaded.base if base is None else base
-        want = loss_of(Model(loaded.config, plan), whole, steering, batch)
-        got = evaluator.validate(Params(base, steering))
+        model = Model(loaded.config, plan)
+        want = loss_of(model, whole, steering, batch)
+        got = evaluator.validate(Params(base, steering)).results
         np.testing.assert_allclose(got["validation_loss"], want, rtol=1e-5)
+        np.testing.assert_allclose(got["perplexity"], np.exp(want), rtol=1e-5)
+        logits = np.asarray(forward(model, whole, steering, batch).hidden) @ np.asarray(whole["embed"]["embedding"]).T
+        right = logits[:, :-1].argmax(-1) == np.asarray(batch.tokens)[:, 1:]
+        assert got["token_accuracy"] == right[np.asarray(batch.weights)[:, 1:] > 0].mean()
 
 
 whole_text = jax.jit(forward, static_argnums=0)

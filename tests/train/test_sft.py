@@ -20,8 +20,9 @@ from jaxsteer.io import load_model, load_steering
 from jaxsteer.optim import OptimConfig
 from train.cli import from_command_line, load_config_file, run_main
 from train.config import TrainConfig
-from train.evaluation.evaluator import Evaluator
+from train.evaluation.evaluator import Evaluator, Validation
 from train.evaluation.journal import FileJournal
+from train.evaluation.loss import Loss
 from train.run import training as setup
 from train.run.metrics import read_metrics
 from train.run.watch import EarlyStopping
@@ -84,8 +85,16 @@ def test_a_run_leaves_what_it_promises(config, finished):
     summary = json.loads(run.summary.read_text())
     assert set(summary) == {
         "accuracy_before", "accuracy_after", "trainable_parameters", "trainable_share", "seconds",
-        "tokens_per_second", "peak_memory_bytes",
+        "tokens_per_second", "peak_memory_bytes", "validation",
     }  # fmt: skip
+    evaluated = {row["step"]: row for row in rows if "validation_loss" in row}
+    for stage, step in (("before", 0), ("after", 12)):
+        figures, row = summary["validation"][stage], evaluated[step]
+        assert (figures["loss"], figures["accuracy"]) == (row["validation_loss"], row["accuracy"])
+        assert row["perplexity"] == pytest.approx(np.exp(row["validation_loss"]))
+        assert 0 <= row["token_accuracy"] <= 1
+    shown = read_metrics(run.answers_during)
+    assert [row["step"] for row in shown] == [0] * 3 + [6] * 3 + [12] * 3
     low, high = summary["accuracy_after"]["interval"]
     assert 0 <= low <= summary["accuracy_after"]["value"] <= high <= 1
     assert run.plot.stat().st_size > 10_000
@@ -103,7 +112,8 @@ def test_patience_ends_a_run_and_keeps_the_best(config, monkeypatch):
 
     def validate(self, params):
         seen.append(jax.device_get(params.steering))
-        return {"accuracy": next(rates) / 10, "low": 0.0, "high": 1.0}
+        loss = {"validation_loss": 1.0, "perplexity": np.e, "token_accuracy": 0.5}
+        return Validation({**loss, "accuracy": next(rates) / 10, "low": 0.0, "high": 1.0}, [])
 
     monkeypatch.setattr(Evaluator, "validate", validate)
     ended = train(replace(config, evaluate_every=2, patience=2, test_examples=0, checkpoint_every=100))
@@ -137,15 +147,34 @@ def test_the_validation_loss_selects_and_stops(config, monkeypatch):
 
     def loss(self, split, params):
         seen.append(jax.device_get(params.steering))
-        return next(losses)
+        return Loss(next(losses), 0.5, 100)
 
     monkeypatch.setattr(Evaluator, "loss", loss)
     monkeypatch.setattr(Evaluator, "_ask", lambda *rest: pytest.fail("an answer was generated"))
-    ended = train(replace(config, select_by="validation_loss", evaluate_every=1, patience=2, test_examples=0))
+    config = replace(config, select_by="validation_loss", evaluate_every=1, patience=2, show_answers=0)
+    ended = train(replace(config, test_examples=0))
     rows = [row for row in read_metrics(ended.run.metrics) if "validation_loss" in row]
     assert [(row["step"], row["validation_loss"]) for row in rows] == [(0, 3.0), (1, 2.0), (2, 2.5), (3, 2.2)]
     for kept, best in zip(leaves(ended.run.steering), jax.tree.leaves(seen[1]), strict=True):
         np.testing.assert_array_equal(kept, best)
+
+
+def test_free_text_has_a_signal_without_validation_data(config, tmp_path, capsys):
+    """The loss on examples held out decides; a few answers are shown, none is marked."""
+    path = tmp_path / "free.jsonl"
+    rows = [{"prompt": f"{i}", "completion": "so it goes on and on"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = JsonlTask(str(path), max_new_tokens=2)
+    ended = train(replace(config, task=task, validation_share=0.1, show_answers=1, patience=2))
+    losses = {row["step"]: row["validation_loss"] for row in read_metrics(ended.run.metrics) if "token_accuracy" in row}
+    assert list(losses) == [0, 6, 12]
+    assert losses[12] < losses[6] < losses[0]
+    summary = json.loads(ended.run.summary.read_text())
+    assert summary["validation"]["after"]["loss"] == losses[12]
+    assert summary["test"]["after"]["loss"] == pytest.approx(losses[12], rel=1e-5)  # the same examples
+    assert summary["accuracy_after"] is None
+    assert [row["step"] for row in read_metrics(ended.run.answers_during)] == [0, 6, 12]
+    assert f"step 12: validation loss {losses[12]:.4f} (perplexity" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -289,7 +318,7 @@ def test_bad_settings_are_named_before_anything_is_trained(config, changes, mess
     assert not (Path(config.out) / "metrics.jsonl").exists()
 
 
-def test_bad_data_is_named(config, tmp_path):
+def test_bad_data_is_named(bare, tmp_path):
     path = tmp_path / "bad.jsonl"
     for text, message in (
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', r"bad.jsonl:2"),
@@ -298,7 +327,7 @@ def test_bad_data_is_named(config, tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            train(replace(config, task=JsonlTask(str(path)), out=str(tmp_path / f"run{len(text)}")))
+            train(replace(bare, task=JsonlTask(str(path)), out=str(tmp_path / f"run{len(text)}")))
 
 
 def test_long_examples_are_dropped_only_when_asked_and_then_reported(bare, tmp_path, capsys):

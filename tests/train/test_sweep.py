@@ -113,7 +113,7 @@ def test_the_lofit_command_resumes(config, tmp_path):
     first = (tmp_path / "run/scale/metrics.jsonl").read_text()
     assert len([line for line in first.splitlines() if '"loss"' in line]) == 2
     assert int(np.sum(result.params.steering["lofit"]["attn.heads"]["selected"])) == 3
-    with pytest.raises(ValueError, match=r"scale: holds a run with other settings: seed is 0 there, 1 here"):
+    with pytest.raises(ValueError, match=r"run: holds a run with other settings: run.seed is 0 there, 1 here"):
         train_lofit(replace(config, resume=True, seed=1), heads=3)
     again = train_lofit(replace(config, resume=True), heads=3)
     assert (tmp_path / "run/scale/metrics.jsonl").read_text() == first

@@ -15,8 +15,11 @@ from typing import cast
 import tyro
 from rich.console import Console
 
+from jaxsteer.io import LoadedModel
 from jaxsteer.io.files import read_json, write_json
-from train.cli import load_config_file, run_main
+from train.base_models import describe
+from train.cli import load_config_file, print_settings, run_main
+from train.compare.check import check_comparison
 from train.compare.config import CompareConfig, Entry
 from train.compare.records import MethodResult, Results, RunRecord, Timing
 from train.compare.report import write_report
@@ -24,26 +27,42 @@ from train.compare.runs import Comparison, search
 from train.compare.timing import measure
 from train.devices.machine import device_summary, enable_compilation_cache
 from train.display.console import Bar, print_facts, progress
-from train.run.folder import RunFolder, locked, open_run
-from train.run.training import count_steps, load_base_model
+from train.run.folder import RunFolder, check_run, locked, note_model, open_run, starting
+from train.run.start import filled
+from train.run.training import encoding_of, load_base_model
 
 
 def compare(config: CompareConfig) -> Results:
     """Run a comparison, or continue it, and return what results.json holds.
 
     Raises:
-        ValueError: settings that cannot be compared, or a folder that holds another comparison.
+        ValueError: settings that cannot be compared, or a folder that holds another comparison, or one on other data.
     """
     enable_compilation_cache()
-    with locked(config.out):
-        run = open_run(config.out, config.to_json(), resume=Path(config.out, "config.json").exists())
-        return _compare(config, run)
+    run = RunFolder(Path(config.out))
+    with locked(config.out), starting(run):
+        resume = run.config.exists()
+        config = replace(config, base=filled(config.base, read_json(run.config)["base"] if resume else None))
+        base = config.base
+        model = describe(base.model, base.dtype, quantised=base.quantise == "int8", tokenizer=base.tokenizer)
+        config = _completed(config, model)
+        check_run(config.out, config.to_json(), resume=resume)
+        inputs, steps = check_comparison(config, model)
+        open_run(config.out, config.to_json(), resume=resume, inputs=inputs)
+        loaded = load_base_model(config.base)
+        if loaded.sample is not None:
+            note_model(run, loaded.sample.digest)
+        return _compare(replace(config, base=replace(config.base, steps=steps)), run, loaded)
 
 
-def _compare(config: CompareConfig, run: RunFolder) -> Results:
-    loaded = load_base_model(config.base)
-    base = replace(config.base, steps=count_steps(config.base, loaded))
-    config = replace(config, base=base)
+def _completed(config: CompareConfig, model: LoadedModel) -> CompareConfig:
+    """The settings with the day filled in that a chat template writes into the prompts."""
+    encoding = encoding_of(config.base).dated(model.require_tokenizer())
+    return replace(config, base=replace(config.base, date=encoding.date))
+
+
+def _compare(config: CompareConfig, run: RunFolder, loaded: LoadedModel) -> Results:
+    base = config.base
     print_facts(
         {
             "device": device_summary(),
@@ -95,6 +114,8 @@ class _Counter:
 def main() -> None:
     """Run a comparison and print its table."""
     argv, default = sys.argv[1:], CompareConfig()
+    if print_only := "--print-config" in argv:
+        argv.remove("--print-config")
     if argv and not argv[0].startswith("-"):
         default, argv = load_config_file(argv[0], CompareConfig), argv[1:]
     config = tyro.cli(
@@ -104,6 +125,8 @@ def main() -> None:
         args=argv,
         default=default,
     )
+    if print_only:
+        print_settings(config)
     if not config.entries:
         raise ValueError("nothing to compare: give a config file first, e.g. configs/compare_listops.py")
     results = compare(config)

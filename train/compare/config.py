@@ -58,11 +58,15 @@ IGNORED = (
     "distributed",
     "evaluate_every",
     "select_by",
+    "show_answers",
     "patience",
     "nonfinite",
     "track",
     "profile",
     "checkpoints",
+    "start_from",
+    "extend",
+    "new_data",
 )
 """Settings of a run that a comparison has no use for: its runs train together on one device, without checkpoints."""
 

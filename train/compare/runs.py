@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, cast, get_args
+from typing import Protocol, cast
 
 from jaxsteer.io import LoadedModel, load_steering, save_steering
 from jaxsteer.io.files import read_json, write_json
@@ -14,13 +14,12 @@ from jaxsteer.models.transformer import Model
 from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.params import Params
 from jaxsteer.types import Plan, Steering
+from train.compare.check import evaluator_of
 from train.compare.config import CompareConfig, Entry
 from train.compare.records import RunRecord
 from train.compare.sweep import Run, Trained, train_runs
 from train.config import TrainConfig
-from train.devices.placement import Placement
-from train.evaluation.evaluator import Evaluator
-from train.run.lofit import check_heads, lofit
+from train.run.lofit import lofit
 from train.run.result import notes_of
 from train.tasks import Split
 
@@ -37,20 +36,7 @@ class Comparison:
     def __init__(self, config: CompareConfig, loaded: LoadedModel, advance: Callable[[int], None]) -> None:
         self.config, self.loaded, self.advance = config, loaded, advance
         self.folder = Path(config.out) / "runs"
-        self.evaluator = Evaluator(
-            model=Model(loaded.config),
-            loaded=loaded,
-            task=config.base.task,
-            placement=Placement(None),
-            eval_batch_size=config.base.eval_batch_size,
-            limits={"validation": config.base.validation_examples, "test": config.base.test_examples},
-        )
-        for split in get_args(Split):
-            if split != "train" and not self.evaluator.examples(split):
-                raise ValueError(f"the task has no {split} examples; a comparison needs training, validation and test")
-        for entry in config.entries:
-            if entry.lofit is not None:
-                check_heads(loaded.config, entry.lofit.heads)
+        self.evaluator = evaluator_of(config, loaded)
 
     def path(self, entry: Entry, exponent: int, seed: int) -> Path:
         """The record of one run."""

@@ -1,8 +1,8 @@
 """Ctrl-C: noticed at once whatever the main thread computes, and obeyed where nothing is lost.
 
 An exception raised by a signal handler appears anywhere in the program: inside a callback of JAX it is swallowed, and
-while a computation is running it can end in a crash. So the handler does nothing. The signal also arrives in a pipe that
-a thread reads, and the thread either ends the process or sets a flag that loops ask for at their safe points.
+while a computation is running it can end in a crash. So the handler does nothing. The signal also arrives in a pipe
+that a thread reads, and the thread either ends the process or sets a flag that loops ask for at their safe points.
 
 This module imports nothing heavy: a command installs it before it imports JAX.
 """

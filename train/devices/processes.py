@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypedDict, TypeVar, cast
 
@@ -17,8 +20,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxsteer.types import PyTree
+from train.devices import interrupts
+from train.devices.rendezvous import NOTICE_SECONDS, Patience, meet, party_of, split_address
 
 T = TypeVar("T")
+
+HEARTBEAT_SECONDS = 100
+"""Longest time without a heartbeat after which a process is considered dead."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,14 @@ class DistributedConfig:
     """Number of processes; default: JAX_NUM_PROCESSES."""
     process: int | None = None
     """Index of this process, from 0; default: JAX_PROCESS_ID."""
-    timeout: int = 100
-    """Seconds without a heartbeat after which a process is considered dead and the others stop."""
+    timeout: int = 300
+    """Seconds to wait for the other processes at the start. Later, a process without a heartbeat for as long (100 s at
+    most) is considered dead and the others stop."""
+
+    def __post_init__(self) -> None:
+        """Reject a timeout that no process could meet."""
+        if self.timeout < 1:
+            raise ValueError(f"--distributed.timeout {self.timeout}: need at least 1 second")
 
 
 class Coordination(TypedDict, total=False):
@@ -57,19 +71,39 @@ def join(config: DistributedConfig, environment: Mapping[str, str] = os.environ)
     coordination = explicit(config, environment)
     if not coordination and config.join == "auto" and not several(environment):
         return
+    if len(coordination) == 3:
+        address, processes, process = coordination.values()
+        meet(party_of(str(address), cast(int, processes), cast(int, process)), Patience(config.timeout))
+    heartbeat = min(config.timeout, HEARTBEAT_SECONDS)
     try:
-        jax.distributed.initialize(
-            **coordination,
-            local_device_ids=own_gpus(environment),
-            heartbeat_timeout_seconds=config.timeout,
-            shutdown_timeout_seconds=config.timeout,
-        )
+        with _waiting_is_said(config.timeout):
+            jax.distributed.initialize(
+                **coordination,
+                local_device_ids=own_gpus(environment),
+                initialization_timeout=config.timeout,
+                heartbeat_timeout_seconds=heartbeat,
+                shutdown_timeout_seconds=heartbeat,
+            )
     except (RuntimeError, ValueError) as error:
         address = coordination.get("coordinator_address", "the coordinator that the environment names")
         raise ValueError(
             f"distributed: this process could not join the others at {address} ({error}). All processes need the same "
             "coordinator and number of processes, and each its own index; --distributed.join no runs this one alone"
         ) from None
+    interrupts.joined()
+
+
+@contextmanager
+def _waiting_is_said(timeout: int) -> Iterator[None]:
+    """Say after a while that the other processes are waited for, where only JAX knows who they are."""
+    text = f"waiting for the other processes of this run, up to {timeout} s (--distributed.timeout)"
+    timer = threading.Timer(NOTICE_SECONDS, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def explicit(config: DistributedConfig, environment: Mapping[str, str]) -> Coordination:
@@ -98,6 +132,8 @@ def explicit(config: DistributedConfig, environment: Mapping[str, str]) -> Coord
             f"distributed: {', '.join(missing)} missing; give all of coordinator, processes and process (or "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), or none of them"
         )
+    if values["coordinator"] is not None:
+        split_address(str(values["coordinator"]))
     names = {"coordinator": "coordinator_address", "processes": "num_processes", "process": "process_id"}
     return cast(Coordination, {names[name]: value for name, value in values.items() if value is not None})
 

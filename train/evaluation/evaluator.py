@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.batches import bucket_length, pack, stack_rows
@@ -19,11 +17,11 @@ from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.likelihood import score_continuations
 from jaxsteer.inference.scheduling import nonfinite_logits
 from jaxsteer.io import LoadedModel
+from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Model
-from jaxsteer.objective import supervised_loss, total_weight
 from jaxsteer.params import Params
 from jaxsteer.plans import plan_to_json
-from jaxsteer.types import Array, Batch, PyTree, Steering
+from jaxsteer.types import Batch, PyTree, Steering
 from train.data import Encoding, Example, encode
 from train.devices import interrupts
 from train.devices.placement import Placement
@@ -39,8 +37,21 @@ from train.evaluation.answers import (
     make_prompts,
 )
 from train.evaluation.journal import FileJournal, MemoryJournal, hash_prompts, hash_tree
+from train.evaluation.loss import Loss, loss_sums, total_loss
 from train.tasks import AnyTask, Split
 from train.tasks.scoring import Metric
+
+
+class Validation(NamedTuple):
+    """An evaluation on the validation split.
+
+    results  validation_loss (nats a supervised token), perplexity and token_accuracy; and, where answers were
+             generated, accuracy with the ends of its 95 % interval, low and high; shares from 0 to 1
+    answers  to the first few of its questions
+    """
+
+    results: dict[str, float]
+    answers: list[ScoredAnswer]
 
 
 @dataclass(frozen=True)
@@ -55,8 +66,9 @@ class Evaluator:
     placement        where arrays go
     eval_batch_size  prompts answered at a time
     limits           maximum number of examples of a split; a split that is not named is used whole
-    metric           what `validate` measures
-    loss_shape       rows of a batch, and tokens of a row, when the loss is measured
+    metric           what decides between the results of `validate`: answers are generated if it is the accuracy
+    shown            number of answers that `validate` returns
+    loss_shape       rows of a batch, and least tokens of a row, when the loss is measured
     by, normalise    how answers are found, see `By` and `Normalise`
     sampling, seed   how answers are generated; greedy by default
     encoding         how texts become tokens; None for the task's `chat` and no more. Its limit is for the loss only
@@ -70,6 +82,7 @@ class Evaluator:
     eval_batch_size: int = 64
     limits: Mapping[Split, int] = field(default_factory=dict)
     metric: Metric = "accuracy"
+    shown: int = 0
     loss_shape: tuple[int, int | None] = (8, None)
     by: By = "generation"
     normalise: Normalise = "none"
@@ -83,6 +96,12 @@ class Evaluator:
         """The same evaluator for another plan, or with weights; it shares the splits that are tokenised already."""
         other = replace(self, model=model, loaded=loaded or self.loaded)
         object.__setattr__(other, "_cache", self._cache)
+        return other
+
+    def knowing(self, examples: Mapping[Split, list[Example]]) -> Evaluator:
+        """The same evaluator, which need not load these splits; they are within their limits."""
+        other = replace(self)
+        object.__setattr__(other, "_cache", {f"examples of {split}": some for split, some in examples.items()})
         return other
 
     def examples(self, split: Split) -> list[Example]:
@@ -141,36 +160,39 @@ class Evaluator:
             journal.finish()
         return [journal.done[index] for index in range(total)]
 
-    def validate(self, params: Params) -> dict[str, float]:
-        """Measure `metric` on the validation split; {} where the task has none.
+    def validate(self, params: Params) -> Validation:
+        """Measure the loss, and the accuracy if that is the `metric`, on the validation split.
+
+        A request to stop waits for the end: a step and its evaluation belong together.
 
         Returns:
-            accuracy with the ends of its 95 % interval, low and high, shares from 0 to 1; or validation_loss, nats.
+            Nothing where the task has no validation examples.
         """
-        if not self.examples("validation"):
-            return {}
-        if self.metric == "validation_loss":
-            return {"validation_loss": self.loss("validation", params)}
-        with interrupts.deferred():  # a step and its evaluation belong together
-            result = accuracy_of(self.answer("validation", params))
-        low, high = result.interval
-        return {"accuracy": result.rate, "low": low, "high": high}
+        examples = self.examples("validation")
+        if not examples:
+            return Validation({}, [])
+        results = figures_of(self.loss("validation", params))
+        with interrupts.deferred():
+            if self.metric == "accuracy":
+                answers = self.answer("validation", params)
+                result = accuracy_of(answers)
+                low, high = result.interval
+                return Validation({**results, "accuracy": result.rate, "low": low, "high": high}, answers[: self.shown])
+            asked = [example for example in examples if example.context.turns][: self.shown]
+            return Validation(results, self.answer(asked, params) if asked else [])
 
-    def loss(self, split: Split, params: Params) -> float:
-        """Mean cross-entropy of a split's reference completions, nats a supervised token.
+    def loss(self, split: Split, params: Params) -> Loss:
+        """The loss of a split's reference completions.
 
         Raises:
-            ValueError: an example without a completion, or longer than `loss_shape` allows.
+            ValueError: no supervised tokens, or an example with more tokens than the model has positions.
         """
         batches = self._once(f"batches of {split}", lambda: self._batches(split))
         base, steering = self._base(params), self._placed(params.steering)
         with self.placement.on_mesh():
             placed = (self.placement.batch(batch) for batch in batches)
-            sums = [
-                jax.device_get(_loss_and_weight(self.model, base, steering, batch, self.strength)) for batch in placed
-            ]
-        loss, weight = map(sum, zip(*sums, strict=True))
-        return float(loss / weight)
+            sums = [jax.device_get(loss_sums(self.model, base, steering, batch, self.strength)) for batch in placed]
+        return total_loss(sums, f"{split} examples")
 
     def generate(
         self,
@@ -296,9 +318,11 @@ class Evaluator:
     def _batches(self, split: Split) -> list[Batch]:
         """A split's examples, packed into batches of `loss_shape`; the last is filled up with empty rows."""
         rows, length = self.loss_shape
-        encoding = replace(self._encoding, max_length=length)
+        encoding = replace(self._encoding, max_length=None)
         examples, _ = encode(self.examples(split), self.loaded.require_tokenizer(), encoding)
-        length = length or bucket_length(max(map(len, examples)))
+        for example in examples:
+            check_length(self.loaded.config, len(example), example.source)
+        length = max(length or 0, bucket_length(max(map(len, examples))))
         packed = pack([len(example) for example in examples], length)
         packed += [[] for _ in range(-len(packed) % rows)]
         members = [[examples[i] for i in row] for row in packed]
@@ -310,12 +334,9 @@ class Evaluator:
         return self._cache[name]
 
 
-@partial(jax.jit, static_argnums=0)
-def _loss_and_weight(
-    model: Model, base: PyTree, steering: PyTree, batch: Batch, strength: Mapping[str, float] | None
-) -> tuple[Array, Array]:
-    loss = supervised_loss(model, base, steering, batch, strength=strength)
-    return loss.astype(jnp.float32), total_weight(batch)
+def figures_of(loss: Loss) -> dict[str, float]:
+    """A loss as it is logged, by name."""
+    return {"validation_loss": loss.mean, "perplexity": loss.perplexity, "token_accuracy": loss.token_accuracy}
 
 
 def _kept(path: Path | None, done: int, total: int) -> str:

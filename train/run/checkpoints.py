@@ -36,6 +36,7 @@ from train.run.leaves import (
     stored,
     target,
 )
+from train.run.orbax_log import drop_reported_errors
 
 _DISK = ("No space left on device", "Read-only file system", "Permission denied", "Disk quota exceeded")
 _RECORD = "record"  # the item with meta, metrics and digests
@@ -223,9 +224,10 @@ class Checkpoints:
             with suppress(Exception):  # storage that cannot be written may not be readable either
                 good = ocp.utils.checkpoint_steps(self.folder)
             reason = next((words for words in _DISK if words in str(error)), _reason(error))
+            last = f"The last good one is step {max(good)}" if good else "There is no earlier one"
             raise SaveError(
-                f"{self.folder}: a checkpoint could not be written ({reason}). The last good one is step "
-                f"{max(good, default='none')}; fix this, then continue from there with --resume"
+                f"{self.folder}: a checkpoint could not be written ({reason}). {last}; fix this, then continue with "
+                "--resume"
             ) from error
 
     def __enter__(self) -> Checkpoints:
@@ -325,6 +327,7 @@ def open_checkpoints(
         raise ValueError(f"checkpoints {folder}: keep_latest must be at least 1, got {keep_latest}")
     if best_mode not in ("min", "max"):
         raise ValueError(f"checkpoints {folder}: best_mode must be 'min' or 'max', got {best_mode!r}")
+    drop_reported_errors()
     path = _reach(folder)
     path = path if (local := local_folder(folder)) is None else epath.Path(local)
     keep: list[Any] = [policies.LatestN(keep_latest)]

@@ -26,7 +26,16 @@ from train.run.metrics import read_metrics
 LOCK, OWNER = ".lock", ".lock.json"
 """The lock of a run's folder, and the file that says who holds it."""
 
-STARTED = ("config.json", "inputs.json", "metrics.jsonl", "checkpoints", "tensorboard", "wandb", "wandb_id")
+STARTED = (
+    "config.json",
+    "inputs.json",
+    "metrics.jsonl",
+    "answers_during.jsonl",
+    "checkpoints",
+    "tensorboard",
+    "wandb",
+    "wandb_id",
+)
 """What a run may write before its first step, besides answers of the pretrained model."""
 
 
@@ -97,6 +106,11 @@ class RunFolder:
         return self.folder / "answers_after.jsonl"
 
     @property
+    def answers_during(self) -> Path:
+        """Answers to a few validation questions at each evaluation, JSON lines."""
+        return self.folder / "answers_during.jsonl"
+
+    @property
     def profile(self) -> Path:
         """Folder of profiler traces."""
         return self.folder / "profile"
@@ -152,7 +166,8 @@ def open_run(
     changed: list[Change] = []
     if run.config.exists() and resume:
         before = read_inputs(run)
-        check_inputs(run.folder, before, inputs, new_data=changes.new_data)
+        if not changes.new_data:
+            check_inputs(run.folder, before, inputs, optional=bool(changes.settings))
         changed = changes_of(files.read_json(run.config), settings)
         if changed_data(before, inputs):
             changed += changes_of({"data": before}, {"data": inputs})
@@ -271,7 +286,8 @@ def changed_on_purpose(run: RunFolder) -> set[str]:
 
 def _clear(run: RunFolder, *, keep_answers: bool) -> None:
     """Remove what a start that came to nothing has left, but for config and inputs."""
-    for path in (run.metrics, run.folder / "wandb_id", *(() if keep_answers else (_unfinished(run.answers_before),))):
+    journal = () if keep_answers else (_unfinished(run.answers_before),)
+    for path in (run.metrics, run.answers_during, run.folder / "wandb_id", *journal):
         path.unlink(missing_ok=True)
     for name in ("tensorboard", "wandb"):
         shutil.rmtree(run.folder / name, ignore_errors=True)

@@ -66,22 +66,20 @@ def _has(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "as many, but others (or in another order)" if equal else f"has {_size(new)}"
 
 
-def check_inputs(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, new_data: bool) -> None:
+def check_inputs(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, optional: bool = True) -> None:
     """Refuse to resume a run with other data than it was started with.
 
     Args:
         folder: of the run, for the message.
         before, now: what `open_run` takes as inputs.
-        new_data: accept it.
+        optional: whether --new-data would accept it.
 
     Raises:
         ValueError: the data has changed.
     """
-    if not new_data and (phrases := changed_data(before, now)):
-        raise ValueError(
-            f"{folder}: {'; '.join(phrases)}. Restore the data, give --new-data to continue with what there is now, or "
-            "use another --out"
-        )
+    if phrases := changed_data(before, now):
+        way = "give --new-data to continue with what there is now, " if optional else ""
+        raise ValueError(f"{folder}: {'; '.join(phrases)}. Restore the data, {way}or use another --out")
 
 
 def check_model(folder: Path, before: Mapping[str, Any], digest: str) -> None:

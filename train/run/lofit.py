@@ -42,13 +42,29 @@ def check_heads(config: ModelConfig, heads: int) -> None:
         )
 
 
+SHARE = 0.4
+"""Share of the steps for the first stage, if nothing else is asked for."""
+
+
+def split_steps(steps: int, share: float = SHARE) -> int:
+    """Number of the first stage's steps.
+
+    Raises:
+        ValueError: a share that leaves a stage without steps.
+    """
+    first = round(share * steps)
+    if not 0 < first < steps:
+        raise ValueError(f"LoFiT: a share of {share} of {steps} steps leaves one of its two stages without any")
+    return first
+
+
 def lofit(
     fit: Fit,
     config: TrainConfig,
     steps: int,
     *,
     heads: int,
-    share: float = 0.4,
+    share: float = SHARE,
     l1: float = 5e-4,
     ratio: float = 0.5,
 ) -> Sequence:
@@ -69,9 +85,7 @@ def lofit(
     Raises:
         ValueError: a share that leaves a stage without steps, or more heads than the model has.
     """
-    first = round(share * steps)
-    if not 0 < first < steps:
-        raise ValueError(f"LoFiT: a share of {share} of {steps} steps leaves one of its two stages without any")
+    first = split_steps(steps, share)
     slow = replace(config.optim, lr=ratio * config.optim.lr)
     scale = replace(config, plan=(f"lofit_scale(l1={l1}) @ attn.heads",), steps=first, optim=slow)
     scaled = fit("scale", scale, None)

@@ -15,6 +15,8 @@ from train.config import TrainConfig
 from train.devices.machine import peak_flops
 from train.devices.processes import is_first, on_first
 from train.display.console import progress
+from train.evaluation.answers import ScoredAnswer
+from train.evaluation.evaluator import Validation
 from train.run.folder import RunFolder
 from train.run.metrics import MetricsWriter, read_metrics
 from train.run.profiling import Profiler
@@ -39,6 +41,7 @@ class RunLog:
         self._resume_from = (start + 1 if start else 0) if resumed else None
         self.history: list[dict[str, Any]] = []
         """Earlier lines of a resumed run that hold an evaluation or a number of skipped steps."""
+        self._answered: dict[str, str] = {}  # the last answer to each validation question shown, by its source
         peak = peak_flops(training.program.mesh, training.loaded.base["embed"]["embedding"].dtype)
         self.timer = StepTimer(training.flops, peak)
 
@@ -53,6 +56,10 @@ class RunLog:
             trackers = open_trackers(kinds, run.folder, config.to_json(), resume_from=self._resume_from)
             path = run.metrics if is_first() else None
             self._writer = opened.enter_context(MetricsWriter(path, resume_from=self._resume_from, trackers=trackers))
+            path = self._run.answers_during if is_first() else None
+            self._answers = opened.enter_context(MetricsWriter(path, resume_from=self._resume_from))
+            if path is not None and path.exists():
+                self._answered = {row["source"]: row["output"] for row in read_metrics(path)}
             self.history = on_first(self._read_history)
             bar = progress(self._training.steps, "Training", start=self._start)
             self._bar = opened.enter_context(bar)
@@ -87,13 +94,15 @@ class RunLog:
         if message := self._profiler.after(done, state):
             self.note(message)
 
-    def evaluation(self, done: int, results: Mapping[str, float]) -> None:
-        """Report an evaluation after a step; 0 is the pretrained model. Empty results are not reported."""
-        if not results:
-            return
-        self._writer.write(done, **results)
-        if done:
-            self.note(f"step {done}: {_described(results)}")
+    def evaluation(self, done: int, validation: Validation) -> None:
+        """Report an evaluation after a step; 0 is the pretrained model."""
+        self._writer.write(done, **validation.results)
+        self.note(f"step {done}: {_described(validation.results)}")
+        for answer in validation.answers:
+            before = self._answered.get(answer.source)
+            self.note(f"    {described_answer(answer, before)}")
+            self._answers.write(done, **_answer_line(answer))
+            self._answered[answer.source] = answer.output
 
     def note(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -119,7 +128,32 @@ def _shown(values: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, f
 
 def _described(results: Mapping[str, float]) -> str:
     """An evaluation in words."""
-    if "accuracy" not in results:
-        return f"validation loss {results['validation_loss']:.4f}"
-    rate, low, high = (100 * results[name] for name in ("accuracy", "low", "high"))
-    return f"validation accuracy {rate:.1f} % (95 %: {low:.1f} to {high:.1f})"
+    loss, perplexity = results["validation_loss"], results["perplexity"]
+    likely = 100 * results["token_accuracy"]
+    text = f"validation loss {loss:.4f} (perplexity {perplexity:.4g}, {likely:.1f} % of tokens right)"
+    if "accuracy" in results:
+        rate, low, high = (100 * results[name] for name in ("accuracy", "low", "high"))
+        text += f", accuracy {rate:.1f} % (95 %: {low:.1f} to {high:.1f})"
+    return text
+
+
+def described_answer(answer: ScoredAnswer, before: str | None) -> str:
+    """An answer on one line, with the one before where it is another, and the right one where this is wrong."""
+    notes = [] if before in (None, answer.output) else [f"before: {_short(before or '', 40)}"]
+    if answer.gold is not None and not answer.correct:
+        notes.append(f"reference: {_short(answer.gold, 40)}")
+    more = f"  ({', '.join(notes)})" if notes else ""
+    return f"{_short(answer.prompt, -48)} -> {_short(answer.output, 60)}{more}"
+
+
+def _short(text: str, width: int) -> str:
+    """A text on one line: its beginning, or its end if the width is negative."""
+    line = " ".join(text.split())
+    if len(line) <= abs(width):
+        return f"“{line}”"
+    return f"“{line[: width - 1]}…”" if width > 0 else f"“…{line[width + 1 :]}”"
+
+
+def _answer_line(answer: ScoredAnswer) -> dict[str, Any]:
+    names = ("source", "prompt", "output", "gold", "correct", "truncated")
+    return {name: getattr(answer, name) for name in names}

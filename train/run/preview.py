@@ -14,7 +14,7 @@ from jaxsteer.optim import Group
 from jaxsteer.plans import format_plan
 from jaxsteer.steering import count_parameters, steering_shapes
 from jaxsteer.types import PyTree
-from train.data import TokenizedExample
+from train.data import Split, TokenizedExample
 from train.display.console import get_console, print_facts
 from train.run.memory import enough_memory
 from train.run.program import Program
@@ -62,9 +62,10 @@ def _data_facts(prepared: Prepared) -> dict[str, str]:
         "steps": f"{prepared.steps:,}, {prepared.steps / source.steps(1.0):.4g} passes over the data; "
         f"about {round(rows * config.sequence_length * source.fill):,} tokens in all",
     }
-    for split in ("validation", "test"):
+    splits: tuple[Split, ...] = ("validation", "test")
+    for split in splits:
         if config.evaluate_every or split == "test":
-            facts[split] = f"{len(prepared.evaluator.examples(split)):,} examples"  # type: ignore[arg-type]
+            facts[split] = f"{len(prepared.evaluator.examples(split)):,} examples"
     return facts
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 import numpy as np
 from rich.markup import escape
@@ -18,11 +19,11 @@ from jaxsteer.training import TrainState
 from jaxsteer.types import Steering
 from train.config import TrainConfig
 from train.devices.machine import peak_memory_bytes
-from train.devices.processes import fetch, is_first
+from train.devices.processes import fetch, is_first, on_first
 from train.display.console import get_console, print_facts
 from train.display.plots import plot_overlap, plot_training
 from train.evaluation.answers import ScoredAnswer, accuracy_of
-from train.evaluation.evaluator import Evaluator
+from train.evaluation.evaluator import Evaluator, figures_of
 from train.run.folder import RunFolder, read_history, read_inputs
 from train.run.metrics import read_metrics
 from train.run.training import Training
@@ -31,13 +32,21 @@ from train.tasks import typed_template
 from train.tasks.scoring import percent
 
 
+class BeforeAfter(TypedDict, total=False):
+    """Figures of the pretrained and the trained model: loss, perplexity, token_accuracy, and accuracy if measured."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+
+
 @dataclass(frozen=True)
 class Result:
     """The result of a run.
 
     run            its folder
     params         the trained trees
-    before, after  test answers of the pretrained and of the trained model
+    before, after  test answers of the pretrained and of the trained model; none for free text
+    losses         what `BeforeAfter` says of the loss: "test" for free text, "validation" where there were evaluations
     trainable, total  number of trained parameters, and of base parameters
     seconds        spent in training steps, compilation included
     tokens_per_second  real tokens, after the first step
@@ -55,6 +64,7 @@ class Result:
     tokens_per_second: float
     peak_memory: int
     example: str
+    losses: Mapping[str, BeforeAfter] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Contents of summary.json: shares from 0 to 1, bytes, seconds."""
@@ -73,6 +83,7 @@ class Result:
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "peak_memory_bytes": self.peak_memory,
+            **{name: figures for name, figures in self.losses.items() if figures},
         }
 
 
@@ -81,7 +92,7 @@ def conclude(
     training: Training,
     evaluator: Evaluator,
     state: TrainState,
-    before: list[ScoredAnswer],
+    before: list[ScoredAnswer] | None,
     timer: StepTimer,
 ) -> Result:
     """Save what was trained, evaluate it, and write the summary and the plots.
@@ -90,18 +101,26 @@ def conclude(
         run: the run's folder.
         training, evaluator: its parts.
         state: the state to keep.
-        before: test answers of the pretrained model.
+        before: test answers of the pretrained model; None to measure the loss of the reference completions instead.
         timer: of its steps.
     """
     config = training.config
     steering = _save_trained(run, training, state)
-    after = evaluator.answer("test", training.answering(state), run.answers_after, title="Evaluating after", reuse=True)
-    questions = evaluator.examples("test")
+    questions, tuned, after, losses = evaluator.examples("test"), training.answering(state), [], {}
+    if before is not None:
+        after = evaluator.answer("test", tuned, run.answers_after, title="Evaluating after", reuse=True)
+    elif questions:
+        pair = (evaluator.loss("test", params) for params in (training.untouched(), tuned))
+        before_loss, after_loss = (_without_split(figures_of(loss)) for loss in pair)
+        losses["test"] = BeforeAfter(before=before_loss, after=after_loss)
+    if config.evaluate_every:
+        losses["validation"] = on_first(lambda: _validated(run, int(state.step)))
     result = Result(
         run=run,
         params=training.params(state),
-        before=before,
+        before=before or [],
         after=after,
+        losses=losses,
         trainable=training.trainable,
         total=training.total,
         seconds=timer.seconds,
@@ -113,6 +132,27 @@ def conclude(
         write_json(run.summary, result.summary())
         _draw(training, result, steering)
     return result
+
+
+def _validated(run: RunFolder, step: int) -> BeforeAfter:
+    """The evaluations of the pretrained model and of the state that is kept, of this step, from the run's metrics."""
+    names = ("validation_loss", "perplexity", "token_accuracy", "accuracy")
+    rows = {
+        row["step"]: _without_split({name: row[name] for name in names if name in row})
+        for row in read_metrics(run.metrics)
+        if "validation_loss" in row
+    }
+    found: BeforeAfter = {}
+    if rows.get(0):
+        found["before"] = rows[0]
+    if rows.get(step):
+        found["after"] = rows[step]
+    return found
+
+
+def _without_split(figures: Mapping[str, float]) -> dict[str, float]:
+    """The same figures by names that do not say of which split."""
+    return {name.removeprefix("validation_"): value for name, value in figures.items()}
 
 
 def _save_trained(run: RunFolder, training: Training, state: TrainState) -> Steering:
@@ -174,6 +214,22 @@ def provenance(run: RunFolder) -> dict[str, Any]:
     return ({"inputs": inputs} if inputs else {}) | ({"history": history} if history else {})
 
 
+def _changes(figures: BeforeAfter) -> dict[str, str]:
+    """What became of a loss and its relatives, as text by name."""
+    forms = {
+        "loss": ("loss", "{:.4f}"),
+        "perplexity": ("perplexity", "{:.4g}"),
+        "token_accuracy": ("tokens right", "{:.1%}"),
+        "accuracy": ("accuracy", "{:.1%}"),
+    }
+    stages = [stage for stage in (figures.get("before"), figures.get("after")) if stage]
+    return {
+        title: " -> ".join(form.format(stage[name]).replace("%", " %") for stage in stages)
+        for name, (title, form) in forms.items()
+        if all(name in stage for stage in stages) and stages
+    }
+
+
 SHOWN = 3
 """Number of questions whose answers are printed."""
 
@@ -186,6 +242,9 @@ def print_result(result: Result) -> None:
         if answers:
             accuracy = accuracy_of(answers)
             table.add_row(f"accuracy {name} (95 %)", f"{percent(accuracy)} of {accuracy.total} held-out problems")
+    for split, figures in result.losses.items():
+        for name, text in _changes(figures).items():
+            table.add_row(f"{split} {name}", text)
     share = 100 * result.trainable / result.total
     table.add_row("trainable parameters", f"{result.trainable:,} ({share:.2f} % of {result.total:,})")
     table.add_row("training time", f"{result.seconds:.0f} s")

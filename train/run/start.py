@@ -30,6 +30,7 @@ from train.run.training import (
     make_training,
     read_data,
 )
+from train.run.validation import Splits, decide, read_splits
 
 SCHEDULE_STEPS = 1000
 """Length of the schedules while the data, which decides it, is not read."""
@@ -39,21 +40,26 @@ SCHEDULE_STEPS = 1000
 class Prepared:
     """A run that can start as soon as its weights are read.
 
-    config     its settings, with what they left open filled in: the plan of the steering that it starts from, the day
+    config     its settings, with what they left open filled in: the plan of the steering that it starts from, the day,
+               and what its checkpoints are chosen by
+    settings   those that define it, for config.json; what checkpoints are chosen by may still follow from the data
     model      the base model without its weights
     program    from shapes; without a mesh's devices nothing of it is placed
     data       training data, tokenised
     steps      number of updates
-    evaluator  with the test and validation examples read
+    splits     validation and test examples
+    evaluator  of these examples
     start      the steering that it starts from
     inputs     what it reads, for inputs.json
     """
 
     config: TrainConfig
+    settings: dict[str, Any]
     model: LoadedModel
     program: Program
     data: RunData
     steps: int
+    splits: Splits
     evaluator: Evaluator
     start: SteeringFile | None
     inputs: dict[str, Any]
@@ -81,18 +87,19 @@ def prepare(config: TrainConfig, stored: Mapping[str, Any] | None, inputs: Mappi
     check_trains(program)
     if config.steps is not None:
         check_profile(config.profile, 0, config.steps)
-    evaluator = make_evaluator(config, model, program)
-    _read_examples(config, evaluator)
+    splits = read_splits(config)
+    settings, config = config.to_json(), decide(config, splits)
+    evaluator = make_evaluator(config, model, program, splits)
     data = read_data(config, model)
     steps = config.steps or data.source.steps(config.epochs)
     check_profile(config.profile, 0, steps)
     program = make_program(config, model.config, model.base, steps=steps, mesh=mesh)
     read = {"train": data_inputs(*data)}
-    if config.evaluate_every and (examples := evaluator.examples("validation")):
-        read["validation"] = example_inputs(examples)
+    if config.evaluate_every and splits["validation"]:
+        read["validation"] = example_inputs(splits["validation"])
     if config.start_from is not None:
         read["start_from"] = inputs.get("start_from") or _start_inputs(config, start)
-    return Prepared(config, model, program, data, steps, evaluator, start, read)
+    return Prepared(config, settings, model, program, data, steps, splits, evaluator, start, read)
 
 
 def filled(config: TrainConfig, stored: Mapping[str, Any] | None) -> TrainConfig:
@@ -142,7 +149,7 @@ def _completed(config: TrainConfig, start: SteeringFile | None, model: LoadedMod
         texts = format_plan(start.plan)
         if not _has_plan(config):
             config = replace(config, plan=texts)
-            get_console().print(f"Plan of {start.path}: {'; '.join(texts)}", markup=False, highlight=False)
+            _say(f"Plan of {start.path}: {'; '.join(texts)}")
         elif parse_plan(config.plan, model.config) != start.plan:
             quoted = " ".join(f'"{text}"' for text in texts)
             raise ValueError(
@@ -152,22 +159,19 @@ def _completed(config: TrainConfig, start: SteeringFile | None, model: LoadedMod
     return replace(config, date=encoding_of(config).dated(model.require_tokenizer()).date)
 
 
+def _say(text: str) -> None:
+    get_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _has_plan(config: TrainConfig) -> bool:
     return bool(config.plan) and config.plan != TrainConfig.plan
-
-
-def _read_examples(config: TrainConfig, evaluator: Evaluator) -> None:
-    """Read the examples that the run will ask, and refuse to decide by none."""
-    evaluator.examples("test")
-    if config.evaluate_every and not evaluator.examples("validation") and config.patience:
-        raise ValueError("patience: the task has no validation examples to decide by; give it some, or --patience 0")
 
 
 def _start_inputs(config: TrainConfig, start: SteeringFile | None) -> dict[str, Any]:
     """Where the steering comes from, and what it was trained on before."""
     if start is None:
         return {"path": config.start_from}
-    notes = {name: start.notes[name] for name in ("inputs", "history") if name in start.notes}
+    notes: dict[str, Any] = {name: start.notes[name] for name in ("inputs", "history") if name in start.notes}
     return {"path": config.start_from, "sha256": _digest(start.path), "model": start.model_name, **notes}
 
 
@@ -192,6 +196,8 @@ def load_training(prepared: Prepared, initial: Steering | None = None) -> Traini
     loaded = load_base_model(config, prepared.program.placement.base)
     if initial is None and prepared.start is not None:
         initial = prepared.start.steering
+        if said := prepared.start.check_weights(loaded.sample, other_base=True):
+            _say(f"Note: {said}")
     return make_training(config, loaded, initial, prepared.data)
 
 

@@ -27,6 +27,7 @@ from train.data.cache import encode_cached
 from train.display.console import progress
 from train.evaluation.evaluator import Evaluator
 from train.run.program import Program, make_program, mesh_of
+from train.run.validation import Splits, task_of
 
 
 @dataclass(frozen=True)
@@ -96,24 +97,30 @@ class Training:
         """What `Evaluator` takes for the pretrained model: zeros are the identity for every method."""
         return Params(None, jax.tree.map(jnp.zeros_like, self.params(self.state).steering))
 
-    def evaluator(self) -> Evaluator:
-        """Evaluates this run's model on its task."""
-        return make_evaluator(self.config, self.loaded, self.program)
+    def evaluator(self, splits: Splits) -> Evaluator:
+        """Evaluates this run's model on its task.
+
+        Args:
+            splits: the task's validation and test examples.
+        """
+        return make_evaluator(self.config, self.loaded, self.program, splits)
 
 
-def make_evaluator(config: TrainConfig, loaded: LoadedModel, program: Program) -> Evaluator:
-    """Evaluates a run's model on its task."""
-    return Evaluator(
+def make_evaluator(config: TrainConfig, loaded: LoadedModel, program: Program, splits: Splits) -> Evaluator:
+    """Evaluates a run's model on its task; see `Training.evaluator`."""
+    evaluator = Evaluator(
         model=program.model,
         loaded=loaded,
-        task=config.task,
+        task=task_of(config),
         placement=program.placement,
         eval_batch_size=config.eval_batch_size,
         limits={"validation": config.validation_examples, "test": config.test_examples},
-        metric=config.select_by,
+        metric="validation_loss" if config.select_by == "auto" else config.select_by,
+        shown=config.show_answers,
         loss_shape=(config.microbatch, config.sequence_length),
         encoding=encoding_of(config),
     )
+    return evaluator.knowing(splits)
 
 
 def load_base_model(config: TrainConfig, place: Place | None = None) -> LoadedModel:
@@ -142,8 +149,8 @@ def make_training(
         ValueError: a plan that does not fit the model, no data, an example longer than a row, or a mesh that cannot
             split the model or the rows.
     """
-    data, report = data or read_data(config, loaded)
-    steps = config.steps or data.steps(config.epochs)
+    source, report = data or read_data(config, loaded)
+    steps = config.steps or source.steps(config.epochs)
     program = make_program(config, loaded.config, loaded.base, steps=steps, mesh=mesh_of(config))
     plan, key = program.model.plan, jax.random.key(config.seed)
     steering = init_steering(plan, loaded.config, key, base=loaded.base)
@@ -155,7 +162,7 @@ def make_training(
     check_trains(program)
     state, frozen = program.begin(trained, jax.random.fold_in(key, 1)), program.place_frozen(frozen)
     total = count_parameters(loaded.base)
-    training = Training(config, loaded, program, state, frozen, data, report, steps, trainable, total)
+    training = Training(config, loaded, program, state, frozen, source, report, steps, trainable, total)
     return training if initial is None else training.starting_from(initial)
 
 
@@ -192,7 +199,7 @@ def read_data(config: TrainConfig, loaded: LoadedModel) -> RunData:
     """
     positions = loaded.config.max_length if loaded.config.learned_positions else config.sequence_length
     tokens, report = encode_cached(
-        config.task.load("train"),
+        task_of(config).load("train"),
         loaded.require_tokenizer(),
         replace(encoding_of(config), max_length=min(config.sequence_length, positions), on_long=config.on_long),
         cache_folder() / "tokens",

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from train.data import Keys, ListOps, Split
+from train.tasks.held_out import HeldOutTask
 from train.tasks.hub import HubTask
 from train.tasks.jsonl import JsonlTask
 from train.tasks.listops import ListOpsTask
@@ -23,6 +24,7 @@ __all__ = [
     "TASKS",
     "AnswerFormat",
     "AnyTask",
+    "HeldOutTask",
     "HubTask",
     "JsonlTask",
     "ListOpsTask",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -99,8 +99,26 @@ def interval(successes: int, n: int) -> tuple[float, float]:
 Metric = Literal["accuracy", "validation_loss"]
 """What a validation measures: the share of correct answers, or the mean cross-entropy of the reference completions."""
 
-BEST: dict[Metric, Literal["max", "min"]] = {"accuracy": "max", "validation_loss": "min"}
+BEST: Mapping[str, Literal["max", "min"]] = {"accuracy": "max", "validation_loss": "min"}
 """Whether the largest or the smallest value of a metric is the best."""
+
+SHORT_ANSWER = 5
+"""Words of a completion that a model can be expected to repeat exactly."""
+
+
+def is_checkable(examples: Sequence[Example], rule: Rule) -> bool:
+    """Whether generated answers to most of the examples can be right or wrong.
+
+    They can where an example has an answer of its own or choices, where the rule extracts an answer from the text, and
+    where the whole completion is at most SHORT_ANSWER words on one line. Other completions are free text.
+    """
+    checkable = 0
+    for example in examples:
+        gold = example.gold
+        text = gold is not None and "\n" not in gold and 0 < len(gold.split()) <= SHORT_ANSWER
+        answered = example.answer is not None or bool(example.choices) or (gold is not None and rule != "exact")
+        checkable += text or answered
+    return 2 * checkable > len(examples)
 
 
 @dataclass(frozen=True)
