@@ -18,7 +18,7 @@ from train.config import TrainConfig
 from train.devices import interrupts
 from train.display.failures import close_output, flush, make_printable, report, sentence_of
 from train.plain import from_plain, to_plain
-from train.tasks import JsonlTask, Task, on_file, task_from_json
+from train.tasks import AnyTask, HeldOutTask, JsonlTask, on_file, task_from_json
 
 T = TypeVar("T")
 
@@ -216,7 +216,7 @@ def run_main(main: Callable[[], None]) -> None:
             raise SystemExit(report(error)) from None
 
 
-def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) -> Task:
+def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) -> AnyTask:
     """The task to evaluate: a config file's, else the one a steering file was trained on.
 
     Args:
@@ -227,10 +227,13 @@ def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) ->
     Raises:
         ValueError: nothing says what the task is.
     """
-    task = load_config_file(config, TrainConfig).task if config else None
-    settings = run_settings(notes)
+    run = load_config_file(config, TrainConfig) if config else None
+    task, settings = run.task if run else None, run_settings(notes)
+    share = run.validation_share if run else settings.get("validation_share", 0.0)
     if task is None and isinstance(settings.get("task"), dict):
         task = task_from_json(settings["task"])
+    if task is not None and data is None and share:
+        return HeldOutTask(task, share)
     if data is not None:
         return JsonlTask(data, data) if task is None else on_file(task, data)
     if task is None:

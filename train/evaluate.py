@@ -32,7 +32,7 @@ from train.evaluation.answers import By, Normalise, ScoredAnswer, accuracy_of, s
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.statistics import Paired, check_same_examples, compare_answers, find_answers, key_of, keys_of
 from train.evaluation.strength import parse_strength, show_strength
-from train.tasks import Split, Task
+from train.tasks import AnyTask, Split
 from train.tasks.perturb import Kind as Perturbation
 from train.tasks.perturb import perturbed
 from train.tasks.scoring import percent
@@ -118,7 +118,7 @@ def variants(config: EvaluateConfig, plan: Plan, steering: Steering) -> dict[str
     return {"base": jax.tree.map(jnp.zeros_like, steering), **steered} if config.base else steered
 
 
-def read_examples(config: EvaluateConfig, task: Task) -> list[Example]:
+def read_examples(config: EvaluateConfig, task: AnyTask) -> list[Example]:
     """The examples to evaluate.
 
     Raises:

@@ -33,7 +33,7 @@ from train.devices.processes import DistributedConfig, fetch, is_first, join
 from train.evaluation.answers import By, Normalise, ScoredAnswer, accuracy_of, summarise
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.statistics import Estimate, crossed_interval
-from train.tasks import Split, Task
+from train.tasks import AnyTask, Split
 from train.tasks.perturb import Kind, perturbed
 from train.tasks.scoring import percent
 
@@ -102,7 +102,7 @@ class Row:
 Methods = Mapping[str, tuple[Plan, Steering]]
 """Plan and steering of each method by its name in the table."""
 
-ExampleSets = dict[str, tuple[Task, list[Example]]]
+ExampleSets = dict[str, tuple[AnyTask, list[Example]]]
 """Task and examples of each column of the table."""
 
 
@@ -140,7 +140,7 @@ def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *
     return crossed_interval([kls])
 
 
-def example_sets(config: RobustnessConfig, task: Task, transferred: Task | None) -> ExampleSets:
+def example_sets(config: RobustnessConfig, task: AnyTask, transferred: AnyTask | None) -> ExampleSets:
     """Each column's task and examples: as trained, under each perturbation, transferred.
 
     Raises:
