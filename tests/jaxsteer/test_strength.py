@@ -205,7 +205,7 @@ def test_the_shift_of_each_token(case, tiny_base):
     shift = np.linalg.norm(steered - base, axis=-1) / np.linalg.norm(base, axis=-1)
     close(got.shift, np.where(real, shift, 0), 1e-4)
     assert not got.shift[0].any()  # its first layer steers nothing
-    assert got.shift[1][real].all()
+    assert got.shift[1][real].any()
     of_tokens = [
         np.take_along_axis(
             np.asarray(jax.nn.log_softmax(logits_of(output.hidden[:, :-1], output_embedding(tiny_base)))),
