@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from jaxsteer.inference.decoder import Decoder, generate_all
 from jaxsteer.inference.generate import GREEDY, Sampling
 from jaxsteer.inference.likelihood import score_continuations
-from jaxsteer.inference.scheduling import Limits, Request
+from jaxsteer.inference.scheduling import Limits, Request, nonfinite_logits
 from jaxsteer.io import LoadedModel, compute_dtype, load_config, load_model, load_steering
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
@@ -242,6 +242,8 @@ class JaxsteerLM(TemplateLM):
         ended = lambda index, tokens: any(stop in self._text(tokens) for stop in until[index])
         results = [""] * len(asked)
         for index, answer in generate_all(decoder, asked, ended):
+            if answer.finished == "nonfinite":
+                raise nonfinite_logits(asked[index].prompt, self.loaded.config.vocab_size)
             text = self._text(answer.tokens)
             ends = [text.find(stop) for stop in until[index] if stop in text]
             results[index] = text[: min(ends)] if ends else text
