@@ -123,8 +123,9 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class OpenTask:
-    """Questions without a known answer: how long an answer may be, and whether they are put as a chat."""
+    """Questions without a known answer: how they are asked, and how long an answer may be."""
 
+    template: str
     chat: bool
     max_new_tokens: int
     rule: Rule = "exact"
@@ -142,12 +143,14 @@ def read_prompts(config: GenerateConfig, notes: Mapping[str, Any]) -> list[Quest
     """
     if config.system is not None:
         check_unicode(config.system, "--system")
-    asking = Asking("{prompt}" if config.raw else notes.get("template", "{prompt}"), config.system)
+    asking = Asking(_template(config, notes), config.system)
     if config.prompts:
         return ask_all(config.prompts, asking)
     if config.input is not None:
         return read_questions(config.input, asking, config.divide)
-    return read_standard_input(sys.stdin and sys.stdin.buffer, asking, config.divide)
+    # None where the process was started with a closed standard input.
+    stream = None if sys.stdin is None else sys.stdin.buffer
+    return read_standard_input(stream, asking, config.divide)
 
 
 def open_task(config: GenerateConfig, notes: Mapping[str, Any], questions: Sequence[Question]) -> OpenTask:
@@ -160,7 +163,12 @@ def open_task(config: GenerateConfig, notes: Mapping[str, Any], questions: Seque
     chat = trained if config.chat is None else config.chat
     if config.system is not None and not chat:
         raise ValueError("--system needs a chat template; add --chat True")
-    return OpenTask(chat, notes.get("max_new_tokens", 64) if config.max_new_tokens is None else config.max_new_tokens)
+    new_tokens = notes.get("max_new_tokens", 64) if config.max_new_tokens is None else config.max_new_tokens
+    return OpenTask(_template(config, notes), chat, new_tokens)
+
+
+def _template(config: GenerateConfig, notes: Mapping[str, Any]) -> str:
+    return "{prompt}" if config.raw else notes.get("template", "{prompt}")
 
 
 @dataclass(frozen=True)
