@@ -188,8 +188,7 @@ def _fold_at(method: Intervention, strength: Array) -> Callable:
 
     def fold(p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
         wide = np.promote_types(kernel.dtype, np.float32)
-        widened = lambda leaf: None if leaf is None else leaf.astype(wide)
-        folded = method.fold(p, widened(kernel), widened(bias))
+        folded = method.fold(p, kernel.astype(wide), None if bias is None else bias.astype(wide))
         if folded is None:
             return None
         mix = lambda old, new: interpolate(old.astype(wide), new.astype(wide), strength.astype(wide))

@@ -88,8 +88,12 @@ class GenerateConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
 
-    def __post_init__(self) -> None:
-        """Reject settings that answer nothing, or that would be ignored."""
+    def check(self) -> None:
+        """Reject settings that answer nothing, or that would be ignored.
+
+        Raises:
+            ValueError: names the option.
+        """
         for name in ("max_new_tokens", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -107,8 +111,8 @@ class GenerateConfig:
             raise ValueError(f"--output {path}: is the file of prompts, which it would overwrite")
         if self.compare:
             raise ValueError(
-                "--output takes the answers of one model: leave out --compare, and run again with the word none instead "
-                "of the steering file"
+                "--output takes the answers of one model: leave out --compare, and run again with the word none, not "
+                "the steering file"
             )
 
     @property
@@ -119,8 +123,9 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class OpenTask:
-    """Questions without a known answer: how long an answer may be, and whether they are put as a chat."""
+    """Questions without a known answer: how they are asked, and how long an answer may be."""
 
+    template: str
     chat: bool
     max_new_tokens: int
     rule: Rule = "exact"
@@ -138,12 +143,14 @@ def read_prompts(config: GenerateConfig, notes: Mapping[str, Any]) -> list[Quest
     """
     if config.system is not None:
         check_unicode(config.system, "--system")
-    asking = Asking("{prompt}" if config.raw else notes.get("template", "{prompt}"), config.system)
+    asking = Asking(_template(config, notes), config.system)
     if config.prompts:
         return ask_all(config.prompts, asking)
     if config.input is not None:
         return read_questions(config.input, asking, config.divide)
-    return read_standard_input(sys.stdin and sys.stdin.buffer, asking, config.divide)
+    # None where the process was started with a closed standard input.
+    stream = None if sys.stdin is None else sys.stdin.buffer
+    return read_standard_input(stream, asking, config.divide)
 
 
 def open_task(config: GenerateConfig, notes: Mapping[str, Any], questions: Sequence[Question]) -> OpenTask:
@@ -155,8 +162,13 @@ def open_task(config: GenerateConfig, notes: Mapping[str, Any], questions: Seque
     trained = notes.get("chat", False) or any(question.conversation for question in questions)
     chat = trained if config.chat is None else config.chat
     if config.system is not None and not chat:
-        raise ValueError("--system needs a chat template; add --chat")
-    return OpenTask(chat, notes.get("max_new_tokens", 64) if config.max_new_tokens is None else config.max_new_tokens)
+        raise ValueError("--system needs a chat template; add --chat True")
+    new_tokens = notes.get("max_new_tokens", 64) if config.max_new_tokens is None else config.max_new_tokens
+    return OpenTask(_template(config, notes), chat, new_tokens)
+
+
+def _template(config: GenerateConfig, notes: Mapping[str, Any]) -> str:
+    return "{prompt}" if config.raw else notes.get("template", "{prompt}")
 
 
 @dataclass(frozen=True)
@@ -235,6 +247,7 @@ class Answering:
 def main() -> None:
     """Print each prompt with its answer."""
     config = tyro.cli(GenerateConfig, prog="python -m train.generate", description=__doc__)
+    config.check()
     join(config.distributed)
     enable_compilation_cache()
     sampling, file = config.sampling, read_steered(config.steering)

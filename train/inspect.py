@@ -67,8 +67,12 @@ class InspectConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
 
-    def __post_init__(self) -> None:
-        """Reject settings that show nothing."""
+    def check(self) -> None:
+        """Reject settings that show nothing.
+
+        Raises:
+            ValueError: names the option.
+        """
         if self.prompt is not None and not self.prompt:
             raise ValueError("--prompt: the prompt is empty; give some text")
         if self.prompt is None and (self.per_token or self.strength or self.plot or self.chat):
@@ -222,6 +226,7 @@ def show_tokens(config: InspectConfig, subject: Subject) -> None:
 def main() -> None:
     """Print the plan; with a prompt, also the shift by layer or by token."""
     config = tyro.cli(InspectConfig, prog="python -m train.inspect", description=__doc__)
+    config.check()
     enable_compilation_cache()
     if not config.source.endswith(".safetensors"):
         inspect_config(config)

@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jaxsteer.inference.decoder import Decoder, generate_all
 from jaxsteer.inference.likelihood import score_continuations
-from jaxsteer.inference.scheduling import Limits, Request
+from jaxsteer.inference.scheduling import Limits, Request, nonfinite_logits
 from jaxsteer.io import LoadedModel, compute_dtype, load_config, load_model, load_steering
 from jaxsteer.io.load import require_tokenizer
 from jaxsteer.lm_eval.settings import Settings, read_settings
@@ -257,6 +257,8 @@ class JaxsteerLM(TemplateLM):
         ended = lambda index, tokens: any(stop in self.tokenizer.decode(tokens) for stop in until[index])
         results = [""] * len(requests)
         for index, answer in generate_all(decoder, requests, ended):
+            if answer.finished == "nonfinite":
+                raise nonfinite_logits(requests[index].prompt, self.loaded.config.vocab_size)
             results[index] = self._answer(answer.tokens, until[index])
         return results
 

@@ -38,7 +38,9 @@ def at_strength(apply: Callable, factor: Array | None) -> Callable:
 
     def scaled(p: PyTree, x: Array, y: Array, context: Context) -> Array:
         s = factor.astype(y.dtype).reshape(factor.shape + (1,) * (y.ndim - factor.ndim))
-        return interpolate(y, apply(p, x, y, context), s)
+        # By itself, as without a strength: fused with what follows, its last product and sum would round differently.
+        out = jax.lax.optimization_barrier(apply(p, x, y, context))
+        return interpolate(y, out, s)
 
     return scaled
 

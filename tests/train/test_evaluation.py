@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,12 +16,21 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))
 from tiny_tokenizer import tiny_tokenizer
 
 from jaxsteer import Model, Params, init_steering, mean_loss, parse_plan
+from jaxsteer.inference import Likelihood
 from jaxsteer.io import load_model, save_steering
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from train import evaluate
 from train.data import Encoding, Example, encode, stack_rows
 from train.devices.placement import SINGLE, place_on
-from train.evaluation.answers import ScoredAnswer, make_prompts, read_answers, summarise, write_answers
+from train.evaluation.answers import (
+    Prompts,
+    ScoredAnswer,
+    chosen_reader,
+    make_prompts,
+    read_answers,
+    summarise,
+    write_answers,
+)
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.journal import FileJournal, MemoryJournal
 from train.evaluation.statistics import compare_answers, compare_scores, find_answers
@@ -356,3 +366,12 @@ def test_the_table_of_robustness(loaded, steered, steering_file, tmp_path):
         divergence(evaluator_of(loaded, steered[0]), steered[1], ["one text only"])
     with pytest.raises(ValueError, match="different name"):
         read_methods(replace(config, names=("base",)))
+
+
+def test_an_empty_choice_has_no_characters_to_divide_by():
+    tokens = SimpleNamespace(source="choices.jsonl:3", answer="b", ids=np.zeros(1, np.int32))
+    prompts = Prompts(("a",), (tokens,), (), "exact", 1, (("", "b"),))
+    with pytest.raises(ValueError, match=r"choices\.jsonl:3: an empty choice .* --normalise tokens"):
+        chosen_reader(prompts, "characters")
+    scores = [Likelihood(-3.0, False, 1), Likelihood(-1.0, False, 2)]
+    assert chosen_reader(prompts, "tokens")(0, scores).output == "b"
