@@ -188,8 +188,8 @@ from train.config import TrainConfig
 run_main(lambda: from_command_line("sft", "", TrainConfig))'
 
 # check_run CONFIG ...: refuse a config that does not exist and options that train.sft does not have, before anything is
-# created. Options are read by this checkout's own .venv (or PYTHON); without one, only the config is looked for. A config
-# outside the repository, or in another one (--repo), cannot be seen from here.
+# created. Options are read by this checkout's own .venv (or PYTHON); without one, only the config is looked for.
+# A config outside the repository, or in another one (--repo), cannot be seen from here.
 check_run() {
   local python=${PYTHON:-$ROOT/.venv/bin/python} said config=$1
   if [[ ${REPO:-} || $config == /* || $config == '~'* ]]; then return 0; fi
