@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from jaxsteer.io import LoadedModel, SteeringFile, compute_dtype, load_config, load_model, load_steering
 from jaxsteer.io.stored import Place
+from jaxsteer.plans import parse_plan, validate_plan
 from jaxsteer.types import Plan, Steering
 from train.devices.machine import cache_folder
 from train.display.console import get_console
@@ -181,3 +182,13 @@ def run_settings(notes: Mapping[str, Any]) -> dict[str, Any]:
 def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
     """A file's plan and steering; both empty without a file."""
     return (file.plan, file.steering) if file else ((), {})
+
+
+def check_plan(name: str, plan: Sequence[str]) -> None:
+    """Refuse a plan that does not fit a model, from the model's config alone: before its weights are loaded.
+
+    Raises:
+        ValueError: a text cannot be read, or its slot does not fit the model.
+    """
+    config = load_config(resolve_model(name))
+    validate_plan(parse_plan(plan, config), config)

@@ -18,7 +18,7 @@ from jaxsteer.io.tokenizer import Tokenizer
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
-from train.base_models import load
+from train.base_models import check_plan, load
 from train.data import Example, TokenizedExample, encode_prompts, stop_tokens
 from train.data.text_files import json_lines
 from train.evaluation.answers import LOW_MARGIN
@@ -85,6 +85,7 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     The prompts are answered one at a time before and after the batched run, so that a machine that is busy for a while
     slows both.
     """
+    check_plan(config.model, config.plan)
     loaded = load(config.model, config.dtype)
     prompts, run = _prompts(config, loaded.require_tokenizer()), _Run(config, loaded)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

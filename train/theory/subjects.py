@@ -22,7 +22,7 @@ from jaxsteer.steering import fold_weights
 from jaxsteer.theory import Means, difference, means, measure, merged, written
 from jaxsteer.theory.compare import Where
 from jaxsteer.types import Batch, PyTree
-from train.base_models import load
+from train.base_models import check_plan, load
 from train.cli import load_config_file
 from train.config import TrainConfig
 from train.data import DataSource, TokenizedExample, encode, encode_prompts, pack, stack_rows
@@ -97,13 +97,21 @@ class Base:
         return tokenise(examples, self.loaded.require_tokenizer(), chat=chat, max_length=max_length, on_long=on_long)[0]
 
 
-def read_base(config: str) -> Base:
+def read_base(config: str, tuned: Sequence[str] = (), plan: Sequence[str] = ()) -> Base:
     """Load the base model that a training config names.
+
+    Args:
+        config: path or name of the config.
+        tuned: fine-tunings that must exist.
+        plan: a plan that must fit the model. Both are looked at before the weights are loaded.
 
     Raises:
         ValueError: there is no such config file, or the model cannot be loaded.
     """
     settings = load_config_file(config, TrainConfig)
+    for path in tuned:
+        _existing(path, config)
+    check_plan(settings.model, plan)
     return Base(load(settings.model, "float32"), settings, config)
 
 
@@ -118,7 +126,7 @@ def read_tuned(path: str, base: Base) -> Network:
         ValueError: there is no such fine-tuning, or it belongs to another model.
     """
     config = base.loaded.config
-    if _existing(path, base).is_dir():
+    if _existing(path, base.config_file).is_dir():
         return Network(Model(config=config), load(path, "float32").base, {})
     file = read_steering(path, base)
     weights, plan, steering = fold_weights(file.plan, base.loaded.base, file.steering)
@@ -154,7 +162,7 @@ def read_update(path: str, base: Base) -> Update:
     Raises:
         ValueError: there is no such fine-tuning, or it belongs to another model.
     """
-    place, weights, plain = _existing(path, base), base.loaded.base, Model(config=base.loaded.config)
+    place, weights, plain = _existing(path, base.config_file), base.loaded.base, Model(config=base.loaded.config)
     at = Params(weights, {})
     name = place.parent.name if place.is_file() or place.name == "model" else place.name
     if place.is_dir():
@@ -177,10 +185,10 @@ def read_steering(path: str, base: Base) -> SteeringFile:
     return file
 
 
-def _existing(path: str, base: Base) -> Path:
+def _existing(path: str, config: str) -> Path:
     if not Path(path).exists():
         raise ValueError(
-            f"{path}: no such fine-tuning; make it first: python -m train.sft {base.config_file} "
+            f"{path}: no such fine-tuning; make it first: python -m train.sft {config} "
             "(`python -m train.theory --help` shows the commands for the fine-tunings of docs/theory.md)"
         )
     return Path(path)
