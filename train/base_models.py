@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from jaxsteer.io import (
 )
 from jaxsteer.io.load import require_tokenizer
 from jaxsteer.io.stored import Place
+from jaxsteer.plans import parse_plan, validate_plan
 from jaxsteer.types import Plan, Steering
 from train.display.console import get_console
 
@@ -245,6 +246,16 @@ def run_settings(notes: Mapping[str, Any]) -> dict[str, Any]:
 def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
     """A file's plan and steering; both empty without a file."""
     return (file.plan, file.steering) if file else ((), {})
+
+
+def check_plan(name: str, plan: Sequence[str]) -> None:
+    """Refuse a plan that does not fit a model, from the model's config alone: before its weights are loaded.
+
+    Raises:
+        ValueError: a text cannot be read, or its slot does not fit the model.
+    """
+    config = load_config(resolve_model(name))
+    validate_plan(parse_plan(plan, config), config)
 
 
 def main() -> None:

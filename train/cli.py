@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 
 from jaxsteer.io.files import read_json
+from jaxsteer.plans import did_you_mean
 from train.base_models import run_settings
 from train.config import TrainConfig
 from train.devices import interrupts
@@ -45,7 +46,9 @@ def find_config_file(name: str | Path) -> Path:
     stem = path.stem if path.parent == Path("configs") and path.suffix == ".py" else str(name)
     if stem in shipped:
         return shipped[stem]
-    raise ValueError(f"{name}: no such config file, and none of the configs shipped here: {', '.join(sorted(shipped))}")
+    hint = did_you_mean(stem, shipped)
+    known = ", ".join(sorted(shipped))
+    raise ValueError(f"{name}: no such config file, and none of the configs shipped here{hint}: {known}")
 
 
 def load_config_file(name: str | Path, kind: type[T]) -> T:

@@ -246,6 +246,7 @@ def test_the_default_model():
 
 def test_the_command_registers_the_model_once(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--help"])
+    monkeypatch.delitem(sys.modules, "jaxsteer.lm_eval.__main__")
     with pytest.raises(SystemExit) as done:
         runpy.run_module("jaxsteer.lm_eval", run_name="__main__")
     assert done.value.code == 0

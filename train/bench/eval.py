@@ -19,7 +19,7 @@ from jaxsteer.io.tokenizer import Tokenizer
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
-from train.base_models import load, resolve_model
+from train.base_models import check_plan, load, resolve_model
 from train.data import Example, TokenizedExample, encode_prompts, stop_tokens
 from train.data.fields import as_text, located
 from train.data.text_files import json_lines
@@ -88,6 +88,7 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     slows both.
     """
     require_tokenizer(resolve_model(config.model))
+    check_plan(config.model, config.plan)
     loaded = load(config.model, config.dtype)
     prompts, run = _prompts(config, loaded.require_tokenizer()), _Run(config, loaded)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

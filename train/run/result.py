@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -18,6 +20,7 @@ from jaxsteer.params import Params
 from jaxsteer.training import TrainState
 from jaxsteer.types import Steering
 from train.config import TrainConfig
+from train.data import Example
 from train.devices.machine import peak_memory_bytes
 from train.devices.processes import fetch, is_first, on_first
 from train.display.console import get_console, print_facts
@@ -126,7 +129,7 @@ def conclude(
         seconds=timer.seconds,
         tokens_per_second=timer.tokens_per_second,
         peak_memory=peak_memory_bytes(),
-        example=bare(questions[-1].turns[0].text, typed_template(config.task)) if questions else "",
+        example=question_of(questions[-1], typed_template(config.task)) if questions else "",
     )
     if is_first():
         write_json(run.summary, result.summary())
@@ -188,6 +191,18 @@ def _draw(training: Training, result: Result, steering: Steering) -> None:
         chance = chance_overlap(program.model.plan, steering, program.orthogonality)
         steps, overlaps = zip(*shared, strict=True)
         plot_overlap(run.folder / "overlap.png", steps, np.array(overlaps), chance=chance, title=title)
+
+
+def question_of(example: Example, template: str) -> str:
+    """What a person would type: a conversation's first question, not its system message, or a prompt."""
+    asked = next((turn.text for turn in example.turns if turn.role in ("user", "prompt")), "")
+    return bare(asked, template)
+
+
+def suggestion(steering: Path, prompt: str) -> str:
+    """The command that answers a prompt with a steering file, as a shell reads it."""
+    words = [sys.executable, "-m", "train.generate", str(steering), "--compare"]
+    return shlex.join([*words, *(["--"] if prompt.startswith("-") else []), prompt])
 
 
 def bare(prompt: str, template: str) -> str:
@@ -265,7 +280,6 @@ def print_result(result: Result) -> None:
     if run.steering.exists():
         paths = {"steering": run.steering, **paths}
     print_facts({name: str(path) for name, path in paths.items()})
-    if run.steering.exists() and result.after:
+    if run.steering.exists() and result.after and result.example:
         out.print("\nAnswer a new problem with it:", highlight=False)
-        command = f"  {sys.executable} -m train.generate {run.steering} '{result.example}' --compare"
-        out.print(command, markup=False, highlight=False, soft_wrap=True)
+        out.print(f"  {suggestion(run.steering, result.example)}", markup=False, highlight=False, soft_wrap=True)
