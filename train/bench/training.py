@@ -24,7 +24,7 @@ from jaxsteer.training import init_state
 from jaxsteer.types import Batch
 from train.base_models import check_plan, load
 from train.config import TrainConfig
-from train.data import DataSource, Encoding, Keys, ListOps, Reading, TokenizedExample, encode, read_jsonl
+from train.data import DataSource, Encoding, Keys, ListOps, TokenizedExample, encode, read_jsonl
 from train.data.listops import generate as generate_listops
 from train.devices.machine import matmul_peak_flops, peak_memory_bytes
 from train.devices.placement import SINGLE
@@ -153,7 +153,7 @@ def _source(config: TrainBench, loaded: LoadedModel) -> DataSource:
         examples = [TokenizedExample(ids, everywhere, 1, "dense") for ids in tokens]
     else:
         listops = config.data == "listops"
-        texts = generate_listops(ListOps(), "train") if listops else read_jsonl(config.data, Reading(config.keys))
+        texts = generate_listops(ListOps(), "train") if listops else read_jsonl(config.data, config.keys)
         encoding = Encoding(max_length=config.sequence_length, on_long="drop")
         examples, _ = encode(texts, loaded.require_tokenizer(), encoding)
     return DataSource(examples, config.batch_size, config.sequence_length)

@@ -79,7 +79,14 @@ class Reading:
             raise ValueError(f"template: got {self.template!r}, it must contain {{prompt}}")
 
 
-def read_jsonl(path: str | Path, reading: Reading | None = None) -> list[Example]:
+def read_jsonl(
+    path: str | Path,
+    keys: Keys | None = None,
+    *,
+    template: str = "{prompt}",
+    chat: bool = False,
+    completions: bool = True,
+) -> list[Example]:
     """Read examples, one JSON object per line; blank lines are skipped.
 
     A line is one of the shapes of `shape_of`. The completion, or every assistant message, is supervised. Other keys
@@ -87,7 +94,8 @@ def read_jsonl(path: str | Path, reading: Reading | None = None) -> list[Example
 
     Args:
         path: a UTF-8 file.
-        reading: names of the keys, and how prompts are worded; None for the defaults.
+        keys: names of the keys; None for the default names.
+        template, chat, completions: as in `Reading`.
 
     Returns:
         The examples in file order; each `source` is "path:line".
@@ -95,7 +103,7 @@ def read_jsonl(path: str | Path, reading: Reading | None = None) -> list[Example
     Raises:
         ValueError: naming file and line: a line that is not an example. Naming the file: no examples in it.
     """
-    reading = reading or Reading()
+    reading = Reading(Keys() if keys is None else keys, template, chat, completions)
     return [make_example(row, source, reading) for source, row in read_rows(path, reading.keys)]
 
 

@@ -176,10 +176,13 @@ def weighed(examples: list[Example], label: str) -> list[Example]:
     """The examples, unless the loss has nothing to learn from them.
 
     Raises:
-        ValueError: every one has the weight 0; names the label.
+        ValueError: every one has the weight 0; names the first one's source and the label.
     """
     if examples and not any(example.weight for example in examples):
-        raise ValueError(f"{label}: every example has weight 0 in the loss, so there is nothing to train on")
+        raise ValueError(
+            f"{examples[0].source}: this example has weight 0 in the loss, and so have all of {label}; there is "
+            "nothing to train on"
+        )
     return examples
 
 

@@ -62,7 +62,7 @@ def test_gold_and_context():
 
 def test_own_keys_and_template(tmp_path):
     path = write(tmp_path, {"question": "q {x}", "answer": "a"}, {"question": "r", "answer": "b"})
-    first, _ = read_jsonl(path, Reading(Keys("question", "answer"), template="Q: {prompt}\n"))
+    first, _ = read_jsonl(path, Keys("question", "answer"), template="Q: {prompt}\n")
     assert first.turns == (Turn("prompt", "Q: q {x}\n"), Turn("completion", "a"))
     assert first.answer is None  # its key is that of the completion
     assert first.gold == "a"
@@ -70,7 +70,7 @@ def test_own_keys_and_template(tmp_path):
 
 def test_prompts_only(tmp_path):
     path = write(tmp_path, {"prompt": "p", "answer": 1.5}, chat(("user", "u")), {"prompt": "p", "completion": "c"})
-    examples = read_jsonl(path, Reading(completions=False))
+    examples = read_jsonl(path, completions=False)
     assert [len(e.turns) for e in examples] == [1, 1, 2]
     assert examples[0].gold == "1.5"
 
@@ -226,13 +226,13 @@ def test_alpaca_by_its_keys(tmp_path):
     first, second = read_jsonl(path)
     assert texts(first) == [("prompt", ALPACA_WORDS), ("completion", "3")]
     assert second.turns[0].text == ALPACA_TEMPLATE.replace("{prompt}", "Sing.")
-    asked = read_jsonl(path, Reading(chat=True))
+    asked = read_jsonl(path, chat=True)
     assert texts(asked[0]) == [("user", "Add {input}.\n\n1 {prompt}"), ("assistant", "3")]
     assert texts(asked[1])[0] == ("user", "Sing.")
-    own = read_jsonl(path, Reading(template="Q: {prompt}\nA: "))
+    own = read_jsonl(path, template="Q: {prompt}\nA: ")
     assert own[1].turns[0].text == "Q: Sing.\nA: "
     # The names of the keys may be given instead.
-    assert texts(read_jsonl(path, Reading(Keys("instruction", "output")))[1])[0] == ("prompt", "Sing.")
+    assert texts(read_jsonl(path, Keys("instruction", "output"))[1])[0] == ("prompt", "Sing.")
 
 
 @pytest.mark.parametrize(
