@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.sharding import constrain, current_platform, row_shards
@@ -174,7 +175,14 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets, softcap: float |
 
 
 def supervised_loss(
-    model: Model, base: PyTree, steering: Steering, batch: Batch, key: Array | None = None, *, train: bool = False
+    model: Model,
+    base: PyTree,
+    steering: Steering,
+    batch: Batch,
+    key: Array | None = None,
+    *,
+    train: bool = False,
+    strength: Mapping[str, ArrayLike] | None = None,
 ) -> Array:
     """Sum of weight · cross-entropy over a batch's supervised tokens; divide by `total_weight` for the mean.
 
@@ -185,17 +193,25 @@ def supervised_loss(
         batch: [B, T].
         key: for methods that draw random numbers while training.
         train: training mode of the methods (dropout, gates).
+        strength: of the slots, as in `forward`.
 
     Returns:
         Scalar in nats, at least fp32.
     """
-    hidden = forward(model, base, steering, batch, key=key, train=train).hidden
+    hidden = forward(model, base, steering, batch, key=key, train=train, strength=strength).hidden
     return cross_entropy(hidden, output_embedding(base), next_tokens(batch), model.config.final_softcap)
 
 
-def mean_loss(model: Model, base: PyTree, steering: Steering, batch: Batch) -> Array:
-    """Mean cross-entropy per supervised token of a batch [B, T], a scalar in nats."""
-    total = supervised_loss(model, base, steering, batch)
+def mean_loss(
+    model: Model,
+    base: PyTree,
+    steering: Steering,
+    batch: Batch,
+    *,
+    strength: Mapping[str, ArrayLike] | None = None,
+) -> Array:
+    """Mean cross-entropy per supervised token of a batch [B, T], a scalar in nats; `strength` as in `forward`."""
+    total = supervised_loss(model, base, steering, batch, strength=strength)
     return total / total_weight(batch).astype(total.dtype)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jaxsteer.interventions import METHODS
@@ -16,6 +17,13 @@ GRAMMAR = "method(setting=value, ...) @ site,site layers=... positions=... name=
 _SLOT = re.compile(
     r"\s*(?P<method>\w+)\s*(?:\((?P<settings>.*)\))?\s*@\s*(?P<sites>[\w.]+(?:\s*,\s*[\w.]+)*)(?P<rest>.*)"
 )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " (did you mean ...?)" with the known word that is nearest to an unknown one; empty if none is near."""
+    names = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(word.lower(), names, n=1)
+    return f" (did you mean {names[nearest[0]]}?)" if nearest else ""
 
 
 def parse_plan(texts: Sequence[str], config: ModelConfig) -> Plan:
@@ -62,24 +70,43 @@ def _parse_slot(text: str, config: ModelConfig) -> Slot:
     options = {"layers": "all", "positions": "all", "name": name}
     try:
         if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
+            raise ValueError(_unknown_method(name))
         for item in match["rest"].split():
             key, equals, value = item.partition("=")
             if not equals or key not in options:
-                raise ValueError(f"cannot read {item!r}; after the sites, use {', '.join(options)}, as key=value")
+                hint = did_you_mean(key, options)
+                raise ValueError(f"cannot read {item!r}{hint}; after the sites, use {', '.join(options)}, as key=value")
             options[key] = value
         sites: list[str] = []
         for site in (part.strip() for part in match["sites"].split(",")):
+            if site not in (*SITES, "projections"):
+                hint = did_you_mean(site, (*SITES, "projections"))
+                raise ValueError(f"unknown site {site!r}{hint}; the sites are {', '.join(SITES)}, and projections")
             sites += projections_of(config) if site == "projections" else [site]
         return Slot(
             options["name"],
             _parse_method(name, match["settings"] or ""),
             tuple(sites),
             _parse_layers(options["layers"], config.layers),
-            Positions.parse(options["positions"]),
+            _parse_positions(options["positions"]),
         )
     except ValueError as error:
         raise ValueError(f"plan {text!r}: {error}") from None
+
+
+def _unknown_method(name: str) -> str:
+    return f"unknown method {name!r}{did_you_mean(name, METHODS)}; the methods are {', '.join(METHODS)}"
+
+
+def _parse_positions(text: str) -> Positions:
+    """As `Positions.parse`, with the nearest known word for one that is not known."""
+    try:
+        return Positions.parse(text)
+    except ValueError as error:
+        words = [part.partition(":")[0] for part in text.split("+")]
+        known = ("all", "prompt", "completion", "last", "first")
+        hints = [did_you_mean(word, known) for word in words if word not in known]
+        raise ValueError(f"{error}{next(filter(None, hints), '')}") from None
 
 
 def _parse_method(name: str, text: str) -> Intervention:
@@ -90,7 +117,8 @@ def _parse_method(name: str, text: str) -> Intervention:
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or key not in known:
-            raise ValueError(f"{name} has no setting {item!r}; its settings are: {', '.join(known) or 'none'}")
+            hint = did_you_mean(key, known)
+            raise ValueError(f"{name} has no setting {item!r}{hint}; its settings are: {', '.join(known) or 'none'}")
         settings[key] = _parse_value(key, value, known[key].default)
     return method(**settings)
 
@@ -124,7 +152,8 @@ def _parse_layers(text: str, num_layers: int) -> tuple[int, ...] | None:
                 raise ValueError(f"layers {part}: the model has layers 0 to {num_layers - 1}")
             layers |= set(range(first, last + 1))
         else:
-            raise ValueError(f"cannot read layers {text!r}; use all, 0-3,7, first:4 or last:8")
+            hint = did_you_mean(part.partition(":")[0], ("all", "first", "last"))
+            raise ValueError(f"cannot read layers {text!r}{hint}; use all, 0-3,7, first:4 or last:8")
     return tuple(sorted(layers))
 
 
@@ -148,7 +177,8 @@ def validate_plan(plan: Plan, config: ModelConfig) -> None:
             raise ValueError(f"{where}: needs at least one site, each once; got {list(slot.sites)}")
         for site in slot.sites:
             if site not in SITES:
-                raise ValueError(f"{where}: unknown site {site!r}; the sites are {', '.join(SITES)}")
+                hint = did_you_mean(site, SITES)
+                raise ValueError(f"{where}: unknown site {site!r}{hint}; the sites are {', '.join(SITES)}")
             if site not in allowed:
                 raise ValueError(
                     f"{where}: {method_name(slot.method)} is a {slot.method.kind} method and cannot be used at "
@@ -204,7 +234,7 @@ def plan_from_json(data: Sequence[dict[str, Any]]) -> Plan:
         settings = dict(entry["method"])
         name = settings.pop("name")
         if name not in METHODS:
-            raise ValueError(f"slot {entry['name']!r}: unknown method {name!r}; the methods are {', '.join(METHODS)}")
+            raise ValueError(f"slot {entry['name']!r}: {_unknown_method(name)}")
         known = {field.name for field in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
         if unknown := sorted(set(settings) - known):
             raise ValueError(

@@ -5,14 +5,17 @@ import sys
 import types
 from pathlib import Path
 
+import chex
 import jax
 import pytest
 
+from jaxsteer import init_steering, parse_plan, plan_to_json
 from jaxsteer.interventions import METHODS
-from jaxsteer.io import save_hf
+from jaxsteer.io import load_config, load_steering, save_hf, save_steering
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import init_base
+from train.run.checkpoints import open_checkpoints
 from train.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,12 +104,47 @@ def test_walk_throughs(run, restored, heading):
     run("CONTRIBUTING.md", heading)
 
 
-def test_the_steering_file_of_getting_started(run, tiny_model):
-    from jaxsteer import init_steering, parse_plan
-    from jaxsteer.io import save_steering
-
-    plan = parse_plan(["nonlinear(rank=2) @ block"], tiny_model)
+@pytest.fixture
+def quickstart(run, tiny_model):
+    """The plan and the steering of a quickstart on the tiny model, in runs/quickstart."""
+    plan = parse_plan(["nonlinear(rank=2) @ block name=steer"], tiny_model)
     steering = init_steering(plan, tiny_model, jax.random.key(0))
     path = Path("runs/quickstart/steering.safetensors")
     save_steering(path, steering, plan, model_name="smollm2-135m-instruct", config=tiny_model)
-    assert run("docs/getting_started.md", "First run").model.plan == plan
+    return plan, steering
+
+
+def test_the_steering_file_of_getting_started(run, quickstart):
+    assert run("docs/getting_started.md", "First run").model.plan == quickstart[0]
+
+
+def test_the_recipe_for_answering(run, quickstart, capsys):
+    shown = run("docs/recipes.md", "Load steering and answer")
+    tokens = shown.answer.tokens[0, : shown.answer.lengths[0]]
+    assert capsys.readouterr().out == shown.loaded.tokenizer.decode(tokens) + "\n"
+
+
+@pytest.mark.slow
+def test_the_recipe_for_merging(run, tiny_model):
+    shown = run("docs/recipes.md", "Merge steering into the weights")
+    assert [slot.name for slot in shown.rest] == list(shown.rest_steering) == ["nonlinear"]
+    assert load_config("runs/merged") == tiny_model
+
+
+@pytest.mark.slow
+def test_the_recipe_for_seeds(run, tiny_model):
+    with jax.numpy_dtype_promotion("standard"):  # as users run it; optax.adam needs it
+        shown = run("docs/recipes.md", "Train several seeds at once")
+    assert shown.losses.shape == (4,)
+    assert len({float(loss) for loss in shown.losses}) == 4
+    assert shown.best["nonlinear"]["block"]["U"].shape == shown.seeds["nonlinear"]["block"]["U"].shape[1:]
+
+
+def test_the_recipe_for_checkpoints(run, quickstart):
+    plan, steering = quickstart
+    with open_checkpoints(Path("runs/quickstart/checkpoints")) as checkpoints:
+        checkpoints.save(3, {"steering": steering}, {"plan": plan_to_json(plan), "model": "tiny"})
+    run("docs/recipes.md", "Read a checkpoint without jaxsteer's programs")
+    again = load_steering("runs/from_checkpoint.safetensors")
+    assert again.plan == plan
+    chex.assert_trees_all_equal(again.steering, steering)

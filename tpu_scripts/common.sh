@@ -17,7 +17,7 @@ declare -A ABOUT=(
   [name]="name of the TPU (its queued resource and nodes), or of the JobSet"
   [zone]="zone of the TPU, for example us-west4-a"
   [project]="Google Cloud project (default: gcloud's)"
-  [topology]="topology of one slice, as JAX's compiler writes it: v5e:4x4, v6e:8x8, v5p:4x4x4, ..."
+  [topology]="topology of one slice: v5e:4x4, v6e:8x8, v5p:4x4x4, ..., or as it is sold: v5litepod-16, v6e-64, ..."
   [slices]="number of slices, joined over the data-centre network (default 1)"
   [spot]="use spot capacity: cheaper, but can be preempted at any time"
   [valid-until]="give up if there is no capacity within this time, for example 6h"
@@ -178,16 +178,45 @@ pass_flags_on() {
   done
 }
 
+# ---- the run
+
+# What `python -m train.sft` does before anything else: read the config and the options.
+READ_SETTINGS='
+import sys
+from train.cli import from_command_line, run_main
+from train.config import TrainConfig
+run_main(lambda: from_command_line("sft", "", TrainConfig))'
+
+# check_run CONFIG ...: refuse a config that does not exist and options that train.sft does not have, before anything is
+# created. Options are read by this checkout's own .venv (or PYTHON); without one, only the config is looked for.
+# A config outside the repository, or in another one (--repo), cannot be seen from here.
+check_run() {
+  local python=${PYTHON:-$ROOT/.venv/bin/python} said config=$1
+  if [[ ${REPO:-} || $config == /* || $config == '~'* ]]; then return 0; fi
+  if [[ $config != -* && ! -f $ROOT/$config && ! -f $ROOT/configs/$config.py ]]; then
+    said=$(cd "$ROOT" && printf '%s ' configs/*.py)
+    die "no such config: $config" "CONFIG is a path in this repository or the name of one of these: $said"
+  fi
+  if [[ ! -x $python ]]; then
+    hint "note: the options after CONFIG are not checked, since there is no $python (make install)"
+  elif ! said=$(cd "$ROOT" && JAX_PLATFORMS=cpu "$python" -c "$READ_SETTINGS" "$@" 2>&1 >/dev/null); then
+    die "train.sft does not accept: $(quoted "$@")" "$said"
+  fi
+}
+
 # ---- topologies
 
-# lookup TOPOLOGY: set SOLD_AS, RUNTIME, CHIPS, HOSTS, GKE_ACCELERATOR and GKE_MACHINE, and print both names.
+# lookup TOPOLOGY: set TOPOLOGY to the compiler's name of the slice (v5litepod-16 and v5e-16 are v5e:4x4), and SOLD_AS, 
+# RUNTIME, CHIPS, HOSTS, GKE_ACCELERATOR and GKE_MACHINE; print both names.
 lookup() {
-  local row
-  row=$(awk -v wanted="$1" '$1 == wanted' "$SCRIPTS/topologies.txt")
+  local row wanted=${1,,}
+  wanted=${wanted/#v5e-/v5litepod-}
+  wanted=${wanted/#v5lite-/v5litepod-}
+  row=$(awk -v wanted="$wanted" '!/^#/ && ($1 == wanted || $2 == wanted)' "$SCRIPTS/topologies.txt")
   [[ $row ]] || die "unknown topology '$1'" "known: $(awk '!/^#/ {printf "%s ", $1}' "$SCRIPTS/topologies.txt")"
   # shellcheck disable=SC2034  # some are used by gke.sh
-  read -r _ SOLD_AS RUNTIME CHIPS HOSTS GKE_ACCELERATOR GKE_MACHINE <<<"$row"
-  say "$1 is sold as $SOLD_AS: $CHIPS chips on $HOSTS host(s) per slice, $SLICES slice(s)"
+  read -r TOPOLOGY SOLD_AS RUNTIME CHIPS HOSTS GKE_ACCELERATOR GKE_MACHINE <<<"$row"
+  say "$TOPOLOGY is sold as $SOLD_AS: $CHIPS chips on $HOSTS host(s) per slice, $SLICES slice(s)"
 }
 
 # ---- the queued resource

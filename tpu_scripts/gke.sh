@@ -67,6 +67,7 @@ prepare() {
         ;;
     esac
   done
+  check_run "${REST[@]}"
   [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || die "--max-restarts: must be a whole number, got '$MAX_RESTARTS'"
   lookup "$TOPOLOGY"
   if ((SLICES > 1 && HOSTS == 1)); then

@@ -22,6 +22,7 @@ for word in "${REST[@]}"; do
     --resume | --resume=*) die "--resume is not needed" "an existing run is resumed" ;;
   esac
 done
+check_run "${REST[@]}"
 if [[ $TOPOLOGY ]]; then
   lookup "$TOPOLOGY"
   if ((HOSTS * SLICES > 1)) && [[ $OUT != /* ]] && ! out_is_safe; then

@@ -19,6 +19,8 @@ parse "name zone project topology slices spot valid-until repo ref env-file moun
 need name zone topology
 one_place
 ((${#REST[@]})) || die "no CONFIG given" "see resume.sh --help"
+check_run "${REST[@]}"
+lookup "$TOPOLOGY"
 if [[ ! $BUCKET ]] && ! out_is_safe; then
   die "a preempted TPU would take $OUT with it" \
     "give --bucket gs://BUCKET/FOLDER, or --mount gs://BUCKET and --out '~/bucket/my-run'"

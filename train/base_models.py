@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from jaxsteer.io import (
     load_steering,
     sample_weights,
 )
+from jaxsteer.io.load import require_tokenizer
 from jaxsteer.io.stored import Place
+from jaxsteer.plans import parse_plan, validate_plan
 from jaxsteer.types import Plan, Steering
 from train.display.console import get_console
 
@@ -111,8 +113,9 @@ def load_steered(
     if file is not None:
         check_base(file, name, other_base=other_base)
     run = run_settings(file.notes if file else {})
-    quantised = run.get("quantise") == "int8"
-    return load(name, dtype, place, quantised=quantised, tokenizer=run.get("tokenizer")), file
+    quantised, tokenizer = run.get("quantise") == "int8", run.get("tokenizer")
+    require_tokenizer(resolve_model(name), tokenizer)
+    return load(name, dtype, place, quantised=quantised, tokenizer=tokenizer), file
 
 
 def find_base(file: SteeringFile | None, model: str | None) -> str:
@@ -243,6 +246,16 @@ def run_settings(notes: Mapping[str, Any]) -> dict[str, Any]:
 def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:
     """A file's plan and steering; both empty without a file."""
     return (file.plan, file.steering) if file else ((), {})
+
+
+def check_plan(name: str, plan: Sequence[str]) -> None:
+    """Refuse a plan that does not fit a model, from the model's config alone: before its weights are loaded.
+
+    Raises:
+        ValueError: a text cannot be read, or its slot does not fit the model.
+    """
+    config = load_config(resolve_model(name))
+    validate_plan(parse_plan(plan, config), config)
 
 
 def main() -> None:

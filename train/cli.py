@@ -13,12 +13,13 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 
 from jaxsteer.io.files import read_json
+from jaxsteer.plans import did_you_mean
 from train.base_models import run_settings
 from train.config import TrainConfig
 from train.devices import interrupts
 from train.display.failures import close_output, flush, make_printable, report, sentence_of
 from train.plain import from_plain, to_plain
-from train.tasks import JsonlTask, Task, on_file, task_from_json
+from train.tasks import AnyTask, HeldOutTask, JsonlTask, on_file, task_from_json
 
 T = TypeVar("T")
 
@@ -45,7 +46,9 @@ def find_config_file(name: str | Path) -> Path:
     stem = path.stem if path.parent == Path("configs") and path.suffix == ".py" else str(name)
     if stem in shipped:
         return shipped[stem]
-    raise ValueError(f"{name}: no such config file, and none of the configs shipped here: {', '.join(sorted(shipped))}")
+    hint = did_you_mean(stem, shipped)
+    known = ", ".join(sorted(shipped))
+    raise ValueError(f"{name}: no such config file, and none of the configs shipped here{hint}: {known}")
 
 
 def load_config_file(name: str | Path, kind: type[T]) -> T:
@@ -216,7 +219,7 @@ def run_main(main: Callable[[], None]) -> None:
             raise SystemExit(report(error)) from None
 
 
-def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) -> Task:
+def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) -> AnyTask:
     """The task to evaluate: a config file's, else the one a steering file was trained on.
 
     Args:
@@ -227,10 +230,13 @@ def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) ->
     Raises:
         ValueError: nothing says what the task is.
     """
-    task = load_config_file(config, TrainConfig).task if config else None
-    settings = run_settings(notes)
+    run = load_config_file(config, TrainConfig) if config else None
+    task, settings = run.task if run else None, run_settings(notes)
+    share = run.validation_share if run else settings.get("validation_share", 0.0)
     if task is None and isinstance(settings.get("task"), dict):
         task = task_from_json(settings["task"])
+    if task is not None and data is None and share:
+        return HeldOutTask(task, share)
     if data is not None:
         return JsonlTask(data, data) if task is None else on_file(task, data)
     if task is None:

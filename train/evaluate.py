@@ -24,14 +24,15 @@ from jaxsteer.steering import keep_kind
 from jaxsteer.types import Kind, Plan, Steering
 from train.base_models import load_steered, read_steered, steered
 from train.cli import find_task, run_main
-from train.data import Example
+from train.data import Encoding, Example
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, is_first, join
 from train.evaluation.answers import By, Normalise, ScoredAnswer, accuracy_of, summarise
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.statistics import Paired, check_same_examples, compare_answers, find_answers, key_of, keys_of
-from train.tasks import Split, Task
+from train.evaluation.strength import parse_strength, show_strength
+from train.tasks import AnyTask, Split
 from train.tasks.perturb import Kind as Perturbation
 from train.tasks.perturb import perturbed
 from train.tasks.scoring import percent
@@ -49,6 +50,9 @@ class EvaluateConfig:
     """Base model; by default the one named in the steering file."""
     other_base: bool = False
     """Steer a model of the same shape whose weights are not those that the steering was trained on."""
+    strength: tuple[str, ...] = ()
+    """Strength of the steering: 0 the base, 1 as trained, 2 twice the shift; for all slots (0.5) or for some
+    (lora=0.5 post_block=2)."""
     config: str | None = None
     """Config file of the task to evaluate; by default the task that the steering was trained on."""
     data: str | None = None
@@ -114,7 +118,7 @@ def variants(config: EvaluateConfig, plan: Plan, steering: Steering) -> dict[str
     return {"base": jax.tree.map(jnp.zeros_like, steering), **steered} if config.base else steered
 
 
-def read_examples(config: EvaluateConfig, task: Task) -> list[Example]:
+def read_examples(config: EvaluateConfig, task: AnyTask) -> list[Example]:
     """The examples to evaluate.
 
     Raises:
@@ -157,6 +161,7 @@ def main() -> None:
     task = find_task(config.config, config.data, file.notes if file else {})
     examples = read_examples(config, task)
     plan, steering = steered(file)
+    strength = parse_strength(config.strength, plan)
     params = variants(config, plan, steering)
     others = find_others(config, list(params))
     place = place_on(config.mesh, config.batch_size)
@@ -171,6 +176,8 @@ def main() -> None:
         eval_batch_size=config.batch_size,
         by=config.by,
         normalise=config.normalise,
+        strength=strength,
+        encoding=Encoding(chat=task.chat, date=file.notes.get("date") if file else None),
     )
     for other in others.values():
         check_same_examples(keys_of(evaluator.prompts(examples)), [key_of(answer) for answer in other])
@@ -183,7 +190,7 @@ def main() -> None:
     }
     compared = {name: compare_answers(answers[name], other) for name, other in others.items()}
     if is_first():
-        _report(config, out, answers, compared)
+        _report(config, out, answers, compared, strength)
 
 
 def _report(
@@ -191,15 +198,16 @@ def _report(
     out: Path,
     answers: Mapping[str, Sequence[ScoredAnswer]],
     compared: Mapping[str, Paired],
+    strength: Mapping[str, float] | None,
 ) -> None:
     """Write the summary, print the table and a line for each comparison."""
     count = len(next(iter(answers.values())))
     summary: dict[str, Any] = {name: summarise(some) for name, some in answers.items()}
     for name, paired in compared.items():
         summary[name]["against"] = {"answers": config.against, **asdict(paired)}
-    asked = {"split": config.split, "perturbed": config.perturb, "examples": count}
+    asked = {"split": config.split, "perturbed": config.perturb, "examples": count, "strength": strength}
     write_json(out / "summary.json", asked | summary)
-    print_table(f"{config.split}: {count} examples", answers)
+    print_table(f"{config.split}: {count} examples{show_strength(strength)}", answers)
     for name, paired in compared.items():
         print(f"{name} against {config.against}: {paired}")
     print(f"answers and summary: {out}")

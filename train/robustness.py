@@ -26,13 +26,14 @@ from train.base_models import check_base, find_base, load_steered, read_steered,
 from train.cli import find_task, load_config_file, run_main
 from train.config import TrainConfig
 from train.data import Example, TokenizedExample, stack_rows
+from train.data.text_files import read_text
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, fetch, is_first, join
 from train.evaluation.answers import By, Normalise, ScoredAnswer, accuracy_of, summarise
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.statistics import Estimate, crossed_interval
-from train.tasks import Split, Task
+from train.tasks import AnyTask, Split
 from train.tasks.perturb import Kind, perturbed
 from train.tasks.scoring import percent
 
@@ -101,7 +102,7 @@ class Row:
 Methods = Mapping[str, tuple[Plan, Steering]]
 """Plan and steering of each method by its name in the table."""
 
-ExampleSets = dict[str, tuple[Task, list[Example]]]
+ExampleSets = dict[str, tuple[AnyTask, list[Example]]]
 """Task and examples of each column of the table."""
 
 
@@ -139,7 +140,7 @@ def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *
     return crossed_interval([kls])
 
 
-def example_sets(config: RobustnessConfig, task: Task, transferred: Task | None) -> ExampleSets:
+def example_sets(config: RobustnessConfig, task: AnyTask, transferred: AnyTask | None) -> ExampleSets:
     """Each column's task and examples: as trained, under each perturbation, transferred.
 
     Raises:
@@ -157,7 +158,7 @@ def example_sets(config: RobustnessConfig, task: Task, transferred: Task | None)
 
 def measure(config: RobustnessConfig, evaluator: Evaluator, methods: Methods, sets: ExampleSets) -> list[Row]:
     """Evaluate every method on every set of examples and on the neutral text."""
-    texts = [line for line in Path(config.neutral).read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = [line for line in read_text(config.neutral).splitlines() if line.strip()]
     lines = []
     for name, (plan, steering) in methods.items():
         folder = Path(config.out) / name

@@ -6,6 +6,8 @@ Training and its losses belong elsewhere, and so does everything that opens file
 from jaxsteer.inference.decoder import Answer, Decoder, Event, Limits, Request, generate_all
 from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.likelihood import Likelihood, score_continuations
+from jaxsteer.inference.scheduling import nonfinite_logits
+from jaxsteer.inference.token_shift import TokenShift, per_token_shift
 
 __all__ = [
     "Answer",
@@ -15,6 +17,9 @@ __all__ = [
     "Limits",
     "Request",
     "Sampling",
+    "TokenShift",
     "generate_all",
+    "nonfinite_logits",
+    "per_token_shift",
     "score_continuations",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxsteer.inference.rows import (
     Rows,
     add_rows,
     advance,
+    clear_rows,
     empty_rows,
     free_rows,
     insert,
@@ -25,13 +26,23 @@ from jaxsteer.inference.rows import (
     prefill,
     resize_prompts,
 )
-from jaxsteer.inference.scheduling import Limits, Request, half_of, make_admission, next_prefill, prefill_batch
-from jaxsteer.models.config import check_length
+from jaxsteer.inference.scheduling import (
+    Limits,
+    Request,
+    half_of,
+    make_admission,
+    next_prefill,
+    prefill_batch,
+    prefill_strength,
+)
+from jaxsteer.models.config import check_length, check_new_tokens
+from jaxsteer.models.strength import check_strength
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.types import Batch, PyTree, Steering
 
-Finished = Literal["stop", "length", "cancelled"]
-"""Why an answer ended: a stop token was drawn, it reached its maximum number of tokens, or it was cancelled."""
+Finished = Literal["stop", "length", "cancelled", "nonfinite"]
+"""Why an answer ended: a stop token was drawn, it reached its maximum number of tokens, it was cancelled, or the model
+gave logits that are not finite, from which nothing can be drawn."""
 
 
 class Event(NamedTuple):
@@ -57,15 +68,20 @@ class Answer(NamedTuple):
     """A finished answer.
 
     tokens             int32 [n], without the stop token
-    stopped            False where the answer reached its maximum number of tokens
+    finished           why it ended; "nonfinite": the tokens before the logits were not finite, see `nonfinite_logits`
     margin             see `Event`
     log_probabilities  fp32 [n], see `Event`
     """
 
     tokens: np.ndarray
-    stopped: bool
+    finished: Finished
     margin: float
     log_probabilities: np.ndarray
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the answer came to its end: a stop token, or its reader had enough."""
+        return self.finished in ("stop", "cancelled")
 
 
 @dataclass(eq=False)
@@ -93,6 +109,9 @@ class Decoder:
         model, base, steering: as in `forward`.
         limits: the sizes that programs are compiled for.
         place: puts a numpy batch on the devices that hold the weights.
+
+    Raises:
+        ValueError: answers longer than the model's context.
     """
 
     def __init__(
@@ -103,7 +122,9 @@ class Decoder:
         limits: Limits,
         place: Callable[[Batch], Batch] = to_device,
     ) -> None:
+        check_new_tokens(model.config, limits.max_new_tokens)
         self.limits = limits
+        self._slots = tuple(slot.name for slot in model.plan)
         self._network = Network(model, base, steering)
         self._to_devices = place
         self._submitted = 0
@@ -125,9 +146,11 @@ class Decoder:
         """Check that this decoder can answer a request.
 
         Raises:
-            ValueError: it exceeds the limits, or needs more positions than the model has learned.
+            ValueError: it exceeds the limits, needs more positions than the model has learned, or gives a strength to a
+                slot that the plan does not have.
         """
         self.limits.check(request)
+        check_strength(self._network.model.plan, request.strength)
         check_length(self._network.model.config, len(request) + request.max_new_tokens, request.prompt.source)
 
     def submit(self, request: Request) -> int:
@@ -202,7 +225,7 @@ class Decoder:
         self._rows = rows = None  # frees the memory first
         dtype = jnp.dtype(self._network.base["embed"]["embedding"].dtype).name
         sizes = (count, slots, limits.max_new_tokens, limits.max_stop_tokens)
-        self._rows = empty_rows(self._network.model.config, *sizes, dtype)
+        self._rows = empty_rows(self._network.model, *sizes, dtype)
         self._tickets = [None] * count
 
     def _longest(self) -> int:
@@ -219,9 +242,11 @@ class Decoder:
             tickets = [self._waiting.popleft() for _ in range(layout.size)]
             requests = [ticket.request for ticket in tickets]
             taken, free = free[: layout.size], free[layout.size :]
-            hidden, prefilled = prefill(self._network, self._to_devices(prefill_batch(requests, layout)))
+            batch = self._to_devices(prefill_batch(requests, layout))
+            strength: Any = prefill_strength(requests, layout, self._slots) if _any_scaled(tickets) else None
+            hidden, prefilled = prefill(self._network, batch, strength)
             stop_width, sampling = self.limits.max_stop_tokens, _any_samples(tickets)
-            admission = make_admission(requests, layout, taken, no_row=count, stop_width=stop_width)
+            admission = make_admission(requests, layout, taken, no_row=count, stop_width=stop_width, slots=self._slots)
             self._rows = insert(self._network, self._rows, hidden, prefilled, admission, sampling=sampling)
             for row, ticket in zip(taken, tickets, strict=True):
                 self._tickets[row] = ticket
@@ -245,9 +270,9 @@ class Decoder:
         else:
             enough = count - half_of(count) if draining else count
         reported = np.array([0 if ticket is None else ticket.reported for ticket in self._tickets], np.int32)
-        chunk, sampling = self.limits.chunk, _any_samples(self._active)
+        static: Any = {"sampling": _any_samples(self._active), "scaled": _any_scaled(self._active)}
         self._rows, emitted = advance(
-            self._network, self._rows, reported, np.int32(enough), chunk=chunk, sampling=sampling
+            self._network, self._rows, reported, np.int32(enough), chunk=self.limits.chunk, **static
         )
         return emitted
 
@@ -255,8 +280,8 @@ class Decoder:
         """Read what is new in each row, and free the rows that are done."""
         assert self._rows is not None
         progress = self._rows.progress
-        done, stopped, drawn, margin, tokens, log_probabilities = jax.device_get(
-            (progress.done, progress.stopped, progress.drawn, progress.margin, *emitted)
+        done, stopped, failed, drawn, margin, tokens, log_probabilities = jax.device_get(
+            (progress.done, progress.stopped, progress.failed, progress.drawn, progress.margin, *emitted)
         )
         events = []
         for row, ticket in enumerate(self._tickets):
@@ -266,16 +291,22 @@ class Decoder:
             ticket.reported, ticket.margin = int(drawn[row]), float(margin[row])
             finished: Finished | None = None
             if done[row]:
-                finished = "stop" if stopped[row] else "length"
+                finished = "stop" if stopped[row] else "nonfinite" if failed[row] else "length"
                 self._tickets[row] = None
             if new or finished:
                 parts = tokens[row, :new].copy(), log_probabilities[row, :new].copy()
                 events.append(Event(ticket.id, *parts, finished, ticket.margin))
+        if any(event.finished == "nonfinite" for event in events):
+            self._rows = clear_rows(self._rows, failed)
         return events
 
 
 def _any_samples(tickets: Sequence[_Ticket]) -> bool:
     return any(ticket.request.sampling.temperature > 0 for ticket in tickets)
+
+
+def _any_scaled(tickets: Sequence[_Ticket]) -> bool:
+    return any(factor != 1 for ticket in tickets for factor in ticket.request.strength.values())
 
 
 def generate_all(
@@ -324,5 +355,6 @@ def _joined(events: Sequence[Event], field: str) -> np.ndarray:
 
 
 def _answer(events: Sequence[Event]) -> Answer:
-    stopped, margin = events[-1].finished != "length", events[-1].margin
-    return Answer(_joined(events, "tokens"), stopped, margin, _joined(events, "log_probabilities"))
+    finished, margin = events[-1].finished, events[-1].margin
+    assert finished is not None
+    return Answer(_joined(events, "tokens"), finished, margin, _joined(events, "log_probabilities"))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from jaxsteer.models.config import check_new_tokens
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.types import Array, Batch, Cache, PyTree, Steering
 
@@ -44,11 +47,13 @@ class Generated(NamedTuple):
     tokens   int32 [B, M], 0 after the end of a row
     lengths  int32 [B], without the stop token
     stopped  bool [B], False for a row that reached M tokens without a stop token
+    finite   bool [B], False for a row that ended because the model's logits were not finite
     """
 
     tokens: Array
     lengths: Array
     stopped: Array
+    finite: Array
 
 
 def restrict(logits: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
@@ -116,6 +121,7 @@ def generate(
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
     sampling: Sampling = GREEDY,
+    strength: Mapping[str, ArrayLike] | None = None,
 ) -> Generated:
     """Continue the prompt in each row. Generated tokens count as completion for the plan's token selection.
 
@@ -127,13 +133,15 @@ def generate(
         max_new_tokens: M, the maximum number of tokens per row.
         stop_tokens: token ids that end a row.
         sampling: how tokens are chosen, the same for every row.
+        strength: of the slots, [] or one for each row [B], as in `forward`.
 
     Returns:
         The continuations.
 
     Raises:
-        ValueError: `max_new_tokens` is below 1, or there is no key to sample with.
+        ValueError: `max_new_tokens` is below 1 or above the model's context, or there is no key to sample with.
     """
+    check_new_tokens(model.config, max_new_tokens)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if key is None and sampling.temperature > 0:
@@ -147,26 +155,33 @@ def generate(
     generated = last._replace(completion=jnp.ones((B, 1), bool), weights=jnp.zeros((B, 1), jnp.float32))
 
     def draw(hidden: Array, step: Array, out: Generated) -> tuple[Array, Generated]:  # hidden [B, D]
-        token = sample(logits_of(hidden, head, model.config.final_softcap), sampling, jax.random.fold_in(key, step))
-        stopped = out.stopped | jnp.isin(token, stops)
-        token = jnp.where(stopped, 0, token)
-        return token, Generated(out.tokens.at[:, step].set(token), out.lengths + (~stopped).astype(jnp.int32), stopped)
+        logits = logits_of(hidden, head, model.config.final_softcap)
+        token = sample(logits, sampling, jax.random.fold_in(key, step))
+        # The largest of logits with a NaN is the NaN.
+        finite = jnp.isfinite(jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0])
+        active = ~out.stopped & out.finite
+        finite, stopped = out.finite & (finite | ~active), out.stopped | (active & finite & jnp.isin(token, stops))
+        ended = stopped | ~finite
+        token = jnp.where(ended, 0, token)
+        lengths = out.lengths + (~ended).astype(jnp.int32)
+        return token, Generated(out.tokens.at[:, step].set(token), lengths, stopped, finite)
 
     def unfinished(carry: tuple) -> Array:
         step, *_, out = carry
-        return (step < max_new_tokens) & ~jnp.all(out.stopped)
+        return (step < max_new_tokens) & ~jnp.all(out.stopped | ~out.finite)
 
     def advance(carry: tuple) -> tuple:
         step, token, position, cache, out = carry
         batch = generated._replace(tokens=token[:, None], positions=position)
-        output = forward(model, base, steering, batch, cache=cache)
+        output = forward(model, base, steering, batch, cache=cache, strength=strength)
         token, out = draw(output.hidden[:, 0], step, out)
         return step + 1, token, position + 1, output.cache, out
 
-    prefill = forward(model, base, steering, prompts, keep_cache=True)
+    prefill = forward(model, base, steering, prompts, keep_cache=True, strength=strength)
     assert prefill.cache is not None
     hidden = jnp.take_along_axis(prefill.hidden, column[:, None], axis=1)[:, 0]
-    nothing = Generated(jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32), ~jnp.any(real, axis=1))
+    tokens, lengths = jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32)
+    nothing = Generated(tokens, lengths, ~jnp.any(real, axis=1), jnp.ones(B, bool))
     token, out = draw(hidden, jnp.zeros((), jnp.int32), nothing)
     cache = more_slots(prefill.cache, max_new_tokens - 1)
     start = (jnp.ones((), jnp.int32), token, last.positions + 1, cache, out)

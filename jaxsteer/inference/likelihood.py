@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxsteer.batches import Tokens, bucket_length, stack_rows
 from jaxsteer.inference.generate import more_slots, to_device
+from jaxsteer.inference.scheduling import nonfinite_logits
 from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.sharding import constrain
@@ -36,7 +38,12 @@ class Likelihood(NamedTuple):
 
 @partial(jax.jit, static_argnames="model")
 def continuation_likelihoods(
-    model: Model, base: PyTree, steering: Steering, prompts: Batch, continuations: Batch
+    model: Model,
+    base: PyTree,
+    steering: Steering,
+    prompts: Batch,
+    continuations: Batch,
+    strength: Mapping[str, ArrayLike] | None = None,
 ) -> tuple[Array, Array]:
     """Score C continuations of each row's prompt; the continuation counts as completion for token selection.
 
@@ -44,12 +51,13 @@ def continuation_likelihoods(
         model, base, steering: as in `forward`.
         prompts: [B, T], one per row, starting in the first column.
         continuations: [C, B, U], one per row, starting in the first column; rows without tokens score 0.
+        strength: of the slots, [] or one for each row [B], as in `forward`.
 
     Returns:
         Σ log p, fp32 [C, B], and whether every token is the most likely one, bool [C, B].
     """
     U = continuations.tokens.shape[-1]
-    output = forward(model, base, steering, prompts, keep_cache=True)
+    output = forward(model, base, steering, prompts, keep_cache=True, strength=strength)
     assert output.cache is not None
     cache, head = more_slots(output.cache, U), output_embedding(base)
     ends = jnp.maximum(jnp.sum(prompts.segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
@@ -62,7 +70,12 @@ def continuation_likelihoods(
         return at_token - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == token
 
     def score(batch: Batch) -> tuple[Array, Array]:
-        read = forward(model, base, steering, batch, cache=cache).hidden
+        # The last token is only a target: reading it would need a position more than the model may have.
+        ends = jnp.pad(batch.segments[:, 1:] == 0, ((0, 0), (0, 1)), constant_values=True)
+        inputs = batch._replace(
+            segments=jnp.where(ends, 0, batch.segments), positions=jnp.where(ends, 0, batch.positions)
+        )
+        read = forward(model, base, steering, inputs, cache=cache, strength=strength).hidden
         hidden = jnp.concatenate([last, read[:, :-1]], axis=1)
         # One column at a time, for the memory of the logits.
         log_probabilities, best = jax.lax.map(score_column, (hidden.swapaxes(0, 1), batch.tokens.T))
@@ -82,6 +95,7 @@ def score_continuations(
     *,
     batch_size: int = 32,
     place: Callable[[Batch], Batch] = to_device,
+    strength: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[int, list[Likelihood]]]:
     """Score the continuations of every prompt.
 
@@ -91,6 +105,7 @@ def score_continuations(
         continuations: for each prompt, the token ids of one or more continuations, int32 [n] with n at least 1.
         batch_size: number of prompts scored at a time.
         place: puts a numpy batch [B, T] or [C, B, T] on the devices that hold the weights.
+        strength: of the slots, as in `forward`; the same for all prompts.
 
     Yields:
         (index of the prompt, a score for each of its continuations), prompts with the most and the longest first.
@@ -98,6 +113,7 @@ def score_continuations(
     Raises:
         ValueError: an empty prompt or continuation, a batch size below 1, or more tokens than the model has learned
             positions for.
+        FloatingPointError: the model's logits are not finite, so that no continuation is more likely than another.
     """
     _check(model, prompts, continuations, batch_size)
     size = lambda i: (
@@ -116,9 +132,11 @@ def score_continuations(
         padding: list[list[Tokens]] = [[] for _ in range(rows - len(chosen))]
         prompt_batch = stack_rows([*([prompts[i]] for i in chosen), *padding], T)
         batches = _stack([prompts[i] for i in chosen], [continuations[i] for i in chosen], rows, U)
-        scores = continuation_likelihoods(model, base, steering, place(prompt_batch), place(batches))
+        scores = continuation_likelihoods(model, base, steering, place(prompt_batch), place(batches), strength)
         totals, greedy = (np.asarray(x) for x in scores)
         for row, i in enumerate(chosen):
+            if not np.isfinite(totals[: len(continuations[i]), row]).all():
+                raise nonfinite_logits(prompts[i], model.config.vocab_size)
             lengths = map(len, continuations[i])
             yield i, [Likelihood(float(totals[c, row]), bool(greedy[c, row]), n) for c, n in enumerate(lengths)]
 
@@ -131,7 +149,7 @@ def _check(
     for prompt, texts in zip(prompts, continuations, strict=True):
         if not len(prompt.ids) or not texts or not all(map(len, texts)):
             raise ValueError(f"{prompt.source}: a prompt, and each of its continuations, needs at least one token")
-        check_length(model.config, len(prompt.ids) + max(map(len, texts)), prompt.source)
+        check_length(model.config, len(prompt.ids) + max(map(len, texts)) - 1, prompt.source)  # the last is not read
 
 
 def _stack(prompts: Sequence[Tokens], continuations: Sequence[Sequence[np.ndarray]], rows: int, length: int) -> Batch:

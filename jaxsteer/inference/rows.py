@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsteer.inference.generate import restrict
-from jaxsteer.models.config import ModelConfig
-from jaxsteer.models.transformer import Network, forward, init_cache, logits_of, output_embedding
+from jaxsteer.models.transformer import Model, Network, forward, init_cache, logits_of, output_embedding
 from jaxsteer.sharding import constrain
 from jaxsteer.types import Array, Batch, Cache
 
@@ -34,6 +33,7 @@ class Settings(NamedTuple):
     top_k          int32, 0 = all
     top_p          fp32, 1 = all
     stop_tokens    int32 [B, S], padded with NO_TOKEN
+    strength       fp32 [B, number of slots], of each slot of the plan, in its order
     """
 
     prompt_length: Array
@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     top_k: Array
     top_p: Array
     stop_tokens: Array
+    strength: Array
 
 
 class Progress(NamedTuple):
@@ -55,6 +56,7 @@ class Progress(NamedTuple):
     stopped          bool, whether a stop token was drawn
     done             bool, whether the row is free
     margin           fp32, smallest difference between the two largest logits so far
+    failed           bool, whether the logits were not finite
     """
 
     token: Array
@@ -64,6 +66,7 @@ class Progress(NamedTuple):
     stopped: Array
     done: Array
     margin: Array
+    failed: Array
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["cache", "settings", "progress"], meta_fields=["ring"])
@@ -124,21 +127,29 @@ class Draw(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def empty_rows(config: ModelConfig, rows: int, prompt: int, new: int, stops: int, dtype: str) -> Rows:
+def empty_rows(model: Model, rows: int, prompt: int, new: int, stops: int, dtype: str) -> Rows:
     """Free rows for prompts of up to `prompt` tokens, answers of up to `new` tokens and up to `stops` stop tokens."""
     ring = max(1, new - 1)
     ints, floats, no = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32), jnp.zeros(rows, bool)
-    cache = init_cache(config, rows, prompt + ring, dtype)._replace(used=jnp.int32(prompt))
+    cache = init_cache(model.config, rows, prompt + ring, dtype)._replace(used=jnp.int32(prompt))
     seeds, stop_tokens = jnp.zeros((rows, 2), jnp.uint32), jnp.full((rows, stops), NO_TOKEN, jnp.int32)
-    settings = Settings(ints, seeds, ints, floats, ints, floats + 1, stop_tokens)
-    progress = Progress(ints, floats, ints, ints, no, ~no, jnp.full(rows, jnp.inf, jnp.float32))
+    strength = jnp.ones((rows, len(model.plan)), jnp.float32)
+    settings = Settings(ints, seeds, ints, floats, ints, floats + 1, stop_tokens, strength)
+    progress = Progress(ints, floats, ints, ints, no, ~no, jnp.full(rows, jnp.inf, jnp.float32), no)
     return _place(Rows(cache, settings, progress, ring))
 
 
 @jax.jit
-def prefill(network: Network, prompts: Batch) -> tuple[Array, Cache]:
-    """Hidden states [P, W, D] and cache of the prompts, several of which may share a row."""
-    output = forward(network.model, network.base, network.steering, prompts, keep_cache=True)
+def prefill(network: Network, prompts: Batch, strength: Array | None = None) -> tuple[Array, Cache]:
+    """Hidden states [P, W, D] and cache of the prompts, several of which may share a row.
+
+    Args:
+        network: the model and its weights.
+        prompts: [P, W].
+        strength: of each slot at each token, fp32 [P, W, number of slots]; None = 1.
+    """
+    factors = _by_slot(network, strength)
+    output = forward(network.model, network.base, network.steering, prompts, keep_cache=True, strength=factors)
     assert output.cache is not None
     return output.hidden, output.cache
 
@@ -163,7 +174,9 @@ def insert(
     window = lambda stack: jax.vmap(lambda source, at: stack[:, source][:, :, at], out_axes=1)(
         admission.source, columns
     )
-    move = lambda stack, new: stack.at[:, admission.row, :, : rows.prompt_slots].set(window(new), mode="drop")
+    # Zeros behind the prompt: a NaN of a neighbour there would reach this row, since 0 · NaN is NaN.
+    own = lambda new: jnp.where(real[None, :, None, :, None], window(new), jnp.zeros((), new.dtype))
+    move = lambda stack, new: stack.at[:, admission.row, :, : rows.prompt_slots].set(own(new), mode="drop")
     with_ring = lambda field: jnp.pad(field.astype(jnp.int32), ((0, 0), (0, rows.ring)))
     cache = rows.cache._replace(
         k=move(rows.cache.k, prefilled.k),
@@ -174,24 +187,27 @@ def insert(
     settings = admission.settings
     last = hidden[admission.source, admission.start + admission.length - 1]
     draw = _draw(network, last, settings, jnp.zeros_like(admission.row), sampling)
-    stopped = _is_stop(draw.token, settings)
-    drawn = 1 - stopped.astype(jnp.int32)
+    failed = ~jnp.isfinite(draw.log_probability)
+    stopped = _is_stop(draw.token, settings) & ~failed
+    ended = stopped | failed
+    drawn = 1 - ended.astype(jnp.int32)
     progress = Progress(
-        jnp.where(stopped, 0, draw.token),
+        jnp.where(ended, 0, draw.token),
         draw.log_probability,
         admission.length,
         drawn,
         stopped,
-        stopped | (drawn >= settings.limit),
+        ended | (drawn >= settings.limit),
         draw.margin,
+        failed,
     )
     settings, progress = jax.tree.map(put, (rows.settings, rows.progress), (settings, progress))
     return _place(Rows(cache, settings, progress, rows.ring))
 
 
-@partial(jax.jit, static_argnames=("chunk", "sampling"), donate_argnames="rows")
+@partial(jax.jit, static_argnames=("chunk", "sampling", "scaled"), donate_argnames="rows")
 def advance(
-    network: Network, rows: Rows, reported: Array, enough: Array, *, chunk: int, sampling: bool
+    network: Network, rows: Rows, reported: Array, enough: Array, *, chunk: int, sampling: bool, scaled: bool = False
 ) -> tuple[Rows, Emitted]:
     """Decode until `enough` rows are done, for at most `chunk` steps.
 
@@ -202,11 +218,13 @@ def advance(
         enough: int32 [].
         chunk: maximum number of steps (static).
         sampling: whether any active row has a temperature above 0 (static).
+        scaled: whether any active row has a strength other than 1 (static).
 
     Returns:
         The rows, and the tokens that were not reported yet.
     """
     first, settings = rows.prompt_slots, rows.settings
+    strength = _by_slot(network, settings.strength if scaled else None)
     column = lambda field: field[:, None]
     columns = jnp.arange(chunk + 1, dtype=jnp.int32)[None]
 
@@ -217,12 +235,14 @@ def advance(
     def decode(carry: tuple[Array, Cache, Progress, Emitted]) -> tuple[Array, Cache, Progress, Emitted]:
         step, cache, progress, emitted = carry
         active = ~progress.done
-        output = forward(network.model, network.base, network.steering, _last_drawn(rows, progress), cache=cache)
+        batch = _last_drawn(rows, progress)
+        output = forward(network.model, network.base, network.steering, batch, cache=cache, strength=strength)
         assert output.cache is not None
         cache = output.cache._replace(used=first + (output.cache.used - first) % rows.ring)
         draw = _draw(network, output.hidden[:, 0], settings, progress.drawn, sampling)
-        stopped = active & _is_stop(draw.token, settings)
-        kept = active & ~stopped
+        failed = active & ~jnp.isfinite(draw.log_probability)
+        stopped = active & ~failed & _is_stop(draw.token, settings)
+        kept = active & ~stopped & ~failed
         here = column(kept) & (columns == column(progress.drawn - reported))
         drawn = progress.drawn + kept.astype(jnp.int32)
         emitted = Emitted(
@@ -235,8 +255,9 @@ def advance(
             progress.position + active.astype(jnp.int32),
             drawn,
             progress.stopped | stopped,
-            progress.done | stopped | (drawn >= settings.limit),
+            progress.done | stopped | failed | (drawn >= settings.limit),
             jnp.where(active, jnp.minimum(progress.margin, draw.margin), progress.margin),
+            progress.failed | failed,
         )
         return step + 1, cache, progress, emitted
 
@@ -252,6 +273,14 @@ def advance(
 def free_rows(rows: Rows, mask: Array) -> Rows:
     """Mark the rows in the mask, bool [B], as done. `rows` are donated."""
     return _place(replace(rows, progress=rows.progress._replace(done=rows.progress.done | mask)))
+
+
+@partial(jax.jit, donate_argnames="rows")
+def clear_rows(rows: Rows, mask: Array) -> Rows:
+    """Zero the cache of the rows in the mask, bool [B]: a NaN in it would reach the next prompt. `rows` are donated."""
+    clear = lambda stack: jnp.where(mask[None, :, None, None, None], jnp.zeros((), stack.dtype), stack)
+    cache = rows.cache._replace(k=clear(rows.cache.k), v=clear(rows.cache.v))
+    return _place(replace(rows, cache=cache))
 
 
 @jax.jit
@@ -295,6 +324,13 @@ def resize_prompts(rows: Rows, slots: int) -> Rows:
         cache.used + (slots - old),
     )
     return _place(replace(rows, cache=cache))
+
+
+def _by_slot(network: Network, strength: Array | None) -> dict[str, Array] | None:
+    """The strength of each slot by name, from an array [..., number of slots]."""
+    if strength is None:
+        return None
+    return {slot.name: strength[..., i] for i, slot in enumerate(network.model.plan)}
 
 
 def _last_drawn(rows: Rows, progress: Progress) -> Batch:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field, fields
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ class Request:
     sampling        how tokens are chosen; greedy by default
     seed            random seed, 0 <= seed < 2**64. Draws depend only on the seed and on the token's index in the
                     answer; for independent draws over numbered prompts use `seed << 32 | number`
+    strength        factor of each slot's shift by the slot's name, as in `forward`; slots not named have 1
     """
 
     prompt: Tokens
@@ -42,6 +43,7 @@ class Request:
     stop_tokens: tuple[int, ...] = ()
     sampling: Sampling = GREEDY
     seed: int = 0
+    strength: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Reject what no decoder could answer."""
@@ -77,9 +79,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         """Reject sizes below 1."""
-        for field in fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+        for name in (each.name for each in fields(self)):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def check(self, request: Request) -> None:
         """Reject a request that is too large.
@@ -139,8 +141,29 @@ def prefill_batch(requests: Sequence[Request], layout: PrefillLayout) -> Batch:
     return stack_rows([[requests[i].prompt for i in members] for members in layout.rows], layout.width)
 
 
+def prefill_strength(requests: Sequence[Request], layout: PrefillLayout, slots: Sequence[str]) -> np.ndarray:
+    """The strength of each slot at each token of `prefill_batch`, fp32 [rows, width, number of slots]."""
+    strength = np.ones((len(layout.rows), layout.width, len(slots)), np.float32)
+    for row, members in enumerate(layout.rows):
+        column = 0
+        for i in members:
+            strength[row, column : column + len(requests[i])] = _strengths(requests[i], slots)
+            column += len(requests[i])
+    return strength
+
+
+def _strengths(request: Request, slots: Sequence[str]) -> list[float]:
+    return [request.strength.get(name, 1.0) for name in slots]
+
+
 def make_admission(
-    requests: Sequence[Request], layout: PrefillLayout, rows: Sequence[int], *, no_row: int, stop_width: int
+    requests: Sequence[Request],
+    layout: PrefillLayout,
+    rows: Sequence[int],
+    *,
+    no_row: int,
+    stop_width: int,
+    slots: Sequence[str] = (),
 ) -> Admission:
     """Which rows the layout's requests take over, padded to a power of two of them; numpy.
 
@@ -150,6 +173,7 @@ def make_admission(
         rows: the row that each of them takes over.
         no_row: an index past the last row, for the padding.
         stop_width: stop tokens are padded to this number.
+        slots: names of the plan's slots.
     """
     size = 1 << (layout.size - 1).bit_length()
     row, source, start = np.full(size, no_row, np.int32), np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -160,11 +184,11 @@ def make_admission(
         for i in members:
             source[i], start[i], length[i] = number, column, len(requests[i])
             column += len(requests[i])
-    fields: Any = (row, source, start, length, _settings(requests, size, stop_width))  # numpy on the host
+    fields: Any = (row, source, start, length, _settings(requests, size, stop_width, slots))  # numpy on the host
     return Admission(*fields)
 
 
-def _settings(requests: Sequence[Request], size: int, stop_width: int) -> Settings:
+def _settings(requests: Sequence[Request], size: int, stop_width: int, slots: Sequence[str]) -> Settings:
     """What the requests ask for, padded to `size` requests."""
     fields: dict[str, Any] = {  # numpy on the host
         "prompt_length": np.zeros(size, np.int32),
@@ -174,6 +198,7 @@ def _settings(requests: Sequence[Request], size: int, stop_width: int) -> Settin
         "top_k": np.zeros(size, np.int32),
         "top_p": np.ones(size, np.float32),
         "stop_tokens": np.full((size, stop_width), NO_TOKEN, np.int32),
+        "strength": np.ones((size, len(slots)), np.float32),
     }
     for i, request in enumerate(requests):
         fields["prompt_length"][i] = min(request.prompt.prompt_length, len(request))
@@ -184,4 +209,21 @@ def _settings(requests: Sequence[Request], size: int, stop_width: int) -> Settin
         fields["top_p"][i] = request.sampling.top_p
         stops = sorted(set(request.stop_tokens))
         fields["stop_tokens"][i, : len(stops)] = stops
+        fields["strength"][i] = _strengths(request, slots)
     return Settings(**fields)
+
+
+def nonfinite_logits(prompt: Tokens, vocab_size: int) -> FloatingPointError:
+    """The error for a prompt that the model answers with logits that are not finite; the caller raises it."""
+    ids = [int(token) for token in prompt.ids]
+    shown = ", ".join(map(str, ids[:8])) + (f", ... ({len(ids)} in all)" if len(ids) > 8 else "")
+    cause = (
+        "its weights or its steering hold NaN or infinity, the strength is too large, or half precision overflows "
+        "(try float32)"
+    )
+    if outside := sorted({token for token in ids if not 0 <= token < vocab_size}):
+        cause = f"token ids {outside[:8]} are outside the model's {vocab_size} embeddings: another model's tokenizer?"
+    return FloatingPointError(
+        f"{prompt.source}: the model gave non-finite logits (NaN or infinity) for this prompt, token ids {shown}. "
+        f"Likely cause: {cause}"
+    )

@@ -8,9 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxsteer.io.files import Json, write_json
+from jaxsteer.io.files import Json, read_json, write_json
 from jaxsteer.io.safetensors_file import ToWrite, write_safetensors
 from jaxsteer.io.stored import names_of
+from jaxsteer.io.token_ids import ROLES, shortest
 from jaxsteer.io.tokenizer import Tokenizer
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import FAMILIES, config_to_hf
@@ -26,8 +27,11 @@ def save_hf(
     family: str,
     tokenizer: Tokenizer | None = None,
     stop_tokens: Sequence[int] = (),
+    generation: Mapping[str, Json] | None = None,
 ) -> None:
     """Write a folder from which transformers and `load_model` read this model, bit for bit.
+
+    Of a `LoadedModel` give `config`, `base`, `family`, `tokenizer` and `generation`: its stop tokens are among those.
 
     Each file is written atomically and config.json comes last, so a folder that has one is complete. Weights keep their
     dtype.
@@ -38,7 +42,9 @@ def save_hf(
         base: its weights, in the layout of `init_base`.
         family: our name of its family, see `jaxsteer.models.families.FAMILIES`.
         tokenizer: a transformers tokenizer to save in the folder.
-        stop_tokens: ids that end a reply, for generation_config.json; by default the tokenizer's eos.
+        stop_tokens: ids that end a reply; by default those of `generation`, else the tokenizer's eos.
+        generation: settings for generation_config.json, as in `LoadedModel`. Its ids of special tokens are written to
+            config.json too; those that it does not give are the tokenizer's.
 
     Raises:
         ValueError: an unknown family; an int8 base; leaves that are missing, unknown or of the wrong shape, all named.
@@ -59,15 +65,29 @@ def save_hf(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _fuse([(tensor, row) for row in rows for tensor in _tensors(row, config, leaves[row.path])])
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    ids: dict[str, Json] = {}
+    settings: dict[str, Json] = {}
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+        _save_tokenizer(folder, tokenizer)
+        settings = {role: i for role in ROLES if (i := getattr(tokenizer, role)) is not None}
+    settings |= generation or {}
     if stop_tokens:
-        ids["eos_token_id"] = list(stop_tokens) if len(stop_tokens) > 1 else stop_tokens[0]
-    write_json(folder / "generation_config.json", ids)
+        settings["eos_token_id"] = shortest(stop_tokens)
+    write_json(folder / "generation_config.json", settings)
+    # Null, not absent: transformers has ids of its own for some families.
+    ids = {role: settings.get(role) for role in ROLES}
     dtype = str(np.dtype(leaves["embed/embedding"].dtype))
-    write_json(folder / "config.json", config_to_hf(table, config) | ids | {"dtype": dtype})
+    # transformers before 4.56 reads torch_dtype.
+    write_json(folder / "config.json", config_to_hf(table, config) | ids | {"dtype": dtype, "torch_dtype": dtype})
+
+
+def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer's files, with null for the special tokens that it lacks.
+
+    Left out, transformers would add those of the family's own tokenizer as new ids, which have no row in the embedding.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    write_json(path, dict.fromkeys(f"{role}_token" for role in ("bos", "eos", "unk", "pad")) | read_json(path))
 
 
 def _leaves(base: PyTree) -> dict[str, Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ Json: TypeAlias = Any
 DEPTH_LIMIT = 100
 """Nesting of lists and objects beyond which JSON is refused: Python's own functions fail on a few hundred levels."""
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
 
 def parse_json(text: str | bytes, where: str, *, unique_keys: bool = False) -> Json:
     """Parse JSON that may be damaged or hostile.
@@ -25,7 +29,8 @@ def parse_json(text: str | bytes, where: str, *, unique_keys: bool = False) -> J
         unique_keys: refuse an object that gives a key twice, instead of keeping the last value.
 
     Raises:
-        ValueError: not JSON, more than DEPTH_LIMIT levels deep, or a repeated key; the message begins with `where`.
+        ValueError: not JSON, more than DEPTH_LIMIT levels deep, a repeated key, or text with half of a surrogate pair
+            (\\ud83d alone), which is no character; the message begins with `where`.
     """
     try:
         if isinstance(text, bytes):
@@ -37,7 +42,31 @@ def parse_json(text: str | bytes, where: str, *, unique_keys: bool = False) -> J
         raise ValueError(f"{where}: not valid JSON ({error})") from None
     if _is_deeper_than(value, DEPTH_LIMIT):
         raise ValueError(f"{where}: nested too deeply; at most {DEPTH_LIMIT} levels are read")
+    # Only an escape can make one, and whole pairs are one character after parsing.
+    if _ESCAPED_SURROGATE.search(text) and (half := next(filter(None, map(surrogate_in, texts_in(value))), None)):
+        raise ValueError(
+            f"{where}: not valid text: {half} is half of a surrogate pair, as in text that was cut inside a character"
+        )
     return value
+
+
+def surrogate_in(text: str) -> str | None:
+    """The first surrogate in a text, as an escape; None if there is none. UTF-8 cannot encode surrogates."""
+    found = None if text.isascii() else _SURROGATE.search(text)
+    return f"\\u{ord(found[0]):04x}" if found else None
+
+
+def texts_in(value: Json) -> Iterator[str]:
+    """Every text in a JSON value, keys of objects included, found without recursion."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            waiting += [*part.keys(), *part.values()]
+        elif isinstance(part, list):
+            waiting += part
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

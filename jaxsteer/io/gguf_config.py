@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxsteer.io.gguf_file import Gguf, GgufValue
+from jaxsteer.io.llama_cpp import ROPE_DEFAULTS
 from jaxsteer.io.stored import Stored, repeats_embedding
 from jaxsteer.models.config import ModelConfig, RopeScaling
 from jaxsteer.models.families import families_of, flags_of_layers, model_config, unrotated_layers, window_fields
@@ -20,13 +21,12 @@ ROPE_FACTORS = "rope_freqs.weight"
 LONGROPE_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 """The same for long and short contexts; models that have these are not supported."""
 
-_IGNORED = {"rope.scaling.finetuned", "rope.scaling.original_context_length", "attention.causal"}
+_IGNORED = {"rope.scaling.finetuned", "rope.scaling.original_context_length", "attention.causal", "tensor_data_layout"}
 """Keys (without the architecture's prefix) that add nothing to the others."""
 
 _ZERO = {"expert_count", "expert_used_count", "attention.sliding_window", "attention.clamp_kqv"}
 """Keys of features that 0 disables; a family that has the feature lists its key in `gguf_keys`."""
 
-_SCALING = {"rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor"}
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("norm_eps", "rope_theta", "local_rope_theta", "query_scale"), float),
     **dict.fromkeys(("attn_softcap", "final_softcap"), float),
@@ -82,7 +82,7 @@ def _unknown(family: Family, keys: Mapping[str, GgufValue]) -> list[str]:
     """The keys that are not supported for a family."""
     known = {key for key, _ in family.gguf_keys.values()} | set(_implied(family.gguf_keys)) | _IGNORED
     if "rope_theta" in family.gguf_keys:
-        known |= _SCALING
+        known |= set(ROPE_DEFAULTS)
     return [key for key, value in keys.items() if key not in known and not (key in _ZERO and value == 0)]
 
 
@@ -98,6 +98,8 @@ def _implied(read: Mapping[str, object]) -> dict[str, object]:
     )
     if "rope_theta" in read:
         same |= dict.fromkeys(("rope.dimension_count", "rope.dimension_count_swa"), head_dim)
+        if "local_rope_theta" not in read:
+            same["rope.freq_base_swa"] = read["rope_theta"]
     return same
 
 
@@ -126,6 +128,8 @@ def _typed(value: GgufValue, ours: str, what: str) -> FieldValue | list[bool]:
             return [flag is True for flag in value]
         raise ValueError(f"{what} is {reprlib.repr(value)}; expected a period or a flag for each layer")
     kind = _KINDS.get(ours, int)
+    if isinstance(value, list) and value and all(type(item) is kind and item == value[0] for item in value):
+        value = value[0]  # the same in every layer
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{what} is {reprlib.repr(value)}; expected one {kind.__name__} for all layers")
     if isinstance(value, float):  # stored as fp32: 1e-05 comes back as 9.99e-06 unless read as the shortest decimal
@@ -152,8 +156,11 @@ def parameters_of(file: Gguf) -> dict[str, Stored]:
 
 def _scaling(file: Gguf, theta: float, head_dim: int, keys: Mapping[str, GgufValue], where: str) -> RopeScaling | None:
     """How rotary positions are scaled, from the metadata or from the tensor of factors; None if they are not."""
-    kind, attention = keys.get("rope.scaling.type", "none"), keys.get("rope.scaling.attn_factor", 1.0)
-    factor = keys.get("rope.scale_linear", keys.get("rope.scaling.factor", 1.0))
+    said = ROPE_DEFAULTS | {key: value for key, value in keys.items() if key in ROPE_DEFAULTS}
+    kind, attention = said["rope.scaling.type"], said["rope.scaling.attn_factor"]
+    factor = keys.get("rope.scaling.factor", said["rope.scale_linear"])
+    if kind == "none" or factor == 0.0:
+        factor = 1.0
     if long := [name for name in LONGROPE_FACTORS if name in file.tensors]:
         raise ValueError(
             f"{where}: {', '.join(long)}: the rotary positions are scaled by longrope; supported are none, linear and "
@@ -164,7 +171,7 @@ def _scaling(file: Gguf, theta: float, head_dim: int, keys: Mapping[str, GgufVal
             f"{where}: rope.scaling.type is {reprlib.repr(kind)} and rope.scaling.attn_factor is "
             f"{reprlib.repr(attention)}; supported are none, linear and llama3's factors, with an attention factor of 1"
         )
-    linear = kind == "linear" or factor != 1.0
+    linear = factor != 1.0
     if not isinstance(factor, float) or (linear and not 0 < factor < math.inf):
         raise ValueError(f"{where}: rope.scaling.factor is {reprlib.repr(factor)}; expected a positive number")
     if ROPE_FACTORS not in file.tensors:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +13,15 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxsteer.io import source as sources
-from jaxsteer.io.files import read_json
+from jaxsteer.io.files import Json, read_json
 from jaxsteer.io.gguf_config import config_from_gguf, parameters_of
 from jaxsteer.io.gguf_file import open_gguf
 from jaxsteer.io.identity import fingerprint
 from jaxsteer.io.safetensors_file import open_safetensors
 from jaxsteer.io.sample import WeightSample, sample
 from jaxsteer.io.stored import Place, Progress, ReadOptions, Stored, check_names, read_base, with_prefix
-from jaxsteer.io.tokenizer import (
-    Tokenizer,
-    has_tokenizer,
-    stop_tokens_from_gguf,
-    tokenizer_from_folder,
-    tokenizer_from_gguf,
-)
+from jaxsteer.io.token_ids import check_token_ids, generation_settings, stop_tokens_of
+from jaxsteer.io.tokenizer import FILES, Tokenizer, has_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import config_from_hf
 from jaxsteer.models.families.table import Family
@@ -44,6 +41,7 @@ class LoadedModel:
     fingerprint  of the config, see `jaxsteer.io.fingerprint`
     family       our name of its family, see `jaxsteer.models.families.FAMILIES`
     stop_tokens  ids that end a reply
+    generation   content of generation_config.json, with the ids of special tokens from wherever the model gives them
     sample       of its weights as they are stored, to tell it from others of its config
     """
 
@@ -54,6 +52,7 @@ class LoadedModel:
     fingerprint: str
     family: str
     stop_tokens: tuple[int, ...]
+    generation: Mapping[str, Json] = field(default_factory=dict)
     sample: WeightSample | None = None
 
     def require_tokenizer(self) -> Tokenizer:
@@ -63,7 +62,7 @@ class LoadedModel:
             ValueError: the model has none.
         """
         if self.tokenizer is None:
-            raise ValueError(f"{self.name}: this model comes without a tokenizer; say where to load one from")
+            raise ValueError(missing_tokenizer(self.name))
         return self.tokenizer
 
 
@@ -90,23 +89,15 @@ def load_model(
             unsupported kind.
 
     Raises:
-        ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully.
+        ValueError: the source does not exist, is damaged, or is not a model that can be computed faithfully; the
+            tokenizer has tokens that the embedding has no row for. All of this is found before weights are read.
     """
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER, *sources.WEIGHTS))
-    family, config = _read_config(path)
-    loaded_tokenizer = _tokenizer_of(path, tokenizer)
+    said = _describe(path, tokenizer)
     stored, layout = _open(path)
-    base = read_base(stored, layout, family, config, str(path), ReadOptions(dtype, progress, place, quantised))
-    return LoadedModel(
-        config=config,
-        base=base,
-        tokenizer=loaded_tokenizer,
-        name=sources.name_of(source, path),
-        fingerprint=fingerprint(config),
-        family=family.name,
-        stop_tokens=_stop_tokens(path, loaded_tokenizer),
-        sample=sample(stored, layout, family, config),
-    )
+    options = ReadOptions(dtype, progress, place, quantised)
+    base = read_base(stored, layout, said.family, said.config, str(path), options)
+    return said.with_base(base, sources.name_of(source, path), sample(stored, layout, said.family, said.config))
 
 
 def describe_model(
@@ -125,21 +116,60 @@ def describe_model(
         ValueError: as `load_model`, except for what is wrong with the weights.
     """
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER))
-    family, config = _read_config(path)
-    loaded_tokenizer = _tokenizer_of(path, tokenizer)
+    said = _describe(path, tokenizer)
 
     def base(key: Array) -> PyTree:
-        made = init_base(config, key, dtype)
+        made = init_base(said.config, key, dtype)
         return quantise(made) if quantised else made
 
-    return LoadedModel(
-        config,
-        jax.eval_shape(base, jax.eval_shape(lambda: jax.random.key(0))),
-        loaded_tokenizer,
-        sources.name_of(source, path),
-        fingerprint(config),
-        family.name,
-        _stop_tokens(path, loaded_tokenizer),
+    shapes = jax.eval_shape(base, jax.eval_shape(lambda: jax.random.key(0)))
+    return said.with_base(shapes, sources.name_of(source, path))
+
+
+class _Described(NamedTuple):
+    """What the files of a model say besides its weights."""
+
+    family: Family
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    generation: dict[str, Json]
+
+    def with_base(self, base: PyTree, name: str, sample: WeightSample | None = None) -> LoadedModel:
+        """The model with these weights."""
+        return LoadedModel(
+            config=self.config,
+            base=base,
+            tokenizer=self.tokenizer,
+            name=name,
+            fingerprint=fingerprint(self.config),
+            family=self.family.name,
+            stop_tokens=stop_tokens_of(self.generation),
+            generation=self.generation,
+            sample=sample,
+        )
+
+
+def _describe(path: Path, tokenizer: str | Path | None) -> _Described:
+    """Read all of the model at `path` but its weights, and check that every token has a row in the embedding.
+
+    Args:
+        path: a local folder or .gguf file.
+        tokenizer: where another tokenizer is that is asked for.
+    """
+    family, config = _read_config(path)
+    if tokenizer is None and (path.is_file() or has_tokenizer(path)):
+        tokenizer = path
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    generation = generation_settings(path, loaded)
+    check_token_ids(loaded, stop_tokens_of(generation), config.vocab_size, str(tokenizer or path))
+    return _Described(family, config, loaded, generation)
+
+
+def missing_tokenizer(name: str) -> str:
+    """The message about a model that has none."""
+    return (
+        f"{name}: this model comes without a tokenizer (none of {', '.join(FILES)}); copy the tokenizer's files into "
+        "its folder, or name a folder or hub id that has one (`tokenizer` in Python, --tokenizer in training)"
     )
 
 
@@ -198,11 +228,16 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     return tokenizer_from_gguf(open_gguf(path).metadata, str(path)) if path.is_file() else tokenizer_from_folder(path)
 
 
-def _tokenizer_of(path: Path, tokenizer: str | Path | None) -> Tokenizer | None:
-    """The tokenizer of the model at `path`, or another one that is asked for; None if there is neither."""
-    if tokenizer is None and (path.is_file() or has_tokenizer(path)):
-        tokenizer = path
-    return None if tokenizer is None else load_tokenizer(tokenizer)
+def require_tokenizer(source: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Refuse a model without a tokenizer before its weights are read; the arguments are those of `load_model`.
+
+    Raises:
+        ValueError: the source is a folder without a tokenizer, and no other one is given.
+    """
+    if tokenizer is None:
+        path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER))
+        if path.is_dir() and not has_tokenizer(path):
+            raise ValueError(missing_tokenizer(str(source)))
 
 
 def _read_config(path: Path) -> tuple[Family, ModelConfig]:
@@ -242,20 +277,3 @@ def _open_folder(folder: Path) -> dict[str, Stored]:
     if missing := sorted(set(weight_map) - set(stored)):
         raise ValueError(f"{index}: the shards do not hold {', '.join(missing)}, which the index promises")
     return stored
-
-
-def _stop_tokens(path: Path, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """From the first of these that names any: the GGUF file, generation_config.json, config.json, the tokenizer."""
-    if path.is_file() and (from_gguf := stop_tokens_from_gguf(open_gguf(path).metadata)):
-        return from_gguf
-    for name in ("generation_config.json", "config.json"):
-        if (path / name).is_file():
-            eos = read_json(path / name).get("eos_token_id")
-            ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-            if any(type(i) is not int for i in ids):
-                raise ValueError(f"{path / name}: eos_token_id is {eos!r}; expected a token id or a list of them")
-            if ids:
-                return tuple(dict.fromkeys(ids))
-    if tokenizer is None or tokenizer.eos_token_id is None:
-        return ()
-    return (tokenizer.eos_token_id,)

@@ -7,41 +7,27 @@ from __future__ import annotations
 
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from jaxsteer.io.gguf_file import GgufValue
+from jaxsteer.io.llama_cpp import (
+    EMPTY_TOKEN,
+    ENDS,
+    ENDS_IF_CONTROL,
+    PHI3_STRIPS,
+    PRE_TOKENIZERS,
+    VOCABULARIES,
+    Vocabulary,
+)
 
 if TYPE_CHECKING:
     import tokenizers
 
 CONTROL, USER_DEFINED, UNKNOWN = 3, 4, 2  # tokenizer.ggml.token_type
-
-# The patterns by which byte-level vocabularies split text before merging, from the models' tokenizer.json.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {
-    "llama-bpe": _LLAMA3,
-    "smaug-bpe": _LLAMA3,
-    "dbrx": _LLAMA3,
-    "qwen2": _QWEN2,
-    "tekken": _TEKKEN,
-    **dict.fromkeys(("smollm", "gpt-2", "olmo", "default"), ""),
-}
-"""`tokenizer.ggml.pre` -> pattern; "" is GPT-2's, which is built into `tokenizers`."""
-
-_WHOLE_FIRST = ("llama-bpe", "tekken")
-"""Pre-tokenizers with which a word of the vocabulary is taken as it is, without merges."""
 
 ELSEWHERE = "Give the model's Hugging Face folder or id as `tokenizer`"
 """What to do about an unsupported vocabulary; see `jaxsteer.io.load_model`."""
@@ -58,6 +44,7 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
     bos_token_id: int | None
+    pad_token_id: int | None
     chat_template: str | None
     all_special_ids: list[int]
     special_tokens_map: dict[str, Any]
@@ -67,6 +54,9 @@ class Tokenizer(Protocol):
     def added_tokens_decoder(self) -> Mapping[int, Any]:
         """The added tokens by their ids; `special` says whether one is a special token."""
         ...
+
+    def get_vocab(self) -> dict[str, int]:
+        """The ids of all tokens, added ones included."""
 
     def __call__(self, text: str | list[str], **options: Any) -> Any:
         """Token ids of a text, or of a list of texts: `tokenizer(text)["input_ids"]`."""
@@ -104,7 +94,8 @@ def tokenizer_from_gguf(metadata: Mapping[str, GgufValue], where: str) -> Tokeni
     """Build the tokenizer that a GGUF file describes.
 
     Supported vocabularies are "gpt2" (byte-level BPE, split as `tokenizer.ggml.pre` says) and "llama" (SentencePiece
-    BPE). Control tokens become special tokens; user-defined ones are matched whole but are not special.
+    BPE). Control tokens, and those that end a reply, become special tokens; user-defined ones are matched whole but are
+    not special. What the file does not say is as in `jaxsteer.io.llama_cpp`.
 
     Args:
         metadata: the file's key/value pairs.
@@ -116,55 +107,73 @@ def tokenizer_from_gguf(metadata: Mapping[str, GgufValue], where: str) -> Tokeni
     Raises:
         ValueError: no vocabulary, a damaged one, or one of an unsupported kind.
     """
-    from tokenizers import AddedToken
-
     keys = {k.removeprefix("tokenizer."): v for k, v in metadata.items() if k.startswith("tokenizer.")}
     tokens = _list_of(keys, "ggml.tokens", str, where)
     if not tokens:
         raise ValueError(f"{where}: no vocabulary (tokenizer.ggml.tokens); {ELSEWHERE}")
     kinds = _list_of(keys, "ggml.token_type", int, where) or [1] * len(tokens)
     model = keys.get("ggml.model")
-    if model not in ("gpt2", "llama"):
+    if not isinstance(model, str) or model not in VOCABULARIES:
         raise ValueError(
             f"{where}: tokenizer.ggml.model is {reprlib.repr(model)}; supported are 'gpt2' and 'llama'. {ELSEWHERE}"
         )
     if len(kinds) != len(tokens):
         raise ValueError(f"{where}: {len(tokens)} tokens but {len(kinds)} token types")
+    tokens = [token or EMPTY_TOKEN.format(i=i) for i, token in enumerate(tokens)]
+    if repeated := [token for token, count in Counter(tokens).items() if count > 1]:
+        raise ValueError(f"{where}: the vocabulary has {reprlib.repr(repeated[0])} more than once. {ELSEWHERE}")
     if type(template := keys.get("chat_template", "")) is not str:
         raise ValueError(f"{where}: tokenizer.chat_template is {reprlib.repr(template)}; expected text")
 
-    roles = _special_tokens(keys, tokens, where)
-    gpt2 = model == "gpt2"
-    built = _byte_level(keys, tokens, where) if gpt2 else _sentencepiece(keys, tokens, kinds, where)
-    for token, kind in zip(tokens, kinds, strict=True):
-        special = kind == CONTROL or (kind == UNKNOWN and model == "llama")
-        if special or kind == USER_DEFINED:
-            added = [AddedToken(token, special=special, normalized=False)]
-            built.add_special_tokens(added) if special else built.add_tokens(added)
-    # llama.cpp's defaults, if the file does not say.
-    add_bos = keys.get("ggml.add_bos_token", model == "llama" or keys.get("ggml.pre") == "llama-bpe")
-    architecture = metadata.get("general.architecture")
+    defaults = VOCABULARIES[model]
+    roles = _special_tokens(keys, defaults, tokens, where)
+    if model == "gpt2":
+        built = _byte_level(keys, tokens, where)
+        add_bos = defaults.add_bos or PRE_TOKENIZERS[str(keys["ggml.pre"])].add_bos
+    else:
+        built = _sentencepiece(keys, tokens, kinds, where)
+        add_bos = defaults.add_bos
+    _add_whole(built, tokens, kinds, strips=PHI3_STRIPS.applies(metadata))
     extra = {}
-    if length := metadata.get(f"{architecture}.context_length"):
+    if length := metadata.get(f"{metadata.get('general.architecture')}.context_length"):
         extra["model_max_length"] = length
     return _transformers().PreTrainedTokenizerFast(
         tokenizer_object=built,
         **{f"{role}_token": token for role, token in roles.items() if token is not None},
-        add_bos_token=bool(add_bos) and roles["bos"] is not None,
-        add_eos_token=bool(keys.get("ggml.add_eos_token", False)) and roles["eos"] is not None,
+        add_bos_token=bool(keys.get("ggml.add_bos_token", add_bos)) and roles["bos"] is not None,
+        add_eos_token=bool(keys.get("ggml.add_eos_token", defaults.add_eos)) and roles["eos"] is not None,
         chat_template=keys.get("chat_template"),
         clean_up_tokenization_spaces=False,
         **extra,
     )
 
 
-def _special_tokens(keys: Mapping[str, GgufValue], tokens: list[str], where: str) -> dict[str, str | None]:
-    """The tokens that the file gives for transformers' roles: bos, eos, unk and pad."""
+def _add_whole(built: tokenizers.Tokenizer, tokens: list[str], kinds: list[int], *, strips: bool) -> None:
+    """Add the tokens that are matched whole, which swallow the white space that follows them if `strips`."""
+    from tokenizers import AddedToken
+
+    special: list[AddedToken] = []
+    plain: list[AddedToken] = []
+    for token, kind in zip(tokens, kinds, strict=True):
+        is_special = kind in (CONTROL, UNKNOWN) or token in ENDS
+        if is_special or kind == USER_DEFINED or (strips and token == "</s>"):
+            rstrip = strips and token not in PHI3_STRIPS.except_for
+            added = AddedToken(token, special=is_special, normalized=False, rstrip=rstrip)
+            (special if is_special else plain).append(added)
+    built.add_special_tokens(special)
+    built.add_tokens(plain)
+
+
+def _special_tokens(
+    keys: Mapping[str, GgufValue], defaults: Vocabulary, tokens: list[str], where: str
+) -> dict[str, str | None]:
+    """The tokens of transformers' roles: bos, eos, unk and pad."""
 
     def token_of(role: str) -> str | None:
         i = keys.get(f"ggml.{role}_token_id")
         if i is None:
-            return None
+            default = defaults.roles.get(role)
+            return None if default is None or default >= len(tokens) else tokens[default]
         if type(i) is int and 0 <= i < len(tokens):
             return tokens[i]
         raise ValueError(
@@ -189,8 +198,15 @@ def _list_of(keys: Mapping[str, GgufValue], key: str, kind: type[T], where: str)
 
 
 def stop_tokens_from_gguf(metadata: Mapping[str, GgufValue]) -> tuple[int, ...]:
-    """Ids that end a reply: those of the end of text, turn and message that the file gives."""
-    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    """Ids that end a reply: the end of text, turn and message that the file gives, then tokens that say so."""
+    model = metadata.get("tokenizer.ggml.model")
+    defaults = VOCABULARIES[model].roles if isinstance(model, str) and model in VOCABULARIES else {}
+    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name)) for name in ("eos", "eot", "eom")]
+    tokens, kinds = (metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if isinstance(tokens, list):
+        kinds = kinds if isinstance(kinds, list) else [CONTROL] * len(tokens)
+        pairs = enumerate(zip(tokens, kinds, strict=False))
+        ids += [i for i, (token, kind) in pairs if token in ENDS or (token in ENDS_IF_CONTROL and kind == CONTROL)]
     return tuple(dict.fromkeys(i for i in ids if type(i) is int))
 
 
@@ -199,25 +215,21 @@ def _byte_level(keys: Mapping[str, GgufValue], tokens: list[str], where: str) ->
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = keys.get("ggml.pre")
-    if not isinstance(pre, str) or pre not in SPLITS:
-        raise ValueError(
-            f"{where}: tokenizer.ggml.pre is {reprlib.repr(pre)}; supported are {', '.join(SPLITS)}. {ELSEWHERE}"
-        )
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise ValueError(f"{where}: tokenizer.ggml.pre is {reprlib.repr(pre)}; supported are {known}. {ELSEWHERE}")
+    kind = PRE_TOKENIZERS[pre]
     merges: list[Any] = [tuple(line.split(" ", 1)) for line in _list_of(keys, "ggml.merges", str, where)]
     vocab = {token: i for i, token in enumerate(tokens)}
     try:
-        bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_FIRST)
+        bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=kind.whole_first)
     except Exception as error:  # the binding raises plain Exception
         raise ValueError(f"{where}: the merges do not fit the vocabulary ({error})") from None
     tokenizer = Tokenizer(bpe)
-    if pre == "qwen2":
+    if kind.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    steps: list[Any] = []
-    if pre == "smollm":
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if SPLITS[pre]:
-        steps.append(pre_tokenizers.Split(Regex(SPLITS[pre]), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not SPLITS[pre]))
+    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in kind.splits]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -241,7 +253,7 @@ def _sentencepiece(
             left, right = token[:cut], token[cut:]
             if left in vocab and right in vocab:
                 ranked.append((-score, vocab[left], vocab[right], left, right))
-    unknown = keys.get("ggml.unknown_token_id", 0)
+    unknown = keys.get("ggml.unknown_token_id", VOCABULARIES["llama"].roles["unknown"])
     assert isinstance(unknown, int)  # checked by the caller
     tokenizer = Tokenizer(
         models.BPE(
@@ -254,7 +266,7 @@ def _sentencepiece(
     )
     space: list[Any] = [normalizers.Replace(" ", "▁")]
     strip: list[Any] = []
-    if keys.get("ggml.add_space_prefix", True):
+    if keys.get("ggml.add_space_prefix", VOCABULARIES["llama"].add_space_prefix):
         space.insert(0, normalizers.Prepend("▁"))
         strip.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(space)

@@ -115,6 +115,18 @@ def check_length(config: ModelConfig, tokens: int, where: str) -> None:
         )
 
 
+def check_new_tokens(config: ModelConfig, count: int) -> None:
+    """Refuse answers longer than the model's context, before a cache of that size is allocated.
+
+    Raises:
+        ValueError: names the setting, max_new_tokens, and the length of the context.
+    """
+    if count > config.max_length:
+        raise ValueError(
+            f"max_new_tokens={count:,}: this model's context has {config.max_length:,} tokens; ask for fewer"
+        )
+
+
 def projections_of(config: ModelConfig) -> tuple[str, ...]:
     """The projections in a block of this model."""
     return tuple(site for site in PROJECTIONS if config.gated or site != "mlp.gate")

@@ -8,7 +8,7 @@ and new keys and values are written after the scan.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Literal
@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxsteer.batches import select
 from jaxsteer.models.attention import Kernel, Span
 from jaxsteer.models.config import ModelConfig, site_dims
 from jaxsteer.models.layers import Block, Embed, KeysValues, LayerCache, layer_inputs, norm_of
+from jaxsteer.models.strength import at_strength, check_strength
 from jaxsteer.sharding import constrain
 from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Context, Output, Plan, PyTree, Slot, Steering, Taps
 
@@ -118,6 +119,7 @@ def forward(
     capture: Sequence[str] = (),
     key: Array | None = None,
     train: bool = False,
+    strength: Mapping[str, ArrayLike] | None = None,
 ) -> Output:
     """Run the model on a batch: y' = y + Δ(steering; x, y) at each site of the plan.
 
@@ -125,20 +127,23 @@ def forward(
         model: the static part.
         base: pretrained weights in the layout of `init_base`, in the compute dtype.
         steering: the steering tree of `model.plan`, see `jaxsteer.init_steering`.
-        batch: [B, T] rows, packed, or padded on either side.
+        batch: [B, T] rows, packed, or padded on either side. Tokens are not checked here, because this is traced: one
+            beyond the vocabulary makes its row NaN.
         cache: keys and values of earlier tokens, to which the batch's are appended; it needs T free slots.
         keep_cache: without `cache`, return a new cache that holds the batch in its T slots.
         capture: sites whose values are returned as taps.
         key: random key for methods that draw in training; folded for each slot, site and layer.
         train: training mode of the methods (dropout, gates).
+        strength: for each slot by name, a factor s of its shift, y' = y + s · Δ: a scalar [], one per row [B], or one
+            per token [B, T]. 0 is the identity and 1 the slot as it is, both bit for bit; slots not named have 1.
 
     Returns:
         The hidden states after the final norm [B, T, D], the extended cache (or None), and the taps, each
         [L, B, T, ...], taken after the interventions at their site.
 
     Raises:
-        ValueError: an unknown site in `capture`, steering whose slots are not those of the plan, or a batch whose
-            fields do not all have one shape [B, T].
+        ValueError: an unknown site in `capture`, steering whose slots are not those of the plan, a strength of another
+            slot or shape, or a batch whose fields do not all have one shape [B, T].
     """
     config, plan = model.config, model.plan
     shapes = {name: field.shape for name, field in batch._asdict().items()}
@@ -156,7 +161,16 @@ def forward(
         )
 
     per_layer = spread(plan, steering, config.layers)
-    block = block_function(model, batch, cache=cache, keep_cache=keep_cache, capture=capture, key=key, train=train)
+    block = block_function(
+        model,
+        batch,
+        cache=cache,
+        keep_cache=keep_cache,
+        capture=capture,
+        key=key,
+        train=train,
+        strength=strength,
+    )
     h, (taps, new) = _scan_blocks(model, block, base["blocks"], embed(model, base, batch), per_layer)
     hidden: Array = norm_of(config).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
     if cache is not None:
@@ -185,6 +199,7 @@ def block_function(
     capture: Sequence[str] = (),
     key: Array | None = None,
     train: bool = False,
+    strength: Mapping[str, ArrayLike] | None = None,
 ) -> BlockFunction:
     """One block as a function (weights, h, layer, p) -> (h, (taps, keys and values)), which `forward` scans.
 
@@ -195,6 +210,7 @@ def block_function(
     config, plan = model.config, model.plan
     inputs_of = layer_inputs(config, Span(batch.segments, batch.positions))
     masks = {slot.name: select(slot.positions, batch) for slot in plan}
+    factors = check_strength(plan, strength, batch.tokens.shape)
 
     def block(
         weights: PyTree, h: Array, layer: Array, p: Steering | None
@@ -205,14 +221,15 @@ def block_function(
             for slot in plan:
                 if p is not None and site in slot.sites:
                     context = Context(layer, kernel, bias, _fold_key(key, slot.name, site, layer), train)
-                    y = _steered(slot.method.apply, p[slot.name][site], x, y, context, masks[slot.name])
+                    apply = at_strength(slot.method.apply, factors.get(slot.name))
+                    y = _steered(apply, p[slot.name][site], x, y, context, masks[slot.name])
             if site in capture:
                 taps[site] = y
             return y
 
         layer_cache = None if cache is None else LayerCache(cache, layer)
-        apply = Block(config, model.attention).apply
-        out: tuple[Array, KeysValues] = apply({"params": weights}, h, inputs_of(layer), layer_cache, steer)  # type: ignore[assignment]
+        run = Block(config, model.attention).apply
+        out: tuple[Array, KeysValues] = run({"params": weights}, h, inputs_of(layer), layer_cache, steer)  # type: ignore[assignment]
         h, new = out
         return constrain(h, *_stream(model)), (taps, new if keep_cache or cache is not None else None)
 

@@ -8,13 +8,23 @@ import pytest
 from tiny import random_steering, rows, run, slot_of
 
 from jaxsteer import Model, Positions, Sampling, generate
-from jaxsteer.inference import Decoder, Limits, Request, decoder, generate_all, score_continuations
+from jaxsteer.inference import Decoder, Limits, Request, decoder, generate_all, nonfinite_logits, score_continuations
 from jaxsteer.models.transformer import logits_of, output_embedding
 
 NEW = 7
 TIE = 1e-4
 LIMITS = Limits(max_prompt=24, max_new_tokens=NEW, rows=4)
-PROGRAMS = ("empty_rows", "prefill", "insert", "advance", "free_rows", "keep_rows", "add_rows", "resize_prompts")
+PROGRAMS = (
+    "clear_rows",
+    "empty_rows",
+    "prefill",
+    "insert",
+    "advance",
+    "free_rows",
+    "keep_rows",
+    "add_rows",
+    "resize_prompts",
+)
 
 
 @dataclass(frozen=True)
@@ -344,3 +354,62 @@ def test_learned_positions_end(tiny_config):
         next(answers)
     with pytest.raises(ValueError, match="mine:3: takes up to 21 tokens"):
         next(score_continuations(model, {}, {}, asked, [[np.arange(7, dtype=np.int32)]]))
+
+
+# ---- strength, and logits that are not finite
+
+
+def test_each_request_has_its_own_strength(steered, tiny_base, alone):
+    """Prompts that share a prefill, and rows that decode together; those without a strength answer as always."""
+    model, steering = steered
+    asked, _, whole = alone
+    factors = [{}, dict.fromkeys(steering, 0.0), dict.fromkeys(steering, -20.0)]
+    chosen = asked[:6]
+    strengths = [factors[i % 3] for i in range(6)]
+    decode = Decoder(model, tiny_base, steering, LIMITS)
+    found = dict(generate_all(decode, [Request(p, NEW, strength=s) for p, s in zip(chosen, strengths, strict=True)]))
+    for i in (0, 3):
+        np.testing.assert_array_equal(found[i].tokens, whole[i])
+    plain = Decoder(replace(model, plan=()), tiny_base, {}, LIMITS)
+    for i, answer in generate_all(plain, requests([chosen[1], chosen[4]])):
+        np.testing.assert_array_equal(found[3 * i + 1].tokens, answer.tokens)
+    batch, _ = rows([(0, [(0, (p.ids, p.weights))]) for p in chosen], 24)
+    column = np.float32([s.get("last", 1.0) for s in strengths])
+    by_row = generate(
+        model, tiny_base, steering, batch, max_new_tokens=NEW, stop_tokens=(), strength=dict.fromkeys(steering, column)
+    )
+    for i in range(6):
+        np.testing.assert_array_equal(by_row.tokens[i], found[i].tokens)
+    with pytest.raises(ValueError, match="no slot"):
+        decode.submit(Request(chosen[0], NEW, strength={"lora": 0.5}))
+
+
+def test_a_row_whose_logits_are_not_finite_ends_there(steered, tiny_base, alone):
+    """The next prompt in its row is answered as if nothing had been."""
+    model, steering = steered
+    asked, _, whole = alone
+    outside = Prompt(np.int32([3, 4, 1000]), np.zeros(3, bool), np.zeros(3, np.float32), 3)
+    decode = Decoder(model, tiny_base, steering, replace(LIMITS, rows=1))
+    for prompt, want in ((asked[1], whole[1]), (outside, None), (asked[2], whole[2])):
+        ((_, answer),) = generate_all(decode, requests([prompt]))
+        assert answer.finished == ("nonfinite" if want is None else "length")
+        assert answer.stopped is False
+        np.testing.assert_array_equal(answer.tokens, [] if want is None else want)
+    with pytest.raises(FloatingPointError, match=r"here: .*token ids 3, 4, 1000.*\[1000\] are outside the model's 61"):
+        raise nonfinite_logits(outside, model.config.vocab_size)
+    batch, _ = rows([(0, [(0, (p.ids, p.weights))]) for p in (asked[1], outside)], 24)
+    out = generate(model, tiny_base, steering, batch, max_new_tokens=NEW, stop_tokens=(0,))
+    np.testing.assert_array_equal(out.finite, [True, False])
+    np.testing.assert_array_equal(out.lengths, [NEW, 0])
+    np.testing.assert_array_equal(out.stopped, [False, False])
+    with pytest.raises(FloatingPointError, match="here: the model gave non-finite logits"):
+        list(score_continuations(model, tiny_base, steering, [outside], [[np.int32([4]), np.int32([5])]]))
+
+
+def test_answers_longer_than_the_context_are_refused(steered, tiny_base):
+    model, steering = steered
+    with pytest.raises(ValueError, match="max_new_tokens=100,000,000: this model's context has 64 tokens"):
+        Decoder(model, tiny_base, steering, replace(LIMITS, max_new_tokens=100_000_000))
+    batch, _ = rows([(0, [(0, (np.int32([3]), np.zeros(1, np.float32)))])], 4)
+    with pytest.raises(ValueError, match="context has 64 tokens"):
+        generate(model, tiny_base, steering, batch, max_new_tokens=65, stop_tokens=())

@@ -272,3 +272,23 @@ def test_json_of_another_version_is_refused():
         plan_from_json([entry | {"method": {"name": "telepathy"}}])
     with pytest.raises(ValueError, match=r"mine.*nonlinear.*strength"):
         plan_from_json([entry | {"method": entry["method"] | {"strength": 2}}])
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("nonlinaer @ block", "did you mean nonlinear?"),
+        ("LoRA(rank=2) @ attn.q", "did you mean lora?"),
+        ("linear(rnk=2) @ block", "did you mean rank?"),
+        ("linear @ blocks", "did you mean block?"),
+        ("lora @ projection", "did you mean projections?"),
+        ("linear @ block position=all", "did you mean positions?"),
+        ("linear @ block layers=lst:8", "did you mean last?"),
+        ("linear @ block positions=complete", "did you mean completion?"),
+        ("linear @ block positions=frist:7+last:7", "did you mean first?"),
+    ],
+)
+def test_the_nearest_known_word_is_named(text, hint, tiny_config):
+    with pytest.raises(ValueError, match=re.escape(hint)) as refused:
+        parse_plan([text], tiny_config)
+    assert repr(text) in str(refused.value)

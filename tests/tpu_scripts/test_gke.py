@@ -19,6 +19,12 @@ def pod_of(jobset):
     return jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
 
 
+def test_the_config_is_looked_for_and_the_topology_goes_by_any_name(stage):
+    assert "no such config: configs/y.py" in stage.run("gke.sh", "render", *RENDER, "configs/y.py", ok=False)
+    jobset = manifest(stage, "--topology", "v5litepod-16", *TRAIN)
+    assert pod_of(jobset)["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
+
+
 def test_the_manifest_has_what_gke_needs(stage):
     jobset = manifest(stage, "--max-restarts", "5", *TRAIN)
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")

@@ -1,6 +1,9 @@
 """TPU VMs: create, set up, launch, resume, delete, against a gcloud that rejects what the real one does not accept."""
 
+import os
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -65,6 +68,42 @@ def test_both_names_are_printed(stage, topology, sold, chips):
     said = stage.run("create.sh", "--topology", topology, "--dry-run")
     assert f"{topology} is sold as {sold}: {chips} chips" in said
     assert f"--accelerator-type={sold} " in stage.out
+
+
+@pytest.mark.parametrize("name", ["v5litepod-16", "v5e-16", "V5E:4x4", "v5lite-16"])
+def test_every_name_of_a_topology_is_known(stage, name):
+    assert "v5e:4x4 is sold as v5litepod-16" in stage.run("create.sh", "--topology", name, "--dry-run")
+
+
+def test_options_are_read_before_anything_is_called(stage, tmp_path):
+    """By this machine's python, from the root of the checkout; a shipped config may go by its name."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\npwd >{tmp_path}/seen; printf "%s\\n" "${{@:3}}" >>{tmp_path}/seen\n'
+        'echo "error: --optim.lrr" >&2; exit 1\n'
+    )
+    python.chmod(0o755)
+    said = stage.run("launch.sh", "x", "--optim.lrr", "1e-3", ok=False, PYTHON=str(python))
+    assert "train.sft does not accept: x --optim.lrr 1e-3" in said
+    assert "error: --optim.lrr" in said
+    assert (tmp_path / "seen").read_text().splitlines() == [str(stage.checkout), "x", "--optim.lrr", "1e-3"]
+    assert not stage.calls()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("option", "accepted"), [("--optim.lr", True), ("--optim.lrr", False)])
+def test_the_options_are_those_of_the_training(option, accepted):
+    """With this repository's own programs."""
+    script = ["bash", "tpu_scripts/launch.sh", "--dry-run", "--name", "pod", "--zone", "z", "listops_smollm2"]
+    done = subprocess.run(
+        [*script, option, "1e-3"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode == 0) == accepted, done.stderr
+    assert accepted or "--optim.lrr" in done.stderr
 
 
 def test_an_unknown_topology_lists_the_known(stage):
@@ -218,6 +257,9 @@ def test_a_failing_worker_is_named(stage):
     ("words", "complaint"),
     [
         (["launch.sh", *RUN], "no CONFIG given"),
+        (["launch.sh", *RUN, "configs/y.py"], "no such config: configs/y.py"),
+        (["resume.sh", *CREATE, *RUN, "configs/y.py"], "no such config: configs/y.py"),
+        (["resume.sh", "--topology", "v5e:4x5", *RUN, *TRAIN], "unknown topology 'v5e:4x5'"),
         (["launch.sh", *TRAIN, "--resume"], "an existing run is resumed"),
         (["launch.sh", "--bucket", "mine", *TRAIN], "gs://BUCKET/FOLDER"),
         (["create.sh", "--name", "My_Pod", *CREATE], "lowercase letters"),

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,12 +16,21 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))
 from tiny_tokenizer import tiny_tokenizer
 
 from jaxsteer import Model, Params, init_steering, mean_loss, parse_plan
+from jaxsteer.inference import Likelihood
 from jaxsteer.io import load_model, save_steering
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from train import evaluate
 from train.data import Encoding, Example, encode, stack_rows
 from train.devices.placement import SINGLE, place_on
-from train.evaluation.answers import ScoredAnswer, make_prompts, read_answers, summarise, write_answers
+from train.evaluation.answers import (
+    Prompts,
+    ScoredAnswer,
+    chosen_reader,
+    make_prompts,
+    read_answers,
+    summarise,
+    write_answers,
+)
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.journal import FileJournal, MemoryJournal
 from train.evaluation.statistics import compare_answers, compare_scores, find_answers
@@ -165,9 +175,30 @@ def test_choices_score_as_completions_in_training_do(loaded, steered):
             assert each.output == CHOICES[int(np.argmax(each.scores))]
 
 
-def test_prompts_are_encoded_as_the_training_says(loaded, steered):
+@pytest.fixture
+def dated(loaded):
+    """A model whose chat template prints the date."""
     template = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
-    dated = replace(loaded, tokenizer=tiny_tokenizer(template=template))
+    return replace(loaded, tokenizer=tiny_tokenizer(template=template))
+
+
+def test_a_steering_file_is_evaluated_on_the_date_of_its_training(
+    loaded, dated, steered, tiny_data, tmp_path, monkeypatch
+):
+    task = {"type": "JsonlTask", "train": str(tiny_data), "test": str(tiny_data), "chat": True, "keys": {}}
+    notes = {"config": {"task": task}, "date": "2024-07-04"}
+    path, (plan, steering) = tmp_path / "steering.safetensors", steered
+    save_steering(path, steering, plan, model_name="tiny", config=loaded.config, notes=notes)
+    monkeypatch.setattr(evaluate, "load_steered", lambda *rest, **options: (dated, None))
+    seen = []
+    monkeypatch.setattr(Evaluator, "answer", lambda self, some, *rest, **options: seen.extend(self.prompts(some).texts))
+    monkeypatch.setattr(evaluate, "_report", lambda *rest: None)
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(path), "--examples", "2"])
+    evaluate.main()
+    assert seen[:2] == ["2024-07-04a><|im_end|>", "2024-07-04b><|im_end|>"]
+
+
+def test_prompts_are_encoded_as_the_training_says(loaded, dated, steered):
     task, encoding = replace(TASK, chat=True), Encoding(chat=True, date="2024-07-04", max_length=3)
     evaluator = Evaluator(Model(loaded.config, steered[0]), dated, task, SINGLE, by="likelihood", encoding=encoding)
     prompts = evaluator.prompts([Example.of("a>", "b", "here", choices=("b", "c"))])
@@ -263,6 +294,13 @@ def test_paired_comparison_by_hand():
         compare_scores([True], [])
 
 
+@pytest.mark.parametrize("lines", ["[1]\n", '{"evaluation": {}}\n7\n', '{"evaluation": {}}\n{"prompt": "p"}\n'])
+def test_a_damaged_journal_is_refused(tmp_path, lines):
+    (tmp_path / "a.jsonl.unfinished").write_text(lines)
+    with pytest.raises(ValueError, match=r"a\.jsonl\.unfinished: damaged; delete the file to start over"):
+        FileJournal(tmp_path / "a.jsonl", {})
+
+
 def test_only_the_same_examples_are_compared(tmp_path):
     here, there = ([answer(i, right) for i, right in enumerate(s)] for s in ([True, False, True], [False, False, True]))
     assert compare_answers(here, there[::-1]).difference == pytest.approx(1 / 3)
@@ -328,3 +366,12 @@ def test_the_table_of_robustness(loaded, steered, steering_file, tmp_path):
         divergence(evaluator_of(loaded, steered[0]), steered[1], ["one text only"])
     with pytest.raises(ValueError, match="different name"):
         read_methods(replace(config, names=("base",)))
+
+
+def test_an_empty_choice_has_no_characters_to_divide_by():
+    tokens = SimpleNamespace(source="choices.jsonl:3", answer="b", ids=np.zeros(1, np.int32))
+    prompts = Prompts(("a",), (tokens,), (), "exact", 1, (("", "b"),))
+    with pytest.raises(ValueError, match=r"choices\.jsonl:3: an empty choice .* --normalise tokens"):
+        chosen_reader(prompts, "characters")
+    scores = [Likelihood(-3.0, False, 1), Likelihood(-1.0, False, 2)]
+    assert chosen_reader(prompts, "tokens")(0, scores).output == "b"

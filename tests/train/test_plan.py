@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from jaxsteer.models.families import config_from_hf
-from train.cli import load_config_file
+from train.cli import from_command_line, load_config_file
 from train.config import TrainConfig
 from train.devices.placement import MeshConfig
-from train.plan import figures, page
+from train.plan import command, figures, page
 from train.plan.estimate import estimate, estimated_program, resident
 from train.plan.figures import figures_of, remedies
 from train.plan.hlo import Traffic, collectives
@@ -23,7 +24,7 @@ from train.plan.model_configs import KNOWN_CONFIGS, model_config_of
 from train.plan.programs import Compiled, TooBig
 from train.plan.question import Question
 from train.plan.search import candidates
-from train.plan.topology import GIB, parse_topology
+from train.plan.topology import GIB, compiler_name, parse_topology, sold_names
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -256,12 +257,73 @@ def test_topologies():
     assert (pod.chips, pod.sold, str(pod)) == (128, "v5p-128", "2 x v5p:4x4x4 (128 chips, sold as 2 x v5p-128)")
     assert parse_topology("h100:8").chips == 8
     for name, words in {
-        "v5litepod-16": "unknown chip",
+        "v4-8": "does not know v4 chips",
+        "v5litpod-16": "unknown chip .*did you mean v5litepod-16",
         "v5e:4x5": "did you mean v5e:4x",
         "h100:16": "1 to 8",
     }.items():
         with pytest.raises(ValueError, match=words):
             parse_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-16", "v5e:4x4"),
+        ("v5lite-16", "v5e:4x4"),
+        ("V5E:4x4", "v5e:4x4"),
+        ("v6e-8", "v6e:2x4"),
+        ("v5p-8", "v5p:2x2x1"),  # cores, two per chip
+        ("v4-8", "v4:2x2x1"),
+        ("h100:8", "h100:8"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_names_that_slices_are_sold_under(name, topology):
+    assert compiler_name(name) == topology
+
+
+def test_every_name_in_the_table_is_its_slice():
+    names = sold_names()
+    assert {sold: compiler_name(sold) for sold in names.values()} == {sold: name for name, sold in names.items()}
+
+
+def estimated(capsys, monkeypatch, *options):
+    """What the command prints on a screen of 80 columns, and its exit status."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["plan", str(ROOT / POST_BLOCK), "--estimate", "--programs", "train", *options])
+    try:
+        command.main()
+        status = 0
+    except SystemExit as done:
+        status = done.code
+    return capsys.readouterr().out, status
+
+
+def test_settings_of_a_search_can_be_copied_from_a_narrow_screen(capsys, monkeypatch):
+    text, _ = estimated(capsys, monkeypatch, "--search", "--topology", "v5litepod-16", "--best", "2")
+    lines = [line.partition(" ")[2].split() for line in text.splitlines() if line[:2] in ("1 ", "2 ")]
+    assert len(lines) == 2
+    for words in lines:
+        again = from_command_line("plan", "", command.FitCheckConfig, [str(ROOT / POST_BLOCK), *words])
+        assert again.topology == "v5e:4x4"
+        assert again.run.mesh.tensor is not None
+    shares = [int(share) for share in re.findall(r"(\d+) %", text)]
+    assert shares
+    assert max(shares) <= 50  # no run reaches the peaks
+
+
+def test_the_nearest_number_of_rows_that_fits_is_named(capsys, monkeypatch):
+    text, status = estimated(capsys, monkeypatch, "--batch-size", "3", "--topology", "v5e-4")
+    assert status == 2
+    assert "3 chips idle" in text
+    assert "--batch-size 4: about" in text
+    assert "of the best (an assumption)" in text
+    assert (
+        "--batch-size 8 --topology v5e:2x4: about"
+        in estimated(capsys, monkeypatch, "--batch-size", "3", "--topology", "v5e-4", "--train-base")[0]
+    )
 
 
 def test_known_model_configs_are_the_published_ones():

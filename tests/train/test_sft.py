@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,9 +201,15 @@ def test_a_killed_evaluation_resumes_with_its_run(config, when, monkeypatch):
 
 
 def test_full_fine_tuning_writes_a_model(config, tmp_path):
+    folder = shutil.copytree(config.model, tmp_path / "instruct")
+    settings = {"eos_token_id": [0, 2, 258], "temperature": 0.6, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
     config = replace(config, plan=(), train_base=True, optim=OptimConfig(lr=1e-3), steps=2, evaluate_every=0)
-    result = train(config)
-    tuned, base = load_model(result.run.folder / "model").base, load_model(config.model).base
+    result = train(replace(config, model=str(folder)))
+    after, before = load_model(result.run.folder / "model"), load_model(folder)
+    assert (after.stop_tokens, after.generation, after.config) == ((0, 2, 258), settings, before.config)
+    assert after.require_tokenizer().chat_template == before.require_tokenizer().chat_template
+    tuned, base = after.base, before.base
     assert any(
         np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (tuned, base)), strict=True)
     )

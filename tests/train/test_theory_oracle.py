@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxsteer import LoRA, Slot, steering_shapes
-from jaxsteer.io import load_config, load_steering, save_steering
+from jaxsteer.io import load_config, load_steering, sample_weights, save_steering
 from jaxsteer.types import PROJECTIONS
 from train.theory.convert import ConvertStudy
 from train.theory.geometry import GeometryStudy
@@ -102,7 +102,10 @@ def test_conversion_then_geometry(setting, tiny_folder, tmp_path):
     ConvertStudy(**setting, **small, rank=2, prompts=40, distill_steps=3, out=str(tmp_path)).run()
     models = result(tmp_path, "convert")["models"]
     assert models["affine"]["kl"] < models["base"]["kl"]
-    assert load_steering(tmp_path / "distilled.safetensors").plan[0].sites == ("block",)
+    distilled = load_steering(tmp_path / "distilled.safetensors")
+    assert distilled.plan[0].sites == ("block",)
+    assert [step["by"] for step in distilled.provenance] == ["distill"]
+    assert distilled.check_weights(sample_weights(distilled.model_name)) == ""
     steering = str(tmp_path / "linear.safetensors")
     study = GeometryStudy(**setting, **small, rank=2, steering=steering, out=str(tmp_path / "geometry"))
     study.run()

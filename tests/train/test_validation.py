@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from train.cli import find_task
 from train.config import TrainConfig
 from train.data import Example, Turn
 from train.evaluation.answers import ScoredAnswer
@@ -157,3 +158,10 @@ def test_an_answer_fits_a_line():
     assert "before: “earlier”" in line
     assert "reference: “gold”" in line
     assert described_answer(replace(answer, output="x", correct=True), "x").endswith("-> “x”")
+
+
+def test_a_trained_run_is_evaluated_on_what_it_held_out(free):
+    settings = json.loads(json.dumps(TrainConfig(task=free, validation_share=0.2).to_json()))
+    task = find_task(None, None, {"config": settings})
+    assert task.load("test") == HeldOutTask(free, 0.2).load("validation")
+    assert find_task(None, free.train, {"config": settings}).load("test") == free.load("train")

@@ -16,7 +16,7 @@ from jaxsteer.models.transformer import Model, Network
 from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
 from jaxsteer.types import Batch
-from train.base_models import load
+from train.base_models import check_plan, load
 from train.data import TokenizedExample, stack_rows
 
 
@@ -44,6 +44,7 @@ class DecodeBench:
 
 def bench_decode(config: DecodeBench) -> dict[str, float]:
     """Run the decoding benchmark and return its figures."""
+    check_plan(config.model, config.plan)
     loaded = load(config.model, config.dtype)
     plan = parse_plan(config.plan, loaded.config)
     # Not the initial steering: multiplying by its zeros might be cheaper than what training makes of them.

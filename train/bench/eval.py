@@ -14,12 +14,14 @@ import numpy as np
 
 from jaxsteer.inference import Answer, Decoder, Limits, Request, generate_all
 from jaxsteer.io import LoadedModel
+from jaxsteer.io.load import require_tokenizer
 from jaxsteer.io.tokenizer import Tokenizer
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
-from train.base_models import load
+from train.base_models import check_plan, load, resolve_model
 from train.data import Example, TokenizedExample, encode_prompts, stop_tokens
+from train.data.fields import as_text, located
 from train.data.text_files import json_lines
 from train.evaluation.answers import LOW_MARGIN
 
@@ -85,6 +87,8 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     The prompts are answered one at a time before and after the batched run, so that a machine that is busy for a while
     slows both.
     """
+    require_tokenizer(resolve_model(config.model))
+    check_plan(config.model, config.plan)
     loaded = load(config.model, config.dtype)
     prompts, run = _prompts(config, loaded.require_tokenizer()), _Run(config, loaded)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -118,7 +122,10 @@ def _prompts(config: EvalBench, tokenizer: Tokenizer) -> list[TokenizedExample]:
         rows = dict(islice(json_lines(config.data), config.examples))
         if missing := [source for source, row in rows.items() if config.prompt not in row]:
             raise ValueError(f"{missing[0]}: no field {config.prompt!r}; --prompt names the field")
-        texts = [Example.of(f"{row[config.prompt]}\n", None, source) for source, row in rows.items()]
+        texts = []
+        for source, row in rows.items():
+            with located(source):
+                texts.append(Example.of(f"{as_text(row[config.prompt], config.prompt)}\n", None, source))
         return encode_prompts(texts, tokenizer)[0]
     draw = np.random.default_rng(0)
     # Like GSM8K's questions in SmolLM2's tokens: half between 43 and 74, hardly any above 150.

@@ -22,7 +22,7 @@ from jaxsteer.params import Params, partition
 from jaxsteer.steering import init_steering
 from jaxsteer.training import init_state
 from jaxsteer.types import Batch
-from train.base_models import load
+from train.base_models import check_plan, load
 from train.config import TrainConfig
 from train.data import DataSource, Encoding, Keys, ListOps, TokenizedExample, encode, read_jsonl
 from train.data.listops import generate as generate_listops
@@ -73,6 +73,7 @@ class _Step(NamedTuple):
 
 def bench_train(config: TrainBench) -> dict[str, float]:
     """Run the training benchmark and return its figures."""
+    check_plan(config.model, config.plan)
     began = time.perf_counter()
     loaded = load(config.model, config.dtype, quantised=config.quantise == "int8")
     load_seconds = time.perf_counter() - began

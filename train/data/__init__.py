@@ -11,7 +11,7 @@ encoding, packing, and the cache of encoded data. What a task asks and how its a
 from train.data.chat import depends_on_date
 from train.data.encoding import Encoding, LossOn, OnLong, Report
 from train.data.examples import Example, Split, TokenizedExample, Turn, digest_of
-from train.data.jsonl import Keys, read_jsonl
+from train.data.jsonl import Keys, Reading, read_jsonl
 from train.data.listops import ListOps
 from train.data.packing import DataSource, pack, stack_rows
 from train.data.tokenize import encode, encode_prompts, stop_tokens
@@ -24,6 +24,7 @@ __all__ = [
     "ListOps",
     "LossOn",
     "OnLong",
+    "Reading",
     "Report",
     "Split",
     "TokenizedExample",

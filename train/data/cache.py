@@ -84,7 +84,7 @@ def _key(examples: Sequence[Example], tokenizer: Tokenizer, encoding: Encoding) 
     add([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
     add([tokenizer.special_tokens_map, tokenizer.eos_token_id])
     for example in examples:
-        add([example.turns, example.source, example.gold, example.weight])
+        add([example.turns, example.source, example.gold, example.weight, example.turn_weights])
     return digest.hexdigest()
 
 

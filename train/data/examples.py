@@ -40,6 +40,7 @@ class Example:
     answer   the gold answer; None if the last supervised text is the answer
     choices  candidate completions of a multiple-choice question, exactly one of them right; empty for a free answer
     weight   factor on the loss of all its targets, any finite real
+    turn_weights  factor on the loss of each turn's targets besides; empty if all are 1
     """
 
     turns: tuple[Turn, ...]
@@ -47,6 +48,7 @@ class Example:
     answer: str | None = None
     choices: tuple[str, ...] = ()
     weight: float = 1.0
+    turn_weights: tuple[float, ...] = ()
 
     @classmethod
     def of(

@@ -1,22 +1,44 @@
-"""User data as JSON Lines: each line holds a prompt with its completion, or a conversation."""
+"""User data as JSON Lines: each line is a prompt with its completion, a conversation, an instruction or a text."""
 
 from __future__ import annotations
 
-import reprlib
-from dataclasses import dataclass
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from train.data.conversations import KNOWN, Conversation, read_conversation, string
 from train.data.examples import Example, Turn
+from train.data.fields import EmptyText, as_text, as_weight, is_missing, located
 from train.data.text_files import json_lines
 
-_CHAT_ROLES = ("system", "user", "assistant")
-# Keys that would change what is trained on: refused rather than silently ignored.
-_UNSUPPORTED = ("tool_calls", "function_call", "weight")
+Row = dict[str, Any]
 
-# Values in error messages are abbreviated, and nested only a few levels deep.
-_ABBREVIATED = reprlib.Repr()
-_ABBREVIATED.maxstring = _ABBREVIATED.maxother = _ABBREVIATED.maxlong = 60
+Shape = Literal["conversation", "prompt", "ShareGPT", "Alpaca", "text"]
+"""What a line holds, by its keys."""
+
+CONVERSATIONS, ALPACA, ALPACA_INPUT = "conversations", ("instruction", "output"), "input"
+"""Keys of ShareGPT and of Alpaca, whose names are fixed."""
+
+MAX_NAMED = 8
+"""Keys that are named in a note, at most."""
+
+_ALPACA_LEAD = "Below is an instruction that describes a task"
+_ALPACA_END = "\n\n### Response:\n"
+ALPACA_TEMPLATE = (
+    f"{_ALPACA_LEAD}. Write a response that appropriately completes the request.\n\n"
+    f"### Instruction:\n{{prompt}}{_ALPACA_END}"
+)
+"""The prompt of Alpaca's authors for an instruction without an input."""
+
+ALPACA_INPUT_TEMPLATE = (
+    f"{_ALPACA_LEAD}, paired with an input that provides further context. Write a response that appropriately "
+    f"completes the request.\n\n### Instruction:\n{{prompt}}\n\n### Input:\n{{input}}{_ALPACA_END}"
+)
+"""The prompt of Alpaca's authors for an instruction with an input."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +50,52 @@ class Keys:
     completion: str = "completion"
     """Key of the completion, a string."""
     answer: str = "answer"
-    """Key of the gold answer for scoring, a string or a number; optional in each line."""
+    """Key of the gold answer for scoring, a string, a number or a boolean; optional in each line."""
     messages: str = "messages"
     """Key of a conversation, a list of {"role", "content"}."""
+    text: str = "text"
+    """Key of a plain text, learned as a whole."""
+    weight: str = "weight"
+    """Key of the example's weight in the loss, a number; optional in each line, 1 where it is absent."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the lines of a file are read."""
+
+    keys: Keys = field(default_factory=Keys)
+    """Names of the keys."""
+    template: str = "{prompt}"
+    """Text around a plain prompt, e.g. "{prompt}\\n" if nothing else separates it from the completion."""
+    chat: bool = False
+    """Instructions become messages of a chat, rather than Alpaca's own prompt."""
+    completions: bool = True
+    """Require a completion, or a final assistant message, in every line. False reads prompts to generate from;
+    completions are still accepted."""
+
+    def __post_init__(self) -> None:
+        """Reject a template without a place for the prompt."""
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template: got {self.template!r}, it must contain {{prompt}}")
 
 
 def read_jsonl(
-    path: str | Path, keys: Keys | None = None, *, template: str = "{prompt}", completions: bool = True
+    path: str | Path,
+    keys: Keys | None = None,
+    *,
+    template: str = "{prompt}",
+    chat: bool = False,
+    completions: bool = True,
 ) -> list[Example]:
     """Read examples, one JSON object per line; blank lines are skipped.
 
-    A line is either {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}. The
-    completion, or every assistant message, is supervised. Other keys are ignored.
+    A line is one of the shapes of `shape_of`. The completion, or every assistant message, is supervised. Other keys
+    are ignored; `describe` names them.
 
     Args:
         path: a UTF-8 file.
         keys: names of the keys; None for the default names.
-        template: text around a plain prompt, e.g. "{prompt}\\n" if nothing else separates it from the completion.
-        completions: require a completion, or a final assistant message, in every line. False reads prompts to
-            generate from; completions are still accepted.
+        template, chat, completions: as in `Reading`.
 
     Returns:
         The examples in file order; each `source` is "path:line".
@@ -54,108 +103,170 @@ def read_jsonl(
     Raises:
         ValueError: naming file and line: a line that is not an example. Naming the file: no examples in it.
     """
-    keys = keys or Keys()
-    if "{prompt}" not in template:
-        raise ValueError(f"template: got {template!r}, it must contain {{prompt}}")
-    examples = []
-    for source, row in json_lines(path):
-        if keys.messages in row and keys.prompt in row:
-            raise ValueError(
-                f"{source}: has both {keys.messages!r} and {keys.prompt!r}; a line is either a chat "
-                "or a prompt with its completion"
-            )
-        if keys.messages in row:
-            turns = chat_turns(row[keys.messages], keys.messages, source, completions)
-        else:
-            turns = _plain_turns(row, keys, source, template, completions)
-        examples.append(Example(turns, source, _answer(row, keys, source)))
-    if not examples:
+    reading = Reading(Keys() if keys is None else keys, template, chat, completions)
+    return [make_example(row, source, reading) for source, row in read_rows(path, reading.keys)]
+
+
+def read_rows(path: str | Path, keys: Keys) -> list[tuple[str, Row]]:
+    """The lines of a file with their sources, "path:line".
+
+    Raises:
+        ValueError: naming file and line: a line that is not an object. Naming the file: no lines.
+    """
+    rows = list(json_lines(path))
+    if not rows:
         raise ValueError(f"{path}: no examples; expected one JSON object per line, e.g. {_expected(keys)}")
-    return examples
+    return rows
+
+
+@cache
+def _shapes(keys: Keys) -> dict[Shape, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """For each shape, in order of preference, the keys that mark it and the others that it reads."""
+    return {
+        "conversation": ((keys.messages,), ()),
+        "prompt": ((keys.prompt,), (keys.completion,)),
+        "ShareGPT": ((CONVERSATIONS,), ()),
+        "Alpaca": (ALPACA, (ALPACA_INPUT,)),
+        "text": ((keys.text,), ()),
+    }
+
+
+def shape_of(row: Row, keys: Keys) -> Shape | None:
+    """What a line holds, by the keys that it has; None for something else.
+
+    In this order: a conversation, a prompt, a ShareGPT conversation, an Alpaca instruction, a text. A key with null
+    counts only if there is no other.
+    """
+    for present in (lambda key: row.get(key) is not None, lambda key: key in row):
+        for shape, (marks, _) in _shapes(keys).items():
+            if all(map(present, marks)):
+                return shape
+    return None
+
+
+def make_example(row: Row, source: str, reading: Reading) -> Example:
+    """The example of one line.
+
+    Args:
+        row: the line's object.
+        source: "path:line".
+        reading: names of the keys, and how prompts are worded.
+
+    Raises:
+        ValueError: naming the source: not an example. EmptyText if a text is missing.
+    """
+    keys = reading.keys
+    with located(source):
+        conversation = _turns(row, reading)
+        answer = None if keys.answer == keys.completion else row.get(keys.answer)
+        return Example(
+            conversation.turns,
+            source,
+            None if is_missing(answer) else as_text(answer, keys.answer),
+            weight=as_weight(row.get(keys.weight), keys.weight),
+            turn_weights=conversation.weights,
+        )
+
+
+def _turns(row: Row, reading: Reading) -> Conversation:
+    """The turns of a line, with their weights."""
+    keys = reading.keys
+    shape = shape_of(row, keys)
+    if shape == "conversation" and row.get(keys.prompt) is not None:
+        raise ValueError(
+            f"has both {keys.messages!r} and {keys.prompt!r}; a line is either a chat or a prompt with its completion"
+        )
+    if shape == "conversation":
+        return read_conversation(row[keys.messages], keys.messages, reading.completions)
+    if shape == "ShareGPT":
+        return read_conversation(row[CONVERSATIONS], CONVERSATIONS, reading.completions)
+    if shape == "Alpaca":
+        return Conversation(_alpaca_turns(row, reading))
+    if shape == "text":
+        return Conversation((Turn("text", string(row[keys.text], keys.text)),))
+    return Conversation(_plain_turns(row, reading))
+
+
+def _plain_turns(row: Row, reading: Reading) -> tuple[Turn, ...]:
+    """The turns of a prompt with its completion."""
+    keys = reading.keys
+    for key in (keys.prompt, keys.completion) if reading.completions else (keys.prompt,):
+        if key not in row:
+            kind = EmptyText if keys.prompt in row else ValueError
+            raise kind(f"no key {key!r}, got {sorted(row)}; expected {_expected(keys)}")
+    turns = [Turn("prompt", reading.template.replace("{prompt}", string(row[keys.prompt], keys.prompt)))]
+    if keys.completion in row:
+        turns.append(Turn("completion", string(row[keys.completion], keys.completion)))
+    return tuple(turns)
+
+
+def _alpaca_turns(row: Row, reading: Reading) -> tuple[Turn, ...]:
+    """An instruction, with its input if it has one, in Alpaca's words, in the template given, or as messages."""
+    (instruction, output), given = (string(row[name], name) for name in ALPACA), row.get(ALPACA_INPUT)
+    given = "" if is_missing(given) else string(given, ALPACA_INPUT)
+    if reading.chat or reading.template != "{prompt}":
+        asked = reading.template.replace("{prompt}", f"{instruction}\n\n{given}" if given else instruction)
+    else:
+        template = ALPACA_INPUT_TEMPLATE if given else ALPACA_TEMPLATE
+        before, _, after = template.partition("{prompt}")
+        asked = before + instruction + after.replace("{input}", given)
+    return (Turn("user", asked), Turn("assistant", output)) if reading.chat else Example.of(asked, output, "").turns
 
 
 def _expected(keys: Keys) -> str:
     """An example of each kind of line, for error messages."""
     chat = '{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}'
-    return f'{{"{keys.prompt}": "...", "{keys.completion}": "..."}} or {{"{keys.messages}": [{chat}]}}'
+    return (
+        f'{{"{keys.prompt}": "...", "{keys.completion}": "..."}} or {{"{keys.messages}": [{chat}]}} or '
+        f'{{"{keys.text}": "..."}}'
+    )
 
 
-def _plain_turns(row: dict[str, Any], keys: Keys, source: str, template: str, completions: bool) -> tuple[Turn, ...]:
-    """The turns of a prompt with its completion."""
-    required = (keys.prompt, keys.completion) if completions else (keys.prompt,)
-    for key in required:
-        if key not in row:
-            raise ValueError(f"{source}: no key {key!r}, got {sorted(row)}; expected {_expected(keys)}")
-    turns = [Turn("prompt", template.replace("{prompt}", _text(row[keys.prompt], keys.prompt, source)))]
-    if keys.completion in row:
-        turns.append(Turn("completion", _text(row[keys.completion], keys.completion, source)))
-    return tuple(turns)
-
-
-def chat_turns(messages: Any, key: str, source: str, completions: bool = True) -> tuple[Turn, ...]:
-    """The turns of a conversation.
+def describe(rows: Sequence[tuple[str, Row]], reading: Reading) -> list[str]:
+    """What a reader of these lines should know: formats found by name, weights, keys that nothing reads.
 
     Args:
-        messages: a list of {"role": ..., "content": ...} with the roles system (first message only), user and
-            assistant.
-        key: name of the list, for error messages.
-        source: where the list was read, for error messages.
-        completions: require the last message to be the assistant's.
-
-    Raises:
-        ValueError: naming the source and the message: not such a list.
+        rows: the lines of a file, with their sources.
+        reading: how they are read.
     """
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{source}: {key!r} must be a list of at least one message, got {_show(messages)}")
-    turns = tuple(_chat_turn(message, f"{key}[{i}]", source, first=i == 0) for i, message in enumerate(messages))
-    if completions and turns[-1].role != "assistant":
-        raise ValueError(
-            f"{source}: {key!r} ends with role {turns[-1].role!r}; the last message must be the assistant's, "
-            "because only assistant messages are trained on"
+    keys = reading.keys
+    shapes = Counter(shape_of(row, keys) for _, row in rows)
+    asked = "as messages" if reading.chat else "in the task's template"
+    if not reading.chat and reading.template == "{prompt}":
+        asked = "in the words of Alpaca's own prompt"
+    meaning: dict[Shape, str] = {
+        "ShareGPT": f"ShareGPT conversations ({CONVERSATIONS})",
+        "Alpaca": f"Alpaca instructions ({', '.join((*ALPACA, ALPACA_INPUT))}), asked {asked}",
+        "text": f"plain texts ({keys.text}), learned as a whole",
+    }
+    notes = [f"{shapes[shape]:,} {words}" for shape, words in meaning.items() if shapes[shape]]
+    weights = [row[keys.weight] for _, row in rows if isinstance(row.get(keys.weight), int | float)]
+    if weights:
+        ends = f"from {min(weights):g} to {max(weights):g}"
+        notes.append(f"{len(weights):,} of {len(rows):,} lines have a {keys.weight!r} in the loss, {ends}")
+    golds = sum(not is_missing(row.get(keys.answer)) for _, row in rows)
+    if 0 < golds < len(rows) and keys.answer != keys.completion:
+        notes.append(f"{golds:,} of {len(rows):,} lines have an {keys.answer!r}")
+    if unused := _unused((row for _, row in rows), keys):
+        notes.append(f"not used: {unused}")
+    return notes
+
+
+def _unused(rows: Iterable[Row], keys: Keys) -> str:
+    """The keys that nothing reads, with the number of lines that have them; suggests a similar name that is read."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        shape = shape_of(row, keys)
+        marks, others = _shapes(keys)[shape] if shape else ((), ())
+        used = {*marks, *others, keys.answer, keys.weight}
+        counts.update(key for key, value in row.items() if value is not None and key not in used)
+        messages = row[marks[0]] if shape in ("conversation", "ShareGPT") else ()
+        said = {key for message in messages or () if isinstance(message, dict) for key in message}
+        counts.update(f"{key} (of a message)" for key in said.difference(KNOWN))
+    named = []
+    for key, count in counts.most_common(MAX_NAMED):
+        near = difflib.get_close_matches(
+            key.removesuffix(" (of a message)"), (keys.weight, keys.answer, keys.completion), 1, 0.75
         )
-    return turns
-
-
-def _chat_turn(message: Any, name: str, source: str, *, first: bool) -> Turn:
-    """The turn of one message."""
-    if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        raise ValueError(f'{source}: {name} must be an object {{"role": ..., "content": ...}}, got {_show(message)}')
-    role = message["role"]
-    if role not in _CHAT_ROLES:
-        raise ValueError(
-            f"{source}: {name} has role {_show(role)}, allowed are {', '.join(_CHAT_ROLES)} "
-            "(tool messages are not supported)"
-        )
-    if unsupported := [key for key in _UNSUPPORTED if message.get(key) is not None]:
-        raise ValueError(
-            f"{source}: {name} has {unsupported}, which is not supported; put what the assistant should say "
-            "into 'content', or leave the conversation out"
-        )
-    if role == "system" and not first:
-        raise ValueError(f"{source}: {name} has role 'system', allowed only as the first message")
-    return Turn(role, _text(message["content"], f"{name}.content", source, empty=role == "system"))
-
-
-def _text(value: Any, name: str, source: str, empty: bool = False) -> str:
-    """A value that must be a string, and not empty unless allowed."""
-    if not isinstance(value, str):
-        raise ValueError(f"{source}: {name!r} must be a string, got {_show(value)}")
-    if not value and not empty:
-        raise ValueError(f"{source}: {name!r} is empty")
-    return value
-
-
-def _answer(row: dict[str, Any], keys: Keys, source: str) -> str | None:
-    """The gold answer of a line, if it has one under its own key."""
-    value = row.get(keys.answer)
-    if value is None or keys.answer == keys.completion:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"{source}: {keys.answer!r} must be a string or a number, got {_show(value)}")
-    return str(value)
-
-
-def _show(value: Any) -> str:
-    """A value, abbreviated to fit into a message."""
-    text = _ABBREVIATED.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        named.append(f"{key[:40]!r} in {count:,}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return ", ".join(named) + (", ..." if len(counts) > MAX_NAMED else "")

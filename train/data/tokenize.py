@@ -180,11 +180,13 @@ def _tokenised(
     for example, talk, kinds, found in zip(examples, talks, pieces, tokens, strict=True):
         begun = not talk and bool(marks.beginning) and found.ids[0][: len(marks.beginning)] == marks.beginning
         spans = [_Span([] if talk or begun else marks.beginning)]
+        of_turns = zip(example.turns, example.turn_weights, strict=False)
+        of_replies = (weight for turn, weight in of_turns if turn.supervised)
         for piece, ids in zip(kinds, found.ids, strict=True):
             if piece.kind == "prompt" or (generate and piece.kind == "text"):
                 spans.append(_Span(ids, learned=piece.kind == "text"))
             elif talk:
-                spans.append(_reply(ids, marks, example.source))
+                spans.append(_reply(ids, marks, example.source)._replace(weight=next(of_replies, 1.0)))
             else:
                 spans.append(_completion(ids, marks, piece.kind == "completion"))
         notes = _Notes(begun, any(span.ended for span in spans), found.straddled)
@@ -193,12 +195,13 @@ def _tokenised(
 
 class _Span(NamedTuple):
     """Tokens of a piece: how many of them, from the first, are a completion; whether they are targets; whether the
-    piece had its end token already."""
+    piece had its end token already; the weight of the completion among the example's turns."""
 
     ids: list[int]
     completion: int = 0
     learned: bool = False
     ended: bool = False
+    weight: float = 1.0
 
 
 def _completion(ids: list[int], marks: _Marks, completion: bool) -> _Span:
@@ -245,23 +248,21 @@ def _to_arrays(example: Example, spans: Sequence[_Span], loss_on: LossOn, genera
     """The tokens of one example as arrays, checked."""
     if not math.isfinite(example.weight):
         raise ValueError(f"{example.source}: the weight is {example.weight}, need a finite number")
-    tokens, said, targets = list[int](), list[bool](), list[bool]()
-    prompt_length, end = None, 0
+    tokens, said, weights = list[int](), list[bool](), list[float]()
+    prompt_length, end, everywhere = None, 0, loss_on == "all"
     for span in spans:
         rest = len(span.ids) - span.completion
         if span.completion and prompt_length is None:
             prompt_length = len(tokens)
         tokens += span.ids
         said += [True] * span.completion + [False] * rest
-        targets += [True] * span.completion + [span.learned] * rest
+        weights += [span.weight] * span.completion + [float(span.learned or everywhere)] * rest
         if span.completion or span.learned:
             end = len(tokens) if span.learned else len(tokens) - rest
     if end and not generate:
         # Whatever a template writes after the last end of turn (a newline) predicts nothing.
-        tokens, said, targets = tokens[:end], said[:end], targets[:end]
-    if loss_on == "all":
-        targets, end = [True] * len(tokens), len(tokens)
-    if not generate and prompt_length is None and end < 2:
+        tokens, said, weights = tokens[:end], said[:end], weights[:end]
+    if not generate and prompt_length is None and (len(tokens) if everywhere else end) < 2:
         raise ValueError(f"{example.source}: nothing to train on; no completion, no assistant turn and no text")
     prompt_length = len(tokens) if prompt_length is None else prompt_length
     if prompt_length == 0:
@@ -269,10 +270,10 @@ def _to_arrays(example: Example, spans: Sequence[_Span], loss_on: LossOn, genera
             f"{example.source}: the prompt is empty and the tokenizer adds no beginning-of-sequence token, so "
             "there is nothing to predict the first token from"
         )
-    targets[0] = False  # nothing predicts it
+    weights[0] = 0.0  # nothing predicts it
     ids, completion = np.array(tokens, np.int32), np.array(said, bool)
-    weights = np.array(targets, np.float32) * np.float32(example.weight)
-    return TokenizedExample(ids, completion, prompt_length, example.source, example.gold, weights)
+    factors = np.array(weights, np.float32) * np.float32(example.weight)
+    return TokenizedExample(ids, completion, prompt_length, example.source, example.gold, factors)
 
 
 def _plain_pieces(example: Example) -> list[Piece]:

@@ -128,7 +128,16 @@ def generated_reader(prompts: Prompts, tokenizer: Tokenizer) -> Callable[[int, A
 
 
 def chosen_reader(prompts: Prompts, normalise: Normalise) -> Callable[[int, list[Likelihood]], ScoredAnswer]:
-    """(prompt's index, likelihood of each choice) -> the most likely choice, scored."""
+    """(prompt's index, likelihood of each choice) -> the most likely choice, scored.
+
+    Raises:
+        ValueError: an empty choice, which has no characters to divide by.
+    """
+    for prompt, choices in zip(prompts.tokens, prompts.choices, strict=True):
+        if normalise == "characters" and not all(choices):
+            raise ValueError(
+                f"{prompt.source}: an empty choice has no characters to divide by; use --normalise tokens or none"
+            )
 
     def read(index: int, likelihoods: list[Likelihood]) -> ScoredAnswer:
         choices = prompts.choices[index]

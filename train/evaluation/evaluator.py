@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from jaxsteer.batches import bucket_length, pack, stack_rows
-from jaxsteer.inference.decoder import Decoder, Limits, Request, generate_all
+from jaxsteer.inference.decoder import Answer, Decoder, Limits, Request, generate_all
 from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.likelihood import score_continuations
+from jaxsteer.inference.scheduling import nonfinite_logits
 from jaxsteer.io import LoadedModel
 from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Model
@@ -71,6 +72,7 @@ class Evaluator:
     by, normalise    how answers are found, see `By` and `Normalise`
     sampling, seed   how answers are generated; greedy by default
     encoding         how texts become tokens; None for the task's `chat` and no more. Its limit is for the loss only
+    strength         of the plan's slots, as in `jaxsteer.forward`
     """
 
     model: Model
@@ -87,6 +89,7 @@ class Evaluator:
     sampling: Sampling = Sampling()  # noqa: RUF009  # frozen
     seed: int = 0
     encoding: Encoding | None = None
+    strength: Mapping[str, float] | None = None
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def steered_by(self, model: Model, loaded: LoadedModel | None = None) -> Evaluator:
@@ -188,42 +191,86 @@ class Evaluator:
         base, steering = self._base(params), self._placed(params.steering)
         with self.placement.on_mesh():
             placed = (self.placement.batch(batch) for batch in batches)
-            sums = [jax.device_get(loss_sums(self.model, base, steering, batch)) for batch in placed]
+            sums = [jax.device_get(loss_sums(self.model, base, steering, batch, self.strength)) for batch in placed]
         return total_loss(sums, f"{split} examples")
 
-    def _ask(self, prompts: Prompts, params: Params, left: Sequence[int]) -> Iterator[tuple[int, ScoredAnswer]]:
-        """(index, answer) of the prompts that are left, as they are finished."""
+    def generate(
+        self,
+        prompts: Prompts,
+        params: Params,
+        left: Sequence[int],
+        *,
+        ended: Callable[[int, np.ndarray], bool] | None = None,
+        chunk: int = 32,
+    ) -> Iterator[tuple[int, Answer]]:
+        """Generate answers to some of the prompts, whatever their end.
+
+        Args:
+            prompts: from `prompts`.
+            params: as for `answer`.
+            left: indices of the prompts to answer.
+            ended: as in `generate_all`, called with indices into `prompts`.
+            chunk: maximum number of tokens between two of its calls.
+
+        Yields:
+            (index, answer), as they are finished.
+        """
         if not left:
             return
-        base, steering = self._base(params), self._placed(params.steering)
         tokens = [prompts.tokens[i] for i in left]
-        with self.placement.on_mesh():
-            if self.by == "likelihood":
-                choose = chosen_reader(prompts, self.normalise)
-                ids = [prompts.choice_ids[i] for i in left]
-                scored = score_continuations(
-                    self.model,
-                    base,
-                    steering,
-                    tokens,
-                    ids,
-                    batch_size=self.eval_batch_size,
-                    place=self.placement.batch,
-                )
-                yield from ((left[i], choose(left[i], likelihoods)) for i, likelihoods in scored)
-            else:
-                read = generated_reader(prompts, self.loaded.require_tokenizer())
-                limits = Limits(max(map(len, tokens)), prompts.max_new_tokens, rows=self.eval_batch_size)
-                decoder = Decoder(self.model, base, steering, limits, self.placement.batch)
-                seeds = [self.seed << 32 | index for index in left]  # a prompt's answer does not depend on the others
-                settings = (prompts.max_new_tokens, prompts.stop, self.sampling)
-                requests = [Request(prompt, *settings, seed) for prompt, seed in zip(tokens, seeds, strict=True)]
-                answers = generate_all(decoder, requests, ended=_never)
-                yield from ((left[i], read(left[i], answer)) for i, answer in answers)
+        limits = Limits(max(map(len, tokens)), prompts.max_new_tokens, rows=self.eval_batch_size, chunk=chunk)
+        settings = (prompts.max_new_tokens, prompts.stop, self.sampling)
+        requests = [
+            # The seed: a prompt's answer does not depend on the others.
+            Request(prompt, *settings, self.seed << 32 | index, self.strength or {})
+            for index, prompt in zip(left, tokens, strict=True)
+        ]
 
-    def _journal(self, prompts: Prompts, params: Params, path: Path | None, reuse: bool) -> MemoryJournal | FileJournal:
-        if path is None:
-            return MemoryJournal()
+        def told(number: int, so_far: np.ndarray) -> bool:
+            interrupts.safe_point()
+            return ended is not None and ended(left[number], so_far)
+
+        base, steering = self._base(params), self._placed(params.steering)
+        with self.placement.on_mesh():
+            decoder = Decoder(self.model, base, steering, limits, self.placement.batch)
+            for number, answer in generate_all(decoder, requests, told):
+                yield left[number], answer
+
+    def _ask(self, prompts: Prompts, params: Params, left: Sequence[int]) -> Iterator[tuple[int, ScoredAnswer]]:
+        """(index, answer) of the prompts that are left, as they are finished.
+
+        Raises:
+            FloatingPointError: the model's logits are not finite for one of them.
+        """
+        if not left:
+            return
+        if self.by == "likelihood":
+            yield from self._choose(prompts, params, left)
+            return
+        read = generated_reader(prompts, self.loaded.require_tokenizer())
+        for index, answer in self.generate(prompts, params, left):
+            if answer.finished == "nonfinite":
+                raise nonfinite_logits(prompts.tokens[index], self.model.config.vocab_size)
+            yield index, read(index, answer)
+
+    def _choose(self, prompts: Prompts, params: Params, left: Sequence[int]) -> Iterator[tuple[int, ScoredAnswer]]:
+        choose = chosen_reader(prompts, self.normalise)
+        base, steering = self._base(params), self._placed(params.steering)
+        with self.placement.on_mesh():
+            scored = score_continuations(
+                self.model,
+                base,
+                steering,
+                [prompts.tokens[i] for i in left],
+                [prompts.choice_ids[i] for i in left],
+                batch_size=self.eval_batch_size,
+                place=self.placement.batch,
+                strength=self.strength,
+            )
+            yield from ((left[i], choose(left[i], likelihoods)) for i, likelihoods in scored)
+
+    def identity(self, prompts: Prompts, params: Params) -> dict[str, Any]:
+        """Everything that determines the answers to prompts, JSON values; every process must call it."""
         identity = {
             "model": self.loaded.name,
             "base": self.loaded.fingerprint if params.base is None else hash_tree(params.base),
@@ -235,7 +282,14 @@ class Evaluator:
         }
         if self.by == "generation" and self.sampling.temperature > 0:
             identity["seed"] = self.seed
-        return FileJournal(path, identity, reuse=reuse)
+        if self.strength:
+            identity["strength"] = dict(sorted(self.strength.items()))
+        return identity
+
+    def _journal(self, prompts: Prompts, params: Params, path: Path | None, reuse: bool) -> MemoryJournal | FileJournal:
+        if path is None:
+            return MemoryJournal()
+        return FileJournal(path, self.identity(prompts, params), reuse=reuse)
 
     def _base(self, params: Params) -> PyTree:
         return self.loaded.base if params.base is None else params.base
@@ -283,12 +337,6 @@ class Evaluator:
 def figures_of(loss: Loss) -> dict[str, float]:
     """A loss as it is logged, by name."""
     return {"validation_loss": loss.mean, "perplexity": loss.perplexity, "token_accuracy": loss.token_accuracy}
-
-
-def _never(index: int, tokens: np.ndarray) -> bool:
-    """No answer ends early, but the command may: asked after every chunk of decoding."""
-    interrupts.safe_point()
-    return False
 
 
 def _kept(path: Path | None, done: int, total: int) -> str:

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxsteer.io.files import parse_json, write_json
+from jaxsteer.io.files import parse_json, write_json, write_text
 from jaxsteer.types import PyTree
 from train.devices.processes import fetch, is_first, on_first
-from train.evaluation.answers import Prompts, ScoredAnswer, answer_from_json, read_answers, write_answers
+from train.evaluation.answers import Prompts, answer_from_json
+
+
+class Codec(NamedTuple):
+    """How answers become JSON objects, and back."""
+
+    to_json: Callable[[Any], dict[str, Any]]
+    from_json: Callable[[dict[str, Any]], Any]
+
+
+ANSWERS = Codec(asdict, answer_from_json)
+"""Scored answers."""
 
 
 class MemoryJournal:
     """Keeps the answers in memory only."""
 
     def __init__(self) -> None:
-        self.done: dict[int, ScoredAnswer] = {}
+        self.done: dict[int, Any] = {}
 
-    def add(self, index: int, answer: ScoredAnswer) -> None:
+    def add(self, index: int, answer: Any) -> None:
         """Keep an answer."""
         self.done[index] = answer
 
@@ -49,23 +60,26 @@ class FileJournal:
         path: the .jsonl file of the finished answers; the journal is `path` + ".unfinished".
         identity: everything that determines the answers, JSON values.
         reuse: take over finished answers that are already at `path` with the same identity.
+        codec: of the answers.
 
     Raises:
         ValueError: the journal belongs to another evaluation.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], *, reuse: bool = False) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, reuse: bool = False, codec: Codec = ANSWERS) -> None:
         self.answers_path, self.path = path, path.with_name(path.name + ".unfinished")
         self._identity_path = path.with_suffix(".identity.json")
         self._identity = json.loads(json.dumps(dict(identity)))  # tuples become lists, as in the file
-        self._file = None
-        self.done: dict[int, ScoredAnswer] = {}
+        self._file, self._codec = None, codec
+        self.done: dict[int, Any] = {}
         self.complete = reuse and on_first(self._is_complete)
         if self.complete:
-            self.done = dict(enumerate(read_answers(path)))
+            lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+            rows = [parse_json(line, f"{path}:{number}") for number, line in lines if line]
+            self.done = dict(enumerate(map(codec.from_json, rows)))
             return
         try:
-            self.done = {int(index): answer_from_json(answer) for index, answer in on_first(self._read)}
+            self.done = {int(index): codec.from_json(answer) for index, answer in on_first(self._read)}
         except TypeError as error:
             raise ValueError(
                 f"{self.path}: written by another version of jaxsteer ({error}); delete the file to start over"
@@ -75,11 +89,11 @@ class FileJournal:
             if not self.path.stat().st_size:
                 self._write({"evaluation": self._identity})
 
-    def add(self, index: int, answer: ScoredAnswer) -> None:
+    def add(self, index: int, answer: Any) -> None:
         """Keep an answer; it is on disk when this returns."""
         self.done[index] = answer
         if self._file is not None:
-            self._write({"index": index, **asdict(answer)})
+            self._write({"index": index, **self._codec.to_json(answer)})
 
     def finish(self) -> None:
         """Write the answers and their identity, and remove the journal."""
@@ -88,7 +102,8 @@ class FileJournal:
         self.__exit__()
         if is_first():
             self._identity_path.unlink(missing_ok=True)  # killed here, old identity and new answers must not meet
-            write_answers(self.answers_path, [self.done[index] for index in range(len(self.done))])
+            rows = (self._codec.to_json(self.done[index]) for index in range(len(self.done)))
+            write_text(self.answers_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             write_json(self._identity_path, self._identity)
             self.path.unlink(missing_ok=True)
 
@@ -123,6 +138,9 @@ class FileJournal:
                 file.truncate(len(whole))
         lines = whole.split(b"\n")
         rows = [parse_json(line, f"{self.path}:{number}") for number, line in enumerate(lines, 1) if line]
+        indexed = all(isinstance(row, dict) and isinstance(row.get("index"), int) for row in rows[1:])
+        if not indexed or not all(isinstance(row, dict) for row in rows[:1]):
+            raise ValueError(f"{self.path}: damaged; delete the file to start over")
         if not rows:
             return []
         before = rows[0].get("evaluation", {})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.objective import CHUNK_TOKENS, CPU_CHUNK_TOKENS, next_tokens, scan_counted
@@ -44,14 +45,16 @@ class Sums(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def loss_sums(model: Model, base: PyTree, steering: Steering, batch: Batch) -> Sums:
+def loss_sums(
+    model: Model, base: PyTree, steering: Steering, batch: Batch, strength: Mapping[str, ArrayLike] | None = None
+) -> Sums:
     """The sums of a batch [B, T] over its supervised tokens; logits are computed for these alone, in chunks.
 
     Args:
-        model, base, steering: as in `forward`.
+        model, base, steering, strength: as in `forward`.
         batch: [B, T].
     """
-    hidden = constrain(forward(model, base, steering, batch).hidden, "rows", None, None)
+    hidden = constrain(forward(model, base, steering, batch, strength=strength).hidden, "rows", None, None)
     head, targets = constrain(output_embedding(base), "vocab", None), next_tokens(batch)
     B, T, D = hidden.shape
     chunk = CPU_CHUNK_TOKENS if current_platform() == "cpu" else CHUNK_TOKENS

@@ -33,8 +33,8 @@ class FitCheckConfig:
     run: Run
     """The run."""
     topology: str = "v5e:4x4"
-    """Chips to check: a TPU topology as JAX's compiler writes it (v5e:4x4, v5p:4x4x4, v6e:4x4, ...), or the GPUs of one
-    node (h100:8, h200:8)."""
+    """Chips to check: a TPU topology as JAX's compiler writes it (v5e:4x4, v5p:4x4x4, v6e:4x4, ...) or as it is sold
+    (v5litepod-16, v5p-128, v6e-16), or the GPUs of one node (h100:8, h200:8)."""
     topologies: str = ""
     """Compare several topologies, separated by commas: v5e:4x4,v6e:4x4,h100:8."""
     slices: int = 1
@@ -72,7 +72,7 @@ def _check(config: FitCheckConfig, topologies: Sequence[Topology]) -> list[Figur
             if not quiet and len(topologies) == 1:
                 print_figures(results[-1])
     if not quiet and len(topologies) > 1:
-        rows = [(f"{figures.which}, {figures.mesh}", figures) for figures in results]
+        rows = [(f"({figures.topology.sold}), {figures.which}, mesh {figures.mesh}", figures) for figures in results]
         print_comparison(rows, config.run.model)
     return results
 

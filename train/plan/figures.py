@@ -33,6 +33,11 @@ class TrafficJson(TypedDict):
     sent: int
 
 
+EFFICIENCY = 0.5
+"""The assumed share of the roofline's speed that a run reaches. Published trainings of large models reach 38 to 43 % of
+the peak on H100 (Llama 3) and 58 % on TPU v4 with recomputation (PaLM; 46 % without)."""
+
+
 class FiguresJson(TypedDict):
     """`Figures` in a JSON file, derived figures included."""
 
@@ -61,6 +66,7 @@ class FiguresJson(TypedDict):
     bound: str
     tokens_per_second: float
     mfu: float
+    expected: NotRequired[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,16 @@ class Figures:
         """Model FLOPs utilisation at the roofline: useful arithmetic over what the chips could do in that time."""
         return self.flops.useful / (self.roofline.seconds * self.topology.chips * self.topology.chip.flops)
 
+    @property
+    def expected(self) -> dict[str, float]:
+        """Seconds, tokens/s and MFU at EFFICIENCY times the roofline's speed."""
+        return {
+            "efficiency": EFFICIENCY,
+            "seconds": self.roofline.seconds / EFFICIENCY,
+            "tokens_per_second": self.tokens_per_second * EFFICIENCY,
+            "mfu": self.mfu * EFFICIENCY,
+        }
+
     def to_json(self) -> FiguresJson:
         """Everything as plain values, derived figures included."""
         return asdict(self) | {  # type: ignore[return-value]
@@ -124,6 +140,7 @@ class Figures:
             "bound": self.roofline.bound,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
+            "expected": self.expected,
         }
 
 
@@ -230,7 +247,8 @@ def _cheaper_settings(question: Question) -> list[list[Question]]:
     config = question.config
     if question.which == "decode":
         smaller = [rows for rows in (32, 16, 8, 4, 2, 1) if rows < config.eval_batch_size]
-        return [[question.with_config(replace(config, eval_batch_size=rows)) for rows in smaller]]
+        fewer = [question.with_config(replace(config, eval_batch_size=rows)) for rows in smaller]
+        return [*_even_batches(question), fewer]
 
     def accumulated(config: TrainConfig) -> Iterator[Question]:
         for doublings in range(1, 8):
@@ -238,11 +256,24 @@ def _cheaper_settings(question: Question) -> list[list[Question]]:
             if config.batch_size % microbatches == 0:
                 yield question.with_config(replace(config, grad_accumulation=microbatches))
 
-    groups = [list(accumulated(config))]
+    groups = [*_even_batches(question), list(accumulated(config))]
     if config.remat != "full":
         full = replace(config, remat="full")
         groups += [[question.with_config(full)], list(accumulated(full))]
     return groups
+
+
+def _even_batches(question: Question) -> list[list[Question]]:
+    """Where the rows do not divide over all chips: the nearest numbers of rows that do, the smaller first."""
+    config, chips = question.config, question.topology.chips
+    mesh = config.mesh
+    if mesh.data is not None and mesh.fsdp is not None:
+        return []
+    step = config.grad_accumulation * max(1, chips // max(1, mesh.tensor))
+    if config.batch_size % step == 0:
+        return []
+    below, above = config.batch_size // step * step, (config.batch_size // step + 1) * step
+    return [[question.with_config(replace(config, batch_size=rows))] for rows in (below, above) if rows]
 
 
 def _larger_topologies(question: Question) -> list[list[Question]]:
@@ -255,7 +286,9 @@ def _larger_topologies(question: Question) -> list[list[Question]]:
         [t for t in same_chip if t.chips > topology.chips],
         *([t for t in single_slices if t.chip == chip and t.chips >= topology.chips] for chip in larger_chips),
     ]
-    return [[replace(question, topology=larger) for larger in group] for group in groups]
+    asked = [[replace(question, topology=larger) for larger in group] for group in groups]
+    even = [[more[-1][0] for larger in group if (more := _even_batches(larger))] for group in asked]
+    return [plain + rounded for plain, rounded in zip(asked, even, strict=True)]
 
 
 def _mesh_size(program: Program) -> int:
@@ -266,7 +299,7 @@ def _mesh_size(program: Program) -> int:
 def _changed_flags(before: Question, after: Question) -> str:
     """The options that turn one question into the other, as typed."""
     flags = []
-    for name in ("grad_accumulation", "remat", "eval_batch_size"):
+    for name in ("batch_size", "grad_accumulation", "remat", "eval_batch_size"):
         value = getattr(after.config, name)
         if value != getattr(before.config, name):
             flags.append(f"--{name.replace('_', '-')} {value}")

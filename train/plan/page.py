@@ -71,6 +71,7 @@ def _row(question: Question) -> StepRow:
     config = question.config
     figures = figures_of(question).to_json()
     figures.pop("compile_seconds", None)  # differs from machine to machine
+    figures.pop("expected", None)  # follows from the others
     return {
         **figures,
         "batch_size": config.batch_size,

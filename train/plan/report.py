@@ -9,7 +9,7 @@ from rich.table import Table
 
 from train.display.console import print_facts
 from train.plan.estimate import Roofline
-from train.plan.figures import Figures
+from train.plan.figures import EFFICIENCY, Figures
 from train.plan.hlo import Collectives
 from train.plan.topology import GIB
 
@@ -39,12 +39,21 @@ def provenance(figures: Figures) -> str:
     return "analytic estimate, not compiled"
 
 
-def speed(figures: Figures) -> str:
-    """Time, throughput and utilisation at the roofline."""
+def expected_speed(figures: Figures) -> str:
+    """Time, throughput and utilisation at the assumed share of the roofline's speed."""
     unit = "per step" if figures.which == "train" else "for all tokens"
+    expected = figures.expected
     return (
-        f"{figures.roofline.seconds:.3g} s {unit}, {figures.tokens_per_second:,.0f} tokens/s, "
-        f"MFU {100 * figures.mfu:.0f} %, bound by {BOUNDS[figures.roofline.bound]}"
+        f"{expected['seconds']:.3g} s {unit}, {expected['tokens_per_second']:,.0f} tokens/s, MFU "
+        f"{100 * expected['mfu']:.0f} %, if it reaches {100 * EFFICIENCY:.0f} % of the best (an assumption)"
+    )
+
+
+def best_speed(figures: Figures) -> str:
+    """Time and throughput at the roofline, which no run reaches."""
+    return (
+        f"{figures.roofline.seconds:.3g} s, {figures.tokens_per_second:,.0f} tokens/s: the chips' published peaks, "
+        f"bound by {BOUNDS[figures.roofline.bound]}"
     )
 
 
@@ -64,7 +73,8 @@ def print_figures(figures: Figures) -> None:
             "topology": f"{figures.topology}; mesh {figures.mesh}" + (f"; {idle} chips idle" if idle else ""),
             "attention": f"{figures.attention[0]} ({figures.attention[1]})",
             "arithmetic": f"{figures.flops.executed:.3g} FLOPs executed, {figures.flops.useful:.3g} useful",
-            "at best": speed(figures),
+            "expect": expected_speed(figures),
+            "at best": best_speed(figures),
             "roofline": times(figures.roofline),
         }
     )
@@ -100,26 +110,33 @@ def _collectives_table(collectives: Collectives) -> Table:
     return table
 
 
+_CAPTION = f"tokens/s and MFU: expected, at an assumed {100 * EFFICIENCY:.0f} % of the best that the chips' peaks allow"
+
+
 def print_comparison(rows: Sequence[tuple[str, Figures]], title: str) -> None:
-    """Print a line per compiled step, to compare topologies or the settings of a search.
+    """Print a line per compiled step, to compare topologies or the settings of a search, and the settings below.
 
     Args:
         rows: (what was checked, figures).
         title: above the table.
     """
-    table = Table(title=title, title_justify="left")
-    for column in ("topology", "settings", "peak per chip", "fits", "tokens/s", "MFU", "bound by", "source"):
-        table.add_column(column, justify="right" if column in ("peak per chip", "tokens/s", "MFU") else "left")
-    for settings, figures in rows:
-        topology = figures.topology
+    console = Console()
+    table = Table(title=title, title_justify="left", caption=_CAPTION, caption_justify="left")
+    for column in ("", "topology", "GiB per chip", "fits", "tokens/s", "MFU", "bound by", "from"):
+        right = column in ("", "GiB per chip", "tokens/s", "MFU")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column == "topology")
+    for number, (_, figures) in enumerate(rows, 1):
         table.add_row(
-            topology.name if topology.sold == topology.name else f"{topology.name} = {topology.sold}",
-            settings,
-            f"{figures.needed / GIB:.2f} of {figures.limit / GIB:.2f} GiB",
+            str(number),
+            figures.topology.name,
+            f"{figures.needed / GIB:.2f}/{figures.limit / GIB:.2f}",
             "yes" if figures.fits else "no",
-            f"{figures.tokens_per_second:,.0f}",
-            f"{100 * figures.mfu:.0f} %",
+            f"{figures.expected['tokens_per_second']:,.0f}",
+            f"{100 * figures.expected['mfu']:.0f} %",
             BOUNDS[figures.roofline.bound],
             "compiler" if figures.compiled else "estimate",
         )
-    Console().print(table)
+    console.print(table)
+    for number, (settings, figures) in enumerate(rows, 1):  # whole lines, to be copied, however narrow the screen is
+        chips = f"--topology {figures.topology.name}"
+        console.print(f"{number}  {chips} {settings}", highlight=False, markup=False, soft_wrap=True)

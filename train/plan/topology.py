@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Literal
 
+from jaxsteer.plans import did_you_mean
 from train.devices.chips import Chip as Published
 from train.devices.chips import chip_of
 
@@ -93,15 +93,33 @@ def sold_names() -> dict[str, str]:
     return {row[0]: row[1] for row in rows}
 
 
+def compiler_name(text: str) -> str:
+    """The compiler's name of a slice: "v5e:4x4" for itself, and for v5litepod-16, v5lite-16, v5e-16 and V5E:4x4.
+
+    The number is the cloud's: of chips for v5e and v6e, of cores, two per chip, for v5p and v4. Other texts are
+    returned in lower case.
+    """
+    name = text.strip().lower()
+    sold = {sold.lower(): topology for topology, sold in sold_names().items()}
+    for prefix in ("v5lite-", "v5e-"):
+        if name.startswith(prefix):
+            name = name.replace(prefix, "v5litepod-")
+    return sold.get(name, name)
+
+
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """Parse "v5e:4x4" or "h100:8".
+    """Parse "v5e:4x4", the name it is sold under ("v5litepod-16"), or "h100:8".
 
     Raises:
         ValueError: an unknown chip or shape; the message lists the known ones.
     """
+    asked, text = text, compiler_name(text)
     kind, _, shape = text.partition(":")
     if kind not in CHIPS:
-        raise ValueError(f"topology {text!r}: unknown chip {kind!r}; known: {', '.join(CHIPS)}, as in v5e:4x4, h100:8")
+        spellings = [*sold_names(), *sold_names().values(), *(f"{name}:8" for name in CHIPS)]
+        what = f"the fit check does not know {kind} chips" if text in sold_names() else f"unknown chip {kind!r}"
+        hint = "" if text in sold_names() else did_you_mean(text, spellings)
+        raise ValueError(f"topology {asked!r}: {what}{hint}; known: {', '.join(CHIPS)}, as in v5e:4x4, h100:8")
     if slices < 1:
         raise ValueError(f"slices: must be at least 1, got {slices}")
     chip = CHIPS[kind]
@@ -113,8 +131,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         return Topology(text, chip, int(shape), text)
     names = sold_names()
     if text not in names:
-        closest = difflib.get_close_matches(text, names, n=1)
-        hint = f" (did you mean {closest[0]}?)" if closest else ""
         known = [name for name in names if name.startswith(f"{kind}:")]
-        raise ValueError(f"topology {text!r}: no such slice{hint}; known for {kind}: {', '.join(known)}")
+        hint = did_you_mean(text, known)
+        raise ValueError(f"topology {asked!r}: no such slice{hint}; known for {kind}: {', '.join(known)}")
     return Topology(text, chip, slices * prod(int(side) for side in shape.split("x")), names[text], slices)

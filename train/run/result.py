@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -18,6 +20,7 @@ from jaxsteer.params import Params
 from jaxsteer.training import TrainState
 from jaxsteer.types import Steering
 from train.config import TrainConfig
+from train.data import Example
 from train.devices.machine import peak_memory_bytes
 from train.devices.processes import fetch, is_first, on_first
 from train.display.console import get_console, print_facts
@@ -28,6 +31,7 @@ from train.run.folder import RunFolder, read_history, read_inputs
 from train.run.metrics import read_metrics
 from train.run.training import Training
 from train.run.watch import StepTimer
+from train.tasks import typed_template
 from train.tasks.scoring import percent
 
 
@@ -125,7 +129,7 @@ def conclude(
         seconds=timer.seconds,
         tokens_per_second=timer.tokens_per_second,
         peak_memory=peak_memory_bytes(),
-        example=bare(questions[-1].turns[0].text, config.task.template) if questions else "",
+        example=question_of(questions[-1], typed_template(config.task)) if questions else "",
     )
     if is_first():
         write_json(run.summary, result.summary())
@@ -163,9 +167,10 @@ def _save_trained(run: RunFolder, training: Training, state: TrainState) -> Stee
     if config.train_base:
         base = fetch(params.base)
         if is_first():
-            save_hf(run.folder / "model", loaded.config, base, loaded.family, loaded.tokenizer)
+            model = run.folder / "model"
+            save_hf(model, loaded.config, base, loaded.family, loaded.tokenizer, generation=loaded.generation)
             # Steering trained together with the base belongs to what the base became.
-            name, sample = str(run.folder / "model"), sample_weights(run.folder / "model")
+            name, sample = str(model), sample_weights(model)
     if plan and is_first():
         notes = notes_of(config) | provenance(run)
         save_steering(run.steering, steering, plan, model_name=name, config=loaded.config, notes=notes, sample=sample)
@@ -188,6 +193,18 @@ def _draw(training: Training, result: Result, steering: Steering) -> None:
         plot_overlap(run.folder / "overlap.png", steps, np.array(overlaps), chance=chance, title=title)
 
 
+def question_of(example: Example, template: str) -> str:
+    """What a person would type: a conversation's first question, not its system message, or a prompt."""
+    asked = next((turn.text for turn in example.turns if turn.role in ("user", "prompt")), "")
+    return bare(asked, template)
+
+
+def suggestion(steering: Path, prompt: str) -> str:
+    """The command that answers a prompt with a steering file, as a shell reads it."""
+    words = [sys.executable, "-m", "train.generate", str(steering), "--compare"]
+    return shlex.join([*words, *(["--"] if prompt.startswith("-") else []), prompt])
+
+
 def bare(prompt: str, template: str) -> str:
     """A prompt without its template: what a person would type."""
     before, _, after = template.partition("{prompt}")
@@ -198,7 +215,7 @@ def notes_of(config: TrainConfig) -> dict[str, Any]:
     """Notes for the steering file: how to ask a model that is steered with it, and how it was trained."""
     task = config.task
     return {
-        "template": task.template,
+        "template": typed_template(task),
         "chat": task.chat,
         "max_new_tokens": task.max_new_tokens,
         "date": config.date,
@@ -263,7 +280,6 @@ def print_result(result: Result) -> None:
     if run.steering.exists():
         paths = {"steering": run.steering, **paths}
     print_facts({name: str(path) for name, path in paths.items()})
-    if run.steering.exists() and result.after:
+    if run.steering.exists() and result.after and result.example:
         out.print("\nAnswer a new problem with it:", highlight=False)
-        command = f"  {sys.executable} -m train.generate {run.steering} '{result.example}' --compare"
-        out.print(command, markup=False, highlight=False, soft_wrap=True)
+        out.print(f"  {suggestion(run.steering, result.example)}", markup=False, highlight=False, soft_wrap=True)

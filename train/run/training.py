@@ -13,13 +13,14 @@ import numpy as np
 
 from jaxsteer.flops import step_flops
 from jaxsteer.io import LoadedModel, cache_folder
+from jaxsteer.io.load import require_tokenizer
 from jaxsteer.io.stored import Place
 from jaxsteer.models.attention import causal_share
 from jaxsteer.params import Params, combine, partition
 from jaxsteer.steering import count_parameters, count_trained, init_steering
 from jaxsteer.training import Metrics, TrainState
 from jaxsteer.types import Batch, Steering
-from train.base_models import load
+from train.base_models import load, resolve_model
 from train.config import TrainConfig
 from train.data import DataSource, Encoding, Report
 from train.data.cache import encode_cached
@@ -129,6 +130,7 @@ def load_base_model(config: TrainConfig, place: Place | None = None) -> LoadedMo
         config: the run.
         place: gives the sharding of each leaf of the base tree, see `train.devices.placement`.
     """
+    require_tokenizer(resolve_model(config.model), config.tokenizer)
     return load(config.model, config.dtype, place, quantised=config.quantise == "int8", tokenizer=config.tokenizer)
 
 

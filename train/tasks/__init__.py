@@ -15,6 +15,7 @@ from train.tasks.held_out import HeldOutTask
 from train.tasks.hub import HubTask
 from train.tasks.jsonl import JsonlTask
 from train.tasks.listops import ListOpsTask
+from train.tasks.mixture import MixtureTask, PlainTask, typed_template
 from train.tasks.protocols import AnswerFormat, AnyTask
 from train.tasks.records import TASKS
 from train.tasks.table import TableTask
@@ -27,27 +28,31 @@ __all__ = [
     "HubTask",
     "JsonlTask",
     "ListOpsTask",
+    "MixtureTask",
     "Split",
     "TableTask",
     "Task",
     "on_file",
     "task_from_json",
     "task_to_json",
+    "typed_template",
 ]
 
-Task = ListOpsTask | JsonlTask | HubTask | TableTask
+Task = PlainTask | MixtureTask
 """The kinds of task that a config can have. Functions that work with any task take an `AnyTask`."""
 
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (ListOpsTask, JsonlTask, HubTask, TableTask)}
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (ListOpsTask, JsonlTask, HubTask, TableTask, MixtureTask)}
 
 
 def on_file(task: Task, path: str) -> Task:
     """The task with all examples of a local file as its validation and test examples.
 
-    The file has the format of the task's data: the columns of a named task or a table, else JSON Lines with a prompt
-    and a completion.
+    The file has the format of the task's data: the columns of a named task or a table, else JSON Lines. That of a
+    mixture is JSON Lines, unless all its parts are of one kind: then it has the format of the first.
     """
-    if isinstance(task, ListOpsTask):
+    if isinstance(task, MixtureTask) and len(set(map(type, task.parts))) == 1:
+        return on_file(task.parts[0], path)
+    if isinstance(task, ListOpsTask | MixtureTask):
         return JsonlTask(
             path,
             path,
@@ -63,6 +68,8 @@ def on_file(task: Task, path: str) -> Task:
 def task_to_json(task: Task) -> dict[str, Any]:
     """A task as plain JSON values; `task_from_json` reads it back."""
     data = {"type": type(task).__name__, **asdict(task)}
+    if isinstance(task, MixtureTask):
+        data["parts"] = [task_to_json(part) for part in task.parts]
     if isinstance(task, ListOpsTask) and task.data is None:
         del data["data"]  # a setting that configs of older runs do not have
     return data
@@ -86,6 +93,23 @@ def task_from_json(data: dict[str, Any]) -> Task:
             settings["keys"] = Keys(**settings["keys"])
         if kind is TableTask:
             settings["choices"] = tuple(settings["choices"])
+        if kind is MixtureTask:
+            settings["parts"] = tuple(_part_from_json(part) for part in settings["parts"])
+            settings |= {name: tuple(settings[name]) for name in ("weights", "names")}
         return kind(**settings)
     except (TypeError, KeyError) as error:
         raise ValueError(f"task {data}: cannot be read ({error})") from None
+
+
+def _part_from_json(data: dict[str, Any]) -> PlainTask:
+    """A part of a mixture.
+
+    Raises:
+        ValueError: as `task_from_json`; or the part is a mixture itself.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"a part of a mixture must be an object, got {data!r}")
+    part = task_from_json(data)
+    if isinstance(part, MixtureTask):
+        raise ValueError("a part of a mixture cannot be a mixture")
+    return part

@@ -129,6 +129,25 @@ READERS: dict[str, Callable[[str], str | None]] = {
 """For each rule, the function that reads an answer; it returns None if there is none."""
 
 
+def can_match(gold: str, rule: str) -> bool:
+    """Whether some output could equal the gold answer: a number for the rule number, and so on."""
+    gold = gold.strip()
+    if rule == "number":
+        return value(number(gold) or "") is not None
+    if rule == "digit":
+        return re.fullmatch("[0-9]", gold) is not None
+    if rule in ("label", "last_label"):
+        return re.fullmatch("[A-Z1-9]", _bare_label(gold)) is not None
+    if rule in ("truth", "relation"):
+        return gold.lower() in ("true", "false") if rule == "truth" else gold.lower() in _RELATIONS.values()
+    return bool(gold)
+
+
+def _bare_label(gold: str) -> str:
+    """The label of a gold answer; labels may be words: Option1 is 1, answer3 is 3."""
+    return re.sub(rf"^{_WORD}", "", gold).strip("() .").upper()
+
+
 def same_answer(answer: str, gold: str, rule: str) -> bool:
     """Whether an answer read by a rule equals the gold answer, ignoring surrounding white space."""
     answer, gold = answer.strip(), gold.strip()
@@ -136,8 +155,7 @@ def same_answer(answer: str, gold: str, rule: str) -> bool:
         ours, theirs = value(answer), value(number(gold) or "")
         return ours is not None and theirs is not None and abs(ours - theirs) < TOLERANCE
     if rule in ("label", "last_label"):
-        # Labels may be words: Option1 is 1, answer3 is 3.
-        return answer == re.sub(rf"^{_WORD}", "", gold).strip("() .").upper()
+        return answer == _bare_label(gold)
     if rule in ("truth", "relation"):
         return answer == gold.lower()
     return answer == gold

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 from train.data import Example, Split
-from train.display.console import get_console
+from train.data.fields import EmptyText, as_weight, located
 from train.tasks.instructions import as_instructions
-from train.tasks.record import EmptyText, Question, Record, Row, placeholders
+from train.tasks.notes import say
+from train.tasks.record import Question, Record, Row, placeholders
 from train.tasks.records import TASKS
 from train.tasks.rows import Rows, check_columns, read_file, read_split
 from train.tasks.scoring import Rule
@@ -21,15 +22,16 @@ Made = TypeVar("Made")
 
 
 class SourcedQuestion(NamedTuple):
-    """A question, the record that puts it into words, and where its row was read."""
+    """A question, the record that puts it into words, where its row was read, and its weight in the loss."""
 
     record: Record
     question: Question
     source: str
+    weight: float = 1.0
 
     def example(self, prompt: str | None = None) -> Example:
         """The question in words, with another prompt template than the record's if one is given."""
-        return self.record.example(self.question, self.source, prompt)
+        return replace(self.record.example(self.question, self.source, prompt), weight=self.weight)
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,16 @@ class HubTask:
     max_new_tokens: int = 0
     """Maximum number of tokens in an answer; 0 = the task's default."""
     on_empty: OnEmpty = "error"
-    """What to do with rows that lack a text: stop with an error, or drop and count them."""
+    """What to do with rows that lack a text or their answer: stop with an error, or drop and count them."""
 
     def __post_init__(self) -> None:
         """Reject an unknown name; fill in the settings that follow from it."""
         if self.name not in TASKS:
             raise ValueError(f"task: there is no {self.name!r}; known are {', '.join(TASKS)}")
         check_on_empty(self.on_empty)
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens < 0:
+            raise ValueError(f"task.max_new_tokens must be at least 1, or 0 for the default; got {self.max_new_tokens}")
+        if self.max_new_tokens == 0:
             object.__setattr__(self, "max_new_tokens", self.record.max_new_tokens)
         if self.name == "chat":
             object.__setattr__(self, "chat", True)
@@ -76,7 +80,7 @@ class HubTask:
     @property
     def template(self) -> str:
         """Text around a prompt that a user types, if the task's prompt has a single placeholder; else "{prompt}"."""
-        return user_template(self.record.prompt)
+        return user_template(self.record.prompt.replace("{given}", ""))
 
     def load(self, split: Split) -> list[Example]:
         """The examples of a split; empty if files are given, but none for this split.
@@ -85,7 +89,8 @@ class HubTask:
             ValueError: a missing file, an unreachable hub, missing columns, or invalid values; says what to do.
         """
         questions = self.questions(split)
-        return make_all(questions, lambda question: question.example(), self.on_empty, f"{self.name} {split}")
+        label = f"{self.name} {split}"
+        return weighed(make_all(questions, lambda question: question.example(), self.on_empty, label), label)
 
     def questions(self, split: Split) -> list[SourcedQuestion]:
         """The questions of a split, before they are put into words; otherwise as `load`."""
@@ -101,17 +106,19 @@ class HubTask:
 
         def ask(row: tuple[str, Row]) -> SourcedQuestion:
             source, values = row
-            return SourcedQuestion(record, record.ask(values, source), source)
+            with located(source):
+                weight = as_weight(values.get("weight"), "weight")
+            return SourcedQuestion(record, record.ask(values, source), source, weight)
 
         return make_all(rows, ask, self.on_empty, f"{self.name} {split}")
 
     def _rows(self, split: Split) -> Rows:
         """The rows of a split: a whole file if one is given for it, else its part of the data set."""
-        files = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}
-        path = files[split]
+        files = {"train": self.train, "validation": self.validation, "test": self.test}
+        path = files["validation"] if split == "test" and self.test is None else files[split]
         if path is not None:
             return read_file(path)
-        if self.data is None and any(files.values()):
+        if self.data is None and any(file is not None for file in files.values()):
             return []
         record, part = self.record, self.record.splits[split]
         if self.data is None:
@@ -154,15 +161,29 @@ def make_all(items: Sequence[Item], make: Callable[[Item], Made], on_empty: OnEm
     for item in items:
         try:
             made.append(make(item))
-        except EmptyText:
+        except EmptyText as error:
             if on_empty == "error":
-                raise
+                raise EmptyText(f"{error}; --task.on-empty drop leaves such rows out and counts them") from None
             dropped += 1
     if dropped:
-        get_console(stderr=True).print(f"{label}: dropped {dropped} of {len(items)} rows with an empty text")
+        say(f"{label}: dropped {dropped:,} of {len(items):,} rows with an empty or missing text")
     if items and not made:
-        raise ValueError(f"{label}: every row has an empty text")
+        raise ValueError(f"{label}: every row has an empty or missing text")
     return made
+
+
+def weighed(examples: list[Example], label: str) -> list[Example]:
+    """The examples, unless the loss has nothing to learn from them.
+
+    Raises:
+        ValueError: every one has the weight 0; names the first one's source and the label.
+    """
+    if examples and not any(example.weight for example in examples):
+        raise ValueError(
+            f"{examples[0].source}: this example has weight 0 in the loss, and so have all of {label}; there is "
+            "nothing to train on"
+        )
+    return examples
 
 
 def user_template(prompt: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from train.tasks.record import EmptyText, Option, Question, Record, Row
+from train.data.fields import as_text
+from train.tasks.record import Option, Question, Record, Row
 
 COLUMNS = ("instruction", "output", "answer")
 
@@ -36,10 +37,7 @@ def read(row: Row) -> Question:
     Raises:
         ValueError: an answer that the instruction does not allow, or that its output does not contain.
     """
-    instruction, output, answer = (str(row[name]).strip() for name in COLUMNS)
-    for name, value in zip(COLUMNS, (instruction, output, answer), strict=True):
-        if not value:
-            raise EmptyText(f"{name!r} is empty")
+    instruction, output, answer = (as_text(row[name], name).strip() for name in COLUMNS)
     match = _LEAD.match(instruction)
     lead = match[0] if match else ""
     body = instruction[len(lead) :]

@@ -1,16 +1,26 @@
-"""A task from JSON Lines files of prompts with completions, or of conversations."""
+"""A task from JSON Lines files of prompts with completions, conversations, instructions or plain texts."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 
-from train.data import Example, Keys, Split, read_jsonl
-from train.tasks.scoring import Rule
+from train.data import Example, Keys, Reading, Split
+from train.data.fields import EmptyText, show
+from train.data.jsonl import ALPACA_TEMPLATE, Row, describe, make_example, read_rows, shape_of
+from train.data.text_files import json_lines
+from train.tasks.hub import OnEmpty, check_on_empty, make_all, weighed
+from train.tasks.notes import say_once
+from train.tasks.scoring import Rule, check_gold, check_max_new_tokens
 
 
 @dataclass(frozen=True)
 class JsonlTask:
-    """Your own data as JSON Lines: a prompt with its completion in each line, or a list of chat messages."""
+    """Your own data as JSON Lines: a prompt with its completion in each line, a conversation, an instruction or a text.
+
+    The keys of a line say what it is; docs/tasks.md has the list.
+    """
 
     train: str
     """File of training examples."""
@@ -28,12 +38,61 @@ class JsonlTask:
     """Rule that extracts the answer from an output, see docs/tasks.md."""
     max_new_tokens: int = 64
     """Maximum number of tokens in an answer."""
+    on_empty: OnEmpty = "error"
+    """What to do with lines that lack a text, or their answer in validation and test: stop with an error, or drop and
+    count them."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that no file could suit."""
+        check_on_empty(self.on_empty)
+        check_max_new_tokens(self.max_new_tokens)
+
+    @property
+    def reading(self) -> Reading:
+        """How the lines are read."""
+        return Reading(self.keys, self.template, self.chat)
+
+    @property
+    def typed_template(self) -> str:
+        """Text around a prompt that a user types: the template, or Alpaca's where training uses that."""
+        if self.chat or self.template != "{prompt}":
+            return self.template
+        with suppress(ValueError):  # no training file here: nothing to look at
+            if any(shape_of(row, self.keys) == "Alpaca" for _, row in islice(json_lines(self.train), 1)):
+                return ALPACA_TEMPLATE
+        return self.template
 
     def load(self, split: Split) -> list[Example]:
-        """The examples of a split; empty if it has no file.
+        """The examples of a split; empty if it has no file. Prints what its lines hold besides prompts, if anything.
 
         Raises:
-            ValueError: naming file and line: a line that is not an example.
+            ValueError: naming file and line: a line that is not an example; for validation and test, one whose gold
+                answer is missing or cannot be matched.
         """
-        path = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}[split]
-        return [] if path is None else read_jsonl(path, self.keys, template=self.template)
+        test = self.validation if self.test is None else self.test
+        path = {"train": self.train, "validation": self.validation, "test": test}[split]
+        if path is None:
+            return []
+        rows = read_rows(path, self.keys)
+        key = self.keys.answer
+        scored = split != "train"
+        answered = scored and key != self.keys.completion and any(key in row for _, row in rows)
+        examples = make_all(rows, lambda row: self._example(*row, scored, answered), self.on_empty, path)
+        for note in describe(rows, self.reading):
+            say_once(f"{path}: {note}")
+        return weighed(examples, path)
+
+    def _example(self, source: str, row: Row, scored: bool, answered: bool) -> Example:
+        """The example of a line; if `answered`, it must have an answer of its own, as other lines do."""
+        example = make_example(row, source, self.reading)
+        if not self.chat and example.turns[0].role in ("system", "user"):
+            raise ValueError(f"{source}: a conversation needs the model's chat template: give --task.chat")
+        if answered and example.answer is None:
+            key = self.keys.answer
+            raise EmptyText(
+                f"{source}: {key!r} is missing ({show(row[key]) if key in row else 'no such key'}), though it is a key "
+                "of this file; without it in any line, the completion would be the gold answer"
+            )
+        if scored:
+            check_gold(example, self.rule)
+        return example

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from train.data import Example, ListOps, Split
 from train.data.listops import TEMPLATES, generate, read_tsv
-from train.tasks.scoring import Rule
+from train.tasks.scoring import Rule, check_max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class ListOpsTask:
     data: str | None = None
     """File of answer<TAB>expression lines instead of the generator; the text of a problem determines its split."""
 
+    def __post_init__(self) -> None:
+        """Reject a limit that allows no answer."""
+        check_max_new_tokens(self.max_new_tokens)
+
     @property
     def rule(self) -> Rule:
         """Rule that extracts the answer from an output."""
@@ -30,7 +34,8 @@ class ListOpsTask:
     @property
     def template(self) -> str:
         """Text around a problem that a user types."""
-        prompt = self.problems.prompt or TEMPLATES[self.problems.style][0]
+        own = self.problems.prompt
+        prompt = TEMPLATES[self.problems.style][0] if own is None else own
         return prompt.replace("{expression}", "{prompt}")
 
     def load(self, split: Split) -> list[Example]:
@@ -39,4 +44,6 @@ class ListOpsTask:
         Raises:
             ValueError: naming file and line: a malformed line; settings that do not allow that many problems.
         """
-        return read_tsv(self.data, self.problems, split) if self.data else generate(self.problems, split)
+        if self.data is None:
+            return generate(self.problems, split)
+        return read_tsv(self.data, self.problems, split)

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar, get_args
 
 from train.data import Example
 from train.data.examples import Turn
-from train.tasks import AnyTask, HubTask, ListOpsTask, Split
+from train.tasks import AnyTask, HubTask, ListOpsTask, MixtureTask, Split
 from train.tasks.hub import SourcedQuestion, make_all
 from train.tasks.record import Option, Question, placeholders
 
@@ -60,6 +60,8 @@ def perturbed(task: AnyTask, split: Split, kind: Kind, seed: int = 0) -> list[Ex
         _check(task.name, questions, kind)
         make = lambda question: change(question, kind, seed)
         return make_all(questions, make, task.on_empty, f"{task.name} {split}")
+    if isinstance(task, MixtureTask):
+        return task.gather(split, lambda part: perturbed(part, split, kind, seed))
     if kind in ("paraphrase", "choices") or isinstance(task, ListOpsTask):
         raise ValueError(
             f"perturb: {kind} needs a task whose parts are known, which {type(task).__name__} is not; named tasks "

@@ -6,19 +6,24 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from train.data.jsonl import chat_turns
+from train.data.conversations import read_conversation
+from train.data.fields import EmptyText, as_text, is_missing, show, valid
 from train.data.listops import evaluate
-from train.tasks.record import EmptyText, Option, Question, Row
+from train.tasks.extract import number as read_number
+from train.tasks.record import Option, Question, Row
+
+LETTERS = "ABCDEFGH"
+"""Labels of choices that have none."""
 
 
 def _text(row: Row, name: str, *, empty: bool = False) -> str:
     """The text in a column, stripped of surrounding white space."""
     value = row[name]
-    if not isinstance(value, str):
-        raise ValueError(f"{name!r} must be a text, got {value!r}")
-    if not value.strip() and not empty:
-        raise EmptyText(f"{name!r} is empty")
-    return value.strip()
+    if not isinstance(value, str) and not is_missing(value):
+        raise ValueError(f"{name!r} must be a text, got {show(value)}")
+    if empty and is_missing(value):
+        return ""
+    return valid(as_text(value, name), name).strip()
 
 
 def _texts(row: Row, *names: str) -> dict[str, str]:
@@ -28,18 +33,31 @@ def _texts(row: Row, *names: str) -> dict[str, str]:
 
 def _chosen(value: Any, options: Sequence[Option], allowed: Sequence[Any]) -> str:
     """The label of the option that a value stands for: options and allowed values correspond by position."""
+    refused = f"the label is {show(value)}, allowed are {', '.join(map(repr, allowed))}"
+    if is_missing(value):
+        raise EmptyText(refused)
+    given = as_text(value, "label").strip().casefold()
     for option, candidate in zip(options, allowed, strict=True):
-        if str(value).strip().casefold() == str(candidate).casefold():
+        if given == str(candidate).casefold():
             return option.label
-    raise ValueError(f"the label is {value!r}, allowed are {', '.join(map(repr, allowed))}")
+    raise ValueError(refused)
 
 
 def _lettered(fields: dict[str, str], texts: Sequence[Any], value: Any, allowed: Sequence[Any]) -> Question:
     """A question with texts to choose from, labelled A, B, ...; `value` is the row's label, one of `allowed`."""
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"the choices must be texts that are not empty, got {list(texts)!r}")
-    options = tuple(Option(label, text.strip()) for label, text in zip("ABCDEFGH"[: len(texts)], texts, strict=True))
+    if len(texts) > len(LETTERS):
+        raise ValueError(f"has {len(texts)} choices; at most {len(LETTERS)} are read")
+    options = _options(LETTERS[: len(texts)], texts)
     return Question(fields, _chosen(value, options, allowed), options)
+
+
+def _options(labels: Sequence[str], texts: Sequence[Any]) -> tuple[Option, ...]:
+    """Labelled candidates."""
+    if any(map(is_missing, texts)):
+        raise EmptyText(f"the choices must be texts that are not empty, got {show(list(texts))}")
+    if not all(isinstance(text, str) for text in texts) or len(labels) != len(texts):
+        raise ValueError(f"the choices must be {len(labels)} texts, got {show(list(texts))}")
+    return tuple(Option(label, valid(text, "choices").strip()) for label, text in zip(labels, texts, strict=True))
 
 
 def boolq(row: Row) -> Question:
@@ -68,8 +86,8 @@ def labelled(question: str) -> Callable[[Row], Question]:
     """
 
     def read(row: Row) -> Question:
-        texts, labels = row["choices"]["text"], row["choices"]["label"]
-        options = tuple(Option(label, text.strip()) for label, text in zip(labels, texts, strict=True))
+        texts, labels = row["choices"]["text"], [as_text(label, "label") for label in row["choices"]["label"]]
+        options = _options(labels, texts)
         return Question({"question": _text(row, question)}, _chosen(row["answerKey"], options, labels), options)
 
     return read
@@ -94,24 +112,26 @@ def siqa(row: Row) -> Question:
 
 def aqua(row: Row) -> Question:
     """AQuA: a problem with options such as "A)21", and its solution."""
-    pairs = [str(option).partition(")") for option in row["options"]]
+    pairs = [as_text(option, "options").partition(")") for option in row["options"]]
     options = tuple(Option(label.strip(" ("), text.strip()) for label, _, text in pairs)
     fields = _texts(row, "question", "rationale")
     return Question(fields, _chosen(row["correct"], options, [option.label for option in options]), options)
 
 
-def _number(value: Any) -> str:
+def _number(value: Any, name: str) -> str:
     """A number without trailing zeros: 8.0 becomes 8."""
-    text = str(value).strip()
+    text = as_text(value, name).strip()
+    if read_number(text) is None:
+        raise ValueError(f"{name!r} must be a number, got {show(value)}")
     return re.sub(r"(\.\d*?)0+$", r"\1", text).rstrip(".") if "." in text else text
 
 
 def reasoned(row: Row) -> Question:
     """GSM8K and MAWPS: reasoning, then "#### number"."""
     reasoning, mark, number = _text(row, "answer").rpartition("####")
-    number = _number(number)
-    if not number:
-        raise ValueError("'answer' has no number after ####")
+    if is_missing(number) or read_number(number) is None:
+        raise EmptyText("'answer' has no number after ####")
+    number = _number(number, "answer")
     # A row may have the number alone.
     reasoning = reasoning.strip() + "\n" if mark and reasoning.strip() else ""
     return Question({"question": _text(row, "question"), "reasoning": reasoning, "number": number}, number)
@@ -119,7 +139,7 @@ def reasoned(row: Row) -> Question:
 
 def svamp(row: Row) -> Question:
     """SVAMP: a problem with the equation that solves it."""
-    number = _number(row["Answer"])
+    number = _number(row["Answer"], "Answer")
     fields = {**_texts(row, "Body", "Question"), "reasoning": _text(row, "Equation") + "\n", "number": number}
     return Question(fields, number)
 
@@ -132,7 +152,7 @@ def asdiv(row: Row) -> Question:
     steps = "".join(
         f"{expression.strip()} = {value.strip()}\n" for expression, value in _CALCULATION.findall(row["chain"])
     )
-    number = _number(row["result_float"])
+    number = _number(row["result_float"], "result_float")
     return Question({"question": _text(row, "question"), "reasoning": steps, "number": number}, number)
 
 
@@ -140,7 +160,7 @@ def listops(row: Row) -> Question:
     """ListOps of Long Range Arena: an expression, checked against its answer."""
     # Some copies of the data write X for a closing bracket, and add the brackets of a binary tree.
     words = _text(row, "Source").replace("(", " ").replace(")", " ").split()
-    expression, answer = " ".join("]" if word == "X" else word for word in words), str(row["Target"])
+    expression, answer = " ".join("]" if word == "X" else word for word in words), as_text(row["Target"], "Target")
     value = evaluate(expression)
     if str(value) != answer:
         raise ValueError(f"the answer given is {answer}, but {expression} is {value}")
@@ -149,7 +169,7 @@ def listops(row: Row) -> Question:
 
 def alpaca(row: Row) -> Question:
     """Alpaca: an instruction, with or without an input."""
-    given = "" if row.get("input") is None else _text(row, "input", empty=True)
+    given = _text(row, "input", empty=True) if "input" in row else ""
     given = f"### Input:\n{given}\n\n" if given else ""
     output = _text(row, "output", empty=True)
     return Question({"instruction": _text(row, "instruction"), "given": given, "output": output}, output)
@@ -157,4 +177,5 @@ def alpaca(row: Row) -> Question:
 
 def conversation(row: Row) -> Question:
     """A conversation: a list of messages."""
-    return Question({}, "", turns=chat_turns(row["messages"], "messages", "conversation"))
+    turns, weights = read_conversation(row["messages"], "messages")
+    return Question({}, "", turns=turns, turn_weights=weights)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from train.data.examples import Example, Split, Turn
+from train.data.fields import EmptyText, located
 from train.tasks.scoring import Rule
 
 Row = Mapping[str, Any]
@@ -18,10 +19,6 @@ Row = Mapping[str, Any]
 
 SEED = 42
 """Random seed of the shuffles that divide a split."""
-
-
-class EmptyText(ValueError):
-    """A row lacks a text that it needs."""
 
 
 class Option(NamedTuple):
@@ -39,12 +36,14 @@ class Question:
     answer   the gold answer, as the record's rule compares it
     options  the candidates of a multiple-choice question; `answer` is the label of one of them
     turns    the turns of a conversation, which then are the whole example
+    turn_weights  of a conversation, as in `Example`
     """
 
     fields: Mapping[str, str]
     answer: str
     options: tuple[Option, ...] = ()
     turns: tuple[Turn, ...] = ()
+    turn_weights: tuple[float, ...] = field(default=(), repr=False)  # perturbations depend on the repr
 
     @property
     def gold(self) -> Option | None:
@@ -131,14 +130,11 @@ class Record:
         Raises:
             ValueError: naming the source: an invalid value. EmptyText if a text is missing.
         """
-        try:
-            return self.read(row)
-        except EmptyText as error:
-            raise EmptyText(f"{source}: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{source}: not a row of {self.source} ({error!r})") from None
+        with located(source):
+            try:
+                return self.read(row)
+            except (TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"not a row of {self.source} ({error!r})") from None
 
     def example(self, question: Question, source: str, prompt: str | None = None) -> Example:
         """Put a question into words.
@@ -152,7 +148,7 @@ class Record:
             ValueError: the answer is not among the options. EmptyText if the completion is empty.
         """
         if question.turns:
-            return Example(question.turns, source)
+            return Example(question.turns, source, turn_weights=question.turn_weights)
         gold = question.gold
         if question.options and gold is None:
             allowed = ", ".join(option.label for option in question.options)
@@ -162,9 +158,10 @@ class Record:
         completion = fill(self.completion, {**values, **(_values(gold) if gold else {})})
         if not completion.strip():
             raise EmptyText(f"{source}: the completion is empty")
-        choice = self.choice or self.completion
+        choice = self.completion if self.choice is None else self.choice
         choices = tuple(fill(choice, {**question.fields, **_values(option)}) for option in question.options)
-        return Example.of(fill(prompt or self.prompt, values), completion, source, question.answer, choices)
+        asked = fill(self.prompt if prompt is None else prompt, values)
+        return Example.of(asked, completion, source, question.answer, choices)
 
 
 def placeholders(template: str) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from train.data.text_files import json_lines, read_text
 from train.tasks.record import Row
+
+_NAN = ("NaN", "nan")  # as pandas and NumPy write missing numbers into .csv files
 
 Rows = list[tuple[str, Row]]
 """Rows with their source, "file:line" or "name split:number", for error messages."""
@@ -48,7 +51,9 @@ def read_split(data: str, split: str, *, subset: str | None = None, revision: st
 
 
 def read_file(path: str | Path) -> Rows:
-    """Read the rows of a local file; its suffix determines the format. Values in .csv and .tsv files are strings.
+    """Read the rows of a local file; its suffix determines the format.
+
+    Values in .csv and .tsv files are strings, and None where the cell is NaN.
 
     Raises:
         ValueError: naming the file and, if possible, the line: no such file, an unknown suffix, not UTF-8, a malformed
@@ -76,6 +81,8 @@ def _read_csv(path: Path, delimiter: str) -> Rows:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     rows: Rows = []
     try:
+        if repeated := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+            raise ValueError(f"{path}:1: more than one column is called {', '.join(map(repr, repeated))}")
         for row in reader:
             source = f"{path}:{reader.line_num}"
             if None in row or None in row.values():
@@ -83,7 +90,7 @@ def _read_csv(path: Path, delimiter: str) -> Rows:
                     f"{source}: has more or fewer fields than the {len(reader.fieldnames or ())} columns; put quotes "
                     "around texts that contain the separator or a line break"
                 )
-            rows.append((source, row))
+            rows.append((source, {name: None if cell in _NAN else cell for name, cell in row.items()}))
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.reader.line_num}: {error}") from None
     return rows
@@ -96,9 +103,12 @@ def _read_parquet(path: Path) -> Rows:
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
+        rows = table.to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file ({error})") from None
-    return [(f"{path}:{number}", row) for number, row in enumerate(table.to_pylist(), 1)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: has a text that is not UTF-8 ({error.reason})") from None
+    return [(f"{path}:{number}", row) for number, row in enumerate(rows, 1)]
 
 
 def read_hub(name: str, split: str, *, subset: str | None = None, revision: str | None = None) -> Rows:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from train.data.examples import Example
-from train.tasks.extract import READERS, same_answer
+from train.data.fields import EmptyText, show
+from train.tasks.extract import READERS, can_match, same_answer
 
 Rule = Literal["exact", "digit", "tagged", "number", "label", "last_label", "truth", "relation"]
 """How to read the answer from an output:
@@ -46,6 +47,30 @@ def score(output: str, gold: str, rule: Rule = "exact") -> bool:
     """Whether the answer in a generated text equals the gold answer: the same text or label, or equal numbers."""
     answer = extract(output, rule)
     return answer is not None and same_answer(answer, gold, rule)
+
+
+def check_gold(example: Example, rule: Rule) -> None:
+    """Refuse an example that no output could answer rightly; a plain text asks nothing and passes.
+
+    Raises:
+        EmptyText: naming the source: the gold answer is empty.
+        ValueError: naming the source: it is not of the kind that the rule reads.
+    """
+    gold = example.gold
+    if gold is None:
+        return
+    if not gold.strip():
+        raise EmptyText(f"{example.source}: the gold answer is empty")
+    if not can_match(gold, rule):
+        raise ValueError(
+            f"{example.source}: the gold answer is {show(gold)}, which no output can match under the rule {rule!r}"
+        )
+
+
+def check_max_new_tokens(count: int) -> None:
+    """Raise ValueError unless an answer may have a token."""
+    if count < 1:
+        raise ValueError(f"task.max_new_tokens must be at least 1, got {count}")
 
 
 def interval(successes: int, n: int) -> tuple[float, float]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from train.data import Example, Split
-from train.data.jsonl import chat_turns
-from train.tasks.hub import OnEmpty, check_on_empty, make_all, user_template
-from train.tasks.record import EmptyText, Row, fill, placeholders
+from train.data.conversations import read_conversation
+from train.data.fields import EmptyText, as_text, as_weight, is_missing, located
+from train.tasks.hub import OnEmpty, check_on_empty, make_all, user_template, weighed
+from train.tasks.notes import say_once
+from train.tasks.record import Row, fill, placeholders
 from train.tasks.rows import Rows, check_columns, read_file, read_hub
-from train.tasks.scoring import Rule, score
+from train.tasks.scoring import Rule, check_gold, check_max_new_tokens, score
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,19 @@ class TableTask:
     subset: str | None = None
     """Configuration of the hub data set."""
     prompt: str = "{prompt}"
-    """Template of the prompt; {column} stands for the text of that column."""
+    """Template of the prompt; {column} stands for the text of that column. Some of its columns may be empty in a row,
+    but not all."""
     completion: str = "{completion}"
-    """Template of the completion, which is trained on."""
+    """Template of the completion, which is trained on; none of its columns may be empty."""
     answer: str | None = None
     """Template of the gold answer for scoring; None = the completion."""
     choices: tuple[str, ...] = ()
     """Templates of the candidate completions, exactly one of them right; {column} alone may name a column of lists."""
     messages: str | None = None
-    """Column of conversations, lists of {"role", "content"}, used instead of prompt and completion."""
+    """Column of conversations, lists of {"role", "content"} or of ShareGPT's {"from", "value"}, used instead of prompt
+    and completion."""
+    weight: str | None = None
+    """Column of the examples' weights in the loss, numbers; where it is empty, 1."""
     chat: bool = False
     """Use the model's chat template (always on for conversations)."""
     rule: Rule = "exact"
@@ -44,18 +49,22 @@ class TableTask:
     max_new_tokens: int = 64
     """Maximum number of tokens in an answer."""
     on_empty: OnEmpty = "error"
-    """What to do with rows whose prompt or completion is empty: stop with an error, or drop and count them."""
+    """What to do with rows that lack a text or their answer: stop with an error, or drop and count them."""
 
     def __post_init__(self) -> None:
         """Reject templates that name no column."""
         check_on_empty(self.on_empty)
-        for name in ("prompt", "completion"):
+        check_max_new_tokens(self.max_new_tokens)
+        templates = [("prompt", self.prompt), ("completion", self.completion)]
+        templates += [("answer", self.answer)] if self.answer is not None else []
+        templates += [("choices", choice) for choice in self.choices]
+        for name, template in templates:
             try:
-                columns = placeholders(getattr(self, name))
+                columns = placeholders(template)
             except ValueError as error:
-                raise ValueError(f"task.{name}: {getattr(self, name)!r}: {error}; write {{{{ for a brace") from None
-            if self.messages is None and not all(columns or [""]):
-                raise ValueError(f"task.{name}: got {getattr(self, name)!r}, need a text with a {{column}}")
+                raise ValueError(f"task.{name}: {template!r}: {error}; write {{{{ for a brace") from None
+            if self.messages is None and not all(columns if name == "choices" else columns or [""]):
+                raise ValueError(f"task.{name}: got {template!r}, need a text with a {{column}}")
         if self.messages is not None:
             object.__setattr__(self, "chat", True)
 
@@ -70,10 +79,15 @@ class TableTask:
         Raises:
             ValueError: a missing file, an unreachable hub, missing columns, empty texts, or no single right choice.
         """
-        names = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}
-        rows = self._rows(names[split])
-        check_columns(rows, self._columns())
-        return make_all(rows, lambda row: self._example(*row), self.on_empty, f"{split} examples")
+        test = self.validation if self.test is None else self.test
+        name = {"train": self.train, "validation": self.validation, "test": test}[split]
+        rows = self._rows(name)
+        columns = self._columns()
+        check_columns(rows, columns)
+        examples = make_all(rows, lambda row: self._checked(*row, split), self.on_empty, f"{split} examples")
+        if unused := [column for column in (rows[0][1] if rows else ()) if column not in columns]:
+            say_once(f"{name}: columns that are not used: {', '.join(map(repr, unused))}")
+        return weighed(examples, f"{split} examples")
 
     def _rows(self, name: str | None) -> Rows:
         if name is None:
@@ -81,45 +95,59 @@ class TableTask:
         return read_file(name) if self.data is None else read_hub(self.data, name, subset=self.subset)
 
     def _columns(self) -> list[str]:
+        weight = [] if self.weight is None else [self.weight]
         if self.messages is not None:
-            return [self.messages]
-        return [
-            name
-            for template in (self.prompt, self.completion, self.answer or "", *self.choices)
-            for name in placeholders(template)
-        ]
+            return [self.messages, *weight]
+        templates = (self.prompt, self.completion, *self._answer, *self.choices)
+        return [*(name for template in templates for name in placeholders(template)), *weight]
 
-    def _example(self, source: str, row: Row) -> Example:
-        if self.messages is not None:
-            return Example(chat_turns(row[self.messages], self.messages, source), source)
-        values = {name: _text(row[name]) for name in self._columns() if not isinstance(row[name], list)}
-        prompt, completion = fill(self.prompt, values), fill(self.completion, values)
-        for name, text in (("prompt", prompt), ("completion", completion)):
-            if not text.strip():
-                raise EmptyText(f"{source}: the {name} is empty")
-        choices = tuple(choice for template in self.choices for choice in self._choices(template, row, values))
-        example = Example.of(prompt, completion, source, fill(self.answer, values) if self.answer else None, choices)
-        right = sum(score(choice, example.gold or "", self.rule) for choice in choices)
-        if choices and right != 1:
-            shown = ", ".join(map(repr, choices))
-            raise ValueError(
-                f"{source}: {right} of the choices are the answer {example.gold!r}, need one; they are {shown}"
-            )
+    @property
+    def _answer(self) -> tuple[str, ...]:
+        """The template of the gold answer, if there is one."""
+        return () if self.answer is None else (self.answer,)
+
+    def _checked(self, source: str, row: Row, split: Split) -> Example:
+        example = self._example(source, row)
+        if split != "train":
+            check_gold(example, self.rule)
         return example
 
-    def _choices(self, template: str, row: Row, values: dict[str, str]) -> list[str]:
-        """The candidates of one template: one, or one for each item of a column of lists."""
-        names = placeholders(template)
-        lists = [name for name in names if isinstance(row[name], list)]
-        if not lists:
-            return [fill(template, values)]
-        if len(names) > 1:
-            raise ValueError(
-                f"task.choices: {template!r} names the lists {lists} beside other columns; only one may be"
-            )
-        return [fill(template, {names[0]: _text(item)}) for item in row[names[0]]]
+    def _example(self, source: str, row: Row) -> Example:
+        with located(source):
+            weight = 1.0 if self.weight is None else as_weight(row[self.weight], self.weight)
+            if self.messages is not None:
+                turns, weights = read_conversation(row[self.messages], self.messages)
+                return Example(turns, source, weight=weight, turn_weights=weights)
+            prompt, completion = _prompt(self.prompt, row), _filled(self.completion, row)
+            answer = None if self.answer is None else _filled(self.answer, row)
+            choices = tuple(choice for template in self.choices for choice in _choices(template, row))
+            example = replace(Example.of(prompt, completion, source, answer, choices), weight=weight)
+            right = sum(score(choice, example.gold or "", self.rule) for choice in choices)
+            if choices and right != 1:
+                shown = ", ".join(map(repr, choices))
+                raise ValueError(f"{right} of the choices are the answer {example.gold!r}, need one; they are {shown}")
+            return example
 
 
-def _text(value: Any) -> str:
-    """A cell as text; a missing value is empty."""
-    return "" if value is None else str(value)
+def _prompt(template: str, row: Row) -> str:
+    """The prompt; a column that is missing in the row is empty in it, unless all are."""
+    names = placeholders(template)
+    if all(is_missing(row[name]) for name in names):
+        raise EmptyText(f"the prompt is empty: nothing in {', '.join(map(repr, dict.fromkeys(names)))}")
+    return fill(template, {name: "" if is_missing(row[name]) else as_text(row[name], name) for name in names})
+
+
+def _filled(template: str, row: Row) -> str:
+    """A completion or an answer; each of its columns must be there."""
+    return fill(template, {name: as_text(row[name], name) for name in placeholders(template)})
+
+
+def _choices(template: str, row: Row) -> list[str]:
+    """The candidates of one template: one, or one for each item of a column of lists."""
+    names = placeholders(template)
+    lists = [name for name in names if isinstance(row[name], list)]
+    if not lists:
+        return [_filled(template, row)]
+    if len(names) > 1:
+        raise ValueError(f"task.choices: {template!r} names the lists {lists} beside other columns; only one may be")
+    return [fill(template, {names[0]: as_text(item, names[0])}) for item in row[names[0]]]

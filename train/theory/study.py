@@ -82,7 +82,7 @@ class PairStudy(Study):
 
     def read(self) -> tuple[Base, Network]:
         """The base model with its task, and the fine-tuned model."""
-        base = read_base(self.config)
+        base = read_base(self.config, [self.tuned])
         return base, read_tuned(self.tuned, base)
 
     def test_batches(self, base: Base) -> list[Batch]:

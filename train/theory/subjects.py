@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io import LoadedModel, SteeringFile, load_steering
+from jaxsteer.io.load import require_tokenizer
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.params import Params
 from jaxsteer.steering import fold_weights
 from jaxsteer.theory import Means, difference, means, measure, merged, written
 from jaxsteer.theory.compare import Where
 from jaxsteer.types import Batch, PyTree
-from train.base_models import STEERING, check_loaded, load
+from train.base_models import STEERING, check_loaded, check_plan, load, resolve_model
 from train.cli import load_config_file
 from train.config import TrainConfig
 from train.data import DataSource, Encoding, TokenizedExample, encode, encode_prompts, pack, stack_rows
@@ -97,13 +98,22 @@ class Base:
         return tokenise(examples, self.loaded.require_tokenizer(), encoding)[0]
 
 
-def read_base(config: str) -> Base:
+def read_base(config: str, tuned: Sequence[str] = (), plan: Sequence[str] = ()) -> Base:
     """Load the base model that a training config names.
+
+    Args:
+        config: path or name of the config.
+        tuned: fine-tunings that must exist.
+        plan: a plan that must fit the model. Both are looked at before the weights are loaded.
 
     Raises:
         ValueError: there is no such config file, or the model cannot be loaded.
     """
     settings = load_config_file(config, TrainConfig)
+    require_tokenizer(resolve_model(settings.model))
+    for path in tuned:
+        _existing(path, config)
+    check_plan(settings.model, plan)
     return Base(load(settings.model, "float32"), settings, config)
 
 
@@ -118,7 +128,7 @@ def read_tuned(path: str, base: Base) -> Network:
         ValueError: there is no such fine-tuning, or it belongs to another model.
     """
     config = base.loaded.config
-    place = _existing(path, base)
+    place = _existing(path, base.config_file)
     if place.is_dir():
         return Network(Model(config=config), load(path, "float32").base, {})
     file = read_steering(str(place), base)
@@ -155,7 +165,7 @@ def read_update(path: str, base: Base) -> Update:
     Raises:
         ValueError: there is no such fine-tuning, or it belongs to another model.
     """
-    place, weights, plain = _existing(path, base), base.loaded.base, Model(config=base.loaded.config)
+    place, weights, plain = _existing(path, base.config_file), base.loaded.base, Model(config=base.loaded.config)
     at = Params(weights, {})
     name = place.parent.name if place.is_file() or place.name == "model" else place.name
     if place.is_dir():
@@ -178,10 +188,10 @@ def read_steering(path: str, base: Base) -> SteeringFile:
     return file
 
 
-def _existing(path: str, base: Base) -> Path:
+def _existing(path: str, config: str) -> Path:
     if not Path(path).exists():
         raise ValueError(
-            f"{path}: no such fine-tuning; make it first: python -m train.sft {base.config_file} "
+            f"{path}: no such fine-tuning; make it first: python -m train.sft {config} "
             "(`python -m train.theory --help` shows the commands for the fine-tunings of docs/theory.md)"
         )
     return in_run(path)

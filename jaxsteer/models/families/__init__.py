@@ -9,18 +9,20 @@ family does not list is refused, never ignored.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable
 from typing import Literal
 
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families.gemma import GEMMA2, GEMMA3
+from jaxsteer.models.families.general import GENERAL_EMPTY, GENERAL_FIXED, HINTS, is_neutral, same_value
 from jaxsteer.models.families.gpt2 import GPT2
 from jaxsteer.models.families.llama import LLAMA, MISTRAL, SMOLLM3
 from jaxsteer.models.families.olmo import OLMO2
 from jaxsteer.models.families.phi import PHI3
 from jaxsteer.models.families.qwen import QWEN2, QWEN3
 from jaxsteer.models.families.rope import ROPE_FIELDS, rope_from_hf, rope_to_hf
-from jaxsteer.models.families.table import GENERAL_FIXED, REQUIRED, Family, Fields, FieldValue, RawConfig
+from jaxsteer.models.families.table import REQUIRED, Family, Fields, FieldValue, RawConfig
 
 __all__ = [
     "FAMILIES",
@@ -90,7 +92,7 @@ def config_from_hf(raw: RawConfig, where: str) -> tuple[Family, ModelConfig]:
         read[ours] = None if value is None and ours in _OPTIONAL else _typed(value, ours, name, where)
     read.setdefault("kv_heads", read["heads"])
     read.setdefault("head_dim", read["width"] // max(read["heads"], 1))
-    _refuse_unknown(family, raw, where)
+    _refuse_unknown(family, raw, read["max_length"], where)
     if "query_scale" in read:
         if read["query_scale"] <= 0:
             raise ValueError(f"{where}: query_pre_attn_scalar is {read['query_scale']}; expected a positive number")
@@ -115,8 +117,8 @@ def model_config(fields: Fields, where: str) -> ModelConfig:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _refuse_unknown(family: Family, raw: RawConfig, where: str) -> None:
-    """Raise a ValueError for a field that the family does not know, or that has an unsupported value."""
+def _refuse_unknown(family: Family, raw: RawConfig, max_length: int, where: str) -> None:
+    """Raise a ValueError for a field that may change a logit and that the forward pass does not follow."""
     handled = {name for name, _ in family.fields.values()} | family.ignored | ROPE_FIELDS
     if family.local_theta is None:
         handled -= {"rope_local_base_freq"}
@@ -127,12 +129,17 @@ def _refuse_unknown(family: Family, raw: RawConfig, where: str) -> None:
     for name, value in raw.items():
         if name in handled or value is None:
             continue
-        if name in family.fixed and value == family.fixed[name]:
+        if name in family.fixed and same_value(value, family.fixed[name]):
             continue
-        allowed = f"only {family.fixed[name]!r} is supported" if name in family.fixed else "the field is not known"
+        if name not in family.fixed and is_neutral(name, value, raw, max_length):
+            continue
+        fixed = GENERAL_FIXED | dict(family.fixed)
+        allowed = f"only {fixed[name]!r} is supported" if name in fixed else "the field is not known"
+        allowed = "it must be empty" if name in GENERAL_EMPTY else allowed
+        default = "if it does not change the forward pass, remove it from the file; otherwise this model cannot be "
         raise ValueError(
-            f"{where}: {name} is {value!r}, but for the {family.name} family {allowed}. If it does "
-            "not change the forward pass, remove it from the file; otherwise this model cannot be loaded faithfully"
+            f"{where}: {name} is {reprlib.repr(value)}, but for the {family.name} family {allowed}: "
+            f"{HINTS.get(name, default + 'loaded faithfully')}"
         )
 
 
@@ -200,7 +207,7 @@ def config_to_hf(family: Family, config: ModelConfig) -> RawConfig:
     """The config.json that transformers reads as this model; `config_from_hf` gives `config` back."""
     raw: RawConfig = {"architectures": [family.hf_class], "model_type": family.hf_type}
     raw |= {name: getattr(config, ours) for ours, (name, _) in family.fields.items()}
-    raw |= {name: value for name, value in family.fixed.items() if name not in GENERAL_FIXED}
+    raw |= family.fixed
     if (scale := config.query_scale) is not None:
         raw["query_pre_attn_scalar"] = round(scale**-2)  # an integer in every published config
     if (windows := family.windows) is not None:

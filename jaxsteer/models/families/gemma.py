@@ -9,8 +9,6 @@ from functools import partial
 from jaxsteer.models.families.table import (
     DIMENSIONS,
     EMBEDDING,
-    GENERAL_FIXED,
-    GENERAL_IGNORED,
     GGUF_KEYS,
     ONE_ADDED,
     REQUIRED,
@@ -54,14 +52,10 @@ GEMMA2 = Family(
         "attn_softcap": ("attn_logit_softcapping", 50.0),
         "final_softcap": ("final_logit_softcapping", 30.0),
     },
-    fixed={
-        **GENERAL_FIXED,
-        "hidden_activation": _GELU,
-        "hidden_act": _GELU,
-        "attention_bias": False,
-        "use_bidirectional_attention": False,
-    },
-    ignored=frozenset(GENERAL_IGNORED),
+    fixed={"hidden_activation": _GELU},
+    # Of two fields for the activation, only hidden_activation is read; sliding_window_size is an old name that the
+    # first Gemma 2 files repeat.
+    ignored=frozenset({"hidden_act", "sliding_window_size"}),
     rows=(
         EMBEDDING,
         _norm("attn_norm", "input_layernorm", "attn_norm"),

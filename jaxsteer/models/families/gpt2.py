@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxsteer.models.families.table import GENERAL_FIXED, GENERAL_IGNORED, GGUF_KEYS, REQUIRED, TRANSPOSE, Family, Row
+from jaxsteer.models.families.table import GGUF_KEYS, REQUIRED, TRANSPOSE, Family, Row
 
 _QKV = ("NH", "NH", "NH")
 
@@ -42,16 +42,13 @@ GPT2 = Family(
         "max_length": ("n_positions", 1024),
     },
     fixed={
-        **GENERAL_FIXED,
         "activation_function": "gelu_new",
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
     },
-    # n_ctx repeats n_positions; the summary fields are for classification.
+    # n_ctx repeats n_positions, reorder_and_upcast_attn is about half precision, the rest is for classification.
     ignored=frozenset(
-        GENERAL_IGNORED
-        | {"n_ctx", "attn_pdrop", "embd_pdrop", "resid_pdrop"}
+        {"n_ctx", "reorder_and_upcast_attn", "n_special", "predict_special_tokens"}
         | {f"summary_{name}" for name in ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")}
     ),
     rows=(

@@ -7,8 +7,6 @@ from dataclasses import replace
 from jaxsteer.models.families.table import (
     DIMENSIONS,
     EMBEDDING,
-    GENERAL_FIXED,
-    GENERAL_IGNORED,
     GGUF_KEYS,
     ROTARY,
     Family,
@@ -27,9 +25,7 @@ LLAMA = Family(
     hf_class="LlamaForCausalLM",
     gguf="llama",
     fields={**DIMENSIONS, "attn_bias": ("attention_bias", False), "mlp_bias": ("mlp_bias", False)},
-    fixed={**GENERAL_FIXED, "hidden_act": "silu", "rope_interleaved": False},
-    # pretraining_tp split matmuls in old versions without changing them; is_llama_config marks a conversion.
-    ignored=frozenset(GENERAL_IGNORED | {"pretraining_tp", "is_llama_config"}),
+    fixed={"hidden_act": "silu"},
     rows=(
         EMBEDDING,
         norm("attn_norm", "input_layernorm", "attn_norm"),

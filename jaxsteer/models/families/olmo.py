@@ -5,8 +5,6 @@ from __future__ import annotations
 from jaxsteer.models.families.table import (
     DIMENSIONS,
     EMBEDDING,
-    GENERAL_FIXED,
-    GENERAL_IGNORED,
     Family,
     after_blocks,
     gated_mlp,
@@ -20,8 +18,7 @@ OLMO2 = Family(
     hf_class="Olmo2ForCausalLM",
     gguf="olmo2",
     fields={**DIMENSIONS, "norm_eps": ("rms_norm_eps", 1e-5), "attn_bias": ("attention_bias", False)},
-    fixed={**GENERAL_FIXED, "hidden_act": "silu"},
-    ignored=frozenset(GENERAL_IGNORED),
+    fixed={"hidden_act": "silu"},
     rows=(
         EMBEDDING,
         *projection("attn/q", "self_attn.q_proj", "attn_q", ("D", "NH"), "attn_bias"),

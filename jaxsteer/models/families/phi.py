@@ -5,8 +5,6 @@ from __future__ import annotations
 from jaxsteer.models.families.table import (
     DIMENSIONS,
     EMBEDDING,
-    GENERAL_FIXED,
-    GENERAL_IGNORED,
     GGUF_KEYS,
     Family,
     Windows,
@@ -27,8 +25,9 @@ PHI3 = Family(
         "norm_eps": ("rms_norm_eps", 1e-5),
         "max_length": ("max_position_embeddings", 4096),
     },
-    fixed={**GENERAL_FIXED, "hidden_act": "silu", "attention_bias": False},
-    ignored=frozenset(GENERAL_IGNORED | {"resid_pdrop", "embd_pdrop", "original_max_position_embeddings", "auto_map"}),
+    fixed={"hidden_act": "silu", "full_attn_mod": 1, "interpolate_factor": 1},
+    # Read by longrope only, which is refused.
+    ignored=frozenset({"original_max_position_embeddings"}),
     rows=(
         EMBEDDING,
         norm("attn_norm", "input_layernorm", "attn_norm"),

@@ -7,8 +7,6 @@ from dataclasses import replace
 from jaxsteer.models.families.table import (
     DIMENSIONS,
     EMBEDDING,
-    GENERAL_FIXED,
-    GENERAL_IGNORED,
     Family,
     Windows,
     after_blocks,
@@ -27,8 +25,10 @@ QWEN2 = Family(
     hf_class="Qwen2ForCausalLM",
     gguf="qwen2",
     fields={**_FIELDS, "kv_heads": ("num_key_value_heads", 32)},
-    fixed={**GENERAL_FIXED, "hidden_act": "silu", "use_mrope": False},
-    ignored=frozenset(GENERAL_IGNORED),
+    fixed={"hidden_act": "silu", "use_mrope": False},
+    # Qwen2 has its biases whatever attention_bias says; chunked attention is for contexts beyond those of training, and
+    # transformers has none.
+    ignored=frozenset({"attention_bias", "dual_chunk_attention_config"}),
     rows=(
         EMBEDDING,
         *_NORMS,

@@ -15,6 +15,11 @@ _ROPE_NUMBERS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 """Kind of scaling -> the parameters it needs."""
+_ROPE_OTHERS = frozenset(
+    {"factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"}
+    | {"short_factor", "long_factor", "mscale", "mscale_all_dim", "truncate", "finetuned"}
+)
+"""Parameters that transformers reads for some kinds of scaling only, and passes over for the others."""
 
 
 def rope_from_hf(
@@ -90,6 +95,8 @@ def _rope(raw: RawConfig, max_length: int, where: str, default: float) -> tuple[
                     "rope_parameters, rope_scaling); keep one"
                 )
     kind = parameters.pop("rope_type", "default")
+    if _is_neutral_yarn(kind, parameters, max_length):
+        kind = "default"
     if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         raise ValueError(
             f"{where}: rope_type is {kind!r}; supported are {', '.join(_ROPE_NUMBERS)}. This model's "
@@ -100,6 +107,7 @@ def _rope(raw: RawConfig, max_length: int, where: str, default: float) -> tuple[
     if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{where}: partial_rotary_factor must be 1.0: rotary positions cover the whole head here")
     expected = _ROPE_NUMBERS[kind]
+    parameters = {key: value for key, value in parameters.items() if key in expected or key not in _ROPE_OTHERS}
     if set(parameters) != set(expected):
         raise ValueError(
             f"{where}: rope_type {kind!r} has the parameters {sorted(parameters)}; expected exactly {list(expected)}"
@@ -108,7 +116,7 @@ def _rope(raw: RawConfig, max_length: int, where: str, default: float) -> tuple[
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"{where}: {key} is {value!r}; expected a positive number")
     numbers = {key: float(value) for key, value in parameters.items()}
-    if kind == "default":
+    if numbers.get("factor", 1.0) == 1.0:
         return float(theta), None
     if kind == "linear":
         return float(theta), RopeScaling("linear", numbers["factor"])
@@ -116,3 +124,13 @@ def _rope(raw: RawConfig, max_length: int, where: str, default: float) -> tuple[
     if high <= low:
         raise ValueError(f"{where}: high_freq_factor {high} must be above low_freq_factor {low}")
     return float(theta), RopeScaling("llama3", numbers["factor"], low, high, int(original))
+
+
+def _is_neutral_yarn(kind: object, parameters: Mapping[str, object], max_length: int) -> bool:
+    """Whether a scaling by yarn changes nothing: a factor of 1, and nothing that replaces or adds to it."""
+    return (
+        kind == "yarn"
+        and parameters.get("factor") == 1.0
+        and parameters.get("attention_factor", 1.0) == 1.0
+        and parameters.get("original_max_position_embeddings", max_length) == max_length
+    )

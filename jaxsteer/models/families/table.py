@@ -202,8 +202,8 @@ class Family:
     gguf         `general.architecture` in GGUF files; families that share it differ in the keys that they know
     fields       our field -> (Hugging Face field, its default in transformers or REQUIRED)
     fixed        Hugging Face fields of which the forward pass supports one value: field -> value
-    ignored      Hugging Face fields that do not change a forward pass
     rows         the parameters
+    ignored      Hugging Face fields that do not change a forward pass; for those of any family see `general`
     harmless     regular expressions of stored tensors that are constants, not parameters
     features     fields of our config that are the same in every model of the family
     windows      local attention; None if the family has none
@@ -220,8 +220,8 @@ class Family:
     gguf: str
     fields: Mapping[str, tuple[str, Default]]
     fixed: Mapping[str, FieldValue]
-    ignored: frozenset[str]
     rows: tuple[Row, ...]
+    ignored: frozenset[str] = frozenset()
     harmless: tuple[str, ...] = ()
     features: Mapping[str, FieldValue] = field(default_factory=dict)
     windows: Windows | None = None
@@ -292,21 +292,3 @@ DIMENSIONS: dict[str, tuple[str, Default]] = {
     "max_length": ("max_position_embeddings", 2048),
 }
 """Our field -> (Hugging Face field, default), for fields that almost all families have."""
-
-GENERAL_IGNORED = {
-    *("architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "_commit_hash"),
-    *("dtype", "torch_dtype", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class", "initializer_range"),
-    *("attention_dropout", "hidden_dropout", "id2label", "label2id", "num_labels", "problem_type"),
-    *("task_specific_params", "_attn_implementation_autoset", "unsloth_version", "transformers.js_config"),
-    "cache_implementation",
-}
-"""Fields of every transformers config about training, generation, classification or storage, not the computation."""
-
-GENERAL_FIXED: dict[str, FieldValue] = {
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "chunk_size_feed_forward": 0,
-    "partial_rotary_factor": 1.0,
-}
-"""Fields of every transformers config of which the forward pass supports one value."""

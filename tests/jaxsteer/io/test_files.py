@@ -45,3 +45,14 @@ def test_what_json_cannot_hold_is_not_written(tmp_path):
     assert read_json(path) == {"loss": "NaN", "steps": 3}
     with pytest.raises(ValueError, match=r"b\.json: no such file"):
         read_json(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\uDE00", "a\\ud83dx", "\\ude00\\ud83d"])
+def test_json_with_half_of_a_surrogate_pair_is_refused(tmp_path, half):
+    path = tmp_path / "a.json"
+    for text in (f'{{"x": "{half}"}}', f'{{"{half}": 1}}', f'{{"x": [1, {{"y": ["{half}"]}}]}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json: not valid text: \\ud[8e][03][0d] is half of a surrogate pair"):
+            read_json(path)
+    path.write_text('{"x": "\\ud83d\\ude00 \\\\ud83d"}')
+    assert read_json(path) == {"x": "\N{GRINNING FACE} \\ud83d"}

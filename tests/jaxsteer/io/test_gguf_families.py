@@ -13,6 +13,7 @@ from jaxsteer.io import load_base, load_config, load_model, save_hf
 from jaxsteer.io.gguf_config import config_from_gguf
 from jaxsteer.io.gguf_file import Gguf, open_gguf
 from jaxsteer.io.stored import Stored
+from jaxsteer.models.config import RopeScaling
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import logits_of, output_embedding
 
@@ -93,6 +94,15 @@ PERIOD_6 = (True,) * 5 + (False,)
         ("smollm3", {}, {"unrotated_layers": (False, False, False, True) * 3}),
         ("phi3", {"attention__sliding_window": 2047}, {"window": 2047, "local_layers": ()}),
         ("olmo2", {"attention__sliding_window": 0}, {"window": None}),
+        ("llama", {"rope__scaling__factor": 2.5}, {"rope_scaling": RopeScaling("linear", 2.5)}),
+        ("llama", {"rope__scale_linear": 2.5}, {"rope_scaling": RopeScaling("linear", 2.5)}),
+        ("llama", {"rope__scale_linear": 4.0, "rope__scaling__factor": 1.0}, {"rope_scaling": None}),
+        ("llama", {"rope__scaling__type": "linear", "rope__scaling__factor": 0.0}, {"rope_scaling": None}),
+        ("llama", {"rope__scaling__type": "linear"}, {"rope_scaling": None}),
+        ("llama", {"rope__scaling__type": "none", "rope__scaling__factor": 2.5}, {"rope_scaling": None}),
+        ("llama", {"tensor_data_layout": "Meta AI original pth"}, {"rope_theta": 1e4, "kv_heads": 4}),
+        ("llama", {"attention__head_count_kv": [2] * 12}, {"kv_heads": 2}),
+        ("gemma2", {"rope__freq_base": 2e4, "rope__freq_base_swa": 2e4}, {"rope_theta": 2e4, "local_rope_theta": None}),
     ],
 )
 def test_keys_and_llama_cpps_defaults(arch, keys, expected):
@@ -126,6 +136,7 @@ def test_keys_and_llama_cpps_defaults(arch, keys, expected):
         ),
         ("phi3", {"rope__dimension_count": 6}, ["rope.dimension_count is 6", "only 8"]),
         ("phi3", {"tensors": ("rope_factors_long.weight", "rope_factors_short.weight")}, ["longrope", "linear"]),
+        ("gemma2", {"rope__freq_base_swa": 2e4}, ["gemma2.rope.freq_base_swa is 20000.0", "only 10000.0"]),
         ("phi3", {"rope__scaling__type": "longrope"}, ["longrope", "linear", "llama3"]),
         ("phi3", {"rope__scaling__attn_factor": 1.19}, ["attn_factor", "1.19"]),
         ("llama", {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}, ["'yarn'", "linear", "llama3"]),

@@ -87,7 +87,7 @@ def test_rope_is_read_from_old_and_new_fields(fields, theta, scaling):
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
         ({"rope_scaling": "linear"}, ["'linear'", "object"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
-        ({"sliding_window": 4096}, ["sliding_window", "4096", "not known"]),
+        ({"sliding_window": 1024}, ["sliding_window", "1024", "not known"]),
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits"]),
         ({"hidden_size": None}, ["hidden_size", "missing"]),
         ({"hidden_size": "2048"}, ["hidden_size", "'2048'", "int"]),

@@ -178,7 +178,7 @@ def changed(name, **values):
         (
             "chat",
             {"messages": [{"role": "user", "content": "x"}]},
-            r":1: conversation: 'messages' ends with role 'user'",
+            r":1: 'messages' ends with role 'user'",
         ),
     ],
 )
@@ -195,7 +195,7 @@ def test_empty_texts_can_be_dropped_and_are_counted(tmp_path, capsys):
     [example] = HubTask("alpaca", test=str(path), on_empty="drop").load("test")
     assert example.source == f"{path}:2"
     assert "dropped 1 of" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="every row has an empty text"):
+    with pytest.raises(ValueError, match="every row has an empty or missing text"):
         HubTask("alpaca", test=str(write(path, [changed("alpaca", output="")])), on_empty="drop").load("test")
     with pytest.raises(ValueError, match="on_empty: got 'skip'"):
         HubTask("alpaca", test=str(path), on_empty="skip")
@@ -205,7 +205,7 @@ def test_a_table_refuses(tmp_path):
     path = str(write(tmp_path / "t.csv", [{"a": "x", "b": ""}]))
     with pytest.raises(ValueError, match=r"t\.csv:2: no column 'prompt'; there are 'a', 'b'"):
         TableTask(train=path, completion="{a}").load("train")
-    with pytest.raises(ValueError, match=r"t\.csv:2: the completion is empty"):
+    with pytest.raises(ValueError, match=r"t\.csv:2: 'b' is empty; --task\.on-empty drop"):
         TableTask(train=path, prompt="{a}", completion="{b}").load("train")
     with pytest.raises(ValueError, match=r"task\.prompt: got 'Hello', need a text with a \{column\}"):
         TableTask(train=path, prompt="Hello")

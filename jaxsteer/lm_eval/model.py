@@ -1,18 +1,14 @@
-"""Models with steering in EleutherAI's lm-evaluation-harness: `pip install jaxsteer[lm-eval]`, then
-
-    python -m jaxsteer.lm_eval --tasks arc_easy --model_args pretrained=MODEL,steering=steering.safetensors
-
-with the arguments of the harness's own `lm_eval`; or pass a `JaxsteerLM` as `model` to `lm_eval.simple_evaluate`.
-"""
+"""The harness's interface to a model with steering; likelihoods and windows are those of its Hugging Face model."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -20,16 +16,16 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from jaxsteer.inference.decoder import Decoder, generate_all
-from jaxsteer.inference.generate import GREEDY, Sampling
 from jaxsteer.inference.likelihood import score_continuations
-from jaxsteer.inference.scheduling import Limits, Request
+from jaxsteer.inference.scheduling import Limits, Request, nonfinite_logits
 from jaxsteer.io import LoadedModel, compute_dtype, load_config, load_model, load_steering
+from jaxsteer.io.load import require_tokenizer
+from jaxsteer.lm_eval.settings import Settings, read_settings
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
 
 DEFAULT_BATCH_SIZE = 32
-DEFAULT_NEW_TOKENS = 256
-"""Maximum number of tokens to generate where the task sets none."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,12 +60,12 @@ class JaxsteerLM(TemplateLM):
         steering: a steering file (*.safetensors).
         dtype: float32, bfloat16, or auto: float32 on CPU, bfloat16 on accelerators.
         batch_size: number of prompts processed at a time; "auto" means 32.
-        max_length: maximum sequence length in tokens; by default the model's.
+        max_length: maximum number of tokens that the model reads at a time; by default the model's.
         seed: random seed for tasks that sample their answers.
         device, max_batch_size: accepted for the harness and ignored; JAX chooses the device.
 
     Raises:
-        ValueError: no base model is named, or the steering belongs to another model.
+        ValueError: no base model is named, the steering belongs to another model, or a size is not a positive number.
     """
 
     def __init__(
@@ -83,15 +79,16 @@ class JaxsteerLM(TemplateLM):
         device: str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
+        number = _batch_size(batch_size)
         file = None if steering is None else load_steering(steering)
         name = pretrained or (file.model_name if file else None)
         if name is None:
             raise ValueError("which model? Give pretrained=..., or steering=... with a file that names its base model")
         if file is not None:
             file.check(load_config(name))  # refuses the steering of another model before loading
+        require_tokenizer(name)
         loaded = load_model(name, dtype=compute_dtype(dtype))
         plan, params = (file.plan, file.steering) if file else ((), {})
-        number = int(batch_size) if str(batch_size).isdecimal() else DEFAULT_BATCH_SIZE
         self._set(loaded, plan, params, batch_size=number, max_length=max_length, seed=seed)
 
     @classmethod
@@ -125,10 +122,14 @@ class JaxsteerLM(TemplateLM):
         self.steered = Model(loaded.config, plan)
         self.tokenizer = loaded.require_tokenizer()
         self.batch_size, self.seed = batch_size, seed
-        self.max_length = max_length or loaded.config.max_length
+        self.max_length = loaded.config.max_length if max_length is None else int(max_length)
+        if self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}")
         plain, whole = (self.tokenizer("x", add_special_tokens=add)["input_ids"] for add in (False, True))
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         self._beginning = list(whole[:start])
+        added = self.tokenizer.added_tokens_decoder.values()
+        self._special = sorted((token.content for token in added if token.special), key=len, reverse=True)
 
     @property
     def eot_token_id(self) -> int:
@@ -148,13 +149,21 @@ class JaxsteerLM(TemplateLM):
         return self.loaded.name.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
+        """A conversation as text; without its system message where the template refuses one."""
+        as_text = lambda messages: self.tokenizer.apply_chat_template(
+            messages,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        try:
+            return as_text(chat_history)
+        except jinja2.TemplateError as error:
+            users = [message for message in chat_history if message["role"] != "system"]
+            if len(users) == len(chat_history):
+                raise ValueError(f"the model's chat template refuses this conversation: {error}") from None
+            _log.warning("The model's chat template refuses a system message (%s); it is left out.", error)
+            return as_text(users)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids, after the tokenizer's beginning of a text unless it is there already or not wanted."""
@@ -169,13 +178,14 @@ class JaxsteerLM(TemplateLM):
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)  # those of an empty continuation
         by_context: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = defaultdict(list)
         for number, (_texts, context, continuation) in enumerate(requests):
-            if len(continuation) >= self.max_length:
+            if len(continuation) > self.max_length:
                 raise ValueError(
                     f"request {number}: a continuation of {len(continuation)} tokens does not fit the maximum sequence "
                     f"length of {self.max_length}"
                 )
             if continuation:
-                kept = tuple(context[-(self.max_length - len(continuation)) :])
+                # The model does not read the last token, so there is room for max_length + 1.
+                kept = tuple(context[-(self.max_length + 1 - len(continuation)) :])
                 by_context[kept].append((number, np.asarray(continuation, np.int32)))
         contexts = list(by_context)
         scored = score_continuations(
@@ -196,9 +206,12 @@ class JaxsteerLM(TemplateLM):
         windows: list[tuple[Any, list[int], list[int]]] = []
         numbers = []  # of the request that each window belongs to
         for number, request in enumerate(requests):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            # As in the harness's Hugging Face model: a beginning that the tokenizer adds is scored too.
             parts = get_rolling_token_windows(
-                token_list=ids, prefix_token=self.prefix_token_id, max_seq_len=self.max_length - 1, context_len=1
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
             )
             for context, continuation in map(make_disjoint_window, parts):
                 windows.append((None, context, continuation))
@@ -210,20 +223,21 @@ class JaxsteerLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context up to the first of its `until` strings, which is left out."""
+        end = self.tokenizer.decode([self.eot_token_id])
+        asked = [read_settings(request.args[1], end, f"request {n}") for n, request in enumerate(requests)]
         groups: dict[int, list[int]] = defaultdict(list)  # by the length of the answer, which is that of the cache
-        for number, request in enumerate(requests):
-            groups[int(request.args[1].get("max_gen_toks") or DEFAULT_NEW_TOKENS)].append(number)
+        for number, settings in enumerate(asked):
+            groups[settings.max_new_tokens].append(number)
         results = [""] * len(requests)
-        for max_new_tokens, numbers in groups.items():
-            texts = self._generate(numbers, [requests[n].args for n in numbers], max_new_tokens)
+        for numbers in groups.values():
+            texts = self._generate(numbers, [(requests[n].args[0], asked[n]) for n in numbers])
             for number, text in zip(numbers, texts, strict=True):
                 results[number] = text
         return results
 
-    def _generate(
-        self, numbers: Sequence[int], arguments: Sequence[tuple[str, Mapping[str, Any]]], max_new_tokens: int
-    ) -> list[str]:
-        """Answers to requests (context, settings), whose numbers seed their draws and appear in messages."""
+    def _generate(self, numbers: Sequence[int], asked: Sequence[tuple[str, Settings]]) -> list[str]:
+        """Answers of one maximum length; the requests' numbers seed their draws and appear in messages."""
+        max_new_tokens = asked[0][1].max_new_tokens
         max_prompt = self.max_length - max_new_tokens
         if max_prompt < 1:
             raise ValueError(
@@ -231,51 +245,39 @@ class JaxsteerLM(TemplateLM):
                 f"{self.max_length}"
             )
         stop_tokens = tuple(sorted({*self.loaded.stop_tokens, self.eot_token_id}))
-        asked = []
-        for number, (context, settings) in zip(numbers, arguments, strict=True):
+        requests = []
+        for number, (context, settings) in zip(numbers, asked, strict=True):
             ids = self.tok_encode(context)[-max_prompt:] or [self.prefix_token_id]
             prompt = _Text(np.asarray(ids, np.int32), f"request {number}")
-            asked.append(Request(prompt, max_new_tokens, stop_tokens, _sampling(settings), self.seed << 32 | number))
-        until = [_stop_strings(settings) for _, settings in arguments]
-        limits = Limits(max(map(len, asked)), max_new_tokens, self.batch_size, max_stop_tokens=len(stop_tokens))
+            seed = self.seed << 32 | number
+            requests.append(Request(prompt, max_new_tokens, stop_tokens, settings.sampling, seed))
+        until = [settings.until for _, settings in asked]
+        limits = Limits(max(map(len, requests)), max_new_tokens, self.batch_size, max_stop_tokens=len(stop_tokens))
         decoder = Decoder(self.steered, self.loaded.base, self.steering, limits)
-        ended = lambda index, tokens: any(stop in self._text(tokens) for stop in until[index])
-        results = [""] * len(asked)
-        for index, answer in generate_all(decoder, asked, ended):
-            text = self._text(answer.tokens)
-            ends = [text.find(stop) for stop in until[index] if stop in text]
-            results[index] = text[: min(ends)] if ends else text
+        ended = lambda index, tokens: any(stop in self.tokenizer.decode(tokens) for stop in until[index])
+        results = [""] * len(requests)
+        for index, answer in generate_all(decoder, requests, ended):
+            if answer.finished == "nonfinite":
+                raise nonfinite_logits(requests[index].prompt, self.loaded.config.vocab_size)
+            results[index] = self._answer(answer.tokens, until[index])
         return results
 
-    def _text(self, tokens: np.ndarray) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def _answer(self, tokens: np.ndarray, until: Sequence[str]) -> str:
+        """The text before the first of the texts that end it, which may be or contain special tokens."""
+        text = self.tokenizer.decode(tokens)
+        ends = [text.find(stop) for stop in until if stop in text]
+        if not ends:
+            return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = text[: min(ends)]
+        for special in self._special:
+            text = text.replace(special, "")
+        return text
 
 
-def _stop_strings(settings: Mapping[str, Any]) -> list[str]:
-    """A task's `until`: a string, or a list of them."""
-    until = settings.get("until") or []
-    return [until] if isinstance(until, str) else [text for text in until if text]
-
-
-def _sampling(settings: Mapping[str, Any]) -> Sampling:
-    """How a task wants its answers sampled: greedily unless it sets a temperature and does not set do_sample=False."""
-    temperature = float(settings.get("temperature") or 0.0)
-    if not settings.get("do_sample", temperature > 0):
-        return GREEDY
-    return Sampling(temperature or 1.0, int(settings.get("top_k") or 0), float(settings.get("top_p") or 1.0))
-
-
-def main() -> None:
-    """Run the harness's own command, with this model as the default."""
-    from lm_eval.__main__ import cli_evaluate
-
-    if not {"--model", "-m"} & {argument.partition("=")[0] for argument in sys.argv}:
-        sys.argv[1:1] = ["--model", "jaxsteer"]
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    # Imported under its own name, or the model would be registered a second time as __main__.
-    from jaxsteer.lm_eval import main as run
-
-    run()
+def _batch_size(asked: int | str) -> int:
+    """A number of prompts, or the default for "auto" and "auto:N"."""
+    if str(asked).partition(":")[0] == "auto":
+        return DEFAULT_BATCH_SIZE
+    if not str(asked).isdecimal() or int(asked) < 1:
+        raise ValueError(f"batch_size must be a number of prompts or auto, got {asked!r}")
+    return int(asked)

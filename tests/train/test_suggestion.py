@@ -1,0 +1,28 @@
+"""The command that a finished run suggests: a real question, as a shell and the program read it."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+from train.data import Example
+from train.data.examples import Turn
+from train.generate import GenerateConfig
+from train.run.result import question_of, suggestion
+
+CHAT = Example((Turn("system", "Be brief."), Turn("user", "What's 7?"), Turn("assistant", "7")), "chat:1")
+
+
+def test_a_conversation_is_asked_as_its_user_asks_it():
+    assert question_of(CHAT, "{prompt}") == "What's 7?"
+    assert question_of(Example.of("Q: 1+1\nA:", "2", "plain:1"), "Q: {prompt}\nA:") == "1+1"
+    assert question_of(Example((Turn("system", "S"), Turn("assistant", "A")), "chat:2"), "{prompt}") == ""
+
+
+@pytest.mark.parametrize("prompt", ["What's 7?", 'say "hi" to $HOME `now`', "-5 + 3 = ", "two\nlines", "--compare"])
+def test_the_command_is_read_back_unchanged(prompt):
+    words = shlex.split(suggestion(Path("runs/my run/steering.safetensors"), prompt))
+    assert words[1:3] == ["-m", "train.generate"]
+    config = tyro.cli(GenerateConfig, args=words[3:])
+    assert (config.steering, config.prompts, config.compare) == ("runs/my run/steering.safetensors", (prompt,), True)

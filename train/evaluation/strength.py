@@ -1,0 +1,66 @@
+"""The strength of steering as typed on a command line: `--strength 0.5`, or `--strength lora=0.5 post_block=2`."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+
+from jaxsteer.types import Plan
+
+
+def parse_strength(texts: Sequence[str], plan: Plan) -> dict[str, float] | None:
+    """The strength of each slot whose strength is not 1.
+
+    Args:
+        texts: as typed, "0.5" for every slot or "slot=0.5" for one; a slot's own comes before that of all.
+        plan: the plan of the steering file; () for the pretrained model.
+
+    Returns:
+        A factor by slot name; None if every slot has 1, which is the steering as it was trained.
+
+    Raises:
+        ValueError: no finite number, a slot that the plan does not have, or one that is given twice.
+    """
+    if not texts:
+        return None
+    if not plan:
+        raise ValueError("--strength: nothing is steered here; give a steering file")
+    names = [slot.name for slot in plan]
+    given: dict[str, float] = {}
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        if equals and name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            raise ValueError(
+                f"--strength {text}: no slot {name!r}; "
+                + (f"did you mean {near[0]!r}? " if near else "")
+                + f"The plan has {', '.join(names)}"
+            )
+        if name in given:
+            raise ValueError(f"--strength {text}: " + (f"{name!r} is given twice" if name else "two for all slots"))
+        given[name] = _number(text, number)
+    everywhere = given.pop("", 1.0)
+    factors = {name: given.get(name, everywhere) for name in names}
+    changed = {name: factor for name, factor in factors.items() if factor != 1}
+    return changed or None
+
+
+def _number(text: str, number: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        raise ValueError(
+            f"--strength {text}: neither a number nor SLOT=NUMBER (arguments without a name, such as prompts, come "
+            "before the options)"
+        ) from None
+    if not math.isfinite(value):
+        raise ValueError(f"--strength {text}: must be a finite number")
+    return value
+
+
+def show_strength(strength: Mapping[str, float] | None) -> str:
+    """For titles: "" or ", strength lora 0.5"."""
+    if not strength:
+        return ""
+    return ", strength " + ", ".join(f"{name} {factor:g}" for name, factor in strength.items())

@@ -1,0 +1,180 @@
+"""A task made of several: training examples in given shares, evaluation on the examples of all parts."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from train.data import Example, Split
+from train.tasks.hub import HubTask
+from train.tasks.jsonl import JsonlTask
+from train.tasks.listops import ListOpsTask
+from train.tasks.notes import say_once
+from train.tasks.protocols import AnyTask
+from train.tasks.scoring import Rule
+from train.tasks.table import TableTask
+
+PlainTask = ListOpsTask | JsonlTask | HubTask | TableTask
+"""The kinds of task that are not made of others."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MixtureTask:
+    """Several tasks at once, in given shares. All must agree on `chat` and on the rule that reads answers.
+
+    One pass over the training examples (an epoch) holds `examples` of them, divided among the parts by `weights`. A
+    part whose share is larger than itself is repeated, a whole pass after the other; of a part whose share is smaller,
+    a random selection is used, the same in every epoch. Validation and test examples are those of all parts, each once,
+    evenly mixed, so that a limit on their number keeps the proportions.
+    """
+
+    parts: tuple[PlainTask, ...]
+    """The tasks."""
+    weights: tuple[float, ...] = ()
+    """Share of each part in the training examples, relative to the sum; () = as large as the parts are."""
+    names: tuple[str, ...] = ()
+    """Name of each part, which its examples' sources begin with; () = those of the named tasks or of the files."""
+    examples: int | None = None
+    """Training examples in one pass; None = as many as all parts have together."""
+    seed: int = 0
+    """Random seed for the selection from each part."""
+
+    def __post_init__(self) -> None:
+        """Reject parts that cannot be mixed, and shares that are none."""
+        if not self.parts:
+            raise ValueError("task.parts: a mixture needs at least one task")
+        for setting in ("weights", "names"):
+            if getattr(self, setting) and len(getattr(self, setting)) != len(self.parts):
+                raise ValueError(
+                    f"task.{setting}: got {len(getattr(self, setting))} for {len(self.parts)} parts; give one for each"
+                )
+        if self.weights and not (all(0 <= weight < math.inf for weight in self.weights) and sum(self.weights) > 0):
+            raise ValueError(f"task.weights: got {self.weights}, need shares of 0 or more, not all 0")
+        if self.examples is not None and self.examples < 1:
+            raise ValueError(f"task.examples must be at least 1, got {self.examples}")
+        for setting in ("chat", "rule"):
+            if len(values := {getattr(part, setting) for part in self.parts}) > 1:
+                raise ValueError(
+                    f"task.parts: a mixture's parts must have the same {setting}; got "
+                    f"{', '.join(sorted(map(str, values)))}"
+                )
+
+    @property
+    def chat(self) -> bool:
+        """Use the model's chat template."""
+        return self.parts[0].chat
+
+    @property
+    def rule(self) -> Rule:
+        """Rule that extracts the answer from an output."""
+        return self.parts[0].rule
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Maximum number of tokens in an answer: that of the part which allows most."""
+        return max(part.max_new_tokens for part in self.parts)
+
+    @property
+    def template(self) -> str:
+        """Text around a prompt that a user types, if the parts agree on it; else "{prompt}"."""
+        templates = {typed_template(part) for part in self.parts}
+        return templates.pop() if len(templates) == 1 else "{prompt}"
+
+    def load(self, split: Split) -> list[Example]:
+        """The examples of a split; a source begins with its part's name.
+
+        Raises:
+            ValueError: of a part; or a part with a share has no training examples.
+        """
+        return self.gather(split, lambda part: part.load(split))
+
+    def gather(self, split: Split, read: Callable[[PlainTask], list[Example]]) -> list[Example]:
+        """The examples of a split, which `read` gives for each part, mixed.
+
+        Args:
+            split: in "train", parts have their shares.
+            read: gives the examples of a part.
+        """
+        names = self.part_names
+        each = [
+            [_renamed(example, name) for example in read(part)] for name, part in zip(names, self.parts, strict=True)
+        ]
+        if split != "train":
+            return interleave(each)
+        counts = self._counts([len(some) for some in each])
+        for name, some, count in zip(names, each, counts, strict=True):
+            passes = f"{count / len(some):.2g} passes over its" if some else "of"
+            say_once(f"mixture: {name} gives {count:,} of {sum(counts):,} training examples, {passes} {len(some):,}")
+        drawn = [self._drawn(some, count, i) for i, (some, count) in enumerate(zip(each, counts, strict=True))]
+        return interleave(drawn)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """A name for each part; equal ones are numbered."""
+        names = self.names or tuple(map(_name, self.parts))
+        total, seen = Counter(names), Counter[str]()
+        unique = []
+        for name in names:
+            seen[name] += 1
+            unique.append(f"{name} {seen[name]}" if total[name] > 1 else name)
+        return tuple(unique)
+
+    def _counts(self, sizes: Sequence[int]) -> list[int]:
+        """Training examples of each part in one pass: its share, rounded so that they add up."""
+        total, weights = sum(sizes) if self.examples is None else self.examples, self.weights or sizes
+        for name, size, weight in zip(self.part_names, sizes, weights, strict=True):
+            if weight and not size:
+                raise ValueError(f"task.parts: {name} has no training examples, but a share of them")
+        if not sum(weights):
+            return [0] * len(sizes)
+        exact = [total * weight / sum(weights) for weight in weights]
+        counts = [math.floor(share) for share in exact]
+        by_rest = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for i in by_rest[: total - sum(counts)]:
+            counts[i] += 1
+        return counts
+
+    def _drawn(self, examples: Sequence[T], count: int, part: int) -> list[T]:
+        """`count` of a part's examples: whole passes in random order, then a random selection."""
+        drawn: list[T] = []
+        while len(drawn) < count:
+            # Python guarantees the same sequence across versions for random() alone.
+            draw = random.Random(f"mixture/{self.seed}/{part}/{len(drawn)}").random
+            keys = [draw() for _ in examples]
+            order = sorted(range(len(examples)), key=keys.__getitem__)
+            drawn += [examples[i] for i in order[: count - len(drawn)]]
+        return drawn
+
+
+def interleave(lists: Sequence[Sequence[T]]) -> list[T]:
+    """All items of several lists, each list in its own order and spread evenly over the whole."""
+    placed = [
+        ((i + 0.5) / len(items), number, item) for number, items in enumerate(lists) for i, item in enumerate(items)
+    ]
+    return [item for _, _, item in sorted(placed, key=lambda each: each[:2])]
+
+
+def typed_template(task: AnyTask) -> str:
+    """Text around a prompt that a user types, such that the model is asked as in training; contains {prompt}."""
+    return task.typed_template if isinstance(task, JsonlTask) else task.template
+
+
+def _renamed(example: Example, name: str) -> Example:
+    return replace(example, source=f"{name}: {example.source}")
+
+
+def _name(task: PlainTask) -> str:
+    """A short name for a task: that of a named one, else of its file or data set."""
+    if isinstance(task, HubTask):
+        return task.name
+    if isinstance(task, ListOpsTask):
+        return "listops"
+    source = task.data if isinstance(task, TableTask) and task.data is not None else task.train
+    return Path(source or "part").stem
