@@ -191,7 +191,7 @@ def test_a_quickstart_that_cannot_start_keeps_the_earlier_one(tmp_path, monkeypa
     earlier.parent.mkdir(parents=True)
     earlier.write_text("kept")
     monkeypatch.setattr(sys, "argv", ["train.quickstart", "--model", "missing.gguf"])
-    with pytest.raises(ValueError, match="missing.gguf"):
+    with pytest.raises(ValueError, match=r"missing\.gguf"):
         quickstart.main()
     assert earlier.read_text() == "kept"
 
