@@ -195,7 +195,8 @@ check_run() {
   if [[ ${REPO:-} || $config == /* || $config == '~'* ]]; then return 0; fi
   if [[ $config != -* && ! -f $ROOT/$config && ! -f $ROOT/configs/$config.py ]]; then
     said=$(cd "$ROOT" && printf '%s ' configs/*.py)
-    die "no such config: $config" "CONFIG is a path in this repository or the name of one of these: $said"
+    die "no such config: $config" "CONFIG is a path in this repository or the name of one of these: $said" \
+      "(if setup.sh cloned another repository, set POD_REPO to it as well: its configs cannot be seen from here)"
   fi
   if [[ ! -x $python ]]; then
     hint "note: the options after CONFIG are not checked, since there is no $python (make install)"

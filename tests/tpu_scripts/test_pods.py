@@ -75,6 +75,10 @@ def test_every_name_of_a_topology_is_known(stage, name):
     assert "v5e:4x4 is sold as v5litepod-16" in stage.run("create.sh", "--topology", name, "--dry-run")
 
 
+def test_a_config_of_another_repository_is_not_looked_for(stage):
+    stage.run("launch.sh", "--dry-run", *RUN, "configs/theirs.py", POD_REPO="https://host/theirs.git")
+
+
 def test_options_are_read_before_anything_is_called(stage, tmp_path):
     """By this machine's python, from the root of the checkout; a shipped config may go by its name."""
     python = tmp_path / "python"

@@ -116,9 +116,9 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     asked, text = text, compiler_name(text)
     kind, _, shape = text.partition(":")
     if kind not in CHIPS:
-        spellings = [*sold_names(), *sold_names().values(), *(f"{name}:8" for name in CHIPS)]
+        every = [*sold_names(), *sold_names().values(), *(f"{name}:8" for name in CHIPS)]
         what = f"the fit check does not know {kind} chips" if text in sold_names() else f"unknown chip {kind!r}"
-        hint = "" if text in sold_names() else did_you_mean(text, spellings)
+        hint = "" if text in sold_names() else did_you_mean(text, every)
         raise ValueError(f"topology {asked!r}: {what}{hint}; known: {', '.join(CHIPS)}, as in v5e:4x4, h100:8")
     if slices < 1:
         raise ValueError(f"slices: must be at least 1, got {slices}")
