@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.text import Text
 
 _LOW, _HIGH, _NEGATIVE = (255, 255, 255), (213, 94, 0), (0, 114, 178)
@@ -45,8 +46,8 @@ def render_heatmap(
     scale = float(np.abs(shown).max()) or 1.0
     text = Text()
     for piece, value in zip(pieces, shown, strict=True):
-        color = ";".join(map(str, _color(value / scale)))
-        text.append(piece, style=f"#222222 on rgb({color.replace(';', ',')})")
+        color = ",".join(map(str, _color(value / scale)))
+        text.append(piece, style=f"#222222 on rgb({color})")
     return text
 
 
@@ -83,5 +84,6 @@ def _draw(path: Path, pieces: Sequence[str], rows: np.ndarray, label: str) -> No
         axis.set_yticks([])
     else:
         axis.set_ylabel("layer")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axis, label=label)
     figure.savefig(path, dpi=150, format="png")
