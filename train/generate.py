@@ -45,7 +45,7 @@ class GenerateConfig:
     """Continue prompts with a base model and, optionally, a steering file."""
 
     steering: Annotated[str, tyro.conf.Positional]
-    """A steering file (*.safetensors), or "none" for the pretrained model."""
+    """A steering file (*.safetensors), or the folder of a run that has one; "none" for the pretrained model."""
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Prompts; without any, and without --input, they are read from standard input."""
     input: str | None = None
@@ -60,6 +60,8 @@ class GenerateConfig:
     """System message of the chat template, for conversations without one."""
     model: str | None = None
     """Base model; by default the one named in the steering file."""
+    other_base: bool = False
+    """Steer a model of the same shape whose weights are not those that the steering was trained on."""
     strength: tuple[str, ...] = ()
     """Strength of the steering: 0 the base, 1 as trained, 2 twice the shift; for all slots (0.5) or for some
     (lora=0.5 post_block=2)."""
@@ -258,7 +260,9 @@ def main() -> None:
     if file:
         check_new_tokens(file.config, task.max_new_tokens)
     place = place_on(config.mesh, min(len(questions), config.batch_size))
-    loaded, _ = load_steered(file or config.steering, config.model, config.dtype, place.base)
+    loaded, _ = load_steered(
+        file or config.steering, config.model, config.dtype, place.base, other_base=config.other_base
+    )
     plan, steering = steered(file)
     evaluator = Evaluator(
         model=Model(loaded.config, plan),

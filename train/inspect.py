@@ -24,7 +24,7 @@ from rich.text import Text
 from jaxsteer.batches import stack_rows
 from jaxsteer.inference.scheduling import nonfinite_logits
 from jaxsteer.inference.token_shift import per_token_shift
-from jaxsteer.io import LoadedModel, compute_dtype, load_config, load_steering
+from jaxsteer.io import LoadedModel, SteeringFile, compute_dtype, load_config
 from jaxsteer.models.config import ModelConfig, check_length
 from jaxsteer.models.transformer import Model, forward, init_base
 from jaxsteer.plans import method_name, parse_plan
@@ -50,7 +50,7 @@ class InspectConfig:
     """Show a plan, and the effect of a trained one."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A steering file (*.safetensors), or a config file (*.py) or its name."""
+    """A steering file (*.safetensors) or the folder of a run that has one, or a config file or its name."""
     prompt: str | None = None
     """Measure how far steering moves the residual stream on this text (loads the model)."""
     per_token: bool = False
@@ -62,6 +62,8 @@ class InspectConfig:
     """Strength of the steering, see `jaxsteer generate`: for all slots (0.5) or for some (lora=0.5 post_block=2)."""
     model: str | None = None
     """Base model; by default the one named in the source."""
+    other_base: bool = False
+    """Steer a model of the same shape whose weights are not those that the steering was trained on."""
     plot: str | None = None
     """File for the plot (PNG); by default shift.png, or tokens.png with --per-token, beside the steering file."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -140,20 +142,18 @@ def inspect_config(config: InspectConfig) -> None:
     print(f"attention on these devices: {kernel} ({reason})")
 
 
-def inspect_shift(config: InspectConfig, prompt: str) -> None:
+def inspect_shift(config: InspectConfig, file: SteeringFile, prompt: str) -> None:
     """Show a steering file's plan, and how far it moves the residual stream on a prompt."""
-    file = read_steered(config.source)
-    assert file is not None
     check_unicode(prompt, "--prompt")
     strength = parse_strength(config.strength, file.plan)
-    loaded, _ = load_steered(file, config.model, config.dtype)
+    loaded, _ = load_steered(file, config.model, config.dtype, other_base=config.other_base)
     print_plan(file.plan, file.steering, loaded.config)
     chat = file.notes.get("chat", False) if config.chat is None else config.chat
     encoding = Encoding(chat=chat, date=file.notes.get("date"))
     (tokens,), _ = encode_prompts([Example.of(prompt, None, "--prompt")], loaded.require_tokenizer(), encoding)
     check_length(loaded.config, len(tokens), "--prompt")
     prompt_batch = stack_rows([[tokens]], len(tokens))
-    subject = Subject(Model(loaded.config, file.plan), loaded, file.steering, strength, tokens, prompt_batch)
+    subject = Subject(Model(loaded.config, file.plan), loaded, file, strength, tokens, prompt_batch)
     if config.per_token:
         show_tokens(config, subject)
     else:
@@ -164,14 +164,15 @@ def inspect_shift(config: InspectConfig, prompt: str) -> None:
 class Subject:
     """What is looked at.
 
-    model, loaded, steering  the network
-    strength                 of its slots; None = 1
-    tokens, batch            the prompt, and the same as a batch [1, T]
+    model, loaded  the steered model
+    file           its steering
+    strength       of its slots; None = 1
+    tokens, batch  the prompt, and the same as a batch [1, T]
     """
 
     model: Model
     loaded: LoadedModel
-    steering: Steering
+    file: SteeringFile
     strength: Mapping[str, float] | None
     tokens: TokenizedExample
     batch: Batch
@@ -184,7 +185,7 @@ class Subject:
 
 def show_layers(config: InspectConfig, subject: Subject) -> None:
     """The shift at each layer, mean over tokens, as a table and a plot."""
-    network = (subject.model, subject.loaded.base, subject.steering, subject.batch)
+    network = (subject.model, subject.loaded.base, subject.file.steering, subject.batch)
     shifts = jax.device_get(relative_shift(*network, SHOWN_SITES, subject.strength))
     subject.check(np.stack([shifts[site] for site in SHOWN_SITES]))
     title = f"‖Δh‖ / ‖h‖ on {len(subject.tokens)} tokens, mean over tokens{show_strength(subject.strength)}"
@@ -194,7 +195,7 @@ def show_layers(config: InspectConfig, subject: Subject) -> None:
     for layer in range(subject.loaded.config.layers):
         table.add_row(str(layer), *(f"{shifts[site][layer]:.4f}" for site in SHOWN_SITES))
     Console().print(table)
-    path = Path(config.plot) if config.plot else Path(config.source).parent / "shift.png"
+    path = Path(config.plot) if config.plot else subject.file.path.parent / "shift.png"
     series = {site: np.asarray(shifts[site]).tolist() for site in SHOWN_SITES}
     plot_by_layer(path, series, ylabel="‖Δh‖ / ‖h‖", title=f"How far steering moves the model: {config.prompt!r:.42}")
     print(f"plot: {path}")
@@ -202,13 +203,13 @@ def show_layers(config: InspectConfig, subject: Subject) -> None:
 
 def show_tokens(config: InspectConfig, subject: Subject) -> None:
     """The shift of each token, and the change of its log-probability: coloured text, a table and a picture."""
-    network = (subject.model, subject.loaded.base, subject.steering, subject.batch)
+    network = (subject.model, subject.loaded.base, subject.file.steering, subject.batch)
     found = jax.device_get(per_token_shift(*network, strength=subject.strength))
     shift, change = found.shift[:, 0], found.log_probability[0]
     subject.check(np.concatenate([shift, change[None]]))
     tokenizer = subject.loaded.require_tokenizer()
     pieces = pieces_of(subject.tokens.ids, tokenizer.decode)
-    path = Path(config.plot) if config.plot else Path(config.source).parent / "tokens.png"
+    path = Path(config.plot) if config.plot else subject.file.path.parent / "tokens.png"
     console, given = Console(), show_strength(subject.strength)
     console.print(f"‖Δh‖ / ‖h‖ of each token, mean over layers (largest {shift.mean(0).max():.4f}){given}")
     console.print(render_heatmap(pieces, shift, label="‖Δh‖ / ‖h‖", png=path))
@@ -228,14 +229,16 @@ def main() -> None:
     config = tyro.cli(InspectConfig, prog="python -m train.inspect", description=__doc__)
     config.check()
     enable_compilation_cache()
-    if not config.source.endswith(".safetensors"):
+    if not (config.source.endswith(".safetensors") or Path(config.source).is_dir()):
         inspect_config(config)
-    elif config.prompt is not None:
-        inspect_shift(config, config.prompt)
+        return
+    file = read_steered(config.source)
+    assert file is not None
+    if config.prompt is not None:
+        inspect_shift(config, file, config.prompt)
     else:
-        saved = load_steering(config.source)
-        print(f"{config.source}: for {saved.model_name}")
-        print_plan(saved.plan, saved.steering, saved.config)
+        print(f"{file.path}: for {file.model_name}")
+        print_plan(file.plan, file.steering, file.config)
 
 
 if __name__ == "__main__":

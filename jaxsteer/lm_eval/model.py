@@ -18,7 +18,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from jaxsteer.inference.decoder import Decoder, generate_all
 from jaxsteer.inference.likelihood import score_continuations
 from jaxsteer.inference.scheduling import Limits, Request, nonfinite_logits
-from jaxsteer.io import LoadedModel, compute_dtype, load_config, load_model, load_steering
+from jaxsteer.io import (
+    LoadedModel,
+    SteeringFile,
+    compute_dtype,
+    load_config,
+    load_model,
+    load_steering,
+    sample_weights,
+)
 from jaxsteer.io.load import require_tokenizer
 from jaxsteer.lm_eval.settings import Settings, read_settings
 from jaxsteer.models.transformer import Model
@@ -58,6 +66,7 @@ class JaxsteerLM(TemplateLM):
         pretrained: folder, .gguf file or Hugging Face id of the base model; by default the one named in the steering
             file.
         steering: a steering file (*.safetensors).
+        other_base: steer a model of the same shape whose weights are not those that the steering was trained on.
         dtype: float32, bfloat16, or auto: float32 on CPU, bfloat16 on accelerators.
         batch_size: number of prompts processed at a time; "auto" means 32.
         max_length: maximum number of tokens that the model reads at a time; by default the model's.
@@ -72,6 +81,7 @@ class JaxsteerLM(TemplateLM):
         self,
         pretrained: str | None = None,
         steering: str | None = None,
+        other_base: bool = False,
         dtype: str = "auto",
         batch_size: int | str = DEFAULT_BATCH_SIZE,
         max_length: int | None = None,
@@ -85,7 +95,7 @@ class JaxsteerLM(TemplateLM):
         if name is None:
             raise ValueError("which model? Give pretrained=..., or steering=... with a file that names its base model")
         if file is not None:
-            file.check(load_config(name))  # refuses the steering of another model before loading
+            _check_base(file, name, other_base=str(other_base).lower() == "true")
         require_tokenizer(name)
         loaded = load_model(name, dtype=compute_dtype(dtype))
         plan, params = (file.plan, file.steering) if file else ((), {})
@@ -272,6 +282,17 @@ class JaxsteerLM(TemplateLM):
         for special in self._special:
             text = text.replace(special, "")
         return text
+
+
+def _check_base(file: SteeringFile, name: str, *, other_base: bool) -> None:
+    """Refuse the steering of another model, before its weights are loaded."""
+    file.check(load_config(name))
+    try:
+        note = file.check_weights(sample_weights(name), other_base=other_base)
+    except ValueError as error:
+        raise ValueError(f"{error}. Give its own model (pretrained=...), or steer this one: other_base=True") from None
+    if note:
+        _log.warning(note)
 
 
 def _batch_size(asked: int | str) -> int:
