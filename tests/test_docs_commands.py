@@ -138,6 +138,8 @@ def stocked(tmp_path_factory, environment):
     write("letters.jsonl", [{"q": "ab", "c": ["cd", "x"], "a": 0}, {"q": "m", "c": ["no", "n"], "a": 1}])
     for name in ("my.jsonl", "held_out.jsonl"):
         write(name, [{"prompt": f"{chr(97 + i)}>", "completion": chr(98 + i)} for i in range(8)])
+    write("prompts.jsonl", [{"prompt": "[MAX 2 7 ]"}, {"messages": [{"role": "user", "content": "Who are you?"}]}])
+    (folder / "letter.txt").write_text("Dear reader,\n\nwho are you?\n")
     (folder / ".venv/bin").mkdir(parents=True)
     shutil.copy(Path(environment["BIN"]) / "python", folder / ".venv/bin/python")
     execute("jaxsteer sft tiny_listops.py --out runs/x", folder, environment)

@@ -353,7 +353,7 @@ def test_learned_positions_end(tiny_config):
     with pytest.raises(ValueError, match=r"mine:3: takes up to 21 tokens, but .* learned positions for 20 only"):
         next(answers)
     with pytest.raises(ValueError, match="mine:3: takes up to 21 tokens"):
-        next(score_continuations(model, {}, {}, asked, [[np.arange(7, dtype=np.int32)]]))
+        next(score_continuations(model, {}, {}, asked, [[np.arange(8, dtype=np.int32)]]))  # the last is only a target
 
 
 # ---- strength, and logits that are not finite

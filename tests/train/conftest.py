@@ -8,20 +8,16 @@ import jax
 import pytest
 
 from jaxsteer.io import save_hf
-from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import init_base
 from train.devices.machine import enable_compilation_cache
 from train.run import result
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
+from tiny_model import TINY
 from tiny_tokenizer import tiny_tokenizer
 
 # For all tests of a process, not only for those after its first run, which would switch it on.
 enable_compilation_cache()
-
-TINY = ModelConfig(
-    vocab_size=259, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=48, tied_head=True, max_length=64
-)
 
 
 @pytest.fixture(scope="session")

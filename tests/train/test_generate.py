@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from tiny_model import TINY
 
 from jaxsteer import LinearSteering, LoRA, Model, Params, Slot, init_steering
 from jaxsteer.io import save_steering

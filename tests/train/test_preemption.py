@@ -9,7 +9,15 @@ import pytest
 from train.run.preemption import preemption
 
 
-def test_a_signal_becomes_a_question_and_handlers_come_back():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: it is ignored in the jobs that a script leaves in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_becomes_a_question_and_handlers_come_back(interruptible):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     for number in (signal.SIGTERM, signal.SIGINT):
         with preemption() as stop:

@@ -225,7 +225,8 @@ def test_a_run_goes_on_with_its_own_data_only(config, run, tiny_data, tmp_path, 
 
 
 def test_a_run_goes_on_with_its_own_model_only(config, run, tiny_folder, tmp_path):
-    from conftest import TINY, tiny_tokenizer
+    from tiny_model import TINY
+    from tiny_tokenizer import tiny_tokenizer
 
     model = tmp_path / "model"
     save_hf(model, TINY, init_base(TINY, jax.random.key(4)), "llama", tiny_tokenizer())

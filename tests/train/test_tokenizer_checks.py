@@ -17,7 +17,7 @@ COMMANDS = {
     "train.generate": ("none", "a>", "--model", "MODEL"),
     "train.evaluate": ("none", "--model", "MODEL", "--config", "CONFIG", "--data", "DATA", "--out", "OUT"),
     "train.bench.__main__": ("eval", "--model", "MODEL"),
-    "train.theory.__main__": ("orders", "--config", "OWN", "--out", "OUT"),
+    "train.theory.__main__": ("predict", "--config", "OWN", "--out", "OUT"),
 }
 
 
