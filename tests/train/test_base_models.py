@@ -128,6 +128,8 @@ def test_names_are_known_to_the_library(tiny_folder, tiny, run, monkeypatch):
     assert load_model(name).sample.digest == sample_weights(name).digest == tiny.sample.digest
     with pytest.raises(ValueError, match="none of the named models"):
         load_config("smollm2")
+    with pytest.raises(ValueError, match=r"\(did you mean smollm2-135m-instruct\?\)"):
+        load_config("smollm-135m-instruct")
 
 
 @pytest.mark.slow
