@@ -79,7 +79,9 @@ def test_a_dry_run_prints_the_command(stage):
 
 def test_config_and_options_are_read_before_a_task_starts(stage, tmp_path):
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "${{@:3}}" >{tmp_path}/seen; echo "error: --optim.lrr" >&2; exit 1\n')
+    python.write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "${{@:3}}" >{tmp_path}/seen; echo "error: --optim.lrr" >&2; exit 1\n'
+    )
     python.chmod(0o755)
     words = ["slurm.sh", "--out", "runs/a", "configs/x.py", "--optim.lrr", "1e-3"]
     said = stage.run(*words, ok=False, PYTHON=str(python))

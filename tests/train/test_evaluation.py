@@ -368,6 +368,16 @@ def test_the_table_of_robustness(loaded, steered, steering_file, tmp_path):
         read_methods(replace(config, names=("base",)))
 
 
+def test_robustness_asks_on_the_day_that_each_method_was_trained_for(loaded, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("train.robustness.divergence", lambda *_: None)
+    monkeypatch.setattr(Evaluator, "answer", lambda self, *_, **__: asked.append(self.encoding.date))
+    methods = {"base": ((), {}), "one": ((), {})}
+    config = RobustnessConfig(("x",), out=str(tmp_path))
+    measure(config, evaluator_of(loaded), methods, {"as trained": (TASK, [])}, {"one": "2001-02-03"})
+    assert asked == [None, "2001-02-03"]
+
+
 def test_an_empty_choice_has_no_characters_to_divide_by():
     tokens = SimpleNamespace(source="choices.jsonl:3", answer="b", ids=np.zeros(1, np.int32))
     prompts = Prompts(("a",), (tokens,), (), "exact", 1, (("", "b"),))
