@@ -61,8 +61,7 @@ def _stored_base(run: RunFolder) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds something else.
     """
-    stored = read_json(run.config)
-    base = stored.get("base") if isinstance(stored, dict) else None
+    base = read_json(run.config).get("base")
     if not isinstance(base, dict):
         raise ValueError(f"{run.config}: not the settings of a comparison (it has no base); use another --out")
     return base
