@@ -2,8 +2,9 @@
 
 Above each block of commands is a comment that readers do not see: `<!-- run -->`; `<!-- run: A -> B; C -> D -->`, with
 texts to replace before it is run; or `<!-- not run: REASON -->`. A page's blocks run in order, in one folder that has
-a tiny model (`tiny`), a config for it (`tiny_listops.py`), data (`my.jsonl`, `held_out.jsonl`), a task for the
-lm-evaluation-harness (`letters.yaml`) and finished runs (`runs/x`, `runs/y` and so on).
+a tiny model (`tiny`), configs for it (`tiny_listops.py`; `tiny_arc.py`, a named task whose questions list choices),
+data (`my.jsonl`, `held_out.jsonl`), a task for the lm-evaluation-harness (`letters.yaml`) and finished, evaluated runs:
+`runs/quickstart` of the first config, `runs/x`, `runs/y` and so on of the second.
 """
 
 import json
@@ -22,7 +23,7 @@ BLOCK = re.compile(
     r"^(?P<mark>[^\n]*)\n( *)```(?:bash|sh|console)[^\n]*\n(?P<body>.*?)^\2```", re.MULTILINE | re.DOTALL
 )
 MARK = re.compile(r"\s*<!-- (?:run(?:: (?P<changes>.+))?|not run: (?P<reason>\S.+)) -->")
-RUNS = ("x", "y", "a", "b", "quickstart")
+RUNS = ("x", "y", "a", "b")
 
 
 def blocks(page):
@@ -77,6 +78,14 @@ def config() -> TrainConfig:
         validation_examples=2,
     )
 """
+ARC = (
+    CONFIG.replace("from train.data import ListOps\n", "")
+    .replace("ListOpsTask\n", "HubTask\n")
+    .replace(
+        "ListOpsTask(ListOps(max_length=6, train=40, validation=8, test=8))",
+        'HubTask("arc_easy", train="arc.jsonl", test="arc.jsonl", max_new_tokens=8)',
+    )
+)
 LETTERS = """
 task: letters
 dataset_path: json
@@ -133,16 +142,21 @@ def stocked(tmp_path_factory, environment):
     folder = tmp_path_factory.mktemp("stocked")
     save_hf(folder / "tiny", config, init_base(config, jax.random.key(3)), "llama", tiny_tokenizer())
     (folder / "tiny_listops.py").write_text(CONFIG)
+    (folder / "tiny_arc.py").write_text(ARC)
     (folder / "letters.yaml").write_text(LETTERS)
     write = lambda name, rows: (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     write("letters.jsonl", [{"q": "ab", "c": ["cd", "x"], "a": 0}, {"q": "m", "c": ["no", "n"], "a": 1}])
+    options = lambda *texts: {"text": texts, "label": ["A", "B", "C", "D"][: len(texts)]}
+    questions = [("Which freezes first?", options("water", "iron")), ("What glows?", options("coal", "sun", "dust"))]
+    write("arc.jsonl", [{"question": asked, "choices": listed, "answerKey": "B"} for asked, listed in questions * 2])
     for name in ("my.jsonl", "held_out.jsonl"):
         write(name, [{"prompt": f"{chr(97 + i)}>", "completion": chr(98 + i)} for i in range(8)])
     write("prompts.jsonl", [{"prompt": "[MAX 2 7 ]"}, {"messages": [{"role": "user", "content": "Who are you?"}]}])
     (folder / "letter.txt").write_text("Dear reader,\n\nwho are you?\n")
     (folder / ".venv/bin").mkdir(parents=True)
     shutil.copy(Path(environment["BIN"]) / "python", folder / ".venv/bin/python")
-    execute("jaxsteer sft tiny_listops.py --out runs/x", folder, environment)
+    execute("jaxsteer sft tiny_listops.py --out runs/quickstart", folder, environment)
+    execute("jaxsteer sft tiny_arc.py --out runs/x && jaxsteer evaluate runs/x", folder, environment)
     for name in RUNS[1:]:
         shutil.copytree(folder / "runs/x", folder / "runs" / name)
     return folder

@@ -75,6 +75,7 @@ def test_an_unknown_command_is_refused_with_those_there_are():
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == f"error: jaxsteer has no command 'trian'; the commands are {', '.join(COMMANDS)}\n"
+    assert "no command 'evalute' (did you mean evaluate?); the" in jaxsteer_command("evalute").stderr
 
 
 def test_without_the_extra_a_command_says_how_to_install_it(tmp_path):

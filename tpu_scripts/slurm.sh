@@ -13,7 +13,7 @@
 # Train on GPU nodes under SLURM. From the root of the repository, with `.[train,cuda]` installed in .venv:
 #
 #   sbatch --gpus-per-node=4 tpu_scripts/slurm.sh --out runs/run1 configs/listops_smollm2.py --optim.lr 3e-3
-#   bash tpu_scripts/slurm.sh --dry-run --out runs/run1 configs/listops_smollm2.py     # only print the command
+#   bash tpu_scripts/slurm.sh --dry-run --out runs/run1 configs/listops_smollm2.py   # only check, and print it
 #
 # Options of sbatch override the #SBATCH lines above: one node of 8 GPUs, and one task that uses all of them. Several
 # tasks form one run: train.sft finds them through SLURM's variables, and each uses its share of the node's GPUs. Use
@@ -50,6 +50,17 @@ done
 cd "${SLURM_SUBMIT_DIR:-.}"
 PYTHON=${PYTHON:-.venv/bin/python}
 [[ -z ${SLURM_GPUS_PER_TASK:-} ]] || die "--gpus-per-task hides GPUs from JAX: use --gpus-per-node"
+
+# What `python -m train.sft` does before anything else: refuse a config that does not exist and options that it does not
+# have, before other nodes are used.
+if [[ ! -x $PYTHON ]] && ! command -v "$PYTHON" >/dev/null; then
+  die "no such program: $PYTHON" "install jaxsteer in .venv (make install), or set PYTHON to an interpreter that has it"
+fi
+JAX_PLATFORMS=cpu "$PYTHON" -c '
+import sys
+from train.cli import from_command_line, run_main
+from train.config import TrainConfig
+run_main(lambda: from_command_line("sft", "", TrainConfig))' "$@" >/dev/null || die "train.sft does not accept: $*"
 
 resume=()
 if [[ -e $OUT/config.json ]]; then resume=(--resume); fi

@@ -5,6 +5,7 @@ Only the module of the command is imported, so that `jaxsteer --help` does not w
 
 from __future__ import annotations
 
+import difflib
 import re
 import runpy
 import sys
@@ -66,7 +67,9 @@ def main() -> None:
         print(f"jaxsteer {version()}")
         return
     if name not in COMMANDS:
-        print(f"error: jaxsteer has no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        print(f"error: jaxsteer has no command {name!r}{hint}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     if missing := [package for package in _NEEDED if find_spec(package) is None]:
         print(

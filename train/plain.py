@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
+
+from jaxsteer.plans import did_you_mean
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ def _dataclass(kind: Any, data: Any, where: str, path: str) -> Any:
     known = {each.name: each for each in dataclasses.fields(kind) if each.init}
     for name in data:
         if name not in known and name != TYPE:
-            raise ValueError(f"{where}: {_at(path, name)}: no such setting{did_you_mean(str(name), known)}")
+            raise ValueError(f"{where}: {_at(path, name)}: no such setting{_hint(str(name), known)}")
     required = dataclasses.MISSING
     for name, each in known.items():
         if name not in data and each.default is required and each.default_factory is required:
@@ -93,7 +94,7 @@ def _chosen(kinds: list[Any], data: Mapping[str, Any], where: str, path: str) ->
         return kinds[0]
     if data.get(TYPE) in names:
         return names[data[TYPE]]
-    hint = did_you_mean(str(data.get(TYPE, "")), names)
+    hint = _hint(str(data.get(TYPE, "")), names)
     raise ValueError(f"{where}: {path}.{TYPE} must be one of {', '.join(names)}; got {data.get(TYPE)!r}{hint}")
 
 
@@ -151,15 +152,13 @@ def _suggested(options: tuple[Any, ...], data: Any) -> str:
     words = [
         str(word) for option in options if typing.get_origin(option) is Literal for word in typing.get_args(option)
     ]
-    return did_you_mean(str(data), words) if words else ""
+    return _hint(str(data), words) if words else ""
 
 
-def did_you_mean(word: str, known: Any) -> str:
+def _hint(word: str, known: Any) -> str:
     """A suggestion for a misspelt word, as the end of a sentence; else those that there are; "" if there are none."""
     names = [str(each) for each in known]
-    if close := difflib.get_close_matches(word, names, 1):
-        return f"; did you mean {close[0]!r}?"
-    return f"; there are {', '.join(names)}" if names else ""
+    return did_you_mean(word, names) or (f"; there are {', '.join(names)}" if names else "")
 
 
 def _at(path: str, name: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ from jaxsteer.types import Plan, Steering
 from train.base_models import check_base, find_base, load_steered, read_steered, steered
 from train.cli import find_task, load_config_file, run_main
 from train.config import TrainConfig
-from train.data import Example, TokenizedExample, stack_rows
+from train.data import Encoding, Example, TokenizedExample, stack_rows
 from train.data.text_files import read_text
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
@@ -156,8 +157,22 @@ def example_sets(config: RobustnessConfig, task: AnyTask, transferred: AnyTask |
     return {name: (own, examples[: config.examples]) for name, (own, examples) in sets.items()}
 
 
-def measure(config: RobustnessConfig, evaluator: Evaluator, methods: Methods, sets: ExampleSets) -> list[Row]:
-    """Evaluate every method on every set of examples and on the neutral text."""
+def measure(
+    config: RobustnessConfig,
+    evaluator: Evaluator,
+    methods: Methods,
+    sets: ExampleSets,
+    dates: Mapping[str, str | None] = MappingProxyType({}),
+) -> list[Row]:
+    """Evaluate every method on every set of examples and on the neutral text.
+
+    Args:
+        config: the settings.
+        evaluator: with the base model.
+        methods: by their names.
+        sets: from `example_sets`.
+        dates: the day that a chat template is to print for a method, where it is not today.
+    """
     texts = [line for line in read_text(config.neutral).splitlines() if line.strip()]
     lines = []
     for name, (plan, steering) in methods.items():
@@ -167,7 +182,7 @@ def measure(config: RobustnessConfig, evaluator: Evaluator, methods: Methods, se
         answers = {}
         for kind, (task, examples) in sets.items():
             path, title = folder / f"{kind.replace(' ', '_')}.jsonl", f"{name}, {kind}"
-            of_task = replace(of_method, task=task)
+            of_task = replace(of_method, task=task, encoding=Encoding(chat=task.chat, date=dates.get(name)))
             answers[kind] = of_task.answer(examples, Params(None, steering), path, title=title, reuse=True)
         lines.append(Row(name, answers, divergence(of_method, steering, texts)))
     return lines
@@ -227,7 +242,8 @@ def main() -> None:
     )
     methods: dict[str, tuple[Plan, Steering]] = {"base": ((), {})}
     methods |= {name: steered(file) for name, file in files.items()}
-    lines = measure(config, evaluator, methods, sets)
+    dates = {"base": first.notes.get("date"), **{name: file.notes.get("date") for name, file in files.items()}}
+    lines = measure(config, evaluator, methods, sets, dates)
     if is_first():
         _report(Path(config.out), lines, f"{loaded.name}, 95 % intervals")
 

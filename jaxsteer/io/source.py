@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from jaxsteer.io.named import WHEEL_MODELS, fetch_named
+from jaxsteer.plans import did_you_mean
 
 CONFIG = ("config.json", "generation_config.json")
 TOKENIZER = (
@@ -43,7 +44,7 @@ def locate(source: str | Path, patterns: tuple[str, ...]) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or path.suffix.lower() in (".gguf", ".safetensors"):
         raise ValueError(
             f"{source}: no such folder or .gguf file, none of the named models ({', '.join(WHEEL_MODELS)}), and not an "
-            "id on the Hugging Face Hub (owner/name)"
+            f"id on the Hugging Face Hub (owner/name){did_you_mean(str(source), WHEEL_MODELS)}"
         )
     from huggingface_hub import snapshot_download
 

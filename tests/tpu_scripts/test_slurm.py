@@ -1,7 +1,13 @@
 """SLURM: the directives, and what the script does at the first start, a restart and the end."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 TRAIN = ["configs/x.py", "--plan", "nonlinear(rank=8) @ block"]
 
@@ -69,6 +75,44 @@ def test_a_dry_run_prints_the_command(stage):
     assert words[0] == "srun"
     assert words[words.index("-m") :] == ["-m", "train.sft", *TRAIN, "--out", "runs/a"]
     assert not stage.calls()
+
+
+def test_config_and_options_are_read_before_a_task_starts(stage, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "${{@:3}}" >{tmp_path}/seen; echo "error: --optim.lrr" >&2; exit 1\n'
+    )
+    python.chmod(0o755)
+    words = ["slurm.sh", "--out", "runs/a", "configs/x.py", "--optim.lrr", "1e-3"]
+    said = stage.run(*words, ok=False, PYTHON=str(python))
+    assert "train.sft does not accept: configs/x.py --optim.lrr 1e-3" in said
+    assert "error: --optim.lrr" in said
+    assert (tmp_path / "seen").read_text().splitlines() == words[3:]
+    assert "no such program: nowhere/python" in stage.run(*words, ok=False, PYTHON="nowhere/python")
+    assert not stage.calls()
+    assert not (stage.folder / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["listops_smollm2", "--optim.lr", "1e-3"], None),
+        (["listops_smollm2", "--optim.lrr", "1e-3"], "--optim.lrr"),
+        (["configs/absent.py"], "configs/absent.py: no such config file"),
+    ],
+)
+def test_the_options_are_those_of_the_training(words, complaint):
+    """With this repository's own programs."""
+    done = subprocess.run(
+        ["bash", "tpu_scripts/slurm.sh", "--dry-run", "--out", "runs/a", *words],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode == 0) == (complaint is None), done.stderr
+    assert (complaint or "") in done.stderr
 
 
 def test_jax_finds_the_tasks(monkeypatch):

@@ -13,7 +13,7 @@ import optax
 import pytest
 from saved_trees import abstract, assert_same, run, small
 
-from train.run.checkpoints import open_checkpoints
+from train.run.checkpoints import check_reachable, open_checkpoints
 
 ROOT = Path(__file__).parents[2]
 DTYPES = ["bool", "int8", "uint32", "float16", "bfloat16", "float32", "float8_e4m3fn", "complex64"]
@@ -296,3 +296,8 @@ def test_two_processes_save_and_restore_together(tmp_path):
         finally:
             process.kill()
         assert process.returncode == 0, errors[-3000:]
+
+
+def test_an_empty_address_is_not_the_default():
+    with pytest.raises(ValueError, match="empty address"):
+        check_reachable("")

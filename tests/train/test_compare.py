@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,8 @@ from train.compare import report
 from train.compare import runs as compare_runs
 from train.compare.__main__ import compare
 from train.compare.config import CompareConfig, Entry, LoFiT, Method
-from train.compare.runs import search
+from train.compare.records import Timing, read_record
+from train.compare.runs import Comparison, search
 from train.compare.timing import measure
 from train.config import TrainConfig
 from train.tasks import JsonlTask
@@ -125,6 +127,29 @@ class Fake:
 
     def finish(self, entry, runs):
         return [{"diverged": self.rate(e) is None, "validation": [self.rate(e) or 0]} for e, _ in runs]
+
+
+def test_what_a_file_of_a_comparison_lacks_is_named(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_runs, "evaluator_of", lambda *_: None)
+    file = tmp_path / "timing.json"
+    file.write_text('{"step_bytes": 1}')
+    with pytest.raises(
+        ValueError, match=r"timing\.json: incomplete: has no tokens_per_second, sweep_cost.*; delete it"
+    ):
+        read_record(file, Timing)
+    comparison = Comparison(config, None, lambda steps: None)
+    comparison.folder.mkdir(parents=True)
+    (comparison.folder / "untouched.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"untouched\.json: incomplete: has no test"):
+        comparison.untouched()
+    path = comparison.path(config.entries[0], 0, 0)
+    path.parent.mkdir()
+    path.write_text('{"exponent": 0}')
+    with pytest.raises(ValueError, match=r"seed0\.json: incomplete: has no entry, factor, seed"):
+        comparison.record(config.entries[0], 0, 0)
+    (Path(config.out) / "config.json").write_text('{"seed": 0}')
+    with pytest.raises(ValueError, match=r"config\.json: not the settings of a comparison"):
+        compare(config)
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,8 @@ def test_settings_go_before_the_environment():
     assert explicit({"JAX_COORDINATOR_ADDRESS": "a:1", **SLURM}) == {"coordinator_address": "a:1"}
     with pytest.raises(ValueError, match="processes, process missing"):
         explicit({"JAX_COORDINATOR_ADDRESS": "a:1"})
+    with pytest.raises(ValueError, match="the coordinator is '', need host:port"):
+        explicit(coordinator="")
     with pytest.raises(ValueError, match=r"JAX_PROCESS_ID: must be a number .* got 'x'"):
         explicit(found | {"JAX_PROCESS_ID": "x"})
 

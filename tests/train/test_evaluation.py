@@ -301,6 +301,23 @@ def test_a_damaged_journal_is_refused(tmp_path, lines):
         FileJournal(tmp_path / "a.jsonl", {})
 
 
+def test_answers_of_another_name_are_said_or_refused(tmp_path, capsys):
+    there = [answer(0, True)]
+    write_answers(tmp_path / "steered.jsonl", there)
+    assert find_answers(tmp_path, "steered", named=True) == there
+    assert find_answers(tmp_path / "steered.jsonl", "lora_only", named=True) == there
+    assert capsys.readouterr().err == ""
+    assert find_answers(tmp_path, "lora_only") == there
+    said = capsys.readouterr().err
+    assert "has no lora_only.jsonl; lora_only is compared with" in said
+    assert "steered.jsonl\n" in said
+    config = evaluate.EvaluateConfig("x", against=str(tmp_path), parts=("all", "lora_only"))
+    with pytest.raises(
+        ValueError, match=r"has no lora_only\.jsonl to compare lora_only with; evaluate the same --parts"
+    ):
+        evaluate.find_others(config, ["base", "steered", "lora_only"])
+
+
 def test_only_the_same_examples_are_compared(tmp_path):
     here, there = ([answer(i, right) for i, right in enumerate(s)] for s in ([True, False, True], [False, False, True]))
     assert compare_answers(here, there[::-1]).difference == pytest.approx(1 / 3)
@@ -366,6 +383,16 @@ def test_the_table_of_robustness(loaded, steered, steering_file, tmp_path):
         divergence(evaluator_of(loaded, steered[0]), steered[1], ["one text only"])
     with pytest.raises(ValueError, match="different name"):
         read_methods(replace(config, names=("base",)))
+
+
+def test_robustness_asks_on_the_day_that_each_method_was_trained_for(loaded, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("train.robustness.divergence", lambda *_: None)
+    monkeypatch.setattr(Evaluator, "answer", lambda self, *_, **__: asked.append(self.encoding.date))
+    methods = {"base": ((), {}), "one": ((), {})}
+    config = RobustnessConfig(("x",), out=str(tmp_path))
+    measure(config, evaluator_of(loaded), methods, {"as trained": (TASK, [])}, {"one": "2001-02-03"})
+    assert asked == [None, "2001-02-03"]
 
 
 def test_an_empty_choice_has_no_characters_to_divide_by():

@@ -146,7 +146,7 @@ def test_a_text_is_divided_into_prompts(division, want):
         (("a", "--max-new-tokens", "0"), b"", "--max-new-tokens must be at least 1, got 0"),
         (("a", "--max-new-tokens", "100000000"), b"", "max_new_tokens=100,000,000: this model's context has 64 tokens"),
         (("a", "--system", "be brief"), b"", "--system needs a chat template; add --chat True"),
-        (("a", "--strength", "post_blok=2"), b"", "did you mean 'post_block'?"),
+        (("a", "--strength", "post_blok=2"), b"", "did you mean post_block?"),
         (("a", "--strength", "b"), b"", "neither a number nor SLOT=NUMBER"),
         (("a", "--strength", "nan"), b"", "must be a finite number"),
         (("--input", "missing.jsonl"), b"", "missing.jsonl: no such file"),

@@ -146,3 +146,9 @@ def test_mesh_settings():
     assert mesh_of(TrainConfig()) is None  # one CPU device
     with pytest.raises(ValueError, match="needs 8 devices; there are 1"):
         mesh_of(replace(TrainConfig(), mesh=MeshConfig(1, 8)))
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp", "tensor"])
+def test_an_axis_of_no_devices_is_refused(name):
+    with pytest.raises(ValueError, match=rf"--mesh\.{name} must be at least 1, got 0"):
+        MeshConfig(**{name: 0})

@@ -1,13 +1,15 @@
 """The studies of oracles, conversions, geometry and predictions, on a model small enough for a test."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tiny_tokenizer import tiny_tokenizer
 
 from jaxsteer import LoRA, Slot, steering_shapes
-from jaxsteer.io import load_config, load_steering, sample_weights, save_steering
+from jaxsteer.io import load_config, load_model, load_steering, sample_weights, save_hf, save_steering
 from jaxsteer.types import PROJECTIONS
 from train.theory.convert import ConvertStudy
 from train.theory.geometry import GeometryStudy
@@ -60,6 +62,30 @@ def test_examples_are_all_there_once_and_prompts_show_no_label(setting, base):
     assert count_tokens(prompts) == 40
     with pytest.raises(ValueError, match=r"no such fine-tuning; make it first: python -m train.sft .*config.py"):
         read_tuned("nowhere.safetensors", base)
+
+
+def test_texts_are_those_that_the_fine_tuning_saw(setting, tiny_folder, tmp_path):
+    """The day that its template printed, and the same targets."""
+    dated = tiny_tokenizer(
+        template="{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|endoftext|>"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    loaded = load_model(tiny_folder)
+    save_hf(tmp_path / "dated", loaded.config, loaded.base, loaded.family, dated)
+    file = load_steering(setting["tuned"])
+    tuned, config = tmp_path / "lora.safetensors", tmp_path / "config.py"
+    notes = {"date": "2001-02-03"}
+    save_steering(tuned, file.steering, file.plan, model_name="dated", config=loaded.config, notes=notes)
+    text = Path(setting["config"]).read_text().replace(str(tiny_folder), str(tmp_path / "dated"))
+    config.write_text(
+        text.replace("JsonlTask(", "JsonlTask(chat=True, train=")
+        .replace("batch_size", "loss_on='all', batch_size")
+        .replace("', '", "', validation='")
+    )
+    (batch,) = read_base(str(config), [str(tuned)]).batches("train", 1, batch_size=1, sequence_length=64)
+    real = np.asarray(batch.segments[0]) > 0
+    assert dated.decode(np.asarray(batch.tokens[0])[real]).startswith("2001-02-03[user]a>")
+    assert np.sum(np.asarray(batch.weights[0]) > 0) >= sum(real) - 1
 
 
 @pytest.mark.parametrize("length", [4, 9, 32])

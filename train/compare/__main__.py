@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -21,7 +21,7 @@ from train.base_models import describe
 from train.cli import load_config_file, print_settings, run_main
 from train.compare.check import check_comparison
 from train.compare.config import CompareConfig, Entry
-from train.compare.records import MethodResult, Results, RunRecord, Timing
+from train.compare.records import MethodResult, Results, RunRecord, Timing, read_record
 from train.compare.report import write_report
 from train.compare.runs import Comparison, search
 from train.compare.timing import measure
@@ -42,7 +42,7 @@ def compare(config: CompareConfig) -> Results:
     run = RunFolder(Path(config.out))
     with locked(config.out), starting(run):
         resume = run.config.exists()
-        config = replace(config, base=filled(config.base, read_json(run.config)["base"] if resume else None))
+        config = replace(config, base=filled(config.base, _stored_base(run) if resume else None))
         base = config.base
         model = describe(base.model, base.dtype, quantised=base.quantise == "int8", tokenizer=base.tokenizer)
         config = _completed(config, model)
@@ -53,6 +53,18 @@ def compare(config: CompareConfig) -> Results:
         if loaded.sample is not None:
             note_model(run, loaded.sample.digest)
         return _compare(replace(config, base=replace(config.base, steps=steps)), run, loaded)
+
+
+def _stored_base(run: RunFolder) -> dict[str, Any]:
+    """The settings that all runs of the comparison in a folder have in common.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    base = read_json(run.config).get("base")
+    if not isinstance(base, dict):
+        raise ValueError(f"{run.config}: not the settings of a comparison (it has no base); use another --out")
+    return base
 
 
 def _completed(config: CompareConfig, model: LoadedModel) -> CompareConfig:
@@ -93,7 +105,7 @@ def _timing(comparison: Comparison, entry: Entry) -> Timing:
     if not path.exists():
         Console().print(f"Timing {entry.name}")
         write_json(path, measure(config.train_config(entry), comparison.loaded, config.rates))
-    return cast(Timing, read_json(path))
+    return read_record(path, Timing)
 
 
 class _Counter:
@@ -130,7 +142,9 @@ def main() -> None:
     if not config.entries:
         raise ValueError("nothing to compare: give a config file first, e.g. configs/compare_listops.py")
     results = compare(config)
-    Console().print((Path(config.out) / "results.md").read_text(), markup=False, highlight=False, soft_wrap=True)
+    Console().print(
+        (Path(config.out) / "results.md").read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True
+    )
     print(f"results: {', '.join(results['files'])}")
 
 

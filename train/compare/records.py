@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from pathlib import Path
+from typing import NotRequired, TypedDict, TypeVar, cast
 
 import numpy as np
 
+from jaxsteer.io.files import read_json
 from train.compare.config import Entry
 
 
@@ -27,6 +29,12 @@ class RunRecord(TypedDict):
     test: list[int] | None
 
 
+class Untouched(TypedDict):
+    """Which test answers of the base model are right, 1 or 0: runs/untouched.json."""
+
+    test: list[int]
+
+
 class Timing(TypedDict):
     """What a training step costs: runs/SLUG/timing.json.
 
@@ -43,6 +51,26 @@ class Timing(TypedDict):
     sweep_cost: float | None
     sweep_runs: int
     compile_seconds: list[float]
+
+
+K = TypeVar("K")
+
+
+def read_record(path: Path, kind: type[K]) -> K:
+    """Read a JSON file of a comparison.
+
+    Args:
+        path: the file.
+        kind: RunRecord, Timing or Untouched.
+
+    Raises:
+        ValueError: it is not JSON, or lacks something that a file of this kind has.
+    """
+    data = read_json(path)
+    wanted = kind.__annotations__  # every key of the three is required
+    if missing := [name for name in wanted if name not in data]:
+        raise ValueError(f"{path}: incomplete: has no {', '.join(missing)}; delete it, and it is made again")
+    return cast(K, data)
 
 
 class Interval(TypedDict):

@@ -6,17 +6,17 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 from jaxsteer.io import LoadedModel, load_steering, save_steering
-from jaxsteer.io.files import read_json, write_json
+from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.params import Params
 from jaxsteer.types import Plan, Steering
 from train.compare.check import evaluator_of
 from train.compare.config import CompareConfig, Entry
-from train.compare.records import RunRecord
+from train.compare.records import RunRecord, Untouched, read_record
 from train.compare.sweep import Run, Trained, train_runs
 from train.config import TrainConfig
 from train.run.lofit import lofit
@@ -51,7 +51,7 @@ class Comparison:
         path = self.path(entry, exponent, seed)
         if not path.exists():
             return None
-        record = cast(RunRecord, read_json(path))
+        record = read_record(path, RunRecord)
         if record["entry"] != _as_json(entry):
             raise ValueError(
                 f"{path}: made with other settings of {entry.name!r}; delete {path.parent}, or rename the entry"
@@ -84,7 +84,7 @@ class Comparison:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"test": self.answer("test", (), Params(None, {}))})
-        return list(read_json(path)["test"])
+        return read_record(path, Untouched)["test"]
 
     def keep(self, entry: Entry, exponent: int, seed: int, trained: Trained) -> None:
         """Answer the validation examples with a trained run, and write its steering file and record."""

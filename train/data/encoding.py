@@ -58,7 +58,7 @@ class Encoding:
         printed."""
         if not (self.chat and depends_on_date(tokenizer)):
             return replace(self, date=None)
-        return replace(self, date=self.date or calendar_date.today().isoformat())
+        return replace(self, date=calendar_date.today().isoformat() if self.date is None else self.date)
 
 
 PLAIN = Encoding()

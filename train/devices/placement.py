@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -127,6 +128,13 @@ class MeshConfig:
     split_sequence: bool = False
     """Sequence parallelism: between sublayers, split the residual stream's positions over `tensor`, to save memory."""
 
+    def __post_init__(self) -> None:
+        """Reject axes that no mesh has."""
+        for name in ("data", "fsdp", "tensor"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"--mesh.{name} must be at least 1, got {size}")
+
     def shape(self, devices: int, rows: int, slices: int = 1) -> MeshShape:
         """The sizes of the mesh's axes.
 
@@ -136,9 +144,10 @@ class MeshConfig:
             slices: number of TPU slices that the devices belong to.
 
         Raises:
-            ValueError: an axis below 1, or axes that do not divide the number of devices.
+            ValueError: axes that do not divide the number of devices.
         """
-        rest, left = divmod(devices, max(1, self.tensor) * max(1, self.data or 1) * max(1, self.fsdp or 1))
+        given = [size for size in (self.data, self.fsdp, self.tensor) if size is not None]
+        rest, left = divmod(devices, math.prod(given))
         if self.data is not None and self.fsdp is not None:
             return MeshShape(self.data, self.fsdp, self.tensor)
         if left or not rest:
@@ -149,7 +158,8 @@ class MeshConfig:
         if self.data is None and self.fsdp is None:
             default = default_shape(rest, rows, slices)
             return MeshShape(default.data, default.fsdp, self.tensor)
-        return MeshShape(self.data or rest, self.fsdp or rest, self.tensor)
+        data, fsdp = (rest if size is None else size for size in (self.data, self.fsdp))
+        return MeshShape(data, fsdp, self.tensor)
 
 
 SINGLE = MeshConfig(1, 1, 1)

@@ -121,8 +121,9 @@ def explicit(config: DistributedConfig, environment: Mapping[str, str]) -> Coord
             raise ValueError(f"{variable}: must be a number ({description}), got {text!r}")
         return int(text)
 
+    address = environment.get("JAX_COORDINATOR_ADDRESS") if config.coordinator is None else config.coordinator
     values = {
-        "coordinator": config.coordinator or environment.get("JAX_COORDINATOR_ADDRESS"),
+        "coordinator": address,
         "processes": number("how many processes", config.processes, "JAX_NUM_PROCESSES"),
         "process": number("which of them", config.process, "JAX_PROCESS_ID"),
     }

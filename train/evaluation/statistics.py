@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
+from train.display.console import get_console
 from train.evaluation.answers import Prompts, ScoredAnswer, read_answers
 
 RESAMPLES = 10_000
@@ -102,8 +103,16 @@ def compare_answers(here: Sequence[ScoredAnswer], there: Sequence[ScoredAnswer])
     return compare_scores([answer.correct for answer in first], [answer.correct for answer in second])
 
 
-def find_answers(path: str | Path, name: str = "steered") -> list[ScoredAnswer]:
+def find_answers(path: str | Path, name: str = "steered", *, named: bool = False) -> list[ScoredAnswer]:
     """Read an answers file, or the one called `name` in a folder or its subfolder `evaluation`.
+
+    Where a folder has no answers of that name, those of the whole steering are taken, or else the pretrained model's,
+    and a line on stderr says so.
+
+    Args:
+        path: of the file or folder.
+        name: of what was evaluated: "steered", "base" or a part's.
+        named: take no other answers of a folder than those of that name.
 
     Raises:
         ValueError: there is none.
@@ -114,6 +123,14 @@ def find_answers(path: str | Path, name: str = "steered") -> list[ScoredAnswer]:
     file = path if path.is_file() else next((place for place in places if place.is_file()), None)
     if file is None:
         raise ValueError(f"{path}: no answers there; expected a .jsonl file of train.evaluate, or a folder with one")
+    if file != path and file.stem not in (name, "answers"):
+        if named:
+            raise ValueError(
+                f"{path}: has no {name}.jsonl to compare {name} with; evaluate the same --parts there, or give one "
+                "file of answers, with which all are compared"
+            )
+        note = f"note: {path} has no {name}.jsonl; {name} is compared with {file}"
+        get_console(stderr=True).print(note, highlight=False, markup=False, soft_wrap=True)
     try:
         return read_answers(file)
     except (TypeError, ValueError) as error:

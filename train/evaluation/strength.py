@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 
+from jaxsteer.plans import did_you_mean
 from jaxsteer.types import Plan
 
 
@@ -31,12 +31,8 @@ def parse_strength(texts: Sequence[str], plan: Plan) -> dict[str, float] | None:
     for text in texts:
         name, equals, number = text.rpartition("=")
         if equals and name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            raise ValueError(
-                f"--strength {text}: no slot {name!r}; "
-                + (f"did you mean {near[0]!r}? " if near else "")
-                + f"The plan has {', '.join(names)}"
-            )
+            hint = did_you_mean(name, names)
+            raise ValueError(f"--strength {text}: no slot {name!r}{hint}; the plan has {', '.join(names)}")
         if name in given:
             raise ValueError(f"--strength {text}: " + (f"{name!r} is given twice" if name else "two for all slots"))
         given[name] = _number(text, number)

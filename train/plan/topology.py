@@ -89,7 +89,7 @@ class Topology:
 
 def sold_names() -> dict[str, str]:
     """The TPU topologies that clouds sell: the compiler's name -> accelerator type."""
-    rows = [line.split() for line in SOLD.read_text().splitlines() if line and not line.startswith("#")]
+    rows = [line.split() for line in SOLD.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     return {row[0]: row[1] for row in rows}
 
 

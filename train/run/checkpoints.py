@@ -357,6 +357,8 @@ def check_reachable(folder: str | Path) -> None:
     Raises:
         ValueError: an unknown kind of address, a missing package, or no permission.
     """
+    if not str(folder):
+        raise ValueError("checkpoints: got an empty address; leave it out for the run's own folder")
     _reach(folder)
     if (local := local_folder(folder)) is not None:
         there = next(each for each in (local, *local.parents) if each.exists())

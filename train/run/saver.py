@@ -42,7 +42,7 @@ class Saver:
             "data": data_inputs(training.data, training.report),
         }
         self._checkpoints: Checkpoints = open_checkpoints(
-            config.checkpoints or run.checkpoints,
+            run.checkpoints if config.checkpoints is None else config.checkpoints,
             best_metric=self.metric,
             best_mode=BEST[config.select_by] if config.evaluate_every else "min",
         )

@@ -61,9 +61,13 @@ class WandB:
 
         file = folder / "wandb_id"
         if not file.exists():
-            file.write_text(uuid.uuid4().hex[:12])
+            file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
         self._run = wandb.init(
-            id=file.read_text().strip(), resume="allow", dir=str(folder), name=folder.name, config=dict(settings)
+            id=file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(folder),
+            name=folder.name,
+            config=dict(settings),
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

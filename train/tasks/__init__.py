@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
+from jaxsteer.plans import did_you_mean
 from train.data import Keys, ListOps, Split
 from train.tasks.held_out import HeldOutTask
 from train.tasks.hub import HubTask
@@ -84,7 +85,8 @@ def task_from_json(data: dict[str, Any]) -> Task:
     settings = {key: value for key, value in data.items() if key != "type"}
     kind = _KINDS.get(data.get("type", ""))
     if kind is None:
-        raise ValueError(f"unknown task {data.get('type')!r}; known are {', '.join(_KINDS)}")
+        hint = did_you_mean(str(data.get("type")), _KINDS)
+        raise ValueError(f"unknown task {data.get('type')!r}{hint}; known are {', '.join(_KINDS)}")
     try:
         if kind is ListOpsTask:
             problems = dict(settings["problems"])

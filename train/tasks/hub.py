@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar, get_args
 
+from jaxsteer.plans import did_you_mean
 from train.data import Example, Split
 from train.data.fields import EmptyText, as_weight, located
 from train.tasks.instructions import as_instructions
@@ -58,7 +59,8 @@ class HubTask:
     def __post_init__(self) -> None:
         """Reject an unknown name; fill in the settings that follow from it."""
         if self.name not in TASKS:
-            raise ValueError(f"task: there is no {self.name!r}; known are {', '.join(TASKS)}")
+            hint = did_you_mean(self.name, TASKS)
+            raise ValueError(f"task: there is no {self.name!r}{hint}; known are {', '.join(TASKS)}")
         check_on_empty(self.on_empty)
         if self.max_new_tokens < 0:
             raise ValueError(f"task.max_new_tokens must be at least 1, or 0 for the default; got {self.max_new_tokens}")

@@ -30,6 +30,7 @@ class ConvertStudy(PairStudy):
 
     name = "convert"
     title = "Conversions"
+    splits = ("test", "train")
 
     forms: tuple[Form, ...] = ("fixed", "linear", "affine", "nonlinear")
     """Forms of steering to fit: mean shift, linear, linear with a vector, nonlinear."""

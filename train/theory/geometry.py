@@ -25,7 +25,7 @@ from jaxsteer.theory.geometry import (
 from jaxsteer.types import Array, Batch
 from train.display.plots import plot_by_layer
 from train.theory.study import Data, PairStudy, Row, ticking
-from train.theory.subjects import Base, count_examples, count_tokens, read_steering
+from train.theory.subjects import Base, count_examples, count_tokens, in_run, read_steering
 
 STREAM_WRITERS = ("mlp.down", "attn.o", "block")
 """Sites whose maps write to the residual stream."""
@@ -47,6 +47,11 @@ class GeometryStudy(PairStudy):
     """Number of directions of the oracle and of the gradient."""
     out: str = "runs/theory/geometry"
     """Output folder for the figures and geometry.json."""
+
+    @property
+    def compared(self) -> list[str]:
+        """The fine-tuning and, if it is given, the file to compare with it."""
+        return [self.tuned, *([] if self.steering is None else [self.steering])]
 
     def measure(self) -> Data:
         """Effective ranks and overlaps, layer by layer."""
@@ -100,9 +105,9 @@ class GeometryStudy(PairStudy):
     def _maps(self, base: Base) -> Iterator[tuple[str, str, Directions, Directions]]:
         """(kind, site, inputs, outputs) of the low-rank maps that the files write to the stream with in every layer."""
         for path, kind in ((self.tuned, "LoRA"), (self.steering, "steering")):
-            if path is None or Path(path).is_dir():
+            if path is None or in_run(path).is_dir():
                 continue
-            file = read_steering(path, base)
+            file = read_steering(str(in_run(path)), base)
             for (_, site), (inputs, outputs) in map_directions(file.plan, file.steering).items():
                 if site in STREAM_WRITERS and len(outputs.rows) == base.loaded.config.layers:
                     yield kind, site, inputs, outputs

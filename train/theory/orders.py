@@ -85,7 +85,7 @@ class OrdersStudy(Study):
     def measure(self) -> Data:
         """Expand each fine-tuning: {its name: {"whole" | "local": shares, reach and slopes}}, beside the settings."""
         self._check()
-        base = read_base(self.config, self.tuned)
+        base = read_base(self.config, self.tuned, splits=("test",))
         rows = {"batch_size": self.batch_size, "sequence_length": self.sequence_length}
         batches = base.training_batches("test", self.batches, **rows)
         updates = [read_update(path, base) for path in self.tuned]

@@ -62,7 +62,8 @@ class PredictStudy(Study):
 
     def measure(self) -> Data:
         """Predict, then train."""
-        base = read_base(self.config, plan=[self.plan.replace("{site}", "block")])
+        plan = [self.plan.replace("{site}", "block")]
+        base = read_base(self.config, plan=plan, splits=("train", "validation"))
         length, last = base.config.sequence_length, base.loaded.config.layers - 1
         batches = base.full_batches("train", self.batches, batch_size=self.batch_size, sequence_length=length)
         held_out = base.full_batches("validation", HELD_OUT_BATCHES, batch_size=HELD_OUT_ROWS, sequence_length=length)

@@ -15,6 +15,7 @@ from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Network
 from jaxsteer.types import Batch
 from train.display.console import Bar, get_console, progress
+from train.tasks import Split
 from train.theory.subjects import Base, read_base, read_tuned
 
 Data = dict[str, Any]
@@ -80,9 +81,17 @@ class PairStudy(Study):
     sequence_length: int = 96
     """Tokens per row; several examples share one."""
 
+    splits: ClassVar[tuple[Split, ...]] = ("test",)
+    """What is read of the task."""
+
+    @property
+    def compared(self) -> list[str]:
+        """The fine-tunings that are read."""
+        return [self.tuned]
+
     def read(self) -> tuple[Base, Network]:
         """The base model with its task, and the fine-tuned model."""
-        base = read_base(self.config, [self.tuned])
+        base = read_base(self.config, self.compared, splits=self.splits)
         return base, read_tuned(self.tuned, base)
 
     def test_batches(self, base: Base) -> list[Batch]:

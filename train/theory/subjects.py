@@ -7,15 +7,15 @@ base (`read_update`), to be expanded in.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.io import LoadedModel, SteeringFile, load_steering
+from jaxsteer.io import LoadedModel, SteeringFile, WeightSample, fingerprint, load_config, load_steering, sample_weights
 from jaxsteer.io.load import require_tokenizer
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.params import Params
@@ -23,10 +23,11 @@ from jaxsteer.steering import fold_weights
 from jaxsteer.theory import Means, difference, means, measure, merged, written
 from jaxsteer.theory.compare import Where
 from jaxsteer.types import Batch, PyTree
-from train.base_models import STEERING, check_loaded, check_plan, load, resolve_model
+from train.base_models import STEERING, check_plan, load, resolve_model, say, trained_date
 from train.cli import load_config_file
 from train.config import TrainConfig
-from train.data import DataSource, Encoding, TokenizedExample, encode, encode_prompts, pack, stack_rows
+from train.data import DataSource, Example, TokenizedExample, encode, encode_prompts, pack, stack_rows
+from train.run.training import encoding_of
 from train.tasks import Split
 
 
@@ -35,13 +36,15 @@ class Base:
     """A pretrained model in float32, and the config of its fine-tuning, which names the task.
 
     loaded       the model
-    config       settings of the fine-tuning
+    config       settings of the fine-tuning, with the day that its chat template printed
     config_file  where they were read from
+    examples     those of splits that are read already
     """
 
     loaded: LoadedModel
     config: TrainConfig
     config_file: str
+    examples: Mapping[Split, list[Example]] = field(default_factory=dict)
 
     @property
     def network(self) -> Network:
@@ -90,31 +93,73 @@ class Base:
         self, split: Split, max_length: int, answers: bool = True, count: int | None = None
     ) -> list[TokenizedExample]:
         """The first `count` examples of a split (None = all), tokenised."""
-        examples = self.config.task.load(split)[:count]
-        if not examples:
-            raise ValueError(f"the task has no {split} examples to measure on")
+        examples = self.examples[split] if split in self.examples else _examples(self.config, split)
         tokenise = encode if answers else encode_prompts
-        encoding = Encoding(chat=self.config.task.chat, max_length=max_length, on_long=self.config.on_long)
-        return tokenise(examples, self.loaded.require_tokenizer(), encoding)[0]
+        encoding = replace(encoding_of(self.config), max_length=max_length, on_long=self.config.on_long)
+        return tokenise(examples[:count], self.loaded.require_tokenizer(), encoding)[0]
 
 
-def read_base(config: str, tuned: Sequence[str] = (), plan: Sequence[str] = ()) -> Base:
-    """Load the base model that a training config names.
+def read_base(
+    config: str, tuned: Sequence[str] = (), plan: Sequence[str] | None = None, splits: Sequence[Split] = ()
+) -> Base:
+    """Load the base model that a training config names, after everything that can be read without its weights.
 
     Args:
         config: path or name of the config.
-        tuned: fine-tunings that must exist.
-        plan: a plan that must fit the model. Both are looked at before the weights are loaded.
+        tuned: fine-tunings that must exist, and be of this model.
+        plan: the plan of a training, which must fit the model; () for the config's own, None if nothing is trained.
+        splits: of the task, which must have examples.
 
     Raises:
-        ValueError: there is no such config file, or the model cannot be loaded.
+        ValueError: there is no such config file; the model cannot be loaded; something else is not as it must be.
     """
     settings = load_config_file(config, TrainConfig)
-    require_tokenizer(resolve_model(settings.model))
-    for path in tuned:
-        _existing(path, config)
-    check_plan(settings.model, plan)
-    return Base(load(settings.model, "float32"), settings, config)
+    require_tokenizer(resolve_model(settings.model), settings.tokenizer)
+    dates = [_checked(path, settings, config) for path in tuned]
+    if plan is not None:
+        check_plan(settings.model, plan or settings.plan)
+    if settings.date is None:
+        settings = replace(settings, date=next((date for date in dates if date is not None), None))
+    examples = {split: _examples(settings, split) for split in splits}
+    return Base(load(settings.model, "float32", tokenizer=settings.tokenizer), settings, config, examples)
+
+
+def _examples(config: TrainConfig, split: Split) -> list[Example]:
+    examples = config.task.load(split)
+    if not examples:
+        raise ValueError(f"the task has no {split} examples to measure on")
+    return examples
+
+
+def _checked(path: str, settings: TrainConfig, config: str) -> str | None:
+    """Compare a fine-tuning with the model that a config names. Returns the day that it was trained for, if any.
+
+    Raises:
+        ValueError: there is no such fine-tuning, or it belongs to another model.
+    """
+    place, source = _existing(path, config), resolve_model(settings.model)
+    if place.is_dir():
+        if fingerprint(load_config(place)) != fingerprint(load_config(source)):
+            raise ValueError(f"{place}: has another architecture than {settings.model}, which {config} names")
+        return trained_date(place)
+    file = load_steering(place)
+    file.check(load_config(source))
+    _of_this_base(file, sample_weights(source), config)
+    return file.notes.get("date")
+
+
+def _of_this_base(file: SteeringFile, sample: WeightSample | None, config: str) -> str:
+    """What is to be known of a file and the weights of the model that it is to be compared with.
+
+    Raises:
+        ValueError: the weights are those of another model.
+    """
+    try:
+        return file.check_weights(sample)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. A study compares a fine-tuning with the very model that it began with: name that in {config}"
+        ) from None
 
 
 def read_tuned(path: str, base: Base) -> Network:
@@ -184,7 +229,9 @@ def read_steering(path: str, base: Base) -> SteeringFile:
         ValueError: the file cannot be read, or belongs to another model.
     """
     file = load_steering(path)
-    check_loaded(file, base.loaded)
+    file.check(base.loaded.config)
+    if said := _of_this_base(file, base.loaded.sample, base.config_file):
+        say(f"note: {said}")
     return file
 
 

@@ -65,7 +65,7 @@ class TangentStudy(Study):
         """Train both, and measure every few steps."""
         if self.steps < 1 or self.every < 1:
             raise ValueError(f"tangent: steps and every must be at least 1; got {self.steps} and {self.every}")
-        base = read_base(self.config, plan=self.plan)
+        base = read_base(self.config, plan=self.plan, splits=("test",))
         config = replace(base.config, steps=self.steps, plan=self.plan or base.config.plan)
         if self.lr is not None:
             config = replace(config, optim=replace(config.optim, lr=self.lr))

@@ -128,8 +128,10 @@ def test_settings_survive_json():
     assert task_from_json(task_to_json(task)) == task
     assert replace(task, max_new_tokens=7).max_new_tokens == 7
     assert HubTask("gsm8k").template == "{prompt}\n"
-    with pytest.raises(ValueError, match=r"no 'gsm'; known are boolq, .*gsm8k"):
+    with pytest.raises(ValueError, match=r"no 'gsm' \(did you mean gsm8k\?\); known are boolq, .*gsm8k"):
         HubTask("gsm")
+    with pytest.raises(ValueError, match=r"'HubTsk' \(did you mean HubTask\?\)"):
+        task_from_json({"type": "HubTsk"})
 
 
 def test_the_documentation_is_that_of_the_records():
