@@ -222,6 +222,12 @@ def test_a_run_goes_on_with_its_own_data_only(config, run, tiny_data, tmp_path, 
     (line,) = read_history(RunFolder(run))
     assert line["steps"] == 2
     assert line["changed"]["data.train.examples"] == [100, 50]
+    elsewhere = replace(resumed, task=JsonlTask(str(tiny_data)))
+    with pytest.raises(ValueError, match="task.train is .* there"):
+        sft.train(elsewhere)
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(replace(elsewhere, new_data=True))
+    assert read_history(RunFolder(run))[-1]["changed"]["task.train"] == [str(data), str(tiny_data)]
 
 
 def test_a_run_goes_on_with_its_own_model_only(config, run, tiny_folder, tmp_path):
