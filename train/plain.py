@@ -30,7 +30,10 @@ def to_plain(value: Any) -> Any:
 
 def _field_to_plain(owner: Any, name: str) -> Any:
     value = getattr(owner, name)
-    kinds = [kind for kind in _options(typing.get_type_hints(type(owner))[name]) if dataclasses.is_dataclass(kind)]
+    options = _options(typing.get_type_hints(type(owner))[name])
+    if float in options and type(value) is int:
+        return float(value)  # as it is read again
+    kinds = [kind for kind in options if dataclasses.is_dataclass(kind)]
     plain = to_plain(value)
     return {TYPE: type(value).__name__, **plain} if len(kinds) > 1 and dataclasses.is_dataclass(value) else plain
 
@@ -82,7 +85,7 @@ def _value(hint: Any, data: Any, where: str, path: str) -> Any:
             return _scalar(option, data, where, path)
         except TypeError:
             continue
-    wanted = " or ".join(map(_described, options))
+    wanted = " or ".join(dict.fromkeys(map(_described, options)))
     raise ValueError(f"{where}: {path} must be {wanted}, got {data!r}{_suggested(options, data)}")
 
 

@@ -344,7 +344,12 @@ def test_settings_come_out_as_yaml_and_go_in_again(config, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as ended:
         run_main(sft.main)
     assert ended.value.code == 0
-    file.write_text(capsys.readouterr().out)
+    written = capsys.readouterr().out
+    file.write_text(written)
+    monkeypatch.setattr(sys, "argv", ["train.sft", str(file), "--print-config"])
+    with pytest.raises(SystemExit):
+        run_main(sft.main)
+    assert capsys.readouterr().out == written
     shipped = load_config_file("jsonl", TrainConfig)
     mine = replace(shipped, task=JsonlTask("mine.jsonl", chat=True), optim=replace(shipped.optim, lr=3e-3))
     assert from_command_line("sft", "x", TrainConfig, [str(file), "--steps", "7"]) == replace(mine, steps=7)
@@ -359,6 +364,7 @@ def test_settings_come_out_as_yaml_and_go_in_again(config, tmp_path, monkeypatch
         ("batch_size: 0", "mine.yaml: config: batch_size must be at least 1"),
         ("task: {type: JsonTask}", "did you mean 'JsonlTask'"),
         ("", "must be settings"),
+        ("task: 3", "task must be settings, got 3"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
