@@ -6,6 +6,7 @@ resumes where it was when the command is repeated.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -122,7 +123,7 @@ def read_examples(config: EvaluateConfig, task: AnyTask) -> list[Example]:
     """The examples to evaluate.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or none with an answer.
     """
     if config.perturb is None:
         examples = task.load(config.split)
@@ -130,7 +131,16 @@ def read_examples(config: EvaluateConfig, task: AnyTask) -> list[Example]:
         examples = perturbed(task, config.split, config.perturb, config.perturb_seed)
     if not examples:
         raise ValueError(f"the task has no {config.split} examples; choose another --split, or give a file: --data")
-    return examples[: config.examples]
+    examples = examples[: config.examples]
+    answered = [example for example in examples if example.gold is not None or example.choices]
+    if not answered:
+        raise ValueError(
+            f"{examples[0].source}: no answer to compare with, nor has any other of the {len(examples)} examples one "
+            "(plain texts have none); `jaxsteer generate` writes answers without marking them"
+        )
+    if left_out := len(examples) - len(answered):
+        print(f"note: {left_out} of {len(examples)} examples have no answer, and are left out", file=sys.stderr)
+    return answered
 
 
 def find_others(config: EvaluateConfig, names: Sequence[str]) -> dict[str, list[ScoredAnswer]]:

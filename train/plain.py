@@ -20,20 +20,41 @@ TYPE = "type"
 """The key that says which dataclass a mapping is."""
 
 
-def to_plain(value: Any) -> Any:
-    """A dataclass, and all that is in it, as dicts, lists and scalars; `from_plain` reads it back."""
+def to_plain(value: Any, hint: Any = Any) -> Any:
+    """A dataclass, and all that is in it, as dicts, lists and scalars; `from_plain` reads it back.
+
+    Args:
+        value: the dataclass.
+        hint: the type of the field that holds it; where several dataclasses can be there, TYPE says which it is.
+    """
+    options = _options(hint)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _field_to_plain(value, each.name) for each in dataclasses.fields(value)}
+        hints = typing.get_type_hints(type(value))
+        several = sum(map(dataclasses.is_dataclass, options)) > 1
+        fields = {
+            each.name: to_plain(getattr(value, each.name), hints[each.name]) for each in dataclasses.fields(value)
+        }
+        return {TYPE: type(value).__name__, **fields} if several else fields
     if isinstance(value, Mapping):
-        return {name: to_plain(each) for name, each in value.items()}
-    return [to_plain(each) for each in value] if isinstance(value, list | tuple) else value
+        return {name: to_plain(each, _inner(options, Mapping)) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(each, _inner(options, tuple)) for each in value]
+    is_whole = type(value) is int and float in options and int not in options
+    return float(value) if is_whole else value  # as it is read again
 
 
-def _field_to_plain(owner: Any, name: str) -> Any:
-    value = getattr(owner, name)
-    kinds = [kind for kind in _options(typing.get_type_hints(type(owner))[name]) if dataclasses.is_dataclass(kind)]
-    plain = to_plain(value)
-    return {TYPE: type(value).__name__, **plain} if len(kinds) > 1 and dataclasses.is_dataclass(value) else plain
+def _inner(options: tuple[Any, ...], kind: type) -> Any:
+    """The type of what is in a tuple or a mapping."""
+    for option in options:
+        origin, arguments = typing.get_origin(option), typing.get_args(option)
+        if isinstance(origin, type) and issubclass(origin, kind):
+            return arguments[1] if kind is Mapping else _element(arguments)
+    return Any
+
+
+def _element(arguments: tuple[Any, ...]) -> Any:
+    """The type of a tuple's elements."""
+    return arguments[0] if len(arguments) == 2 and arguments[1] is ... else typing.Union[arguments]  # noqa: UP007
 
 
 def from_plain(kind: type[T], data: Any, where: str) -> T:
@@ -83,7 +104,7 @@ def _value(hint: Any, data: Any, where: str, path: str) -> Any:
             return _scalar(option, data, where, path)
         except TypeError:
             continue
-    wanted = " or ".join(map(_described, options))
+    wanted = " or ".join(dict.fromkeys(map(_described, options)))
     raise ValueError(f"{where}: {path} must be {wanted}, got {data!r}{_suggested(options, data)}")
 
 
@@ -94,8 +115,9 @@ def _chosen(kinds: list[Any], data: Mapping[str, Any], where: str, path: str) ->
         return kinds[0]
     if data.get(TYPE) in names:
         return names[data[TYPE]]
-    hint = _hint(str(data.get(TYPE, "")), names)
-    raise ValueError(f"{where}: {path}.{TYPE} must be one of {', '.join(names)}; got {data.get(TYPE)!r}{hint}")
+    if TYPE not in data:
+        raise ValueError(f"{where}: {path}.{TYPE} is missing; there are {', '.join(names)}")
+    raise ValueError(f"{where}: {path}.{TYPE}: no such kind{_hint(str(data[TYPE]), names)}")
 
 
 def _scalar(option: Any, data: Any, where: str, path: str) -> Any:
@@ -112,7 +134,7 @@ def _scalar(option: Any, data: Any, where: str, path: str) -> Any:
             if each in named and type(each) is not bool:
                 return each
     elif origin is tuple and isinstance(data, list | tuple):
-        inner = arguments[0] if len(arguments) == 2 and arguments[1] is ... else typing.Union[arguments]  # noqa: UP007
+        inner = _element(arguments)
         return tuple(_value(inner, each, where, f"{path}[{index}]") for index, each in enumerate(data))
     elif origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if isinstance(data, Mapping):

@@ -198,6 +198,18 @@ def test_a_steering_file_is_evaluated_on_the_date_of_its_training(
     assert seen[:2] == ["2024-07-04a><|im_end|>", "2024-07-04b><|im_end|>"]
 
 
+def test_examples_without_an_answer_are_not_marked_wrong(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "ab"}\n{"text": "bc"}\n')
+    config, task = evaluate.EvaluateConfig("none"), JsonlTask(str(data), test=str(data))
+    with pytest.raises(ValueError, match=r"data.jsonl:1: no answer to compare with, nor has any other of the 2"):
+        evaluate.read_examples(config, task)
+    with data.open("a") as file:
+        file.write('{"prompt": "a>", "completion": "b"}\n')
+    assert [example.gold for example in evaluate.read_examples(config, task)] == ["b"]
+    assert "2 of 3 examples have no answer, and are left out" in capsys.readouterr().err
+
+
 def test_prompts_are_encoded_as_the_training_says(loaded, dated, steered):
     task, encoding = replace(TASK, chat=True), Encoding(chat=True, date="2024-07-04", max_length=3)
     evaluator = Evaluator(Model(loaded.config, steered[0]), dated, task, SINGLE, by="likelihood", encoding=encoding)

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 
 from jaxsteer.io import load_steering, save_hf
 from jaxsteer.models.transformer import init_base
@@ -20,13 +21,15 @@ from train.cli import from_command_line, load_config_file, run_main
 from train.compare import __main__ as comparison
 from train.compare.config import CompareConfig, Entry, LoFiT, Method
 from train.config import TrainConfig
+from train.data import Keys
+from train.plain import to_plain
 from train.run import start
 from train.run.folder import RunFolder, read_history
 from train.run.metrics import read_metrics
 from train.run.preview import shown
 from train.run.start import prepare
 from train.run.training import Training
-from train.tasks import JsonlTask, TableTask
+from train.tasks import JsonlTask, ListOpsTask, MixtureTask, TableTask
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +225,12 @@ def test_a_run_goes_on_with_its_own_data_only(config, run, tiny_data, tmp_path, 
     (line,) = read_history(RunFolder(run))
     assert line["steps"] == 2
     assert line["changed"]["data.train.examples"] == [100, 50]
+    elsewhere = replace(resumed, task=JsonlTask(str(tiny_data)))
+    with pytest.raises(ValueError, match=r"task.train is .* there"):
+        sft.train(elsewhere)
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(replace(elsewhere, new_data=True))
+    assert read_history(RunFolder(run))[-1]["changed"]["task.train"] == [str(data), str(tiny_data)]
 
 
 def test_a_run_goes_on_with_its_own_model_only(config, run, tiny_folder, tmp_path):
@@ -332,6 +341,18 @@ def test_weights_of_examples_are_shown(config):
     assert str(shown(halved, prepared.model.require_tokenizer())).endswith("a>b<|endoftext|>[weight 0.5]")
 
 
+def test_a_mixture_comes_out_as_yaml_and_goes_in_again(tmp_path):
+    parts = (
+        JsonlTask("a.jsonl", rule="digit"),
+        ListOpsTask(),
+        JsonlTask("b.jsonl", rule="digit", keys=Keys(prompt="question")),
+    )
+    mixed = TrainConfig(task=MixtureTask(parts, weights=(1, 2.5, 3)), epochs=3)
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(to_plain(mixed)))
+    assert load_config_file(file, TrainConfig) == mixed
+
+
 def test_settings_come_out_as_yaml_and_go_in_again(config, tmp_path, monkeypatch, capsys):
     file = tmp_path / "mine.yaml"
     options = ("--task.train", "mine.jsonl", "--optim.lr", "3e-3", "--task.chat")
@@ -339,7 +360,12 @@ def test_settings_come_out_as_yaml_and_go_in_again(config, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as ended:
         run_main(sft.main)
     assert ended.value.code == 0
-    file.write_text(capsys.readouterr().out)
+    written = capsys.readouterr().out
+    file.write_text(written)
+    monkeypatch.setattr(sys, "argv", ["train.sft", str(file), "--print-config"])
+    with pytest.raises(SystemExit):
+        run_main(sft.main)
+    assert capsys.readouterr().out == written
     shipped = load_config_file("jsonl", TrainConfig)
     mine = replace(shipped, task=JsonlTask("mine.jsonl", chat=True), optim=replace(shipped.optim, lr=3e-3))
     assert from_command_line("sft", "x", TrainConfig, [str(file), "--steps", "7"]) == replace(mine, steps=7)
@@ -354,6 +380,8 @@ def test_settings_come_out_as_yaml_and_go_in_again(config, tmp_path, monkeypatch
         ("batch_size: 0", "mine.yaml: config: batch_size must be at least 1"),
         ("task: {type: JsonTask}", "did you mean JsonlTask"),
         ("", "must be settings"),
+        ("task: 3", "task must be settings, got 3"),
+        ("task: {train: x}", "task.type is missing; there are ListOpsTask, JsonlTask"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):

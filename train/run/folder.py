@@ -137,6 +137,9 @@ class Changes:
 
 NONE = Changes()
 
+DATA_FILES = ("task.train", "task.validation", "task.test", "task.data")
+"""Settings that say where the data is; new data may be in other files."""
+
 
 def open_run(
     folder: str | Path,
@@ -210,7 +213,10 @@ def check_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, ch
             f"{run.folder}: holds a run of another version of jaxsteer, with settings that this one does not have "
             f"({', '.join(unknown)}). Finish it with that version, or use another --out"
         )
-    if differing := changes_of(before, settings):
+    differing = changes_of(before, settings)
+    if changes.new_data:
+        differing = [change for change in differing if not covers(DATA_FILES, change.name)]
+    if differing:
         fixed = [change for change in differing if not covers(changes.settings, change.name)]
         if fixed and changes.extend:
             raise ValueError(
