@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxsteer.io import load_config, load_steering
-from jaxsteer.io.files import read_json
+from jaxsteer.io import load_config, load_steering, save_steering
+from jaxsteer.io.files import Json, read_json
 from jaxsteer.params import Params
 from jaxsteer.types import Steering
 from train.base_models import describe, resolve_model
@@ -104,7 +104,23 @@ def _both_stages(config: TrainConfig, heads: int, share: float) -> Result | None
         (result,) = lofit(fit, config, config.steps, heads=heads, share=share)
     except Stopped:
         return None
+    on_first(lambda: _name_first_stage(Path(config.out), heads, share))
     return result
+
+
+def _name_first_stage(out: Path, heads: int, share: float) -> None:
+    """Write into the notes of the second stage's steering what it was made from."""
+    first, last = (load_steering(RunFolder(out / stage).steering) for stage in ("scale", "shift"))
+    stages: list[Json] = [*first.provenance, {"by": "lofit", "heads": heads, "share": share}]
+    save_steering(
+        last.path,
+        last.steering,
+        last.plan,
+        model_name=last.model_name,
+        config=load_config(resolve_model(last.model_name)),
+        notes={**last.notes, "provenance": stages},
+        sample=last.sample,
+    )
 
 
 def _check_finished(config: TrainConfig, folder: RunFolder) -> None:

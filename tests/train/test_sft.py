@@ -24,6 +24,7 @@ from train.evaluation.evaluator import Evaluator, Validation
 from train.evaluation.journal import FileJournal
 from train.evaluation.loss import Loss
 from train.run import training as setup
+from train.run.folder import read_inputs
 from train.run.metrics import read_metrics
 from train.run.watch import EarlyStopping
 from train.sft import train
@@ -214,6 +215,10 @@ def test_full_fine_tuning_writes_a_model(config, tmp_path):
         np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (tuned, base)), strict=True)
     )
     assert not result.run.steering.exists()
+    made = json.loads((result.run.folder / "model" / "jaxsteer.json").read_text())
+    assert (made["by"], made["base"], made["base_weights"]) == ("training", str(folder), before.sample.digest)
+    assert made["config"]["steps"] == 2
+    assert made["inputs"]["train"] == read_inputs(result.run)["train"]
 
 
 CONFIG = """

@@ -24,6 +24,7 @@ from train.config import TrainConfig
 from train.data import Keys
 from train.plain import to_plain
 from train.run import start
+from train.run.checkpoints import open_checkpoints
 from train.run.folder import RunFolder, read_history
 from train.run.metrics import read_metrics
 from train.run.preview import shown
@@ -300,12 +301,15 @@ def test_a_run_starts_from_another(config, finished, monkeypatch, capsys):
     assert prepare(continued, stored, {"start_from": {"sha256": "another"}}).start is None
 
 
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
 def test_the_day_is_fixed_when_a_run_starts(config, tiny_folder, tmp_path):
     model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-    (model / "chat_template.jinja").write_text(
-        "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}[{{ m.role }}]{{ m.content }}<|endoftext|>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d') }}" + CHAT)
     chat = replace(config, model=str(model), task=replace(config.task, chat=True), sequence_length=64)
     today = prepare(chat, None, {})
     assert today.config.date == date.today().isoformat()
@@ -318,6 +322,20 @@ def test_the_day_is_fixed_when_a_run_starts(config, tiny_folder, tmp_path):
     for wrong in ("yesterday", "2026-13-01"):
         with pytest.raises(ValueError, match="date must be a day"):
             replace(config, date=wrong)
+
+
+def test_the_day_of_checkpoints_that_outlived_their_folder(config, tiny_folder, tmp_path):
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%Y') }}" + CHAT)
+    chat = replace(config, model=str(model), task=replace(config.task, chat=True), sequence_length=64)
+    away = replace(chat, checkpoints=str(tmp_path / "away"), auto_resume=True)
+    assert prepare(away, None, {}).config.date == date.today().isoformat()
+    assert not (tmp_path / "away").exists()
+    with open_checkpoints(tmp_path / "away") as checkpoints:
+        checkpoints.save(1, {"progress": {"step": 1}}, {"config": {"date": "2020-02-03"}})
+    assert prepare(away, None, {}).config.date == "2020-02-03"
+    assert prepare(replace(away, date="2021-01-01"), None, {}).config.date == "2021-01-01"
+    assert prepare(replace(away, auto_resume=False), None, {}).config.date == date.today().isoformat()
 
 
 # ---- looking before leaping

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxsteer.interventions import strongest_heads
+from jaxsteer.io import load_steering
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
 from train.base_models import load
@@ -113,6 +114,8 @@ def test_the_lofit_command_resumes(config, tmp_path):
     first = (tmp_path / "run/scale/metrics.jsonl").read_text()
     assert len([line for line in first.splitlines() if '"loss"' in line]) == 2
     assert int(np.sum(result.params.steering["lofit"]["attn.heads"]["selected"])) == 3
+    scaled, by = load_steering(tmp_path / "run/shift/steering.safetensors").notes["provenance"]
+    assert (scaled["by"], scaled["config"]["steps"], by["by"], by["heads"]) == ("training", 2, "lofit", 3)
     with pytest.raises(ValueError, match=r"run: holds a run with other settings: run.seed is 0 there, 1 here"):
         train_lofit(replace(config, resume=True, seed=1), heads=3)
     again = train_lofit(replace(config, resume=True), heads=3)

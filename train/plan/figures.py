@@ -34,8 +34,8 @@ class TrafficJson(TypedDict):
 
 
 EFFICIENCY = 0.5
-"""The assumed share of the roofline's speed that a run reaches. Published trainings of large models reach 38 to 43 % of
-the peak on H100 (Llama 3) and 58 % on TPU v4 with recomputation (PaLM; 46 % without)."""
+"""The share of the roofline's speed that a run is assumed to reach. For comparison: 38 to 43 % of H100's peak (Llama 3
+405B, arXiv 2407.21783); on TPU v4 46.2 % without and 57.8 % with recomputation (PaLM 540B, arXiv 2204.02311)."""
 
 
 class FiguresJson(TypedDict):

@@ -107,7 +107,7 @@ class Checkpoints:
             self._unreadable.clear()
         there = self.steps()
         if step in there:
-            if self._record(step)["trees"] == record["trees"] and self._record(step)["meta"] == record["meta"]:
+            if self.record(step)["trees"] == record["trees"] and self.record(step)["meta"] == record["meta"]:
                 return
             raise ValueError(
                 f"{self.folder}: step {step} exists already with other content; resume from it, or use another folder"
@@ -188,7 +188,7 @@ class Checkpoints:
         ranked: list[tuple[float, int]] = []
         for step in self.steps():
             try:
-                metrics = together(lambda step=step: self._record(step))["metrics"]  # type: ignore[misc]
+                metrics = together(lambda step=step: self.record(step))["metrics"]  # type: ignore[misc]
             except Exception:  # a damaged one is not the best; restoring it reports the damage
                 continue
             if self._best[0] in metrics:
@@ -259,7 +259,8 @@ class Checkpoints:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.folder}: meta cannot be written as JSON ({error})") from None
 
-    def _record(self, step: int) -> dict[str, Any]:
+    def record(self, step: int) -> dict[str, Any]:
+        """What is kept beside the trees of a step: `meta`, `metrics`, and a list of the leaves."""
         if step not in self._records:
             args = ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
             record = dict(self._manager.restore(step, args=args)[_RECORD])
@@ -270,7 +271,7 @@ class Checkpoints:
 
     def _restore(self, step: int, like: Mapping[str, PyTree]) -> Restored:
         self.wait()
-        record = together(lambda: self._record(step))
+        record = together(lambda: self.record(step))
         where = f"{self.folder}, step {step}"
         if missing := sorted(set(like) - set(record["trees"])):
             raise MismatchError(f"{where}: has no tree {missing}, only {sorted(record['trees'])}")

@@ -15,10 +15,12 @@ from rich.table import Table
 
 from jaxsteer.io import sample_weights, save_hf, save_steering
 from jaxsteer.io.files import write_json
+from jaxsteer.io.provenance import library_version
 from jaxsteer.orthogonality import chance_overlap
 from jaxsteer.params import Params
 from jaxsteer.training import TrainState
 from jaxsteer.types import Steering
+from train.base_models import MODEL_NOTES
 from train.config import TrainConfig
 from train.data import Example
 from train.devices.machine import peak_memory_bytes
@@ -169,12 +171,21 @@ def _save_trained(run: RunFolder, training: Training, state: TrainState) -> Stee
         if is_first():
             model = run.folder / "model"
             save_hf(model, loaded.config, base, loaded.family, loaded.tokenizer, generation=loaded.generation)
+            write_json(model / MODEL_NOTES, _model_notes(run, training))
             # Steering trained together with the base belongs to what the base became.
             name, sample = str(model), sample_weights(model)
     if plan and is_first():
         notes = notes_of(config) | provenance(run)
         save_steering(run.steering, steering, plan, model_name=name, config=loaded.config, notes=notes, sample=sample)
     return steering
+
+
+def _model_notes(run: RunFolder, training: Training) -> dict[str, Any]:
+    """How a fully fine-tuned model came about, for a file beside its weights: from which base, on what, with what."""
+    config, sample = training.config, training.loaded.sample
+    digest = None if sample is None else sample.digest
+    made = {"by": "training", "base": config.model, "base_weights": digest, "jaxsteer": library_version()}
+    return made | notes_of(config) | provenance(run)
 
 
 def _draw(training: Training, result: Result, steering: Steering) -> None:

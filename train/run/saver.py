@@ -10,10 +10,10 @@ from jaxsteer.io import fingerprint
 from jaxsteer.plans import plan_to_json
 from jaxsteer.training import TrainState
 from train.config import TrainConfig
-from train.devices.processes import on_first
+from train.devices.processes import on_first, together
 from train.display.console import get_console
 from train.run.changes import changes_of, listed
-from train.run.checkpoints import Checkpoints, open_checkpoints
+from train.run.checkpoints import Checkpoints, local_folder, open_checkpoints
 from train.run.folder import RunFolder, changed_on_purpose
 from train.run.inputs import data_inputs
 from train.run.training import Training
@@ -128,6 +128,25 @@ class Saver:
     def __exit__(self, *error: Any) -> None:
         """Wait for pending writes and close; an error in progress is not replaced by another."""
         self._checkpoints.__exit__(*error)
+
+
+def saved_date(config: TrainConfig) -> str | None:
+    """The day in the settings of the newest readable checkpoint in --checkpoints, where --auto-resume would continue.
+
+    It is for a run whose folder was lost: with another day than the checkpoints', it would read other data.
+    """
+    if config.checkpoints is None or not config.auto_resume:
+        return None
+    if (local := local_folder(config.checkpoints)) is not None and not local.is_dir():
+        return None
+    with open_checkpoints(config.checkpoints) as checkpoints:
+        for step in reversed(checkpoints.steps()):
+            try:
+                record = together(lambda step=step: checkpoints.record(step))  # type: ignore[misc]
+            except Exception:  # restoring it reports the damage
+                continue
+            return record["meta"].get("config", {}).get("date")
+    return None
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

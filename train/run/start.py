@@ -20,6 +20,7 @@ from train.run.folder import Changes, RunFolder
 from train.run.inputs import data_inputs, example_inputs
 from train.run.profiling import check_profile
 from train.run.program import Program, make_program, mesh_of
+from train.run.saver import saved_date
 from train.run.training import (
     RunData,
     Training,
@@ -78,7 +79,7 @@ def prepare(config: TrainConfig, stored: Mapping[str, Any] | None, inputs: Mappi
     """
     if config.checkpoints is not None:
         check_reachable(config.checkpoints)
-    config = filled(config, stored)
+    config = filled(config, {"date": saved_date(config)} if stored is None and config.date is None else stored)
     start = _start_of(config, stored, inputs)
     model = describe(config.model, config.dtype, quantised=config.quantise == "int8", tokenizer=config.tokenizer)
     config = _completed(config, start, model)
