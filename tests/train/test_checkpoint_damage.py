@@ -1,11 +1,16 @@
 """Damaged checkpoints are found and the one before is used; a kill costs one save at most."""
 
+import asyncio
+import json
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 from saved_trees import abstract, assert_same, run, save_three, small
 
 from train.run.checkpoints import open_checkpoints
+from train.run.orbax_log import drop_reported_errors
 
 
 def payload(folder, step):
@@ -101,3 +106,20 @@ def test_a_kill_in_mid_save_costs_that_save_only(tmp_path):
         assert (found.step, found.skipped, checkpoints.steps()) == (1, [], [1])
         checkpoints.save(2, small(2), {})
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
+def test_a_write_that_comes_after_a_failed_save_prints_no_traceback(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(unraisable.exc_value))
+    drop_reported_errors()
+    loop = asyncio.new_event_loop()
+    loop.close()
+    for act, expected in (
+        (lambda: loop.call_soon_threadsafe(print), RuntimeError),
+        (lambda: json.loads("{"), ValueError),
+    ):
+        with pytest.raises(expected) as caught:
+            act()
+        trace = caught.value.__traceback__.tb_next.tb_next  # TensorStore calls from C++: no frame of its own
+        sys.unraisablehook(SimpleNamespace(exc_value=caught.value, exc_traceback=trace))
+    assert [type(error) for error in shown] == [json.JSONDecodeError]

@@ -1,6 +1,7 @@
 """Evaluation: answers in full rows and by choice, on disk, resumed, compared, tabled."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from tiny_tokenizer import tiny_tokenizer
 from jaxsteer import Model, Params, init_steering, mean_loss, parse_plan
 from jaxsteer.inference import Likelihood
 from jaxsteer.io import load_model, save_steering
+from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from train import evaluate
 from train.data import Encoding, Example, encode, stack_rows
@@ -208,6 +210,17 @@ def test_examples_without_an_answer_are_not_marked_wrong(tmp_path, capsys):
         file.write('{"prompt": "a>", "completion": "b"}\n')
     assert [example.gold for example in evaluate.read_examples(config, task)] == ["b"]
     assert "2 of 3 examples have no answer, and are left out" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    with FileJournal(tmp_path / "a.jsonl", {}) as journal, open("/dev/full", "a") as full:
+        monkeypatch.setattr(journal, "_file", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*a.jsonl.unfinished'"):
+            journal.add(0, ScoredAnswer("a", "b", "b", "b", True, False, "here"))
+    (tmp_path / f".summary.json.{os.getpid()}.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*summary.json'"):
+        write_json(tmp_path / "summary.json", {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.unfinished"]
 
 
 def test_prompts_are_encoded_as_the_training_says(loaded, dated, steered):

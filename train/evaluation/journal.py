@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,8 +125,14 @@ class FileJournal:
 
     def _write(self, row: Mapping[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):  # what it holds back cannot be written either
+                self.__exit__()
+            self._file = None
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _read(self) -> list[list[Any]]:
         """(index, answer) of each line; a half-written last line is cut off."""
