@@ -143,41 +143,41 @@ class TrainConfig:
         """Reject settings that no run could have."""
         for name in ("batch_size", "sequence_length", "grad_accumulation", "eval_batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
         for name in ("validation_examples", "test_examples", "evaluate_every", "show_answers"):
             if getattr(self, name) < 0:
-                raise ValueError(f"config: {name} must be at least 0, got {getattr(self, name)}")
+                raise ValueError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.validation_share < 1:
-            raise ValueError(f"config: validation_share must be from 0 to below 1, got {self.validation_share}")
+            raise ValueError(f"--validation-share must be from 0 to below 1, got {self.validation_share}")
         if self.quantise != "none" and self.train_base:
-            raise ValueError("config: an int8 base cannot be trained itself; use train_base without quantise")
+            raise ValueError("--quantise int8: an int8 base cannot be trained itself; leave out --train-base")
         if self.batch_size % self.grad_accumulation:
             raise ValueError(
-                f"config: grad_accumulation ({self.grad_accumulation}) must divide batch_size ({self.batch_size})"
+                f"--grad-accumulation ({self.grad_accumulation}) must divide --batch-size ({self.batch_size})"
             )
         if self.patience < 0 or (self.patience and not (self.evaluate_every and self.validation_examples)):
             raise ValueError(
-                "config: patience must be at least 0, and needs evaluate_every and validation_examples; got "
+                "--patience must be at least 0, and needs --evaluate-every and --validation-examples; got "
                 f"{self.patience}, {self.evaluate_every} and {self.validation_examples}"
             )
         if self.max_skipped < 0:
-            raise ValueError(f"config: max_skipped must be at least 0, got {self.max_skipped}")
+            raise ValueError(f"--max-skipped must be at least 0, got {self.max_skipped}")
         if self.date is not None:
             _check_date(self.date)
         if self.extend and not self.resume:
-            raise ValueError("config: extend continues a run with other settings; it needs resume too")
+            raise ValueError("--extend continues a run with other settings; it needs --resume too")
         if "://" in self.out:
             raise ValueError(
-                f"config: out must be a local or mounted folder, got {self.out!r}. Only checkpoints may be remote: "
+                f"--out must be a local or mounted folder, got {self.out!r}. Only checkpoints may be remote: "
                 "--checkpoints"
             )
         parse_steps(self.profile)
         if self.steps is not None and self.steps < 1:
-            raise ValueError(f"config: steps must be at least 1, got {self.steps}")
+            raise ValueError(f"--steps must be at least 1, got {self.steps}")
         if not self.epochs > 0:
-            raise ValueError(f"config: epochs must be above 0, got {self.epochs}")
+            raise ValueError(f"--epochs must be above 0, got {self.epochs}")
         if not self.plan and not self.train_base and self.start_from is None:
-            raise ValueError("config: nothing to train: the plan is empty and train_base is off")
+            raise ValueError("nothing to train: --plan is empty and --train-base is off")
 
     @property
     def microbatch(self) -> int:
@@ -194,11 +194,16 @@ CHANGEABLE = tuple(each.name for each in dataclasses.fields(TrainConfig) if each
 """Settings that can change in the course of a run."""
 
 
+def option(name: str) -> str:
+    """A setting's name as it is typed: batch_size is --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
 def _check_date(text: str) -> None:
     try:
         date.fromisoformat(text)
     except ValueError:
-        raise ValueError(f"config: date must be a day like 2026-01-31, got {text!r}") from None
+        raise ValueError(f"--date must be a day like 2026-01-31, got {text!r}") from None
 
 
 def parse_steps(text: str | None) -> range:
@@ -212,6 +217,6 @@ def parse_steps(text: str | None) -> range:
     first, colon, stop = text.partition(":")
     if not (colon and first.isdecimal() and stop.isdecimal() and 1 <= int(first) < int(stop)):
         raise ValueError(
-            f"config: profile must be first:stop with 1 <= first < stop, got {text!r}; 10:13 is the steps 10, 11 and 12"
+            f"--profile must be first:stop with 1 <= first < stop, got {text!r}; 10:13 is the steps 10, 11 and 12"
         )
     return range(int(first), int(stop))

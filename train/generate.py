@@ -20,10 +20,10 @@ import tyro
 from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.scheduling import nonfinite_logits
 from jaxsteer.io import SteeringFile
-from jaxsteer.models.config import check_new_tokens
+from jaxsteer.models.config import beyond_context, check_new_tokens
 from jaxsteer.models.transformer import Model
 from jaxsteer.params import Params
-from train.base_models import load_steered, read_steered, steered
+from train.base_models import load_steered, read_steered, say, steered
 from train.cli import run_main
 from train.data import Encoding, Example
 from train.data.prompts import Asking, Division, Question, ask_all, check_unicode, read_questions, read_standard_input
@@ -276,6 +276,9 @@ def main() -> None:
         encoding=Encoding(chat=task.chat, date=notes.get("date")),
     )
     answering = Answering.of(evaluator, Params(None, steering), questions)
+    for question in answering.prompts.tokens:
+        if note := beyond_context(loaded.config, len(question)):
+            say(f"note: {question.source}: {note}")
     answering.check(_answer(config, answering, file))
 
 

@@ -115,6 +115,13 @@ def check_length(config: ModelConfig, tokens: int, where: str) -> None:
         )
 
 
+def beyond_context(config: ModelConfig, tokens: int) -> str:
+    """A note on a text that is longer than the model was trained for, which rotary positions allow; "" if it is not."""
+    if tokens <= config.max_length:
+        return ""
+    return f"{tokens:,} tokens, more than the {config.max_length:,} that the model was trained to read"
+
+
 def check_new_tokens(config: ModelConfig, count: int) -> None:
     """Refuse answers longer than the model's context, before a cache of that size is allocated.
 

@@ -19,6 +19,8 @@ def check_strength(
     Raises:
         ValueError: a slot that the plan does not have, or a shape that is not a beginning of `shape`, [B, T].
     """
+    if strength is not None and not isinstance(strength, Mapping):
+        raise ValueError(f"strength: give a factor for each slot by name, such as {{'lora': 0.5}}; got {strength!r}")
     factors = {name: jnp.asarray(value, jnp.float32) for name, value in (strength or {}).items()}
     if unknown := sorted(set(factors) - {slot.name for slot in plan}):
         raise ValueError(f"strength: no slot {unknown}; the plan has {[slot.name for slot in plan]}")

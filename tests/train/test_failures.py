@@ -124,7 +124,7 @@ def test_streams_that_are_closed_or_narrow_are_no_error(closing, encoding):
         (
             "settings.py",
             "from train.config import TrainConfig\n\nconfig = lambda: TrainConfig(batch_size=0)\n",
-            r"settings.py:3: config: batch_size must be at least 1",
+            r"settings.py:3: --batch-size must be at least 1",
         ),
         (
             "option.py",

@@ -100,6 +100,19 @@ def wait_for_steps(process, metrics):
         time.sleep(0.05)
 
 
+def test_pressed_while_a_command_imports():
+    """It ends at once: an exception there would be a traceback, or be swallowed by the import."""
+    for name in ("evaluate", "generate"):
+        process = begin("-X", "importtime", "-m", f"train.{name}", "none")
+        for line in process.stderr:  # the package itself is imported, and much is to come
+            if line.endswith("| train\n"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGINT
+        assert "Traceback" not in err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 2])
 @pytest.mark.parametrize("command", ["sft", "evaluate", "generate"])

@@ -138,7 +138,7 @@ def test_patience_starts_anew_with_each_better_accuracy():
     with pytest.raises(ValueError, match="patience"):
         TrainConfig(patience=1)
     for wrong in ({"epochs": 0}, {"validation_examples": -1}, {"test_examples": -1}):
-        with pytest.raises(ValueError, match=f"config: {next(iter(wrong))} must be"):
+        with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')} must be"):
             TrainConfig(**wrong)
 
 

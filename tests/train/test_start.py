@@ -395,7 +395,7 @@ def test_settings_come_out_as_yaml_and_go_in_again(config, tmp_path, monkeypatch
         ("steps: many", "steps must be a whole number or null, got 'many'"),
         ("a: [", r"mine.yaml:1: not YAML"),
         ("[" * 9999, "not YAML"),
-        ("batch_size: 0", "mine.yaml: config: batch_size must be at least 1"),
+        ("batch_size: 0", "mine.yaml: --batch-size must be at least 1"),
         ("task: {type: JsonTask}", "did you mean JsonlTask"),
         ("", "must be settings"),
         ("task: 3", "task must be settings, got 3"),

@@ -101,6 +101,8 @@ def read_questions(path: str | Path, asking: Asking, division: Division) -> list
     Raises:
         ValueError: no such file, not UTF-8, no prompts, or a line that is no prompt; the message names file and line.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: a folder; give a file, .jsonl or text with prompts")
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file (expected .jsonl, or text with prompts)")
     if Path(path).suffix == ".jsonl":

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from rich.markup import escape
@@ -44,6 +44,13 @@ class BeforeAfter(TypedDict, total=False):
     after: dict[str, float]
 
 
+class Question(NamedTuple):
+    """A question as a person would type it, and the system message that it is asked under, if any."""
+
+    prompt: str
+    system: str | None = None
+
+
 @dataclass(frozen=True)
 class Result:
     """The result of a run.
@@ -56,7 +63,7 @@ class Result:
     seconds        spent in training steps, compilation included
     tokens_per_second  real tokens, after the first step
     peak_memory    bytes
-    example        a test question, without its template
+    question       a test question
     """
 
     run: RunFolder
@@ -68,7 +75,7 @@ class Result:
     seconds: float
     tokens_per_second: float
     peak_memory: int
-    example: str
+    question: Question
     losses: Mapping[str, BeforeAfter] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
@@ -131,7 +138,7 @@ def conclude(
         seconds=timer.seconds,
         tokens_per_second=timer.tokens_per_second,
         peak_memory=peak_memory_bytes(),
-        example=question_of(questions[-1], typed_template(config.task)) if questions else "",
+        question=question_of(questions[-1], typed_template(config.task)) if questions else Question(""),
     )
     if is_first():
         write_json(run.summary, result.summary())
@@ -204,16 +211,18 @@ def _draw(training: Training, result: Result, steering: Steering) -> None:
         plot_overlap(run.folder / "overlap.png", steps, np.array(overlaps), chance=chance, title=title)
 
 
-def question_of(example: Example, template: str) -> str:
-    """What a person would type: a conversation's first question, not its system message, or a prompt."""
-    asked = next((turn.text for turn in example.turns if turn.role in ("user", "prompt")), "")
-    return bare(asked, template)
+def question_of(example: Example, template: str) -> Question:
+    """What a person would type: a conversation's first question, or a prompt without its template."""
+    text = {turn.role: turn.text for turn in reversed(example.turns)}  # the first of each role
+    return Question(bare(text.get("user", text.get("prompt", "")), template), text.get("system"))
 
 
-def suggestion(steering: Path, prompt: str) -> str:
-    """The command that answers a prompt with a steering file, as a shell reads it."""
+def suggestion(steering: Path, question: Question) -> str:
+    """The command that answers a question with a steering file, as a shell reads it."""
     words = [sys.executable, "-m", "train.generate", str(steering), "--compare"]
-    return shlex.join([*words, *(["--"] if prompt.startswith("-") else []), prompt])
+    if question.system is not None:
+        words += [f"--system={question.system}"]
+    return shlex.join([*words, *(["--"] if question.prompt.startswith("-") else []), question.prompt])
 
 
 def bare(prompt: str, template: str) -> str:
@@ -291,6 +300,6 @@ def print_result(result: Result) -> None:
     if run.steering.exists():
         paths = {"steering": run.steering, **paths}
     print_facts({name: str(path) for name, path in paths.items()})
-    if run.steering.exists() and result.after and result.example:
+    if run.steering.exists() and result.after and result.question.prompt:
         out.print("\nAnswer a new problem with it:", highlight=False)
-        out.print(f"  {suggestion(run.steering, result.example)}", markup=False, highlight=False, soft_wrap=True)
+        out.print(f"  {suggestion(run.steering, result.question)}", markup=False, highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.io import LoadedModel, SteeringFile, load_steering
+from jaxsteer.models.config import beyond_context
 from jaxsteer.plans import format_plan, parse_plan
 from jaxsteer.types import Steering
 from train.base_models import describe
@@ -92,6 +93,8 @@ def prepare(config: TrainConfig, stored: Mapping[str, Any] | None, inputs: Mappi
     settings, config = config.to_json(), decide(config, splits)
     evaluator = make_evaluator(config, model, program, splits)
     data = read_data(config, model)
+    if note := beyond_context(model.config, data.report.longest):
+        _say(f"Note: the longest example has {note}")
     steps = config.steps or data.source.steps(config.epochs)
     check_profile(config.profile, 0, steps)
     program = make_program(config, model.config, model.base, steps=steps, mesh=mesh)
