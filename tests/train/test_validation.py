@@ -86,7 +86,7 @@ def test_what_cannot_be_held_out_is_refused(free, tmp_path):
     with pytest.raises(ValueError, match="3 training examples, 1 of them different, are too few"):
         HeldOutTask(JsonlTask(str(tmp_path / "one.jsonl")), 0.2).load("train")
     for share in (-0.1, 1.0):
-        with pytest.raises(ValueError, match="validation_share must be from 0 to below 1"):
+        with pytest.raises(ValueError, match="--validation-share must be from 0 to below 1"):
             TrainConfig(validation_share=share)
 
 
