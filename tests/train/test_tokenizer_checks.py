@@ -29,7 +29,7 @@ def says(tmp_path, tiny_data, monkeypatch, capsys):
         own = tmp_path / "own.py"
         own.write_text(
             "from train.config import TrainConfig\nfrom train.tasks import JsonlTask\n\n\ndef config():\n"
-            f"    return TrainConfig(model={str(model)!r}, task=JsonlTask({str(tiny_data)!r}, {str(tiny_data)!r}, {str(tiny_data)!r}))\n"
+            f"    return TrainConfig(model={str(model)!r}, task=JsonlTask(*[{str(tiny_data)!r}] * 3))\n"
         )
         places = {"MODEL": model, "DATA": tiny_data, "OUT": tmp_path / "out", "OWN": own}
         places["CONFIG"] = ROOT / "configs" / "jsonl.py"
