@@ -201,7 +201,12 @@ def read_steered(path: str) -> SteeringFile | None:
         return load_steering(_of_run(place))
     if not place.is_file():
         raise ValueError(f"{path}: no such file (expected a steering file, a run's folder, or the word none)")
-    return load_steering(place)
+    try:
+        return load_steering(place)
+    except ValueError:
+        if place.suffix == ".safetensors":
+            raise
+        raise ValueError(f"{path}: not a steering file (*.safetensors)") from None
 
 
 STEERING = "steering.safetensors"

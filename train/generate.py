@@ -209,6 +209,8 @@ class Answering:
         digest = hashlib.sha256(rows.encode()).hexdigest()
         identity = self.evaluator.identity(self.prompts, self.params) | {"rows": digest}
         with FileJournal(path, identity, codec=REPLIES) as journal:
+            if path.exists():
+                say(f"note: {path}: what it holds will be replaced once all prompts are answered")
             with progress(total, "Answering", start=len(journal.done)) as bar:
                 for index, reply in self._generate([i for i in range(total) if i not in journal.done]):
                     journal.add(index, reply)

@@ -79,6 +79,8 @@ class InspectConfig:
             raise ValueError("--prompt: the prompt is empty; give some text")
         if self.prompt is None and (self.per_token or self.strength or self.plot or self.chat):
             raise ValueError("--per-token, --strength, --plot and --chat need a --prompt")
+        if self.plot is not None and Path(self.plot).suffix.lower() != ".png":
+            raise ValueError(f"--plot {self.plot}: the picture is a PNG; give a name that ends in .png")
         if self.plot is not None and not Path(self.plot).resolve().parent.is_dir():
             raise ValueError(f"--plot {self.plot}: there is no folder {Path(self.plot).parent}")
 

@@ -83,6 +83,11 @@ def test_a_folder_without_steering_says_what_to_give(tiny_folder, tmp_path):
             read_steered(str(folder))
 
 
+def test_another_kind_of_file_is_no_damaged_steering(tiny_data):
+    with pytest.raises(ValueError, match=r"letters.jsonl: not a steering file \(\*.safetensors\)"):
+        read_steered(str(tiny_data))
+
+
 def test_a_sibling_of_the_base_is_steered_on_purpose_only(run, sibling, tiny, capsys):
     with pytest.raises(ValueError, match="another model than this one") as error:
         load_steered(str(run), str(sibling))

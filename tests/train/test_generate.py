@@ -273,6 +273,7 @@ def test_inspect_shows_each_token(run, steering, tmp_path):
         (("--prompt", ""), "--prompt: the prompt is empty"),
         (("--per-token",), "need a --prompt"),
         (("--prompt", "a", "--plot", "no/such/folder.png"), "there is no folder"),
+        (("--prompt", "a", "--plot", "tokens.svg"), "give a name that ends in .png"),
     ],
 )
 def test_what_inspect_refuses(arguments, message, run, steering):
