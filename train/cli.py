@@ -204,6 +204,8 @@ def run_main(main: Callable[[], None]) -> None:
     `train.devices.interrupts`.
     """
     make_printable()
+    if main.__module__ == "__main__":
+        interrupts.last()
     with interrupts.handling():
         try:
             main()

@@ -43,6 +43,7 @@ class _State:
     deferred: bool = False
     handled: bool = False
     joined: bool = False
+    last: bool = False
     undone: list[Callable[[], object]] = field(default_factory=list)
 
 
@@ -67,6 +68,11 @@ def is_handled() -> bool:
 def joined() -> None:
     """Note that this process is one of several: they stop together, or not at a safe point."""
     _state.joined = True
+
+
+def last() -> None:
+    """Note that the process ends with the block that handles Ctrl-C, so that what runs at its exit is not disturbed."""
+    _state.last = True
 
 
 def safe_point(kept: str = "") -> None:
@@ -152,7 +158,9 @@ def handling() -> Iterator[None]:
         yield
     finally:
         _state.handled = False
-        signal.signal(signal.SIGINT, current)
+        # At exit an exception would be a traceback from JAX. What asked to stop has saved; anything else just ends.
+        end = signal.SIG_DFL if _state.signal is None else signal.SIG_IGN
+        signal.signal(signal.SIGINT, end if _state.last else current)
         signal.set_wakeup_fd(wakeup)
         os.write(write_end, b"\0")
         os.close(write_end)
