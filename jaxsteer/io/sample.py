@@ -103,9 +103,8 @@ def sample(stored: Mapping[str, Stored], layout: str, family: Family, config: Mo
         index = _index(row, layer, config)
         values, form = read_part_of_leaf(stored, row, layout, config, layer, index)
         if ONE_ADDED in (row.transform, row.gguf_transform):
-            values = values + np.float32(
-                1
-            )  # a small scale would lose what GGUF files, which hold this sum, do not have
+            # As GGUF files hold it: they have lost the low bits of a scale that is small beside 1.
+            values = values + np.float32(1)
         blocks.append(Block(row.path, layer, tuple(part.start for part in index), form, values.reshape(-1)))
     digest, forms = hashlib.sha256(), dict[str, int]()
     for block in blocks:

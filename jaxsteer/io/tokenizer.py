@@ -71,6 +71,20 @@ class Tokenizer(Protocol):
         """Write the tokenizer's files into a folder."""
 
 
+def beginning_of(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a tokenizer puts before every text.
+
+    Raises:
+        ValueError: with special tokens, a text has other ids of its own.
+    """
+    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    for i in range(len(whole) - len(plain) + 1):
+        if whole[i : i + len(plain)] == plain:
+            return list(whole[:i])
+    raise ValueError(f"the tokenizer gives {plain} for 'x' alone, but {whole} with special tokens")
+
+
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """Load a folder's tokenizer through transformers.
 

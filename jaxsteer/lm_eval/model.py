@@ -28,6 +28,7 @@ from jaxsteer.io import (
     sample_weights,
 )
 from jaxsteer.io.load import require_tokenizer
+from jaxsteer.io.tokenizer import beginning_of
 from jaxsteer.lm_eval.settings import Settings, read_settings
 from jaxsteer.models.transformer import Model
 from jaxsteer.types import Plan, Steering
@@ -135,9 +136,7 @@ class JaxsteerLM(TemplateLM):
         self.max_length = loaded.config.max_length if max_length is None else int(max_length)
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
-        plain, whole = (self.tokenizer("x", add_special_tokens=add)["input_ids"] for add in (False, True))
-        start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-        self._beginning = list(whole[:start])
+        self._beginning = beginning_of(self.tokenizer)
         added = self.tokenizer.added_tokens_decoder.values()
         self._special = sorted((token.content for token in added if token.special), key=len, reverse=True)
 

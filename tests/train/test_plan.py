@@ -24,7 +24,7 @@ from train.plan.model_configs import KNOWN_CONFIGS, model_config_of
 from train.plan.programs import Compiled, TooBig
 from train.plan.question import Question
 from train.plan.search import candidates
-from train.plan.topology import GIB, compiler_name, parse_topology, sold_names
+from train.plan.topology import GIB, parse_topology
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -250,43 +250,6 @@ def test_collectives_count_loops_through_nesting():
     }
     known = 'body=%body, backend_config={"known_trip_count":{"n":"9"}}'
     assert collectives(HLO.replace("body=%body", known))["all-gather"].count == 9
-
-
-def test_topologies():
-    pod = parse_topology("v5p:4x4x4", slices=2)
-    assert (pod.chips, pod.sold, str(pod)) == (128, "v5p-128", "2 x v5p:4x4x4 (128 chips, sold as 2 x v5p-128)")
-    assert parse_topology("h100:8").chips == 8
-    for name, words in {
-        "v4-8": "does not know v4 chips",
-        "v5litpod-16": "unknown chip .*did you mean v5litepod-16",
-        "v5e:4x5": "did you mean v5e:4x",
-        "h100:16": "1 to 8",
-    }.items():
-        with pytest.raises(ValueError, match=words):
-            parse_topology(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "topology"),
-    [
-        ("v5litepod-16", "v5e:4x4"),
-        ("v5e-16", "v5e:4x4"),
-        ("v5lite-16", "v5e:4x4"),
-        ("V5E:4x4", "v5e:4x4"),
-        ("v6e-8", "v6e:2x4"),
-        ("v5p-8", "v5p:2x2x1"),  # cores, two per chip
-        ("v4-8", "v4:2x2x1"),
-        ("h100:8", "h100:8"),
-        ("nonsense", "nonsense"),
-    ],
-)
-def test_names_that_slices_are_sold_under(name, topology):
-    assert compiler_name(name) == topology
-
-
-def test_every_name_in_the_table_is_its_slice():
-    names = sold_names()
-    assert {sold: compiler_name(sold) for sold in names.values()} == {sold: name for name, sold in names.items()}
 
 
 def estimated(capsys, monkeypatch, *options):

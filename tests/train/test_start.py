@@ -85,7 +85,7 @@ WRONG = [
     ({"profile": "2:9"}, "this run does steps 1 to 2"),
     ({"checkpoints": "hdfs://a/b"}, "cannot be reached"),
     ({"checkpoints": "{data}/c"}, "is a file, not a folder"),
-    ({"start_from": "missing"}, "start_from missing: no such file or folder"),
+    ({"start_from": "missing"}, "--start-from missing: no such file or folder"),
     ({"resume": True}, "no run to resume"),
 ]
 

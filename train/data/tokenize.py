@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsteer.io import Tokenizer
+from jaxsteer.io.tokenizer import beginning_of
 from train.data.chat import chat_of, chat_pieces, end_of_turn, special_ids
 from train.data.encoding import PLAIN, Encoding, LossOn, OnLong, Report, too_long_text
 from train.data.examples import Example, TokenizedExample, Turn
@@ -158,7 +159,7 @@ class _Marks:
 
 def _marks_of(tokenizer: Tokenizer) -> _Marks:
     end = tokenizer.eos_token_id
-    return _Marks(tokenizer, _beginning(tokenizer), None if end is None else int(end), special_ids(tokenizer))
+    return _Marks(tokenizer, beginning_of(tokenizer), None if end is None else int(end), special_ids(tokenizer))
 
 
 def _tokenised(
@@ -297,13 +298,3 @@ def _check_unicode(examples: Sequence[Example]) -> None:
                     f"{example.source}: the {turn.role} is no Unicode text: character {error.start} is half of a pair "
                     f"({turn.text[error.start]!r})"
                 ) from None
-
-
-def _beginning(tokenizer: Tokenizer) -> list[int]:
-    """Ids that the tokenizer puts before a text."""
-    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("x")["input_ids"]
-    for i in range(len(whole) - len(plain) + 1):
-        if whole[i : i + len(plain)] == plain:
-            return list(whole[:i])
-    raise ValueError(f"the tokenizer gives {plain} for 'x' alone, but {whole} with special tokens")

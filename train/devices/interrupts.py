@@ -172,7 +172,7 @@ def _interrupt() -> None:
         _say("Interrupted.")
         leave(STOPPED)
     if _state.joined:
-        os.kill(os.getpid(), signal.SIGTERM)  # JAX hears it, and agrees with the other processes on a step
+        os.kill(os.getpid(), signal.SIGTERM)  # which JAX answers by having all processes stop after the same step
     _state.signal = signal.SIGINT.name
     _say("Stopping at the next safe point; press Ctrl-C again to quit at once.")
     if _state.block == "soon":

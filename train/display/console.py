@@ -22,6 +22,11 @@ def print_facts(facts: Mapping[str, str]) -> None:
         get_console().print(f"[bold]{name:<{width}}[/bold]  {escape(value)}", soft_wrap=True, highlight=False)
 
 
+def say(text: str, *, stderr: bool = True) -> None:
+    """Print a sentence for a person as it is, on one line if the terminal has room; the first process only."""
+    get_console(stderr=stderr).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 Fact = str | SupportsFloat
 """The value of a fact: text, or a number (a JAX scalar too)."""
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
-from jaxsteer.objective import CHUNK_TOKENS, CPU_CHUNK_TOKENS, next_tokens, scan_counted
-from jaxsteer.sharding import constrain, current_platform, row_shards
+from jaxsteer.objective import Targets, fold_targets, next_tokens
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 
@@ -54,28 +53,22 @@ def loss_sums(
         model, base, steering, strength: as in `forward`.
         batch: [B, T].
     """
-    hidden = constrain(forward(model, base, steering, batch, strength=strength).hidden, "rows", None, None)
-    head, targets = constrain(output_embedding(base), "vocab", None), next_tokens(batch)
-    B, T, D = hidden.shape
-    chunk = CPU_CHUNK_TOKENS if current_platform() == "cpu" else CHUNK_TOKENS
-    width = min(T, max(1, chunk * row_shards() // B))
+    hidden = forward(model, base, steering, batch, strength=strength).hidden
 
-    def add(sums: Sums, index: Array, mask: Array) -> Sums:
-        at = lambda field: jnp.take_along_axis(field, index, axis=1).reshape(-1)
-        rows = jnp.take_along_axis(hidden, index[..., None], axis=1)
-        logits = logits_of(jnp.where(mask[..., None], rows, 0).reshape(-1, D), head, model.config.final_softcap)
-        tokens, weights, real = at(targets.tokens), at(targets.weights), mask.reshape(-1)
-        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        weights = jnp.where(real, weights, 0).astype(jnp.float32)
+    def add(sums: Sums, h: Array, head: Array, targets: Targets) -> Sums:
+        logits = logits_of(h, head, model.config.final_softcap)
+        of_target = jnp.take_along_axis(logits, targets.tokens[:, None], axis=-1)[:, 0]
+        nll, real = jax.nn.logsumexp(logits, axis=-1) - of_target, targets.weights != 0
+        weights = targets.weights.astype(jnp.float32)
         return Sums(
             sums.loss + jnp.vdot(weights, nll.astype(jnp.float32)),
             sums.weight + jnp.sum(jnp.abs(weights)),
-            sums.right + jnp.sum(real & (jnp.argmax(logits, axis=-1) == tokens), dtype=jnp.int32),
+            sums.right + jnp.sum(real & (jnp.argmax(logits, axis=-1) == targets.tokens), dtype=jnp.int32),
             sums.tokens + jnp.sum(real, dtype=jnp.int32),
         )
 
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-    return scan_counted(add, Sums(zero, zero, none, none), targets.weights != 0, width)
+    return fold_targets(add, Sums(zero, zero, none, none), hidden, output_embedding(base), next_tokens(batch))
 
 
 def total_loss(batches: Iterable[Sums], what: str) -> Loss:

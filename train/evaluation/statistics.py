@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from train.display.console import get_console
+from train.display.console import say
 from train.evaluation.answers import Prompts, ScoredAnswer, read_answers
 
 RESAMPLES = 10_000
@@ -129,8 +129,7 @@ def find_answers(path: str | Path, name: str = "steered", *, named: bool = False
                 f"{path}: has no {name}.jsonl to compare {name} with; evaluate the same --parts there, or give one "
                 "file of answers, with which all are compared"
             )
-        note = f"note: {path} has no {name}.jsonl; {name} is compared with {file}"
-        get_console(stderr=True).print(note, highlight=False, markup=False, soft_wrap=True)
+        say(f"note: {path} has no {name}.jsonl; {name} is compared with {file}")
     try:
         return read_answers(file)
     except (TypeError, ValueError) as error:

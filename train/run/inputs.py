@@ -18,7 +18,7 @@ SHOWN = 5
 
 
 def data_inputs(data: DataSource, report: Report) -> dict[str, Any]:
-    """Of training data: a digest of its tokens, and figures for readers."""
+    """Training data as inputs.json records it: a digest of its tokens, and figures for readers."""
     return {
         "sha256": digest_of(data.examples),
         "examples": report.kept,
@@ -29,7 +29,7 @@ def data_inputs(data: DataSource, report: Report) -> dict[str, Any]:
 
 
 def example_inputs(examples: Sequence[Example]) -> dict[str, Any]:
-    """Of validation or test examples: a digest of their texts, and figures for readers."""
+    """Validation or test examples as inputs.json records them: a digest of their texts, and figures for readers."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps([example.turns, example.gold, example.choices]).encode() + b"\n")

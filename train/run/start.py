@@ -14,7 +14,7 @@ from jaxsteer.plans import format_plan, parse_plan
 from jaxsteer.types import Steering
 from train.base_models import describe
 from train.config import CHANGEABLE, TrainConfig
-from train.display.console import get_console
+from train.display.console import say
 from train.evaluation.evaluator import Evaluator
 from train.run.checkpoints import check_reachable
 from train.run.folder import Changes, RunFolder
@@ -94,7 +94,7 @@ def prepare(config: TrainConfig, stored: Mapping[str, Any] | None, inputs: Mappi
     evaluator = make_evaluator(config, model, program, splits)
     data = read_data(config, model)
     if note := beyond_context(model.config, data.report.longest):
-        _say(f"Note: the longest example has {note}")
+        say(f"Note: the longest example has {note}", stderr=False)
     steps = config.steps or data.source.steps(config.epochs)
     check_profile(config.profile, 0, steps)
     program = make_program(config, model.config, model.base, steps=steps, mesh=mesh)
@@ -140,9 +140,9 @@ def read_start(source: str) -> SteeringFile:
     if path.is_dir():
         path = RunFolder(path).steering
         if not path.exists():
-            raise ValueError(f"start_from {source}: no finished run of a plan (it has no {path.name})")
+            raise ValueError(f"--start-from {source}: no finished run of a plan (it has no {path.name})")
     if not path.is_file():
-        raise ValueError(f"start_from {source}: no such file or folder")
+        raise ValueError(f"--start-from {source}: no such file or folder")
     return load_steering(path)
 
 
@@ -153,18 +153,14 @@ def _completed(config: TrainConfig, start: SteeringFile | None, model: LoadedMod
         texts = format_plan(start.plan)
         if not _has_plan(config):
             config = replace(config, plan=texts)
-            _say(f"Plan of {start.path}: {'; '.join(texts)}")
+            say(f"Plan of {start.path}: {'; '.join(texts)}", stderr=False)
         elif parse_plan(config.plan, model.config) != start.plan:
             quoted = " ".join(f'"{text}"' for text in texts)
             raise ValueError(
-                f"start_from {start.path}: has another plan than this run. Its own is --plan {quoted}; this run's is "
+                f"--start-from {start.path}: has another plan than this run. Its own is --plan {quoted}; this run's is "
                 f"{'; '.join(config.plan)}"
             )
     return replace(config, date=encoding_of(config).dated(model.require_tokenizer()).date)
-
-
-def _say(text: str) -> None:
-    get_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _has_plan(config: TrainConfig) -> bool:
@@ -201,7 +197,7 @@ def load_training(prepared: Prepared, initial: Steering | None = None) -> Traini
     if initial is None and prepared.start is not None:
         initial = prepared.start.steering
         if said := prepared.start.check_weights(loaded.sample, other_base=True):
-            _say(f"Note: {said}")
+            say(f"Note: {said}", stderr=False)
     return make_training(config, loaded, initial, prepared.data)
 
 
@@ -217,6 +213,6 @@ def check_start(prepared: Prepared, done: int) -> None:
     """
     if done == 0 and prepared.config.start_from is not None and prepared.start is None:
         raise ValueError(
-            f"start_from {prepared.config.start_from}: is gone, or another than when this run was started, which has "
+            f"--start-from {prepared.config.start_from}: is gone, or another than when this run was started, which has "
             "saved nothing yet; put it back, or use another --out"
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 from train.config import TrainConfig
 from train.data import Example, Split
-from train.display.console import get_console
+from train.display.console import say
 from train.tasks import AnyTask, HeldOutTask
 from train.tasks.scoring import is_checkable
 
@@ -46,7 +46,7 @@ def decide(config: TrainConfig, splits: Splits) -> TrainConfig:
             "or leave out --test-examples"
         )
     for text in _notes(config, splits):
-        get_console().print(f"Note: {text}", highlight=False, soft_wrap=True, markup=False)
+        say(f"Note: {text}", stderr=False)
     if config.select_by == "accuracy" and (unanswered := [e for e in (*validation, *test) if e.gold is None]):
         raise ValueError(f"--select-by accuracy: {unanswered[0].source} has no answer; use --select-by validation_loss")
     if config.select_by != "auto":

@@ -16,8 +16,8 @@ from train.tasks.held_out import HeldOutTask
 from train.tasks.hub import HubTask
 from train.tasks.jsonl import JsonlTask
 from train.tasks.listops import ListOpsTask
-from train.tasks.mixture import MixtureTask, PlainTask, typed_template
-from train.tasks.protocols import AnswerFormat, AnyTask
+from train.tasks.mixture import MixtureTask, PlainTask
+from train.tasks.protocols import AnswerFormat, AnyTask, typed_template
 from train.tasks.records import TASKS
 from train.tasks.table import TableTask
 

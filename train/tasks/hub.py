@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple, TypeVar, get_args
 from jaxsteer.plans import did_you_mean
 from train.data import Example, Split
 from train.data.fields import EmptyText, as_weight, located
+from train.display.console import say
 from train.tasks.instructions import as_instructions
-from train.tasks.notes import say
 from train.tasks.record import Question, Record, Row, placeholders
 from train.tasks.records import TASKS
 from train.tasks.rows import Rows, check_columns, read_file, read_split

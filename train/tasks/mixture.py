@@ -15,7 +15,7 @@ from train.tasks.hub import HubTask
 from train.tasks.jsonl import JsonlTask
 from train.tasks.listops import ListOpsTask
 from train.tasks.notes import say_once
-from train.tasks.protocols import AnyTask
+from train.tasks.protocols import typed_template
 from train.tasks.scoring import Rule
 from train.tasks.table import TableTask
 
@@ -159,11 +159,6 @@ def interleave(lists: Sequence[Sequence[T]]) -> list[T]:
         ((i + 0.5) / len(items), number, item) for number, items in enumerate(lists) for i, item in enumerate(items)
     ]
     return [item for _, _, item in sorted(placed, key=lambda each: each[:2])]
-
-
-def typed_template(task: AnyTask) -> str:
-    """Text around a prompt that a user types, such that the model is asked as in training; contains {prompt}."""
-    return task.typed_template if isinstance(task, JsonlTask) else task.template
 
 
 def _renamed(example: Example, name: str) -> Example:

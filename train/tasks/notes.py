@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from rich.text import Text
-
-from train.display.console import get_console
-
-
-def say(text: str) -> None:
-    """Print a line as it is, on process 0."""
-    get_console(stderr=True).print(Text(text), soft_wrap=True)
+from train.display.console import say
 
 
 @cache

@@ -38,3 +38,12 @@ class AnyTask(AnswerFormat, Protocol):
     def load(self, split: Split) -> list[Example]:
         """The examples of a split; empty if there are none."""
         ...
+
+
+def typed_template(task: AnyTask) -> str:
+    """Text around a prompt that a user types, such that the model is asked as in training; contains {prompt}.
+
+    It is the task's `template`, unless the task knows better from its data: then it has an attribute of this name.
+    """
+    template: str = getattr(task, "typed_template", task.template)
+    return template

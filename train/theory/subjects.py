@@ -23,10 +23,11 @@ from jaxsteer.steering import fold_weights
 from jaxsteer.theory import Means, difference, means, measure, merged, written
 from jaxsteer.theory.compare import Where
 from jaxsteer.types import Batch, PyTree
-from train.base_models import STEERING, check_plan, load, resolve_model, say, trained_date
+from train.base_models import STEERING, check_plan, load, resolve_model, trained_date
 from train.cli import load_config_file
 from train.config import TrainConfig
 from train.data import DataSource, Example, TokenizedExample, encode, encode_prompts, pack, stack_rows
+from train.display.console import say
 from train.run.training import encoding_of
 from train.tasks import Split
 

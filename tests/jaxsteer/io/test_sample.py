@@ -39,17 +39,23 @@ def moved(base, size, seed=0):
 _gradient = jax.jit(jax.grad(mean_loss, argnums=1), static_argnums=0)
 
 
-def fine_tuned(base, steps, lr, seed=0):
-    """The base after a few steps of Adam on random text."""
+def trained(config, base, lr, seed=0):
+    """Yield the base after 1, 2, ... steps of Adam on random text."""
     optimizer = optax.adam(lr)
     with jax.numpy_dtype_promotion("standard"):
         state = optimizer.init(base)
-        for step in range(steps):
-            tokens = jax.random.randint(jax.random.key(1000 * seed + step), (4, 32), 0, CONFIG.vocab_size)
-            batch = make_batch(tokens, weights=jnp.ones(tokens.shape))
-            updates, state = optimizer.update(_gradient(Model(CONFIG), base, {}, batch), state)
+    for step in itertools.count():
+        tokens = jax.random.randint(jax.random.key(1000 * seed + step), (4, 32), 0, config.vocab_size)
+        batch = make_batch(tokens, weights=jnp.ones(tokens.shape))
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(_gradient(Model(config), base, {}, batch), state)
             base = optax.apply_updates(base, updates)
-    return jax.tree.map(np.asarray, base)
+        yield jax.tree.map(np.asarray, base)
+
+
+def fine_tuned(base, steps, lr, seed=0):
+    """The base after a few of these steps."""
+    return next(itertools.islice(trained(CONFIG, base, lr, seed), steps - 1, None))
 
 
 @pytest.fixture
@@ -107,6 +113,29 @@ def test_the_rate_of_detection(in_forms, capsys, master):
         print(f"\n| master in {master} | " + " | ".join(counts[settings[0]]) + " |")
         for (steps, lr), cells in counts.items():
             print(f"| {steps} steps at {lr:g} | " + " | ".join(f"{sum(c)}/{len(c)}" for c in cells.values()) + " |")
+
+
+@pytest.mark.slow
+def test_the_rate_of_detection_in_a_real_model(smollm2, smollm2_path, tmp_path, capsys):
+    """Prints docs/compatibility.md's figures: Q4_1 against exports in two forms of what 1, 3 and 5 steps made of it."""
+    stored, found = sample_weights(smollm2_path), {}
+
+    def compared(base, form):
+        folder = tmp_path / form
+        dtype = jnp.dtype({"F32": "float32", "BF16": "bfloat16"}[form])
+        save_hf(folder, smollm2.config, jax.tree.map(lambda leaf: np.asarray(leaf, dtype), base), "llama")
+        return compare_samples(sample_weights(folder), stored)
+
+    for form in ("F32", "BF16"):
+        assert compared(smollm2.base, form).verdict == "consistent"
+    for lr in (1e-6, 5e-6, 1e-5):
+        for steps, base in zip(range(1, 6), trained(smollm2.config, smollm2.base, lr), strict=False):
+            for form in ("F32", "BF16") if steps % 2 else ():
+                found[lr, steps, form] = compared(base, form)
+    with capsys.disabled():
+        for (lr, steps, form), comparison in found.items():
+            print(f"\n{steps} steps at {lr:g}, {form}: {comparison.verdict}; {comparison.reason}", end="")
+    assert all(comparison.verdict == "another" for (_, _, form), comparison in found.items() if form == "F32")
 
 
 def blocks_of_all_sizes(count):
