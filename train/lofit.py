@@ -62,7 +62,7 @@ def train_lofit(config: TrainConfig, heads: int, share: float = SHARE) -> Result
         ValueError: bad settings or data; more heads than the model has; a first run with other settings or data.
     """
     if config.start_from is not None or config.extend:
-        raise ValueError("lofit: start_from and extend have no effect: its two stages begin and end in a fixed way")
+        raise ValueError("lofit: --start-from and --extend have no effect: its two stages begin and end in a fixed way")
     check_heads(load_config(resolve_model(config.model)), heads)
     whole = RunFolder(Path(config.out))
     with locked(whole.folder):

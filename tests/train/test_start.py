@@ -146,7 +146,7 @@ def test_a_comparison_notices_other_data(config, tiny_data, tmp_path, monkeypatc
     [
         ({"steps": 1}, 0.4, "leaves one of its two stages"),
         ({"task": JsonlTask("missing.jsonl"), "steps": None}, 0.4, "missing.jsonl"),
-        ({"start_from": "x"}, 0.4, "start_from and extend have no effect"),
+        ({"start_from": "x"}, 0.4, "--start-from and --extend have no effect"),
     ],
 )
 def test_lofit_checks_before_the_weights(config, tmp_path, weights, changes, share, message):
