@@ -11,6 +11,7 @@ The public API: pure functions over pytrees. Nothing here prints, reads files or
 """
 
 from jaxsteer.batches import make_batch
+from jaxsteer.folding import fold_all, fold_weights
 from jaxsteer.inference.generate import Sampling, generate
 from jaxsteer.interventions import (
     METHODS,
@@ -34,7 +35,7 @@ from jaxsteer.optim import OptimConfig, make_optimizer
 from jaxsteer.orthogonality import Orthogonality, chance_overlap, joint_overlap, overlap_penalty, project_orthogonal
 from jaxsteer.params import Params, combine, param_labels, partition
 from jaxsteer.plans import parse_plan, plan_from_json, plan_to_json, validate_plan
-from jaxsteer.steering import count_parameters, count_trained, fold_weights, init_steering, keep_kind, steering_shapes
+from jaxsteer.steering import count_parameters, count_trained, init_steering, keep_kind, steering_shapes
 from jaxsteer.training import TrainState, init_state, make_train_step, train_step
 from jaxsteer.types import ACTIVATIONS, PROJECTIONS, SITES, Batch, Plan, Positions, Slot, Steering
 
@@ -73,6 +74,7 @@ __all__ = [
     "combine",
     "count_parameters",
     "count_trained",
+    "fold_all",
     "fold_weights",
     "forward",
     "generate",

@@ -1,18 +1,17 @@
-"""The steering tree of a plan: initialisation, shapes, penalties, folding into the weights, parameter counts."""
+"""The steering tree of a plan: initialisation, shapes, penalties, parameter counts."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from jaxsteer.models.config import ModelConfig, site_dims
 from jaxsteer.models.quantise import dequantised
-from jaxsteer.models.strength import check_strength, interpolate
 from jaxsteer.plans import method_name, validate_plan
 from jaxsteer.types import Array, Intervention, Kind, ParamSpec, Plan, PyTree, Slot, Steering
 
@@ -114,91 +113,6 @@ def penalty(plan: Plan, steering: Steering, step: Array) -> Array:
     """The sum of the methods' own penalties at a step. Scalar fp32."""
     terms = [slot.method.penalty(steering[slot.name][site], step) for slot in plan for site in slot.sites]
     return sum(terms, jnp.zeros((), jnp.float32))
-
-
-def fold_weights(
-    plan: Plan, base: PyTree, steering: Steering, *, strength: Mapping[str, ArrayLike] | None = None
-) -> tuple[PyTree, Plan, Steering]:
-    """Merge every slot that can be merged into the base weights, so that inference pays nothing for it.
-
-    A method that depends on the kernel (DoRA) is merged only if no other slot shares a projection with it, since
-    merging either one would change what the other depends on.
-
-    Args:
-        plan: the steering plan.
-        base: the base tree.
-        steering: the steering tree of the plan.
-        strength: a factor [] of each slot's shift, as in `forward`; the slots that are left keep theirs.
-
-    Returns:
-        The merged base tree, and the plan and the steering of the slots that are left.
-
-    Raises:
-        ValueError: a strength of a slot that the plan does not have, or one that is not a scalar.
-    """
-    factors = check_strength(plan, strength)
-    blocks, rest = base["blocks"], []
-    for slot in plan:
-        factor = factors.get(slot.name)
-        merged = None if _depends_on_neighbour(slot, plan) else _fold_slot(slot, blocks, steering[slot.name], factor)
-        if merged is None:
-            rest.append(slot)
-        else:
-            blocks = merged
-    return base | {"blocks": blocks}, tuple(rest), {slot.name: steering[slot.name] for slot in rest}
-
-
-def _depends_on_neighbour(slot: Slot, plan: Plan) -> bool:
-    """Whether merging a slot would change another one's kernel, or the reverse, where one of them depends on it."""
-    depends = lambda method: getattr(method, "depends_on_kernel", False)
-    return any(
-        other.name != slot.name
-        and (depends(slot.method) or depends(other.method))
-        and not set(slot.sites).isdisjoint(other.sites)
-        and slot.shares_layer(other)
-        for other in plan
-    )
-
-
-def _fold_slot(
-    slot: Slot, blocks: PyTree, params: dict[str, dict[str, Array]], strength: Array | None = None
-) -> PyTree | None:
-    """The blocks with a slot merged in, at a strength; None if it cannot be merged."""
-    fold = slot.method.fold if strength is None else _fold_at(slot.method, strength)
-    if slot.method.kind != "weight" or slot.positions.kind != "all":
-        return None
-    for site in slot.sites:
-        group, name = site.split(".")
-        weights = jax.tree.map(jnp.asarray, dict(dequantised(blocks[group][name])))
-        active = jnp.array(slot.active_layers(weights["kernel"].shape[0]))
-        kernel, bias = weights["kernel"][active], weights["bias"][active] if "bias" in weights else None
-        folded = jax.vmap(fold)(params[site], kernel, bias)
-        if folded is None:
-            return None
-        for leaf, new in zip(("kernel", "bias"), folded, strict=True):
-            if new is not None:
-                old = weights.get(leaf, jnp.zeros((blocks[group][name]["kernel"].shape[0], *new.shape[1:]), new.dtype))
-                weights[leaf] = old.at[active].set(new)
-        blocks = blocks | {group: blocks[group] | {name: weights}}
-    return blocks
-
-
-def _fold_at(method: Intervention, strength: Array) -> Callable:
-    """A method's `fold` at a strength: kernel + s · (folded − kernel), rounded once, and the same for the bias."""
-
-    def fold(p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
-        wide = np.promote_types(kernel.dtype, np.float32)
-        folded = method.fold(p, kernel.astype(wide), None if bias is None else bias.astype(wide))
-        if folded is None:
-            return None
-        mix = lambda old, new: interpolate(old.astype(wide), new.astype(wide), strength.astype(wide))
-        new_kernel, new_bias = mix(kernel, folded[0]).astype(kernel.dtype), folded[1]
-        if new_bias is None:
-            return new_kernel, None
-        old_bias = jnp.zeros_like(new_bias) if bias is None else bias
-        return new_kernel, mix(old_bias, new_bias).astype(kernel.dtype if bias is None else bias.dtype)
-
-    return fold
 
 
 def count_parameters(tree: PyTree) -> int:

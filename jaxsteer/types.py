@@ -63,6 +63,21 @@ class ParamSpec(NamedTuple):
     init: Initializer
 
 
+class Affine(NamedTuple):
+    """An affine Δ of one layer, Δ = write · read · y + scale ⊙ y + shift; a part that is zero is None.
+
+    read   [R, *y]
+    write  [*y, R]
+    scale  [*y]
+    shift  [*y]
+    """
+
+    read: Array | None = None
+    write: Array | None = None
+    scale: Array | None = None
+    shift: Array | None = None
+
+
 class Context(NamedTuple):
     """What an intervention may use besides its parameters and the site's x and y."""
 
@@ -127,6 +142,11 @@ class Intervention(Protocol):
 
     def fold(self, p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
         """One layer's (kernel, bias) of the projection with Δ merged in; None if it cannot be merged."""
+        return None
+
+    def affine(self, p: Mapping[str, Array]) -> Affine | None:
+        """One layer's Δ in evaluation, of a method at an activation site, as an affine function of y; None if it is
+        not one. Which parts are None depends on the settings only, not on the values of p."""
         return None
 
 

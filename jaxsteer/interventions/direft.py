@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxsteer.interventions.loreft import NONE, learned_source, reft_specs
 from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS, check_activation, check_rate, dropout
-from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.types import Affine, Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,7 @@ class DiReFT(Intervention):
         """y + R₂ᵀ act(W y + b)."""
         shift = jnp.einsum("...r,rd->...d", learned_source(p, y, self.activation), p["R"])
         return y + dropout(shift, self.dropout, ctx)
+
+    def affine(self, p: Mapping[str, Array]) -> Affine | None:
+        """Δ = R₂ᵀ W y + R₂ᵀ b, without an activation."""
+        return Affine(read=p["W"], write=p["R"].T, shift=p["b"] @ p["R"]) if self.activation == NONE else None

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import jax
 
-from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.types import Affine, Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
@@ -26,3 +26,7 @@ class FixedVector(Intervention):
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + v."""
         return y + p["v"].reshape((1,) * (y.ndim - p["v"].ndim) + p["v"].shape)
+
+    def affine(self, p: Mapping[str, Array]) -> Affine:
+        """Δ = v."""
+        return Affine(shift=p["v"])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsteer.interventions.heads import head_vectors, heads_and_width, over_tokens
-from jaxsteer.types import Array, Context, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.types import Affine, Array, Context, Intervention, Kind, ParamSpec, SiteDims
 
 TEMPERATURE = 0.33
 LOW, HIGH = -0.1, 1.1
@@ -52,6 +52,11 @@ class JoLA(Intervention):
         u1, u2 = (None, None) if ctx.key is None or not ctx.train else uniform_noise(ctx.key, p["log_g1"])
         g1, g2 = gate(p["log_g1"], u1), gate(p["log_g2"], u2)
         return y + over_tokens(g2[:, None] * p["A"], y) * y + over_tokens(g1[:, None] * p["v"], y)
+
+    def affine(self, p: Mapping[str, Array]) -> Affine:
+        """Δ = g₂ A ⊙ z + g₁ v, with the gates of evaluation."""
+        g1, g2 = gate(p["log_g1"], None), gate(p["log_g2"], None)
+        return Affine(scale=g2[:, None] * p["A"], shift=g1[:, None] * p["v"])
 
     def penalty(self, p: Mapping[str, Array], step: Array) -> Array:
         """[λ Σ p₁ + (1 − λ) Σ p₂] / (L N)."""

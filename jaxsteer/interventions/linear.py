@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from jaxsteer.interventions.low_rank import read_write_specs
-from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.types import Affine, Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,7 @@ class LinearSteering(Intervention):
         """y + α · U D y."""
         read = jnp.einsum("...d,rd->...r", y, p["D"])
         return y + self.alpha * jnp.einsum("...r,dr->...d", read, p["U"])
+
+    def affine(self, p: Mapping[str, Array]) -> Affine:
+        """Δ = α · U D y."""
+        return Affine(read=p["D"], write=self.alpha * p["U"])

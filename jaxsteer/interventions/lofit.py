@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.interventions.heads import head_vectors, heads_and_width, over_tokens
-from jaxsteer.types import Array, Context, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.types import Affine, Array, Context, Intervention, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class LoFiTScale(Intervention):
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """z + A ⊙ z."""
         return y + over_tokens(p["A"], y) * y
+
+    def affine(self, p: Mapping[str, Array]) -> Affine:
+        """Δ = A ⊙ z."""
+        return Affine(scale=p["A"])
 
     def penalty(self, p: Mapping[str, Array], step: Array) -> Array:
         """l1 · Σ|A|."""
@@ -62,6 +66,10 @@ class LoFiT(Intervention):
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """z + v at the selected heads."""
         return y + over_tokens(p["selected"][:, None] * p["v"], y)
+
+    def affine(self, p: Mapping[str, Array]) -> Affine:
+        """Δ = v at the selected heads."""
+        return Affine(shift=p["selected"][:, None] * p["v"])
 
     def count(self, p: Mapping[str, Array]) -> int:
         """Number of scalars of the selected heads; of all heads if only shapes are given."""

@@ -18,7 +18,7 @@ from jaxsteer.interventions.low_rank import (
     kaiming_uniform,
     site_width,
 )
-from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.types import Affine, Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
 NONE = "none"
 
@@ -63,6 +63,10 @@ class LoReFT(Intervention):
         """y + Rᵀ (act(W y + b) − R y)."""
         edit = learned_source(p, y, self.activation) - jnp.einsum("...d,rd->...r", y, p["R"])
         return y + dropout(jnp.einsum("...r,rd->...d", edit, p["R"]), self.dropout, ctx)
+
+    def affine(self, p: Mapping[str, Array]) -> Affine | None:
+        """Δ = Rᵀ (W − R) y + Rᵀ b, without an activation."""
+        return Affine(read=p["W"] - p["R"], write=p["R"].T, shift=p["b"] @ p["R"]) if self.activation == NONE else None
 
 
 def reft_specs(dims: SiteDims, rank: int, method: str) -> dict[str, ParamSpec]:

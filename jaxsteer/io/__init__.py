@@ -4,7 +4,7 @@ No other package of the library opens a file. How a family's fields and tensors 
 `jaxsteer.models.families`.
 """
 
-from jaxsteer.io.export import save_hf
+from jaxsteer.io.hf_folder import save_hf
 from jaxsteer.io.identity import config_from_json, config_to_json, fingerprint
 from jaxsteer.io.load import (
     LoadedModel,

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsteer.folding import fold_weights
 from jaxsteer.params import Params
-from jaxsteer.steering import fold_weights, with_leaf
+from jaxsteer.steering import with_leaf
 from jaxsteer.types import Array, Plan, PyTree, Steering
 
 _is_none = lambda leaf: leaf is None

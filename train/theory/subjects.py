@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsteer.folding import fold_weights
 from jaxsteer.io import LoadedModel, SteeringFile, WeightSample, fingerprint, load_config, load_steering, sample_weights
 from jaxsteer.io.load import require_tokenizer
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.params import Params
-from jaxsteer.steering import fold_weights
 from jaxsteer.theory import Means, difference, means, measure, merged, written
 from jaxsteer.theory.compare import Where
 from jaxsteer.types import Batch, PyTree

@@ -7,11 +7,11 @@ import pytest
 from tiny import close, fast_jit, loss_and_grads, run, supervised_batch
 
 from jaxsteer import LoRA, Model, NonlinearSteering, PiSSA, Slot, init_steering, make_batch
+from jaxsteer.folding import fold_weights
 from jaxsteer.interventions import DoRA
 from jaxsteer.io import load_model, save_hf
 from jaxsteer.models.quantise import dequantised, is_quantised, quantise, quantise_kernel
 from jaxsteer.models.transformer import forward, init_cache
-from jaxsteer.steering import fold_weights
 from jaxsteer.types import PROJECTIONS
 
 

@@ -1,0 +1,85 @@
+"""What a format is: how to recognise, refuse, reduce, write and read it. One record for each file of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxsteer.io.load import LoadedModel
+from jaxsteer.io.steered import SteeredModel
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.families.table import Family
+from jaxsteer.types import Plan
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How to write; a format refuses what it has no use for.
+
+    dtype  of whole models' weights: float32, bfloat16 or float16, in GGUF files also Q8_0, Q4_0, ...; None = as loaded
+    rank   of the steering layers in a steerable base; None = the plan's largest
+    over   folder of the steerable base that an adapter is for
+    name   of the adapter, where the format stores one
+    """
+
+    dtype: str | None = None
+    rank: int | None = None
+    over: Path | None = None
+    name: str = "jaxsteer"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the person says of a file that does not say it itself; None = not said.
+
+    alpha       factor of the shift
+    activation  of low-rank steering: none, silu, relu, gelu or tanh
+    positions   which tokens are steered, as in a plan ("all", "last", ...)
+    layer       0-based block that a vector is for
+    feature     row of a sparse autoencoder's decoder
+    strength    factor of that row
+    """
+
+    alpha: float | None = None
+    activation: str | None = None
+    positions: str | None = None
+    layer: int | None = None
+    feature: int | None = None
+    strength: float | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of other programs.
+
+    name         on the command line and in `FORMATS`
+    holds        what it holds, for the list of formats: a few words
+    programs     that use it, for the list
+    whole        whether it holds a whole model, else what is trained on one
+    recognises   whether a file or folder is in this format, from names and headers alone
+    read         (path, base model, what the person says) -> what it holds; the base model is None for whole models, and
+                 where it is not known. Raises ValueError, and nothing else, for whatever the files may hold
+    refuse       (plan, family, config, options) -> why it cannot hold that plan, a sentence for each slot that ends in
+                 the nearest alternative
+    reduce       (steered, options) -> the same in the terms of the format: slots merged into weights or turned into
+                 LoRA, factors padded. `read` returns this, leaf by leaf and bit for bit
+    write        (reduced, folder, options): write the files into an empty folder
+    verify       program of tests/peers that loads the files with the software that they are for
+    """
+
+    name: str
+    holds: str
+    programs: str
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path, LoadedModel | None, Given], SteeredModel]
+    whole: bool = False
+    refuse: Callable[[Plan, Family, ModelConfig, WriteOptions], list[str]] | None = None
+    reduce: Callable[[SteeredModel, WriteOptions], SteeredModel] | None = None
+    write: Callable[[SteeredModel, Path, WriteOptions], None] | None = None
+    verify: str | None = None
+
+    @property
+    def writable(self) -> bool:
+        """Whether it can be written."""
+        return self.write is not None
