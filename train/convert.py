@@ -120,27 +120,45 @@ def convert(config: ConvertConfig) -> None:
     """Read, write, compare, and report."""
     config.check()
     found = recognise(base_models.resolve_model(config.source), config.source_format)
-    steered = read(found, config)
+    steered, reference = read_trained(found, config) if found.format.name == "jaxsteer" else (read(found, config), None)
     tokens = probe(steered.loaded)
-    verdict = export(steered, config.to, config.out, config.options, tokens=tokens)
+    verdict = export(steered, config.to, config.out, config.options, tokens=tokens, reference=reference)
     print(f"{config.to}: {config.out}")
     for path in sorted(Path(config.out).iterdir()):
         print(f"  {path.name:32} {path.stat().st_size:>14,} bytes")
     print(verdict)
 
 
+def read_trained(found: Source, config: ConvertConfig) -> tuple[SteeredModel, SteeredModel | None]:
+    """A steering file on its base, and on the int8 base that it was trained on, if it was.
+
+    What can be refused without weights is refused before they are read.
+    """
+    file = base_models.read_steered(str(found.path))
+    assert file is not None
+    run, name = base_models.run_settings(file.notes), base_models.find_base(file, config.model)
+    quantised = run.get("quantise") == "int8"
+    if quantised and not config.float_base:
+        raise ValueError(
+            f"{file.path}: trained on an int8 base, which no format here holds; --float-base writes it for the float "
+            "weights and says what the difference means"
+        )
+    base_models.check_base(file, name, other_base=config.other_base)
+    tokenizer = run.get("tokenizer")
+    check_export(config.to, file.plan, base_models.describe(name, tokenizer=tokenizer), config.options)
+    on = lambda loaded: SteeredModel(loaded, file.plan, file.steering, name, file.notes)
+    steered = on(base_models.load(name, tokenizer=tokenizer))
+    return steered, on(base_models.load(name, quantised=True, tokenizer=tokenizer)) if quantised else None
+
+
 def read(found: Source, config: ConvertConfig) -> SteeredModel:
-    """The steered model at the source; what can be refused without its weights is refused before they are read."""
+    """The steered model in the files of another program."""
     if found.format.whole:
         return load(found, given=config.given)
     name = config.model or found.base
     if name is None:
         raise ValueError(f"{found.path}: does not say which model it is for; name the base model: --model")
-    described = base_models.describe(name)
-    if found.format.name == "jaxsteer":
-        check_export(config.to, load(found, described, given=config.given, other_base=True).plan, described)
-    loaded = base_models.load(name)
-    return load(found, loaded, given=config.given, other_base=config.other_base)
+    return load(found, base_models.load(name), given=config.given, other_base=config.other_base)
 
 
 def probe(loaded: LoadedModel) -> np.ndarray:

@@ -57,8 +57,8 @@ def check_export(to: str, plan: Plan, loaded: LoadedModel, options: WriteOptions
     validate_plan(plan, config)
     if is_quantised(loaded.base):
         raise ValueError(
-            f"{to}: the base model is in int8, which no format here holds; load its float weights (quantised=False, "
-            "--float-base) and see in the verdict what the difference means"
+            f"{to}: the base model is in int8, which no format here holds; export it over the float weights "
+            "(load_model without `quantised`; --float-base), and the verdict says what the difference means"
         )
     if reasons := format.refuse(plan, FAMILIES[loaded.family], config, options or WriteOptions()):
         raise ValueError(f"{to} cannot hold this plan:\n" + "\n".join(f"  {reason}" for reason in reasons))
@@ -71,6 +71,7 @@ def export(
     options: WriteOptions | None = None,
     *,
     tokens: np.ndarray | None = None,
+    reference: SteeredModel | None = None,
 ) -> Verdict:
     """Write a steered model in another program's format, read it again, and say how exact it is.
 
@@ -83,9 +84,10 @@ def export(
         folder: the output folder; it must not exist, or be empty.
         options: how to write.
         tokens: int32 [B, T], the batch on which the result is compared; by default ids at random.
+        reference: what it is compared with, if not `steered` itself: the int8 base that the steering was trained on.
 
     Returns:
-        How far the model in the files is from the exported one.
+        How far the model in the files is from the exported one, or from `reference`.
 
     Raises:
         ValueError: the format cannot hold the plan (see `check_export`), or the folder is not empty.
@@ -104,7 +106,8 @@ def export(
         restored = restore(steered.plan, read)
         verbatim = steered.plan == restored.plan and not unlike(steered.steering, restored.steering)
         used = steered.loaded.config.vocab_size
-        verdict = judge(steered, read, probe_tokens(used) if tokens is None else tokens, verbatim=verbatim)
+        batch = probe_tokens(used) if tokens is None else tokens
+        verdict = judge(reference or steered, read, batch, verbatim=verbatim)
         lost = [*reduced.lost, *([] if verbatim or not steered.plan else [_lost(steered.plan, read.plan)])]
         write_sidecar(partial, to, replace(steered, lost=lost), verdict.to_json())
     return verdict
