@@ -11,8 +11,8 @@ import numpy as np
 from jaxsteer.batches import make_batch
 from jaxsteer.io.files import Json
 from jaxsteer.io.steered import SteeredModel
-from jaxsteer.models.transformer import forward, logits_of, output_embedding
-from jaxsteer.types import Array, PyTree, Steering
+from jaxsteer.models.transformer import Network, logits_of, output_embedding
+from jaxsteer.types import Array, PyTree
 
 EXACT = 1e-4
 """Largest difference of logits that rounding in fp32 explains."""
@@ -88,14 +88,13 @@ def judge(steered: SteeredModel, read: SteeredModel, tokens: np.ndarray, *, verb
 
 def _logits(steered: SteeredModel, tokens: np.ndarray) -> Array:
     """Logits [B, T, V] in fp32."""
-    model, batch, softcap = steered.model, make_batch(jnp.asarray(tokens)), steered.loaded.config.final_softcap
+    batch, softcap = make_batch(jnp.asarray(tokens)), steered.loaded.config.final_softcap
 
     @jax.jit
-    def run(base: PyTree, steering: Steering) -> Array:
-        hidden = forward(model, base, steering, batch).hidden
-        return logits_of(hidden, output_embedding(base), softcap).astype(jnp.float32)
+    def run(network: Network) -> Array:
+        return logits_of(network(batch).hidden, output_embedding(network.base), softcap).astype(jnp.float32)
 
-    return run(steered.base, steered.steering)
+    return run(steered.network)
 
 
 def unlike(one: PyTree, other: PyTree) -> list[str]:
