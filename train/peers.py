@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from jaxsteer.batches import make_batch
 from jaxsteer.inference.generate import generate
 from jaxsteer.io.files import parse_json
 from jaxsteer.io.steered import SteeredModel
-from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
-from jaxsteer.types import Array, Batch, PyTree, Steering
+from jaxsteer.models.transformer import Network, logits_of, output_embedding
+from jaxsteer.types import Array, Batch
 
 _HERE = Path(__file__).resolve().parent
 _IN_CLONE = _HERE.parent / "tests" / "peers"
@@ -38,7 +37,7 @@ PROGRAMS = next((f for f in (_HERE / "peer_programs", _IN_CLONE) if f.is_dir()),
 ENVIRONMENTS = _HERE.parent / ".peers"
 """Where `make peers` makes the environments, in a clone."""
 
-ENVIRONMENT_OF = {"peft": "hf"}
+ENVIRONMENT_OF = {"peft": "hf", "transformers": "hf"}
 """The environment of a peer that has none of its own name."""
 
 TIMEOUT = 1800
@@ -100,23 +99,25 @@ def probe(steered: SteeredModel, tokens: np.ndarray, new_tokens: int = 0) -> Pro
 
 def _probe_rows(steered: SteeredModel, tokens: np.ndarray, new_tokens: int) -> tuple[np.ndarray, ...]:
     """Logits, continuations and margins of a few rows."""
-    network, length = (steered.model, steered.base, steered.steering), tokens.shape[1]
+    network, length = steered.network, tokens.shape[1]
     generated = np.zeros((len(tokens), 0), np.int32)
     if new_tokens:
-        made = generate(*network, make_batch(jnp.asarray(tokens)), max_new_tokens=new_tokens, stop_tokens=())
+        prompts = make_batch(jnp.asarray(tokens))
+        made = generate(
+            network.model, network.base, network.steering, prompts, max_new_tokens=new_tokens, stop_tokens=()
+        )
         generated = np.asarray(made.tokens)
     whole = jnp.concatenate([tokens, generated], axis=1)
     completion = jnp.broadcast_to(jnp.arange(whole.shape[1]) >= length, whole.shape)
-    logits = np.asarray(_logits(*network, make_batch(whole, completion=completion)))
+    logits = np.asarray(_logits(network, make_batch(whole, completion=completion)))
     best = np.partition(logits[:, length - 1 : length - 1 + new_tokens], -2, axis=-1)
     return logits[:, :length], generated, best[..., -1] - best[..., -2]
 
 
-@partial(jax.jit, static_argnames="model")
-def _logits(model: Model, base: PyTree, steering: Steering, batch: Batch) -> Array:
+@jax.jit
+def _logits(network: Network, batch: Batch) -> Array:
     """Logits [B, T, V] of a batch."""
-    hidden = forward(model, base, steering, batch).hidden
-    return logits_of(hidden, output_embedding(base), model.config.final_softcap)
+    return logits_of(network(batch).hidden, output_embedding(network.base), network.model.config.final_softcap)
 
 
 def verify(
