@@ -1,7 +1,7 @@
 # make quickstart   steer a real model: about three minutes on two cores, eight with the installation
 # make test         the tests               make test-all   with the slow ones      make coverage   with coverage
 # make lint         ruff and mypy           make format     let ruff rewrite
-# make peers        .peers: vLLM, llama.cpp, transformers, ... to verify exports with (6 GB, 25 minutes)
+# make peers        .peers: vLLM, llama.cpp, transformers, ... to verify exports with (6 GB, half an hour)
 # make docs         the site, build/site    make docs-serve show it while writing   make constraints  freeze versions
 # PYTHON=python3.12 picks the interpreter (3.11 or newer, with venv).
 
