@@ -103,12 +103,36 @@ def by_place(updates: Mapping[str, Update], family: Family, config: ModelConfig,
     return apart
 
 
+def with_magnitudes(updates: Updates, base: PyTree) -> Updates:
+    """The same updates, all with a magnitude if one has it: a plain update has that of the kernel it makes.
+
+    Formats of other programs say once whether all updates are DoRA.
+    """
+    if all(update.magnitude is None for update in updates.values()):
+        return updates
+    changed = {}
+    for place, update in updates.items():
+        if update.magnitude is None:
+            group, part = place.site.split(".")
+            kernel = np.asarray(base["blocks"][group][part]["kernel"][place.layer], np.float32)
+            after = kernel + update.scale * (update.b @ update.a).T
+            update = replace(update, magnitude=norms(after) - norms(kernel))
+        changed[place] = update
+    return changed
+
+
+def norms(kernel: np.ndarray) -> np.ndarray:
+    """The norm of the weights of each output of a kernel [in, out], fp32."""
+    return np.linalg.norm(kernel.astype(np.float64), axis=0).astype(np.float32)
+
+
 def _join(parts: Mapping[str, Update], module: Module, config: ModelConfig) -> Update:
     """Updates of some of a layer's projections as one of the layer."""
     scales = {part.scale for part in parts.values()}
     scale = scales.pop() if len(scales) == 1 else None
     numbers: dict[tuple[bytes, int], int] = {}
-    rows, columns = [], []
+    rows: list[np.ndarray] = []
+    columns: list[np.ndarray] = []
     spans, (_, outputs) = module.spans(config), module.shape(config)
     magnitude = np.zeros(outputs, np.float32)
     for site, part in parts.items():
