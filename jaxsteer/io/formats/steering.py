@@ -8,7 +8,8 @@ from jaxsteer.io.formats.format import Format, Given, WriteOptions
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.safetensors_file import open_safetensors
 from jaxsteer.io.steered import SteeredModel
-from jaxsteer.io.steering_file import FORMAT as MARK, load_steering, save_steering
+from jaxsteer.io.steering_file import FORMAT as MARK
+from jaxsteer.io.steering_file import load_steering, save_steering
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families.table import Family
 from jaxsteer.types import Plan
