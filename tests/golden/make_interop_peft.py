@@ -86,7 +86,9 @@ def make(golden, case, ids):
     with torch.inference_mode():
         loaded = PeftModel.from_pretrained(load(), folder).eval()
         logits, plain = loaded(input_ids=ids).logits, load()(input_ids=ids).logits
-    print(f"{case}: from the trained {(logits - before).abs().max():.1e}, from the base {(logits - plain).abs().max():.2f}")
+    print(
+        f"{case}: from the trained {(logits - before).abs().max():.1e}, from the base {(logits - plain).abs().max():.2f}"
+    )
     return logits.numpy()
 
 

@@ -136,7 +136,7 @@ def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     return SteeredModel(load_model(path), source=str(path))
 
 
-HF = Format(
+FORMAT = Format(
     name="hf",
     holds="a whole model; LoRA and affine steering merged into its weights",
     programs="transformers, vLLM, SGLang and everything else that reads Hugging Face folders",

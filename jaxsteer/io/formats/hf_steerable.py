@@ -142,7 +142,7 @@ def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     return SteeredModel(parts.loaded, plan, steering_of(parts, plan, _name_of, str(path)), str(path))
 
 
-HF_STEERABLE = Format(
+FORMAT = Format(
     name="hf-steerable",
     holds="a base model with a place for nonlinear steering after every block, for the adapters of vllm",
     programs="transformers, vLLM",

@@ -94,7 +94,7 @@ def _check_types(slot: Slot) -> None:
             raise ValueError(f"slot {slot.name!r}: {setting.name} is {value!r}, expected {kind.__name__}")
 
 
-HF_STEERED = Format(
+FORMAT = Format(
     name="hf-steered",
     holds="a whole model with steering @ block of any kind; all else is merged into its weights",
     programs="transformers and vLLM, with trust_remote_code",

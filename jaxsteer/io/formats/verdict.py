@@ -73,8 +73,9 @@ def judge(steered: SteeredModel, read: SteeredModel, tokens: np.ndarray, *, verb
         tokens: int32 [B, T], the probe.
         verbatim: whether the leaves of `read` are those of `steered`.
     """
-    wanted, got = _logits(steered, tokens), _logits(read, tokens)
-    plain = _logits(SteeredModel(steered.loaded), tokens) if steered.plan else wanted
+    batch = jnp.asarray(tokens)
+    wanted, got = _logits(steered.network, batch), _logits(read.network, batch)
+    plain = _logits(SteeredModel(steered.loaded).network, batch) if steered.plan else wanted
     log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(got)
     return Verdict(
         verbatim=verbatim,
@@ -86,15 +87,11 @@ def judge(steered: SteeredModel, read: SteeredModel, tokens: np.ndarray, *, verb
     )
 
 
-def _logits(steered: SteeredModel, tokens: np.ndarray) -> Array:
+@jax.jit
+def _logits(network: Network, tokens: Array) -> Array:
     """Logits [B, T, V] in fp32."""
-    batch, softcap = make_batch(jnp.asarray(tokens)), steered.loaded.config.final_softcap
-
-    @jax.jit
-    def run(network: Network) -> Array:
-        return logits_of(network(batch).hidden, output_embedding(network.base), softcap).astype(jnp.float32)
-
-    return run(steered.network)
+    hidden, softcap = network(make_batch(tokens)).hidden, network.model.config.final_softcap
+    return logits_of(hidden, output_embedding(network.base), softcap).astype(jnp.float32)
 
 
 def unlike(one: PyTree, other: PyTree) -> list[str]:
