@@ -84,10 +84,11 @@ def _refuse_over(plan: Plan, family: Family, config: ModelConfig, over: Path | N
         return [f"--over {over}: of another model ({'; '.join(unlike)}); write one with --to hf-steerable"]
     reasons = []
     for slot in post_block(plan):
-        if method_of(slot).rank > base.rank:
+        rank = method_of(slot).rank
+        if rank > base.rank:
             reasons.append(
-                f"slot {slot.name!r}: rank {method_of(slot).rank}, and {over} has places of rank {base.rank}; write a wider "
-                f"base with --to hf-steerable --rank {method_of(slot).rank}"
+                f"slot {slot.name!r}: rank {rank}, and {over} has places of rank {base.rank}; write a wider base with "
+                f"--to hf-steerable --rank {rank}"
             )
         if activation_of(slot) != base.activation:
             reasons.append(
