@@ -23,7 +23,9 @@ from jaxsteer.io.safetensors_file import AXES_LIMIT
 from jaxsteer.io.stored import Index, Read, Stored, read_part, size
 from jaxsteer.io.zip_file import LOCAL, Member, open_zip
 
-PICKLE_LIMIT = 1 << 24  # bytes; ten thousand tensors take about two million
+PICKLE_LIMIT = 1 << 22  # bytes; ten thousand tensors take about a million and a half
+STACK_LIMIT = 10_000  # values; PyTorch sets a thousand items of a dict at a time
+TUPLE_LIMIT = 2  # levels: a tensor's arguments, and the shape among them
 STORAGES: dict[str, tuple[str, np.dtype]] = {
     "torch DoubleStorage": ("F64", np.dtype("<f8")),
     "torch FloatStorage": ("F32", np.dtype("<f4")),
@@ -148,6 +150,11 @@ def _kind(value: Any) -> str:
     )
 
 
+def _depth(value: Any) -> int:
+    """Levels of tuples; those within are as deep as they may be at most."""
+    return 1 + max(map(_depth, value), default=0) if type(value) is tuple else 0
+
+
 def _whole(value: Any) -> bool:
     """Whether a value is a number of elements."""
     return type(value) is int and value >= 0
@@ -210,6 +217,8 @@ class _Machine:
                 return self.pop()
             try:
                 self.step(opcode.name, argument)
+                if len(self.stack) > STACK_LIMIT:
+                    raise ValueError(f"it puts aside more than {STACK_LIMIT} values")
             except ValueError as error:
                 raise ValueError(f"{error} (byte {at} of data.pkl)") from None
         raise ValueError("data.pkl does not end")
@@ -237,7 +246,7 @@ class _Machine:
         elif name in NUMBERS or name in TEXTS:
             self.stack.append(argument)
         elif name in TUPLES:
-            self.stack.append(tuple([self.pop() for _ in range(TUPLES[name])][::-1]))
+            self.put_tuple([self.pop() for _ in range(TUPLES[name])][::-1])
         elif name in PUTS:
             value = self.pop()
             self.stack.append(value)
@@ -250,6 +259,13 @@ class _Machine:
             _STEPS[name](self, argument)
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"it uses the instruction {name}, which no dict of tensors needs")
+
+    def put_tuple(self, values: list[Any]) -> None:
+        """Put a tuple."""
+        result = tuple(values)
+        if _depth(result) > TUPLE_LIMIT:
+            raise ValueError(f"it nests tuples more than {TUPLE_LIMIT} levels deep")
+        self.stack.append(result)
 
     def set_items(self, pairs: list[Any]) -> None:
         """Set [key, value, key, value, ...] in the dict on the stack."""
@@ -303,7 +319,7 @@ class _Machine:
 
 _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "MARK": lambda machine, _: machine.stack.append(_Mark()),
-    "TUPLE": lambda machine, _: machine.stack.append(tuple(machine.pop_to_mark())),
+    "TUPLE": lambda machine, _: machine.put_tuple(machine.pop_to_mark()),
     "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
     "SETITEM": lambda machine, _: machine.set_items([machine.pop(), machine.pop()][::-1]),
     "SETITEMS": lambda machine, _: machine.set_items(machine.pop_to_mark()),

@@ -1,6 +1,6 @@
 """Files of the programs that jaxsteer imports from, and what these programs compute with them.
 
-    python make_interop_sources.py steerling|pyreft|saelens FOLDER
+    python make_interop_sources.py steerling|pyreft|saelens|pickles FOLDER
 
 writes into FOLDER (tests/golden/interop/NAME) a folder for each case and answers.npz with `ids` int32 [2, 12] and
 `CASE` fp32 [2, 12, V], the logits. The base is tests/golden/tiny_llama, and for one case tests/golden/families/gemma2.
@@ -12,8 +12,10 @@ steerling   needs torch and transformers (the same). steerling is not a package 
             code, but a few lines that save a state with its names and shapes and steer at its places: the outputs of
             the block, of post_attention_layernorm ("attn") and of the MLP. All but `block` are saved without the base
             model's tensors, to be small.
+pickles     needs torch: files that torch.save wrote of every kind of tensor, and their values in answers.npz
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -101,9 +103,10 @@ def steerling(folder):
         if "lora_" in key:
             torch.nn.init.normal_(value, std=0.2)
     peft.eval()
-    peft.peft_config["default"].base_model_name_or_path = None
     peft.save_pretrained(folder / "joint")
     (folder / "joint" / "README.md").unlink()
+    settings = folder / "joint" / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": None}, indent=2))
     torch.save(steered.adapters.state_dict(), folder / "joint" / "adapter_steerer.pt")
     out["joint"] = peft(IDS).logits
     return out
@@ -192,6 +195,27 @@ def saelens(folder):
     return out
 
 
+def pickles(folder):
+    """Types, views, scalars and parameters, by two pickle protocols and in the form before PyTorch 1.6."""
+    matrix = torch.randn(5, 4)
+    tensors = {
+        "f32": matrix,
+        "f64": torch.randn(3, dtype=torch.float64),
+        "f16": torch.randn(2, 3).half(),
+        "bf16": torch.randn(2, 3).bfloat16(),
+        "i64": torch.tensor(7),
+        "bool": torch.tensor([True, False]),
+        "transposed": matrix.T,
+        "part": matrix[1:3, 1:],
+        "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(torch.randn(2)),
+    }
+    torch.save(tensors, folder / "protocol_2.bin")
+    torch.save(tensors, folder / "protocol_4.bin", pickle_protocol=4)
+    torch.save({"f32": matrix}, folder / "legacy.bin", _use_new_zipfile_serialization=False)
+    return tensors
+
+
 def main(name, folder):
     """Compute and store."""
     torch.manual_seed(0)
@@ -199,7 +223,7 @@ def main(name, folder):
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         out = globals()[name](folder)
-    answers = {case: value.numpy().astype(np.float32) for case, value in out.items()}
+    answers = {case: value.detach().float().numpy() for case, value in out.items()}
     np.savez_compressed(folder / "answers.npz", ids=IDS.numpy().astype(np.int32), **answers)
 
 

@@ -81,6 +81,8 @@ class _File:
             return self.value("rotate_layer", self.width, self.rank("rotate_layer", 1))
         prefix = "rotate_layer.parametrizations.weight."
         rank = self.rank(f"{prefix}original", 1)
+        if rank == self.width:
+            raise ValueError(f"{self.path}: a rotation of the whole width is stored in a way that is not read")
         raw = self.value(f"{prefix}original", self.width, rank).astype(np.float64)
         base = self.value(f"{prefix}0.base", self.width, self.width).astype(np.float32)
         rotation = np.eye(self.width, rank)
@@ -195,8 +197,8 @@ def _kinds(path: Path) -> dict[str, tuple[str, int]]:
     """The interventions that config.json lists: key -> (class, layer)."""
     config = read_json(path)
     names = ("representations", "intervention_types", "sorted_keys")
-    lists = [config.get(name) for name in names]
-    if not all(isinstance(part, list) and part and len(part) == len(lists[0]) for part in lists):
+    lists = [part for name in names if isinstance(part := config.get(name), list)]
+    if len(lists) < len(names) or len(set(map(len, lists))) > 1 or not lists[0]:
         raise ValueError(f"{path}: expected {', '.join(names)}, lists with an entry for each intervention")
     if (mode := config.get("mode", "parallel")) != "parallel":
         raise ValueError(f"{path}: mode is {reprlib.repr(mode)}; only interventions in parallel are read")

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxsteer.interventions import FixedVector
+from jaxsteer.io.formats import peft
 from jaxsteer.io.formats.format import Format, Given
 from jaxsteer.io.formats.pieces import Piece, ask, gather, low_rank, matrix_shape, values
 from jaxsteer.io.load import LoadedModel
@@ -81,8 +82,6 @@ def read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
     steered = gather(file, model, pieces)
     if not joint:
         return steered
-    from jaxsteer.io.formats import peft
-
     updates = peft.read(path, model, given)
     return replace(updates, plan=updates.plan + steered.plan, steering={**updates.steering, **steered.steering})
 
@@ -131,7 +130,8 @@ def _site(file: Path, target: str, config: ModelConfig) -> str:
 
 def _adapters(file: Path, tensors: Mapping[str, Stored], model: LoadedModel, given: Given) -> list[Piece]:
     """Low-rank adapters: down [R, D], up [D, R]."""
-    width, found = model.config.width, {}
+    width = model.config.width
+    found: dict[tuple[int, str], dict[str, tuple[str, Stored]]] = {}
     for name, tensor in tensors.items():
         match = _KEY.fullmatch(name)
         if match is None or match[3] is None:
@@ -141,8 +141,9 @@ def _adapters(file: Path, tensors: Mapping[str, Stored], model: LoadedModel, giv
     for (layer, target), parts in found.items():
         if set(parts) != {"down", "up"}:
             raise ValueError(f"{file}: layer{layer}_{target} has {' and '.join(parts)} only, expected down and up")
-        rank = matrix_shape(file, *parts["down"])[0]
-        params = {"D": values(file, *parts["down"], (rank, width)), "U": values(file, *parts["up"], (width, rank))}
+        (down_name, down), (up_name, up) = parts["down"], parts["up"]
+        rank = matrix_shape(file, down_name, down)[0]
+        params = {"D": values(file, down_name, down, (rank, width)), "U": values(file, up_name, up, (width, rank))}
         pieces.append(Piece(low_rank(rank, given), _site(file, target, model.config), layer, params))
     return pieces
 
