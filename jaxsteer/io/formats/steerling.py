@@ -141,10 +141,11 @@ def _adapters(file: Path, tensors: Mapping[str, Stored], model: LoadedModel, giv
     for (layer, target), parts in found.items():
         if set(parts) != {"down", "up"}:
             raise ValueError(f"{file}: layer{layer}_{target} has {' and '.join(parts)} only, expected down and up")
+        site = _site(file, target, model.config)
         (down_name, down), (up_name, up) = parts["down"], parts["up"]
         rank = matrix_shape(file, down_name, down)[0]
         params = {"D": values(file, down_name, down, (rank, width)), "U": values(file, up_name, up, (width, rank))}
-        pieces.append(Piece(low_rank(rank, given), _site(file, target, model.config), layer, params))
+        pieces.append(Piece(low_rank(rank, given), site, layer, params))
     return pieces
 
 
@@ -155,8 +156,9 @@ def _vectors(file: Path, tensors: Mapping[str, Stored], model: LoadedModel) -> l
         match = _KEY.fullmatch(name)
         if match is None or match[3] is not None:
             raise ValueError(f"{file}: deltas.{name!r} is no fixed vector; expected names like deltas.layer0_block")
+        site = _site(file, match[2], model.config)
         params = {"v": values(file, f"deltas.{name}", tensor, (model.config.width,))}
-        pieces.append(Piece(FixedVector(), _site(file, match[2], model.config), int(match[1]), params))
+        pieces.append(Piece(FixedVector(), site, int(match[1]), params))
     return pieces
 
 
