@@ -86,7 +86,8 @@ def make(golden, case, ids):
     with torch.inference_mode():
         loaded = PeftModel.from_pretrained(load(), folder).eval()
         logits, plain = loaded(input_ids=ids).logits, load()(input_ids=ids).logits
-    print(f"{case}: from the trained {(logits - before).abs().max():.1e}, from the base {(logits - plain).abs().max():.2f}")
+    trained, base = (logits - before).abs().max(), (logits - plain).abs().max()
+    print(f"{case}: from the trained {trained:.1e}, from the base {base:.2f}")
     return logits.numpy()
 
 
