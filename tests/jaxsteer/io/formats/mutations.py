@@ -6,6 +6,7 @@ archives of PyTorch.
 
 import io
 import json
+import re
 import shutil
 import struct
 import warnings
@@ -128,9 +129,7 @@ def json_key(path, draw):
 
 def json_text(path, draw):
     """Replace the text by JSON that is hard to parse."""
-    text = draw.pick(
-        ["{", DEEP, '{"a":' * 5000, '{"a": ' + DEEP + "}", "null", "3", '"x"', "[]", "{}", "{" + "9" * 9000]
-    )
+    text = draw.pick(["{", DEEP, '{"a":' * 5000, '{"a": ' + DEEP + "}", "null", "3", '"x"', "[]", "{}", "9" * 9000])
     path.write_text(text)
     return f"text {text[:20]!r}"
 
@@ -197,10 +196,8 @@ def zip_member(path, draw):
     elif way == "twice":
         members.append((name, draw.pick([data, b"", CODE])))
     elif way == "elsewhere":
-        members[at] = (
-            draw.pick([f"../{name}", f"/{name}", f"{folder}/../../x", f"x/{name}", name.upper(), "\\x"]),
-            data,
-        )
+        names = [f"../{name}", f"/{name}", f"{folder}/../../x", f"x/{name}", name.upper(), "\\x"]
+        members[at] = (draw.pick(names), data)
     elif way in ("cut", "longer"):
         members[at] = (name, data[: draw.number(len(data) + 1)] if way == "cut" else data + bytes(1 + draw.number(9)))
     elif way == "flipped":
@@ -235,7 +232,7 @@ def zip_pickle(path, draw):
 def zip_directory(path, draw):
     """Replace a number of the archive's directory."""
     data = bytearray(path.read_bytes())
-    marks = [i for i in range(len(data) - 4) if data[i : i + 4] in (b"PK\x01\x02", b"PK\x05\x06", b"PK\x03\x04")]
+    marks = [found.start() for found in re.finditer(rb"PK(\x01\x02|\x03\x04|\x05\x06)", bytes(data))]
     at = (draw.pick(marks) if marks else 0) + draw.pick([8, 10, 12, 16, 20, 24, 26, 28, 30, 42])
     data[at : at + 4] = struct.pack("<I", draw.pick(SIZES))
     path.write_bytes(data)

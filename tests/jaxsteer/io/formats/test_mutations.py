@@ -1,4 +1,4 @@
-"""Damaged and hostile files of every format: a clear error, or the right answer; never a crash, code, or much memory."""
+"""Damaged and hostile files of every format: a clear error or the right answer; never a crash, or much memory."""
 
 import shutil
 import tracemalloc
@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from malformed import working_time
 from mutations import mutants
+from tiny import random_steering
 
 from jaxsteer.io import load_model
-from jaxsteer.io.formats import FORMATS, Given
+from jaxsteer.io.formats import FORMATS, Given, WriteOptions
+from jaxsteer.io.steered import SteeredModel
+from jaxsteer.plans import parse_plan
 from jaxsteer.steering import steering_shapes
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden"
@@ -38,13 +41,34 @@ class Sample:
     base: str | None = "tiny_llama"
 
 
+def written(name, *texts, **options):
+    """A source that writes the tiny Llama with random steering in a format."""
+
+    def write(folder):
+        loaded, format = load_model(GOLDEN / "tiny_llama"), FORMATS[name]
+        plan = parse_plan(texts, loaded.config)
+        chosen = WriteOptions(**{key: value(folder) for key, value in options.items()})
+        steered = SteeredModel(loaded, plan, random_steering(plan, loaded.config))
+        (folder / name).mkdir()
+        format.write(format.reduce(steered, chosen), folder / name, chosen)
+        return folder / name
+
+    return write
+
+
+BLOCK = "nonlinear(rank=4) @ block"
 LOW_RANK = Given(alpha=1.0, activation="silu", positions="all")
 REFT = Given(activation="none", positions="first:2+last:1")
 SAMPLES: dict[str, list[Sample]] = {
     "steerling": [Sample(f"interop/steerling/{case}", LOW_RANK) for case in ("block", "submodules", "fixed", "joint")],
     "pyreft": [Sample(f"interop/pyreft/{case}", REFT) for case in ("loreft", "noreft", "direft", "lobireft")],
     "saelens": [Sample(f"interop/saelens/{case}", Given(feature=7, strength=2.0)) for case in ("post", "bf16")],
-    "peft": [Sample("interop/steerling/joint")],
+    "peft": [Sample("interop/steerling/joint"), Sample(written("peft", "dora(rank=2) @ attn.q,mlp.down"))],
+    "jaxsteer": [Sample(written("jaxsteer", BLOCK))],
+    "hf": [Sample(written("hf", "lora(rank=2) @ attn.q"), base=None)],
+    "hf-steered": [Sample(written("hf-steered", BLOCK), base=None)],
+    "hf-steerable": [Sample(written("hf-steerable", BLOCK), base=None)],
+    "vllm": [Sample(written("vllm", BLOCK, "lora(rank=2) @ attn.q", over=written("hf-steerable", BLOCK)))],
 }
 """Samples of each row of FORMATS."""
 
@@ -90,8 +114,7 @@ def attempt(name, seed, sample, target):
     """None, or what went wrong with one mutation."""
     path, base, given = sample
     what = mutants(path, seed, target)
-    tracemalloc.clear_traces()
-    tracemalloc.reset_peak()
+    tracemalloc.start()
     try:
         with working_time(SECONDS), np.errstate(all="ignore"):
             for format in FORMATS.values():
@@ -110,24 +133,22 @@ def attempt(name, seed, sample, target):
         if isinstance(error, KeyboardInterrupt):
             raise
         return f"{name} {seed} ({what}): {type(error).__name__}: {str(error)[:300]}"
+    finally:
+        tracemalloc.stop()
 
 
 def attempts(name, seeds, prepared, tmp_path):
     """All that went wrong."""
     found = []
     samples = prepared(name)
-    tracemalloc.start()
-    try:
-        for seed in seeds:
-            path, *rest = samples[seed % len(samples)]
-            target = tmp_path / f"mutant{path.suffix}"
-            found.append(attempt(name, seed, (path, *rest), target))
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
-    finally:
-        tracemalloc.stop()
+    for seed in seeds:
+        path, *rest = samples[seed % len(samples)]
+        target = tmp_path / f"mutant{path.suffix}"
+        found.append(attempt(name, seed, (path, *rest), target))
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
     return [wrong for wrong in found if wrong]
 
 
