@@ -1,12 +1,21 @@
-"""Formats of other programs: one file each, and one row of `FORMATS` each.
+"""Formats of other programs: one file each, and one row of `FORMATS` each."""
 
-`load` reads any of them, `export` writes those that can be written and says how exact the result is.
-"""
-
-from jaxsteer.io.formats import peft
+from jaxsteer.io.formats import hf, hf_steerable, hf_steered, peft, pyreft, saelens, steering, steerling, vllm
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
 
-FORMATS: dict[str, Format] = {format.name: format for format in (peft.FORMAT,)}
+_ROWS = (
+    steering.FORMAT,
+    hf_steered.FORMAT,
+    hf_steerable.FORMAT,
+    vllm.FORMAT,
+    steerling.FORMAT,  # its joint folders are PEFT's with one file more
+    peft.FORMAT,
+    pyreft.FORMAT,
+    saelens.FORMAT,
+    hf.FORMAT,
+)
+
+FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 """Every format by name, in the order in which a path is tried."""
 
 __all__ = ["FORMATS", "Format", "Given", "WriteOptions"]

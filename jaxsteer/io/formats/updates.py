@@ -61,9 +61,7 @@ def refuse_lora(plan: Plan, config: ModelConfig, *, dora: bool = True) -> list[s
         what = f"slot {slot.name!r} ({method_name(slot.method)} @ {','.join(slot.sites)})"
         if slot.method.kind == "weight":
             if slot.positions.kind != "all":
-                reasons.append(
-                    f"{what}: updates only positions {slot.positions}; LoRA updates all. Use jaxsteer itself"
-                )
+                reasons.append(f"{what}: updates positions {slot.positions}; LoRA updates all. Use jaxsteer itself")
             elif isinstance(slot.method, DoRA) and not dora:
                 reasons.append(f"{what}: DoRA is not LoRA; merge it (--to hf)")
             elif isinstance(slot.method, DoRA) and any(_share(slot, other) for other in plan if other is not slot):
