@@ -68,9 +68,7 @@ def write_sidecar(folder: Path, name: str, steered: SteeredModel, verdict: Mappi
             "verdict": dict(verdict),
             "lost": list(steered.lost),
             "versions": {"jax": jax.__version__, "numpy": np.__version__},
-            "files": {
-                path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != NAME
-            },
+            "files": {path.name: _sha256(path) for path in files if path.name != NAME},
             "notes": dict(steered.notes),
         },
     )
