@@ -19,6 +19,7 @@ import tyro
 from rich.table import Table
 
 from jaxsteer.batches import make_batch
+from jaxsteer.interventions import LoRA
 from jaxsteer.io import LoadedModel
 from jaxsteer.io.files import check_free
 from jaxsteer.io.formats import FORMATS, Given, WriteOptions
@@ -28,7 +29,7 @@ from jaxsteer.io.formats.verdict import PROBE_ROWS, probe_tokens
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.theory import to_lora
-from jaxsteer.types import Plan, Positions
+from jaxsteer.types import Plan, Positions, Slot
 from train import base_models
 from train.cli import run_main
 from train.display.console import get_console, progress
@@ -166,7 +167,10 @@ def read_trained(found: Source, config: ConvertConfig) -> tuple[SteeredModel, St
     base_models.check_base(file, name, other_base=config.other_base)
     tokenizer = run.get("tokenizer")
     described = base_models.describe(name, tokenizer=tokenizer)
-    plan = file.plan if config.fit_lora is None else as_lora_slots(file.plan, described.config)
+    plan = file.plan
+    if config.fit_lora is not None:
+        fitted = Slot("fitted", LoRA(rank=config.fit_lora), ("mlp.down",))
+        plan = (*slots_of_lora(plan, described.config), fitted)
     check_export(config.to, plan, described, config.options)
     on = lambda loaded: SteeredModel(loaded, file.plan, file.steering, name, file.notes)
     steered = on(base_models.load(name, tokenizer=tokenizer))
@@ -201,7 +205,7 @@ def rows_of_text(loaded: LoadedModel, text: str | None) -> np.ndarray:
     return np.array(ids[: len(ids) // LENGTH * LENGTH], np.int32).reshape(-1, LENGTH)
 
 
-def as_lora_slots(plan: Plan, config: ModelConfig) -> Plan:
+def slots_of_lora(plan: Plan, config: ModelConfig) -> Plan:
     """The slots that LoRA expresses exactly.
 
     Raises:
@@ -216,7 +220,7 @@ def as_lora_slots(plan: Plan, config: ModelConfig) -> Plan:
 def with_fitted_lora(steered: SteeredModel, rows: np.ndarray, rank: int) -> SteeredModel:
     """The model with a LoRA on mlp.down in place of the slots that are no LoRA, fitted on token ids [B, T]."""
     config = steered.loaded.config
-    kept = as_lora_slots(steered.plan, config)
+    kept = slots_of_lora(steered.plan, config)
     base = replace(steered, plan=kept, steering={slot.name: steered.steering[slot.name] for slot in kept})
     batches = [make_batch(jnp.asarray(rows[at : at + ROWS])) for at in range(0, len(rows), ROWS)]
     with progress(config.layers, "Fitting LoRA") as bar:

@@ -96,10 +96,9 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         raise ValueError(f"{folder}: no tokenizer here; expected one of {', '.join(FILES)}")
     try:
         transformers = _transformers()
-        config = None
-        if (folder / "config.json").is_file():
-            known = read_json(folder / "config.json").get("model_type") in transformers.CONFIG_MAPPING
-            config = None if known else transformers.PreTrainedConfig()
+        config, file = None, folder / "config.json"
+        if file.is_file() and read_json(file).get("model_type") not in transformers.CONFIG_MAPPING:
+            config = transformers.PreTrainedConfig()  # of a type that transformers does not know, and would warn about
         # The folder's own code is not run, and nobody is asked whether to run it.
         return transformers.AutoTokenizer.from_pretrained(
             folder, config=config, local_files_only=True, trust_remote_code=False

@@ -1,9 +1,19 @@
 """Formats of other programs: one file each, and one row of `FORMATS` each."""
 
-from jaxsteer.io.formats import hf, hf_steerable, hf_steered, peft, steering
+from jaxsteer.io.formats import hf, hf_steerable, hf_steered, peft, pyreft, saelens, steering, steerling, vllm
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
 
-_ROWS = (steering.FORMAT, hf_steered.FORMAT, hf_steerable.FORMAT, peft.FORMAT, hf.FORMAT)
+_ROWS = (
+    steering.FORMAT,
+    hf_steered.FORMAT,
+    hf_steerable.FORMAT,
+    vllm.FORMAT,
+    steerling.FORMAT,  # its joint folders are PEFT's with one file more
+    peft.FORMAT,
+    pyreft.FORMAT,
+    saelens.FORMAT,
+    hf.FORMAT,
+)
 
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 """Every format by name, in the order in which a path is tried."""

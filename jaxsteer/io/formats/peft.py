@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -41,10 +42,7 @@ def recognises(path: Path) -> bool:
 def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """Read a LoRA folder; the plan has LoRA or DoRA slots."""
     config = read_config(path / CONFIG)
-    if loaded is None:
-        named = config.raw.get("base_model_name_or_path")
-        hint = f", perhaps {named[:200]}" if isinstance(named, str) and named else ""
-        raise ValueError(f"{path}: holds updates of a model; say of which, by --model{hint}")
+    loaded = required_base(path, config, loaded)
     family = FAMILIES[loaded.family]
     modules = layers_of(family, loaded.config)
     shapes = {name: module.shape(loaded.config) for name, (module, _) in modules.items()}
@@ -54,8 +52,21 @@ def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
             name: _with_initial(update, _kernel(name, modules, loaded), f"{path / CONFIG}: {name}")
             for name, update in updates.items()
         }
-    plan, steering = plan_of(_from_stored(updates, loaded), loaded.config)
+    plan, steering = plan_of(from_stored(updates, loaded), loaded.config)
     return SteeredModel(loaded, plan, steering)
+
+
+def required_base(path: Path, config: PeftConfig, loaded: LoadedModel | None) -> LoadedModel:
+    """The base model.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    if loaded is None:
+        named = config.raw.get("base_model_name_or_path")
+        hint = f", perhaps {named[:200]}" if isinstance(named, str) and named else ""
+        raise ValueError(f"{path}: holds updates of a model; say of which, by --model{hint}")
+    return loaded
 
 
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
@@ -70,7 +81,7 @@ def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     updates = with_magnitudes(updates_of(steered), steered.base)
     # A magnitude is stored with the kernel's norm added, and rounded: after the second time it stays.
     for _ in range(2):
-        updates = _from_stored(_to_stored(updates, steered.loaded), steered.loaded)
+        updates = from_stored(to_stored(updates, steered.loaded), steered.loaded)
     plan, steering = plan_of(updates, steered.loaded.config)
     return replace(steered, plan=plan, steering=steering, lost=[*steered.lost, *changes(steered.plan)])
 
@@ -94,7 +105,7 @@ def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     # Stored [in, out], as by GPT-2's layers; PEFT sets it too, with a warning.
     flat = any(not row.transform.flips for module, _ in layers.values() for row in module.rows.values())
     said = {"base_model_name_or_path": hub_id(reduced.source), "fan_in_fan_out": flat}
-    write_peft(folder, _to_stored(updates_of(reduced), loaded), layers, said)
+    write_peft(folder, to_stored(updates_of(reduced), loaded), layers, said)
 
 
 def hub_id(source: str) -> str | None:
@@ -107,7 +118,13 @@ def layers_of(family: Family, config: ModelConfig) -> dict[str, tuple[Module, in
     return {module.named(i): (module, i) for module in modules_of(family, config) for i in range(config.layers)}
 
 
-def write_peft(folder: Path, updates: Mapping[str, Update], names: Collection[str], said: Mapping[str, Json]) -> None:
+def write_peft(
+    folder: Path,
+    updates: Mapping[str, Update],
+    names: Collection[str],
+    said: Mapping[str, Json],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Write updates as a LoRA folder.
 
     Args:
@@ -115,6 +132,7 @@ def write_peft(folder: Path, updates: Mapping[str, Update], names: Collection[st
         updates: by the full names of the layers; a magnitude is that of the whole kernel, as PEFT stores it.
         names: of all linear layers in the model's blocks.
         said: more fields of adapter_config.json.
+        metadata: of the file with the tensors.
     """
     tensors = []
     for name, update in updates.items():
@@ -122,7 +140,7 @@ def write_peft(folder: Path, updates: Mapping[str, Update], names: Collection[st
             if value is not None:
                 read = partial(np.asarray, value)
                 tensors.append(ToWrite(f"{_PREFIX}{name}.{part}", value.shape, np.dtype(value.dtype), read))
-    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt", **metadata})
     write_json(folder / CONFIG, config_of(updates, names) | dict(said))
 
 
@@ -204,14 +222,14 @@ def _with_initial(update: Update, kernel: np.ndarray, where: str) -> Update:
     return update.then(Update(a.astype(np.float32), -b.astype(np.float32), update.scale))
 
 
-def _to_stored(updates: Updates, loaded: LoadedModel) -> dict[str, Update]:
+def to_stored(updates: Updates, loaded: LoadedModel) -> dict[str, Update]:
     """Updates by the names of layers, with magnitudes of whole kernels."""
     family = FAMILIES[loaded.family]
     return _shifted(by_module(updates, family, loaded.config), loaded, 1)
 
 
-def _from_stored(updates: Mapping[str, Update], loaded: LoadedModel) -> Updates:
-    """The inverse of `_to_stored`."""
+def from_stored(updates: Mapping[str, Update], loaded: LoadedModel) -> Updates:
+    """The inverse of `to_stored`."""
     return by_place(_shifted(updates, loaded, -1), FAMILIES[loaded.family], loaded.config)
 
 

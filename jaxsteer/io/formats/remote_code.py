@@ -25,7 +25,7 @@ from jaxsteer.io.safetensors_file import ToWrite
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.io.stored import Stored
 from jaxsteer.models.families import FAMILIES, families_of
-from jaxsteer.models.families.table import Family
+from jaxsteer.models.families.table import Family, RawConfig
 from jaxsteer.steering import param_specs
 from jaxsteer.types import Array, Plan, Steering
 
@@ -137,8 +137,21 @@ def is_folder(path: Path, kind: str) -> bool:
     return isinstance(about, dict) and about.get("kind") == kind
 
 
-def read_folder(path: Path, kind: str) -> Parts:
-    """Read such a folder, as we wrote it or as transformers saved it again; its code is not read.
+class Described(NamedTuple):
+    """What the config.json of such a folder says.
+
+    family  of the base model
+    raw     the fields of the base model
+    about   of the steering, unchecked
+    """
+
+    family: Family
+    raw: RawConfig
+    about: dict[str, Json]
+
+
+def describe_folder(path: Path, kind: str) -> Described:
+    """Read the config.json of such a folder.
 
     Raises:
         ValueError: it is damaged, or of another kind.
@@ -150,14 +163,30 @@ def read_folder(path: Path, kind: str) -> Parts:
         raise ValueError(f"{file}: not that of a {kind} model of jaxsteer's")
     raw["model_type"] = str(name).removeprefix(STEERED_TYPE)
     (family,) = families_of("hf_type", raw["model_type"], str(file))
+    return Described(family, raw, about)
+
+
+def tensors_of(path: Path, family: Family) -> tuple[dict[str, Stored], dict[tuple[int, str], Stored]]:
+    """The tensors of such a folder: the base model's, and the steering's by (block, name within the block)."""
     pattern = re.compile(re.escape(blocks_of(family)) + r"\.([0-9]{1,6})\.(steer(?:ing|_up|_down)\..+)")
-    base, tensors = {}, {}
+    base, steering = {}, {}
     for tensor, stored in open_folder(path).items():
         if found := pattern.fullmatch(tensor):
-            tensors[int(found[1]), found[2]] = stored
+            steering[int(found[1]), found[2]] = stored
         else:
             base[tensor] = stored
-    return Parts(load_parts(path, raw, base), about, tensors)
+    return base, steering
+
+
+def read_folder(path: Path, kind: str) -> Parts:
+    """Read such a folder, as we wrote it or as transformers saved it again; its code is not read.
+
+    Raises:
+        ValueError: it is damaged, or of another kind.
+    """
+    family, raw, about = describe_folder(path, kind)
+    base, steering = tensors_of(path, family)
+    return Parts(load_parts(path, raw, base), about, steering)
 
 
 def steering_of(parts: Parts, plan: Plan, name_of: NameOf, where: str) -> Steering:
