@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsteer.io.files import Json, read_json, write_json
 from jaxsteer.io.safetensors_file import ToWrite, write_safetensors
-from jaxsteer.io.stored import names_of
+from jaxsteer.io.stored import names_of, transform_of
 from jaxsteer.io.token_ids import ROLES, shortest
 from jaxsteer.io.tokenizer import Tokenizer
 from jaxsteer.models.config import ModelConfig
@@ -49,21 +49,9 @@ def save_hf(
     Raises:
         ValueError: an unknown family; an int8 base; leaves that are missing, unknown or of the wrong shape, all named.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
-    if is_quantised(base):
-        raise ValueError(
-            f"{folder}: the base is in int8, which this format does not have; export the model it was quantised from"
-        )
-    table = FAMILIES[family]
-    rows = table.parameters(config)
-    leaves = _leaves(base)
-    if problems := _problems(leaves, rows, config):
-        raise ValueError(f"{folder}: the base tree does not fit this config: {'; '.join(problems)}")
-
+    tensors = tensors_of(config, base, family, "hf", str(folder))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _fuse([(tensor, row) for row in rows for tensor in _tensors(row, config, leaves[row.path])])
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
     settings: dict[str, Json] = {}
     if tokenizer is not None:
@@ -75,9 +63,9 @@ def save_hf(
     write_json(folder / "generation_config.json", settings)
     # Null, not absent: transformers has ids of its own for some families.
     ids = {role: settings.get(role) for role in ROLES}
-    dtype = str(np.dtype(leaves["embed/embedding"].dtype))
+    dtype = str(np.dtype(base["embed"]["embedding"].dtype))
     # transformers before 4.56 reads torch_dtype.
-    write_json(folder / "config.json", config_to_hf(table, config) | ids | {"dtype": dtype, "torch_dtype": dtype})
+    write_json(folder / "config.json", config_to_hf(FAMILIES[family], config) | ids | {"dtype": dtype, "torch_dtype": dtype})
 
 
 def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -88,6 +76,33 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     write_json(path, dict.fromkeys(f"{role}_token" for role in ("bos", "eos", "unk", "pad")) | read_json(path))
+
+
+def tensors_of(config: ModelConfig, base: PyTree, family: str, layout: str, where: str) -> list[ToWrite]:
+    """The published tensors of a base tree, each computed only when its `read` is called.
+
+    Args:
+        config: the model's features.
+        base: its weights.
+        family: our name of its family.
+        layout: the naming scheme, "hf" or "gguf".
+        where: the folder or file, for messages.
+
+    Raises:
+        ValueError: an unknown family; an int8 base; leaves that are missing, unknown or of the wrong shape, all named.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
+    if is_quantised(base):
+        raise ValueError(
+            f"{where}: the base is in int8, which this format does not have; export the model it was quantised from"
+        )
+    rows = FAMILIES[family].parameters(config)
+    leaves = _leaves(base)
+    if problems := _problems(leaves, rows, config):
+        raise ValueError(f"{where}: the base tree does not fit this config: {'; '.join(problems)}")
+    pairs = [(tensor, row) for row in rows for tensor in _tensors(row, layout, config, leaves[row.path])]
+    return _fuse(pairs, layout)
 
 
 def _leaves(base: PyTree) -> dict[str, Array]:
@@ -108,13 +123,13 @@ def _problems(leaves: Mapping[str, Array], rows: Sequence[Row], config: ModelCon
     return problems + [f"{path} is unknown" for path in leaves if path not in known]
 
 
-def _fuse(tensors: list[tuple[ToWrite, Row]]) -> list[ToWrite]:
+def _fuse(tensors: list[tuple[ToWrite, Row]], layout: str) -> list[ToWrite]:
     """Join tensors of the same name, which are parts of one stored tensor, in order along their output axis."""
     parts: dict[str, list[ToWrite]] = {}
     axes: dict[str, int] = {}
     for tensor, row in tensors:
         parts.setdefault(tensor.name, []).append(tensor)
-        axes[tensor.name] = row.transform.outputs_axis(len(row.axes))
+        axes[tensor.name] = transform_of(row, layout).outputs_axis(len(row.axes))
 
     def join(name: str, group: list[ToWrite]) -> ToWrite:
         if len(group) == 1:
@@ -126,14 +141,15 @@ def _fuse(tensors: list[tuple[ToWrite, Row]]) -> list[ToWrite]:
     return [join(name, group) for name, group in parts.items()]
 
 
-def _tensors(row: Row, config: ModelConfig, leaf: Array) -> list[ToWrite]:
+def _tensors(row: Row, layout: str, config: ModelConfig, leaf: Array) -> list[ToWrite]:
     """The stored tensors of a parameter: one for each layer if it is stacked, else one."""
-    shape = row.shape(config)[::-1] if row.transform.flips else row.shape(config)
+    transform = transform_of(row, layout)
+    shape = row.shape(config)[::-1] if transform.flips else row.shape(config)
 
     def tensor(i: int | None, name: str) -> ToWrite:
         def read() -> np.ndarray:
-            return row.transform.write(np.asarray(leaf if i is None else leaf[i]), config)
+            return transform.write(np.asarray(leaf if i is None else leaf[i]), config)
 
         return ToWrite(name, shape, np.dtype(leaf.dtype), read)
 
-    return [tensor(i if row.stacked else None, name) for i, name in enumerate(names_of(row, "hf", config))]
+    return [tensor(i if row.stacked else None, name) for i, name in enumerate(names_of(row, layout, config))]
