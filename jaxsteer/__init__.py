@@ -1,7 +1,10 @@
 """jaxsteer: steer and fine-tune language models in JAX, with weight updates and activation shifts as one idea.
 
-The public API: pure functions over pytrees. Nothing here prints, reads files or keeps global state; that is for
-`jaxsteer.io` and for programs.
+The public API: pure functions over pytrees. Nothing here prints or keeps global state, and nothing but `load` reads
+files; the rest of that is in `jaxsteer.io`.
+
+    steered = jaxsteer.load("steering file, or a folder of peft, vLLM, llama.cpp, ...")
+    hidden = forward(steered.model, steered.base, steered.steering, make_batch(tokens)).hidden
 
     loaded = jaxsteer.io.load_model("path or hub id")
     plan = (Slot("steer", NonlinearSteering(rank=8), sites=("block",)),)
@@ -28,6 +31,7 @@ from jaxsteer.interventions import (
     PiSSA,
     RsLoRA,
 )
+from jaxsteer.io.formats.convert import load
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, forward, init_base, output_embedding
 from jaxsteer.objective import mean_loss
@@ -83,6 +87,7 @@ __all__ = [
     "init_steering",
     "joint_overlap",
     "keep_kind",
+    "load",
     "make_batch",
     "make_optimizer",
     "make_train_step",

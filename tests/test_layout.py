@@ -33,7 +33,9 @@ RANKS = {
     "train.config": 14,
     "train.run": 15,
     "train.cli": 15,
-    **dict.fromkeys((f"train.{name}" for name in ("sft", "evaluate", "generate", "inspect", "robustness")), 16),
+    **dict.fromkeys(
+        (f"train.{name}" for name in ("sft", "evaluate", "generate", "inspect", "robustness", "convert")), 16
+    ),
     **dict.fromkeys((f"train.{name}" for name in ("bench", "compare", "plan", "theory")), 16),
     "train.lofit": 17,
     "train.quickstart": 17,

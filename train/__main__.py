@@ -20,6 +20,7 @@ COMMANDS = {
     "lofit": "train LoFiT's two stages: choose attention heads, then steer them",
     "generate": "answer prompts, with a steering file or without",
     "evaluate": "measure accuracy on a task, with intervals",
+    "convert": "take steering to peft, vLLM, llama.cpp and others, or bring theirs here",
     "inspect": "show what a steering file holds and how far it moves activations",
     "robustness": "evaluate on perturbed prompts, another task and neutral text",
     "compare": "compare methods on one task with equal budgets",

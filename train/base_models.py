@@ -10,6 +10,7 @@ from typing import Any
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxsteer.io import (
+    FORMATS,
     WHEEL_MODELS,
     LoadedModel,
     SteeringFile,
@@ -192,6 +193,8 @@ def read_steered(path: str) -> SteeringFile | None:
     if path == "none":
         return None
     place = Path(path)
+    if place.exists():
+        _refuse_foreign(place)
     if place.is_dir():
         return load_steering(_of_run(place))
     if not place.is_file():
@@ -202,6 +205,20 @@ def read_steered(path: str) -> SteeringFile | None:
         if place.suffix == ".safetensors":
             raise
         raise ValueError(f"{path}: not a steering file (*.safetensors)") from None
+
+
+def _refuse_foreign(place: Path) -> None:
+    """Refuse the steering of other programs, with the command that brings it here.
+
+    Raises:
+        ValueError: a file or folder in one of their formats; whole models are not meant.
+    """
+    formats = [name for name, row in FORMATS.items() if not row.whole and row.recognises(place)]
+    if formats and "jaxsteer" not in formats:
+        raise ValueError(
+            f"{place}: in the format {formats[0]}; make a steering file of it first: jaxsteer convert {place} --out "
+            "FOLDER"
+        )
 
 
 STEERING = "steering.safetensors"

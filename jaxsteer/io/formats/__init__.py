@@ -1,11 +1,9 @@
-"""Formats of other programs: one file each, and one row of `FORMATS` each.
-
-`load` reads any of them, `export` writes those that can be written and says how exact the result is.
-"""
+"""Formats of other programs: one file each, and one row of `FORMATS` each."""
 
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.steering import STEERING
 
-FORMATS: dict[str, Format] = {format.name: format for format in ()}
+FORMATS: dict[str, Format] = {row.name: row for row in (STEERING,)}
 """Every format by name, in the order in which a path is tried."""
 
 __all__ = ["FORMATS", "Format", "Given", "WriteOptions"]

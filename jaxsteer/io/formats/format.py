@@ -56,6 +56,7 @@ class Format:
     name         on the command line and in `FORMATS`
     holds        what it holds, for the list of formats: a few words
     programs     that use it, for the list
+    base         (path) -> where the base model can be loaded from, if the files say so
     whole        whether it holds a whole model, else what is trained on one
     recognises   whether a file or folder is in this format, from names and headers alone
     read         (path, base model, what the person says) -> what it holds; the base model is None for whole models, and
@@ -73,6 +74,7 @@ class Format:
     programs: str
     recognises: Callable[[Path], bool]
     read: Callable[[Path, LoadedModel | None, Given], SteeredModel]
+    base: Callable[[Path], str | None] | None = None
     whole: bool = False
     refuse: Callable[[Plan, Family, ModelConfig, WriteOptions], list[str]] | None = None
     reduce: Callable[[SteeredModel, WriteOptions], SteeredModel] | None = None

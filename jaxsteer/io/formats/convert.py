@@ -1,0 +1,230 @@
+"""`export` and `load`: steered models to and from the formats in `FORMATS`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxsteer.io import source as sources
+from jaxsteer.io.files import check_free, new_folder
+from jaxsteer.io.formats import FORMATS
+from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.sidecar import Sidecar, check_base, read_sidecar, restore, write_sidecar
+from jaxsteer.io.formats.verdict import Verdict, judge, probe_tokens, unlike
+from jaxsteer.io.load import LoadedModel, load_model
+from jaxsteer.io.steered import SteeredModel
+from jaxsteer.models.families import FAMILIES
+from jaxsteer.models.quantise import is_quantised
+from jaxsteer.plans import did_you_mean, validate_plan
+from jaxsteer.types import Plan
+
+HUB_FILES = ("*.json", "*.safetensors", "*.gguf", "intkey_*.bin", "adapter_steerer.pt", *sources.TOKENIZER)
+"""What is downloaded of a repository of the Hugging Face Hub."""
+
+
+def find_format(name: str) -> Format:
+    """The format by this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"no format {name!r}{did_you_mean(name, FORMATS)}; the formats are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def check_export(to: str, plan: Plan, loaded: LoadedModel, options: WriteOptions | None = None) -> None:
+    """Refuse what a format cannot hold; it needs no weights, see `jaxsteer.io.describe_model`.
+
+    Args:
+        to: the format's name.
+        plan: of the steering.
+        loaded: the base model, or its description.
+        options: how to write.
+
+    Raises:
+        ValueError: no such format, one that is only read, or a plan that it cannot hold: every slot with the reason
+            and the nearest alternative.
+    """
+    format, config = find_format(to), loaded.config
+    if format.write is None or format.refuse is None:
+        writable = ", ".join(name for name, other in FORMATS.items() if other.writable)
+        raise ValueError(f"{to}: this format is only read; these are written: {writable}")
+    validate_plan(plan, config)
+    if is_quantised(loaded.base):
+        raise ValueError(
+            f"{to}: the base model is in int8, which no format here holds; export it over the float weights "
+            "(load_model without `quantised`; --float-base), and the verdict says what the difference means"
+        )
+    if reasons := format.refuse(plan, FAMILIES[loaded.family], config, options or WriteOptions()):
+        raise ValueError(f"{to} cannot hold this plan:\n" + "\n".join(f"  {reason}" for reason in reasons))
+
+
+def export(
+    steered: SteeredModel,
+    to: str,
+    folder: str | Path,
+    options: WriteOptions | None = None,
+    *,
+    tokens: np.ndarray | None = None,
+    reference: SteeredModel | None = None,
+) -> Verdict:
+    """Write a steered model in another program's format, read it again, and say how exact it is.
+
+    The folder appears under its name only when it is complete; jaxsteer.json in it has the verdict, the plan, and what
+    is known of the base model.
+
+    Args:
+        steered: the base model and its steering.
+        to: the format's name, see `FORMATS`.
+        folder: the output folder; it must not exist, or be empty.
+        options: how to write.
+        tokens: int32 [B, T], the batch on which the result is compared; by default ids at random.
+        reference: what it is compared with, if not `steered` itself: the int8 base that the steering was trained on.
+
+    Returns:
+        How far the model in the files is from the exported one, or from `reference`.
+
+    Raises:
+        ValueError: the format cannot hold the plan (see `check_export`), or the folder is not empty.
+        RuntimeError: what was read again is not what was written; nothing is left at `folder`.
+    """
+    options, format = options or WriteOptions(), find_format(to)
+    check_free(Path(folder))
+    check_export(to, steered.plan, steered.loaded, options)
+    assert format.reduce is not None
+    assert format.write is not None
+    reduced = format.reduce(steered, options)
+    with new_folder(folder) as partial:
+        format.write(reduced, partial, options)
+        read = format.read(partial, None if format.whole else steered.loaded, Given())
+        _check_read(reduced, read, format)
+        restored = restore(steered.plan, read)
+        verbatim = steered.plan == restored.plan and not unlike(steered.steering, restored.steering)
+        used = steered.loaded.config.vocab_size
+        batch = probe_tokens(used) if tokens is None else tokens
+        verdict = judge(reference or steered, read, batch, verbatim=verbatim)
+        lost = [*reduced.lost, *([] if verbatim or not steered.plan else [_lost(steered.plan, read.plan)])]
+        write_sidecar(partial, to, replace(steered, lost=lost), verdict.to_json())
+    return verdict
+
+
+def _check_read(reduced: SteeredModel, read: SteeredModel, format: Format) -> None:
+    """Compare what was read again with what was to be written, leaf by leaf."""
+    problems = unlike(reduced.steering, read.steering)
+    if format.whole:
+        problems += unlike(reduced.base, read.base)
+    if problems:
+        raise RuntimeError(f"{format.name}: what was read again is not what was written: {'; '.join(problems[:5])}")
+
+
+def _lost(plan: Plan, read: Plan) -> str:
+    """What the files say instead of the plan, a sentence."""
+    slots = ", ".join(slot.name for slot in plan)
+    if not read:
+        return f"the slots ({slots}) are merged into the weights and cannot be taken out again"
+    return f"the slots ({slots}) are stored in another form: {', '.join(slot.name for slot in read)}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or folder of steering, before its base model is loaded.
+
+    path     where it is
+    format   that it is in
+    base     where its base model can be loaded from, if its files say so
+    sidecar  the content of its jaxsteer.json, if it has one
+    """
+
+    path: Path
+    format: Format
+    base: str | None
+    sidecar: Sidecar | None
+
+
+def recognise(source: str | Path, format: str | None = None) -> Source:
+    """Find out what a file, folder, hub id or named model is.
+
+    Args:
+        source: where it is.
+        format: its format, if the person says so.
+
+    Raises:
+        ValueError: nothing is there, or it is in no format that is read here.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        path = sources.locate(source, HUB_FILES)
+    sidecar = read_sidecar(path)
+    if format is not None:
+        known = find_format(format)
+    else:
+        known_names = [name for name, row in FORMATS.items() if row.recognises(path)]
+        if not known_names:
+            raise ValueError(f"{source}: in none of the formats that are read here ({', '.join(FORMATS)})")
+        known = FORMATS[known_names[0]]
+    base = known.base(path) if known.base is not None else None
+    return Source(path, known, base or (sidecar.source if sidecar else None), sidecar)
+
+
+def load(
+    source: str | Path | Source,
+    model: str | Path | LoadedModel | None = None,
+    *,
+    given: Given | None = None,
+    dtype: DTypeLike = jnp.float32,
+    other_base: bool = False,
+) -> SteeredModel:
+    """Load a model with its steering from any format that is read here, ready for `forward`.
+
+        steered = jaxsteer.load("runs/listops/steering.safetensors")
+        forward(steered.model, steered.base, steered.steering, batch)
+
+    Args:
+        source: a steering file, a folder or file of another program (see `FORMATS`), a plain model, or the id of one
+            of these on the Hugging Face Hub.
+        model: the base model; by default the one that the files name. Whole models need none.
+        given: what the files do not say, such as alpha and activation; all that is missing is asked for at once.
+        dtype: of the base model's weights.
+        other_base: accept a base model of the same config whose weights are others.
+
+    Raises:
+        ValueError: nothing is there, the files are damaged or of an unknown kind, they do not say enough, or they were
+            made for another base model.
+    """
+    found = source if isinstance(source, Source) else recognise(source)
+    loaded = None if found.format.whole else _base(found, model, dtype)
+    steered = found.format.read(found.path, loaded, given or Given())
+    validate_plan(steered.plan, steered.loaded.config)
+    if found.sidecar is None:
+        return steered
+    where = str(found.path)
+    if not found.format.whole:
+        check_base(found.sidecar, steered, where, other_base=other_base)
+    steered = replace(steered, notes=found.sidecar.notes, lost=found.sidecar.lost)
+    return restore(found.sidecar.plan, steered) if steered.plan else steered
+
+
+def _base(found: Source, model: str | Path | LoadedModel | None, dtype: DTypeLike) -> LoadedModel:
+    """The base model of steering: as given, else as its files say.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(model, LoadedModel):
+        return model
+    name = model or found.base
+    if not name:
+        raise ValueError(
+            f"{found.path}: does not say which model it is for; name the base model (`model` in Python, --model)"
+        )
+    try:
+        return load_model(name, dtype=dtype)
+    except ValueError as error:
+        if model:
+            raise
+        raise ValueError(f"{found.path}: made for {name}, which cannot be loaded ({error}); give --model") from None

@@ -1,0 +1,185 @@
+"""Take steering to other programs, and bring theirs here: `python -m train.convert SOURCE --to FORMAT --out FOLDER`.
+
+SOURCE is a steering file or a run's folder, or a folder or file of another program: peft, pyreft, llama.cpp and the
+others that `--list` shows. What its files do not say, such as alpha or the base model, is asked for. The result is read
+again and compared with the original: leaf by leaf, and by the logits of both on a text. --verify asks the program that
+the format is for, too (see `make peers`). jaxsteer.json beside the files has the verdict, README.md says how to load
+them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from rich.table import Table
+
+from jaxsteer.io import LoadedModel
+from jaxsteer.io.files import check_free
+from jaxsteer.io.formats import FORMATS, Given, WriteOptions
+from jaxsteer.io.formats.convert import Source, check_export, export, find_format, load, recognise
+from jaxsteer.io.formats.verdict import PROBE_LENGTH, PROBE_ROWS, probe_tokens
+from jaxsteer.io.steered import SteeredModel
+from jaxsteer.types import Positions
+from train import base_models
+from train.cli import run_main
+from train.display.console import get_console
+
+NEUTRAL = Path(__file__).with_name("neutral.txt")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert steering between formats."""
+
+    source: Annotated[str, tyro.conf.Positional] = ""
+    """A steering file, a run's folder, a file or folder in one of the formats of --list, or a Hugging Face id."""
+    to: str = "jaxsteer"
+    """Format to write, see --list; jaxsteer: a steering file."""
+    out: str = ""
+    """Folder for the result; it must not exist, or be empty."""
+    list: bool = False
+    """Show the formats, and do nothing else."""
+    source_format: str | None = None
+    """Format of SOURCE; by default it is recognised."""
+    model: str | None = None
+    """Base model; by default the one that SOURCE names."""
+    other_base: bool = False
+    """Accept a base model of the same shape whose weights are not those that the steering was trained on."""
+    float_base: bool = False
+    """Of steering that was trained on an int8 base: write it for the float weights."""
+    dtype: str | None = None
+    """Type of a whole model's weights: float32, bfloat16 or float16; in GGUF files F32, F16, BF16, Q8_0, Q4_0, Q4_1,
+    Q5_0 or Q5_1. By default as they are loaded."""
+    rank: int | None = None
+    """Rank of the steering layers in a steerable base (--to hf-steerable); by default the plan's."""
+    over: str | None = None
+    """Folder of the steerable base that an adapter is for (--to vllm)."""
+    name: str = "jaxsteer"
+    """Name of the adapter, in formats that have one."""
+    alpha: float | None = None
+    """Factor of the shift, if SOURCE does not say it."""
+    activation: str | None = None
+    """Activation of low-rank steering, if SOURCE does not say it: none, silu, relu, gelu or tanh."""
+    positions: str | None = None
+    """Which tokens are steered, if SOURCE does not say it: all, prompt, completion, last, first:n+last:n."""
+    layer: int | None = None
+    """Block that a vector is for, from 0, if SOURCE does not say it."""
+    feature: int | None = None
+    """Feature of a sparse autoencoder to steer along."""
+    strength: float | None = None
+    """Factor of a vector, where SOURCE does not store its scale."""
+    verify: bool = False
+    """Load the result with the program that it is for, and compare its logits and greedy tokens with ours."""
+    peer_python: str | None = None
+    """Python of an environment with that program; by default the one that `make peers` made."""
+    push: str | None = None
+    """Repository of the Hugging Face Hub to upload the result to (owner/name); it is created if it does not exist."""
+    private: bool = False
+    """Create that repository as a private one."""
+
+    def check(self) -> None:
+        """Refuse what needs neither files nor weights to be refused."""
+        if not self.source:
+            raise ValueError("SOURCE: which file or folder? See --help, and --list for the formats")
+        if not self.out:
+            raise ValueError(f"--out: name a folder for the result (--to {self.to})")
+        if not find_format(self.to).writable:
+            written = ", ".join(name for name, row in FORMATS.items() if row.writable)
+            raise ValueError(f"--to {self.to}: this format is only read; these are written: {written}")
+        if self.positions is not None:
+            Positions.parse(self.positions)
+        check_free(Path(self.out))
+
+    @property
+    def options(self) -> WriteOptions:
+        """How to write."""
+        over = None if self.over is None else Path(self.over)
+        return WriteOptions(dtype=self.dtype, rank=self.rank, over=over, name=self.name)
+
+    @property
+    def given(self) -> Given:
+        """What SOURCE does not say."""
+        return Given(self.alpha, self.activation, self.positions, self.layer, self.feature, self.strength)
+
+
+def show_formats() -> None:
+    """Print what is read and written."""
+    table = Table(title="formats", title_justify="left")
+    for column in ("format", "holds", "used by", "read", "written"):
+        table.add_column(column)
+    for name, row in FORMATS.items():
+        table.add_row(name, row.holds, row.programs, "yes", "yes" if row.writable else "no")
+    get_console().print(table)
+
+
+def convert(config: ConvertConfig) -> None:
+    """Read, write, compare, and report."""
+    config.check()
+    found = recognise(base_models.resolve_model(config.source), config.source_format)
+    steered, reference = read_trained(found, config) if found.format.name == "jaxsteer" else (read(found, config), None)
+    tokens = probe(steered.loaded)
+    verdict = export(steered, config.to, config.out, config.options, tokens=tokens, reference=reference)
+    print(f"{config.to}: {config.out}")
+    for path in sorted(Path(config.out).iterdir()):
+        print(f"  {path.name:32} {path.stat().st_size:>14,} bytes")
+    print(verdict)
+
+
+def read_trained(found: Source, config: ConvertConfig) -> tuple[SteeredModel, SteeredModel | None]:
+    """A steering file on its base, and on the int8 base that it was trained on, if it was.
+
+    What can be refused without weights is refused before they are read.
+    """
+    file = base_models.read_steered(str(found.path))
+    assert file is not None
+    run, name = base_models.run_settings(file.notes), base_models.find_base(file, config.model)
+    quantised = run.get("quantise") == "int8"
+    if quantised and not config.float_base:
+        raise ValueError(
+            f"{file.path}: trained on an int8 base, which no format here holds; --float-base writes it for the float "
+            "weights and says what the difference means"
+        )
+    base_models.check_base(file, name, other_base=config.other_base)
+    tokenizer = run.get("tokenizer")
+    check_export(config.to, file.plan, base_models.describe(name, tokenizer=tokenizer), config.options)
+    on = lambda loaded: SteeredModel(loaded, file.plan, file.steering, name, file.notes)
+    steered = on(base_models.load(name, tokenizer=tokenizer))
+    return steered, on(base_models.load(name, quantised=True, tokenizer=tokenizer)) if quantised else None
+
+
+def read(found: Source, config: ConvertConfig) -> SteeredModel:
+    """The steered model in the files of another program."""
+    if found.format.whole:
+        return load(found, given=config.given)
+    name = config.model or found.base
+    if name is None:
+        raise ValueError(f"{found.path}: does not say which model it is for; name the base model: --model")
+    return load(found, base_models.load(name), given=config.given, other_base=config.other_base)
+
+
+def probe(loaded: LoadedModel) -> np.ndarray:
+    """Token ids [B, T] of ordinary text, on which the result is compared; without a tokenizer, ids at random."""
+    if loaded.tokenizer is None:
+        return probe_tokens(loaded.config.vocab_size)
+    ids = loaded.tokenizer(NEUTRAL.read_text(encoding="utf-8"))["input_ids"]
+    rows = min(PROBE_ROWS, len(ids) // PROBE_LENGTH)
+    if rows == 0:
+        return probe_tokens(loaded.config.vocab_size)
+    return np.array(ids[: rows * PROBE_LENGTH], np.int32).reshape(rows, PROBE_LENGTH)
+
+
+def main() -> None:
+    """Convert, or show the formats."""
+    config = tyro.cli(ConvertConfig, prog="python -m train.convert", description=__doc__)
+    if config.list:
+        show_formats()
+    else:
+        convert(config)
+
+
+if __name__ == "__main__":
+    run_main(main)
