@@ -257,8 +257,8 @@ def _windows_to_gguf(family: Family, config: ModelConfig) -> dict[str, GgufValue
     if "local_layers" not in family.gguf_keys:
         return {} if config.window is None else {size_key: config.window}
     layers_key = family.gguf_keys["local_layers"][0]
-    if config.window is None:  # llama.cpp takes a window of 0 for one of no token; every layer is global
-        return {size_key: config.max_length, layers_key: 1}
+    if config.window is None:
+        return {size_key: 0}
     flags = config.local_layers or (True,) * config.layers
     periods = (n for n in range(config.layers + 1) if all(flag == (not n or i % n < n - 1) for i, flag in enumerate(flags)))
     return {size_key: config.window, layers_key: next(periods, list(flags))}
@@ -277,15 +277,17 @@ def rope_factors(config: ModelConfig) -> np.ndarray | None:
 def refuse_config(family: Family, config: ModelConfig) -> list[str]:
     """Why llama.cpp would not compute a model with this config, a sentence for each reason."""
     architecture = ARCHITECTURES[family.gguf]
+    flags = [flag for flag in ("attn_bias", "mlp_bias") if flag not in architecture.biases]
     reasons = [
-        f"llama.cpp has no {name} for {family.gguf}: the model has {what}"
-        for name, what, has, allowed in (
-            ("biases of attention", "some (attn_bias)", config.attn_bias, "attn_bias" in architecture.biases),
-            ("biases in the MLP", "some (mlp_bias)", config.mlp_bias, "mlp_bias" in architecture.biases),
-            ("llama3 scaling", "positions scaled so", rope_factors(config) is not None, architecture.rope_factors),
-        )
-        if has and not allowed
+        f"llama.cpp has no {flag}, which is {getattr(config, flag)} in the model"
+        for flag in (*flags, *architecture.ignored)
+        if getattr(config, flag)
     ]
+    if rope_factors(config) is not None and not architecture.rope_factors:
+        reasons.append("llama.cpp has no llama3 scaling of rotary positions, which the model has")
+    if config.window is None and architecture.windowed:
+        reasons.append("llama.cpp needs a sliding window, which the model does not have")
+    reasons = [f"{reason} ({family.gguf})" for reason in reasons]
     try:
         found = config_from_gguf(_header(family, config))[1]
     except ValueError as error:

@@ -33,8 +33,11 @@ FILE = "model.gguf"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"} | {kind: kind for kind in KINDS}
 """`WriteOptions.dtype` -> ggml's type of the matrices."""
 
+KIND = "ggml_type"
+"""Among the notes of a reduced model: the type of its matrices, which are fp32 in memory."""
 
-def recognises(path: Path) -> bool:
+
+def _recognises(path: Path) -> bool:
     """Whether a path is a GGUF file of a model of our families, or a folder with one."""
     try:
         metadata = open_gguf(_file(path)).metadata
@@ -43,7 +46,7 @@ def recognises(path: Path) -> bool:
     return metadata.get("general.architecture") in ARCHITECTURES and metadata.get("general.type", "model") == "model"
 
 
-def read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
+def _read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
     """The model in a file, or in a folder's model.gguf."""
     return SteeredModel(load_model(_file(path)), source=str(path))
 
@@ -53,7 +56,7 @@ def _file(path: Path) -> Path:
     return path / FILE if path.is_dir() else path
 
 
-def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     """Why a model with this plan cannot become a GGUF file, a sentence for each reason."""
     reasons = [
         f"{reason}. Use --to hf-steered, or fit a LoRA to it (jaxsteer.theory.to_lora)"
@@ -73,7 +76,7 @@ def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOption
     return reasons + refuse_config(family, config)
 
 
-def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """The model with its steering merged into the weights, which are rounded as the file rounds them.
 
     Raises:
@@ -83,7 +86,7 @@ def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     merged = fold_all(loaded.config, steered.plan, loaded.base, steered.steering)
     if merged.plan:
         raise ValueError(f"slots {', '.join(slot.name for slot in merged.plan)} cannot be merged into the weights")
-    kind = _kind(options, merged.base)
+    kind = DTYPES[options.dtype or str(np.dtype(loaded.base["embed"]["embedding"].dtype))]
     model = replace(loaded, config=merged.config, base=merged.base)
     file = in_memory(Path(FILE), *_contents(model, kind))
     family, config = config_from_gguf(file)
@@ -93,12 +96,7 @@ def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     model = replace(
         loaded, config=config, base=base, family=family.name, fingerprint=fingerprint(config), sample=chosen
     )
-    return replace(steered, loaded=model, plan=(), steering={}, lost=(*steered.lost, *_lost(loaded, file, kind)))
-
-
-def _kind(options: WriteOptions, base: dict) -> str:
-    """The type of the matrices: the one that is asked for, or that of the base."""
-    return DTYPES[options.dtype or str(np.dtype(base["embed"]["embedding"].dtype))]
+    return replace(steered, loaded=model, plan=(), steering={}, notes={KIND: kind}, lost=(*steered.lost, *_lost(loaded, file, kind)))
 
 
 def _lost(loaded: LoadedModel, file: Gguf, kind: str) -> list[str]:
@@ -119,9 +117,9 @@ def _lost(loaded: LoadedModel, file: Gguf, kind: str) -> list[str]:
     return lost
 
 
-def write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
     """Write model.gguf."""
-    write_gguf(folder / FILE, *_contents(steered.loaded, _kind(options, steered.base)))
+    write_gguf(folder / FILE, *_contents(steered.loaded, steered.notes[KIND]))
 
 
 def _contents(loaded: LoadedModel, kind: str) -> tuple[dict[str, GgufValue], Sequence[Encoded]]:
@@ -140,15 +138,15 @@ def _contents(loaded: LoadedModel, kind: str) -> tuple[dict[str, GgufValue], Seq
     return metadata | vocabulary_to_gguf(loaded), tensors
 
 
-FORMAT = Format(
+GGUF = Format(
     name="gguf",
     holds="a whole model; LoRA, and steering that weights or biases take, is merged",
     programs="llama.cpp, Ollama",
     whole=True,
-    recognises=recognises,
-    read=read,
-    refuse=refuse,
-    reduce=reduce,
-    write=write,
+    recognises=_recognises,
+    read=_read,
+    refuse=_refuse,
+    reduce=_reduce,
+    write=_write,
     verify="llama_peer.py",
 )
