@@ -1,6 +1,7 @@
 # make quickstart   steer a real model: about three minutes on two cores, eight with the installation
 # make test         the tests               make test-all   with the slow ones      make coverage   with coverage
 # make lint         ruff and mypy           make format     let ruff rewrite
+# make peers        .peers: vLLM, llama.cpp, transformers, ... to verify exports with (6 GB, half an hour)
 # make docs         the site, build/site    make docs-serve show it while writing   make constraints  freeze versions
 # PYTHON=python3.12 picks the interpreter (3.11 or newer, with venv).
 
@@ -19,10 +20,10 @@ QUICKLY := tests/train tests/jaxsteer/theory tests/jaxsteer/io tests/jaxsteer/te
 	tests/jaxsteer/test_likelihood.py tests/test_docs_code.py
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadgroup
 
-.PHONY: help install quickstart model test test-all coverage lint format docs docs-serve constraints clean
+.PHONY: help install quickstart model peers test test-all coverage lint format docs docs-serve constraints clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 install: $(VENV)/installed
 
@@ -43,6 +44,10 @@ quickstart: install
 
 model: install
 	@$(RUN) -m train.base_models smollm2-135m-instruct
+
+# Environments of their own, of which those that are complete are left as they are. PEERS="hf llama" makes only these.
+peers: install
+	@$(RUN) tests/peers/install.py $(PEERS)
 
 test: install model
 	$(PYTEST) -m "not slow" $(addprefix --ignore ,$(QUICKLY))

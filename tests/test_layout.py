@@ -29,6 +29,7 @@ RANKS = {
     "train.display": 12,
     "train.tasks": 13,
     "train.base_models": 13,
+    "train.peers": 13,
     "train.evaluation": 14,
     "train.config": 14,
     "train.run": 15,

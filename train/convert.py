@@ -9,24 +9,33 @@ them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.table import Table
 
+from jaxsteer.batches import make_batch
+from jaxsteer.interventions import LoRA
 from jaxsteer.io import LoadedModel
 from jaxsteer.io.files import check_free
 from jaxsteer.io.formats import FORMATS, Given, WriteOptions
 from jaxsteer.io.formats.convert import Source, check_export, export, find_format, load, recognise
-from jaxsteer.io.formats.verdict import PROBE_LENGTH, PROBE_ROWS, probe_tokens
+from jaxsteer.io.formats.updates import refuse_lora
+from jaxsteer.io.formats.verdict import PROBE_ROWS, probe_tokens
 from jaxsteer.io.steered import SteeredModel
-from jaxsteer.types import Positions
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.theory import to_lora
+from jaxsteer.types import Plan, Positions, Slot
 from train import base_models
 from train.cli import run_main
-from train.display.console import get_console
+from train.display.console import get_console, progress
+
+LENGTH, ROWS = 128, 4
+"""Tokens in a row of text, and rows in a batch of a fit."""
 
 NEUTRAL = Path(__file__).with_name("neutral.txt")
 
@@ -72,6 +81,12 @@ class ConvertConfig:
     """Feature of a sparse autoencoder to steer along."""
     strength: float | None = None
     """Factor of a vector, where SOURCE does not store its scale."""
+    fit_lora: int | None = None
+    """Fit a LoRA of this rank on mlp.down to the slots that LoRA cannot express, and write it in their place; the
+    verdict says how near it comes."""
+    text: str | None = None
+    """Text on which the result is compared, and to which a LoRA is fitted; best of the kind that the model will see.
+    By default a neutral one."""
     verify: bool = False
     """Load the result with the program that it is for, and compare its logits and greedy tokens with ours."""
     peer_python: str | None = None
@@ -87,6 +102,8 @@ class ConvertConfig:
             raise ValueError("SOURCE: which file or folder? See --help, and --list for the formats")
         if not self.out:
             raise ValueError(f"--out: name a folder for the result (--to {self.to})")
+        if self.text is not None and not Path(self.text).is_file():
+            raise ValueError(f"--text {self.text}: no such file")
         if not find_format(self.to).writable:
             written = ", ".join(name for name, row in FORMATS.items() if row.writable)
             raise ValueError(f"--to {self.to}: this format is only read; these are written: {written}")
@@ -121,7 +138,11 @@ def convert(config: ConvertConfig) -> None:
     config.check()
     found = recognise(base_models.resolve_model(config.source), config.source_format)
     steered, reference = read_trained(found, config) if found.format.name == "jaxsteer" else (read(found, config), None)
-    tokens = probe(steered.loaded)
+    rows = rows_of_text(steered.loaded, config.text)
+    if config.fit_lora is not None:
+        reference = reference or steered
+        steered = with_fitted_lora(steered, rows, config.fit_lora)
+    tokens = rows[:PROBE_ROWS]
     verdict = export(steered, config.to, config.out, config.options, tokens=tokens, reference=reference)
     print(f"{config.to}: {config.out}")
     for path in sorted(Path(config.out).iterdir()):
@@ -145,7 +166,12 @@ def read_trained(found: Source, config: ConvertConfig) -> tuple[SteeredModel, St
         )
     base_models.check_base(file, name, other_base=config.other_base)
     tokenizer = run.get("tokenizer")
-    check_export(config.to, file.plan, base_models.describe(name, tokenizer=tokenizer), config.options)
+    described = base_models.describe(name, tokenizer=tokenizer)
+    plan = file.plan
+    if config.fit_lora is not None:
+        fitted = Slot("fitted", LoRA(rank=config.fit_lora), ("mlp.down",))
+        plan = (*slots_of_lora(plan, described.config), fitted)
+    check_export(config.to, plan, described, config.options)
     on = lambda loaded: SteeredModel(loaded, file.plan, file.steering, name, file.notes)
     steered = on(base_models.load(name, tokenizer=tokenizer))
     return steered, on(base_models.load(name, quantised=True, tokenizer=tokenizer)) if quantised else None
@@ -161,15 +187,46 @@ def read(found: Source, config: ConvertConfig) -> SteeredModel:
     return load(found, base_models.load(name), given=config.given, other_base=config.other_base)
 
 
-def probe(loaded: LoadedModel) -> np.ndarray:
-    """Token ids [B, T] of ordinary text, on which the result is compared; without a tokenizer, ids at random."""
+def rows_of_text(loaded: LoadedModel, text: str | None) -> np.ndarray:
+    """Token ids [B, LENGTH] of a text file; without a tokenizer, ids at random.
+
+    Raises:
+        ValueError: a text that is not UTF-8, or too short.
+    """
     if loaded.tokenizer is None:
         return probe_tokens(loaded.config.vocab_size)
-    ids = loaded.tokenizer(NEUTRAL.read_text(encoding="utf-8"))["input_ids"]
-    rows = min(PROBE_ROWS, len(ids) // PROBE_LENGTH)
-    if rows == 0:
-        return probe_tokens(loaded.config.vocab_size)
-    return np.array(ids[: rows * PROBE_LENGTH], np.int32).reshape(rows, PROBE_LENGTH)
+    path = Path(text or NEUTRAL)
+    try:
+        ids = loaded.tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    if len(ids) < LENGTH:
+        raise ValueError(f"{path}: {len(ids)} tokens; at least {LENGTH} are needed")
+    return np.array(ids[: len(ids) // LENGTH * LENGTH], np.int32).reshape(-1, LENGTH)
+
+
+def slots_of_lora(plan: Plan, config: ModelConfig) -> Plan:
+    """The slots that LoRA expresses exactly.
+
+    Raises:
+        ValueError: it expresses all of them.
+    """
+    kept = tuple(slot for slot in plan if not refuse_lora((slot,), config))
+    if kept == plan:
+        raise ValueError("--fit-lora: LoRA can express every slot of this plan exactly; leave the option out")
+    return kept
+
+
+def with_fitted_lora(steered: SteeredModel, rows: np.ndarray, rank: int) -> SteeredModel:
+    """The model with a LoRA on mlp.down in place of the slots that are no LoRA, fitted on token ids [B, T]."""
+    config = steered.loaded.config
+    kept = slots_of_lora(steered.plan, config)
+    base = replace(steered, plan=kept, steering={slot.name: steered.steering[slot.name] for slot in kept})
+    batches = [make_batch(jnp.asarray(rows[at : at + ROWS])) for at in range(0, len(rows), ROWS)]
+    with progress(config.layers, "Fitting LoRA") as bar:
+        fitted = to_lora(steered.network, base.network, batches, rank, advance=lambda done: bar.update(done))
+    network = fitted.network
+    return replace(steered, plan=network.model.plan, steering=network.steering)
 
 
 def main() -> None:

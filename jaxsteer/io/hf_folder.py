@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from jaxsteer.io.files import Json, read_json, write_json
+from jaxsteer.io.files import Json, read_json, write_json, write_text
 from jaxsteer.io.safetensors_file import ToWrite, write_safetensors
+<<<<<<< HEAD
 from jaxsteer.io.stored import names_of, transform_of
+=======
+from jaxsteer.io.stored import names_of, size
+>>>>>>> main
 from jaxsteer.io.token_ids import ROLES, shortest
 from jaxsteer.io.tokenizer import Tokenizer
 from jaxsteer.models.config import ModelConfig
@@ -18,6 +23,23 @@ from jaxsteer.models.families import FAMILIES, config_to_hf
 from jaxsteer.models.families.table import Row
 from jaxsteer.models.quantise import is_quantised
 from jaxsteer.types import Array, PyTree
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a folder holds besides a model of its family.
+
+    tensors  in a second shard, beside the base model's
+    fields   of config.json, besides the family's or instead of them
+    files    more text files by name
+    """
+
+    tensors: Sequence[ToWrite] = ()
+    fields: Mapping[str, Json] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_EXTRAS = Extras()
 
 
 def save_hf(
@@ -28,6 +50,8 @@ def save_hf(
     tokenizer: Tokenizer | None = None,
     stop_tokens: Sequence[int] = (),
     generation: Mapping[str, Json] | None = None,
+    *,
+    extras: Extras = NO_EXTRAS,
 ) -> None:
     """Write a folder from which transformers and `load_model` read this model, bit for bit.
 
@@ -45,14 +69,22 @@ def save_hf(
         stop_tokens: ids that end a reply; by default those of `generation`, else the tokenizer's eos.
         generation: settings for generation_config.json, as in `LoadedModel`. Its ids of special tokens are written to
             config.json too; those that it does not give are the tokenizer's.
+        extras: what the folder holds besides the model.
 
     Raises:
         ValueError: an unknown family; an int8 base; leaves that are missing, unknown or of the wrong shape, all named.
     """
+<<<<<<< HEAD
     tensors = tensors_of(config, base, family, "hf", str(folder))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+=======
+    tensors = _tensors_of(config, base, family, str(folder))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_shards(folder, [tensors, extras.tensors] if extras.tensors else [tensors])
+>>>>>>> main
     settings: dict[str, Json] = {}
     if tokenizer is not None:
         _save_tokenizer(folder, tokenizer)
@@ -61,11 +93,46 @@ def save_hf(
     if stop_tokens:
         settings["eos_token_id"] = shortest(stop_tokens)
     write_json(folder / "generation_config.json", settings)
+    for name, text in extras.files.items():
+        write_text(folder / name, text)
     # Null, not absent: transformers has ids of its own for some families.
     ids = {role: settings.get(role) for role in ROLES}
     dtype = str(np.dtype(base["embed"]["embedding"].dtype))
     # transformers before 4.56 reads torch_dtype.
+<<<<<<< HEAD
     write_json(folder / "config.json", config_to_hf(FAMILIES[family], config) | ids | {"dtype": dtype, "torch_dtype": dtype})
+=======
+    fields = config_to_hf(FAMILIES[family], config) | ids | {"dtype": dtype, "torch_dtype": dtype}
+    write_json(folder / "config.json", fields | dict(extras.fields))
+
+
+def _tensors_of(config: ModelConfig, base: PyTree, family: str, where: str) -> list[ToWrite]:
+    """The stored tensors of a base tree; see `save_hf` for what is refused."""
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
+    if is_quantised(base):
+        raise ValueError(
+            f"{where}: the base is in int8, which this format does not have; export the model it was quantised from"
+        )
+    rows = FAMILIES[family].parameters(config)
+    leaves = _leaves(base)
+    if problems := _problems(leaves, rows, config):
+        raise ValueError(f"{where}: the base tree does not fit this config: {'; '.join(problems)}")
+    return _fuse([(tensor, row) for row in rows for tensor in _tensors(row, config, leaves[row.path])])
+
+
+def _write_shards(folder: Path, shards: Sequence[Sequence[ToWrite]]) -> None:
+    """Write the weights as one file, or as several with their index, which comes last."""
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0], {"format": "pt"})
+        return
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, tensors in zip(names, shards, strict=True):
+        write_safetensors(folder / name, tensors, {"format": "pt"})
+    total = sum(size(tensor.shape) * tensor.dtype.itemsize for tensors in shards for tensor in tensors)
+    places = {tensor.name: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+>>>>>>> main
 
 
 def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -25,10 +25,13 @@ from jaxsteer.io.token_ids import check_token_ids, generation_settings, stop_tok
 from jaxsteer.io.tokenizer import FILES, Tokenizer, has_tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import config_from_hf
-from jaxsteer.models.families.table import Family
+from jaxsteer.models.families.table import Family, RawConfig
 from jaxsteer.models.quantise import quantise
 from jaxsteer.models.transformer import init_base
 from jaxsteer.types import Array, PyTree
+
+STEERED_TYPE = "jaxsteer_"
+"""Before the family's `model_type` in the config.json of a folder with steering, so that nothing else reads it."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,22 @@ def load_model(
     return said.with_base(base, sources.name_of(source, path), sample(stored, layout, said.family, said.config))
 
 
+def load_parts(folder: Path, raw: RawConfig, stored: Mapping[str, Stored]) -> LoadedModel:
+    """Load the model in a folder that holds more than a model, in fp32.
+
+    Args:
+        folder: with the tokenizer and the settings of generation, if there are any.
+        raw: the fields of its config.json that are the model's.
+        stored: those of its tensors that are the model's.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    said = _describe(folder, None, config_from_hf(raw, str(folder / "config.json")))
+    base = read_base(stored, "hf", said.family, said.config, str(folder))
+    return said.with_base(base, folder.resolve().name, sample(stored, "hf", said.family, said.config))
+
+
 def describe_model(
     source: str | Path,
     *,
@@ -154,14 +173,15 @@ class _Described(NamedTuple):
         )
 
 
-def _describe(path: Path, tokenizer: str | Path | None) -> _Described:
+def _describe(path: Path, tokenizer: str | Path | None, read: tuple[Family, ModelConfig] | None = None) -> _Described:
     """Read all of the model at `path` but its weights, and check that every token has a row in the embedding.
 
     Args:
         path: a local folder or .gguf file.
         tokenizer: where another tokenizer is that is asked for.
+        read: family and config, if they are known.
     """
-    family, config = _read_config(path)
+    family, config = read or _read_config(path)
     if tokenizer is None and _brings_tokenizer(path):
         tokenizer = path
     loaded, vocabulary = (None, {}) if tokenizer is None else _read_tokenizer(tokenizer)
@@ -266,16 +286,25 @@ def _read_config(path: Path) -> tuple[Family, ModelConfig]:
     if path.is_file():
         return config_from_gguf(open_gguf(path))
     file = path / "config.json"
-    return config_from_hf(read_json(file), str(file))
+    raw = read_json(file)
+    if str(raw.get("model_type")).startswith(STEERED_TYPE):
+        raise ValueError(
+            f"{path}: a folder with steering besides the model, exported by jaxsteer; load both with jaxsteer.load"
+        )
+    return config_from_hf(raw, str(file))
 
 
 def _open(path: Path) -> tuple[dict[str, Stored], str]:
     """The tensors in a local folder or .gguf file, and the scheme of their names."""
-    return (parameters_of(open_gguf(path)), "gguf") if path.is_file() else (_open_folder(path), "hf")
+    return (parameters_of(open_gguf(path)), "gguf") if path.is_file() else (open_folder(path), "hf")
 
 
-def _open_folder(folder: Path) -> dict[str, Stored]:
-    """The tensors of a folder's model.safetensors, or of the shards that its index lists."""
+def open_folder(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder's model.safetensors, or of the shards that its index lists.
+
+    Raises:
+        ValueError: neither is there, or one of the files is damaged.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return open_safetensors(single)[0]

@@ -58,6 +58,13 @@ def locate(source: str | Path, patterns: tuple[str, ...]) -> Path:
         ) from error
 
 
+def is_hub_id(text: str) -> bool:
+    """Whether a text can be the id of a repository of the Hugging Face Hub, owner/name, by the Hub's own rules."""
+    part = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+    allowed = re.fullmatch(f"{part}/{part}", text, re.ASCII) is not None
+    return allowed and not any(bad in text for bad in ("--", "..")) and not text.endswith(".git")
+
+
 def name_of(source: str | Path, path: Path) -> str:
     """A short name for display: the hub id, the folder's name, or the file's name without its ending."""
     if str(source) not in WHEEL_MODELS and not Path(source).expanduser().exists():

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from jaxsteer.io.files import Json
 from jaxsteer.io.load import LoadedModel
-from jaxsteer.models.transformer import Model
-from jaxsteer.types import Plan, Steering
+from jaxsteer.models.transformer import Model, Network
+from jaxsteer.types import Plan, PyTree, Steering
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class SteeredModel:
         return Model(self.loaded.config, self.plan)
 
     @property
-    def base(self) -> Mapping[str, Json]:
+    def base(self) -> PyTree:
         """The base tree."""
         return self.loaded.base
+
+    @property
+    def network(self) -> Network:
+        """Model, weights and steering as one pytree."""
+        return Network(self.model, self.base, self.steering)

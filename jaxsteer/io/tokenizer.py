@@ -94,7 +94,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     if not has_tokenizer(folder):
         raise ValueError(f"{folder}: no tokenizer here; expected one of {', '.join(FILES)}")
     try:
-        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and its backends raise all kinds of errors
         raise ValueError(f"{folder}: transformers cannot read this tokenizer ({error})") from error
 

@@ -204,7 +204,8 @@ def to_lora(
         ValueError: models of different shapes, a rank above the widths, no batches.
     """
     config = base.model.config
-    slot = Slot(LORA, LoRA(rank=rank, alpha=float(rank)), ("mlp.down",))
+    name = next(name for name in (LORA, f"fitted_{LORA}") if name not in base.steering)
+    slot = Slot(name, LoRA(rank=rank, alpha=float(rank)), ("mlp.down",))
     _check(steered, base, batches, (slot,))
     streams = [_start(base, steered, batch) for batch in batches]
     fitted, unexplained = [], []

@@ -1,12 +1,25 @@
 """Formats of other programs: one file each, and one row of `FORMATS` each."""
 
+from jaxsteer.io.formats import gguf, gguf_control, gguf_lora, hf, hf_steerable, hf_steered, peft, pyreft, saelens, steering, steerling, vllm
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
-from jaxsteer.io.formats.gguf import GGUF
-from jaxsteer.io.formats.gguf_control import GGUF_CONTROL, REPENG
-from jaxsteer.io.formats.gguf_lora import GGUF_LORA
-from jaxsteer.io.formats.steering import STEERING
 
-FORMATS: dict[str, Format] = {row.name: row for row in (STEERING, GGUF, GGUF_LORA, GGUF_CONTROL, REPENG)}
+_ROWS = (
+    steering.FORMAT,
+    hf_steered.FORMAT,
+    hf_steerable.FORMAT,
+    vllm.FORMAT,
+    steerling.FORMAT,  # its joint folders are PEFT's with one file more
+    peft.FORMAT,
+    pyreft.FORMAT,
+    saelens.FORMAT,
+    hf.FORMAT,
+    gguf.FORMAT,
+    gguf_lora.FORMAT,
+    gguf_control.FORMAT,
+    gguf_control.REPENG,
+)
+
+FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 """Every format by name, in the order in which a path is tried."""
 
 __all__ = ["FORMATS", "Format", "Given", "WriteOptions"]

@@ -138,7 +138,7 @@ def _contents(loaded: LoadedModel, kind: str) -> tuple[dict[str, GgufValue], Seq
     return metadata | vocabulary_to_gguf(loaded), tensors
 
 
-GGUF = Format(
+FORMAT = Format(
     name="gguf",
     holds="a whole model; LoRA, and steering that weights or biases take, is merged",
     programs="llama.cpp, Ollama",

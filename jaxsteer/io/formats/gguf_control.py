@@ -165,7 +165,7 @@ def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
     write_gguf(folder / FILE, metadata, tensors)
 
 
-GGUF_CONTROL = Format(
+FORMAT = Format(
     name="gguf-control",
     holds="fixed vectors after blocks from 1 on",
     programs="llama.cpp",

@@ -222,7 +222,7 @@ def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
     write_gguf(folder / FILE, metadata, tensors)
 
 
-GGUF_LORA = Format(
+FORMAT = Format(
     name="gguf-lora",
     holds="LoRA, and steering that becomes LoRA",
     programs="llama.cpp, Ollama",

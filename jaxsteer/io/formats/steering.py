@@ -8,7 +8,8 @@ from jaxsteer.io.formats.format import Format, Given, WriteOptions
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.safetensors_file import open_safetensors
 from jaxsteer.io.steered import SteeredModel
-from jaxsteer.io.steering_file import FORMAT, load_steering, save_steering
+from jaxsteer.io.steering_file import FORMAT as MARK
+from jaxsteer.io.steering_file import load_steering, save_steering
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families.table import Family
 from jaxsteer.types import Plan
@@ -26,7 +27,7 @@ def _recognises(path: Path) -> bool:
     if not file.is_file() or file.suffix != ".safetensors":
         return False
     try:
-        return open_safetensors(file)[1].get("format") == FORMAT
+        return open_safetensors(file)[1].get("format") == MARK
     except ValueError:
         return False
 
@@ -54,7 +55,7 @@ def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
     )
 
 
-STEERING = Format(
+FORMAT = Format(
     name="jaxsteer",
     holds="any plan",
     programs="jaxsteer",

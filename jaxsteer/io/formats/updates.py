@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -60,9 +61,7 @@ def refuse_lora(plan: Plan, config: ModelConfig, *, dora: bool = True) -> list[s
         what = f"slot {slot.name!r} ({method_name(slot.method)} @ {','.join(slot.sites)})"
         if slot.method.kind == "weight":
             if slot.positions.kind != "all":
-                reasons.append(
-                    f"{what}: updates only positions {slot.positions}; LoRA updates all. Use jaxsteer itself"
-                )
+                reasons.append(f"{what}: updates positions {slot.positions}; LoRA updates all. Use jaxsteer itself")
             elif isinstance(slot.method, DoRA) and not dora:
                 reasons.append(f"{what}: DoRA is not LoRA; merge it (--to hf)")
             elif isinstance(slot.method, DoRA) and any(_share(slot, other) for other in plan if other is not slot):
@@ -158,6 +157,13 @@ def _kernel(steered: SteeredModel, updates: Updates, place: Place) -> np.ndarray
     return kernel
 
 
+def alpha_for(scale: float, rank: int) -> float:
+    """The alpha whose quotient by the rank is a scale, bit for bit; where there is none, the nearest."""
+    near = scale * rank
+    exact = (a for a in (near, math.nextafter(near, -math.inf), math.nextafter(near, math.inf)) if a / rank == scale)
+    return next(exact, near)
+
+
 def plan_of(updates: Updates, config: ModelConfig) -> tuple[Plan, Steering]:
     """Updates as slots: one for each rank, scale and kind, and each set of layers, in the order of the model.
 
@@ -174,7 +180,7 @@ def plan_of(updates: Updates, config: ModelConfig) -> tuple[Plan, Steering]:
     slots, steering = [], {}
     for number, ((rank, scale, plain, layers), sites) in enumerate(groups.items(), 1):
         name = "lora" if number == 1 else f"lora_{number}"
-        method = (LoRA if plain else DoRA)(rank=rank, alpha=scale * rank)
+        method = (LoRA if plain else DoRA)(rank=rank, alpha=alpha_for(alpha_for(scale, rank) / rank, rank))
         chosen = None if layers == tuple(range(config.layers)) else layers
         slots.append(Slot(name, method, tuple(sites), chosen))
         steering[name] = {site: _stack([updates[Place(site, layer)] for layer in layers]) for site in sites}

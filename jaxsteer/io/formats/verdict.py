@@ -11,11 +11,11 @@ import numpy as np
 from jaxsteer.batches import make_batch
 from jaxsteer.io.files import Json
 from jaxsteer.io.steered import SteeredModel
-from jaxsteer.models.transformer import forward, logits_of, output_embedding
-from jaxsteer.types import Array, PyTree, Steering
+from jaxsteer.models.transformer import Network, logits_of, output_embedding
+from jaxsteer.types import Array, PyTree
 
-EXACT = 1e-4
-"""Largest difference of logits that rounding in fp32 explains."""
+EXACT = 1e-5
+"""Largest difference of logits, as a share of the largest logit, that rounding in fp32 explains."""
 
 PROBE_ROWS, PROBE_LENGTH = 4, 32
 
@@ -26,6 +26,7 @@ class Verdict:
 
     verbatim          whether the trained factors stand in the files bit for bit, so that loading gives them back
     logit_difference  largest difference of any logit from the exported model's
+    largest_logit     of the exported model
     kl                mean KL divergence from the exported model's next-token distribution, nats
     top1              share of positions at which both predict the same token
     moved             largest change of a logit by the steering, to compare the difference with; 0 for a whole model
@@ -34,6 +35,7 @@ class Verdict:
 
     verbatim: bool
     logit_difference: float
+    largest_logit: float
     kl: float
     top1: float
     moved: float
@@ -42,7 +44,7 @@ class Verdict:
     @property
     def exact(self) -> bool:
         """Whether the difference is rounding."""
-        return self.logit_difference <= EXACT
+        return self.logit_difference <= EXACT * self.largest_logit
 
     def to_json(self) -> dict[str, Json]:
         """As plain values."""
@@ -50,7 +52,8 @@ class Verdict:
 
     def __str__(self) -> str:
         """One sentence."""
-        scale = f"; the steering moves logits by up to {self.moved:.2g}" if self.moved else ""
+        scale = f" (of up to {self.largest_logit:.3g}"
+        scale += f"; the steering moves them by up to {self.moved:.2g})" if self.moved else ")"
         if self.exact:
             return f"exact: logits differ by at most {self.logit_difference:.1e} on {self.positions} positions{scale}"
         return (
@@ -73,12 +76,14 @@ def judge(steered: SteeredModel, read: SteeredModel, tokens: np.ndarray, *, verb
         tokens: int32 [B, T], the probe.
         verbatim: whether the leaves of `read` are those of `steered`.
     """
-    wanted, got = _logits(steered, tokens), _logits(read, tokens)
-    plain = _logits(SteeredModel(steered.loaded), tokens) if steered.plan else wanted
+    batch = jnp.asarray(tokens)
+    wanted, got = _logits(steered.network, batch), _logits(read.network, batch)
+    plain = _logits(SteeredModel(steered.loaded).network, batch) if steered.plan else wanted
     log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(got)
     return Verdict(
         verbatim=verbatim,
         logit_difference=float(jnp.max(jnp.abs(wanted - got))),
+        largest_logit=float(jnp.max(jnp.abs(wanted))),
         kl=float(jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1))),
         top1=float(jnp.mean(jnp.argmax(wanted, -1) == jnp.argmax(got, -1))),
         moved=float(jnp.max(jnp.abs(wanted - plain))),
@@ -86,16 +91,11 @@ def judge(steered: SteeredModel, read: SteeredModel, tokens: np.ndarray, *, verb
     )
 
 
-def _logits(steered: SteeredModel, tokens: np.ndarray) -> Array:
+@jax.jit
+def _logits(network: Network, tokens: Array) -> Array:
     """Logits [B, T, V] in fp32."""
-    model, batch, softcap = steered.model, make_batch(jnp.asarray(tokens)), steered.loaded.config.final_softcap
-
-    @jax.jit
-    def run(base: PyTree, steering: Steering) -> Array:
-        hidden = forward(model, base, steering, batch).hidden
-        return logits_of(hidden, output_embedding(base), softcap).astype(jnp.float32)
-
-    return run(steered.base, steered.steering)
+    hidden, softcap = network(make_batch(tokens)).hidden, network.model.config.final_softcap
+    return logits_of(hidden, output_embedding(network.base), softcap).astype(jnp.float32)
 
 
 def unlike(one: PyTree, other: PyTree) -> list[str]:

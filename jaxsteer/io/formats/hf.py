@@ -1,0 +1,153 @@
+"""A whole model as transformers saves it, with the steering merged into its weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer.folding import biases_needed, fold_all, unfoldable
+from jaxsteer.io.files import read_json
+from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.hf_folder import NO_EXTRAS, Extras, save_hf
+from jaxsteer.io.identity import fingerprint
+from jaxsteer.io.load import STEERED_TYPE, LoadedModel, load_model
+from jaxsteer.io.steered import SteeredModel
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.families.table import Family
+from jaxsteer.models.quantise import is_quantised
+from jaxsteer.models.transformer import init_base
+from jaxsteer.plans import method_name
+from jaxsteer.steering import steering_shapes
+from jaxsteer.types import Plan, PyTree, Slot, Steering
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def refuse_options(options: WriteOptions, *used: str) -> list[str]:
+    """What these folders have no use for, besides a dtype and the options named here."""
+    reasons = []
+    if options.dtype is not None and options.dtype not in DTYPES:
+        reasons.append(f"--dtype {options.dtype}: these folders hold {', '.join(DTYPES)}; quantised ones are --to gguf")
+    if options.rank is not None and "rank" not in used:
+        reasons.append("--rank: is for the places of a steerable base, --to hf-steerable")
+    if options.over is not None:
+        reasons.append("--over: is for adapters over a steerable base, --to vllm")
+    return reasons
+
+
+def dtype_of(loaded: LoadedModel) -> np.dtype:
+    """The dtype of a model's weights."""
+    return np.dtype(loaded.base["embed"]["embedding"].dtype)
+
+
+def cast(base: PyTree, dtype: str | np.dtype | None) -> PyTree:
+    """The base tree in this dtype; None = as it is."""
+    return base if dtype is None else jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), base)
+
+
+def with_dtype(loaded: LoadedModel, dtype: str | None) -> LoadedModel:
+    """The model with its weights in this dtype; None = as they are."""
+    return replace(loaded, base=cast(loaded.base, dtype))
+
+
+def save_loaded(folder: Path, loaded: LoadedModel, extras: Extras = NO_EXTRAS) -> None:
+    """Write a model as a folder, with its tokenizer and its settings of generation."""
+    save_hf(
+        folder,
+        loaded.config,
+        loaded.base,
+        loaded.family,
+        loaded.tokenizer,
+        generation=loaded.generation,
+        extras=extras,
+    )
+
+
+def refuse_merging(plan: Plan, family: Family, config: ModelConfig) -> list[str]:
+    """Why a family's weights cannot compute what these slots compute, a sentence for each, with what can."""
+    reasons = {slot.name: reason for slot in plan if (reason := unfoldable(slot, config))}
+    rest = tuple(slot for slot in plan if slot.name not in reasons)
+    for name, needing in biases_needed(rest, config).items():
+        field = f"{name.partition('.')[0]}_bias"
+        if not getattr(config, field) and field not in family.fields:
+            reasons[needing] = f"slot {needing!r}: a shift needs a bias of {name}, and {family.name} models have none"
+    for slot in _left(tuple(slot for slot in rest if slot.name not in reasons), config):
+        reasons[slot.name] = (
+            f"slot {slot.name!r} ({method_name(slot.method)}): it depends on kernels that other slots are merged into"
+        )
+    return [f"{reasons[slot.name]}. {_nearest(slot)}" for slot in plan if slot.name in reasons]
+
+
+def _left(plan: Plan, config: ModelConfig) -> Plan:
+    """The slots that `fold_all` leaves, found without computing anything."""
+    left: list[Slot] = []
+
+    def fold(base: PyTree, steering: Steering) -> None:
+        left.extend(fold_all(config, plan, base, steering).plan)
+
+    base = jax.eval_shape(lambda: init_base(config, jax.random.key(0)))
+    jax.eval_shape(fold, base, steering_shapes(plan, config))
+    return tuple(left)
+
+
+def _nearest(slot: Slot) -> str:
+    """What can hold a slot that is not merged."""
+    if slot.positions.kind != "all" or slot.method.kind == "weight":
+        return "Use jaxsteer itself"
+    if slot.sites == ("block",):
+        return "Write it as it is with --to hf-steered"
+    return "Use jaxsteer itself, or train steering @ block, which --to hf-steered holds"
+
+
+def merged(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+    """The model with every slot merged into its weights, computed in fp32 or wider and rounded once.
+
+    Raises:
+        ValueError: an int8 base, or a slot that cannot be merged.
+    """
+    loaded, dtype = steered.loaded, options.dtype or dtype_of(steered.loaded)
+    if is_quantised(loaded.base):
+        raise ValueError(f"{loaded.name}: the base is in int8, which these folders do not hold; load its float weights")
+    wide = cast(loaded.base, np.promote_types(dtype_of(loaded), np.float32))
+    folded = fold_all(loaded.config, steered.plan, wide, steered.steering)
+    if folded.plan:
+        raise ValueError(f"slot {folded.plan[0].name!r}: it cannot be merged into the weights")
+    loaded = replace(
+        loaded, config=folded.config, base=cast(folded.base, dtype), fingerprint=fingerprint(folded.config), sample=None
+    )
+    return replace(steered, loaded=loaded, plan=(), steering={})
+
+
+def _recognises(path: Path) -> bool:
+    """A folder with a config.json and safetensors of a family known here."""
+    try:
+        raw = read_json(path / "config.json")
+    except (ValueError, OSError):
+        return False
+    weights = any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    return weights and not str(raw.get("model_type")).startswith(STEERED_TYPE)
+
+
+def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    return SteeredModel(load_model(path), source=str(path))
+
+
+FORMAT = Format(
+    name="hf",
+    holds="a whole model; LoRA and affine steering merged into its weights",
+    programs="transformers, vLLM, SGLang and everything else that reads Hugging Face folders",
+    recognises=_recognises,
+    read=_read,
+    whole=True,
+    refuse=lambda plan, family, config, options: [
+        *refuse_options(options),
+        *refuse_merging(plan, family, config),
+    ],
+    reduce=merged,
+    write=lambda reduced, folder, options: save_loaded(folder, reduced.loaded),
+    verify="transformers_peer",
+)

@@ -1,0 +1,108 @@
+"""A whole model with its steering after the blocks, as code of the family's classes in transformers.
+
+Every method @ block is held as it was trained, several in a row as well; all other slots are merged into the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from jaxsteer.io.files import Json
+from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.hf import merged, refuse_merging, refuse_options, save_loaded
+from jaxsteer.io.formats.remote_code import KEY, extras_of, is_folder, read_folder, steering_of
+from jaxsteer.io.load import LoadedModel
+from jaxsteer.io.steered import SteeredModel
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.families.table import Family
+from jaxsteer.plans import method_name, plan_from_json, plan_to_json, validate_plan
+from jaxsteer.types import Plan, Slot
+
+KIND = "steered"
+
+
+def _split(plan: Plan) -> tuple[Plan, Plan]:
+    """The slots after blocks, and the others; a slot at both is divided."""
+    after = tuple(replace(slot, sites=("block",)) for slot in plan if "block" in slot.sites)
+    elsewhere = [(slot, tuple(site for site in slot.sites if site != "block")) for slot in plan]
+    return after, tuple(replace(slot, sites=sites) for slot, sites in elsewhere if sites)
+
+
+def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+    after, elsewhere = _split(plan)
+    reasons = [*refuse_options(options), *refuse_merging(elsewhere, family, config)]
+    reasons += [_positions(slot) for slot in after if slot.positions.kind != "all"]
+    if not after:
+        reasons.append("the plan has no slot @ block, so that its model needs no code: write it with --to hf")
+    return reasons
+
+
+def _positions(slot: Slot) -> str:
+    return (
+        f"slot {slot.name!r} ({method_name(slot.method)} @ block): steers positions {slot.positions}; a block in "
+        "transformers does not know where the prompt ends, so that all are steered. Use jaxsteer itself"
+    )
+
+
+def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+    after, elsewhere = _split(steered.plan)
+    pick = lambda plan: {slot.name: {s: steered.steering[slot.name][s] for s in slot.sites} for slot in plan}
+    whole = merged(replace(steered, plan=elsewhere, steering=pick(elsewhere)), options)
+    return replace(whole, plan=after, steering=pick(after))
+
+
+def _name_of(number: int, param: str) -> str:
+    return f"steering.{number}.{param}"
+
+
+def _write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+    about = {"plan": plan_to_json(reduced.plan)}
+    save_loaded(folder, reduced.loaded, extras_of(KIND, reduced, about, _name_of, keep=("steering",)))
+
+
+def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    parts = read_folder(path, KIND)
+    plan = _plan(parts.about.get("plan"), parts.loaded.config, f"{path / 'config.json'}: {KEY}")
+    return SteeredModel(parts.loaded, plan, steering_of(parts, plan, _name_of, str(path)), str(path))
+
+
+def _plan(data: Json, config: ModelConfig, where: str) -> Plan:
+    """The plan that config.json says, checked."""
+    try:
+        plan = plan_from_json(data)
+        for slot in plan:
+            _check_types(slot)
+        validate_plan(plan, config)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{where} has no plan that can be read ({error})") from None
+    if wrong := [slot.name for slot in plan if slot.sites != ("block",) or slot.positions.kind != "all"]:
+        raise ValueError(f"{where}: slot {wrong[0]!r} is not @ block with positions all, as everything in this folder")
+    return plan
+
+
+def _check_types(slot: Slot) -> None:
+    """Refuse values that JSON can hold and a slot cannot."""
+    if not isinstance(slot.name, str) or any(type(layer) is not int for layer in slot.layers or ()):
+        raise ValueError("a name that is no text, or layers that are no integers")
+    for setting in dataclasses.fields(slot.method):  # type: ignore[arg-type]
+        value, kind = getattr(slot.method, setting.name), type(setting.default)
+        number = kind is float and type(value) in (int, float) and math.isfinite(value)
+        if not number and (kind is float or type(value) is not kind):
+            raise ValueError(f"slot {slot.name!r}: {setting.name} is {value!r}, expected {kind.__name__}")
+
+
+FORMAT = Format(
+    name="hf-steered",
+    holds="a whole model with steering @ block of any kind; all else is merged into its weights",
+    programs="transformers and vLLM, with trust_remote_code",
+    recognises=lambda path: is_folder(path, KIND),
+    read=_read,
+    whole=True,
+    refuse=_refuse,
+    reduce=_reduce,
+    write=_write,
+    verify="transformers_peer",
+)

@@ -1,0 +1,257 @@
+"""LoRA folders of Hugging Face's PEFT: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from jaxsteer.io.files import Json, write_json
+from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.modules import Module, by_module, by_place, modules_of, norms, with_magnitudes
+from jaxsteer.io.formats.peft_config import CONFIG, PeftConfig, config_of, read_config
+from jaxsteer.io.formats.updates import Update, Updates, plan_of, refuse_lora, updates_of
+from jaxsteer.io.load import LoadedModel
+from jaxsteer.io.safetensors_file import ToWrite, open_safetensors, write_safetensors
+from jaxsteer.io.steered import SteeredModel
+from jaxsteer.io.stored import Stored
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.families import FAMILIES
+from jaxsteer.models.families.table import Family
+from jaxsteer.plans import method_name
+from jaxsteer.types import Plan
+
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+_PREFIX = "base_model.model."
+_A, _B, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+_ENDINGS = {f".{part}": part for part in (_A, _B, _MAGNITUDE)} | {f".{_MAGNITUDE}.weight": _MAGNITUDE}
+Shapes = Mapping[str, tuple[int, int]]
+"""Full name of a layer -> numbers of its inputs and outputs."""
+
+
+def recognises(path: Path) -> bool:
+    """Whether a folder has PEFT's files."""
+    return (path / WEIGHTS).is_file() or (path / PICKLED).is_file()
+
+
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    """Read a LoRA folder; the plan has LoRA or DoRA slots."""
+    config = read_config(path / CONFIG)
+    loaded = required_base(path, config, loaded)
+    family = FAMILIES[loaded.family]
+    modules = layers_of(family, loaded.config)
+    shapes = {name: module.shape(loaded.config) for name, (module, _) in modules.items()}
+    updates = read_peft(path, config, shapes)
+    if config.pissa:
+        updates = {
+            name: _with_initial(update, _kernel(name, modules, loaded), f"{path / CONFIG}: {name}")
+            for name, update in updates.items()
+        }
+    plan, steering = plan_of(from_stored(updates, loaded), loaded.config)
+    return SteeredModel(loaded, plan, steering)
+
+
+def required_base(path: Path, config: PeftConfig, loaded: LoadedModel | None) -> LoadedModel:
+    """The base model.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    if loaded is None:
+        named = config.raw.get("base_model_name_or_path")
+        hint = f", perhaps {named[:200]}" if isinstance(named, str) and named else ""
+        raise ValueError(f"{path}: holds updates of a model; say of which, by --model{hint}")
+    return loaded
+
+
+def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+    """Why a plan cannot be written as LoRA."""
+    if not plan:
+        return ["the plan has no slots: the weights hold everything; write the model (--to hf)"]
+    return refuse_lora(plan, config)
+
+
+def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+    """The same with LoRA slots, or DoRA slots if one is: as it will be read."""
+    updates = with_magnitudes(updates_of(steered), steered.base)
+    # A magnitude is stored with the kernel's norm added, and rounded: after the second time it stays.
+    for _ in range(2):
+        updates = from_stored(to_stored(updates, steered.loaded), steered.loaded)
+    plan, steering = plan_of(updates, steered.loaded.config)
+    return replace(steered, plan=plan, steering=steering, lost=[*steered.lost, *changes(steered.plan)])
+
+
+def changes(plan: Plan) -> list[str]:
+    """What a LoRA folder does not hold of a plan, a sentence for each slot."""
+    sentences = []
+    for slot in plan:
+        name, sites = method_name(slot.method), ",".join(slot.sites)
+        if name not in ("lora", "dora"):
+            sentences.append(f"slot {slot.name!r} ({name} @ {sites}) is written as the LoRA that computes the same")
+        if rate := getattr(slot.method, "dropout", 0.0):
+            sentences.append(f"slot {slot.name!r} ({name} @ {sites}) had dropout {rate:g} in training")
+    return sentences
+
+
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+    """Write the two files."""
+    loaded = reduced.loaded
+    layers = layers_of(FAMILIES[loaded.family], loaded.config)
+    # Stored [in, out], as by GPT-2's layers; PEFT sets it too, with a warning.
+    flat = any(not row.transform.flips for module, _ in layers.values() for row in module.rows.values())
+    said = {"base_model_name_or_path": hub_id(reduced.source), "fan_in_fan_out": flat}
+    write_peft(folder, to_stored(updates_of(reduced), loaded), layers, said)
+
+
+def hub_id(source: str) -> str | None:
+    """The source as an id on the Hugging Face Hub, if it looks like one and is not a path here."""
+    return source if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).expanduser().exists() else None
+
+
+def layers_of(family: Family, config: ModelConfig) -> dict[str, tuple[Module, int]]:
+    """Every linear layer of a model's blocks by its full name, as module and number of the block."""
+    return {module.named(i): (module, i) for module in modules_of(family, config) for i in range(config.layers)}
+
+
+def write_peft(
+    folder: Path,
+    updates: Mapping[str, Update],
+    names: Collection[str],
+    said: Mapping[str, Json],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write updates as a LoRA folder.
+
+    Args:
+        folder: an existing folder.
+        updates: by the full names of the layers; a magnitude is that of the whole kernel, as PEFT stores it.
+        names: of all linear layers in the model's blocks.
+        said: more fields of adapter_config.json.
+        metadata: of the file with the tensors.
+    """
+    tensors = []
+    for name, update in updates.items():
+        for part, value in ((_A, update.a), (_B, update.b), (_MAGNITUDE, update.magnitude)):
+            if value is not None:
+                read = partial(np.asarray, value)
+                tensors.append(ToWrite(f"{_PREFIX}{name}.{part}", value.shape, np.dtype(value.dtype), read))
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt", **metadata})
+    write_json(folder / CONFIG, config_of(updates, names) | dict(said))
+
+
+def read_peft(folder: Path, config: PeftConfig, shapes: Shapes) -> dict[str, Update]:
+    """Read the updates of a LoRA folder by the full names of the layers, as they are stored.
+
+    Args:
+        folder: the folder.
+        config: its adapter_config.json.
+        shapes: the layers that the model has.
+
+    Raises:
+        ValueError: tensors that are damaged, unknown, missing or of the wrong shape, or not what the config promises.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = (folder / PICKLED).is_file()
+        hint = f"; {PICKLED} is a pickle: save it again with peft, which writes safetensors" if pickled else ""
+        raise ValueError(f"{folder}: no {WEIGHTS}{hint}")
+    parts: dict[str, dict[str, Stored]] = {}
+    unknown = []
+    for tensor, stored in open_safetensors(path)[0].items():
+        name, part = _parsed(tensor)
+        if name not in shapes or part in parts.setdefault(name, {}):
+            unknown.append(tensor)
+        else:
+            parts[name][part] = stored
+    if unknown:
+        raise ValueError(
+            f"{path}: holds {', '.join(sorted(unknown)[:5])}{' and others' if len(unknown) > 5 else ''}, which are no "
+            "LoRA of a projection in this model's blocks (embeddings and the head are not supported). Is this its base?"
+        )
+    if missing := [name for name in shapes if name not in parts and config.targets(name)]:
+        raise ValueError(f"{path}: has no tensors for {', '.join(missing[:5])}, which {CONFIG} targets")
+    if not parts:
+        raise ValueError(f"{path}: holds no updates")
+    return {
+        name: _update(f"{path}: {name}", name, parts[name], config, shapes[name]) for name in shapes if name in parts
+    }
+
+
+def _parsed(tensor: str) -> tuple[str, str]:
+    """Layer and part that a tensor's name names; empty if it names none."""
+    ending = next((ending for ending in _ENDINGS if tensor.endswith(ending)), "")
+    if not tensor.startswith(_PREFIX) or not ending:
+        return "", ""
+    return tensor[len(_PREFIX) : -len(ending)], _ENDINGS[ending]
+
+
+def _update(where: str, name: str, parts: Mapping[str, Stored], config: PeftConfig, shape: tuple[int, int]) -> Update:
+    """One layer's update, checked against the config and the layer's shape."""
+    if not config.targets(name):
+        raise ValueError(f"{where}: {CONFIG} does not target it, so that peft would not use it")
+    rank, (inputs, outputs) = config.rank(name), shape
+    expected = {_A: (rank, inputs), _B: (outputs, rank)} | ({_MAGNITUDE: (outputs,)} if config.dora else {})
+    if set(parts) != set(expected):
+        raise ValueError(f"{where}: has {', '.join(sorted(parts))}; expected {', '.join(sorted(expected))}")
+    for part, stored in parts.items():
+        if stored.shape != expected[part]:
+            raise ValueError(f"{where}.{part} has shape {list(stored.shape)}, expected {list(expected[part])}")
+    a, b = (np.asarray(parts[part].read(), np.float32) for part in (_A, _B))
+    magnitude = np.asarray(parts[_MAGNITUDE].read(), np.float32) if config.dora else None
+    return Update(a, b, config.scale(name), magnitude)
+
+
+def _kernel(name: str, modules: Mapping[str, tuple[Module, int]], loaded: LoadedModel) -> np.ndarray:
+    """The kernel of a layer, fp32."""
+    module, layer = modules[name]
+    return module.kernel(loaded.base, layer)
+
+
+def _with_initial(update: Update, kernel: np.ndarray, where: str) -> Update:
+    """What PEFT computes with a PiSSA file that was not converted: it takes the kernel's best approximation away."""
+    if not update.scale > 0 or update.magnitude is not None:
+        raise ValueError(f"{where}: init_lora_weights pissa needs an alpha above 0, and no DoRA")
+    u, singular, vt = np.linalg.svd(kernel.T.astype(np.float64), full_matrices=False)
+    root = np.sqrt(singular[: update.rank] / update.scale)
+    a, b = root[:, None] * vt[: update.rank], u[:, : update.rank] * root
+    return update.then(Update(a.astype(np.float32), -b.astype(np.float32), update.scale))
+
+
+def to_stored(updates: Updates, loaded: LoadedModel) -> dict[str, Update]:
+    """Updates by the names of layers, with magnitudes of whole kernels."""
+    family = FAMILIES[loaded.family]
+    return _shifted(by_module(updates, family, loaded.config), loaded, 1)
+
+
+def from_stored(updates: Mapping[str, Update], loaded: LoadedModel) -> Updates:
+    """The inverse of `to_stored`."""
+    return by_place(_shifted(updates, loaded, -1), FAMILIES[loaded.family], loaded.config)
+
+
+def _shifted(updates: Mapping[str, Update], loaded: LoadedModel, sign: int) -> dict[str, Update]:
+    """Updates with the norms of the kernels added to their magnitudes, or taken from them."""
+    modules = layers_of(FAMILIES[loaded.family], loaded.config)
+    return {
+        name: update
+        if update.magnitude is None
+        else replace(update, magnitude=update.magnitude + np.float32(sign) * norms(_kernel(name, modules, loaded)))
+        for name, update in updates.items()
+    }
+
+
+FORMAT = Format(
+    name="peft",
+    holds="LoRA, rsLoRA, DoRA, PiSSA, and what folds into LoRA",
+    programs="PEFT, transformers, vLLM, SGLang",
+    recognises=recognises,
+    read=read,
+    refuse=refuse,
+    reduce=reduce,
+    write=write,
+    verify="peft",
+)

@@ -1,0 +1,146 @@
+"""Shared by formats that are only read: what a file leaves to the person, tensors with checks, slots from pieces.
+
+These files hold parameters for one layer at a time. A piece is what one layer has at one site; pieces of the same
+method become one slot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer.interventions import LinearSteering, NonlinearSteering
+from jaxsteer.io.formats.format import Given
+from jaxsteer.io.load import LoadedModel
+from jaxsteer.io.safetensors_file import FLOATS
+from jaxsteer.io.steered import SteeredModel
+from jaxsteer.io.stored import Stored
+from jaxsteer.plans import method_name, validate_plan
+from jaxsteer.types import ALL, Intervention, Plan, Positions, Slot, Steering
+
+NONE = "none"
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A method at one site of one layer, with its parameters."""
+
+    method: Intervention
+    site: str
+    layer: int
+    params: Mapping[str, np.ndarray]
+
+
+def ask(path: Path, program: str, base: LoadedModel | None, given: Given, needs: Mapping[str, str]) -> LoadedModel:
+    """The base model, once it and everything else that the file does not say is given.
+
+    Args:
+        path: the file or folder, for the message.
+        program: what wrote it.
+        base: the base model, if it is given.
+        given: what the person says.
+        needs: fields of `Given` that are needed, each with a few words on what it is.
+
+    Raises:
+        ValueError: names the options of all that is missing.
+    """
+    missing = [] if base is not None else ["--model (the base model that it was made for)"]
+    missing += [f"--{name} ({what})" for name, what in needs.items() if getattr(given, name) is None]
+    if missing:
+        raise ValueError(f"{path}: files of {program} do not say everything; give {', '.join(missing)}")
+    for name in needs:
+        if isinstance(value := getattr(given, name), float) and not math.isfinite(value):
+            raise ValueError(f"--{name} is {value}; expected a finite number")
+    assert base is not None
+    return base
+
+
+def low_rank(rank: int, given: Given) -> Intervention:
+    """Low-rank steering with the activation and α that the person gives."""
+    assert given.alpha is not None
+    assert given.activation is not None
+    if given.activation == NONE:
+        return LinearSteering(rank=rank, alpha=given.alpha)
+    return NonlinearSteering(rank=rank, alpha=given.alpha, activation=given.activation)
+
+
+def values(path: Path, name: str, tensor: Stored, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor in its own float type, fp64 rounded to fp32.
+
+    Raises:
+        ValueError: another shape, values that are no floats, or that are not finite.
+    """
+    if tensor.shape != shape:
+        raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if tensor.form not in FLOATS:
+        raise ValueError(f"{path}: {name} holds {tensor.form} values; expected {', '.join(FLOATS)}")
+    value = tensor.read()
+    with np.errstate(over="ignore"):
+        value = value.astype(np.float32) if value.dtype == np.float64 else value
+    if not _finite(value):
+        raise ValueError(f"{path}: {name} holds values that are not finite")
+    return value
+
+
+def _finite(value: np.ndarray) -> bool:
+    """Whether all values are finite."""
+    return bool(np.isfinite(value.astype(np.float32)).all())
+
+
+def matrix_shape(path: Path, name: str, tensor: Stored) -> tuple[int, int]:
+    """The shape of a tensor of two axes.
+
+    Raises:
+        ValueError: it has another number of them, or is empty.
+    """
+    if len(tensor.shape) != 2 or 0 in tensor.shape:
+        raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, expected a matrix")
+    return tensor.shape[0], tensor.shape[1]
+
+
+def gather(path: Path, base: LoadedModel, pieces: Sequence[Piece], positions: Positions = ALL) -> SteeredModel:
+    """Pieces as a plan and its steering: one slot for each method and set of layers.
+
+    Raises:
+        ValueError: two pieces at one place; a plan that does not fit the model.
+    """
+    if problems := [piece.layer for piece in pieces if not 0 <= piece.layer < base.config.layers]:
+        layers = base.config.layers
+        raise ValueError(f"{path}: steers layer {max(problems)}; {base.name} has layers 0 to {layers - 1}")
+    if bad := [
+        f"{piece.site} of layer {piece.layer}" for piece in pieces if not all(map(_finite, piece.params.values()))
+    ]:
+        raise ValueError(f"{path}: gives values that are not finite at {bad[0]}")
+    where: dict[tuple, dict[int, Piece]] = {}
+    for piece in sorted(pieces, key=lambda piece: (piece.layer, piece.site)):
+        kind = (piece.method, piece.site, tuple(value.dtype for value in piece.params.values()))
+        if where.setdefault(kind, {}).setdefault(piece.layer, piece) is not piece:
+            raise ValueError(f"{path}: two interventions at {piece.site} of layer {piece.layer}")
+    groups: dict[tuple, dict[str, dict[int, Piece]]] = {}
+    for (method, site, dtypes), layers_of in where.items():
+        groups.setdefault((method, dtypes, tuple(layers_of)), {})[site] = layers_of
+    slots: list[Slot] = []
+    steering: Steering = {}
+    for (method, _, layers), sites in groups.items():
+        name = method_name(method)
+        count = sum(slot.name.partition("_")[0] == name for slot in slots)
+        name = name if not count else f"{name}_{count + 1}"
+        chosen = None if layers == tuple(range(base.config.layers)) else layers
+        slots.append(Slot(name, method, tuple(sites), chosen, positions))
+        steering[name] = {site: _stack(list(of_site.values())) for site, of_site in sites.items()}
+    plan: Plan = tuple(slots)
+    try:
+        validate_plan(plan, base.config)
+    except ValueError as error:
+        raise ValueError(f"{path}: does not fit {base.name}: {error}") from None
+    return SteeredModel(base, plan, steering)
+
+
+def _stack(pieces: Sequence[Piece]) -> dict[str, jnp.ndarray]:
+    """The stacked parameters of pieces of one kind."""
+    return {name: jnp.asarray(np.stack([piece.params[name] for piece in pieces])) for name in pieces[0].params}
