@@ -11,7 +11,11 @@ import numpy as np
 
 from jaxsteer.io.files import Json, read_json, write_json, write_text
 from jaxsteer.io.safetensors_file import ToWrite, write_safetensors
+<<<<<<< HEAD
+from jaxsteer.io.stored import names_of, transform_of
+=======
 from jaxsteer.io.stored import names_of, size
+>>>>>>> main
 from jaxsteer.io.token_ids import ROLES, shortest
 from jaxsteer.io.tokenizer import Tokenizer
 from jaxsteer.models.config import ModelConfig
@@ -70,10 +74,17 @@ def save_hf(
     Raises:
         ValueError: an unknown family; an int8 base; leaves that are missing, unknown or of the wrong shape, all named.
     """
+<<<<<<< HEAD
+    tensors = tensors_of(config, base, family, "hf", str(folder))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+=======
     tensors = _tensors_of(config, base, family, str(folder))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(folder, [tensors, extras.tensors] if extras.tensors else [tensors])
+>>>>>>> main
     settings: dict[str, Json] = {}
     if tokenizer is not None:
         _save_tokenizer(folder, tokenizer)
@@ -88,6 +99,9 @@ def save_hf(
     ids = {role: settings.get(role) for role in ROLES}
     dtype = str(np.dtype(base["embed"]["embedding"].dtype))
     # transformers before 4.56 reads torch_dtype.
+<<<<<<< HEAD
+    write_json(folder / "config.json", config_to_hf(FAMILIES[family], config) | ids | {"dtype": dtype, "torch_dtype": dtype})
+=======
     fields = config_to_hf(FAMILIES[family], config) | ids | {"dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", fields | dict(extras.fields))
 
@@ -118,6 +132,7 @@ def _write_shards(folder: Path, shards: Sequence[Sequence[ToWrite]]) -> None:
     total = sum(size(tensor.shape) * tensor.dtype.itemsize for tensors in shards for tensor in tensors)
     places = {tensor.name: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+>>>>>>> main
 
 
 def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
@@ -128,6 +143,33 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     write_json(path, dict.fromkeys(f"{role}_token" for role in ("bos", "eos", "unk", "pad")) | read_json(path))
+
+
+def tensors_of(config: ModelConfig, base: PyTree, family: str, layout: str, where: str) -> list[ToWrite]:
+    """The published tensors of a base tree, each computed only when its `read` is called.
+
+    Args:
+        config: the model's features.
+        base: its weights.
+        family: our name of its family.
+        layout: the naming scheme, "hf" or "gguf".
+        where: the folder or file, for messages.
+
+    Raises:
+        ValueError: an unknown family; an int8 base; leaves that are missing, unknown or of the wrong shape, all named.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
+    if is_quantised(base):
+        raise ValueError(
+            f"{where}: the base is in int8, which this format does not have; export the model it was quantised from"
+        )
+    rows = FAMILIES[family].parameters(config)
+    leaves = _leaves(base)
+    if problems := _problems(leaves, rows, config):
+        raise ValueError(f"{where}: the base tree does not fit this config: {'; '.join(problems)}")
+    pairs = [(tensor, row) for row in rows for tensor in _tensors(row, layout, config, leaves[row.path])]
+    return _fuse(pairs, layout)
 
 
 def _leaves(base: PyTree) -> dict[str, Array]:
@@ -148,13 +190,13 @@ def _problems(leaves: Mapping[str, Array], rows: Sequence[Row], config: ModelCon
     return problems + [f"{path} is unknown" for path in leaves if path not in known]
 
 
-def _fuse(tensors: list[tuple[ToWrite, Row]]) -> list[ToWrite]:
+def _fuse(tensors: list[tuple[ToWrite, Row]], layout: str) -> list[ToWrite]:
     """Join tensors of the same name, which are parts of one stored tensor, in order along their output axis."""
     parts: dict[str, list[ToWrite]] = {}
     axes: dict[str, int] = {}
     for tensor, row in tensors:
         parts.setdefault(tensor.name, []).append(tensor)
-        axes[tensor.name] = row.transform.outputs_axis(len(row.axes))
+        axes[tensor.name] = transform_of(row, layout).outputs_axis(len(row.axes))
 
     def join(name: str, group: list[ToWrite]) -> ToWrite:
         if len(group) == 1:
@@ -166,14 +208,15 @@ def _fuse(tensors: list[tuple[ToWrite, Row]]) -> list[ToWrite]:
     return [join(name, group) for name, group in parts.items()]
 
 
-def _tensors(row: Row, config: ModelConfig, leaf: Array) -> list[ToWrite]:
+def _tensors(row: Row, layout: str, config: ModelConfig, leaf: Array) -> list[ToWrite]:
     """The stored tensors of a parameter: one for each layer if it is stacked, else one."""
-    shape = row.shape(config)[::-1] if row.transform.flips else row.shape(config)
+    transform = transform_of(row, layout)
+    shape = row.shape(config)[::-1] if transform.flips else row.shape(config)
 
     def tensor(i: int | None, name: str) -> ToWrite:
         def read() -> np.ndarray:
-            return row.transform.write(np.asarray(leaf if i is None else leaf[i]), config)
+            return transform.write(np.asarray(leaf if i is None else leaf[i]), config)
 
         return ToWrite(name, shape, np.dtype(leaf.dtype), read)
 
-    return [tensor(i if row.stacked else None, name) for i, name in enumerate(names_of(row, "hf", config))]
+    return [tensor(i if row.stacked else None, name) for i, name in enumerate(names_of(row, layout, config))]

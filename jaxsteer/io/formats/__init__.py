@@ -1,6 +1,6 @@
 """Formats of other programs: one file each, and one row of `FORMATS` each."""
 
-from jaxsteer.io.formats import hf, hf_steerable, hf_steered, peft, pyreft, saelens, steering, steerling, vllm
+from jaxsteer.io.formats import gguf, gguf_control, gguf_lora, hf, hf_steerable, hf_steered, peft, pyreft, saelens, steering, steerling, vllm
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
 
 _ROWS = (
@@ -13,6 +13,10 @@ _ROWS = (
     pyreft.FORMAT,
     saelens.FORMAT,
     hf.FORMAT,
+    gguf.FORMAT,
+    gguf_lora.FORMAT,
+    gguf_control.FORMAT,
+    gguf_control.REPENG,
 )
 
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
