@@ -76,7 +76,9 @@ def _built(tokenizer: Tokenizer, where: str) -> dict[str, GgufValue]:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix"):
-        raise ValueError(f"{where}: its tokenizer is of kind {model['type']}; GGUF files are written of plain BPE. {AS_HF}")
+        raise ValueError(
+            f"{where}: its tokenizer is of kind {model['type']}; GGUF files are written of plain BPE. {AS_HF}"
+        )
     vocab: dict[str, int] = model["vocab"] | {token["content"]: token["id"] for token in state["added_tokens"]}
     tokens, kinds = [f"[PAD{i}]" for i in range(max(vocab.values()) + 1)], [UNUSED] * (max(vocab.values()) + 1)
     for token, i in vocab.items():

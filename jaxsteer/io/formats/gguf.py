@@ -10,7 +10,14 @@ import numpy as np
 
 from jaxsteer.folding import biases_needed, fold_all, unfoldable
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
-from jaxsteer.io.gguf_config import ROPE_FACTORS, config_from_gguf, config_to_gguf, parameters_of, refuse_config, rope_factors
+from jaxsteer.io.gguf_config import (
+    ROPE_FACTORS,
+    config_from_gguf,
+    config_to_gguf,
+    parameters_of,
+    refuse_config,
+    rope_factors,
+)
 from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
 from jaxsteer.io.gguf_tokenizer import vocabulary_to_gguf
 from jaxsteer.io.gguf_write import FILE_TYPES, KINDS, Encoded, encoded, in_memory, write_gguf
@@ -18,8 +25,8 @@ from jaxsteer.io.hf_folder import tensors_of
 from jaxsteer.io.identity import fingerprint
 from jaxsteer.io.llama_cpp import ARCHITECTURES
 from jaxsteer.io.load import LoadedModel, load_model
-from jaxsteer.io.sample import sample
 from jaxsteer.io.safetensors_file import ToWrite
+from jaxsteer.io.sample import sample
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.io.stored import read_base
 from jaxsteer.io.tokenizer import stop_tokens_from_gguf
@@ -96,7 +103,14 @@ def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     model = replace(
         loaded, config=config, base=base, family=family.name, fingerprint=fingerprint(config), sample=chosen
     )
-    return replace(steered, loaded=model, plan=(), steering={}, notes={KIND: kind}, lost=(*steered.lost, *_lost(loaded, file, kind)))
+    return replace(
+        steered,
+        loaded=model,
+        plan=(),
+        steering={},
+        notes={KIND: kind},
+        lost=(*steered.lost, *_lost(loaded, file, kind)),
+    )
 
 
 def _lost(loaded: LoadedModel, file: Gguf, kind: str) -> list[str]:
@@ -148,5 +162,5 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
-    verify="llama_peer.py",
+    verify="llama",
 )

@@ -92,7 +92,9 @@ def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
                 f"{file.path}: {name}.lora_a and lora_b have shapes {list(a.shape)} and {list(b.shape)}; expected "
                 f"[rank, {inputs}] and [{outputs}, rank]. Give the model that it is for (--model)"
             )
-        updates |= _split(np.asarray(a.read(), np.float32), np.asarray(b.read(), np.float32), alpha, targets[name], config)
+        updates |= _split(
+            np.asarray(a.read(), np.float32), np.asarray(b.read(), np.float32), alpha, targets[name], config
+        )
     plan, steering = plan_of(updates, config)
     return SteeredModel(loaded, plan, steering)
 
@@ -231,5 +233,6 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
-    verify="llama_peer.py",
+    verify="llama",
+    over="gguf",
 )
