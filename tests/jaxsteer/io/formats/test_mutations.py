@@ -22,8 +22,8 @@ from jaxsteer.steering import steering_shapes
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden"
 SECONDS = 20  # of CPU time, however busy the machine is; a file takes a hundredth of a second
-MEMORY = 30_000_000  # bytes; the files have 2,000 to 280,000, a list of a hundred thousand numbers a million
-WORDS = 40_000  # letters of an error, which names up to 1000 missing tensors
+MEMORY = 30_000_000  # bytes; the files have 2,000 to 280,000
+WORDS = 50_000  # letters of an error, which names up to 1000 missing tensors, or quotes a value of a config
 IN_ALL, EACH = 50, 1000
 
 
