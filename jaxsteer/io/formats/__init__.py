@@ -1,6 +1,19 @@
 """Formats of other programs: one file each, and one row of `FORMATS` each."""
 
-from jaxsteer.io.formats import hf, hf_steerable, hf_steered, peft, pyreft, saelens, steering, steerling, vllm
+from jaxsteer.io.formats import (
+    gguf,
+    gguf_control,
+    gguf_lora,
+    hf,
+    hf_steerable,
+    hf_steered,
+    peft,
+    pyreft,
+    saelens,
+    steering,
+    steerling,
+    vllm,
+)
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
 
 _ROWS = (
@@ -12,6 +25,10 @@ _ROWS = (
     peft.FORMAT,
     pyreft.FORMAT,
     saelens.FORMAT,
+    gguf_control.FORMAT,
+    gguf_control.REPENG,
+    gguf_lora.FORMAT,
+    gguf.FORMAT,
     hf.FORMAT,
 )
 
