@@ -49,7 +49,7 @@ def written(name, *texts, **options):
         plan = parse_plan(texts, loaded.config)
         chosen = WriteOptions(**{key: value(folder) for key, value in options.items()})
         steered = SteeredModel(loaded, plan, random_steering(plan, loaded.config))
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
         format.write(format.reduce(steered, chosen), folder / name, chosen)
         return folder / name
 
@@ -69,6 +69,10 @@ SAMPLES: dict[str, list[Sample]] = {
     "hf-steered": [Sample(written("hf-steered", BLOCK), base=None)],
     "hf-steerable": [Sample(written("hf-steerable", BLOCK), base=None)],
     "vllm": [Sample(written("vllm", BLOCK, "lora(rank=2) @ attn.q", over=written("hf-steerable", BLOCK)))],
+    "gguf": [Sample(written("gguf", "lora(rank=2) @ attn.q"), base=None)],
+    "gguf-lora": [Sample(written("gguf-lora", "lora(rank=2) @ attn.q"))],
+    "gguf-control": [Sample(written("gguf-control", "fixed @ block layers=1,2"))],
+    "repeng": [Sample(written("gguf-control", "fixed @ block layers=1,2"), Given(strength=1.0))],
 }
 """Samples of each row of FORMATS."""
 
