@@ -1,12 +1,14 @@
 """Formats of other programs: one file each, and one row of `FORMATS` each."""
 
 from jaxsteer.io.formats import (
+    adapters,
     gguf,
     gguf_control,
     gguf_lora,
     hf,
     hf_steerable,
     hf_steered,
+    mlx,
     peft,
     pyreft,
     saelens,
@@ -23,6 +25,8 @@ _ROWS = (
     vllm.FORMAT,
     steerling.FORMAT,  # its joint folders are PEFT's with one file more
     peft.FORMAT,
+    adapters.FORMAT,
+    mlx.FORMAT,
     pyreft.FORMAT,
     saelens.FORMAT,
     gguf_control.FORMAT,
