@@ -260,8 +260,11 @@ def _windows_to_gguf(family: Family, config: ModelConfig) -> dict[str, GgufValue
     if config.window is None:
         return {size_key: 0}
     flags = config.local_layers or (True,) * config.layers
-    periods = (n for n in range(config.layers + 1) if all(flag == (not n or i % n < n - 1) for i, flag in enumerate(flags)))
-    return {size_key: config.window, layers_key: next(periods, list(flags))}
+    periods = (
+        n for n in range(config.layers + 1) if all(flag == (not n or i % n < n - 1) for i, flag in enumerate(flags))
+    )
+    local: GgufValue = next(periods, list[GgufValue](flags))
+    return {size_key: config.window, layers_key: local}
 
 
 def rope_factors(config: ModelConfig) -> np.ndarray | None:

@@ -11,11 +11,7 @@ import numpy as np
 
 from jaxsteer.io.files import Json, read_json, write_json, write_text
 from jaxsteer.io.safetensors_file import ToWrite, write_safetensors
-<<<<<<< HEAD
-from jaxsteer.io.stored import names_of, transform_of
-=======
-from jaxsteer.io.stored import names_of, size
->>>>>>> main
+from jaxsteer.io.stored import names_of, size, transform_of
 from jaxsteer.io.token_ids import ROLES, shortest
 from jaxsteer.io.tokenizer import Tokenizer
 from jaxsteer.models.config import ModelConfig
@@ -74,17 +70,10 @@ def save_hf(
     Raises:
         ValueError: an unknown family; an int8 base; leaves that are missing, unknown or of the wrong shape, all named.
     """
-<<<<<<< HEAD
     tensors = tensors_of(config, base, family, "hf", str(folder))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-=======
-    tensors = _tensors_of(config, base, family, str(folder))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     _write_shards(folder, [tensors, extras.tensors] if extras.tensors else [tensors])
->>>>>>> main
     settings: dict[str, Json] = {}
     if tokenizer is not None:
         _save_tokenizer(folder, tokenizer)
@@ -99,64 +88,14 @@ def save_hf(
     ids = {role: settings.get(role) for role in ROLES}
     dtype = str(np.dtype(base["embed"]["embedding"].dtype))
     # transformers before 4.56 reads torch_dtype.
-<<<<<<< HEAD
-    write_json(folder / "config.json", config_to_hf(FAMILIES[family], config) | ids | {"dtype": dtype, "torch_dtype": dtype})
-=======
     fields = config_to_hf(FAMILIES[family], config) | ids | {"dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", fields | dict(extras.fields))
 
 
-def _tensors_of(config: ModelConfig, base: PyTree, family: str, where: str) -> list[ToWrite]:
-    """The stored tensors of a base tree; see `save_hf` for what is refused."""
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
-    if is_quantised(base):
-        raise ValueError(
-            f"{where}: the base is in int8, which this format does not have; export the model it was quantised from"
-        )
-    rows = FAMILIES[family].parameters(config)
-    leaves = _leaves(base)
-    if problems := _problems(leaves, rows, config):
-        raise ValueError(f"{where}: the base tree does not fit this config: {'; '.join(problems)}")
-    return _fuse([(tensor, row) for row in rows for tensor in _tensors(row, config, leaves[row.path])])
-
-
-def _write_shards(folder: Path, shards: Sequence[Sequence[ToWrite]]) -> None:
-    """Write the weights as one file, or as several with their index, which comes last."""
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", shards[0], {"format": "pt"})
-        return
-    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, tensors in zip(names, shards, strict=True):
-        write_safetensors(folder / name, tensors, {"format": "pt"})
-    total = sum(size(tensor.shape) * tensor.dtype.itemsize for tensors in shards for tensor in tensors)
-    places = {tensor.name: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
->>>>>>> main
-
-
-def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write a tokenizer's files, with null for the special tokens that it lacks.
-
-    Left out, transformers would add those of the family's own tokenizer as new ids, which have no row in the embedding.
-    """
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    write_json(path, dict.fromkeys(f"{role}_token" for role in ("bos", "eos", "unk", "pad")) | read_json(path))
-
-
 def tensors_of(config: ModelConfig, base: PyTree, family: str, layout: str, where: str) -> list[ToWrite]:
-    """The published tensors of a base tree, each computed only when its `read` is called.
+    """The tensors of a base tree under their published names, in the layout "hf" or "gguf".
 
-    Args:
-        config: the model's features.
-        base: its weights.
-        family: our name of its family.
-        layout: the naming scheme, "hf" or "gguf".
-        where: the folder or file, for messages.
-
-    Raises:
-        ValueError: an unknown family; an int8 base; leaves that are missing, unknown or of the wrong shape, all named.
+    See `save_hf` for what is refused; `where` is the folder or file, for messages.
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
@@ -170,6 +109,29 @@ def tensors_of(config: ModelConfig, base: PyTree, family: str, layout: str, wher
         raise ValueError(f"{where}: the base tree does not fit this config: {'; '.join(problems)}")
     pairs = [(tensor, row) for row in rows for tensor in _tensors(row, layout, config, leaves[row.path])]
     return _fuse(pairs, layout)
+
+
+def _write_shards(folder: Path, shards: Sequence[Sequence[ToWrite]]) -> None:
+    """Write the weights as one file, or as several with their index, which comes last."""
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0], {"format": "pt"})
+        return
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, tensors in zip(names, shards, strict=True):
+        write_safetensors(folder / name, tensors, {"format": "pt"})
+    total = sum(size(tensor.shape) * tensor.dtype.itemsize for tensors in shards for tensor in tensors)
+    places = {tensor.name: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer's files, with null for the special tokens that it lacks.
+
+    Left out, transformers would add those of the family's own tokenizer as new ids, which have no row in the embedding.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    write_json(path, dict.fromkeys(f"{role}_token" for role in ("bos", "eos", "unk", "pad")) | read_json(path))
 
 
 def _leaves(base: PyTree) -> dict[str, Array]:

@@ -1,6 +1,19 @@
 """Formats of other programs: one file each, and one row of `FORMATS` each."""
 
-from jaxsteer.io.formats import gguf, gguf_control, gguf_lora, hf, hf_steerable, hf_steered, peft, pyreft, saelens, steering, steerling, vllm
+from jaxsteer.io.formats import (
+    gguf,
+    gguf_control,
+    gguf_lora,
+    hf,
+    hf_steerable,
+    hf_steered,
+    peft,
+    pyreft,
+    saelens,
+    steering,
+    steerling,
+    vllm,
+)
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
 
 _ROWS = (
