@@ -92,25 +92,6 @@ def save_hf(
     write_json(folder / "config.json", fields | dict(extras.fields))
 
 
-def tensors_of(config: ModelConfig, base: PyTree, family: str, layout: str, where: str) -> list[ToWrite]:
-    """The tensors of a base tree under their published names, in the layout "hf" or "gguf".
-
-    See `save_hf` for what is refused; `where` is the folder or file, for messages.
-    """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
-    if is_quantised(base):
-        raise ValueError(
-            f"{where}: the base is in int8, which this format does not have; export the model it was quantised from"
-        )
-    rows = FAMILIES[family].parameters(config)
-    leaves = _leaves(base)
-    if problems := _problems(leaves, rows, config):
-        raise ValueError(f"{where}: the base tree does not fit this config: {'; '.join(problems)}")
-    pairs = [(tensor, row) for row in rows for tensor in _tensors(row, layout, config, leaves[row.path])]
-    return _fuse(pairs, layout)
-
-
 def _write_shards(folder: Path, shards: Sequence[Sequence[ToWrite]]) -> None:
     """Write the weights as one file, or as several with their index, which comes last."""
     if len(shards) == 1:
@@ -132,6 +113,33 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     write_json(path, dict.fromkeys(f"{role}_token" for role in ("bos", "eos", "unk", "pad")) | read_json(path))
+
+
+def tensors_of(config: ModelConfig, base: PyTree, family: str, layout: str, where: str) -> list[ToWrite]:
+    """The published tensors of a base tree, each computed only when its `read` is called.
+
+    Args:
+        config: the model's features.
+        base: its weights.
+        family: our name of its family.
+        layout: the naming scheme, "hf" or "gguf".
+        where: the folder or file, for messages.
+
+    Raises:
+        ValueError: an unknown family; an int8 base; leaves that are missing, unknown or of the wrong shape, all named.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
+    if is_quantised(base):
+        raise ValueError(
+            f"{where}: the base is in int8, which this format does not have; export the model it was quantised from"
+        )
+    rows = FAMILIES[family].parameters(config)
+    leaves = _leaves(base)
+    if problems := _problems(leaves, rows, config):
+        raise ValueError(f"{where}: the base tree does not fit this config: {'; '.join(problems)}")
+    pairs = [(tensor, row) for row in rows for tensor in _tensors(row, layout, config, leaves[row.path])]
+    return _fuse(pairs, layout)
 
 
 def _leaves(base: PyTree) -> dict[str, Array]:

@@ -73,6 +73,8 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         return _parse(path, header, 8 + header_size, file_size)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder, expected a file") from None
     except ValueError as error:
         raise ValueError(
             f"{path}: not a complete safetensors file ({error}). Was the download or the copy cut short?"

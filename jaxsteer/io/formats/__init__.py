@@ -25,11 +25,11 @@ _ROWS = (
     peft.FORMAT,
     pyreft.FORMAT,
     saelens.FORMAT,
-    hf.FORMAT,
-    gguf.FORMAT,
-    gguf_lora.FORMAT,
     gguf_control.FORMAT,
     gguf_control.REPENG,
+    gguf_lora.FORMAT,
+    gguf.FORMAT,
+    hf.FORMAT,
 )
 
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}

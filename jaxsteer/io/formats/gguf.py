@@ -160,5 +160,5 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
-    verify="llama_peer.py",
+    verify="llama",
 )

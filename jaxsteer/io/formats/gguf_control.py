@@ -172,7 +172,8 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
-    verify="llama_peer.py",
+    verify="llama",
+    over="gguf",
 )
 
 REPENG = Format(

@@ -232,5 +232,6 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
-    verify="llama_peer.py",
+    verify="llama",
+    over="gguf",
 )

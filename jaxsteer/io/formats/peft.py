@@ -254,4 +254,5 @@ FORMAT = Format(
     reduce=reduce,
     write=write,
     verify="peft",
+    over="hf",
 )
