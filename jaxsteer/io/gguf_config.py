@@ -263,7 +263,8 @@ def _windows_to_gguf(family: Family, config: ModelConfig) -> dict[str, GgufValue
     periods = (
         n for n in range(config.layers + 1) if all(flag == (not n or i % n < n - 1) for i, flag in enumerate(flags))
     )
-    return {size_key: config.window, layers_key: next(periods, list(flags))}
+    local: GgufValue = next(periods, list[GgufValue](flags))
+    return {size_key: config.window, layers_key: local}
 
 
 def rope_factors(config: ModelConfig) -> np.ndarray | None:

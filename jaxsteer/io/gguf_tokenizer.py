@@ -24,7 +24,7 @@ PROBES = (
     "https://example.org/a_b?c=1&d=[2]{3}<4> ==> \\n 'S 'LL we'Ve $5.00 100%",
     "",
 )
-"""Texts on which a tokenizer and its description must agree, with and without the tokenizer's own tokens in them."""
+"""Texts on which a tokenizer and its description must agree, besides those with each of its added tokens."""
 
 AS_HF = "Export to a Hugging Face folder instead (--to hf)"
 
@@ -49,12 +49,14 @@ def vocabulary_to_gguf(loaded: LoadedModel) -> dict[str, GgufValue]:
 
 def _filled(pairs: Mapping[str, GgufValue], rows: int) -> dict[str, GgufValue]:
     """The pairs with a token for each row of the embedding, as llama.cpp demands; those that are added are unused."""
-    filler = {"tokens": "[PAD{i}]", "token_type": UNUSED, "scores": -10_000.0}
+    filler: dict[str, str | int | float] = {"tokens": "[PAD{i}]", "token_type": UNUSED, "scores": -10_000.0}
     filled = dict(pairs)
     for name, value in filler.items():
         items = filled.get(f"tokenizer.ggml.{name}")
         if isinstance(items, list):
-            more = [value.format(i=i) if isinstance(value, str) else value for i in range(len(items), rows)]
+            more: list[GgufValue] = [
+                value.format(i=i) if isinstance(value, str) else value for i in range(len(items), rows)
+            ]
             filled[f"tokenizer.ggml.{name}"] = [*items[:rows], *more]
     return filled
 
@@ -180,8 +182,8 @@ def _special(tokenizer: Tokenizer, where: str) -> dict[str, Any]:
 def _check(tokenizer: Tokenizer, pairs: Mapping[str, GgufValue], where: str) -> None:
     """Raise a ValueError if the description does not give the tokenizer's own ids on the probe texts."""
     described = tokenizer_from_gguf(pairs, where)
-    special = [token for token in list(tokenizer.special_tokens_map.values()) if isinstance(token, str)]
-    for text in [*PROBES, *(f"a{token}b {token} c" for token in special)]:
+    whole = [str(token).replace("▁", " ") for token in tokenizer.added_tokens_decoder.values()]
+    for text in [*PROBES, *(f"a{token}b {token} c" for token in whole)]:
         ours, theirs = tokenizer(text)["input_ids"], described(text)["input_ids"]
         if ours != theirs:
             raise ValueError(

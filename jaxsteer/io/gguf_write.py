@@ -40,6 +40,11 @@ class Encoded(NamedTuple):
         return size(self.tensor.shape) // block * width
 
 
+def plain(name: str, values: np.ndarray) -> Encoded:
+    """An fp32 array to write as it is."""
+    return Encoded(ToWrite(name, values.shape, values.dtype, lambda: values), "F32")
+
+
 def encoded(tensor: ToWrite, kind: str) -> Encoded:
     """A tensor in the type that llama.cpp's converter gives it in a file whose matrices have type `kind`.
 
@@ -85,7 +90,7 @@ def write_gguf(path: Path, metadata: Mapping[str, GgufValue], tensors: Iterable[
 
     tensors = list(tensors)
     with replacing(path) as file:
-        writer = GGUFWriter(file.name, metadata["general.architecture"])
+        writer = GGUFWriter(file.name, str(metadata["general.architecture"]))
         try:
             for key, value in metadata.items():
                 if key != "general.architecture" and value != []:

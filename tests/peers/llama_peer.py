@@ -1,7 +1,9 @@
 """llama.cpp as a peer: a model's, an adapter's or a control vector's logits by llama-cpp-python.
 
-Run with the Python of the environment that has it; a request as JSON on stdin, the answer as JSON on stdout's last line.
-Key/value caches and sums are fp32, so that the weights alone decide how near the results are.
+The request, JSON on stdin: {"path": the export, or a .gguf file, "base": the same of an adapter's or a control vector's
+base, "tokens": [[ids]], "generate": number of greedy tokens after each row, "out": an .npy file for the logits, float32
+[rows, length, vocab]}; optional: "cache": ggml's type of the key/value cache (0, fp32), "text": texts to tokenize. The
+answer is JSON on the last line of stdout.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Whole models as GGUF files for llama.cpp and Ollama: affine steering and LoRA merged, tokenizer and template included."""
+"""Whole models as GGUF files for llama.cpp and Ollama: steering that weights take is merged, the tokenizer included."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from jaxsteer.io.gguf_config import (
 )
 from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
 from jaxsteer.io.gguf_tokenizer import vocabulary_to_gguf
-from jaxsteer.io.gguf_write import FILE_TYPES, KINDS, Encoded, encoded, in_memory, write_gguf
+from jaxsteer.io.gguf_write import FILE_TYPES, KINDS, Encoded, encoded, in_memory, plain, write_gguf
 from jaxsteer.io.hf_folder import tensors_of
 from jaxsteer.io.identity import fingerprint
 from jaxsteer.io.llama_cpp import ARCHITECTURES
 from jaxsteer.io.load import LoadedModel, load_model
-from jaxsteer.io.safetensors_file import ToWrite
 from jaxsteer.io.sample import sample
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.io.stored import read_base
@@ -75,8 +74,8 @@ def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptio
     for group, slot in groups.items():
         if f"{group}_bias" not in ARCHITECTURES[family.gguf].biases and not getattr(config, f"{group}_bias"):
             reasons.append(
-                f"slot {slot!r}: its shift becomes biases of {group}, which llama.cpp does not have for {family.gguf}; a "
-                "fixed vector after blocks from 1 on can be a control vector (--to gguf-control)"
+                f"slot {slot!r}: its shift becomes biases of {group}, which llama.cpp does not have for {family.gguf}; "
+                "a fixed vector after blocks from 1 on can be a control vector (--to gguf-control)"
             )
     if options.dtype is not None and options.dtype not in DTYPES:
         reasons.append(f"dtype {options.dtype!r} cannot be written; a GGUF file's are {', '.join(DTYPES)}")
@@ -119,8 +118,8 @@ def _lost(loaded: LoadedModel, file: Gguf, kind: str) -> list[str]:
     config = loaded.config
     if config.window is not None and not ARCHITECTURES[str(file.metadata["general.architecture"])].windowed:
         lost.append(
-            f"llama.cpp does not compute the sliding window of this family: beyond {config.window} tokens, each attends "
-            "to all before it"
+            f"llama.cpp does not compute the sliding window of this family: beyond {config.window} tokens, each "
+            "attends to all before it"
         )
     other = sum(tensor.form == "F16" and len(tensor.shape) == 2 for tensor in file.tensors.values())
     if kind != "F16" and other:
@@ -141,8 +140,7 @@ def _contents(loaded: LoadedModel, kind: str) -> tuple[dict[str, GgufValue], Seq
     config, family = loaded.config, FAMILIES[loaded.family]
     tensors = [encoded(tensor, kind) for tensor in tensors_of(config, loaded.base, loaded.family, "gguf", FILE)]
     if (factors := rope_factors(config)) is not None:
-        constant = ToWrite(ROPE_FACTORS, factors.shape, factors.dtype, lambda: factors)
-        tensors.insert(0, Encoded(constant, "F32"))
+        tensors.insert(0, plain(ROPE_FACTORS, factors))
     metadata: dict[str, GgufValue] = config_to_gguf(family, config) | {
         "general.type": "model",
         "general.name": loaded.name,

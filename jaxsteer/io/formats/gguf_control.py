@@ -14,10 +14,9 @@ import numpy as np
 from jaxsteer.folding import affine_parts, unfoldable
 from jaxsteer.interventions import FixedVector
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
-from jaxsteer.io.gguf_file import Gguf, open_gguf
-from jaxsteer.io.gguf_write import Encoded, write_gguf
+from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
+from jaxsteer.io.gguf_write import plain, write_gguf
 from jaxsteer.io.load import LoadedModel
-from jaxsteer.io.safetensors_file import ToWrite
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import FAMILIES
@@ -62,12 +61,14 @@ def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
         missing.append("the factor of its vectors: --strength")
     if missing:
         raise ValueError(f"{file.path}: does not say {', nor '.join(missing)}")
-    if type(strength) not in (int, float) or not math.isfinite(strength):
+    if not isinstance(strength, int | float) or not math.isfinite(strength):
         raise ValueError(f"{file.path}: the strength is {reprlib.repr(strength)}; expected a number (--strength)")
     assert loaded is not None
     _check(file, loaded)
     vectors = {_block_of(name): tensor.read() for name, tensor in file.tensors.items()}
-    return _with_vectors(SteeredModel(loaded), {i: vectors[i] * np.float32(strength) for i in sorted(vectors)})
+    return _with_vectors(
+        SteeredModel(loaded), {i: np.asarray(vectors[i], np.float32) * np.float32(strength) for i in sorted(vectors)}
+    )
 
 
 def _check(file: Gguf, loaded: LoadedModel) -> None:
@@ -151,17 +152,14 @@ def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
     (slot,) = steered.plan
     blocks = slot.active_layers(steered.loaded.config.layers)
     vectors = np.asarray(steered.steering[slot.name]["block"]["v"])
-    metadata = {
+    metadata: dict[str, GgufValue] = {
         "general.architecture": ARCHITECTURE,
         "general.name": options.name,
         "controlvector.model_hint": FAMILIES[steered.loaded.family].hf_type,
         "controlvector.layer_count": len(blocks),
         STRENGTH: 1.0,
     }
-    tensors = [
-        Encoded(ToWrite(f"direction.{i}", vector.shape, vector.dtype, lambda vector=vector: vector), "F32")
-        for i, vector in zip(blocks, vectors, strict=True)
-    ]
+    tensors = [plain(f"direction.{i}", vector) for i, vector in zip(blocks, vectors, strict=True)]
     write_gguf(folder / FILE, metadata, tensors)
 
 

@@ -13,10 +13,9 @@ import numpy as np
 
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
 from jaxsteer.io.formats.updates import Place, Update, Updates, plan_of, refuse_lora, updates_of
-from jaxsteer.io.gguf_file import Gguf, open_gguf
-from jaxsteer.io.gguf_write import Encoded, write_gguf
+from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
+from jaxsteer.io.gguf_write import plain, write_gguf
 from jaxsteer.io.load import LoadedModel
-from jaxsteer.io.safetensors_file import ToWrite
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.io.stored import names_of, transform_of
 from jaxsteer.models.config import ModelConfig
@@ -80,9 +79,9 @@ def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     family, config = FAMILIES[loaded.family], loaded.config
     _check_metadata(file, family)
     alpha = file.metadata.get(ALPHA, 0.0)
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise ValueError(f"{file.path}: {ALPHA} is {reprlib.repr(alpha)}; expected a number")
-    targets, updates = _targets(family, config), {}
+    targets, updates = _targets(family, config), Updates()
     for name in _pairs(file, targets):
         first = targets[name][0]
         a, b = (file.tensors[f"{name}.lora_{part}"] for part in "ab")
@@ -199,7 +198,7 @@ def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
         raise ValueError("the base is in int8; export the steering over the model it was quantised from")
     config, family = steered.loaded.config, FAMILIES[steered.loaded.family]
     stored, alpha = _stored(steered)
-    targets, updates = _targets(family, config), {}
+    targets, updates = _targets(family, config), Updates()
     for name, update in stored.items():
         updates |= _split(update.a, update.b, alpha, targets[name], config)
     plan, steering = plan_of(updates, config)
@@ -209,7 +208,7 @@ def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
 def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
     """Write adapter.gguf."""
     stored, alpha = _stored(steered)
-    metadata = {
+    metadata: dict[str, GgufValue] = {
         "general.architecture": FAMILIES[steered.loaded.family].gguf,
         "general.type": "adapter",
         "general.name": options.name,
@@ -217,9 +216,9 @@ def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
         ALPHA: alpha,
     }
     tensors = [
-        Encoded(ToWrite(f"{name}.lora_{part}", value.shape, value.dtype, lambda value=value: value), "F32")
+        plain(f"{name}.lora_{part}", factor)
         for name, update in stored.items()
-        for part, value in (("a", update.a), ("b", update.b))
+        for part, factor in (("a", update.a), ("b", update.b))
     ]
     write_gguf(folder / FILE, metadata, tensors)
 
