@@ -101,16 +101,18 @@ def export(
     assert format.reduce is not None
     assert format.write is not None
     reduced = format.reduce(steered, options)
+    if format.unsteered:
+        steered = replace(steered, plan=(), steering={})
+    if tokens is None:
+        tokens = probe_tokens(steered.loaded.config.vocab_size)
     with new_folder(folder) as partial:
         format.write(reduced, partial, options)
         read = format.read(partial, None if format.whole else steered.loaded, Given())
         _check_read(reduced, read, format)
-        restored = restore(steered.plan, read)
+        restored = restore(steered.plan, read) if steered.plan else steered
         verbatim = steered.plan == restored.plan and not unlike(steered.steering, restored.steering)
-        used = steered.loaded.config.vocab_size
-        batch = probe_tokens(used) if tokens is None else tokens
-        verdict = judge(reference or steered, read, batch, verbatim=verbatim)
-        changed = [] if verbatim or not steered.plan else [_lost(steered.plan, read.plan)]
+        changed = [] if verbatim else [_lost(steered.plan, read.plan)]
+        verdict = judge(reference or steered, read, tokens, verbatim=verbatim)
         verdict = replace(verdict, lost=tuple(dict.fromkeys([*reduced.lost, *changed])))
         describe(partial, steered, to, verdict)
     return verdict
@@ -225,7 +227,7 @@ def load(
     if not found.format.whole:
         check_base(found.sidecar, steered, where, other_base=other_base)
     steered = replace(steered, notes=found.sidecar.notes, lost=found.sidecar.lost)
-    return restore(found.sidecar.plan, steered) if steered.plan else steered
+    return restore(found.sidecar.plan, steered) if found.sidecar.plan else steered
 
 
 def _base(found: Source, model: str | Path | LoadedModel | None, dtype: DTypeLike) -> LoadedModel:

@@ -58,6 +58,7 @@ class Format:
     programs     that use it, for the list
     base         (path) -> where the base model can be loaded from, if the files say so
     whole        whether it holds a whole model, else what is trained on one
+    unsteered    whether it holds the base model alone, prepared for the steering, which `reduce` leaves out
     recognises   whether a file or folder is in this format, from names and headers alone
     read         (path, base model, what the person says) -> what it holds; the base model is None for whole models, and
                  where it is not known. Raises ValueError, and nothing else, for whatever the files may hold
@@ -77,6 +78,7 @@ class Format:
     read: Callable[[Path, LoadedModel | None, Given], SteeredModel]
     base: Callable[[Path], str | None] | None = None
     whole: bool = False
+    unsteered: bool = False
     refuse: Callable[[Plan, Family, ModelConfig, WriteOptions], list[str]] | None = None
     reduce: Callable[[SteeredModel, WriteOptions], SteeredModel] | None = None
     write: Callable[[SteeredModel, Path, WriteOptions], None] | None = None

@@ -204,6 +204,7 @@ FORMAT = Format(
     recognises=lambda path: is_folder(path, KIND),
     read=_read,
     whole=True,
+    unsteered=True,
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
