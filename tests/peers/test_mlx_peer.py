@@ -13,7 +13,8 @@ PLANS = {
     "dora": ("dora(rank=2, alpha=3) @ attn.q,mlp.down",),
     "dora and pissa": ("dora(rank=2) @ mlp.up layers=0,1", "pissa(rank=2) @ attn.q name=b"),
 }
-BASES = ("tiny_llama", *(f"families/{name}" for name in ("mistral", "qwen2", "qwen3", "gemma2", "phi3")))
+BASES = ("tiny_llama", *(f"families/{name}" for name in ("mistral", "qwen3", "gemma2", "phi3")))
+# Not qwen2: MLX-LM passes over rope_parameters, the one place where the tiny model has its rotary base.
 
 
 @pytest.mark.parametrize(
