@@ -2,6 +2,9 @@
 
 from jaxsteer.io.formats import (
     adapters,
+    gguf,
+    gguf_control,
+    gguf_lora,
     hf,
     hf_steerable,
     hf_steered,
@@ -26,6 +29,10 @@ _ROWS = (
     mlx.FORMAT,
     pyreft.FORMAT,
     saelens.FORMAT,
+    gguf_control.FORMAT,
+    gguf_control.REPENG,
+    gguf_lora.FORMAT,
+    gguf.FORMAT,
     hf.FORMAT,
 )
 

@@ -66,7 +66,8 @@ class Format:
     reduce       (steered, options) -> the same in the terms of the format: slots merged into weights or turned into
                  LoRA, factors padded. `read` returns this, leaf by leaf and bit for bit
     write        (reduced, folder, options): write the files into an empty folder
-    verify       program of tests/peers that loads the files with the software that they are for
+    verify       name of the program that loads the files in `--verify`: NAME of tests/peers/NAME_peer.py
+    over         the format of the base model that this program needs beside them
     """
 
     name: str
@@ -80,6 +81,7 @@ class Format:
     reduce: Callable[[SteeredModel, WriteOptions], SteeredModel] | None = None
     write: Callable[[SteeredModel, Path, WriteOptions], None] | None = None
     verify: str | None = None
+    over: str | None = None
 
     @property
     def writable(self) -> bool:

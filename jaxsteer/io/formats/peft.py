@@ -282,4 +282,5 @@ FORMAT = Format(
     reduce=reduce,
     write=write,
     verify="peft",
+    over="hf",
 )

@@ -52,7 +52,7 @@ class Sidecar:
 
 def write_sidecar(folder: Path, name: str, steered: SteeredModel, verdict: Mapping[str, Json]) -> None:
     """Write jaxsteer.json into a folder whose other files are complete; it has their SHA-256."""
-    loaded = steered.loaded
+    loaded, files = steered.loaded, sorted(path for path in folder.iterdir() if path.is_file())
     write_json(
         folder / NAME,
         {
@@ -68,7 +68,7 @@ def write_sidecar(folder: Path, name: str, steered: SteeredModel, verdict: Mappi
             "verdict": dict(verdict),
             "lost": list(steered.lost),
             "versions": {"jax": jax.__version__, "numpy": np.__version__},
-            "files": {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
+            "files": {path.name: _sha256(path) for path in files if path.name != NAME},
             "notes": dict(steered.notes),
         },
     )
