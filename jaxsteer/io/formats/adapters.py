@@ -70,12 +70,12 @@ def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOption
             )
         elif slot.positions.kind != "all":
             reasons.append(f"{what}: steers positions {slot.positions}; an adapter steers all. Use jaxsteer itself")
-        elif _factor(slot.method.rank, config.width) is None:
+        elif factor_for(slot.method.rank, config.width) is None:
             reasons.append(f"{what}: no reduction factor of width {config.width} gives rank {slot.method.rank}")
     return reasons
 
 
-def _factor(rank: int, width: int) -> float | None:
+def factor_for(rank: int, width: int) -> float | None:
     """The reduction factor from which `adapters` computes a rank, int(width // factor); None if there is none."""
     near = width / rank
     return next((f for f in (near, math.nextafter(near, 0)) if int(width // f) == rank), None)
@@ -89,7 +89,7 @@ def write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
     ours = _activation(slot.method)
     bottleneck = {
         **_FIXED,
-        "reduction_factor": _factor(slot.method.rank, config.width),
+        "reduction_factor": factor_for(slot.method.rank, config.width),
         "non_linearity": next(theirs for theirs, name in _ACTIVATIONS.items() if name == ours),
         **dict(zip(("original_ln_before", "original_ln_after", "residual_before_ln"), _RESIDUALS[0], strict=True)),
         "scaling": float(slot.method.alpha),
