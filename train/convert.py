@@ -9,9 +9,11 @@ them.
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,19 +25,20 @@ from jaxsteer.interventions import LoRA
 from jaxsteer.io import LoadedModel
 from jaxsteer.io.files import check_free
 from jaxsteer.io.formats import FORMATS, Given, WriteOptions
-from jaxsteer.io.formats.convert import Source, check_export, export, find_format, load, recognise
+from jaxsteer.io.formats.convert import Source, check_export, describe, export, find_format, load, recognise
 from jaxsteer.io.formats.updates import refuse_lora
 from jaxsteer.io.formats.verdict import PROBE_ROWS, probe_tokens
+from jaxsteer.io.push import push
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.theory import to_lora
 from jaxsteer.types import Plan, Positions, Slot
-from train import base_models
+from train import base_models, peers
 from train.cli import run_main
-from train.display.console import get_console, progress
+from train.display.console import get_console, progress, say
 
-LENGTH, ROWS = 128, 4
-"""Tokens in a row of text, and rows in a batch of a fit."""
+LENGTH, ROWS, NEW_TOKENS = 128, 4, 16
+"""Tokens in a row of text, rows in a batch of a fit, and greedy tokens that a peer is asked for."""
 
 NEUTRAL = Path(__file__).with_name("neutral.txt")
 
@@ -107,9 +110,19 @@ class ConvertConfig:
         if not find_format(self.to).writable:
             written = ", ".join(name for name, row in FORMATS.items() if row.writable)
             raise ValueError(f"--to {self.to}: this format is only read; these are written: {written}")
+        if self.verify:
+            self.check_peer()
         if self.positions is not None:
             Positions.parse(self.positions)
         check_free(Path(self.out))
+
+    def check_peer(self) -> None:
+        """Refuse --verify where no program can answer."""
+        program = FORMATS[self.to].verify
+        if program is None:
+            known = ", ".join(name for name, row in FORMATS.items() if row.verify)
+            raise ValueError(f"--verify: no program to ask is known for {self.to}; those with one are {known}")
+        peers.interpreter_of(program, None if self.peer_python is None else Path(self.peer_python))
 
     @property
     def options(self) -> WriteOptions:
@@ -148,6 +161,40 @@ def convert(config: ConvertConfig) -> None:
     for path in sorted(Path(config.out).iterdir()):
         print(f"  {path.name:32} {path.stat().st_size:>14,} bytes")
     print(verdict)
+    for sentence in verdict.lost:
+        print(f"not in the files: {sentence}")
+    if config.verify:
+        answer = verify(config, steered, tokens)
+        describe(Path(config.out), steered, config.to, verdict, [answer])
+        print(show_answer(answer))
+    if config.push:
+        print(f"uploaded: {push(config.out, config.push, private=config.private)}")
+
+
+def verify(config: ConvertConfig, steered: SteeredModel, tokens: np.ndarray) -> dict[str, Any]:
+    """What the program that the export is for makes of it, compared with what we make of it."""
+    row, out = FORMATS[config.to], Path(config.out)
+    assert row.verify is not None
+    python = None if config.peer_python is None else Path(config.peer_python)
+    exported = load(out, None if row.whole else steered.loaded)
+    ours = peers.probe(exported, tokens, NEW_TOKENS)
+    say(f"Asking {row.verify} ...")
+    with tempfile.TemporaryDirectory(prefix="jaxsteer-base-") as folder:
+        base = None if config.over is None else Path(config.over)
+        if row.over is not None:
+            base, write = Path(folder), FORMATS[row.over].write
+            assert write is not None
+            write(SteeredModel(steered.loaded), base, WriteOptions())
+        return peers.verify(row.verify, out, ours, base=base, python=python)
+
+
+def show_answer(answer: Mapping[str, Any]) -> str:
+    """A peer's answer in a sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
+    return (
+        f"{versions}: {answer['compared']} differ from ours by at most {answer['largest_difference']:.1e}, "
+        f"{answer['generated_agreeing']} of {answer['generated']} greedy tokens are the same"
+    )
 
 
 def read_trained(found: Source, config: ConvertConfig) -> tuple[SteeredModel, SteeredModel | None]:

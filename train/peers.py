@@ -238,7 +238,7 @@ def run_peer(
     programs = {file.stem.removesuffix("_peer"): file for file in sorted(files) if not file.match("test_*")}
     if program not in programs:
         raise ValueError(f"{program}: no peer of this name; there are {', '.join(programs) or 'none here'}")
-    interpreter = _interpreter(program, python)
+    interpreter = interpreter_of(program, python)
     with tempfile.TemporaryDirectory(prefix="jaxsteer-peer-") as folder:
         out = Path(folder) / "values.npy"
         said = _run(
@@ -251,8 +251,13 @@ def run_peer(
         return _answer(said, out, program)
 
 
-def _interpreter(program: str, python: Path | None) -> Path:
-    """The Python that runs a peer. Not resolved: the link in an environment is what tells Python where it is."""
+def interpreter_of(program: str, python: Path | None) -> Path:
+    """The Python that runs a peer: as given, or that of its environment.
+
+    Raises:
+        ValueError: there is none.
+    """
+    # Not resolved: the link in an environment is what tells Python where it is.
     path = (
         ENVIRONMENTS / ENVIRONMENT_OF.get(program, program) / "bin" / "python" if python is None else python.absolute()
     )

@@ -102,6 +102,8 @@ def read_json(path: str | Path) -> dict[str, Json]:
         data = parse_json(Path(path).read_bytes(), str(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder, expected a file") from None
     except ValueError as error:
         raise ValueError(f"{error}. Was the download or the copy cut short?") from None
     if not isinstance(data, dict):

@@ -1,16 +1,18 @@
-"""GGUF metadata -> ModelConfig. The keys are llama.cpp's; a key that is not supported is refused."""
+"""GGUF metadata -> ModelConfig and back. The keys are llama.cpp's; a key that is not supported is refused."""
 
 from __future__ import annotations
 
 import math
 import reprlib
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 
 from jaxsteer.io.gguf_file import Gguf, GgufValue
-from jaxsteer.io.llama_cpp import ROPE_DEFAULTS
-from jaxsteer.io.stored import Stored, repeats_embedding
+from jaxsteer.io.llama_cpp import ARCHITECTURES, ROPE_DEFAULTS
+from jaxsteer.io.stored import Stored, names_of, repeats_embedding, size
 from jaxsteer.models.config import ModelConfig, RopeScaling
 from jaxsteer.models.families import families_of, flags_of_layers, model_config, unrotated_layers, window_fields
 from jaxsteer.models.families.table import REQUIRED, Family, Fields, FieldValue, Row
@@ -226,3 +228,89 @@ def scaling_from_factors(factors: np.ndarray, theta: float) -> RopeScaling | Non
         if np.allclose(1 / (keep + (1 - keep) / factor), factors, rtol=1e-4):
             return scaling
     return None
+
+
+def config_to_gguf(family: Family, config: ModelConfig) -> dict[str, GgufValue]:
+    """The metadata from which llama.cpp and `config_from_gguf` read this model; for the rest see `rope_factors`."""
+    said: dict[str, GgufValue] = {
+        "block_count": config.layers,
+        "embedding_length": config.width,
+        "vocab_size": config.vocab_size,
+        "attention.value_length": config.head_dim,
+    }
+    for ours, (key, _) in family.gguf_keys.items():
+        # llama.cpp has a scale of its own for each family; the key is another family's.
+        if ours not in ("window", "local_layers", "query_scale") and (value := getattr(config, ours)) is not None:
+            said[key] = value
+    if "window" in family.gguf_keys:
+        said |= _windows_to_gguf(family, config)
+    if not config.learned_positions:
+        said["rope.dimension_count"] = config.head_dim
+    if (scaling := config.rope_scaling) is not None and scaling.kind == "linear":
+        said |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+    return {"general.architecture": family.gguf} | {f"{family.gguf}.{key}": value for key, value in said.items()}
+
+
+def _windows_to_gguf(family: Family, config: ModelConfig) -> dict[str, GgufValue]:
+    """The keys of the window and its layers."""
+    size_key = family.gguf_keys["window"][0]
+    if "local_layers" not in family.gguf_keys:
+        return {} if config.window is None else {size_key: config.window}
+    layers_key = family.gguf_keys["local_layers"][0]
+    if config.window is None:
+        return {size_key: 0}
+    flags = config.local_layers or (True,) * config.layers
+    periods = (
+        n for n in range(config.layers + 1) if all(flag == (not n or i % n < n - 1) for i, flag in enumerate(flags))
+    )
+    local: GgufValue = next(periods, list[GgufValue](flags))
+    return {size_key: config.window, layers_key: local}
+
+
+def rope_factors(config: ModelConfig) -> np.ndarray | None:
+    """The tensor ROPE_FACTORS, fp32 [H/2], for llama3's scaling; None for others. See `scaling_from_factors`."""
+    if (scaling := config.rope_scaling) is None or scaling.kind != "llama3":
+        return None
+    rate = config.rope_theta ** (-np.arange(config.head_dim // 2) / (config.head_dim // 2)) / (2 * math.pi)
+    turns = scaling.original_length * rate
+    keep = np.clip((turns - scaling.low_factor) / (scaling.high_factor - scaling.low_factor), 0.0, 1.0)
+    return (1 / (keep + (1 - keep) / scaling.factor)).astype(np.float32)
+
+
+def refuse_config(family: Family, config: ModelConfig) -> list[str]:
+    """Why llama.cpp would not compute a model with this config, a sentence for each reason."""
+    architecture = ARCHITECTURES[family.gguf]
+    flags = [flag for flag in ("attn_bias", "mlp_bias") if flag not in architecture.biases]
+    reasons = [
+        f"llama.cpp has no {flag}, which is {getattr(config, flag)} in the model"
+        for flag in (*flags, *architecture.ignored)
+        if getattr(config, flag)
+    ]
+    if rope_factors(config) is not None and not architecture.rope_factors:
+        reasons.append("llama.cpp has no llama3 scaling of rotary positions, which the model has")
+    if config.window is None and architecture.windowed:
+        reasons.append("llama.cpp needs a sliding window, which the model does not have")
+    reasons = [f"{reason} ({family.gguf})" for reason in reasons]
+    try:
+        found = config_from_gguf(_header(family, config))[1]
+    except ValueError as error:
+        return [*reasons, str(error)]
+    return reasons + [
+        f"{field.name} is {getattr(config, field.name)}, but a GGUF file of a {family.name} model says "
+        f"{getattr(found, field.name)}"
+        for field in fields(config)
+        if getattr(found, field.name) != getattr(config, field.name)
+    ]
+
+
+def _header(family: Family, config: ModelConfig) -> Gguf:
+    """A file with this config's metadata and the shapes of its tensors, each filled with another number."""
+    tensors = {}
+    for number, row in enumerate(family.parameters(config)):
+        for name in names_of(row, "gguf", config):
+            shape = row.shape(config)
+            filled = np.broadcast_to(np.float32(number), shape)
+            tensors[name] = Stored(shape, 4 * size(shape), lambda index=(), filled=filled: filled[index])
+    if (factors := rope_factors(config)) is not None:
+        tensors[ROPE_FACTORS] = Stored(factors.shape, factors.nbytes, lambda index=(): factors[index])
+    return Gguf(Path(f"{family.name}.gguf"), config_to_gguf(family, config), tensors)

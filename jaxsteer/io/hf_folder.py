@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsteer.io.files import Json, read_json, write_json, write_text
 from jaxsteer.io.safetensors_file import ToWrite, write_safetensors
-from jaxsteer.io.stored import names_of, size
+from jaxsteer.io.stored import names_of, size, transform_of
 from jaxsteer.io.token_ids import ROLES, shortest
 from jaxsteer.io.tokenizer import Tokenizer
 from jaxsteer.models.config import ModelConfig
@@ -70,7 +70,7 @@ def save_hf(
     Raises:
         ValueError: an unknown family; an int8 base; leaves that are missing, unknown or of the wrong shape, all named.
     """
-    tensors = _tensors_of(config, base, family, str(folder))
+    tensors = tensors_of(config, base, family, "hf", str(folder))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_shards(folder, [tensors, extras.tensors] if extras.tensors else [tensors])
@@ -90,21 +90,6 @@ def save_hf(
     # transformers before 4.56 reads torch_dtype.
     fields = config_to_hf(FAMILIES[family], config) | ids | {"dtype": dtype, "torch_dtype": dtype}
     write_json(folder / "config.json", fields | dict(extras.fields))
-
-
-def _tensors_of(config: ModelConfig, base: PyTree, family: str, where: str) -> list[ToWrite]:
-    """The stored tensors of a base tree; see `save_hf` for what is refused."""
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
-    if is_quantised(base):
-        raise ValueError(
-            f"{where}: the base is in int8, which this format does not have; export the model it was quantised from"
-        )
-    rows = FAMILIES[family].parameters(config)
-    leaves = _leaves(base)
-    if problems := _problems(leaves, rows, config):
-        raise ValueError(f"{where}: the base tree does not fit this config: {'; '.join(problems)}")
-    return _fuse([(tensor, row) for row in rows for tensor in _tensors(row, config, leaves[row.path])])
 
 
 def _write_shards(folder: Path, shards: Sequence[Sequence[ToWrite]]) -> None:
@@ -130,6 +115,33 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     write_json(path, dict.fromkeys(f"{role}_token" for role in ("bos", "eos", "unk", "pad")) | read_json(path))
 
 
+def tensors_of(config: ModelConfig, base: PyTree, family: str, layout: str, where: str) -> list[ToWrite]:
+    """The published tensors of a base tree, each computed only when its `read` is called.
+
+    Args:
+        config: the model's features.
+        base: its weights.
+        family: our name of its family.
+        layout: the naming scheme, "hf" or "gguf".
+        where: the folder or file, for messages.
+
+    Raises:
+        ValueError: an unknown family; an int8 base; leaves that are missing, unknown or of the wrong shape, all named.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; the families are {', '.join(FAMILIES)}")
+    if is_quantised(base):
+        raise ValueError(
+            f"{where}: the base is in int8, which this format does not have; export the model it was quantised from"
+        )
+    rows = FAMILIES[family].parameters(config)
+    leaves = _leaves(base)
+    if problems := _problems(leaves, rows, config):
+        raise ValueError(f"{where}: the base tree does not fit this config: {'; '.join(problems)}")
+    pairs = [(tensor, row) for row in rows for tensor in _tensors(row, layout, config, leaves[row.path])]
+    return _fuse(pairs, layout)
+
+
 def _leaves(base: PyTree) -> dict[str, Array]:
     """The leaves by their paths, "/" between the keys."""
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(base)}
@@ -148,13 +160,13 @@ def _problems(leaves: Mapping[str, Array], rows: Sequence[Row], config: ModelCon
     return problems + [f"{path} is unknown" for path in leaves if path not in known]
 
 
-def _fuse(tensors: list[tuple[ToWrite, Row]]) -> list[ToWrite]:
+def _fuse(tensors: list[tuple[ToWrite, Row]], layout: str) -> list[ToWrite]:
     """Join tensors of the same name, which are parts of one stored tensor, in order along their output axis."""
     parts: dict[str, list[ToWrite]] = {}
     axes: dict[str, int] = {}
     for tensor, row in tensors:
         parts.setdefault(tensor.name, []).append(tensor)
-        axes[tensor.name] = row.transform.outputs_axis(len(row.axes))
+        axes[tensor.name] = transform_of(row, layout).outputs_axis(len(row.axes))
 
     def join(name: str, group: list[ToWrite]) -> ToWrite:
         if len(group) == 1:
@@ -166,14 +178,15 @@ def _fuse(tensors: list[tuple[ToWrite, Row]]) -> list[ToWrite]:
     return [join(name, group) for name, group in parts.items()]
 
 
-def _tensors(row: Row, config: ModelConfig, leaf: Array) -> list[ToWrite]:
+def _tensors(row: Row, layout: str, config: ModelConfig, leaf: Array) -> list[ToWrite]:
     """The stored tensors of a parameter: one for each layer if it is stacked, else one."""
-    shape = row.shape(config)[::-1] if row.transform.flips else row.shape(config)
+    transform = transform_of(row, layout)
+    shape = row.shape(config)[::-1] if transform.flips else row.shape(config)
 
     def tensor(i: int | None, name: str) -> ToWrite:
         def read() -> np.ndarray:
-            return row.transform.write(np.asarray(leaf if i is None else leaf[i]), config)
+            return transform.write(np.asarray(leaf if i is None else leaf[i]), config)
 
         return ToWrite(name, shape, np.dtype(leaf.dtype), read)
 
-    return [tensor(i if row.stacked else None, name) for i, name in enumerate(names_of(row, "hf", config))]
+    return [tensor(i if row.stacked else None, name) for i, name in enumerate(names_of(row, layout, config))]

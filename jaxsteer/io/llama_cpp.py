@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from jaxsteer.io.gguf_file import GgufValue
 
 # The patterns by which byte-level vocabularies split text before merging, from the models' tokenizer.json.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -60,9 +60,9 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **dict.fromkeys(("smaug-bpe", "dbrx"), PreTokenizer((_LLAMA3,))),
     "qwen2": PreTokenizer((_QWEN2,), nfc=True),
     "tekken": PreTokenizer((_TEKKEN,), add_bos=True, whole_first=True),
-    "smollm": PreTokenizer((r"\p{N}", _GPT2)),
-    **dict.fromkeys(("gpt-2", "olmo"), PreTokenizer((_GPT2,))),
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    "smollm": PreTokenizer((r"\p{N}", GPT2_SPLIT)),
+    **dict.fromkeys(("gpt-2", "olmo"), PreTokenizer((GPT2_SPLIT,))),
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
 """`tokenizer.ggml.pre` -> its behaviour."""
 
@@ -87,6 +87,9 @@ VOCABULARIES: dict[str, Vocabulary] = {
     "gpt2": Vocabulary(False, False, False),
 }
 """`tokenizer.ggml.model` -> its defaults; "llama" is SentencePiece BPE, "gpt2" byte-level BPE."""
+
+NO_VOCABULARY = ("none", "no_vocab")
+"""`tokenizer.ggml.model` of files without a tokenizer."""
 
 ENDS = frozenset(
     {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>"}
@@ -132,3 +135,33 @@ ROPE_DEFAULTS: dict[str, GgufValue] = {
 }
 """Scaling of rotary positions, by keys without the architecture's name; a factor of 0 is one of 1, and under the type
 "none" the factor is not used. `rope.scale_linear` is the old name of the factor."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp computes for an architecture beyond what all have.
+
+    biases        flags of a config whose biases it takes; others make a file that it does not load
+    rope_factors  whether it takes the tensor of rotary factors
+    windowed      whether it computes the sliding window; if so, it crashes on a model without one
+    ignored       fields of a config that it reads nothing of
+    """
+
+    biases: tuple[str, ...] = ()
+    rope_factors: bool = False
+    windowed: bool = False
+    ignored: tuple[str, ...] = ()
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(("attn_bias", "mlp_bias"), rope_factors=True),
+    "smollm3": Architecture(),
+    "qwen2": Architecture(),
+    "qwen3": Architecture(),
+    "gemma2": Architecture(windowed=True),
+    "gemma3": Architecture(windowed=True, ignored=("attn_softcap",)),
+    "olmo2": Architecture(),
+    "phi3": Architecture(),
+    "gpt2": Architecture(("attn_bias", "mlp_bias")),
+}
+"""`general.architecture` -> what llama.cpp computes, measured with llama-cpp-python 0.3.36."""

@@ -15,8 +15,9 @@ from jax.typing import DTypeLike
 from jaxsteer.io import source as sources
 from jaxsteer.io.files import Json, read_json
 from jaxsteer.io.gguf_config import config_from_gguf, parameters_of
-from jaxsteer.io.gguf_file import open_gguf
+from jaxsteer.io.gguf_file import GgufValue, open_gguf
 from jaxsteer.io.identity import fingerprint
+from jaxsteer.io.llama_cpp import NO_VOCABULARY
 from jaxsteer.io.safetensors_file import open_safetensors
 from jaxsteer.io.sample import WeightSample, sample
 from jaxsteer.io.stored import Place, Progress, ReadOptions, Stored, check_names, read_base, with_prefix
@@ -46,6 +47,7 @@ class LoadedModel:
     stop_tokens  ids that end a reply
     generation   content of generation_config.json, with the ids of special tokens from wherever the model gives them
     sample       of its weights as they are stored, to tell it from others of its config
+    vocabulary   metadata of the GGUF file that the tokenizer is from: all keys that begin with "tokenizer."
     """
 
     config: ModelConfig
@@ -57,6 +59,7 @@ class LoadedModel:
     stop_tokens: tuple[int, ...]
     generation: Mapping[str, Json] = field(default_factory=dict)
     sample: WeightSample | None = None
+    vocabulary: Mapping[str, GgufValue] = field(default_factory=dict)
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -152,6 +155,7 @@ class _Described(NamedTuple):
     config: ModelConfig
     tokenizer: Tokenizer | None
     generation: dict[str, Json]
+    vocabulary: Mapping[str, GgufValue]
 
     def with_base(self, base: PyTree, name: str, sample: WeightSample | None = None) -> LoadedModel:
         """The model with these weights."""
@@ -165,6 +169,7 @@ class _Described(NamedTuple):
             stop_tokens=stop_tokens_of(self.generation),
             generation=self.generation,
             sample=sample,
+            vocabulary=self.vocabulary,
         )
 
 
@@ -177,12 +182,19 @@ def _describe(path: Path, tokenizer: str | Path | None, read: tuple[Family, Mode
         read: family and config, if they are known.
     """
     family, config = read or _read_config(path)
-    if tokenizer is None and (path.is_file() or has_tokenizer(path)):
+    if tokenizer is None and _brings_tokenizer(path):
         tokenizer = path
-    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    loaded, vocabulary = (None, {}) if tokenizer is None else _read_tokenizer(tokenizer)
     generation = generation_settings(path, loaded)
     check_token_ids(loaded, stop_tokens_of(generation), config.vocab_size, str(tokenizer or path))
-    return _Described(family, config, loaded, generation)
+    return _Described(family, config, loaded, generation, vocabulary)
+
+
+def _brings_tokenizer(path: Path) -> bool:
+    """Whether a local folder or .gguf file has a tokenizer; a file without one says so."""
+    if path.is_file():
+        return open_gguf(path).metadata.get("tokenizer.ggml.model") not in NO_VOCABULARY
+    return has_tokenizer(path)
 
 
 def missing_tokenizer(name: str) -> str:
@@ -244,8 +256,17 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     Raises:
         ValueError: the source has no tokenizer, or one of an unsupported kind.
     """
+    return _read_tokenizer(source)[0]
+
+
+def _read_tokenizer(source: str | Path) -> tuple[Tokenizer, Mapping[str, GgufValue]]:
+    """The tokenizer of a source, and the metadata that describes it in a GGUF file."""
     path = sources.locate(source, (*sources.CONFIG, *sources.TOKENIZER))
-    return tokenizer_from_gguf(open_gguf(path).metadata, str(path)) if path.is_file() else tokenizer_from_folder(path)
+    if path.is_dir():
+        return tokenizer_from_folder(path), {}
+    metadata = open_gguf(path).metadata
+    vocabulary = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    return tokenizer_from_gguf(metadata, str(path)), vocabulary
 
 
 def require_tokenizer(source: str | Path, tokenizer: str | Path | None = None) -> None:

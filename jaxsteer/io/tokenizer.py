@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from jaxsteer.io.files import read_json
 from jaxsteer.io.gguf_file import GgufValue
 from jaxsteer.io.llama_cpp import (
     EMPTY_TOKEN,
@@ -94,7 +95,14 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     if not has_tokenizer(folder):
         raise ValueError(f"{folder}: no tokenizer here; expected one of {', '.join(FILES)}")
     try:
-        return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        transformers = _transformers()
+        config, file = None, folder / "config.json"
+        if file.is_file() and read_json(file).get("model_type") not in transformers.CONFIG_MAPPING:
+            config = transformers.PreTrainedConfig()  # of a type that transformers does not know, and would warn about
+        # The folder's own code is not run, and nobody is asked whether to run it.
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers and its backends raise all kinds of errors
         raise ValueError(f"{folder}: transformers cannot read this tokenizer ({error})") from error
 

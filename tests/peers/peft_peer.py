@@ -1,7 +1,8 @@
 """Loads a PEFT folder with peft and transformers, and answers: a JSON request on stdin, a JSON response on stdout.
 
 Request: {"path": folder, "base": folder of the base model, "tokens": [[ids]], "generate": greedy tokens after each row,
-"dtype": "float32" or "bfloat16", "out": .npy file for the logits, "merged": true to merge the update first}.
+"dtype": "float32" or "bfloat16", "out": .npy file for the logits, "merged_out": another for those after merging, if it
+is given}.
 Response: {"versions": {package: version}, "kind": "logits", "generated": [[ids]]}. Runs in peft's environment.
 """
 
@@ -17,18 +18,23 @@ from transformers import AutoModelForCausalLM
 
 def main(request):
     """Answer one request."""
-    model = AutoModelForCausalLM.from_pretrained(request["base"], dtype=getattr(torch, request.get("dtype", "float32")))
-    model = PeftModel.from_pretrained(model, request["path"]).eval()
-    if request.get("merged"):
-        model = model.merge_and_unload()
+    base = AutoModelForCausalLM.from_pretrained(
+        request["base"],
+        dtype=getattr(torch, request["dtype"]),
+        attn_implementation="eager",  # the fused kernels have no soft-caps
+    )
+    model = PeftModel.from_pretrained(base, request["path"]).eval()
     tokens = torch.tensor(request["tokens"])
     generated = []
     with torch.inference_mode():
         np.save(request["out"], model(input_ids=tokens).logits.float().numpy())
         for row in tokens if request["generate"] else []:
-            settings = {"max_new_tokens": request["generate"], "do_sample": False, "eos_token_id": None}
+            count = request["generate"]
+            settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "eos_token_id": None}
             answer = model.generate(input_ids=row[None], attention_mask=torch.ones_like(row)[None], **settings)
             generated.append(answer[0, len(row) :].tolist())
+        if request.get("merged_out"):
+            np.save(request["merged_out"], model.merge_and_unload()(input_ids=tokens).logits.float().numpy())
     versions = {name: version(name) for name in ("peft", "transformers", "torch")}
     return {"versions": versions, "kind": "logits", "generated": generated}
 

@@ -22,7 +22,7 @@ def test_an_environment_is_made_once_and_again_for_other_versions(peer, tmp_path
     assert install.make("tiny", tmp_path / "peers")
     assert "tiny: installing into" in (said := capsys.readouterr().out)
     assert "(nothing: 20 MB, a second)" in said
-    assert "tiny: done in 0.0 minutes" in said
+    assert "tiny: done in " in said
     prefix = subprocess.run([python, "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True, check=True)
     assert prefix.stdout.strip() == str(python.parents[1])
     assert install.make("tiny", tmp_path / "peers")

@@ -1,6 +1,21 @@
 """Formats of other programs: one file each, and one row of `FORMATS` each."""
 
-from jaxsteer.io.formats import hf, hf_steerable, hf_steered, peft, pyreft, saelens, steering, steerling, vllm
+from jaxsteer.io.formats import (
+    adapters,
+    gguf,
+    gguf_control,
+    gguf_lora,
+    hf,
+    hf_steerable,
+    hf_steered,
+    mlx,
+    peft,
+    pyreft,
+    saelens,
+    steering,
+    steerling,
+    vllm,
+)
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
 
 _ROWS = (
@@ -10,8 +25,14 @@ _ROWS = (
     vllm.FORMAT,
     steerling.FORMAT,  # its joint folders are PEFT's with one file more
     peft.FORMAT,
+    adapters.FORMAT,
+    mlx.FORMAT,
     pyreft.FORMAT,
     saelens.FORMAT,
+    gguf_control.FORMAT,
+    gguf_control.REPENG,
+    gguf_lora.FORMAT,
+    gguf.FORMAT,
     hf.FORMAT,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxsteer.io import source as sources
-from jaxsteer.io.files import check_free, new_folder
+from jaxsteer.io.files import Json, check_free, new_folder, write_text
 from jaxsteer.io.formats import FORMATS
+from jaxsteer.io.formats.card import model_card
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
 from jaxsteer.io.formats.sidecar import Sidecar, check_base, read_sidecar, restore, write_sidecar
 from jaxsteer.io.formats.verdict import Verdict, judge, probe_tokens, unlike
@@ -99,18 +101,37 @@ def export(
     assert format.reduce is not None
     assert format.write is not None
     reduced = format.reduce(steered, options)
+    if format.unsteered:
+        steered = replace(steered, plan=(), steering={})
+    if tokens is None:
+        tokens = probe_tokens(steered.loaded.config.vocab_size)
     with new_folder(folder) as partial:
         format.write(reduced, partial, options)
         read = format.read(partial, None if format.whole else steered.loaded, Given())
         _check_read(reduced, read, format)
-        restored = restore(steered.plan, read)
+        restored = restore(steered.plan, read) if steered.plan else steered
         verbatim = steered.plan == restored.plan and not unlike(steered.steering, restored.steering)
-        used = steered.loaded.config.vocab_size
-        batch = probe_tokens(used) if tokens is None else tokens
-        verdict = judge(reference or steered, read, batch, verbatim=verbatim)
-        lost = [*reduced.lost, *([] if verbatim or not steered.plan else [_lost(steered.plan, read.plan)])]
-        write_sidecar(partial, to, replace(steered, lost=lost), verdict.to_json())
+        changed = [] if verbatim else [_lost(steered.plan, read.plan)]
+        verdict = judge(reference or steered, read, tokens, verbatim=verbatim)
+        verdict = replace(verdict, lost=tuple(dict.fromkeys([*reduced.lost, *changed])))
+        describe(partial, steered, to, verdict)
     return verdict
+
+
+def describe(folder: Path, steered: SteeredModel, to: str, verdict: Verdict, peers: Sequence[Json] = ()) -> None:
+    """Write README.md, the model card, and jaxsteer.json into an export whose other files are complete.
+
+    Args:
+        folder: the export.
+        steered: what was exported.
+        to: the format's name.
+        verdict: how exact it is.
+        peers: what other programs answered, see `train.peers.verify`.
+    """
+    steered = replace(steered, lost=verdict.lost)
+    measured = verdict.to_json() | ({"peers": list(peers)} if peers else {})
+    write_text(folder / "README.md", model_card(steered, to, measured))
+    write_sidecar(folder, to, steered, measured)
 
 
 def _check_read(reduced: SteeredModel, read: SteeredModel, format: Format) -> None:
@@ -206,7 +227,7 @@ def load(
     if not found.format.whole:
         check_base(found.sidecar, steered, where, other_base=other_base)
     steered = replace(steered, notes=found.sidecar.notes, lost=found.sidecar.lost)
-    return restore(found.sidecar.plan, steered) if steered.plan else steered
+    return restore(found.sidecar.plan, steered) if found.sidecar.plan else steered
 
 
 def _base(found: Source, model: str | Path | LoadedModel | None, dtype: DTypeLike) -> LoadedModel:

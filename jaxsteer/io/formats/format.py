@@ -58,6 +58,7 @@ class Format:
     programs     that use it, for the list
     base         (path) -> where the base model can be loaded from, if the files say so
     whole        whether it holds a whole model, else what is trained on one
+    unsteered    whether it holds the base model alone, prepared for the steering, which `reduce` leaves out
     recognises   whether a file or folder is in this format, from names and headers alone
     read         (path, base model, what the person says) -> what it holds; the base model is None for whole models, and
                  where it is not known. Raises ValueError, and nothing else, for whatever the files may hold
@@ -66,7 +67,8 @@ class Format:
     reduce       (steered, options) -> the same in the terms of the format: slots merged into weights or turned into
                  LoRA, factors padded. `read` returns this, leaf by leaf and bit for bit
     write        (reduced, folder, options): write the files into an empty folder
-    verify       program of tests/peers that loads the files with the software that they are for
+    verify       name of the program that loads the files in `--verify`: NAME of tests/peers/NAME_peer.py
+    over         the format of the base model that this program needs beside them
     """
 
     name: str
@@ -76,10 +78,12 @@ class Format:
     read: Callable[[Path, LoadedModel | None, Given], SteeredModel]
     base: Callable[[Path], str | None] | None = None
     whole: bool = False
+    unsteered: bool = False
     refuse: Callable[[Plan, Family, ModelConfig, WriteOptions], list[str]] | None = None
     reduce: Callable[[SteeredModel, WriteOptions], SteeredModel] | None = None
     write: Callable[[SteeredModel, Path, WriteOptions], None] | None = None
     verify: str | None = None
+    over: str | None = None
 
     @property
     def writable(self) -> bool:

@@ -149,5 +149,5 @@ FORMAT = Format(
     ],
     reduce=merged,
     write=lambda reduced, folder, options: save_loaded(folder, reduced.loaded),
-    verify="transformers_peer",
+    verify="transformers",
 )

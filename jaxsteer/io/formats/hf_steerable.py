@@ -204,8 +204,9 @@ FORMAT = Format(
     recognises=lambda path: is_folder(path, KIND),
     read=_read,
     whole=True,
+    unsteered=True,
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
-    verify="transformers_peer",
+    verify="transformers",
 )

@@ -104,5 +104,5 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
-    verify="transformers_peer",
+    verify="transformers",
 )

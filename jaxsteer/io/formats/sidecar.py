@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.interventions import DoRA, FixedVector, LinearSteering, LoRA, NonlinearSteering, PiSSA
+from jaxsteer.interventions import DoRA, LinearSteering, LoRA, NonlinearSteering, PiSSA
 from jaxsteer.io.files import Json, read_json, write_json
 from jaxsteer.io.identity import config_to_json
 from jaxsteer.io.provenance import library_version
@@ -52,7 +52,7 @@ class Sidecar:
 
 def write_sidecar(folder: Path, name: str, steered: SteeredModel, verdict: Mapping[str, Json]) -> None:
     """Write jaxsteer.json into a folder whose other files are complete; it has their SHA-256."""
-    loaded = steered.loaded
+    loaded, files = steered.loaded, sorted(path for path in folder.iterdir() if path.is_file())
     write_json(
         folder / NAME,
         {
@@ -68,7 +68,7 @@ def write_sidecar(folder: Path, name: str, steered: SteeredModel, verdict: Mappi
             "verdict": dict(verdict),
             "lost": list(steered.lost),
             "versions": {"jax": jax.__version__, "numpy": np.__version__},
-            "files": {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
+            "files": {path.name: _sha256(path) for path in files if path.name != NAME},
             "notes": dict(steered.notes),
         },
     )
@@ -182,7 +182,7 @@ def _as(wanted: Intervention, method: Intervention, p: dict[str, np.ndarray]) ->
         return cut if cut is None or "m" not in p else {**cut, "m": p["m"]}
     if type(wanted) is not type(method):
         return None
-    if isinstance(wanted, FixedVector):
+    if wanted == method:
         return p
     if isinstance(wanted, LinearSteering | NonlinearSteering):
         assert isinstance(method, LinearSteering | NonlinearSteering)

@@ -31,6 +31,7 @@ class Verdict:
     top1              share of positions at which both predict the same token
     moved             largest change of a logit by the steering, to compare the difference with; 0 for a whole model
     positions         number of positions measured
+    lost              what the files do not hold of what was exported, a sentence each
     """
 
     verbatim: bool
@@ -40,6 +41,7 @@ class Verdict:
     top1: float
     moved: float
     positions: int
+    lost: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:

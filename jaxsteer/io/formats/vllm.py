@@ -265,5 +265,5 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
-    verify="vllm_peer",
+    verify="vllm",
 )

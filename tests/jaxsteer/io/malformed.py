@@ -1,7 +1,9 @@
 """Files damaged in numbered ways, and readers of their formats that are independent of the library."""
 
 import json
+import signal
 import struct
+from contextlib import contextmanager
 from functools import cache
 
 import ml_dtypes
@@ -14,6 +16,21 @@ PLAIN = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 OF_A_TENSOR = ("shape of", "offset of", "type of a tensor", "entry")  # damage whose error must name the tensor
 HARD = (0, 1, 2, 7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+@contextmanager
+def working_time(seconds):
+    """Raise TimeoutError in what takes more CPU time than this."""
+
+    def stop(*_):
+        raise TimeoutError(f"{seconds} s of work")
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def read_safetensors(data):
@@ -166,7 +183,7 @@ def spoil_numbers(data, draw, pick):
     """Change one number of a GGUF header, most often a length, a count, a type or an offset."""
     spots = numbers_in(data)
     telling = [spot for spot in spots if " of " in spot[0] or spot[0].startswith(("axes", "type"))]
-    keys = [spot for spot in spots if spot[0].startswith(("llama.", "gemma3."))]
+    keys = [spot for spot in spots if spot[0].startswith(("llama.", "gemma3."))] or telling
     what, at, form = pick(telling if draw.random() < 0.6 else keys)
     size = struct.calcsize("<" + form)
     (old,) = struct.unpack_from("<" + {1: "B", 2: "H", 4: "I", 8: "Q"}[size], data, at)

@@ -3,16 +3,15 @@
 import json
 import os
 import shutil
-import signal
 import struct
 import tracemalloc
-from contextlib import contextmanager
 
 import jax
 import malformed
 import ml_dtypes
 import numpy as np
 import pytest
+from malformed import working_time
 from published import KEYS
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -33,21 +32,6 @@ from jaxsteer.types import Slot
 SECONDS = 20  # of CPU time, however busy the machine is; a file takes a hundredth of a second
 MEMORY = 8_000_000  # bytes; the files have 30,000 to 190,000
 WORDS = 40_000  # letters of an error, which names up to 1000 missing tensors
-
-
-@contextmanager
-def working_time(seconds):
-    """Raise TimeoutError in what takes more CPU time than this."""
-
-    def stop(*_):
-        raise TimeoutError(f"{seconds} s of work")
-
-    signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 @pytest.fixture

@@ -1,0 +1,164 @@
+"""Whole models as GGUF files for llama.cpp and Ollama: steering that weights take is merged, the tokenizer included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from jaxsteer.folding import biases_needed, fold_all, unfoldable
+from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.gguf_config import (
+    ROPE_FACTORS,
+    config_from_gguf,
+    config_to_gguf,
+    parameters_of,
+    refuse_config,
+    rope_factors,
+)
+from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
+from jaxsteer.io.gguf_tokenizer import vocabulary_to_gguf
+from jaxsteer.io.gguf_write import FILE_TYPES, KINDS, Encoded, encoded, in_memory, plain, write_gguf
+from jaxsteer.io.hf_folder import tensors_of
+from jaxsteer.io.identity import fingerprint
+from jaxsteer.io.llama_cpp import ARCHITECTURES
+from jaxsteer.io.load import LoadedModel, load_model
+from jaxsteer.io.sample import sample
+from jaxsteer.io.steered import SteeredModel
+from jaxsteer.io.stored import read_base
+from jaxsteer.io.tokenizer import stop_tokens_from_gguf
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.families import FAMILIES
+from jaxsteer.models.families.table import Family
+from jaxsteer.types import Plan
+
+FILE = "model.gguf"
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"} | {kind: kind for kind in KINDS}
+"""`WriteOptions.dtype` -> ggml's type of the matrices."""
+
+KIND = "ggml_type"
+"""Among the notes of a reduced model: the type of its matrices, which are fp32 in memory."""
+
+
+def _recognises(path: Path) -> bool:
+    """Whether a path is a GGUF file of a model of our families, or a folder with one."""
+    try:
+        metadata = open_gguf(_file(path)).metadata
+    except (ValueError, OSError):
+        return False
+    return metadata.get("general.architecture") in ARCHITECTURES and metadata.get("general.type", "model") == "model"
+
+
+def _read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
+    """The model in a file, or in a folder's model.gguf."""
+    return SteeredModel(load_model(_file(path)), source=str(path))
+
+
+def _file(path: Path) -> Path:
+    """The file itself, or the one in a folder."""
+    return path / FILE if path.is_dir() else path
+
+
+def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+    """Why a model with this plan cannot become a GGUF file, a sentence for each reason."""
+    reasons = [
+        f"{reason}. Use --to hf-steered, or fit a LoRA to it (jaxsteer.theory.to_lora)"
+        for slot in plan
+        if (reason := unfoldable(slot, config))
+    ]
+    needed = biases_needed(plan, config)
+    groups = {name.split(".")[0]: slot for name, slot in needed.items()}
+    for group, slot in groups.items():
+        if f"{group}_bias" not in ARCHITECTURES[family.gguf].biases and not getattr(config, f"{group}_bias"):
+            reasons.append(
+                f"slot {slot!r}: its shift becomes biases of {group}, which llama.cpp does not have for {family.gguf}; "
+                "a fixed vector after blocks from 1 on can be a control vector (--to gguf-control)"
+            )
+    if options.dtype is not None and options.dtype not in DTYPES:
+        reasons.append(f"dtype {options.dtype!r} cannot be written; a GGUF file's are {', '.join(DTYPES)}")
+    return reasons + refuse_config(family, config)
+
+
+def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+    """The model with its steering merged into the weights, which are rounded as the file rounds them.
+
+    Raises:
+        ValueError: an int8 base; a slot that cannot be merged; a tokenizer that GGUF cannot describe.
+    """
+    loaded = steered.loaded
+    merged = fold_all(loaded.config, steered.plan, loaded.base, steered.steering)
+    if merged.plan:
+        raise ValueError(f"slots {', '.join(slot.name for slot in merged.plan)} cannot be merged into the weights")
+    kind = DTYPES[options.dtype or str(np.dtype(loaded.base["embed"]["embedding"].dtype))]
+    model = replace(loaded, config=merged.config, base=merged.base)
+    file = in_memory(Path(FILE), *_contents(model, kind))
+    family, config = config_from_gguf(file)
+    stored = parameters_of(file)
+    base = read_base(stored, "gguf", family, config, FILE)
+    chosen = sample(stored, "gguf", family, config)
+    model = replace(
+        loaded, config=config, base=base, family=family.name, fingerprint=fingerprint(config), sample=chosen
+    )
+    return replace(
+        steered,
+        loaded=model,
+        plan=(),
+        steering={},
+        notes={KIND: kind},
+        lost=(*steered.lost, *_lost(loaded, file, kind)),
+    )
+
+
+def _lost(loaded: LoadedModel, file: Gguf, kind: str) -> list[str]:
+    """What llama.cpp will not do as the model did, a sentence each."""
+    lost = []
+    config = loaded.config
+    if config.window is not None and not ARCHITECTURES[str(file.metadata["general.architecture"])].windowed:
+        lost.append(
+            f"llama.cpp does not compute the sliding window of this family: beyond {config.window} tokens, each "
+            "attends to all before it"
+        )
+    other = sum(tensor.form == "F16" and len(tensor.shape) == 2 for tensor in file.tensors.values())
+    if kind != "F16" and other:
+        lost.append(f"{other} matrices are F16: their rows are not made of whole {kind} blocks of 32 values")
+    stops = set(stop_tokens_from_gguf(file.metadata))
+    if loaded.stop_tokens and stops != set(loaded.stop_tokens):
+        lost.append(f"replies end at the tokens {sorted(stops)}, not at {sorted(loaded.stop_tokens)}")
+    return lost
+
+
+def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
+    """Write model.gguf."""
+    write_gguf(folder / FILE, *_contents(steered.loaded, steered.notes[KIND]))
+
+
+def _contents(loaded: LoadedModel, kind: str) -> tuple[dict[str, GgufValue], Sequence[Encoded]]:
+    """Metadata and tensors of a model's file whose matrices have this type."""
+    config, family = loaded.config, FAMILIES[loaded.family]
+    tensors = [encoded(tensor, kind) for tensor in tensors_of(config, loaded.base, loaded.family, "gguf", FILE)]
+    if (factors := rope_factors(config)) is not None:
+        tensors.insert(0, plain(ROPE_FACTORS, factors))
+    metadata: dict[str, GgufValue] = config_to_gguf(family, config) | {
+        "general.type": "model",
+        "general.name": loaded.name,
+        "general.file_type": FILE_TYPES[kind],
+        "general.quantization_version": 2,
+    }
+    return metadata | vocabulary_to_gguf(loaded), tensors
+
+
+FORMAT = Format(
+    name="gguf",
+    holds="a whole model; LoRA, and steering that weights or biases take, is merged",
+    programs="llama.cpp, Ollama",
+    whole=True,
+    recognises=_recognises,
+    read=_read,
+    refuse=_refuse,
+    reduce=_reduce,
+    write=_write,
+    verify="llama",
+)
