@@ -256,6 +256,7 @@ FORMAT = Format(
     refuse=refuse,
     reduce=reduce,
     write=write,
+    options=("name",),
     verify="adapters",
     use=Use(
         "adapter-transformers",

@@ -14,7 +14,7 @@ from jaxsteer.io import source as sources
 from jaxsteer.io.files import Json, check_free, new_folder, write_text
 from jaxsteer.io.formats import FORMATS, find_format
 from jaxsteer.io.formats.card import model_card
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, WriteOptions, unused
 from jaxsteer.io.formats.sidecar import Sidecar, check_base, read_sidecar, restore, write_sidecar
 from jaxsteer.io.formats.verdict import Verdict, judge, probe_tokens, unlike
 from jaxsteer.io.load import LoadedModel, load_model
@@ -26,6 +26,41 @@ from jaxsteer.types import Plan
 
 HUB_FILES = ("*.json", "*.safetensors", "*.gguf", "intkey_*.bin", "adapter_steerer.pt", *sources.TOKENIZER)
 """What is downloaded of a repository of the Hugging Face Hub."""
+
+
+def check_options(to: str, options: WriteOptions) -> None:
+    """Refuse options that a format has no use for, and a missing folder in `over`; it needs no plan and no model.
+
+    Raises:
+        ValueError: such an option, or a format that there is not, or that is only read.
+    """
+    format = find_format(to)
+    if not format.writable:
+        writable = ", ".join(name for name, other in FORMATS.items() if other.writable)
+        raise ValueError(f"--to {to}: this format is only read; these are written: {writable}")
+    for option in unused(options, format.options):
+        users = [name for name, row in FORMATS.items() if option.removeprefix("--") in row.options]
+        raise ValueError(f"{option}: {to} has no use for it; leave it out ({option} is for --to {', '.join(users)})")
+    if "over" in format.options and options.over is None:
+        raise ValueError(
+            "--over FOLDER is missing: the steerable base that this is for, written with --to hf-steerable"
+        )
+    if options.over is not None and not options.over.is_dir():
+        raise ValueError(f"--over {options.over}: no such folder; write it with --to hf-steerable")
+
+
+def check_given(format: Format, given: Given) -> None:
+    """Refuse what the person says of files that say it themselves, or in which it means nothing.
+
+    Raises:
+        ValueError: it would not be used.
+    """
+    if said := unused(given, format.asks):
+        asked = ", ".join(f"--{name}" for name in format.asks) or "nothing"
+        raise ValueError(
+            f"{', '.join(said)}: has no meaning for the format {format.name}, whose files leave {asked} to you; leave "
+            "it out"
+        )
 
 
 def check_export(to: str, plan: Plan, loaded: LoadedModel, options: WriteOptions | None = None) -> None:
@@ -41,17 +76,17 @@ def check_export(to: str, plan: Plan, loaded: LoadedModel, options: WriteOptions
         ValueError: no such format, one that is only read, or a plan that it cannot hold: every slot with the reason
             and the nearest alternative.
     """
+    options = options or WriteOptions()
+    check_options(to, options)
     format, config = find_format(to), loaded.config
-    if format.write is None or format.refuse is None:
-        writable = ", ".join(name for name, other in FORMATS.items() if other.writable)
-        raise ValueError(f"{to}: this format is only read; these are written: {writable}")
+    assert format.refuse is not None
     validate_plan(plan, config)
     if is_quantised(loaded.base):
         raise ValueError(
             f"{to}: the base model is in int8, which no format here holds; export it over the float weights "
             "(load_model without `quantised`; --float-base), and the verdict says what the difference means"
         )
-    if reasons := format.refuse(plan, FAMILIES[loaded.family], config, options or WriteOptions()):
+    if reasons := format.refuse(plan, FAMILIES[loaded.family], config, options):
         raise ValueError(f"{to} cannot hold this plan:\n" + "\n".join(f"  {reason}" for reason in reasons))
 
 
@@ -207,8 +242,10 @@ def load(
             made for another base model.
     """
     found = source if isinstance(source, Source) else recognise(source)
+    given = given or Given()
+    check_given(found.format, given)
     loaded = None if found.format.whole else _base(found, model, dtype)
-    steered = found.format.read(found.path, loaded, given or Given())
+    steered = found.format.read(found.path, loaded, given)
     validate_plan(steered.plan, steered.loaded.config)
     if found.sidecar is None:
         return steered

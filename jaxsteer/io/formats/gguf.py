@@ -160,6 +160,7 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
+    options=("dtype",),
     verify="llama",
     use=Use(
         "gguf",

@@ -129,8 +129,6 @@ def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptio
                 f"{what}: llama.cpp has no control vector for layer 0; leave that layer out of the plan, or merge the "
                 "vectors into biases (--to gguf)"
             )
-    if options.dtype not in (None, "float32", "F32"):
-        reasons.append(f"dtype {options.dtype!r}: control vectors are stored in float32")
     return reasons
 
 
@@ -172,6 +170,8 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
+    options=("name",),
+    asks=("strength",),
     verify="llama",
     over="gguf",
     use=Use(
@@ -190,4 +190,5 @@ REPENG = Format(
     programs="repeng, llama-cvector-generator",
     recognises=_recognises_repeng,
     read=_read,
+    asks=("strength",),
 )

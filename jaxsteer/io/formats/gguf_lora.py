@@ -187,8 +187,6 @@ def _stored(steered: SteeredModel) -> tuple[dict[str, Update], float]:
 
 def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     reasons = [] if plan else ["there is no steering to write"]
-    if options.dtype not in (None, "float32", "F32"):
-        reasons.append(f"dtype {options.dtype!r}: adapters are written in float32")
     return reasons + refuse_lora(plan, config, dora=False)
 
 
@@ -232,6 +230,7 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
+    options=("name",),
     verify="llama",
     over="gguf",
     use=Use(

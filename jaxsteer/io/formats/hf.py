@@ -27,16 +27,11 @@ from jaxsteer.types import Plan, PyTree, Slot, Steering
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def refuse_options(options: WriteOptions, *used: str) -> list[str]:
-    """What these folders have no use for, besides a dtype and the options named here."""
-    reasons = []
-    if options.dtype is not None and options.dtype not in DTYPES:
-        reasons.append(f"--dtype {options.dtype}: these folders hold {', '.join(DTYPES)}; quantised ones are --to gguf")
-    if options.rank is not None and "rank" not in used:
-        reasons.append("--rank: is for the places of a steerable base, --to hf-steerable")
-    if options.over is not None:
-        reasons.append("--over: is for adapters over a steerable base, --to vllm")
-    return reasons
+def refuse_dtype(options: WriteOptions) -> list[str]:
+    """Why weights cannot be written in the dtype that is asked for."""
+    if options.dtype in (None, *DTYPES):
+        return []
+    return [f"--dtype {options.dtype}: these folders hold {', '.join(DTYPES)}; quantised ones are --to gguf"]
 
 
 def dtype_of(loaded: LoadedModel) -> np.dtype:
@@ -144,11 +139,12 @@ FORMAT = Format(
     read=_read,
     whole=True,
     refuse=lambda plan, family, config, options: [
-        *refuse_options(options),
+        *refuse_dtype(options),
         *refuse_merging(plan, family, config),
     ],
     reduce=merged,
     write=lambda reduced, folder, options: save_loaded(folder, reduced.loaded),
+    options=("dtype",),
     verify="transformers",
     use=Use(
         "transformers",

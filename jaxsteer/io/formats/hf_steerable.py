@@ -17,10 +17,9 @@ import jax.numpy as jnp
 
 from jaxsteer.interventions import LinearSteering, NonlinearSteering
 from jaxsteer.interventions.loreft import NONE
-from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS
 from jaxsteer.io.files import Json
-from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
-from jaxsteer.io.formats.hf import dtype_of, refuse_options, save_loaded, with_dtype
+from jaxsteer.io.formats.format import ACTIVATIONS, Format, Given, Use, WriteOptions
+from jaxsteer.io.formats.hf import dtype_of, refuse_dtype, save_loaded, with_dtype
 from jaxsteer.io.formats.remote_code import KEY, describe_folder, extras_of, is_folder, read_folder, steering_of
 from jaxsteer.io.formats.updates import refuse_lora
 from jaxsteer.io.load import LoadedModel
@@ -35,9 +34,6 @@ from jaxsteer.types import Plan, Slot
 KIND = "steerable"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks for which vLLM can reserve memory (max_lora_rank)."""
-
-ACTIVATIONS = (NONE, *ACTIVATION_FUNCTIONS)
-"""What a base may have between its two linears."""
 
 LowRank = LinearSteering | NonlinearSteering
 
@@ -112,7 +108,7 @@ def rank_for(plan: Plan, config: ModelConfig, rank: int | None) -> int:
 
 
 def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
-    reasons = [*refuse_options(options, "rank"), *refuse_steering(plan, config)]
+    reasons = [*refuse_dtype(options), *refuse_steering(plan, config)]
     taken = post_block(plan)
     if not taken:
         return [
@@ -208,6 +204,7 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
+    options=("dtype", "rank"),
     verify="transformers",
     use=Use(
         "transformers",

@@ -6,7 +6,6 @@ method become one slot.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +52,6 @@ def ask(path: Path, program: str, base: LoadedModel | None, given: Given, needs:
     missing += [f"--{name} ({what})" for name, what in needs.items() if getattr(given, name) is None]
     if missing:
         raise ValueError(f"{path}: files of {program} do not say everything; give {', '.join(missing)}")
-    for name in needs:
-        if isinstance(value := getattr(given, name), float) and not math.isfinite(value):
-            raise ValueError(f"--{name} is {value}; expected a finite number")
     assert base is not None
     return base
 

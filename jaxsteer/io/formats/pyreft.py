@@ -251,4 +251,5 @@ FORMAT = Format(
     programs="pyreft",
     recognises=recognises,
     read=read,
+    asks=tuple(NEEDS),
 )

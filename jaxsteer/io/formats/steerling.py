@@ -168,4 +168,5 @@ FORMAT = Format(
     programs="steerling (the paper's implementation)",
     recognises=recognises,
     read=read,
+    asks=tuple(NEEDS),
 )

@@ -77,9 +77,18 @@ def judge(steered: SteeredModel, read: SteeredModel, tokens: np.ndarray, *, verb
         read: what the files hold.
         tokens: int32 [B, T], the probe.
         verbatim: whether the leaves of `read` are those of `steered`.
+
+    Raises:
+        ValueError: a model whose logits are not finite.
     """
     batch = jnp.asarray(tokens)
     wanted, got = _logits(steered.network, batch), _logits(read.network, batch)
+    for logits, which in ((wanted, "the model that is exported"), (got, "what was written")):
+        if not jnp.isfinite(logits).all():
+            raise ValueError(
+                f"{which} gives logits that are not finite, so nothing can be said of it; is the steering damaged, or "
+                "too large for the type of the weights (--dtype)?"
+            )
     plain = _logits(SteeredModel(steered.loaded).network, batch) if steered.plan else wanted
     log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(got)
     return Verdict(

@@ -88,10 +88,10 @@ def test_what_cannot_be_merged_is_refused(golden):
     assert not refusals(HF, llama, "dora @ attn.q", "lora @ attn.k")
 
 
-def test_options_of_other_formats_are_refused(golden, tmp_path):
+def test_another_dtype_is_refused(golden):
     llama = family_model(golden, "llama")
-    reasons = refusals(HF, llama, "lora @ attn.q", dtype="Q8_0", rank=8, over=tmp_path)
-    assert [reason.split(":")[0] for reason in reasons] == ["--dtype Q8_0", "--rank", "--over"]
+    (reason,) = refusals(HF, llama, "lora @ attn.q", dtype="Q8_0")
+    assert reason.startswith("--dtype Q8_0")
 
 
 def test_an_int8_base_is_refused(golden):
