@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsteer.interventions import LinearSteering, NonlinearSteering
 from jaxsteer.io.files import Json, read_json, write_json
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.peft import tensors_of
 from jaxsteer.io.formats.pieces import Piece, gather, values
 from jaxsteer.io.load import LoadedModel
@@ -257,4 +257,14 @@ FORMAT = Format(
     reduce=reduce,
     write=write,
     verify="adapters",
+    use=Use(
+        "adapter-transformers",
+        "adapter",
+        """\
+import adapters
+from transformers import AutoModelForCausalLM
+adapters.init(model := AutoModelForCausalLM.from_pretrained("BASE"))
+model.load_adapter("FOLDER", use_safetensors=True, set_active=True)""",
+        tags=("adapters",),
+    ),
 )

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxsteer.io import source as sources
 from jaxsteer.io.files import Json, check_free, new_folder, write_text
-from jaxsteer.io.formats import FORMATS
+from jaxsteer.io.formats import FORMATS, find_format
 from jaxsteer.io.formats.card import model_card
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
 from jaxsteer.io.formats.sidecar import Sidecar, check_base, read_sidecar, restore, write_sidecar
@@ -21,22 +21,11 @@ from jaxsteer.io.load import LoadedModel, load_model
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.quantise import is_quantised
-from jaxsteer.plans import did_you_mean, validate_plan
+from jaxsteer.plans import validate_plan
 from jaxsteer.types import Plan
 
 HUB_FILES = ("*.json", "*.safetensors", "*.gguf", "intkey_*.bin", "adapter_steerer.pt", *sources.TOKENIZER)
 """What is downloaded of a repository of the Hugging Face Hub."""
-
-
-def find_format(name: str) -> Format:
-    """The format by this name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in FORMATS:
-        raise ValueError(f"no format {name!r}{did_you_mean(name, FORMATS)}; the formats are {', '.join(FORMATS)}")
-    return FORMATS[name]
 
 
 def check_export(to: str, plan: Plan, loaded: LoadedModel, options: WriteOptions | None = None) -> None:

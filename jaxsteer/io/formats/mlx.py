@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsteer.io.files import Json, read_json, write_json
 from jaxsteer.io.formats import peft
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.modules import Module, with_magnitudes
 from jaxsteer.io.formats.peft import changes, fitted, from_stored, hub_id, layers_of, tensors_of, to_stored
 from jaxsteer.io.formats.pieces import values
@@ -191,4 +191,12 @@ FORMAT = Format(
     reduce=reduce,
     write=write,
     verify="mlx",
+    use=Use(
+        "mlx",
+        "adapter",
+        """\
+from mlx_lm import load
+model, tokenizer = load("BASE", adapter_path="FOLDER")""",
+        tags=("mlx", "lora"),
+    ),
 )

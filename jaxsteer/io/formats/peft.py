@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from jaxsteer.io.files import Json, read_json, write_json
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.modules import Module, by_module, by_place, modules_of, norms, with_magnitudes
 from jaxsteer.io.formats.peft_config import CONFIG, PeftConfig, config_of, read_config
 from jaxsteer.io.formats.pieces import values
@@ -283,4 +283,13 @@ FORMAT = Format(
     write=write,
     verify="peft",
     over="hf",
+    use=Use(
+        "peft",
+        "adapter",
+        """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "FOLDER")""",
+        tags=("lora",),
+    ),
 )
