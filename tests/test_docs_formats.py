@@ -61,7 +61,7 @@ def table(config, over):
         for name in columns:
             refused = {refuses(name, plan, config, over) for plan in plans}
             assert len(refused) == 1, f"{label}: {name} takes some of them only"
-            cells.append("–" if refused.pop() else "exact")
+            cells.append("no" if refused.pop() else "exact")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

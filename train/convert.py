@@ -24,8 +24,8 @@ from jaxsteer.batches import make_batch
 from jaxsteer.interventions import LoRA
 from jaxsteer.io import LoadedModel
 from jaxsteer.io.files import check_free
-from jaxsteer.io.formats import FORMATS, Given, WriteOptions
-from jaxsteer.io.formats.convert import Source, check_export, describe, export, find_format, load, recognise
+from jaxsteer.io.formats import FORMATS, Given, WriteOptions, find_format
+from jaxsteer.io.formats.convert import Source, check_export, describe, export, load, recognise
 from jaxsteer.io.formats.updates import refuse_lora
 from jaxsteer.io.formats.verdict import PROBE_ROWS, probe_tokens
 from jaxsteer.io.push import push

@@ -9,6 +9,7 @@ damaged file do not name the tensor.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import reprlib
@@ -75,6 +76,10 @@ def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder, expected a file") from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # as an index may have it
+            raise
+        raise ValueError(f"{path.parent}: no file has a name of {len(path.name)} letters") from None
     except ValueError as error:
         raise ValueError(
             f"{path}: not a complete safetensors file ({error}). Was the download or the copy cut short?"

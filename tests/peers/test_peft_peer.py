@@ -1,17 +1,10 @@
 """What is exported for peft, computed by peft itself: as an adapter and merged, in every family."""
 
-import json
-
-import numpy as np
 import pytest
-from asked import ask, greedy, logits, tokens_for
-from tiny import random_steering
+from asked import check_export
 
-from jaxsteer.io import load_model
-from jaxsteer.io.formats import Given, WriteOptions, peft
-from jaxsteer.io.steered import SteeredModel
+from jaxsteer.io.formats import peft
 from jaxsteer.models.families import FAMILIES
-from jaxsteer.plans import parse_plan
 
 pytestmark = pytest.mark.slow
 
@@ -33,25 +26,5 @@ CASES = [(family, ("lora", "dora")[i % 2]) for i, family in enumerate(FAMILIES)]
 
 @pytest.mark.parametrize(("family", "name"), sorted(set(CASES)))
 def test_peft_computes_what_we_compute(golden, tmp_path, family, name):
-    path = golden / ("tiny_llama" if family == "llama" else f"families/{family}")
-    loaded = load_model(path)
-    plan = parse_plan(PLANS[name], loaded.config)
-    steered = SteeredModel(loaded, plan, random_steering(plan, loaded.config, scale=0.2))
-    assert peft.refuse(plan, FAMILIES[family], loaded.config, WriteOptions()) == []
-    export = tmp_path / "export"
-    export.mkdir()
-    peft.write(peft.reduce(steered, WriteOptions()), export, WriteOptions())
-    tokens, merged = tokens_for(loaded.config), tmp_path / "merged.npy"
-    request = {"path": str(export), "base": str(path), "tokens": tokens, "generate": 4, "merged_out": str(merged)}
-    answer, theirs = ask("hf", "peft_peer", request, tmp_path)
-    ours, plain = logits(steered, tokens), logits(SteeredModel(loaded), tokens)
-    errors = {
-        "peft": abs(theirs - ours).max(),
-        "merged": abs(np.load(merged) - ours).max(),
-        "read back": abs(logits(peft.read(export, loaded, Given()), tokens) - ours).max(),
-        "moved": abs(plain - ours).max(),
-    }
-    print(family, name, {key: f"{value:.1e}" for key, value in errors.items()}, json.dumps(answer["versions"]))
-    assert errors["moved"] > 0.02
-    assert max(errors["peft"], errors["merged"], errors["read back"]) <= 1e-5
-    assert answer["generated"] == greedy(steered, tokens, 4)
+    base = golden / ("tiny_llama" if family == "llama" else f"families/{family}")
+    check_export(peft, "hf", base, PLANS[name], tmp_path)

@@ -1,14 +1,13 @@
 """vLLM computes what jaxsteer does with static folders, and with adapters over steerable bases mixed in one batch."""
 
-import json
-import subprocess
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from asked import ROOT, logits, python_of, tokens_for
+from asked import logits, tokens_for
 from tiny import random_steering
+from vllm_folders import ask_vllm, written
 
 from jaxsteer.io import load_model
 from jaxsteer.io.formats import FORMATS, WriteOptions
@@ -33,15 +32,6 @@ JOINT = (
 NEW = 6
 
 
-def ask_vllm(requests):
-    """The answers of vLLM to a list of requests."""
-    command = [python_of("vllm"), ROOT / "tests" / "peers" / "vllm_peer.py"]
-    requests = [{"generate": 0, "dtype": "float32"} | request for request in requests]
-    done = subprocess.run(command, input=json.dumps(requests), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def tiny(golden, family):
     """A tiny model of a family with heads as wide as vLLM's CPU kernels want them."""
     stored = load_model(golden / ("tiny_llama" if family == "llama" else f"families/{family}"))
@@ -54,15 +44,6 @@ def tiny(golden, family):
 def steered(loaded, texts, seed, scale=0.2):
     plan = parse_plan(texts, loaded.config)
     return SteeredModel(loaded, plan, random_steering(plan, loaded.config, seed, scale))
-
-
-def written(model, to, folder, over=None):
-    """The folder of an export, without its verdict."""
-    folder.mkdir()
-    options, row = WriteOptions(over=over), FORMATS[to]
-    assert row.refuse(model.plan, TABLE[model.loaded.family], model.loaded.config, options) == []
-    row.write(row.reduce(model, options), folder, options)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """Formats of other programs: one file each, and one row of `FORMATS` each."""
 
 from jaxsteer.io.formats import (
+    adapters,
     gguf,
     gguf_control,
     gguf_lora,
     hf,
     hf_steerable,
     hf_steered,
+    mlx,
     peft,
     pyreft,
     saelens,
@@ -15,6 +17,7 @@ from jaxsteer.io.formats import (
     vllm,
 )
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.plans import did_you_mean
 
 _ROWS = (
     steering.FORMAT,
@@ -23,6 +26,8 @@ _ROWS = (
     vllm.FORMAT,
     steerling.FORMAT,  # its joint folders are PEFT's with one file more
     peft.FORMAT,
+    adapters.FORMAT,
+    mlx.FORMAT,
     pyreft.FORMAT,
     saelens.FORMAT,
     gguf_control.FORMAT,
@@ -35,4 +40,16 @@ _ROWS = (
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 """Every format by name, in the order in which a path is tried."""
 
-__all__ = ["FORMATS", "Format", "Given", "WriteOptions"]
+
+def find_format(name: str) -> Format:
+    """The format by this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"no format {name!r}{did_you_mean(name, FORMATS)}; the formats are {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+__all__ = ["FORMATS", "Format", "Given", "WriteOptions", "find_format"]

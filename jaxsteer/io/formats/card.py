@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxsteer.io.files import Json
-from jaxsteer.io.formats.loading import USES, Use
+from jaxsteer.io.formats import find_format
+from jaxsteer.io.formats.format import JAXSTEER, Use
 from jaxsteer.io.provenance import library_version, provenance_of
 from jaxsteer.io.source import is_hub_id
 from jaxsteer.io.steered import SteeredModel
@@ -35,18 +36,33 @@ def model_card(steered: SteeredModel, to: str, verdict: Mapping[str, Json]) -> s
         verdict: how exact it is, as `Verdict.to_json` says it; under "peers" what other programs answered, a mapping as
             of `train.peers.verify` for each. Whatever is missing is left out.
     """
-    use = USES[to]
+    row = find_format(to)
+    assert row.use is not None
     base = hub_id(steered.source or steered.loaded.name)
     parts = [
-        _front_matter(steered.plan, use, base),
+        _front_matter(steered.plan, row.use, base),
         f"# Steering for {quoted(steered.source or steered.loaded.name)}",
-        f"For {use.programs}, written by jaxsteer {library_version()} (format `{to}`).",
+        f"For {row.programs}, written by jaxsteer {library_version()} (format `{to}`).",
         _section("What it is", _contents(steered)),
         _section("Training", _training(steered)),
         _section("How exact it is", _exactness(verdict)),
-        f"## How to load it\n\n{use.how_to_load(base)}",
+        f"## How to load it\n\n{_how_to_load(row.use, base)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _how_to_load(use: Use, base: str | None) -> str:
+    """The code, with this base model's id if it is known, and what does the same in jaxsteer."""
+    code = use.code if base is None else use.code.replace("BASE", base)
+    names = "`FOLDER` is the id of this repository, or where you have put it"
+    if "BASE" in code:
+        names += "; `BASE` is the base model, as a folder, a file or an id"
+    parts = [f"{names}. {use.needs}".strip(), _block(code, use.language)]
+    return "\n\n".join(parts if code == JAXSTEER else [*parts, "In jaxsteer:", _block(JAXSTEER, "python")])
+
+
+def _block(code: str, language: str) -> str:
+    return f"```{language}\n{code}\n```"
 
 
 def hub_id(source: str) -> str | None:

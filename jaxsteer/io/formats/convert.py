@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxsteer.io import source as sources
 from jaxsteer.io.files import Json, check_free, new_folder, write_text
-from jaxsteer.io.formats import FORMATS
+from jaxsteer.io.formats import FORMATS, find_format
 from jaxsteer.io.formats.card import model_card
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
 from jaxsteer.io.formats.sidecar import Sidecar, check_base, read_sidecar, restore, write_sidecar
@@ -21,22 +21,11 @@ from jaxsteer.io.load import LoadedModel, load_model
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.quantise import is_quantised
-from jaxsteer.plans import did_you_mean, validate_plan
+from jaxsteer.plans import validate_plan
 from jaxsteer.types import Plan
 
 HUB_FILES = ("*.json", "*.safetensors", "*.gguf", "intkey_*.bin", "adapter_steerer.pt", *sources.TOKENIZER)
 """What is downloaded of a repository of the Hugging Face Hub."""
-
-
-def find_format(name: str) -> Format:
-    """The format by this name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if name not in FORMATS:
-        raise ValueError(f"no format {name!r}{did_you_mean(name, FORMATS)}; the formats are {', '.join(FORMATS)}")
-    return FORMATS[name]
 
 
 def check_export(to: str, plan: Plan, loaded: LoadedModel, options: WriteOptions | None = None) -> None:
@@ -101,16 +90,18 @@ def export(
     assert format.reduce is not None
     assert format.write is not None
     reduced = format.reduce(steered, options)
+    if format.unsteered:
+        steered = replace(steered, plan=(), steering={})
+    if tokens is None:
+        tokens = probe_tokens(steered.loaded.config.vocab_size)
     with new_folder(folder) as partial:
         format.write(reduced, partial, options)
         read = format.read(partial, None if format.whole else steered.loaded, Given())
         _check_read(reduced, read, format)
-        restored = restore(steered.plan, read)
+        restored = restore(steered.plan, read) if steered.plan else steered
         verbatim = steered.plan == restored.plan and not unlike(steered.steering, restored.steering)
-        used = steered.loaded.config.vocab_size
-        batch = probe_tokens(used) if tokens is None else tokens
-        verdict = judge(reference or steered, read, batch, verbatim=verbatim)
-        changed = [] if verbatim or not steered.plan else [_lost(steered.plan, read.plan)]
+        changed = [] if verbatim else [_lost(steered.plan, read.plan)]
+        verdict = judge(reference or steered, read, tokens, verbatim=verbatim)
         verdict = replace(verdict, lost=tuple(dict.fromkeys([*reduced.lost, *changed])))
         describe(partial, steered, to, verdict)
     return verdict
@@ -225,7 +216,7 @@ def load(
     if not found.format.whole:
         check_base(found.sidecar, steered, where, other_base=other_base)
     steered = replace(steered, notes=found.sidecar.notes, lost=found.sidecar.lost)
-    return restore(found.sidecar.plan, steered) if steered.plan else steered
+    return restore(found.sidecar.plan, steered) if found.sidecar.plan else steered
 
 
 def _base(found: Source, model: str | Path | LoadedModel | None, dtype: DTypeLike) -> LoadedModel:

@@ -49,15 +49,43 @@ class Given:
     strength: float | None = None
 
 
+JAXSTEER = """\
+import jaxsteer
+steered = jaxsteer.load("FOLDER")
+hidden = jaxsteer.forward(steered.model, steered.base, steered.steering, batch).hidden"""
+"""Loads any format in jaxsteer."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """How the programs that a format is for load it, as its model card says it.
+
+    library   its name as a library on the Hugging Face Hub
+    relation  to the base model there: adapter or finetune; "" = none of those that the Hub knows
+    code      that loads it; FOLDER and BASE stand for this folder and the base model
+    language  of the code
+    tags      for the Hub
+    needs     what has to be known besides, a sentence; ""
+    """
+
+    library: str
+    relation: str
+    code: str
+    language: str = "python"
+    tags: tuple[str, ...] = ()
+    needs: str = ""
+
+
 @dataclass(frozen=True)
 class Format:
     """A format of other programs.
 
     name         on the command line and in `FORMATS`
     holds        what it holds, for the list of formats: a few words
-    programs     that use it, for the list
+    programs     that use it, for the list and the model card
     base         (path) -> where the base model can be loaded from, if the files say so
     whole        whether it holds a whole model, else what is trained on one
+    unsteered    whether it holds the base model alone, prepared for the steering, which `reduce` leaves out
     recognises   whether a file or folder is in this format, from names and headers alone
     read         (path, base model, what the person says) -> what it holds; the base model is None for whole models, and
                  where it is not known. Raises ValueError, and nothing else, for whatever the files may hold
@@ -66,6 +94,7 @@ class Format:
     reduce       (steered, options) -> the same in the terms of the format: slots merged into weights or turned into
                  LoRA, factors padded. `read` returns this, leaf by leaf and bit for bit
     write        (reduced, folder, options): write the files into an empty folder
+    use          how the programs load it, for the model card
     verify       name of the program that loads the files in `--verify`: NAME of tests/peers/NAME_peer.py
     over         the format of the base model that this program needs beside them
     """
@@ -77,9 +106,11 @@ class Format:
     read: Callable[[Path, LoadedModel | None, Given], SteeredModel]
     base: Callable[[Path], str | None] | None = None
     whole: bool = False
+    unsteered: bool = False
     refuse: Callable[[Plan, Family, ModelConfig, WriteOptions], list[str]] | None = None
     reduce: Callable[[SteeredModel, WriteOptions], SteeredModel] | None = None
     write: Callable[[SteeredModel, Path, WriteOptions], None] | None = None
+    use: Use | None = None
     verify: str | None = None
     over: str | None = None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsteer.folding import biases_needed, fold_all, unfoldable
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.gguf_config import (
     ROPE_FACTORS,
     config_from_gguf,
@@ -161,4 +161,11 @@ FORMAT = Format(
     reduce=_reduce,
     write=_write,
     verify="llama",
+    use=Use(
+        "gguf",
+        "finetune",
+        'llama-cli -m FOLDER/model.gguf -p "Hello"',
+        "bash",
+        tags=("gguf",),
+    ),
 )

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxsteer.folding import affine_parts, unfoldable
 from jaxsteer.interventions import FixedVector
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
 from jaxsteer.io.gguf_write import plain, write_gguf
 from jaxsteer.io.load import LoadedModel
@@ -174,6 +174,14 @@ FORMAT = Format(
     write=_write,
     verify="llama",
     over="gguf",
+    use=Use(
+        "gguf",
+        "adapter",
+        'llama-cli -m MODEL.gguf --control-vector FOLDER/control.gguf -p "Hello"',
+        "bash",
+        tags=("gguf", "control-vector"),
+        needs="`MODEL.gguf` is the base model in GGUF.",
+    ),
 )
 
 REPENG = Format(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.updates import Place, Update, Updates, plan_of, refuse_lora, updates_of
 from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
 from jaxsteer.io.gguf_write import plain, write_gguf
@@ -234,4 +234,12 @@ FORMAT = Format(
     write=_write,
     verify="llama",
     over="gguf",
+    use=Use(
+        "gguf",
+        "adapter",
+        'llama-cli -m MODEL.gguf --lora FOLDER/adapter.gguf -p "Hello"',
+        "bash",
+        tags=("gguf", "lora"),
+        needs="`MODEL.gguf` is the base model in GGUF.",
+    ),
 )

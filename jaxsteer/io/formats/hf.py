@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsteer.folding import biases_needed, fold_all, unfoldable
 from jaxsteer.io.files import read_json
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.hf_folder import NO_EXTRAS, Extras, save_hf
 from jaxsteer.io.identity import fingerprint
 from jaxsteer.io.load import STEERED_TYPE, LoadedModel, load_model
@@ -150,4 +150,11 @@ FORMAT = Format(
     reduce=merged,
     write=lambda reduced, folder, options: save_loaded(folder, reduced.loaded),
     verify="transformers",
+    use=Use(
+        "transformers",
+        "finetune",
+        """\
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")""",
+    ),
 )

@@ -19,7 +19,7 @@ from jaxsteer.interventions import LinearSteering, NonlinearSteering
 from jaxsteer.interventions.loreft import NONE
 from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS
 from jaxsteer.io.files import Json
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.hf import dtype_of, refuse_options, save_loaded, with_dtype
 from jaxsteer.io.formats.remote_code import KEY, describe_folder, extras_of, is_folder, read_folder, steering_of
 from jaxsteer.io.formats.updates import refuse_lora
@@ -204,8 +204,18 @@ FORMAT = Format(
     recognises=lambda path: is_folder(path, KIND),
     read=_read,
     whole=True,
+    unsteered=True,
     refuse=_refuse,
     reduce=_reduce,
     write=_write,
     verify="transformers",
+    use=Use(
+        "transformers",
+        "",
+        "vllm serve FOLDER --trust-remote-code --enable-lora --max-lora-rank 16 --max-loras 4",
+        "bash",
+        tags=("custom_code", "vllm"),
+        needs="Alone it is the base model: adapters over it are the steering. `--max-lora-rank` is at least the `r`"
+        " in their adapter_config.json.",
+    ),
 )

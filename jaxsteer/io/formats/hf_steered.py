@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxsteer.io.files import Json
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.hf import merged, refuse_merging, refuse_options, save_loaded
 from jaxsteer.io.formats.remote_code import KEY, extras_of, is_folder, read_folder, steering_of
 from jaxsteer.io.load import LoadedModel
@@ -105,4 +105,13 @@ FORMAT = Format(
     reduce=_reduce,
     write=_write,
     verify="transformers",
+    use=Use(
+        "transformers",
+        "finetune",
+        """\
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto", trust_remote_code=True)""",
+        tags=("custom_code",),
+        needs="The folder has code of its own, which computes the steering: without it, loading fails.",
+    ),
 )

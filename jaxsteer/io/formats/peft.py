@@ -11,19 +11,21 @@ from types import MappingProxyType
 
 import numpy as np
 
-from jaxsteer.io.files import Json, write_json
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.files import Json, read_json, write_json
+from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.modules import Module, by_module, by_place, modules_of, norms, with_magnitudes
 from jaxsteer.io.formats.peft_config import CONFIG, PeftConfig, config_of, read_config
+from jaxsteer.io.formats.pieces import values
 from jaxsteer.io.formats.updates import Update, Updates, plan_of, refuse_lora, updates_of
 from jaxsteer.io.load import LoadedModel
+from jaxsteer.io.pickles import open_pickle
 from jaxsteer.io.safetensors_file import ToWrite, open_safetensors, write_safetensors
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.io.stored import Stored
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.families.table import Family
-from jaxsteer.plans import method_name
+from jaxsteer.plans import method_name, validate_plan
 from jaxsteer.types import Plan
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -39,6 +41,12 @@ def recognises(path: Path) -> bool:
     return (path / WEIGHTS).is_file() or (path / PICKLED).is_file()
 
 
+def base_of(path: Path) -> str | None:
+    """Where the base model is, as the config says."""
+    named = read_json(path / CONFIG).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
 def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """Read a LoRA folder; the plan has LoRA or DoRA slots."""
     config = read_config(path / CONFIG)
@@ -52,7 +60,20 @@ def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
             name: _with_initial(update, _kernel(name, modules, loaded), f"{path / CONFIG}: {name}")
             for name, update in updates.items()
         }
+    return fitted(path, updates, loaded)
+
+
+def fitted(path: Path, updates: Mapping[str, Update], loaded: LoadedModel) -> SteeredModel:
+    """What was stored, as slots.
+
+    Raises:
+        ValueError: a rank that does not fit the model.
+    """
     plan, steering = plan_of(from_stored(updates, loaded), loaded.config)
+    try:
+        validate_plan(plan, loaded.config)
+    except ValueError as error:
+        raise ValueError(f"{path}: does not fit {loaded.name}: {error}") from None
     return SteeredModel(loaded, plan, steering)
 
 
@@ -155,14 +176,10 @@ def read_peft(folder: Path, config: PeftConfig, shapes: Shapes) -> dict[str, Upd
     Raises:
         ValueError: tensors that are damaged, unknown, missing or of the wrong shape, or not what the config promises.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickled = (folder / PICKLED).is_file()
-        hint = f"; {PICKLED} is a pickle: save it again with peft, which writes safetensors" if pickled else ""
-        raise ValueError(f"{folder}: no {WEIGHTS}{hint}")
+    path, tensors = tensors_of(folder, WEIGHTS, PICKLED)
     parts: dict[str, dict[str, Stored]] = {}
     unknown = []
-    for tensor, stored in open_safetensors(path)[0].items():
+    for tensor, stored in tensors.items():
         name, part = _parsed(tensor)
         if name not in shapes or part in parts.setdefault(name, {}):
             unknown.append(tensor)
@@ -177,9 +194,19 @@ def read_peft(folder: Path, config: PeftConfig, shapes: Shapes) -> dict[str, Upd
         raise ValueError(f"{path}: has no tensors for {', '.join(missing[:5])}, which {CONFIG} targets")
     if not parts:
         raise ValueError(f"{path}: holds no updates")
-    return {
-        name: _update(f"{path}: {name}", name, parts[name], config, shapes[name]) for name in shapes if name in parts
-    }
+    return {name: _update(path, name, parts[name], config, shapes[name]) for name in shapes if name in parts}
+
+
+def tensors_of(folder: Path, *names: str) -> tuple[Path, dict[str, Stored]]:
+    """The first of these files that a folder has, safetensors or PyTorch's, and its tensors.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    for file in (folder / name for name in names):
+        if file.is_file():
+            return file, open_safetensors(file)[0] if file.suffix == ".safetensors" else open_pickle(file)
+    raise ValueError(f"{folder}: has no {' or '.join(names)}")
 
 
 def _parsed(tensor: str) -> tuple[str, str]:
@@ -190,20 +217,20 @@ def _parsed(tensor: str) -> tuple[str, str]:
     return tensor[len(_PREFIX) : -len(ending)], _ENDINGS[ending]
 
 
-def _update(where: str, name: str, parts: Mapping[str, Stored], config: PeftConfig, shape: tuple[int, int]) -> Update:
+def _update(path: Path, name: str, parts: Mapping[str, Stored], config: PeftConfig, shape: tuple[int, int]) -> Update:
     """One layer's update, checked against the config and the layer's shape."""
+    where = f"{path}: {name}"
     if not config.targets(name):
         raise ValueError(f"{where}: {CONFIG} does not target it, so that peft would not use it")
     rank, (inputs, outputs) = config.rank(name), shape
-    expected = {_A: (rank, inputs), _B: (outputs, rank)} | ({_MAGNITUDE: (outputs,)} if config.dora else {})
+    expected: dict[str, tuple[int, ...]] = {_A: (rank, inputs), _B: (outputs, rank)} | (
+        {_MAGNITUDE: (outputs,)} if config.dora else {}
+    )
     if set(parts) != set(expected):
         raise ValueError(f"{where}: has {', '.join(sorted(parts))}; expected {', '.join(sorted(expected))}")
-    for part, stored in parts.items():
-        if stored.shape != expected[part]:
-            raise ValueError(f"{where}.{part} has shape {list(stored.shape)}, expected {list(expected[part])}")
-    a, b = (np.asarray(parts[part].read(), np.float32) for part in (_A, _B))
-    magnitude = np.asarray(parts[_MAGNITUDE].read(), np.float32) if config.dora else None
-    return Update(a, b, config.scale(name), magnitude)
+    value = {part: values(path, f"{name}.{part}", stored, expected[part]) for part, stored in parts.items()}
+    value = {part: array.astype(np.float32) for part, array in value.items()}
+    return Update(value[_A], value[_B], config.scale(name), value.get(_MAGNITUDE))
 
 
 def _kernel(name: str, modules: Mapping[str, tuple[Module, int]], loaded: LoadedModel) -> np.ndarray:
@@ -250,9 +277,19 @@ FORMAT = Format(
     programs="PEFT, transformers, vLLM, SGLang",
     recognises=recognises,
     read=read,
+    base=base_of,
     refuse=refuse,
     reduce=reduce,
     write=write,
     verify="peft",
     over="hf",
+    use=Use(
+        "peft",
+        "adapter",
+        """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "FOLDER")""",
+        tags=("lora",),
+    ),
 )

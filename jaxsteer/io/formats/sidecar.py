@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.interventions import DoRA, FixedVector, LinearSteering, LoRA, NonlinearSteering, PiSSA
+from jaxsteer.interventions import DoRA, LinearSteering, LoRA, NonlinearSteering, PiSSA
 from jaxsteer.io.files import Json, read_json, write_json
 from jaxsteer.io.identity import config_to_json
 from jaxsteer.io.provenance import library_version
@@ -182,7 +182,7 @@ def _as(wanted: Intervention, method: Intervention, p: dict[str, np.ndarray]) ->
         return cut if cut is None or "m" not in p else {**cut, "m": p["m"]}
     if type(wanted) is not type(method):
         return None
-    if isinstance(wanted, FixedVector):
+    if wanted == method:
         return p
     if isinstance(wanted, LinearSteering | NonlinearSteering):
         assert isinstance(method, LinearSteering | NonlinearSteering)

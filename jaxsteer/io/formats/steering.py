@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import JAXSTEER, Format, Given, Use, WriteOptions
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.safetensors_file import open_safetensors
 from jaxsteer.io.steered import SteeredModel
@@ -65,4 +65,9 @@ FORMAT = Format(
     refuse=_refuse,
     reduce=lambda steered, options: steered,
     write=_write,
+    use=Use(
+        "jaxsteer",
+        "adapter",
+        JAXSTEER,
+    ),
 )

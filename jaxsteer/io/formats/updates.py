@@ -66,7 +66,7 @@ def refuse_lora(plan: Plan, config: ModelConfig, *, dora: bool = True) -> list[s
                 reasons.append(f"{what}: DoRA is not LoRA; merge it (--to hf)")
             elif isinstance(slot.method, DoRA) and any(_share(slot, other) for other in plan if other is not slot):
                 reasons.append(
-                    f"{what}: another slot updates its projections, which DoRA's norm depends on; merge (--to hf)"
+                    f"{what}: another slot updates its projections, on which DoRA depends. Use jaxsteer itself"
                 )
         elif reason := unfoldable(slot, config):
             reasons.append(f"{reason}. {_alternative(slot)}")

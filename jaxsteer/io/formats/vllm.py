@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io.formats import peft
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.hf_steerable import (
     ACTIVATIONS,
     RANKS,
@@ -266,4 +266,13 @@ FORMAT = Format(
     reduce=_reduce,
     write=_write,
     verify="vllm",
+    use=Use(
+        "peft",
+        "adapter",
+        "vllm serve STEERABLE --trust-remote-code --enable-lora --max-lora-rank 16 --lora-modules steered=FOLDER",
+        "bash",
+        tags=("lora", "vllm"),
+        needs="`STEERABLE` is the folder of the steerable base that it was written over. `--max-lora-rank` is at "
+        "least the `r` in adapter_config.json. Requests ask for the model `steered`.",
+    ),
 )

@@ -183,7 +183,7 @@ def spoil_numbers(data, draw, pick):
     """Change one number of a GGUF header, most often a length, a count, a type or an offset."""
     spots = numbers_in(data)
     telling = [spot for spot in spots if " of " in spot[0] or spot[0].startswith(("axes", "type"))]
-    keys = [spot for spot in spots if spot[0].startswith(("llama.", "gemma3."))]
+    keys = [spot for spot in spots if spot[0].startswith(("llama.", "gemma3."))] or telling
     what, at, form = pick(telling if draw.random() < 0.6 else keys)
     size = struct.calcsize("<" + form)
     (old,) = struct.unpack_from("<" + {1: "B", 2: "H", 4: "I", 8: "Q"}[size], data, at)

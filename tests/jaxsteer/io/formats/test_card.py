@@ -14,7 +14,6 @@ from jaxsteer.interventions import LoRA, NonlinearSteering
 from jaxsteer.io import LoadedModel
 from jaxsteer.io.formats import FORMATS
 from jaxsteer.io.formats.card import hub_id, model_card, quoted
-from jaxsteer.io.formats.loading import USES
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.types import Slot
 
@@ -214,8 +213,7 @@ def test_only_an_id_of_the_hub_is_a_base_model(tmp_path, monkeypatch):
 
 
 def test_every_format_that_is_written_says_how_to_load_it(steered):
-    assert {name for name, row in FORMATS.items() if row.writable} <= set(USES)
-    for name in USES:
+    for name in (name for name, row in FORMATS.items() if row.writable):
         front, text = front_matter(model_card(steered, name, VERDICT))
         blocks = re.findall(r"```(\w+)\n(.*?)\n```", text, flags=re.DOTALL)
         assert "FOLDER" in blocks[0][1]

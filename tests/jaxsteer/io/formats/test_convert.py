@@ -89,6 +89,15 @@ def test_what_cannot_be_written_is_refused(loaded, tmp_path, to, word):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_steerable_base_is_compared_with_the_base(loaded, tmp_path):
+    """It holds no steering: that comes with the adapters over it."""
+    verdict = export(steered(loaded, *JOINT), "hf-steerable", tmp_path / "out")
+    assert verdict.exact
+    assert verdict.moved == 0
+    assert not verdict.lost
+    assert [slot.name for slot in jaxsteer.load(tmp_path / "out").plan] == ["steering"]
+
+
 def test_an_int8_base_is_refused(loaded, tmp_path):
     model = replace(loaded, base=quantise(loaded.base))
     with pytest.raises(ValueError, match="int8"):
@@ -196,7 +205,7 @@ def test_affine_steering_and_updates_are_lora(loaded, texts):
         (["fixed @ mlp"], "a shift needs a bias"),
         (["lofit_scale @ attn.heads"], "a scale has full rank"),
         (["lora @ attn.q positions=last"], "updates positions last"),
-        (["dora @ attn.o", "lora @ attn.o"], "depends on"),
+        (["dora @ attn.o", "lora @ attn.o"], "DoRA depends"),
     ],
 )
 def test_what_is_no_lora_is_refused_with_an_alternative(tiny_config, texts, word):

@@ -81,7 +81,7 @@ def test_refusals(golden):
         ("nonlinear @ block layers=0", "linear @ block name=l"): ("slot 'l' (linear @ block)", "hf-steered"),
         ("nonlinear @ block", "nonlinear @ attn name=n"): ("slot 'n' (nonlinear @ attn)", "jaxsteer itself"),
         ("nonlinear @ block", "dora @ attn.q"): ("slot 'dora'", "merge"),
-        ("lora @ attn.q",): ("no nonlinear steering @ block", "--to peft"),
+        ("lora @ attn.q",): ("no linear or nonlinear steering @ block", "--to peft"),
     }
     for texts, words in cases.items():
         (reason,) = one(*texts)

@@ -22,8 +22,8 @@ from jaxsteer.steering import steering_shapes
 
 GOLDEN = Path(__file__).resolve().parents[3] / "golden"
 SECONDS = 20  # of CPU time, however busy the machine is; a file takes a hundredth of a second
-MEMORY = 30_000_000  # bytes; the files have 2,000 to 280,000, a list of a hundred thousand numbers a million
-WORDS = 40_000  # letters of an error, which names up to 1000 missing tensors
+MEMORY = 30_000_000  # bytes; the files have 2,000 to 280,000
+WORDS = 50_000  # letters of an error, which names up to 1000 missing tensors, or quotes a value of a config
 IN_ALL, EACH = 50, 1000
 
 
@@ -49,7 +49,7 @@ def written(name, *texts, **options):
         plan = parse_plan(texts, loaded.config)
         chosen = WriteOptions(**{key: value(folder) for key, value in options.items()})
         steered = SteeredModel(loaded, plan, random_steering(plan, loaded.config))
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
         format.write(format.reduce(steered, chosen), folder / name, chosen)
         return folder / name
 
@@ -69,6 +69,10 @@ SAMPLES: dict[str, list[Sample]] = {
     "hf-steered": [Sample(written("hf-steered", BLOCK), base=None)],
     "hf-steerable": [Sample(written("hf-steerable", BLOCK), base=None)],
     "vllm": [Sample(written("vllm", BLOCK, "lora(rank=2) @ attn.q", over=written("hf-steerable", BLOCK)))],
+    "gguf": [Sample(written("gguf", "lora(rank=2) @ attn.q"), base=None)],
+    "gguf-lora": [Sample(written("gguf-lora", "lora(rank=2) @ attn.q"))],
+    "gguf-control": [Sample(written("gguf-control", "fixed @ block layers=1,2"))],
+    "repeng": [Sample(written("gguf-control", "fixed @ block layers=1,2"), Given(strength=1.0))],
 }
 """Samples of each row of FORMATS."""
 

@@ -290,11 +290,17 @@ def test_half_precision_is_read_exactly(model, folder):
     np.testing.assert_array_equal(leaf[1], load_file(path)[f"{NAME}.lora_A.weight"].astype(np.float32))
 
 
-def test_a_pickle_is_not_opened(model, folder):
+def test_a_pickle_that_is_none_is_refused(model, folder):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     assert peft.recognises(folder)
-    with pytest.raises(ValueError, match="is a pickle"):
+    with pytest.raises(ValueError, match=r"adapter_model.bin: cannot be read as tensors of PyTorch"):
         peft.read(folder, model(LLAMA), Given())
+
+
+def test_the_named_base(folder, model, tmp_path):
+    assert peft.base_of(folder) is None
+    export(steered_of(model(LLAMA), "lora @ attn.q", source="owner/name"), folder)
+    assert peft.base_of(folder) == "owner/name"
 
 
 def test_without_a_model_it_is_asked_for(folder):
