@@ -257,6 +257,7 @@ FORMAT = Format(
     reduce=reduce,
     write=write,
     verify="adapters",
+    over="hf",
     use=Use(
         "adapter-transformers",
         "adapter",

@@ -191,6 +191,7 @@ FORMAT = Format(
     reduce=reduce,
     write=write,
     verify="mlx",
+    over="hf",
     use=Use(
         "mlx",
         "adapter",
