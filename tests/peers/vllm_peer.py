@@ -88,18 +88,13 @@ def answer(request):
         # One more token: log-probabilities are of the tokens that follow.
         outputs = run([[*row, 0] for row in rows], max_tokens=1, prompt_logprobs=-1)
         np.save(request["out"], np.stack([whole_vocabulary(output.prompt_logprobs) for output in outputs]))
+    generated: list = [[] for _ in rows]
+    if request["generate"] or request.get("scores"):
+        asked = {"prompt_logprobs": 0} if request.get("scores") else {}
+        outputs = run(rows, max_tokens=max(request["generate"], 1), **asked)
+        generated = [list(output.outputs[0].token_ids)[: request["generate"]] for output in outputs]
     if request.get("scores"):
-        outputs = run(rows, max_tokens=1, prompt_logprobs=0)
-        scores = np.full((len(rows), max(map(len, rows)) - 1), np.nan, np.float32)
-        for row, output in enumerate(outputs):
-            found = output.prompt_logprobs
-            values = [found.logprobs[start] for start in found.start_indices[1:]]
-            scores[row, : len(values)] = values
-        np.save(request["scores"], scores)
-    generated = [[] for _ in rows]
-    if request["generate"]:
-        outputs = run(rows, max_tokens=request["generate"])
-        generated = [list(output.outputs[0].token_ids) for output in outputs]
+        np.save(request["scores"], scores_of([output.prompt_logprobs for output in outputs]))
     versions = {module.__name__: module.__version__ for module in (vllm, torch, transformers)}
     return {"versions": versions, "kind": "logprobs", "generated": generated}
 
@@ -115,6 +110,17 @@ def whole_vocabulary(found):
         row[ids] = found.logprobs[start:end]
         rows.append(row)
     return np.stack(rows)
+
+
+def scores_of(rows):
+    """The log-probability of each token but the first [rows, longest - 1], NaN behind the end."""
+    import numpy as np
+
+    scores = np.full((len(rows), max(len(row.start_indices) for row in rows) - 1), np.nan, np.float32)
+    for row, found in enumerate(rows):
+        values = [found.logprobs[start] for start in found.start_indices[1:]]
+        scores[row, : len(values)] = values
+    return scores
 
 
 def in_process(request):
