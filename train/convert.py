@@ -78,8 +78,6 @@ class ConvertConfig:
     """Activation of low-rank steering, if SOURCE does not say it: none, silu, relu, gelu or tanh."""
     positions: str | None = None
     """Which tokens are steered, if SOURCE does not say it: all, prompt, completion, last, first:n+last:n."""
-    layer: int | None = None
-    """Block that a vector is for, from 0, if SOURCE does not say it."""
     feature: int | None = None
     """Feature of a sparse autoencoder to steer along."""
     strength: float | None = None
@@ -133,7 +131,7 @@ class ConvertConfig:
     @property
     def given(self) -> Given:
         """What SOURCE does not say."""
-        return Given(self.alpha, self.activation, self.positions, self.layer, self.feature, self.strength)
+        return Given(self.alpha, self.activation, self.positions, self.feature, self.strength)
 
 
 def show_formats() -> None:
