@@ -44,7 +44,6 @@ class Given:
     alpha: float | None = None
     activation: str | None = None
     positions: str | None = None
-    layer: int | None = None
     feature: int | None = None
     strength: float | None = None
 
