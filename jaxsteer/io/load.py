@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -319,7 +320,9 @@ def open_folder(folder: Path) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
-            raise ValueError(f"{index}: {shard!r} is outside the folder; shards must be next to their index")
+            raise ValueError(
+                f"{index}: {reprlib.repr(shard)} is outside the folder; shards must be next to their index"
+            )
         for name, tensor in open_safetensors(folder / shard)[0].items():
             if weight_map.get(name) != shard:
                 raise ValueError(f"{folder / shard}: holds {name}, which the index does not place there")

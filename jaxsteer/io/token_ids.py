@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def shortest(ids: Sequence[int]) -> Json:
 def _check_eos(eos: Json, where: str) -> None:
     """Raise ValueError if an eos_token_id is not null, an id, or a list of ids."""
     if any(type(i) is not int for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])):
-        raise ValueError(f"{where}: eos_token_id is {eos!r}; expected a token id or a list of them")
+        raise ValueError(f"{where}: eos_token_id is {reprlib.repr(eos)}; expected a token id or a list of them")
 
 
 def check_token_ids(tokenizer: Tokenizer | None, stop_tokens: Sequence[int], rows: int, where: str) -> None:

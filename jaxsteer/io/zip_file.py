@@ -7,6 +7,7 @@ ones.
 from __future__ import annotations
 
 import os
+import reprlib
 import struct
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -43,7 +44,7 @@ def open_zip(path: Path) -> dict[str, Member]:
     end = 0
     for name, member in sorted(members.items(), key=lambda item: item[1]):
         if member.begin < end:
-            raise ValueError(f"its member {name!r} overlaps another one")
+            raise ValueError(f"its member {reprlib.repr(name)} overlaps another one")
         end = member.begin + member.size
     return members
 
@@ -88,10 +89,10 @@ def _entries(data: bytes, count: int) -> dict[str, tuple[int, int]]:
         at += 46 + sum(lengths)
         _check_name(name)
         if name in entries:
-            raise ValueError(f"its member {name!r} is given twice")
+            raise ValueError(f"its member {reprlib.repr(name)} is given twice")
         size, packed, header = _wide(extra, [size, packed, header])
         if method or packed != size or flags & ENCRYPTED:
-            raise ValueError(f"its member {name!r} is compressed or encrypted, which PyTorch does not do")
+            raise ValueError(f"its member {reprlib.repr(name)} is compressed or encrypted, which PyTorch does not do")
         entries[name] = header, size
     if at != len(data) or len(entries) != count:
         raise ValueError(f"its directory has {len(entries)} entries, expected {count}")
@@ -101,7 +102,7 @@ def _entries(data: bytes, count: int) -> dict[str, tuple[int, int]]:
 def _check_name(name: str) -> None:
     """Refuse a name that would lie outside of a folder; nothing is unpacked, but no honest archive has one."""
     if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
-        raise ValueError(f"its member {name!r} points out of the archive")
+        raise ValueError(f"its member {reprlib.repr(name)} points out of the archive")
 
 
 def _wide(extra: bytes, values: list[int]) -> list[int]:
@@ -123,13 +124,13 @@ def _wide(extra: bytes, values: list[int]) -> list[int]:
 def _member(file: BinaryIO, name: str, header: int, size: int, end: int) -> Member:
     """A member, checked against its local header; the members end where the directory begins."""
     if header + 30 > end:
-        raise ValueError(f"its member {name!r} would begin at byte {header} of {end}")
+        raise ValueError(f"its member {reprlib.repr(name)} would begin at byte {header} of {end}")
     file.seek(header)
     fields = file.read(30)
     name_length, extra_length = struct.unpack_from("<HH", fields, 26)
     begin = header + 30 + name_length + extra_length
     if fields[:4] != LOCAL or file.read(name_length) != name.encode():
-        raise ValueError(f"its member {name!r} is not where the directory says")
+        raise ValueError(f"its member {reprlib.repr(name)} is not where the directory says")
     if begin + size > end:
-        raise ValueError(f"its member {name!r} would end at byte {begin + size} of {end}")
+        raise ValueError(f"its member {reprlib.repr(name)} would end at byte {begin + size} of {end}")
     return Member(begin, size)

@@ -3,8 +3,12 @@
     python make_interop_peft.py GOLDEN
 
 writes into GOLDEN/interop/peft: a folder for each case, as peft saves it, and logits.npz with `ids` int32 [2, 12] and
-`CASE` fp32 [2, 12, V] for each case; bases.json says which model each case is for. All factors are random. Needs torch,
-transformers and peft.
+`CASE` fp32 [2, 12, V] for each case; bases.json says which model each case is for. All factors are random. `pickled` is
+the adapter of `excluded` again, as peft saves it without safetensors. Needs torch, transformers and peft.
+
+    python make_interop_peft.py GOLDEN pickled
+
+writes `pickled` alone.
 """
 
 import json
@@ -94,6 +98,15 @@ def make(golden, case, ids):
     return logits.numpy()
 
 
+def pickle_again(golden):
+    """Save the adapter of a case again with torch.save."""
+    source, folder = (golden / "interop" / "peft" / case for case in ("excluded", "pickled"))
+    base = AutoModelForCausalLM.from_pretrained(golden / "families" / CASES["excluded"][0], dtype=torch.float32)
+    PeftModel.from_pretrained(base, source).save_pretrained(folder, safe_serialization=False)
+    (folder / "README.md").unlink()
+    (folder / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
+
+
 def main(golden):
     """Write all cases."""
     torch.manual_seed(0)
@@ -103,7 +116,8 @@ def main(golden):
     np.savez_compressed(folder / "logits.npz", ids=ids.numpy().astype(np.int32), **logits)
     bases = {case: base for case, (base, _) in CASES.items()}
     (folder / "bases.json").write_text(json.dumps(bases, indent=2) + "\n")
+    pickle_again(golden)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (pickle_again if sys.argv[2:] == ["pickled"] else main)(Path(sys.argv[1]))

@@ -55,6 +55,11 @@ def logits(steered, tokens):
     return np.asarray(logits_of(hidden, output_embedding(steered.base), steered.loaded.config.final_softcap))
 
 
+def tokens_for(config, rows=2, length=12):
+    """Random token ids as lists."""
+    return np.random.default_rng(0).integers(3, config.vocab_size, (rows, length)).tolist()
+
+
 def greedy(steered, tokens, count):
     """Our own greedy continuations, without a cache."""
     rows = [list(row) for row in tokens]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -163,7 +164,7 @@ def _problems(raw: Mapping[str, Json], loaded: LoadedModel) -> list[str]:
         problems.append(f"the model is {family.name}; supported are {' and '.join(FAMILIES_THERE)}")
     for field, expected in (("model_type", family.hf_type), ("hidden_size", width)):
         if raw.get(field) != expected:
-            problems.append(f"{field} is {str(raw.get(field))[:200]!r}, the model's is {expected!r}")
+            problems.append(f"{field} is {reprlib.repr(raw.get(field))}, the model's is {expected!r}")
     if not isinstance(raw.get("name"), str) or not isinstance(raw.get("version"), str):
         problems.append("name and version must be texts, as in every adapter since 2021")
     if not isinstance(raw.get("config"), dict):
@@ -173,9 +174,8 @@ def _problems(raw: Mapping[str, Json], loaded: LoadedModel) -> list[str]:
 
 def _config_problems(said: Mapping[str, Json]) -> list[str]:
     """What of a bottleneck's settings is not steering after the block."""
-    show = lambda value: repr(str(value)[:200])
     problems = [
-        f"{field} is {show(said[field])}, supported is {value}"
+        f"{field} is {reprlib.repr(said[field])}, supported is {value}"
         for field, value in _FIXED.items()
         if said.get(field, value) != value
     ]
@@ -183,7 +183,7 @@ def _config_problems(said: Mapping[str, Json]) -> list[str]:
     if residual not in _RESIDUALS:
         problems.append(
             "original_ln_before, original_ln_after and residual_before_ln are "
-            f"{show(residual)}; supported are {' and '.join(map(str, _RESIDUALS))}: after the block"
+            f"{reprlib.repr(residual)}; supported are {' and '.join(map(str, _RESIDUALS))}: after the block"
         )
     checks: dict[str, tuple[Callable[[Json], bool], str]] = {
         "scaling": (lambda v: type(v) is float and math.isfinite(v), "a number with a decimal point"),
@@ -200,7 +200,7 @@ def _config_problems(said: Mapping[str, Json]) -> list[str]:
     fallback = {"scaling": 1.0, "leave_out": []}
     for field, (check, allowed) in checks.items():
         if not check(said.get(field, fallback.get(field))):
-            problems.append(f"{field} is {show(said.get(field))}; expected {allowed}")
+            problems.append(f"{field} is {reprlib.repr(said.get(field))}; expected {allowed}")
     known = {*_FIXED, *_HARMLESS, *checks, "original_ln_before", "original_ln_after", "residual_before_ln"}
     problems += [f"{field} is not supported" for field, value in said.items() if field not in known and value]
     return problems
@@ -258,6 +258,7 @@ FORMAT = Format(
     write=write,
     options=("name",),
     verify="adapters",
+    over="hf",
     use=Use(
         "adapter-transformers",
         "adapter",

@@ -7,6 +7,7 @@ steerings at once. The linears have the base model's dtype, since these programs
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -179,9 +180,11 @@ def _places(about: Mapping[str, Json], family: Family, config: ModelConfig, path
     rank, activation = about.get("rank"), about.get("activation")
     where = f"{path / 'config.json'}: {KEY}"
     if type(rank) is not int or not 1 <= rank <= config.width:
-        raise ValueError(f"{where} says rank {rank!r}; expected an integer from 1 to {config.width}")
+        raise ValueError(f"{where} says rank {reprlib.repr(rank)}; expected an integer from 1 to {config.width}")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(f"{where} says activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"{where} says activation {reprlib.repr(activation)}; expected one of {', '.join(ACTIVATIONS)}"
+        )
     return Places(family, config, rank, activation)
 
 

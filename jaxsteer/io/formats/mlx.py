@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -80,22 +81,22 @@ def _problems(raw: Mapping[str, Json]) -> list[str]:
     kind, said = raw.get("fine_tune_type", "lora"), raw.get("lora_parameters")
     if kind not in ("lora", "dora"):
         return [
-            f"fine_tune_type is {str(kind)[:200]!r}; lora and dora are read. Fuse it (mlx_lm.fuse) and load the model"
+            f"fine_tune_type is {reprlib.repr(kind)}; lora and dora are read. Fuse it (mlx_lm.fuse) and load the model"
         ]
     if not isinstance(said, dict):
         return ["has no object lora_parameters"]
     problems = []
     rank, scale, keys = said.get("rank"), said.get("scale"), said.get("keys")
     if type(rank) is not int or not 0 < rank < 2**31:
-        problems.append(f"rank is {str(rank)[:200]!r}; expected an integer above 0")
+        problems.append(f"rank is {reprlib.repr(rank)}; expected an integer above 0")
     if type(scale) not in (int, float) or not abs(scale) < 2**63:  # type: ignore[arg-type]
-        problems.append(f"scale is {str(scale)[:200]!r}; expected a number")
+        problems.append(f"scale is {reprlib.repr(scale)}; expected a number")
     if "alpha" in said:
         problems.append("alpha is of an old version, where it changed the scale; write the whole factor as scale")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
-        problems.append(f"keys is {str(keys)[:200]!r}; expected a list of names")
+        problems.append(f"keys is {reprlib.repr(keys)}; expected a list of names")
     if type(raw.get("num_layers")) is not int:
-        problems.append(f"num_layers is {str(raw.get('num_layers'))[:200]!r}; expected an integer")
+        problems.append(f"num_layers is {reprlib.repr(raw.get('num_layers'))}; expected an integer")
     return problems
 
 
@@ -191,6 +192,7 @@ FORMAT = Format(
     reduce=reduce,
     write=write,
     verify="mlx",
+    over="hf",
     use=Use(
         "mlx",
         "adapter",

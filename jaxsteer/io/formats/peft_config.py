@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -118,7 +119,8 @@ def read_config(path: Path) -> PeftConfig:
     """
     raw = read_json(path)
     if raw.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {raw.get('peft_type')!r}; only LORA (with its variants) is read")
+        kind = reprlib.repr(raw.get("peft_type"))
+        raise ValueError(f"{path}: peft_type is {kind}; only LORA (with its variants) is read")
     problems = [*_unsupported(raw), *_malformed(raw)]
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}")
@@ -132,14 +134,16 @@ def _unsupported(raw: Mapping[str, Json]) -> list[str]:
         # Null, false and empty are how PEFT writes that something is not used.
         if field not in _READ | _HARMLESS and value:
             problems.append(
-                f"{field} is {str(value)[:200]!r}, which is not supported; merge it with peft and load that"
+                f"{field} is {reprlib.repr(value)}, which is not supported; merge it with peft and load that"
             )
     if raw.get("bias", "none") != "none":
-        problems.append(f"bias is {raw['bias']!r}; trained biases are not read: merge them with peft and load that")
+        problems.append(
+            f"bias is {reprlib.repr(raw['bias'])}; trained biases are not read: merge them with peft and load that"
+        )
     init = raw.get("init_lora_weights", True)
     if not any(init is known or (isinstance(init, str) and init == known) for known in _INITS):
         problems.append(
-            f"init_lora_weights is {init!r}, which changes the base model; save it again with peft's "
+            f"init_lora_weights is {reprlib.repr(init)}, which changes the base model; save it again with peft's "
             "path_initial_model_for_weight_conversion, which makes it plain LoRA"
         )
     return problems
@@ -170,7 +174,7 @@ def _malformed(raw: Mapping[str, Json]) -> list[str]:
     }
     required = {"r", "lora_alpha", "target_modules"}
     return [
-        f"{field} is {str(raw.get(field))[:200]!r}; expected {allowed}"
+        f"{field} is {reprlib.repr(raw.get(field))}; expected {allowed}"
         for field, (check, allowed) in checks.items()
         if (raw.get(field) is not None or field in required) and not check(raw.get(field))
     ]

@@ -7,6 +7,7 @@ adapter_steerer.pt for joint adaptation. Activation, α and positions are not st
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -135,7 +136,9 @@ def _adapters(file: Path, tensors: Mapping[str, Stored], model: LoadedModel, giv
     for name, tensor in tensors.items():
         match = _KEY.fullmatch(name)
         if match is None or match[3] is None:
-            raise ValueError(f"{file}: {name!r} is no adapter's weight; expected names like layer0_block.down.weight")
+            raise ValueError(
+                f"{file}: {reprlib.repr(name)} is no adapter's weight; expected names like layer0_block.down.weight"
+            )
         found.setdefault((int(match[1]), match[2]), {})[match[3]] = (name, tensor)
     pieces = []
     for (layer, target), parts in found.items():
@@ -155,7 +158,9 @@ def _vectors(file: Path, tensors: Mapping[str, Stored], model: LoadedModel) -> l
     for name, tensor in tensors.items():
         match = _KEY.fullmatch(name)
         if match is None or match[3] is not None:
-            raise ValueError(f"{file}: deltas.{name!r} is no fixed vector; expected names like deltas.layer0_block")
+            raise ValueError(
+                f"{file}: deltas.{reprlib.repr(name)} is no fixed vector; expected names like deltas.layer0_block"
+            )
         site = _site(file, match[2], model.config)
         params = {"v": values(file, f"deltas.{name}", tensor, (model.config.width,))}
         pieces.append(Piece(FixedVector(), site, int(match[1]), params))

@@ -67,7 +67,7 @@ def families_of(kind: Literal["hf_type", "gguf"], name: object, where: str) -> l
         return families
     key = "model_type" if kind == "hf_type" else "general.architecture"
     known = ", ".join(dict.fromkeys(getattr(family, kind) for family in FAMILIES.values()))
-    raise ValueError(f"{where}: {key} is {name!r}; the families known here are {known}")
+    raise ValueError(f"{where}: {key} is {reprlib.repr(name)}; the families known here are {known}")
 
 
 def config_from_hf(raw: RawConfig, where: str) -> tuple[Family, ModelConfig]:
@@ -149,7 +149,7 @@ def _typed(value: object, ours: str, name: str, where: str) -> FieldValue:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"{where}: {name} is {value!r}; expected {kind.__name__}")
+        raise ValueError(f"{where}: {name} is {reprlib.repr(value)}; expected {kind.__name__}")
     assert isinstance(value, bool | int | float)
     return value
 
@@ -166,11 +166,13 @@ def _windows(family: Family, raw: RawConfig, layers: int, where: str) -> Fields:
     elif isinstance(types, list) and len(types) == layers and all(kind in _LAYER_TYPES for kind in types):
         local = tuple(_LAYER_TYPES[kind] for kind in types)
     else:
-        raise ValueError(f"{where}: layer_types is {types!r}; expected {layers} words out of {', '.join(_LAYER_TYPES)}")
+        raise ValueError(
+            f"{where}: layer_types is {reprlib.repr(types)}; expected {layers} words out of {', '.join(_LAYER_TYPES)}"
+        )
     if size is None or (windows.switch and not raw.get(windows.switch, False)) or not any(local):
         return {}
     if type(size) is not int or size < 1:
-        raise ValueError(f"{where}: sliding_window is {size!r}; expected a positive integer")
+        raise ValueError(f"{where}: sliding_window is {reprlib.repr(size)}; expected a positive integer")
     return window_fields(size, local)
 
 

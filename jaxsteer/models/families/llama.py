@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import replace
 
 from jaxsteer.models.families.table import (
@@ -56,7 +57,7 @@ def _unrotated(raw: RawConfig, layer: int) -> bool:
     """Whether a layer has no rotary positions: SmolLM3's `no_rope_layers` is 1 if it has them, despite its name."""
     flags = raw.get("no_rope_layers")
     if flags is not None and not (isinstance(flags, list) and all(flag in (0, 1) for flag in flags)):
-        raise ValueError(f"no_rope_layers is {flags!r}; expected a list of 0 and 1")
+        raise ValueError(f"no_rope_layers is {reprlib.repr(flags)}; expected a list of 0 and 1")
     if flags is not None and layer < len(flags):
         return not flags[layer]
     return (layer + 1) % layer_count(raw, "no_rope_layer_interval", default=4) == 0

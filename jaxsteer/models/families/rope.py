@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 
 from jaxsteer.models.config import ModelConfig, RopeScaling
@@ -86,20 +87,21 @@ def _rope(raw: RawConfig, max_length: int, where: str, default: float) -> tuple[
     top = {} if raw.get("rope_theta") is None else {"rope_theta": raw["rope_theta"]}
     for place in (top, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}):
         if not isinstance(place, Mapping):
-            raise ValueError(f"{where}: the rotary parameters are {place!r}; expected an object")
+            raise ValueError(f"{where}: the rotary parameters are {reprlib.repr(place)}; expected an object")
         for key, value in place.items():
             key = "rope_type" if key == "type" else key
             if value is not None and parameters.setdefault(key, value) != value:
+                one, two = reprlib.repr(parameters[key]), reprlib.repr(value)
                 raise ValueError(
-                    f"{where}: {key} is given as {parameters[key]!r} and as {value!r} (rope_theta, "
-                    "rope_parameters, rope_scaling); keep one"
+                    f"{where}: {key} is given as {one} and as {two} (rope_theta, rope_parameters, rope_scaling); keep "
+                    "one"
                 )
     kind = parameters.pop("rope_type", "default")
     if _is_neutral_yarn(kind, parameters, max_length):
         kind = "default"
     if not isinstance(kind, str) or kind not in _ROPE_NUMBERS:
         raise ValueError(
-            f"{where}: rope_type is {kind!r}; supported are {', '.join(_ROPE_NUMBERS)}. This model's "
+            f"{where}: rope_type is {reprlib.repr(kind)}; supported are {', '.join(_ROPE_NUMBERS)}. This model's "
             "position encoding cannot be computed faithfully"
         )
     theta = parameters.pop("rope_theta", default)
@@ -110,11 +112,12 @@ def _rope(raw: RawConfig, max_length: int, where: str, default: float) -> tuple[
     parameters = {key: value for key, value in parameters.items() if key in expected or key not in _ROPE_OTHERS}
     if set(parameters) != set(expected):
         raise ValueError(
-            f"{where}: rope_type {kind!r} has the parameters {sorted(parameters)}; expected exactly {list(expected)}"
+            f"{where}: rope_type {kind} has the parameters {reprlib.repr(sorted(parameters))}; expected exactly "
+            f"{list(expected)}"
         )
     for key, value in {**parameters, "rope_theta": theta, "original_max_position_embeddings": original}.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{where}: {key} is {value!r}; expected a positive number")
+            raise ValueError(f"{where}: {key} is {reprlib.repr(value)}; expected a positive number")
     numbers = {key: float(value) for key, value in parameters.items()}
     if numbers.get("factor", 1.0) == 1.0:
         return float(theta), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -169,7 +170,7 @@ def layer_count(raw: RawConfig, *names: str, default: int, minimum: int = 1) -> 
         if (value := raw.get(name)) is None:
             continue
         if type(value) is not int or value < minimum:
-            raise ValueError(f"{name} is {value!r}; expected an integer of at least {minimum}")
+            raise ValueError(f"{name} is {reprlib.repr(value)}; expected an integer of at least {minimum}")
         return value
     return default
 

@@ -4,14 +4,15 @@ import gguf
 import numpy as np
 import pytest
 from published import names_of
-from tiny import identical, random_steering
+from tiny import identical, random_steering, run
 
-from jaxsteer import parse_plan
+from jaxsteer import make_batch, parse_plan
 from jaxsteer.io import SteeredModel, load_model
 from jaxsteer.io.formats import FORMATS, Given, WriteOptions
 from jaxsteer.io.formats.updates import updates_of
 from jaxsteer.io.gguf_file import open_gguf
 from jaxsteer.models.families import FAMILIES
+from jaxsteer.models.transformer import logits_of, output_embedding
 
 LORA, CONTROL, REPENG = (FORMATS[name] for name in ("gguf-lora", "gguf-control", "repeng"))
 NONE, PLAIN = Given(), WriteOptions()
@@ -260,3 +261,16 @@ def test_damage_is_refused_or_harmless(kind, seed, llama, tmp_path):
     except ValueError:
         return
     assert read.plan
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "format", "given"),
+    [("lora", "adapter.gguf", LORA, NONE), ("control", "control.gguf", REPENG, Given(strength=1.0))],
+)
+def test_files_of_others_mean_what_llama_cpp_computes(name, file, format, given, llama, golden):
+    answers = np.load(golden / "interop" / "llama" / "answers.npz")
+    read = format.read(golden / "interop" / "llama" / file, llama, given)
+    hidden = run(read.model, read.base, read.steering, make_batch(answers["tokens"])).hidden
+    ours = np.asarray(logits_of(hidden, output_embedding(read.base)))
+    np.testing.assert_allclose(ours, answers[f"{name}/logits"], rtol=0, atol=1e-5)
+    assert np.abs(answers[f"{name}/logits"] - answers["base/logits"]).max() > 0.1
