@@ -163,6 +163,7 @@ def convert(config: ConvertConfig) -> None:
     config.check()
     found = recognise(base_models.resolve_model(config.source), config.source_format)
     check_given(found.format, config.given)
+    say(f"{found.path}: {found.format.name}, {found.format.holds}")
     steered, reference = read_trained(found, config) if found.format.name == "jaxsteer" else (read(found, config), None)
     rows = rows_of_text(steered.loaded, config.text)
     if config.fit_lora is not None:

@@ -19,6 +19,7 @@ from jaxsteer.io.formats.sidecar import Sidecar, check_base, read_sidecar, resto
 from jaxsteer.io.formats.verdict import Verdict, judge, probe_tokens, unlike
 from jaxsteer.io.load import LoadedModel, load_model
 from jaxsteer.io.steered import SteeredModel
+from jaxsteer.io.steering_file import check_steering
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.quantise import is_quantised
 from jaxsteer.plans import validate_plan
@@ -122,24 +123,40 @@ def export(
     options, format = options or WriteOptions(), find_format(to)
     check_free(Path(folder))
     check_export(to, steered.plan, steered.loaded, options)
+    check_steering(steered.steering, steered.plan, steered.loaded.config, to)
+    tokens = _checked(tokens, steered.loaded.config.vocab_size)
     assert format.reduce is not None
     assert format.write is not None
     reduced = format.reduce(steered, options)
     if format.unsteered:
         steered = replace(steered, plan=(), steering={})
-    if tokens is None:
-        tokens = probe_tokens(steered.loaded.config.vocab_size)
     with new_folder(folder) as partial:
         format.write(reduced, partial, options)
         read = format.read(partial, None if format.whole else steered.loaded, Given())
         _check_read(reduced, read, format)
         restored = restore(steered.plan, read) if steered.plan else steered
         verbatim = steered.plan == restored.plan and not unlike(steered.steering, restored.steering)
-        changed = [] if verbatim else [_lost(steered.plan, read.plan, format)]
+        changed = [] if verbatim else [_lost(steered.plan, read.plan, restored.plan, format)]
         verdict = judge(reference or steered, read, tokens, verbatim=verbatim)
         verdict = replace(verdict, lost=tuple(dict.fromkeys([*reduced.lost, *changed])))
         describe(partial, steered, to, verdict)
     return verdict
+
+
+def _checked(tokens: np.ndarray | None, vocab_size: int) -> np.ndarray:
+    """The probe, by default one at random.
+
+    Raises:
+        ValueError: not token ids [B, T] of the model.
+    """
+    if tokens is None:
+        return probe_tokens(vocab_size)
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens: expected integers [B, T], got {tokens.dtype} {list(tokens.shape)}")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"tokens: {tokens.min()} to {tokens.max()}; the model has 0 to {vocab_size - 1}")
+    return tokens
 
 
 def describe(folder: Path, steered: SteeredModel, to: str, verdict: Verdict, peers: Sequence[Json] = ()) -> None:
@@ -167,12 +184,14 @@ def _check_read(reduced: SteeredModel, read: SteeredModel, format: Format) -> No
         raise RuntimeError(f"{format.name}: what was read again is not what was written: {'; '.join(problems[:5])}")
 
 
-def _lost(plan: Plan, read: Plan, format: Format) -> str:
+def _lost(plan: Plan, read: Plan, restored: Plan, format: Format) -> str:
     """What the files hold instead of the slots that they do not hold as they were, a sentence."""
     changed = [slot.name for slot in plan if slot not in read] or [slot.name for slot in plan]
     slots = f"{'slots' if len(changed) > 1 else 'slot'} {', '.join(changed)}"
     if format.whole:
         return f"{slots}: merged into the weights, and cannot be taken out again"
+    if restored == plan:
+        return f"{slots}: some values come back rounded"
     return f"{slots}: stored in another form, as {', '.join(slot.name for slot in read)}"
 
 
@@ -212,7 +231,9 @@ def recognise(source: str | Path, format: str | None = None) -> Source:
         known_names = [name for name, row in FORMATS.items() if row.recognises(path)]
         if not known_names:
             raise ValueError(f"{source}: in none of the formats that are read here ({', '.join(FORMATS)})")
-        known = FORMATS[known_names[0]]
+        # What was exported says so itself: other files may lie beside it.
+        own = sidecar.format if sidecar is not None else ""
+        known = FORMATS[own if own in known_names else known_names[0]]
     base = known.base(path) if known.base is not None else None
     return Source(path, known, base or (sidecar.source if sidecar else None), sidecar)
 

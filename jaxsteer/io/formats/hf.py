@@ -49,6 +49,14 @@ def with_dtype(loaded: LoadedModel, dtype: str | None) -> LoadedModel:
     return replace(loaded, base=cast(loaded.base, dtype))
 
 
+def rounded(steered: SteeredModel, dtype: str | np.dtype | None) -> list[str]:
+    """What a dtype takes from the weights, a sentence; none where it holds them."""
+    own = dtype_of(steered.loaded)
+    if dtype is None or jnp.promote_types(own, dtype) == dtype:
+        return []
+    return [f"the weights were {own}, and are rounded to {np.dtype(dtype)}"]
+
+
 def save_loaded(folder: Path, loaded: LoadedModel, extras: Extras = NO_EXTRAS) -> None:
     """Write a model as a folder, with its tokenizer and its settings of generation."""
     save_hf(
@@ -114,7 +122,7 @@ def merged(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     loaded = replace(
         loaded, config=folded.config, base=cast(folded.base, dtype), fingerprint=fingerprint(folded.config), sample=None
     )
-    return replace(steered, loaded=loaded, plan=(), steering={})
+    return replace(steered, loaded=loaded, plan=(), steering={}, lost=[*steered.lost, *rounded(steered, dtype)])
 
 
 def _recognises(path: Path) -> bool:

@@ -20,7 +20,7 @@ from jaxsteer.interventions import LinearSteering, NonlinearSteering
 from jaxsteer.interventions.loreft import NONE
 from jaxsteer.io.files import Json
 from jaxsteer.io.formats.format import ACTIVATIONS, Format, Given, Use, WriteOptions
-from jaxsteer.io.formats.hf import dtype_of, refuse_dtype, save_loaded, with_dtype
+from jaxsteer.io.formats.hf import dtype_of, refuse_dtype, rounded, save_loaded, with_dtype
 from jaxsteer.io.formats.remote_code import KEY, describe_folder, extras_of, is_folder, read_folder, steering_of
 from jaxsteer.io.formats.updates import refuse_lora
 from jaxsteer.io.load import LoadedModel
@@ -137,7 +137,8 @@ def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     slot = steerable_slot(rank_for(steered.plan, config, options.rank), activation)
     shapes = steering_shapes((slot,), config, dtype_of(loaded))
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return replace(steered, loaded=loaded, plan=(slot,), steering=zero)
+    lost = [*steered.lost, *rounded(steered, options.dtype)]
+    return replace(steered, loaded=loaded, plan=(slot,), steering=zero, lost=lost)
 
 
 def _name_of(number: int, param: str) -> str:

@@ -172,6 +172,8 @@ def _as(wanted: Intervention, method: Intervention, p: dict[str, np.ndarray]) ->
 
     Ranks may have been padded with zeros.
     """
+    if wanted == method:
+        return p
     rank = getattr(wanted, "rank", 0)
     if isinstance(wanted, LoRA) and isinstance(method, LoRA):
         if not math.isclose(wanted.scale, method.scale, rel_tol=1e-9) or isinstance(wanted, DoRA) != isinstance(
@@ -185,11 +187,7 @@ def _as(wanted: Intervention, method: Intervention, p: dict[str, np.ndarray]) ->
             return {**first, "A0": second["A"], "B0": -second["B"]}
         cut = _cut(p, "A", "B", 0, rank) if _zero_beyond(p, "A", "B", rank) else None
         return cut if cut is None or "m" not in p else {**cut, "m": p["m"]}
-    if type(wanted) is not type(method):
-        return None
-    if wanted == method:
-        return p
-    if isinstance(wanted, LinearSteering | NonlinearSteering):
+    if isinstance(wanted, LinearSteering | NonlinearSteering) and type(wanted) is type(method):
         assert isinstance(method, LinearSteering | NonlinearSteering)
         same = math.isclose(wanted.alpha, method.alpha, rel_tol=1e-9)
         same &= getattr(wanted, "activation", None) == getattr(method, "activation", None)
