@@ -10,7 +10,7 @@ them.
 from __future__ import annotations
 
 import codecs
-import tempfile
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from rich.table import Table
 from jaxsteer.batches import make_batch
 from jaxsteer.interventions import LoRA
 from jaxsteer.io import LoadedModel
-from jaxsteer.io.files import check_free
+from jaxsteer.io.files import check_free, partial_of
 from jaxsteer.io.formats import FORMATS, Given, WriteOptions
 from jaxsteer.io.formats.convert import (
     Source,
@@ -45,6 +45,7 @@ from jaxsteer.theory import to_lora
 from jaxsteer.types import Plan, Slot
 from train import base_models, peers
 from train.cli import run_main
+from train.devices import interrupts
 from train.display.console import get_console, progress, say
 
 LENGTH, ROWS, NEW_TOKENS = 128, 4, 16
@@ -161,7 +162,7 @@ def show_formats() -> None:
 def convert(config: ConvertConfig) -> None:
     """Read, write, compare, and report."""
     config.check()
-    found = recognise(base_models.resolve_model(config.source), config.source_format)
+    found = _recognise(base_models.resolve_model(config.source), config)
     check_given(found.format, config.given)
     say(f"{found.path}: {found.format.name}, {found.format.holds}")
     steered, reference = read_trained(found, config) if found.format.name == "jaxsteer" else (read(found, config), None)
@@ -171,7 +172,8 @@ def convert(config: ConvertConfig) -> None:
         steered = with_fitted_lora(steered, rows, config.fit_lora)
     tokens = rows[:PROBE_ROWS]
     say(f"Writing {config.out}, and comparing it with the original ...")
-    verdict = export(steered, config.to, config.out, config.options, tokens=tokens, reference=reference)
+    with interrupts.undoing(lambda: shutil.rmtree(partial_of(config.out), ignore_errors=True)):
+        verdict = export(steered, config.to, config.out, config.options, tokens=tokens, reference=reference)
     print(f"{config.to}: {config.out}")
     for path in sorted(Path(config.out).iterdir()):
         print(f"  {path.name:32} {path.stat().st_size:>14,} bytes")
@@ -186,6 +188,25 @@ def convert(config: ConvertConfig) -> None:
         print(f"uploaded: {push(config.out, config.push, private=config.private)}")
 
 
+def _recognise(source: str | Path, config: ConvertConfig) -> Source:
+    """What SOURCE is.
+
+    Raises:
+        ValueError: see `recognise`; of a run's folder without steering, why it has none.
+    """
+    try:
+        return recognise(source, config.source_format)
+    except ValueError:
+        folder = Path(source)
+        if config.source_format is None and (folder / "model" / "config.json").is_file():
+            raise ValueError(f"{folder}: this run trained the model itself; give {folder / 'model'}") from None
+        if config.source_format is None and (folder / "checkpoints").is_dir():
+            raise ValueError(
+                f"{folder}: the run has not finished; continue it with --resume, or give another"
+            ) from None
+        raise
+
+
 def verify(config: ConvertConfig, steered: SteeredModel, tokens: np.ndarray) -> dict[str, Any]:
     """What the program that the export is for makes of it, compared with what we make of it."""
     row, out = FORMATS[config.to], Path(config.out)
@@ -194,7 +215,7 @@ def verify(config: ConvertConfig, steered: SteeredModel, tokens: np.ndarray) -> 
     exported = load(out, None if row.whole else steered.loaded)
     ours = peers.probe(exported, tokens, NEW_TOKENS)
     say(f"Asking {row.verify} ...")
-    with tempfile.TemporaryDirectory(prefix="jaxsteer-base-") as folder:
+    with peers.temporary_folder("jaxsteer-base-") as folder:
         base = None if config.over is None else Path(config.over)
         if row.over is not None:
             base = Path(folder)
@@ -226,15 +247,14 @@ def read_trained(found: Source, config: ConvertConfig) -> tuple[SteeredModel, St
     """
     file = base_models.read_steered(str(found.path))
     assert file is not None
-    run, name = base_models.run_settings(file.notes), base_models.find_base(file, config.model)
-    quantised = run.get("quantise") == "int8"
+    name = base_models.find_base(file, config.model)
+    quantised, tokenizer = base_models.base_settings(file)
     if quantised and not config.float_base:
         raise ValueError(
             f"{file.path}: trained on an int8 base, which no format here holds; --float-base writes it for the float "
             "weights and says what the difference means"
         )
     base_models.check_base(file, name, other_base=config.other_base)
-    tokenizer = run.get("tokenizer")
     described = base_models.describe(name, tokenizer=tokenizer)
     plan = file.plan
     if config.fit_lora is not None:

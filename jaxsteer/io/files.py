@@ -152,7 +152,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             if not dead:
                 raise ValueError(f"{path}: another process is writing there; wait for it, or name another folder")
             shutil.rmtree(stale, ignore_errors=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     partial.mkdir()
     with _locked(partial):
         try:
@@ -161,6 +161,12 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             os.replace(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(path: str | Path) -> Path:
+    """The folder that `new_folder` fills in this process."""
+    path = Path(path).resolve()
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager

@@ -52,7 +52,8 @@ def with_dtype(loaded: LoadedModel, dtype: str | None) -> LoadedModel:
 def rounded(steered: SteeredModel, dtype: str | np.dtype | None) -> list[str]:
     """What a dtype takes from the weights, a sentence; none where it holds them."""
     own = dtype_of(steered.loaded)
-    if dtype is None or jnp.promote_types(own, dtype) == dtype:
+    old, new = jnp.finfo(own), jnp.finfo(own if dtype is None else dtype)
+    if new.nmant >= old.nmant and new.nexp >= old.nexp:
         return []
     return [f"the weights were {own}, and are rounded to {np.dtype(dtype)}"]
 

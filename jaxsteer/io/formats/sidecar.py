@@ -116,13 +116,14 @@ def check_base(sidecar: Sidecar, steered: SteeredModel, where: str, *, other_bas
     """
     loaded = steered.loaded
     if loaded.fingerprint != sidecar.fingerprint:
-        raise ValueError(f"{where}: made for {sidecar.source}, whose config is not that of {loaded.name}")
+        raise ValueError(f"{where}: made for {sidecar.source}, whose config is not that of {loaded.name}; give --model")
     if other_base or loaded.sample is None or sidecar.sample is None:
         return
     found = compare_samples(loaded.sample, sidecar.sample)
     if found.verdict == "another":
         raise ValueError(
-            f"{where}: made for {sidecar.source}, which is another model than {loaded.name}: {found.reason}"
+            f"{where}: made for {sidecar.source}, which is another model than {loaded.name}: {found.reason}. "
+            "Give the model that it was made for (--model), or this one on purpose: --other-base"
         )
 
 
