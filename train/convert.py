@@ -24,7 +24,7 @@ from jaxsteer.batches import make_batch
 from jaxsteer.interventions import LoRA
 from jaxsteer.io import LoadedModel
 from jaxsteer.io.files import check_free
-from jaxsteer.io.formats import FORMATS, Given, WriteOptions, find_format
+from jaxsteer.io.formats import FORMATS, Given, WriteOptions, find_writable
 from jaxsteer.io.formats.convert import Source, check_export, describe, export, load, recognise
 from jaxsteer.io.formats.updates import refuse_lora
 from jaxsteer.io.formats.verdict import PROBE_ROWS, probe_tokens
@@ -78,8 +78,6 @@ class ConvertConfig:
     """Activation of low-rank steering, if SOURCE does not say it: none, silu, relu, gelu or tanh."""
     positions: str | None = None
     """Which tokens are steered, if SOURCE does not say it: all, prompt, completion, last, first:n+last:n."""
-    layer: int | None = None
-    """Block that a vector is for, from 0, if SOURCE does not say it."""
     feature: int | None = None
     """Feature of a sparse autoencoder to steer along."""
     strength: float | None = None
@@ -107,9 +105,7 @@ class ConvertConfig:
             raise ValueError(f"--out: name a folder for the result (--to {self.to})")
         if self.text is not None and not Path(self.text).is_file():
             raise ValueError(f"--text {self.text}: no such file")
-        if not find_format(self.to).writable:
-            written = ", ".join(name for name, row in FORMATS.items() if row.writable)
-            raise ValueError(f"--to {self.to}: this format is only read; these are written: {written}")
+        find_writable(self.to)
         if self.verify:
             self.check_peer()
         if self.positions is not None:
@@ -133,7 +129,7 @@ class ConvertConfig:
     @property
     def given(self) -> Given:
         """What SOURCE does not say."""
-        return Given(self.alpha, self.activation, self.positions, self.layer, self.feature, self.strength)
+        return Given(self.alpha, self.activation, self.positions, self.feature, self.strength)
 
 
 def show_formats() -> None:

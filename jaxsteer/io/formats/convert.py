@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxsteer.io import source as sources
 from jaxsteer.io.files import Json, check_free, new_folder, write_text
-from jaxsteer.io.formats import FORMATS, find_format
+from jaxsteer.io.formats import FORMATS, find_format, find_writable
 from jaxsteer.io.formats.card import model_card
 from jaxsteer.io.formats.format import Format, Given, WriteOptions
 from jaxsteer.io.formats.sidecar import Sidecar, check_base, read_sidecar, restore, write_sidecar
@@ -41,10 +41,8 @@ def check_export(to: str, plan: Plan, loaded: LoadedModel, options: WriteOptions
         ValueError: no such format, one that is only read, or a plan that it cannot hold: every slot with the reason
             and the nearest alternative.
     """
-    format, config = find_format(to), loaded.config
-    if format.write is None or format.refuse is None:
-        writable = ", ".join(name for name, other in FORMATS.items() if other.writable)
-        raise ValueError(f"{to}: this format is only read; these are written: {writable}")
+    format, config = find_writable(to), loaded.config
+    assert format.refuse is not None
     validate_plan(plan, config)
     if is_quantised(loaded.base):
         raise ValueError(

@@ -36,7 +36,6 @@ class Given:
     alpha       factor of the shift
     activation  of low-rank steering: none, silu, relu, gelu or tanh
     positions   which tokens are steered, as in a plan ("all", "last", ...)
-    layer       0-based block that a vector is for
     feature     row of a sparse autoencoder's decoder
     strength    factor of that row
     """
@@ -44,7 +43,6 @@ class Given:
     alpha: float | None = None
     activation: str | None = None
     positions: str | None = None
-    layer: int | None = None
     feature: int | None = None
     strength: float | None = None
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxsteer.folding import affine_parts, unfoldable
 from jaxsteer.interventions import FixedVector
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
+from jaxsteer.io.formats.pieces import finite
 from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
 from jaxsteer.io.gguf_write import plain, write_gguf
 from jaxsteer.io.load import LoadedModel
@@ -65,10 +66,12 @@ def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
         raise ValueError(f"{file.path}: the strength is {reprlib.repr(strength)}; expected a number (--strength)")
     assert loaded is not None
     _check(file, loaded)
-    vectors = {_block_of(name): tensor.read() for name, tensor in file.tensors.items()}
-    return _with_vectors(
-        SteeredModel(loaded), {i: np.asarray(vectors[i], np.float32) * np.float32(strength) for i in sorted(vectors)}
-    )
+    with np.errstate(over="ignore"):
+        vectors = {
+            _block_of(name): finite(file.path, name, np.asarray(tensor.read(), np.float32) * np.float32(strength))
+            for name, tensor in file.tensors.items()
+        }
+    return _with_vectors(SteeredModel(loaded), vectors)
 
 
 def _check(file: Gguf, loaded: LoadedModel) -> None:

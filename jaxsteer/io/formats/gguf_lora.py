@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
+from jaxsteer.io.formats.pieces import base_needed, finite
 from jaxsteer.io.formats.updates import Place, Update, Updates, plan_of, refuse_lora, updates_of
 from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
 from jaxsteer.io.gguf_write import plain, write_gguf
@@ -21,7 +22,6 @@ from jaxsteer.io.stored import names_of, transform_of
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.families.table import Family, Row
-from jaxsteer.models.quantise import is_quantised
 from jaxsteer.types import Plan
 
 FILE = "adapter.gguf"
@@ -74,8 +74,7 @@ def _recognises(path: Path) -> bool:
 
 def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     file = _open(path)
-    if loaded is None:
-        raise ValueError(f"{file.path}: does not say which model it is for: --model")
+    loaded = base_needed(file.path, loaded)
     family, config = FAMILIES[loaded.family], loaded.config
     _check_metadata(file, family)
     alpha = file.metadata.get(ALPHA, 0.0)
@@ -91,9 +90,11 @@ def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
                 f"{file.path}: {name}.lora_a and lora_b have shapes {list(a.shape)} and {list(b.shape)}; expected "
                 f"[rank, {inputs}] and [{outputs}, rank]. Give the model that it is for (--model)"
             )
-        updates |= _split(
-            np.asarray(a.read(), np.float32), np.asarray(b.read(), np.float32), alpha, targets[name], config
+        read_a, read_b = (
+            finite(file.path, f"{name}.lora_{part}", np.asarray(tensor.read(), np.float32))
+            for part, tensor in (("a", a), ("b", b))
         )
+        updates |= _split(read_a, read_b, alpha, targets[name], config)
     plan, steering = plan_of(updates, config)
     return SteeredModel(loaded, plan, steering)
 
@@ -194,8 +195,6 @@ def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptio
 
 def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """The plan as LoRA slots whose scales follow from the file's one alpha."""
-    if is_quantised(steered.base):
-        raise ValueError("the base is in int8; export the steering over the model it was quantised from")
     config, family = steered.loaded.config, FAMILIES[steered.loaded.family]
     stored, alpha = _stored(steered)
     targets, updates = _targets(family, config), Updates()

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions import LinearSteering, NonlinearSteering
 from jaxsteer.interventions.loreft import NONE
 from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS
 from jaxsteer.io.files import Json
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.hf import dtype_of, refuse_options, save_loaded, with_dtype
+from jaxsteer.io.formats.pieces import LowRank, activation_of, low_rank
 from jaxsteer.io.formats.remote_code import KEY, describe_folder, extras_of, is_folder, read_folder, steering_of
 from jaxsteer.io.formats.updates import refuse_lora
 from jaxsteer.io.load import LoadedModel
@@ -40,22 +40,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 ACTIVATIONS = (NONE, *ACTIVATION_FUNCTIONS)
 """What a base may have between its two linears."""
 
-LowRank = LinearSteering | NonlinearSteering
-
 DOWN, UP = "steer_down.weight", "steer_up.weight"
 """The tensors of a block, [R, D] and [D, R]."""
-
-
-def low_rank(rank: int, activation: str, alpha: float = 1.0) -> LowRank:
-    """Steering of this rank and activation; "none" is linear steering."""
-    if activation == NONE:
-        return LinearSteering(rank=rank, alpha=alpha)
-    return NonlinearSteering(rank=rank, alpha=alpha, activation=activation)
-
-
-def activation_of(slot: Slot) -> str:
-    """The activation of a slot for which there is a place."""
-    return getattr(slot.method, "activation", NONE)
 
 
 def steerable_slot(rank: int, activation: str) -> Slot:
@@ -91,7 +77,7 @@ def _refuse_place(slot: Slot, taken: list[Slot]) -> list[str]:
     for other in taken[: taken.index(slot)]:
         if other.shares_layer(slot):
             return [f"slot {other.name!r} has the place after one of its blocks. Write both with --to hf-steered"]
-    activations = [activation_of(slot), activation_of(taken[0])]
+    activations = [activation_of(method_of(slot)), activation_of(method_of(taken[0]))]
     if activations[0] != activations[1]:
         return [
             f"its activation is {activations[0]}, that of slot {taken[0].name!r} is {activations[1]}, and a steerable "
@@ -137,7 +123,7 @@ def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """The base model with zero steering in every place."""
     loaded = with_dtype(steered.loaded, options.dtype)
     config = loaded.config
-    activation = activation_of(post_block(steered.plan)[0])
+    activation = activation_of(method_of(post_block(steered.plan)[0]))
     slot = steerable_slot(rank_for(steered.plan, config, options.rank), activation)
     shapes = steering_shapes((slot,), config, dtype_of(loaded))
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -150,7 +136,7 @@ def _name_of(number: int, param: str) -> str:
 
 def _write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     (slot,) = reduced.plan
-    about = {"rank": method_of(slot).rank, "activation": activation_of(slot)}
+    about = {"rank": method_of(slot).rank, "activation": activation_of(method_of(slot))}
     save_loaded(folder, reduced.loaded, extras_of(KIND, reduced, about, _name_of))
 
 

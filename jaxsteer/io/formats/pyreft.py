@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxsteer.interventions import DiReFT, FixedVector, LoReFT
+from jaxsteer.interventions.loreft import NONE
 from jaxsteer.io.files import Json, read_json
 from jaxsteer.io.formats.format import Format, Given
-from jaxsteer.io.formats.pieces import NONE, Piece, ask, gather, matrix_shape, values
+from jaxsteer.io.formats.pieces import Piece, ask, gather, matrix_shape, values
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.pickles import open_pickle
 from jaxsteer.io.steered import SteeredModel

@@ -148,7 +148,9 @@ def _adapters(file: Path, tensors: Mapping[str, Stored], model: LoadedModel, giv
         (down_name, down), (up_name, up) = parts["down"], parts["up"]
         rank = matrix_shape(file, down_name, down)[0]
         params = {"D": values(file, down_name, down, (rank, width)), "U": values(file, up_name, up, (width, rank))}
-        pieces.append(Piece(low_rank(rank, given), site, layer, params))
+        assert given.activation is not None
+        assert given.alpha is not None
+        pieces.append(Piece(low_rank(rank, given.activation, given.alpha), site, layer, params))
     return pieces
 
 

@@ -12,7 +12,7 @@ from jaxsteer.batches import make_batch
 from jaxsteer.io.files import Json
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.transformer import Network, logits_of, output_embedding
-from jaxsteer.types import Array, PyTree
+from jaxsteer.types import Array, Batch, PyTree
 
 EXACT = 1e-5
 """Largest difference of logits, as a share of the largest logit, that rounding in fp32 explains."""
@@ -78,9 +78,9 @@ def judge(steered: SteeredModel, read: SteeredModel, tokens: np.ndarray, *, verb
         tokens: int32 [B, T], the probe.
         verbatim: whether the leaves of `read` are those of `steered`.
     """
-    batch = jnp.asarray(tokens)
-    wanted, got = _logits(steered.network, batch), _logits(read.network, batch)
-    plain = _logits(SteeredModel(steered.loaded).network, batch) if steered.plan else wanted
+    batch = make_batch(jnp.asarray(tokens))
+    wanted, got = logits(steered.network, batch), logits(read.network, batch)
+    plain = logits(SteeredModel(steered.loaded).network, batch) if steered.plan else wanted
     log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(got)
     return Verdict(
         verbatim=verbatim,
@@ -94,9 +94,9 @@ def judge(steered: SteeredModel, read: SteeredModel, tokens: np.ndarray, *, verb
 
 
 @jax.jit
-def _logits(network: Network, tokens: Array) -> Array:
+def logits(network: Network, batch: Batch) -> Array:
     """Logits [B, T, V] in fp32."""
-    hidden, softcap = network(make_batch(tokens)).hidden, network.model.config.final_softcap
+    hidden, softcap = network(batch).hidden, network.model.config.final_softcap
     return logits_of(hidden, output_embedding(network.base), softcap).astype(jnp.float32)
 
 

@@ -19,14 +19,13 @@ from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.hf_steerable import (
     ACTIVATIONS,
     RANKS,
-    activation_of,
-    low_rank,
     method_of,
     places_in,
     post_block,
     refuse_steering,
 )
 from jaxsteer.io.formats.peft_config import CONFIG, read_config
+from jaxsteer.io.formats.pieces import activation_of, base_needed, low_rank
 from jaxsteer.io.formats.remote_code import blocks_of, tensors_of
 from jaxsteer.io.formats.updates import Update, alpha_for, plan_of, updates_of
 from jaxsteer.io.identity import differences
@@ -84,15 +83,15 @@ def _refuse_over(plan: Plan, family: Family, config: ModelConfig, over: Path | N
         return [f"--over {over}: of another model ({'; '.join(unlike)}); write one with --to hf-steerable"]
     reasons = []
     for slot in post_block(plan):
-        rank = method_of(slot).rank
+        rank, activation = method_of(slot).rank, activation_of(method_of(slot))
         if rank > base.rank:
             reasons.append(
                 f"slot {slot.name!r}: rank {rank}, and {over} has places of rank {base.rank}; write a wider base with "
                 f"--to hf-steerable --rank {rank}"
             )
-        if activation_of(slot) != base.activation:
+        if activation != base.activation:
             reasons.append(
-                f"slot {slot.name!r}: activation {activation_of(slot)}, and that of {over} is {base.activation}; write "
+                f"slot {slot.name!r}: activation {activation}, and that of {over} is {base.activation}; write "
                 "another base with --to hf-steerable, or this model alone with --to hf-steered"
             )
     return reasons
@@ -129,7 +128,7 @@ def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
         leaves = {name: np.asarray(leaf) for name, leaf in steered.steering[slot.name]["block"].items()}
         for at, layer in enumerate(slot.active_layers(steered.loaded.config.layers)):
             factors[layer] = leaves["D"][at], leaves["U"][at], _as_read(slot)
-    activation = activation_of(placed[0]) if placed else ""
+    activation = activation_of(method_of(placed[0])) if placed else ""
     plan, steering = _slots(factors, activation, steered.loaded.config)
     return replace(lora, plan=(*lora.plan, *plan), steering=lora.steering | steering)
 
@@ -168,7 +167,7 @@ def _write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
             down, up = _named(loaded, layer)
             updates[down] = Update(leaves["D"][at], identity, 1.0)
             updates[up] = Update(identity.T, leaves["U"][at], method_of(slot).alpha)
-    metadata = {_ACTIVATION: activation_of(placed[0])} if placed else {}
+    metadata = {_ACTIVATION: activation_of(method_of(placed[0]))} if placed else {}
     peft.write_peft(folder, updates, _shapes(loaded, rank), {}, metadata)
 
 
@@ -199,7 +198,7 @@ def recognises(path: Path) -> bool:
 
 def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     config = read_config(path / CONFIG)
-    loaded = peft.required_base(path, config, loaded)
+    loaded = base_needed(path, loaded, config.raw.get("base_model_name_or_path"))
     if config.dora or config.pissa:
         raise ValueError(
             f"{path / CONFIG}: DoRA and unconverted PiSSA are nothing that vLLM serves; merge them with peft"
