@@ -1,11 +1,14 @@
 """Shared by the tests of formats: steered models, what is written and read of them, what they compute."""
 
+from functools import cache
+
 import numpy as np
 from tiny import random_steering
 
 from jaxsteer.batches import make_batch
 from jaxsteer.io import load_model
 from jaxsteer.io.formats import Given, WriteOptions
+from jaxsteer.io.formats.updates import updates_of
 from jaxsteer.io.formats.verdict import logits as logits_at
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.families import FAMILIES
@@ -18,8 +21,9 @@ def folder_of(golden, name):
     return golden / llama if (golden / llama).exists() else golden / "families" / name
 
 
+@cache
 def family_model(golden, name):
-    """The tiny model of a family."""
+    """The tiny model of a family, read once."""
     return load_model(folder_of(golden, name))
 
 
@@ -55,3 +59,14 @@ def logits(steered, tokens):
     tokens = np.asarray(tokens, np.int32)
     batch = make_batch(tokens, None, np.zeros(tokens.shape, np.float32))
     return np.asarray(logits_at(steered.network, batch))
+
+
+def same_updates(read, steered):
+    """Assert that the LoRAs of two models are the same maps, and that magnitudes are still there."""
+    ours, theirs = updates_of(steered), updates_of(read)
+    assert ours.keys() == theirs.keys()
+    for place, update in ours.items():
+        other = theirs[place]
+        np.testing.assert_allclose(other.scale * (other.b @ other.a), update.scale * (update.b @ update.a), atol=1e-6)
+        if update.magnitude is not None:
+            np.testing.assert_allclose(other.magnitude, update.magnitude, atol=1e-6)
