@@ -178,10 +178,17 @@ def verify(config: ConvertConfig, steered: SteeredModel, tokens: np.ndarray) -> 
     with tempfile.TemporaryDirectory(prefix="jaxsteer-base-") as folder:
         base = None if config.over is None else Path(config.over)
         if row.over is not None:
-            base, write = Path(folder), FORMATS[row.over].write
-            assert write is not None
-            write(SteeredModel(steered.loaded), base, WriteOptions())
+            base = Path(folder)
+            write_base(steered.loaded, row.over, base)
         return peers.verify(row.verify, out, ours, base=base, python=python)
+
+
+def write_base(loaded: LoadedModel, to: str, folder: Path) -> None:
+    """Write a model as it is, for a program that needs it beside an adapter."""
+    row, options = FORMATS[to], WriteOptions()
+    assert row.reduce is not None
+    assert row.write is not None
+    row.write(row.reduce(SteeredModel(loaded), options), folder, options)
 
 
 def show_answer(answer: Mapping[str, Any]) -> str:
@@ -227,7 +234,8 @@ def read(found: Source, config: ConvertConfig) -> SteeredModel:
     name = config.model or found.base
     if name is None:
         raise ValueError(f"{found.path}: does not say which model it is for; name the base model: --model")
-    return load(found, base_models.load(name), given=config.given, other_base=config.other_base)
+    steered = load(found, base_models.load(name), given=config.given, other_base=config.other_base)
+    return replace(steered, source=name)
 
 
 def rows_of_text(loaded: LoadedModel, text: str | None) -> np.ndarray:

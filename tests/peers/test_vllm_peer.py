@@ -29,6 +29,8 @@ JOINT = (
     "pissa(rank=2) @ attn.k layers=0,2",
     "linear(rank=2, alpha=0.5) @ mlp.in layers=2",
 )
+BLOCK_SMOLLM2 = ("nonlinear(rank=8, alpha=0.7) @ block",)
+JOINT_SMOLLM2 = ("nonlinear(rank=8) @ block layers=last:20", "lora(rank=4, alpha=8.0) @ attn.q,mlp.down")
 NEW = 6
 
 
@@ -75,15 +77,40 @@ def test_families(answers, family):
         assert "error" not in answer, answer["error"]
         got = np.load(folder / f"{name}.npy")
         for row, model in enumerate(models):
-            whole = [tokens[row] + answer["generated"][row]]
-            ours = logits(model, whole)[0]
-            logprobs = np.asarray(jax.nn.log_softmax(ours))[: len(tokens[row])]
-            error = np.abs(got[row] - logprobs).max()
+            new = answer["generated"][row]
+            ours = logits(model, [tokens[row] + new])[0]
+            error = np.abs(got[row] - jax.nn.log_softmax(ours)[: len(tokens[row])]).max()
             print(f"{family} {name} row {row}: {error:.1e}")
             assert error <= 5e-5
-            assert ours[len(tokens[row]) - 1 : -1].argmax(-1).tolist() == answer["generated"][row]
+            assert ours[len(tokens[row]) - 1 : -1].argmax(-1).tolist() == new
     plain = jax.nn.log_softmax(logits(mixed[1], [tokens[0]])[0])
     assert np.abs(np.load(folder / "mixed.npy")[0] - plain).max() > 0.1  # or the comparison says nothing
+
+
+def test_smollm2(smollm2, tmp_path):
+    """The model's activations of up to 25,000 leave fp32 with rounding of 5e-5 to 1e-4, in its base model too."""
+    models = [steered(smollm2, texts, seed, 0.02) for seed, texts in enumerate((BLOCK_SMOLLM2, JOINT_SMOLLM2))]
+    base = written(models[1], "hf-steerable", tmp_path / "base")
+    folders = [written(model, "vllm", tmp_path / str(i), tmp_path / "base") for i, model in enumerate(models)]
+    static = written(models[0], "hf-steered", tmp_path / "static")
+    text = "Steering that lives in one framework is of little use to those who serve with another."
+    tokens = [smollm2.require_tokenizer().encode(text, add_special_tokens=False)[:16]]
+    out = {name: str(tmp_path / f"{name}.npy") for name in ("mixed", "static")}
+    answers = ask_vllm(
+        [
+            {"base": base, "adapters": [None, *folders], "tokens": tokens * 3, "out": out["mixed"]},
+            {"path": static, "tokens": tokens, "out": out["static"]},
+        ]
+    )
+    assert not [answer for answer in answers if "error" in answer]
+    got = [*np.load(out["mixed"]), *np.load(out["static"])]
+    everyone = [SteeredModel(smollm2), *models, models[0]]
+    ours = [np.asarray(jax.nn.log_softmax(logits(model, tokens)[0])) for model in everyone]
+    errors = [np.abs(a - b) for a, b in zip(got, ours, strict=True)]
+    print("SmolLM2: largest", [f"{error.max():.1e}" for error in errors], "mean", [f"{e.mean():.1e}" for e in errors])
+    assert all(error.mean() <= 5e-5 for error in errors)
+    assert all(error.max() <= errors[0].max() + 5e-5 for error in errors[1:])
+    assert all(np.abs(one - ours[0]).max() > 0.1 for one in ours[1:])
 
 
 def test_gpt2_is_what_vllm_cannot_load(golden, tmp_path):

@@ -243,6 +243,7 @@ FORMAT = Format(
     reduce=reduce,
     write=write,
     verify="adapters",
+    over="hf",
     use=Use(
         "adapter-transformers",
         "adapter",

@@ -98,7 +98,7 @@ def export(
         _check_read(reduced, read, format)
         restored = restore(steered.plan, read) if steered.plan else steered
         verbatim = steered.plan == restored.plan and not unlike(steered.steering, restored.steering)
-        changed = [] if verbatim else [_lost(steered.plan, read.plan)]
+        changed = [] if verbatim else [_lost(steered.plan, read.plan, format)]
         verdict = judge(reference or steered, read, tokens, verbatim=verbatim)
         verdict = replace(verdict, lost=tuple(dict.fromkeys([*reduced.lost, *changed])))
         describe(partial, steered, to, verdict)
@@ -130,12 +130,13 @@ def _check_read(reduced: SteeredModel, read: SteeredModel, format: Format) -> No
         raise RuntimeError(f"{format.name}: what was read again is not what was written: {'; '.join(problems[:5])}")
 
 
-def _lost(plan: Plan, read: Plan) -> str:
-    """What the files say instead of the plan, a sentence."""
-    slots = ", ".join(slot.name for slot in plan)
-    if not read:
-        return f"the slots ({slots}) are merged into the weights and cannot be taken out again"
-    return f"the slots ({slots}) are stored in another form: {', '.join(slot.name for slot in read)}"
+def _lost(plan: Plan, read: Plan, format: Format) -> str:
+    """What the files hold instead of the slots that they do not hold as they were, a sentence."""
+    changed = [slot.name for slot in plan if slot not in read] or [slot.name for slot in plan]
+    slots = f"{'slots' if len(changed) > 1 else 'slot'} {', '.join(changed)}"
+    if format.whole:
+        return f"{slots}: merged into the weights, and cannot be taken out again"
+    return f"{slots}: stored in another form, as {', '.join(slot.name for slot in read)}"
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,9 @@ def load(
     found = source if isinstance(source, Source) else recognise(source)
     loaded = None if found.format.whole else _base(found, model, dtype)
     steered = found.format.read(found.path, loaded, given or Given())
+    if loaded is not None:
+        named = None if isinstance(model, LoadedModel) else model
+        steered = replace(steered, source=str(named or found.base or loaded.name))
     validate_plan(steered.plan, steered.loaded.config)
     if found.sidecar is None:
         return steered

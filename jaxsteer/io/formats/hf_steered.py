@@ -23,6 +23,9 @@ from jaxsteer.types import Plan, Slot
 
 KIND = "steered"
 
+HELD = ("fixed", "linear", "nonlinear", "loreft", "direft")
+"""The methods that the template computes."""
+
 
 def _split(plan: Plan) -> tuple[Plan, Plan]:
     """The slots after blocks, and the others; a slot at both is divided."""
@@ -35,6 +38,12 @@ def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptio
     after, elsewhere = _split(plan)
     reasons = [*refuse_options(options), *refuse_merging(elsewhere, family, config)]
     reasons += [_positions(slot) for slot in after if slot.positions.kind != "all"]
+    reasons += [
+        f"slot {slot.name!r}: {method_name(slot.method)} @ block is not among what these folders compute "
+        f"({', '.join(HELD)}). Use jaxsteer itself"
+        for slot in after
+        if method_name(slot.method) not in HELD
+    ]
     if not after:
         reasons.append("the plan has no slot @ block, so that its model needs no code: write it with --to hf")
     return reasons

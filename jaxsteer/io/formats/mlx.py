@@ -190,6 +190,7 @@ FORMAT = Format(
     reduce=reduce,
     write=write,
     verify="mlx",
+    over="hf",
     use=Use(
         "mlx",
         "adapter",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from jaxsteer.batches import make_batch
 from jaxsteer.io.files import Json
 from jaxsteer.io.steered import SteeredModel
+from jaxsteer.models.quantise import is_quantised
 from jaxsteer.models.transformer import Network, logits_of, output_embedding
 from jaxsteer.types import Array, Batch, PyTree
 
@@ -18,6 +20,19 @@ EXACT = 1e-5
 """Largest difference of logits, as a share of the largest logit, that rounding in fp32 explains."""
 
 PROBE_ROWS, PROBE_LENGTH = 4, 32
+
+
+class Noise(NamedTuple):
+    """What computing in bf16 instead of fp32 changes, as most programs serve; the base changes without steering too.
+
+    kl, top1            KL divergence from the fp32 distribution, nats, and share of positions with the same token first
+    base_kl, base_top1  the same for the base model alone
+    """
+
+    kl: float
+    top1: float
+    base_kl: float
+    base_top1: float
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,7 @@ class Verdict:
     top1              share of positions at which both predict the same token
     moved             largest change of a logit by the steering, to compare the difference with; 0 for a whole model
     positions         number of positions measured
+    bf16              what computing in bf16 changes; None if it was not measured
     lost              what the files do not hold of what was exported, a sentence each
     """
 
@@ -41,6 +57,7 @@ class Verdict:
     top1: float
     moved: float
     positions: int
+    bf16: Noise | None = None
     lost: tuple[str, ...] = ()
 
     @property
@@ -50,17 +67,26 @@ class Verdict:
 
     def to_json(self) -> dict[str, Json]:
         """As plain values."""
-        return {"exactness": "exact" if self.exact else "approximate", **asdict(self)}
+        noise = None if self.bf16 is None else self.bf16._asdict()
+        return {"exactness": "exact" if self.exact else "approximate", **asdict(self), "bf16": noise}
 
     def __str__(self) -> str:
-        """One sentence."""
+        """In words, a line for each measurement."""
         scale = f" (of up to {self.largest_logit:.3g}"
         scale += f"; the steering moves them by up to {self.moved:.2g})" if self.moved else ")"
         if self.exact:
-            return f"exact: logits differ by at most {self.logit_difference:.1e} on {self.positions} positions{scale}"
+            text = f"exact: logits differ by at most {self.logit_difference:.1e} on {self.positions} positions{scale}"
+        else:
+            text = (
+                f"approximate: KL {self.kl:.2e} nats, the same token first at {self.top1:.1%} of {self.positions} "
+                f"positions, logits differ by up to {self.logit_difference:.2g}{scale}"
+            )
+        if self.bf16 is None:
+            return text
+        kl, top1, base_kl, base_top1 = self.bf16
         return (
-            f"approximate: KL {self.kl:.2e} nats, the same token first at {self.top1:.1%} of {self.positions} "
-            f"positions, logits differ by up to {self.logit_difference:.2g}{scale}"
+            f"{text}\ncomputed in bf16: KL {kl:.1e} nats, the same token first at {top1:.1%}; the base alone "
+            f"{base_kl:.1e} and {base_top1:.1%}"
         )
 
 
@@ -78,19 +104,36 @@ def judge(steered: SteeredModel, read: SteeredModel, tokens: np.ndarray, *, verb
         tokens: int32 [B, T], the probe.
         verbatim: whether the leaves of `read` are those of `steered`.
     """
-    batch = make_batch(jnp.asarray(tokens))
+    batch, base = make_batch(jnp.asarray(tokens)), SteeredModel(steered.loaded)
     wanted, got = logits(steered.network, batch), logits(read.network, batch)
-    plain = logits(SteeredModel(steered.loaded).network, batch) if steered.plan else wanted
-    log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(got)
+    plain = logits(base.network, batch) if steered.plan else wanted
+    kl, top1 = _distance(wanted, got)
+    noise = None
+    if not is_quantised(base.base):
+        pairs = ((got, read), (plain, base))
+        noise = Noise(*(x for exact, model in pairs for x in _distance(exact, logits(_in_bf16(model.network), batch))))
     return Verdict(
         verbatim=verbatim,
         logit_difference=float(jnp.max(jnp.abs(wanted - got))),
         largest_logit=float(jnp.max(jnp.abs(wanted))),
-        kl=float(jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1))),
-        top1=float(jnp.mean(jnp.argmax(wanted, -1) == jnp.argmax(got, -1))),
+        kl=kl,
+        top1=top1,
         moved=float(jnp.max(jnp.abs(wanted - plain))),
         positions=int(tokens.size),
+        bf16=noise,
     )
+
+
+def _distance(wanted: Array, got: Array) -> tuple[float, float]:
+    """Mean KL divergence of the distributions with these logits, and share of positions with the same token first."""
+    log_p, log_q = jax.nn.log_softmax(wanted), jax.nn.log_softmax(got)
+    kl = jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1))
+    return float(kl), float(jnp.mean(jnp.argmax(wanted, -1) == jnp.argmax(got, -1)))
+
+
+def _in_bf16(network: Network) -> Network:
+    """The network with the base's weights in bf16."""
+    return replace(network, base=jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), network.base))
 
 
 @jax.jit

@@ -51,6 +51,9 @@ def test_what_is_exported_comes_back(loaded, tmp_path):
     assert verdict.exact
     assert verdict.logit_difference == 0
     assert verdict.moved > 0.1
+    assert 0 < verdict.bf16.base_kl < 0.1
+    assert 0 < verdict.bf16.kl < 0.1
+    assert "computed in bf16" in str(verdict)
     got = jaxsteer.load(tmp_path / "out", loaded)
     same(got, want)
     assert got.notes == want.notes

@@ -13,7 +13,8 @@ from tiny import identical
 import jaxsteer
 from jaxsteer.io import SteeredModel, WriteOptions, load_model
 from jaxsteer.io.files import read_json
-from jaxsteer.io.formats import FORMATS
+from jaxsteer.io.formats import FORMATS, hf_steered
+from jaxsteer.io.formats.remote_code import _template
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.plans import parse_plan
 
@@ -174,3 +175,12 @@ def test_damaged_descriptions_are_refused(folder, tmp_path, change):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=str(tmp_path)):
         read_again(HF_STEERED, tmp_path)
+
+
+def test_only_methods_of_the_template_are_held(monkeypatch, golden):
+    """A method that someone adds is refused until the template computes it."""
+    template = _template("steered")
+    assert ast.literal_eval(template[template.index("{") : template.index("}") + 1]).keys() == set(hf_steered.HELD)
+    monkeypatch.setattr(hf_steered, "HELD", ("fixed",))
+    (reason,) = refusals(FORMATS["hf-steered"], family_model(golden, "llama"), "linear @ block")
+    assert "linear @ block is not among" in reason
