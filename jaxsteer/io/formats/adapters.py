@@ -81,9 +81,9 @@ def factor_for(rank: int, width: int) -> float | None:
     return next((f for f in (near, math.nextafter(near, 0)) if int(width // f) == rank), None)
 
 
-def write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     """Write the two files."""
-    (slot,), config = steered.plan, steered.loaded.config
+    (slot,), config = reduced.plan, reduced.loaded.config
     assert isinstance(slot.method, LowRank)
     layers = slot.active_layers(config.layers)
     ours = activation_of(slot.method)
@@ -97,16 +97,16 @@ def write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
     }
     tensors = []
     for at, layer in enumerate(layers):
-        leaves = {name: np.asarray(leaf[at]) for name, leaf in steered.steering[slot.name]["block"].items()}
+        leaves = {name: np.asarray(leaf[at]) for name, leaf in reduced.steering[slot.name]["block"].items()}
         values = {part: leaves[name] for name, part in _PARTS.items()}
         values |= {
             bias: np.zeros(value.shape[0], value.dtype) for bias, value in zip(_BIASES, values.values(), strict=True)
         }
         tensors += [ToWrite.of(f"{_prefix(layer, options.name)}{part}", value) for part, value in values.items()]
     write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    family = FAMILIES[steered.loaded.family]
+    family = FAMILIES[reduced.loaded.family]
     said = {"model_type": family.hf_type, "model_class": family.hf_class, "hidden_size": config.width}
-    said |= {"name": options.name, "model_name": hub_id(steered.source), "version": VERSION}
+    said |= {"name": options.name, "model_name": hub_id(reduced.source), "version": VERSION}
     write_json(folder / CONFIG, said | {"config": bottleneck})
 
 

@@ -65,14 +65,16 @@ def _open(path: Path) -> Gguf:
     return file
 
 
-def _recognises(path: Path) -> bool:
+def recognises(path: Path) -> bool:
+    """Whether this is an adapter in GGUF."""
     try:
         return _open(path) is not None
     except (ValueError, OSError):
         return False
 
 
-def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    """The LoRA of a file, or of a folder."""
     file = _open(path)
     loaded = base_needed(file.path, loaded)
     family, config = FAMILIES[loaded.family], loaded.config
@@ -186,14 +188,15 @@ def _stored(steered: SteeredModel) -> tuple[dict[str, Update], float]:
     return stored, alpha
 
 
-def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+    """Why a plan is no LoRA."""
     reasons = [] if plan else ["there is no steering to write"]
     if options.dtype not in (None, "float32", "F32"):
         reasons.append(f"dtype {options.dtype!r}: adapters are written in float32")
     return reasons + refuse_lora(plan, config, dora=False)
 
 
-def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """The plan as LoRA slots whose scales follow from the file's one alpha."""
     config, family = steered.loaded.config, FAMILIES[steered.loaded.family]
     stored, alpha = _stored(steered)
@@ -204,11 +207,11 @@ def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     return replace(steered, plan=plan, steering=steering)
 
 
-def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     """Write adapter.gguf."""
-    stored, alpha = _stored(steered)
+    stored, alpha = _stored(reduced)
     metadata: dict[str, GgufValue] = {
-        "general.architecture": FAMILIES[steered.loaded.family].gguf,
+        "general.architecture": FAMILIES[reduced.loaded.family].gguf,
         "general.type": "adapter",
         "general.name": options.name,
         "adapter.type": "lora",
@@ -226,11 +229,11 @@ FORMAT = Format(
     name="gguf-lora",
     holds="LoRA, and steering that becomes LoRA",
     programs="llama.cpp, Ollama",
-    recognises=_recognises,
-    read=_read,
-    refuse=_refuse,
-    reduce=_reduce,
-    write=_write,
+    recognises=recognises,
+    read=read,
+    refuse=refuse,
+    reduce=reduce,
+    write=write,
     verify="llama",
     over="gguf",
     use=Use(

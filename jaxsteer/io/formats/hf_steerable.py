@@ -98,7 +98,8 @@ def rank_for(plan: Plan, config: ModelConfig, rank: int | None) -> int:
     return rank or min(next((r for r in RANKS if r >= largest), largest), config.width)
 
 
-def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+    """Why a plan has no place there, a sentence for each slot."""
     reasons = [*refuse_options(options, "rank"), *refuse_steering(plan, config)]
     taken = post_block(plan)
     if not taken:
@@ -119,7 +120,7 @@ def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptio
     return reasons
 
 
-def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """The base model with zero steering in every place."""
     loaded = with_dtype(steered.loaded, options.dtype)
     config = loaded.config
@@ -134,7 +135,8 @@ def _name_of(number: int, param: str) -> str:
     return {"D": DOWN, "U": UP}[param]
 
 
-def _write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+    """Write the folder."""
     (slot,) = reduced.plan
     about = {"rank": method_of(slot).rank, "activation": activation_of(method_of(slot))}
     save_loaded(folder, reduced.loaded, extras_of(KIND, reduced, about, _name_of))
@@ -178,7 +180,8 @@ def _places(about: Mapping[str, Json], family: Family, config: ModelConfig, path
     return Places(family, config, rank, activation)
 
 
-def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    """The base model in a folder, with its places as a slot."""
     parts = read_folder(path, KIND)
     family = FAMILIES[parts.loaded.family]
     places = _places(parts.about, family, parts.loaded.config, path)
@@ -191,12 +194,12 @@ FORMAT = Format(
     holds="a base model with a place for low-rank steering after every block, for the adapters of vllm",
     programs="transformers, vLLM",
     recognises=lambda path: is_folder(path, KIND),
-    read=_read,
+    read=read,
     whole=True,
     unsteered=True,
-    refuse=_refuse,
-    reduce=_reduce,
-    write=_write,
+    refuse=refuse,
+    reduce=reduce,
+    write=write,
     verify="transformers",
     use=Use(
         "transformers",

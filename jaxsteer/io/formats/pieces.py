@@ -56,28 +56,28 @@ def base_needed(path: Path, loaded: LoadedModel | None, hint: object = None) -> 
     raise ValueError(f"{path}: holds steering of a model; say of which, by --model{perhaps}")
 
 
-def ask(path: Path, program: str, base: LoadedModel | None, given: Given, needs: Mapping[str, str]) -> LoadedModel:
+def ask(path: Path, program: str, loaded: LoadedModel | None, given: Given, needs: Mapping[str, str]) -> LoadedModel:
     """The base model, once it and everything else that the file does not say is given.
 
     Args:
         path: the file or folder, for the message.
         program: what wrote it.
-        base: the base model, if it is given.
+        loaded: the base model, if it is given.
         given: what the person says.
         needs: fields of `Given` that are needed, each with a few words on what it is.
 
     Raises:
         ValueError: names the options of all that is missing.
     """
-    missing = [] if base is not None else ["--model (the base model that it was made for)"]
+    missing = [] if loaded is not None else ["--model (the base model that it was made for)"]
     missing += [f"--{name} ({what})" for name, what in needs.items() if getattr(given, name) is None]
     if missing:
         raise ValueError(f"{path}: files of {program} do not say everything; give {', '.join(missing)}")
     for name in needs:
         if isinstance(value := getattr(given, name), float) and not math.isfinite(value):
             raise ValueError(f"--{name} is {value}; expected a finite number")
-    assert base is not None
-    return base
+    assert loaded is not None
+    return loaded
 
 
 def low_rank(rank: int, activation: str, alpha: float = 1.0) -> LowRank:

@@ -173,7 +173,7 @@ def recognises(path: Path) -> bool:
         return False
 
 
-def read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """Read a folder that ReftModel.save wrote.
 
     Raises:
@@ -182,7 +182,7 @@ def read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
     kinds = _kinds(path / "config.json")
     classes = {kind for kind, _ in kinds.values()}
     needed = NEEDS if classes - set(LINEAR) else {"positions": NEEDS["positions"]}
-    model = ask(path, "pyreft", base, given, needed)
+    model = ask(path, "pyreft", loaded, given, needed)
     positions = Positions.parse(str(given.positions))
     pieces = []
     for key, (kind, layer) in kinds.items():

@@ -54,7 +54,8 @@ def max_lora_rank(ranks: Iterable[int]) -> int | None:
     return next((allowed for allowed in RANKS if allowed >= largest), None)
 
 
-def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+    """Why a plan is no adapter over the base, a sentence each."""
     reasons = []
     if options.dtype is not None:
         reasons.append("--dtype: the factors are stored as they were trained; vLLM computes in the base's dtype")
@@ -113,7 +114,7 @@ def _check_weights(loaded: LoadedModel, over: Path) -> None:
         )
 
 
-def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """LoRA of the projections, and steering in the terms of the base."""
     assert options.over is not None
     _check_weights(steered.loaded, options.over)
@@ -154,7 +155,8 @@ def _slots(factors: Mapping[int, Factors], activation: str, config: ModelConfig)
     return tuple(slots), steering
 
 
-def _write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+    """Write the two files."""
     assert options.over is not None
     loaded, rank = reduced.loaded, places_in(options.over).rank
     placed = post_block(reduced.plan)
@@ -196,7 +198,8 @@ def recognises(path: Path) -> bool:
         return False
 
 
-def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    """The LoRA and the steering of a folder."""
     config = read_config(path / CONFIG)
     loaded = base_needed(path, loaded, config.raw.get("base_model_name_or_path"))
     if config.dora or config.pissa:
@@ -260,10 +263,10 @@ FORMAT = Format(
     holds="post-block linear or nonlinear steering and LoRA, over a steerable base, a different one for each request",
     programs="vLLM, PEFT",
     recognises=recognises,
-    read=_read,
-    refuse=_refuse,
-    reduce=_reduce,
-    write=_write,
+    read=read,
+    refuse=refuse,
+    reduce=reduce,
+    write=write,
     verify="vllm",
     use=Use(
         "peft",
