@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import jax
 import pytest
 
-from jaxsteer import init_steering, parse_plan
+from jaxsteer import parse_plan
 from jaxsteer.io import FORMATS, LoadedModel, SteeredModel, WriteOptions, fingerprint
 from jaxsteer.models.families import FAMILIES
 
@@ -40,8 +39,7 @@ def over(tmp_path_factory, tiny_config, tiny_base):
     for method, activation in (("nonlinear", "silu"), ("linear", "none")):
         plan = parse_plan([f"{method} @ block"], tiny_config)
         folders[activation] = tmp_path_factory.mktemp(activation)
-        steered = SteeredModel(loaded, plan, init_steering(plan, tiny_config, jax.random.key(0)))
-        row.write(row.reduce(steered, WriteOptions()), folders[activation], WriteOptions())
+        row.write(row.reduce(SteeredModel(loaded, plan), WriteOptions()), folders[activation], WriteOptions())
     return folders
 
 

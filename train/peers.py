@@ -19,16 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.batches import make_batch
 from jaxsteer.inference.generate import generate
 from jaxsteer.io.files import parse_json
+from jaxsteer.io.formats.verdict import logits
 from jaxsteer.io.steered import SteeredModel
-from jaxsteer.models.transformer import Network, logits_of, output_embedding
-from jaxsteer.types import Array, Batch
 from train.devices import interrupts
 
 _HERE = Path(__file__).resolve().parent
@@ -76,12 +74,14 @@ class Answer:
     kind       what `values` are: "logits" or "logprobs"
     values     fp32 [B, T, V]
     generated  int [B, M]
+    said       the whole answer, as JSON
     """
 
     versions: dict[str, str]
     kind: str
     values: np.ndarray
     generated: np.ndarray
+    said: Mapping[str, Any]
 
 
 def probe(steered: SteeredModel, tokens: np.ndarray, new_tokens: int = 0) -> Probe:
@@ -111,15 +111,9 @@ def _probe_rows(steered: SteeredModel, tokens: np.ndarray, new_tokens: int) -> t
         generated = np.asarray(made.tokens)
     whole = jnp.concatenate([tokens, generated], axis=1)
     completion = jnp.broadcast_to(jnp.arange(whole.shape[1]) >= length, whole.shape)
-    logits = np.asarray(_logits(network, make_batch(whole, completion=completion)))
-    best = np.partition(logits[:, length - 1 : length - 1 + new_tokens], -2, axis=-1)
-    return logits[:, :length], generated, best[..., -1] - best[..., -2]
-
-
-@jax.jit
-def _logits(network: Network, batch: Batch) -> Array:
-    """Logits [B, T, V] of a batch."""
-    return logits_of(network(batch).hidden, output_embedding(network.base), network.model.config.final_softcap)
+    found = np.asarray(logits(network, make_batch(whole, completion=completion)))
+    best = np.partition(found[:, length - 1 : length - 1 + new_tokens], -2, axis=-1)
+    return found[:, :length], generated, best[..., -1] - best[..., -2]
 
 
 def verify(
@@ -340,4 +334,5 @@ def _answer(printed: str, out: Path, program: str) -> Answer:
             f"{program}: expected float32 [rows, tokens, vocabulary] and rows of new tokens, all of one length; got "
             f"{values.dtype} {list(values.shape)} and {generated.dtype} {list(generated.shape)}"
         )
-    return Answer({str(name): str(version) for name, version in versions.items()}, said["kind"], values, generated)
+    versions = {str(name): str(version) for name, version in versions.items()}
+    return Answer(versions, said["kind"], values, generated, said)

@@ -115,6 +115,8 @@ def open_gguf(path: Path) -> Gguf:
             return _parse(path, _Cursor(data))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder, expected a file") from None
     except ValueError as error:
         raise ValueError(
             f"{path}: not a complete GGUF file ({error}). Was the download or the copy cut short?"

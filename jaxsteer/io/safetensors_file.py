@@ -53,6 +53,11 @@ class ToWrite(NamedTuple):
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
+    @classmethod
+    def of(cls, name: str, value: np.ndarray) -> ToWrite:
+        """A tensor that is an array already; it is made contiguous when it is written."""
+        return cls(name, value.shape, value.dtype, lambda: np.ascontiguousarray(value))
+
 
 def open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Read the header of a safetensors file.

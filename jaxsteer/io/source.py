@@ -65,6 +65,12 @@ def is_hub_id(text: str) -> bool:
     return allowed and not any(bad in text for bad in ("--", "..")) and not text.endswith(".git")
 
 
+def hub_id(source: str) -> str | None:
+    """A source if it is the id of a repository of the Hugging Face Hub, and not a path that is here; else None."""
+    is_file = source.endswith((".gguf", ".safetensors"))
+    return source if is_hub_id(source) and not is_file and not Path(source).expanduser().exists() else None
+
+
 def name_of(source: str | Path, path: Path) -> str:
     """A short name for display: the hub id, the folder's name, or the file's name without its ending."""
     if str(source) not in WHEEL_MODELS and not Path(source).expanduser().exists():

@@ -79,7 +79,8 @@ def test_folded_weights_compute_the_same(plain, features, texts, left):
     got = hidden(folded.config, folded.plan, folded.base, folded.steering)
     want = hidden(config, plan, base, steering)
     np.testing.assert_allclose(got, want, atol=2e-6)
-    assert np.abs(want - hidden(config, (), base, {})).max() > 0.01
+    off = jax.tree.map(np.zeros_like, steering)  # the same program
+    assert np.abs(want - hidden(config, plan, base, off)).max() > 0.01
 
 
 def test_a_slot_stays_behind_one_that_cannot_be_merged(plain):

@@ -1,58 +1,29 @@
 """For tests with other programs: what they answer about an export, and what jaxsteer itself computes."""
 
-import json
-import subprocess
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import random_steering, run
+from exported import family_model, folder_of, logits, read_again, steered_of, written
 
-from jaxsteer.batches import make_batch
-from jaxsteer.io import load_model
-from jaxsteer.io.formats import Given, WriteOptions
+from jaxsteer.io.formats import FORMATS
 from jaxsteer.io.steered import SteeredModel
-from jaxsteer.models.families import FAMILIES
-from jaxsteer.models.transformer import logits_of, output_embedding
-from jaxsteer.plans import parse_plan
+from train import peers
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def python_of(environment):
-    """The Python of an environment that `make peers` makes; the test is skipped if it is not there."""
-    python = ROOT / ".peers" / environment / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"no environment {python.parents[1]}: run `make peers`")
-    return python
+def python_of(program):
+    """The Python of the environment of a peer, which `make peers` makes; the test is skipped if it is not there."""
+    try:
+        return peers.interpreter_of(program, None)
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
-def ask(environment, program, request, folder):
-    """Run a program of this folder in an environment.
-
-    Args:
-        environment: its name.
-        program: "peft_peer", ...
-        request: what it is asked; dtype and generate have defaults.
-        folder: for its files.
-
-    Returns:
-        Its answer, and the array in its .npy file.
-    """
-    out = folder / "answer.npy"
-    request = {"generate": 0, "dtype": "float32", "out": str(out)} | request
-    command = [python_of(environment), ROOT / "tests" / "peers" / f"{program}.py"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1]), np.load(out)
-
-
-def logits(steered, tokens):
-    """Our own logits."""
-    batch = make_batch(np.asarray(tokens, np.int32), None, np.zeros(np.shape(tokens), np.float32))
-    hidden = run(steered.model, steered.base, steered.steering, batch).hidden
-    return np.asarray(logits_of(hidden, output_embedding(steered.base), steered.loaded.config.final_softcap))
+def ask(program, request):
+    """The answer of a peer to a request, in which dtype and generate have defaults."""
+    return peers.run_peer(program, {"generate": 0, "dtype": "float32"} | request, python_of(program))
 
 
 def tokens_for(config, rows=2, length=12):
@@ -62,38 +33,34 @@ def tokens_for(config, rows=2, length=12):
 
 def greedy(steered, tokens, count):
     """Our own greedy continuations, without a cache."""
-    rows = [list(row) for row in tokens]
+    rows = np.asarray(tokens)
     for _ in range(count):
-        best = jnp.argmax(logits(steered, rows)[:, -1], -1)
-        rows = [[*row, int(token)] for row, token in zip(rows, best, strict=True)]
-    return [row[len(tokens[0]) :] for row in rows]
+        rows = np.concatenate([rows, logits(steered, rows)[:, -1:].argmax(-1)], 1)
+    return rows[:, len(tokens[0]) :].tolist()
 
 
-def check_export(format, environment, base, texts, folder):
+def check_export(name, golden, base, texts, folder):
     """Export random steering, and hold what a peer and what jaxsteer read from it against our own forward.
 
     Args:
-        format: the module of the format.
-        environment: of the peer.
-        base: folder of the base model.
+        name: of the format.
+        golden: the folder of the tiny models.
+        base: the family of the base model, or its folder's name.
         texts: the plan.
         folder: an empty folder.
     """
-    loaded, export, merged = load_model(base), folder / "export", folder / "merged.npy"
-    plan, options = parse_plan(texts, loaded.config), WriteOptions()
-    steered = SteeredModel(loaded, plan, random_steering(plan, loaded.config, scale=0.2))
-    assert format.refuse(plan, FAMILIES[loaded.family], loaded.config, options) == []
-    export.mkdir()
-    format.write(format.reduce(steered, options), export, options)
+    format, export, merged = FORMATS[name], folder / "export", folder / "merged.npy"
+    steered = steered_of(family_model(golden, base), *texts, scale=0.2)
+    written(format, steered, export)
     # No longer than the windows of the tiny models, which MLX-LM does not have.
-    tokens = np.random.default_rng(0).integers(3, loaded.config.vocab_size, (2, 3)).tolist()
-    request = {"path": str(export), "base": str(base), "tokens": tokens, "generate": 4, "merged_out": str(merged)}
-    answer, theirs = ask(environment, f"{format.FORMAT.name}_peer", request, folder)
-    ours, plain = logits(steered, tokens), logits(SteeredModel(loaded), tokens)
-    errors = {"peer": theirs, "read back": logits(format.read(export, loaded, Given()), tokens)}
+    tokens = tokens_for(steered.loaded.config, length=3)
+    request = {"path": str(export), "base": str(folder_of(golden, base)), "tokens": tokens, "generate": 4}
+    answer = ask(format.verify, request | {"merged_out": str(merged)})
+    ours, plain = logits(steered, tokens), logits(SteeredModel(steered.loaded), tokens)
+    errors = {"peer": answer.values, "read back": logits(read_again(format, export, steered), tokens)}
     errors |= {"merged": np.load(merged)} if merged.exists() else {}
     largest = {name: float(abs(values - ours).max()) for name, values in errors.items()}
-    print(base.name, texts, {name: f"{error:.1e}" for name, error in largest.items()}, answer["versions"])
+    print(base, texts, {name: f"{error:.1e}" for name, error in largest.items()}, answer.versions)
     assert abs(plain - ours).max() > 0.02
     assert max(largest.values()) <= 1e-5
-    assert answer["generated"] == greedy(steered, tokens, 4)
+    assert answer.generated.tolist() == greedy(steered, tokens, 4)

@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from asked import ask, greedy, logits, tokens_for
-from tiny import random_steering
+from asked import ask, greedy, tokens_for
+from exported import family_model, logits, steered_of, written
 
-from jaxsteer.io import load_model
-from jaxsteer.io.formats import FORMATS, WriteOptions
+from jaxsteer.io.formats import FORMATS
 from jaxsteer.io.llama_cpp import ARCHITECTURES
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.families import FAMILIES
-from jaxsteer.plans import parse_plan
 
 pytestmark = pytest.mark.slow
 
@@ -24,29 +22,21 @@ HALF_GELU = 1e-2
 near as the others, see below."""
 
 
-def written(steered, name, folder, **options):
+def export(model, name, folder, **options):
     """The folder into which a model is written."""
-    folder.mkdir()
-    format, options = FORMATS[name], WriteOptions(**options)
-    assert format.refuse(steered.plan, FAMILIES[steered.loaded.family], steered.loaded.config, options) == []
-    format.write(format.reduce(steered, options), folder, options)
+    written(FORMATS[name], model, folder, **options)
     return folder
 
 
-def steered(loaded, *texts, scale=0.2):
-    plan = parse_plan(texts, loaded.config)
-    return SteeredModel(loaded, plan, random_steering(plan, loaded.config, scale=scale))
-
-
-def difference(model, path, tokens, folder, base=None):
+def difference(model, path, tokens, base=None):
     """Largest difference between llama.cpp's logits and ours."""
-    _, theirs = ask("llama", "llama_peer", {"path": str(path), "base": base and str(base), "tokens": tokens}, folder)
-    return np.abs(theirs - logits(model, tokens)).max()
+    answer = ask("llama", {"path": str(path), "base": base and str(base), "tokens": tokens})
+    return np.abs(answer.values - logits(model, tokens)).max()
 
 
 def tiny(golden, family):
     """A tiny model, without what no GGUF file can say and without the windows that llama.cpp passes over."""
-    loaded = load_model(golden / ("tiny_llama" if family == "llama" else f"families/{family}"))
+    loaded = family_model(golden, family)
     config = loaded.config
     if config.query_scale is not None:
         config = replace(config, query_scale=config.head_dim**-0.5)
@@ -60,8 +50,8 @@ def test_every_family(family, golden, tmp_path):
     loaded = tiny(golden, family)
     tokens = tokens_for(loaded.config, length=24)
     tolerance = HALF_GELU if loaded.config.activation == "gelu_tanh" else TOLERANCE
-    base = written(SteeredModel(loaded), "gguf", tmp_path / "base")
-    assert difference(SteeredModel(loaded), base, tokens, tmp_path) <= tolerance
+    base = export(SteeredModel(loaded), "gguf", tmp_path / "base")
+    assert difference(SteeredModel(loaded), base, tokens) <= tolerance
     sites = "attn.q,attn.k,attn.o,mlp.up,mlp.down" + (",mlp.gate" if loaded.config.gated else "")
     last = loaded.config.layers - 1
     plans = {
@@ -69,12 +59,12 @@ def test_every_family(family, golden, tmp_path):
         "gguf-control": (f"fixed @ block layers=1-{last}", "fixed @ mlp layers=1 name=m"),
     }
     for name, plan in plans.items():
-        model = steered(loaded, *plan)
+        model = steered_of(loaded, *plan, scale=0.2)
         assert np.abs(logits(model, tokens) - logits(SteeredModel(loaded), tokens)).max() > 10 * tolerance
-        assert difference(model, written(model, name, tmp_path / name), tokens, tmp_path, base) <= tolerance, name
+        assert difference(model, export(model, name, tmp_path / name), tokens, base) <= tolerance, name
     if family in ("llama", "mistral", "gpt2"):
-        model = steered(loaded, "fixed @ block")
-        assert difference(model, written(model, "gguf", tmp_path / "bias"), tokens, tmp_path) <= tolerance
+        model = steered_of(loaded, "fixed @ block", scale=0.2)
+        assert difference(model, export(model, "gguf", tmp_path / "bias"), tokens) <= tolerance
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gpt2"])
@@ -83,13 +73,13 @@ def test_of_families_with_gelu_everything_but_gelu_agrees(family, golden, tmp_pa
     mlp = loaded.base["blocks"]["mlp"]
     mlp = mlp | {"down": jax.tree.map(jnp.zeros_like, mlp["down"])}
     model = SteeredModel(replace(loaded, base=loaded.base | {"blocks": loaded.base["blocks"] | {"mlp": mlp}}))
-    folder = written(model, "gguf", tmp_path / "base")
-    assert difference(model, folder, tokens_for(loaded.config, length=24), tmp_path) <= 1e-4
+    folder = export(model, "gguf", tmp_path / "base")
+    assert difference(model, folder, tokens_for(loaded.config, length=24)) <= 1e-4
 
 
 @pytest.fixture(scope="module")
 def smollm2_base(smollm2, tmp_path_factory):
-    return written(SteeredModel(smollm2), "gguf", tmp_path_factory.mktemp("gguf") / "base", dtype="float32")
+    return export(SteeredModel(smollm2), "gguf", tmp_path_factory.mktemp("gguf") / "base", dtype="float32")
 
 
 TEXTS = (
@@ -108,14 +98,14 @@ TEXTS = (
     ],
 )
 def test_smollm2(name, plan, scale, smollm2, smollm2_base, tmp_path):
-    model = steered(smollm2, *plan, scale=scale)
+    model = steered_of(smollm2, *plan, scale=scale)
     tokens = [smollm2.tokenizer(text)["input_ids"][:18] for text in TEXTS]
     options = {"dtype": "float32"} if name == "gguf" else {}
-    folder = written(model, name, tmp_path / "out", **options) if plan else smollm2_base
+    folder = export(model, name, tmp_path / "out", **options) if plan else smollm2_base
     request = {"path": str(folder), "base": str(smollm2_base), "tokens": tokens, "generate": 8, "text": list(TEXTS)}
-    answer, theirs = ask("llama", "llama_peer", request, tmp_path)
+    answer = ask("llama", request)
     ours = logits(model, tokens)
-    print(f"{name} {plan}: {np.abs(theirs - ours).max():.1e}")
-    assert np.abs(theirs - ours).max() <= TOLERANCE
-    assert answer["generated"] == greedy(model, tokens, 8)
-    assert answer["text_tokens"] == [smollm2.tokenizer(text)["input_ids"] for text in TEXTS]
+    print(f"{name} {plan}: {np.abs(answer.values - ours).max():.1e}")
+    assert np.abs(answer.values - ours).max() <= TOLERANCE
+    assert answer.generated.tolist() == greedy(model, tokens, 8)
+    assert answer.said["text_tokens"] == [smollm2.tokenizer(text)["input_ids"] for text in TEXTS]

@@ -3,7 +3,6 @@
 import pytest
 from asked import check_export
 
-from jaxsteer.io.formats import peft
 from jaxsteer.models.families import FAMILIES
 
 pytestmark = pytest.mark.slow
@@ -26,5 +25,4 @@ CASES = [(family, ("lora", "dora")[i % 2]) for i, family in enumerate(FAMILIES)]
 
 @pytest.mark.parametrize(("family", "name"), sorted(set(CASES)))
 def test_peft_computes_what_we_compute(golden, tmp_path, family, name):
-    base = golden / ("tiny_llama" if family == "llama" else f"families/{family}")
-    check_export(peft, "hf", base, PLANS[name], tmp_path)
+    check_export("peft", golden, family, PLANS[name], tmp_path)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import fast_jit, random_steering
 from tiny_model import TINY
 
 import train.peers as peers
@@ -18,7 +18,6 @@ from jaxsteer.io import LoadedModel
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.transformer import init_base
 from jaxsteer.plans import parse_plan
-from jaxsteer.steering import steering_shapes
 from train.peers import Probe, probe, run_peer, verify
 
 PYTHON = Path(sys.executable)
@@ -225,11 +224,9 @@ def test_a_peer_sees_nothing_of_this_environment(programs, monkeypatch, tmp_path
 def test_our_own_probe():
     """Its continuations are greedy by logits that no cache was used for, however many rows there are."""
     plan = parse_plan(["nonlinear(rank=4) @ block"], TINY)
-    base = init_base(TINY, jax.random.key(0))
+    base = fast_jit(init_base, static_argnums=0)(TINY, jax.random.key(0))
+    steering = random_steering(plan, TINY, scale=0.3)
     draw = np.random.default_rng(1)
-    steering = jax.tree.map(
-        lambda leaf: jnp.asarray(0.3 * draw.standard_normal(leaf.shape, np.float32)), steering_shapes(plan, TINY)
-    )
     loaded = LoadedModel(TINY, base, None, "tiny", "", "llama", ())
     tokens = draw.integers(0, TINY.vocab_size, (peers.ROWS + 1, 5))
     steered = SteeredModel(loaded, plan, steering)

@@ -52,4 +52,16 @@ def find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-__all__ = ["FORMATS", "Format", "Given", "WriteOptions", "find_format"]
+def find_writable(name: str) -> Format:
+    """The format by this name, which can be written.
+
+    Raises:
+        ValueError: there is none, or it is only read.
+    """
+    if not find_format(name).writable:
+        writable = ", ".join(other for other, row in FORMATS.items() if row.writable)
+        raise ValueError(f"{name}: this format is only read; these are written: {writable}")
+    return FORMATS[name]
+
+
+__all__ = ["FORMATS", "Format", "Given", "WriteOptions", "find_format", "find_writable"]

@@ -6,24 +6,23 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from jaxsteer.interventions import LinearSteering, NonlinearSteering
 from jaxsteer.io.files import Json, read_json, write_json
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.peft import tensors_of
-from jaxsteer.io.formats.pieces import Piece, gather, values
+from jaxsteer.io.formats.pieces import LowRank, Piece, activation_of, base_needed, gather, low_rank, values
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.safetensors_file import ToWrite, write_safetensors
+from jaxsteer.io.source import hub_id
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.families.table import Family
 from jaxsteer.plans import method_name
-from jaxsteer.types import Intervention, Plan
+from jaxsteer.types import Plan
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 FAMILIES_THERE = ("llama", "mistral")
@@ -65,7 +64,7 @@ def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOption
         reasons.append(f"one adapter holds one slot; the plan has {len(plan)}. Use --to hf-steered")
     for slot in plan:
         what = f"slot {slot.name!r} ({method_name(slot.method)} @ {','.join(slot.sites)})"
-        if not isinstance(slot.method, NonlinearSteering | LinearSteering) or slot.sites != ("block",):
+        if not isinstance(slot.method, LowRank) or slot.sites != ("block",):
             reasons.append(
                 f"{what}: only nonlinear and linear steering after the block can be held. Use --to hf-steered"
             )
@@ -82,12 +81,12 @@ def factor_for(rank: int, width: int) -> float | None:
     return next((f for f in (near, math.nextafter(near, 0)) if int(width // f) == rank), None)
 
 
-def write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     """Write the two files."""
-    (slot,), config = steered.plan, steered.loaded.config
-    assert isinstance(slot.method, NonlinearSteering | LinearSteering)
+    (slot,), config = reduced.plan, reduced.loaded.config
+    assert isinstance(slot.method, LowRank)
     layers = slot.active_layers(config.layers)
-    ours = _activation(slot.method)
+    ours = activation_of(slot.method)
     bottleneck = {
         **_FIXED,
         "reduction_factor": factor_for(slot.method.rank, config.width),
@@ -98,40 +97,28 @@ def write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
     }
     tensors = []
     for at, layer in enumerate(layers):
-        leaves = {name: np.asarray(leaf[at]) for name, leaf in steered.steering[slot.name]["block"].items()}
+        leaves = {name: np.asarray(leaf[at]) for name, leaf in reduced.steering[slot.name]["block"].items()}
         values = {part: leaves[name] for name, part in _PARTS.items()}
         values |= {
             bias: np.zeros(value.shape[0], value.dtype) for bias, value in zip(_BIASES, values.values(), strict=True)
         }
-        for part, value in values.items():
-            name = f"{_prefix(layer, options.name)}{part}"
-            tensors.append(ToWrite(name, value.shape, value.dtype, partial(np.asarray, value)))
+        tensors += [ToWrite.of(f"{_prefix(layer, options.name)}{part}", value) for part, value in values.items()]
     write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    family = FAMILIES[steered.loaded.family]
+    family = FAMILIES[reduced.loaded.family]
     said = {"model_type": family.hf_type, "model_class": family.hf_class, "hidden_size": config.width}
-    said |= {"name": options.name, "model_name": steered.source or None, "version": VERSION}
+    said |= {"name": options.name, "model_name": hub_id(reduced.source), "version": VERSION}
     write_json(folder / CONFIG, said | {"config": bottleneck})
 
 
 def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """The same as it will be read."""
     (slot,), count = steered.plan, steered.loaded.config.layers
-    assert isinstance(slot.method, NonlinearSteering | LinearSteering)
-    method = _method(slot.method.rank, slot.method.alpha, _activation(slot.method))
+    assert isinstance(slot.method, LowRank)
+    method = low_rank(slot.method.rank, activation_of(slot.method), slot.method.alpha)
     layers = None if len(slot.active_layers(count)) == count else slot.layers
     name = method_name(method)
     plan = (replace(slot, name=name, method=method, layers=layers),)
     return replace(steered, plan=plan, steering={name: steered.steering[slot.name]})
-
-
-def _activation(method: NonlinearSteering | LinearSteering) -> str:
-    """Our name of a method's activation."""
-    return method.activation if isinstance(method, NonlinearSteering) else "none"
-
-
-def _method(rank: int, alpha: float, activation: str) -> Intervention:
-    """Steering with an activation, or none."""
-    return LinearSteering(rank, alpha) if activation == "none" else NonlinearSteering(rank, alpha, activation)
 
 
 def _prefix(layer: int, name: str) -> str:
@@ -143,8 +130,7 @@ def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """Read a folder; the plan has a slot for each rank."""
     file = path / CONFIG
     raw = read_json(file)
-    if loaded is None:
-        raise ValueError(f"{path}: holds steering of a model; say of which, by --model")
+    loaded = base_needed(path, loaded)
     config, said = loaded.config, raw.get("config") or {}
     problems = _problems(raw, loaded) or _config_problems(said)
     if problems:
@@ -153,7 +139,7 @@ def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     ranks = {layer: _rank(str(file), said["reduction_factor"], layer, config.width) for layer in layers}
     activation, alpha = _ACTIVATIONS[said["non_linearity"].lower()], said.get("scaling", 1.0)
     parts = _read_tensors(path, raw["name"], ranks, config.width)
-    return gather(path, loaded, [Piece(_method(ranks[i], alpha, activation), "block", i, parts[i]) for i in layers])
+    return gather(path, loaded, [Piece(low_rank(ranks[i], activation, alpha), "block", i, parts[i]) for i in layers])
 
 
 def _problems(raw: Mapping[str, Json], loaded: LoadedModel) -> list[str]:

@@ -10,13 +10,12 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from jaxsteer.io.files import Json
 from jaxsteer.io.formats import find_format
 from jaxsteer.io.formats.format import JAXSTEER, Use
 from jaxsteer.io.provenance import library_version, provenance_of
-from jaxsteer.io.source import is_hub_id
+from jaxsteer.io.source import hub_id
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.plans import method_name
 from jaxsteer.types import Plan
@@ -63,12 +62,6 @@ def _how_to_load(use: Use, base: str | None) -> str:
 
 def _block(code: str, language: str) -> str:
     return f"```{language}\n{code}\n```"
-
-
-def hub_id(source: str) -> str | None:
-    """A source if it is the id of a repository of the Hugging Face Hub, and not a path that is here; else None."""
-    is_file = source.endswith((".gguf", ".safetensors"))
-    return source if is_hub_id(source) and not is_file and not Path(source).exists() else None
 
 
 def quoted(text: str) -> str:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxsteer.io import source as sources
 from jaxsteer.io.files import Json, check_free, new_folder, write_text
-from jaxsteer.io.formats import FORMATS, find_format
+from jaxsteer.io.formats import FORMATS, find_format, find_writable
 from jaxsteer.io.formats.card import model_card
 from jaxsteer.io.formats.format import Format, Given, WriteOptions, unused
 from jaxsteer.io.formats.sidecar import Sidecar, check_base, read_sidecar, restore, write_sidecar
@@ -35,10 +35,7 @@ def check_options(to: str, options: WriteOptions) -> None:
     Raises:
         ValueError: such an option, or a format that there is not, or that is only read.
     """
-    format = find_format(to)
-    if not format.writable:
-        writable = ", ".join(name for name, other in FORMATS.items() if other.writable)
-        raise ValueError(f"--to {to}: this format is only read; these are written: {writable}")
+    format = find_writable(to)
     for option in unused(options, format.options):
         users = [name for name, row in FORMATS.items() if option.removeprefix("--") in row.options]
         raise ValueError(f"{option}: {to} has no use for it; leave it out ({option} is for --to {', '.join(users)})")
@@ -79,7 +76,7 @@ def check_export(to: str, plan: Plan, loaded: LoadedModel, options: WriteOptions
     """
     options = options or WriteOptions()
     check_options(to, options)
-    format, config = find_format(to), loaded.config
+    format, config = FORMATS[to], loaded.config
     assert format.refuse is not None
     validate_plan(plan, config)
     if is_quantised(loaded.base):

@@ -43,7 +43,7 @@ KIND = "ggml_type"
 """Among the notes of a reduced model: the type of its matrices, which are fp32 in memory."""
 
 
-def _recognises(path: Path) -> bool:
+def recognises(path: Path) -> bool:
     """Whether a path is a GGUF file of a model of our families, or a folder with one."""
     try:
         metadata = open_gguf(_file(path)).metadata
@@ -52,7 +52,7 @@ def _recognises(path: Path) -> bool:
     return metadata.get("general.architecture") in ARCHITECTURES and metadata.get("general.type", "model") == "model"
 
 
-def _read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """The model in a file, or in a folder's model.gguf."""
     return SteeredModel(load_model(_file(path)), source=str(path))
 
@@ -62,7 +62,7 @@ def _file(path: Path) -> Path:
     return path / FILE if path.is_dir() else path
 
 
-def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     """Why a model with this plan cannot become a GGUF file, a sentence for each reason."""
     reasons = [
         f"{reason}. Use --to hf-steered, or fit a LoRA to it (jaxsteer.theory.to_lora)"
@@ -82,7 +82,7 @@ def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptio
     return reasons + refuse_config(family, config)
 
 
-def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """The model with its steering merged into the weights, which are rounded as the file rounds them.
 
     Raises:
@@ -130,9 +130,9 @@ def _lost(loaded: LoadedModel, file: Gguf, kind: str) -> list[str]:
     return lost
 
 
-def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     """Write model.gguf."""
-    write_gguf(folder / FILE, *_contents(steered.loaded, steered.notes[KIND]))
+    write_gguf(folder / FILE, *_contents(reduced.loaded, reduced.notes[KIND]))
 
 
 def _contents(loaded: LoadedModel, kind: str) -> tuple[dict[str, GgufValue], Sequence[Encoded]]:
@@ -155,11 +155,11 @@ FORMAT = Format(
     holds="a whole model; LoRA, and steering that weights or biases take, is merged",
     programs="llama.cpp, Ollama",
     whole=True,
-    recognises=_recognises,
-    read=_read,
-    refuse=_refuse,
-    reduce=_reduce,
-    write=_write,
+    recognises=recognises,
+    read=read,
+    refuse=refuse,
+    reduce=reduce,
+    write=write,
     options=("dtype",),
     verify="llama",
     use=Use(

@@ -14,6 +14,7 @@ import numpy as np
 from jaxsteer.folding import affine_parts
 from jaxsteer.interventions import FixedVector
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
+from jaxsteer.io.formats.pieces import finite
 from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
 from jaxsteer.io.gguf_write import plain, write_gguf
 from jaxsteer.io.load import LoadedModel
@@ -43,16 +44,18 @@ def _open(path: Path) -> Gguf | None:
     return file if file.metadata.get("general.architecture") == ARCHITECTURE else None
 
 
-def _recognises(path: Path) -> bool:
+def recognises(path: Path) -> bool:
+    """Whether this is a control vector that says its strength."""
     file = _open(path)
     return file is not None and STRENGTH in file.metadata
 
 
-def _recognises_repeng(path: Path) -> bool:
+def recognises_repeng(path: Path) -> bool:
+    """Whether this is any control vector."""
     return _open(path) is not None
 
 
-def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """The vectors, each times the strength that is given, or the file's own."""
     file = open_gguf(path / FILE if path.is_dir() else path)
     strength = file.metadata.get(STRENGTH) if given.strength is None else given.strength
@@ -65,10 +68,12 @@ def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
         raise ValueError(f"{file.path}: the strength is {reprlib.repr(strength)}; expected a number (--strength)")
     assert loaded is not None
     _check(file, loaded)
-    vectors = {_block_of(name): tensor.read() for name, tensor in file.tensors.items()}
-    return _with_vectors(
-        SteeredModel(loaded), {i: np.asarray(vectors[i], np.float32) * np.float32(strength) for i in sorted(vectors)}
-    )
+    with np.errstate(over="ignore"):
+        vectors = {
+            _block_of(name): finite(file.path, name, np.asarray(tensor.read(), np.float32) * np.float32(strength))
+            for name, tensor in file.tensors.items()
+        }
+    return _with_vectors(SteeredModel(loaded), vectors)
 
 
 def _check(file: Gguf, loaded: LoadedModel) -> None:
@@ -112,7 +117,7 @@ def _with_vectors(steered: SteeredModel, vectors: dict[int, np.ndarray]) -> Stee
     return replace(steered, plan=plan, steering={"control": {"block": {"v": stacked}}})
 
 
-def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     """Why a plan is no control vector, a sentence for each slot."""
     reasons = [] if plan else ["there is no steering to write: a control vector holds fixed vectors after blocks"]
     for slot in plan:
@@ -134,7 +139,7 @@ def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptio
     return reasons
 
 
-def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """The sum of all vectors after each block, as one slot."""
     vectors: dict[int, np.ndarray] = {}
     for slot in steered.plan:
@@ -147,15 +152,15 @@ def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     return _with_vectors(steered, vectors)
 
 
-def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     """Write control.gguf."""
-    (slot,) = steered.plan
-    blocks = slot.active_layers(steered.loaded.config.layers)
-    vectors = np.asarray(steered.steering[slot.name]["block"]["v"])
+    (slot,) = reduced.plan
+    blocks = slot.active_layers(reduced.loaded.config.layers)
+    vectors = np.asarray(reduced.steering[slot.name]["block"]["v"])
     metadata: dict[str, GgufValue] = {
         "general.architecture": ARCHITECTURE,
         "general.name": options.name,
-        "controlvector.model_hint": FAMILIES[steered.loaded.family].hf_type,
+        "controlvector.model_hint": FAMILIES[reduced.loaded.family].hf_type,
         "controlvector.layer_count": len(blocks),
         STRENGTH: 1.0,
     }
@@ -167,11 +172,11 @@ FORMAT = Format(
     name="gguf-control",
     holds="fixed vectors after blocks from 1 on",
     programs="llama.cpp",
-    recognises=_recognises,
-    read=_read,
-    refuse=_refuse,
-    reduce=_reduce,
-    write=_write,
+    recognises=recognises,
+    read=read,
+    refuse=refuse,
+    reduce=reduce,
+    write=write,
     options=("name",),
     asks=("strength",),
     verify="llama",
@@ -190,7 +195,7 @@ REPENG = Format(
     name="repeng",
     holds="fixed vectors after blocks, without their strength",
     programs="repeng, llama-cvector-generator",
-    recognises=_recognises_repeng,
-    read=_read,
+    recognises=recognises_repeng,
+    read=read,
     asks=("strength",),
 )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
+from jaxsteer.io.formats.pieces import base_needed, finite
 from jaxsteer.io.formats.updates import Place, Update, Updates, plan_of, refuse_lora, updates_of
 from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
 from jaxsteer.io.gguf_write import plain, write_gguf
@@ -21,7 +22,6 @@ from jaxsteer.io.stored import names_of, transform_of
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.families.table import Family, Row
-from jaxsteer.models.quantise import is_quantised
 from jaxsteer.types import Plan
 
 FILE = "adapter.gguf"
@@ -65,17 +65,18 @@ def _open(path: Path) -> Gguf:
     return file
 
 
-def _recognises(path: Path) -> bool:
+def recognises(path: Path) -> bool:
+    """Whether this is an adapter in GGUF."""
     try:
         return _open(path) is not None
     except (ValueError, OSError):
         return False
 
 
-def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    """The LoRA of a file, or of a folder."""
     file = _open(path)
-    if loaded is None:
-        raise ValueError(f"{file.path}: does not say which model it is for: --model")
+    loaded = base_needed(file.path, loaded)
     family, config = FAMILIES[loaded.family], loaded.config
     _check_metadata(file, family)
     alpha = file.metadata.get(ALPHA, 0.0)
@@ -91,9 +92,11 @@ def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
                 f"{file.path}: {name}.lora_a and lora_b have shapes {list(a.shape)} and {list(b.shape)}; expected "
                 f"[rank, {inputs}] and [{outputs}, rank]. Give the model that it is for (--model)"
             )
-        updates |= _split(
-            np.asarray(a.read(), np.float32), np.asarray(b.read(), np.float32), alpha, targets[name], config
+        read_a, read_b = (
+            finite(file.path, f"{name}.lora_{part}", np.asarray(tensor.read(), np.float32))
+            for part, tensor in (("a", a), ("b", b))
         )
+        updates |= _split(read_a, read_b, alpha, targets[name], config)
     plan, steering = plan_of(updates, config)
     return SteeredModel(loaded, plan, steering)
 
@@ -185,15 +188,14 @@ def _stored(steered: SteeredModel) -> tuple[dict[str, Update], float]:
     return stored, alpha
 
 
-def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+    """Why a plan is no LoRA."""
     reasons = [] if plan else ["there is no steering to write"]
     return reasons + refuse_lora(plan, config, dora=False)
 
 
-def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """The plan as LoRA slots whose scales follow from the file's one alpha."""
-    if is_quantised(steered.base):
-        raise ValueError("the base is in int8; export the steering over the model it was quantised from")
     config, family = steered.loaded.config, FAMILIES[steered.loaded.family]
     stored, alpha = _stored(steered)
     targets, updates = _targets(family, config), Updates()
@@ -203,11 +205,11 @@ def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     return replace(steered, plan=plan, steering=steering)
 
 
-def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     """Write adapter.gguf."""
-    stored, alpha = _stored(steered)
+    stored, alpha = _stored(reduced)
     metadata: dict[str, GgufValue] = {
-        "general.architecture": FAMILIES[steered.loaded.family].gguf,
+        "general.architecture": FAMILIES[reduced.loaded.family].gguf,
         "general.type": "adapter",
         "general.name": options.name,
         "adapter.type": "lora",
@@ -225,11 +227,11 @@ FORMAT = Format(
     name="gguf-lora",
     holds="LoRA, and steering that becomes LoRA",
     programs="llama.cpp, Ollama",
-    recognises=_recognises,
-    read=_read,
-    refuse=_refuse,
-    reduce=_reduce,
-    write=_write,
+    recognises=recognises,
+    read=read,
+    refuse=refuse,
+    reduce=reduce,
+    write=write,
     options=("name",),
     verify="llama",
     over="gguf",

@@ -126,7 +126,7 @@ def merged(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     return replace(steered, loaded=loaded, plan=(), steering={}, lost=[*steered.lost, *rounded(steered, dtype)])
 
 
-def _recognises(path: Path) -> bool:
+def recognises(path: Path) -> bool:
     """A folder with a config.json and safetensors of a family known here."""
     try:
         raw = read_json(path / "config.json")
@@ -136,7 +136,8 @@ def _recognises(path: Path) -> bool:
     return weights and not str(raw.get("model_type")).startswith(STEERED_TYPE)
 
 
-def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    """The model in a folder."""
     return SteeredModel(load_model(path), source=str(path))
 
 
@@ -144,8 +145,8 @@ FORMAT = Format(
     name="hf",
     holds="a whole model; LoRA and affine steering merged into its weights",
     programs="transformers, vLLM, SGLang and everything else that reads Hugging Face folders",
-    recognises=_recognises,
-    read=_read,
+    recognises=recognises,
+    read=read,
     whole=True,
     refuse=lambda plan, family, config, options: [
         *refuse_dtype(options),

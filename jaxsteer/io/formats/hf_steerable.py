@@ -16,11 +16,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions import LinearSteering, NonlinearSteering
-from jaxsteer.interventions.loreft import NONE
 from jaxsteer.io.files import Json
 from jaxsteer.io.formats.format import ACTIVATIONS, Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.hf import dtype_of, refuse_dtype, rounded, save_loaded, with_dtype
+from jaxsteer.io.formats.pieces import LowRank, activation_of, low_rank
 from jaxsteer.io.formats.remote_code import KEY, describe_folder, extras_of, is_folder, read_folder, steering_of
 from jaxsteer.io.formats.updates import refuse_lora
 from jaxsteer.io.load import LoadedModel
@@ -36,22 +35,9 @@ KIND = "steerable"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks for which vLLM can reserve memory (max_lora_rank)."""
 
-LowRank = LinearSteering | NonlinearSteering
 
 DOWN, UP = "steer_down.weight", "steer_up.weight"
 """The tensors of a block, [R, D] and [D, R]."""
-
-
-def low_rank(rank: int, activation: str, alpha: float = 1.0) -> LowRank:
-    """Steering of this rank and activation; "none" is linear steering."""
-    if activation == NONE:
-        return LinearSteering(rank=rank, alpha=alpha)
-    return NonlinearSteering(rank=rank, alpha=alpha, activation=activation)
-
-
-def activation_of(slot: Slot) -> str:
-    """The activation of a slot for which there is a place."""
-    return getattr(slot.method, "activation", NONE)
 
 
 def steerable_slot(rank: int, activation: str) -> Slot:
@@ -87,7 +73,7 @@ def _refuse_place(slot: Slot, taken: list[Slot]) -> list[str]:
     for other in taken[: taken.index(slot)]:
         if other.shares_layer(slot):
             return [f"slot {other.name!r} has the place after one of its blocks. Write both with --to hf-steered"]
-    activations = [activation_of(slot), activation_of(taken[0])]
+    activations = [activation_of(method_of(slot)), activation_of(method_of(taken[0]))]
     if activations[0] != activations[1]:
         return [
             f"its activation is {activations[0]}, that of slot {taken[0].name!r} is {activations[1]}, and a steerable "
@@ -108,7 +94,8 @@ def rank_for(plan: Plan, config: ModelConfig, rank: int | None) -> int:
     return rank or min(next((r for r in RANKS if r >= largest), largest), config.width)
 
 
-def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+    """Why a plan has no place there, a sentence for each slot."""
     reasons = [*refuse_dtype(options), *refuse_steering(plan, config)]
     taken = post_block(plan)
     if not taken:
@@ -129,11 +116,11 @@ def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptio
     return reasons
 
 
-def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """The base model with zero steering in every place."""
     loaded = with_dtype(steered.loaded, options.dtype)
     config = loaded.config
-    activation = activation_of(post_block(steered.plan)[0])
+    activation = activation_of(method_of(post_block(steered.plan)[0]))
     slot = steerable_slot(rank_for(steered.plan, config, options.rank), activation)
     shapes = steering_shapes((slot,), config, dtype_of(loaded))
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -145,9 +132,10 @@ def _name_of(number: int, param: str) -> str:
     return {"D": DOWN, "U": UP}[param]
 
 
-def _write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+    """Write the folder."""
     (slot,) = reduced.plan
-    about = {"rank": method_of(slot).rank, "activation": activation_of(slot)}
+    about = {"rank": method_of(slot).rank, "activation": activation_of(method_of(slot))}
     save_loaded(folder, reduced.loaded, extras_of(KIND, reduced, about, _name_of))
 
 
@@ -189,7 +177,8 @@ def _places(about: Mapping[str, Json], family: Family, config: ModelConfig, path
     return Places(family, config, rank, activation)
 
 
-def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    """The base model in a folder, with its places as a slot."""
     parts = read_folder(path, KIND)
     family = FAMILIES[parts.loaded.family]
     places = _places(parts.about, family, parts.loaded.config, path)
@@ -202,12 +191,12 @@ FORMAT = Format(
     holds="a base model with a place for low-rank steering after every block, for the adapters of vllm",
     programs="transformers, vLLM",
     recognises=lambda path: is_folder(path, KIND),
-    read=_read,
+    read=read,
     whole=True,
     unsteered=True,
-    refuse=_refuse,
-    reduce=_reduce,
-    write=_write,
+    refuse=refuse,
+    reduce=reduce,
+    write=write,
     options=("dtype", "rank"),
     verify="transformers",
     use=Use(

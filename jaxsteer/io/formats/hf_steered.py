@@ -32,7 +32,8 @@ def _split(plan: Plan) -> tuple[Plan, Plan]:
     return after, tuple(replace(slot, sites=sites) for slot, sites in elsewhere if sites)
 
 
-def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+    """Why a plan cannot be held, a sentence for each slot."""
     after, elsewhere = _split(plan)
     reasons = [*refuse_dtype(options), *refuse_merging(elsewhere, family, config)]
     reasons += [_positions(slot) for slot in after if slot.positions.kind != "all"]
@@ -54,7 +55,8 @@ def _positions(slot: Slot) -> str:
     )
 
 
-def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+    """Slots after blocks as they are, the others merged."""
     after, elsewhere = _split(steered.plan)
     pick = lambda plan: {slot.name: {s: steered.steering[slot.name][s] for s in slot.sites} for slot in plan}
     whole = merged(replace(steered, plan=elsewhere, steering=pick(elsewhere)), options)
@@ -65,12 +67,14 @@ def _name_of(number: int, param: str) -> str:
     return f"steering.{number}.{param}"
 
 
-def _write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+    """Write the folder."""
     about = {"plan": plan_to_json(reduced.plan)}
     save_loaded(folder, reduced.loaded, extras_of(KIND, reduced, about, _name_of, keep=("steering",)))
 
 
-def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    """The model in a folder, with its steering."""
     parts = read_folder(path, KIND)
     plan = _plan(parts.about.get("plan"), parts.loaded.config, f"{path / 'config.json'}: {KEY}")
     return SteeredModel(parts.loaded, plan, steering_of(parts, plan, _name_of, str(path)), str(path))
@@ -93,11 +97,11 @@ FORMAT = Format(
     holds="a whole model with steering @ block of any kind; all else is merged into its weights",
     programs="transformers and vLLM, with trust_remote_code",
     recognises=lambda path: is_folder(path, KIND),
-    read=_read,
+    read=read,
     whole=True,
-    refuse=_refuse,
-    reduce=_reduce,
-    write=_write,
+    refuse=refuse,
+    reduce=reduce,
+    write=write,
     options=("dtype",),
     verify="transformers",
     use=Use(

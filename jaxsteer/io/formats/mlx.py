@@ -5,7 +5,6 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,12 @@ from jaxsteer.io.files import Json, read_json, write_json
 from jaxsteer.io.formats import peft
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.modules import Module, with_magnitudes
-from jaxsteer.io.formats.peft import changes, fitted, from_stored, hub_id, layers_of, tensors_of, to_stored
-from jaxsteer.io.formats.pieces import values
+from jaxsteer.io.formats.peft import changes, fitted, from_stored, layers_of, tensors_of, to_stored
+from jaxsteer.io.formats.pieces import base_needed, values
 from jaxsteer.io.formats.updates import Update, plan_of, updates_of
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.safetensors_file import ToWrite, write_safetensors
+from jaxsteer.io.source import hub_id
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.io.stored import Stored
 from jaxsteer.models.config import ModelConfig
@@ -50,8 +50,7 @@ def base_of(path: Path) -> str | None:
 
 def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """Read a folder; the plan has LoRA or DoRA slots."""
-    if loaded is None:
-        raise ValueError(f"{path}: holds updates of a model; say of which, by --model")
+    loaded = base_needed(path, loaded)
     if FAMILIES[loaded.family].prefix:
         raise ValueError(f"{path}: {loaded.family}: {_OTHER_NAMES}")
     raw = read_json(path / CONFIG)
@@ -168,8 +167,7 @@ def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     for name, update in updates.items():
         for part, value in ((_A, update.a.T), (_B, update.b.T), (_MAGNITUDE, update.magnitude)):
             if value is not None:
-                read_value = partial(np.ascontiguousarray, value)
-                tensors.append(ToWrite(f"{name}.{part}", value.shape, value.dtype, read_value))
+                tensors.append(ToWrite.of(f"{name}.{part}", value))
     write_safetensors(folder / WEIGHTS, tensors, {"format": "mlx"})
     keys = list(dict.fromkeys(layers[name][0].tail for name in updates))
     said = {

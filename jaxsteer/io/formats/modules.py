@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxsteer.io.formats.updates import Place, Update, Updates
+from jaxsteer.io.formats.updates import Place, Update, Updates, kernel_at
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families.table import Family, Row
 from jaxsteer.types import PROJECTIONS, PyTree
@@ -53,8 +53,7 @@ class Module:
 
     def kernel(self, base: PyTree, layer: int) -> np.ndarray:
         """The kernel [in, out] in one layer of a base tree, fp32."""
-        parts = [base["blocks"][group][part]["kernel"][layer] for group, part in (s.split(".") for s in self.rows)]
-        return np.concatenate([np.asarray(part, np.float32) for part in parts], 1)
+        return np.concatenate([kernel_at(base, Place(site, layer)) for site in self.rows], 1)
 
 
 def modules_of(family: Family, config: ModelConfig, layout: Layout = "hf") -> tuple[Module, ...]:
@@ -113,10 +112,8 @@ def with_magnitudes(updates: Updates, base: PyTree) -> Updates:
     changed = {}
     for place, update in updates.items():
         if update.magnitude is None:
-            group, part = place.site.split(".")
-            kernel = np.asarray(base["blocks"][group][part]["kernel"][place.layer], np.float32)
-            after = kernel + update.scale * (update.b @ update.a).T
-            update = replace(update, magnitude=norms(after) - norms(kernel))
+            before, after = kernel_at(base, place), kernel_at(base, place, update)
+            update = replace(update, magnitude=norms(after) - norms(before))
         changed[place] = update
     return changed
 

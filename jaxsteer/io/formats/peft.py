@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,11 +13,12 @@ from jaxsteer.io.files import Json, read_json, write_json
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.modules import Module, by_module, by_place, modules_of, norms, with_magnitudes
 from jaxsteer.io.formats.peft_config import CONFIG, PeftConfig, config_of, read_config
-from jaxsteer.io.formats.pieces import values
+from jaxsteer.io.formats.pieces import base_needed, values
 from jaxsteer.io.formats.updates import Update, Updates, plan_of, refuse_lora, updates_of
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.pickles import open_pickle
 from jaxsteer.io.safetensors_file import ToWrite, open_safetensors, write_safetensors
+from jaxsteer.io.source import hub_id
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.io.stored import Stored
 from jaxsteer.models.config import ModelConfig
@@ -50,7 +49,7 @@ def base_of(path: Path) -> str | None:
 def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """Read a LoRA folder; the plan has LoRA or DoRA slots."""
     config = read_config(path / CONFIG)
-    loaded = required_base(path, config, loaded)
+    loaded = base_needed(path, loaded, config.raw.get("base_model_name_or_path"))
     family = FAMILIES[loaded.family]
     modules = layers_of(family, loaded.config)
     shapes = {name: module.shape(loaded.config) for name, (module, _) in modules.items()}
@@ -75,19 +74,6 @@ def fitted(path: Path, updates: Mapping[str, Update], loaded: LoadedModel) -> St
     except ValueError as error:
         raise ValueError(f"{path}: does not fit {loaded.name}: {error}") from None
     return SteeredModel(loaded, plan, steering)
-
-
-def required_base(path: Path, config: PeftConfig, loaded: LoadedModel | None) -> LoadedModel:
-    """The base model.
-
-    Raises:
-        ValueError: it is not known.
-    """
-    if loaded is None:
-        named = config.raw.get("base_model_name_or_path")
-        hint = f", perhaps {named[:200]}" if isinstance(named, str) and named else ""
-        raise ValueError(f"{path}: holds updates of a model; say of which, by --model{hint}")
-    return loaded
 
 
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
@@ -129,11 +115,6 @@ def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     write_peft(folder, to_stored(updates_of(reduced), loaded), layers, said)
 
 
-def hub_id(source: str) -> str | None:
-    """The source as an id on the Hugging Face Hub, if it looks like one and is not a path here."""
-    return source if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).expanduser().exists() else None
-
-
 def layers_of(family: Family, config: ModelConfig) -> dict[str, tuple[Module, int]]:
     """Every linear layer of a model's blocks by its full name, as module and number of the block."""
     return {module.named(i): (module, i) for module in modules_of(family, config) for i in range(config.layers)}
@@ -159,8 +140,7 @@ def write_peft(
     for name, update in updates.items():
         for part, value in ((_A, update.a), (_B, update.b), (_MAGNITUDE, update.magnitude)):
             if value is not None:
-                read = partial(np.asarray, value)
-                tensors.append(ToWrite(f"{_PREFIX}{name}.{part}", value.shape, np.dtype(value.dtype), read))
+                tensors.append(ToWrite.of(f"{_PREFIX}{name}.{part}", value))
     write_safetensors(folder / WEIGHTS, tensors, {"format": "pt", **metadata})
     write_json(folder / CONFIG, config_of(updates, names) | dict(said))
 

@@ -6,6 +6,7 @@ method become one slot.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.interventions import LinearSteering, NonlinearSteering
+from jaxsteer.interventions.loreft import NONE
 from jaxsteer.io.formats.format import Given
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.safetensors_file import FLOATS
@@ -22,7 +24,8 @@ from jaxsteer.io.stored import Stored
 from jaxsteer.plans import method_name, validate_plan
 from jaxsteer.types import ALL, Intervention, Plan, Positions, Slot, Steering
 
-NONE = "none"
+LowRank = LinearSteering | NonlinearSteering
+"""Steering that other programs have as two linears with an activation between them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,34 +38,54 @@ class Piece:
     params: Mapping[str, np.ndarray]
 
 
-def ask(path: Path, program: str, base: LoadedModel | None, given: Given, needs: Mapping[str, str]) -> LoadedModel:
+def base_needed(path: Path, loaded: LoadedModel | None, hint: object = None) -> LoadedModel:
+    """The base model.
+
+    Args:
+        path: the file or folder, for the message.
+        loaded: the base model, if it is known.
+        hint: what the file calls it.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    if loaded is not None:
+        return loaded
+    perhaps = f", perhaps {reprlib.repr(hint)}" if isinstance(hint, str) and hint else ""
+    raise ValueError(f"{path}: holds steering of a model; say of which, by --model{perhaps}")
+
+
+def ask(path: Path, program: str, loaded: LoadedModel | None, given: Given, needs: Mapping[str, str]) -> LoadedModel:
     """The base model, once it and everything else that the file does not say is given.
 
     Args:
         path: the file or folder, for the message.
         program: what wrote it.
-        base: the base model, if it is given.
+        loaded: the base model, if it is given.
         given: what the person says.
         needs: fields of `Given` that are needed, each with a few words on what it is.
 
     Raises:
         ValueError: names the options of all that is missing.
     """
-    missing = [] if base is not None else ["--model (the base model that it was made for)"]
+    missing = [] if loaded is not None else ["--model (the base model that it was made for)"]
     missing += [f"--{name} ({what})" for name, what in needs.items() if getattr(given, name) is None]
     if missing:
         raise ValueError(f"{path}: files of {program} do not say everything; give {', '.join(missing)}")
-    assert base is not None
-    return base
+    assert loaded is not None
+    return loaded
 
 
-def low_rank(rank: int, given: Given) -> Intervention:
-    """Low-rank steering with the activation and α that the person gives."""
-    assert given.alpha is not None
-    assert given.activation is not None
-    if given.activation == NONE:
-        return LinearSteering(rank=rank, alpha=given.alpha)
-    return NonlinearSteering(rank=rank, alpha=given.alpha, activation=given.activation)
+def low_rank(rank: int, activation: str, alpha: float = 1.0) -> LowRank:
+    """Low-rank steering with an activation; "none" is linear steering."""
+    if activation == NONE:
+        return LinearSteering(rank=rank, alpha=alpha)
+    return NonlinearSteering(rank=rank, alpha=alpha, activation=activation)
+
+
+def activation_of(method: LowRank) -> str:
+    """The activation of low-rank steering, "none" of linear steering."""
+    return method.activation if isinstance(method, NonlinearSteering) else NONE
 
 
 def values(path: Path, name: str, tensor: Stored, shape: tuple[int, ...]) -> np.ndarray:
@@ -78,6 +101,15 @@ def values(path: Path, name: str, tensor: Stored, shape: tuple[int, ...]) -> np.
     value = tensor.read()
     with np.errstate(over="ignore"):
         value = value.astype(np.float32) if value.dtype == np.float64 else value
+    return finite(path, name, value)
+
+
+def finite(path: Path, name: str, value: np.ndarray) -> np.ndarray:
+    """A tensor's value, if it can be computed with.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
     if not _finite(value):
         raise ValueError(f"{path}: {name} holds values that are not finite")
     return value

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxsteer.interventions import DiReFT, FixedVector, LoReFT
+from jaxsteer.interventions.loreft import NONE
 from jaxsteer.io.files import Json, read_json
 from jaxsteer.io.formats.format import Format, Given
-from jaxsteer.io.formats.pieces import NONE, Piece, ask, gather, matrix_shape, values
+from jaxsteer.io.formats.pieces import Piece, ask, gather, matrix_shape, values
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.pickles import open_pickle
 from jaxsteer.io.steered import SteeredModel
@@ -172,7 +173,7 @@ def recognises(path: Path) -> bool:
         return False
 
 
-def read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """Read a folder that ReftModel.save wrote.
 
     Raises:
@@ -181,7 +182,7 @@ def read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
     kinds = _kinds(path / "config.json")
     classes = {kind for kind, _ in kinds.values()}
     needed = NEEDS if classes - set(LINEAR) else {"positions": NEEDS["positions"]}
-    model = ask(path, "pyreft", base, given, needed)
+    model = ask(path, "pyreft", loaded, given, needed)
     positions = Positions.parse(str(given.positions))
     pieces = []
     for key, (kind, layer) in kinds.items():

@@ -54,7 +54,7 @@ def recognises(path: Path) -> bool:
     return (path / WEIGHTS).is_file()
 
 
-def read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """Read a row of the decoder.
 
     Raises:
@@ -62,7 +62,7 @@ def read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
     """
     config = read_json(path / SETTINGS)
     _check_kind(path / SETTINGS, config)
-    model = ask(path, "SAELens", base, given, NEEDS)
+    model = ask(path, "SAELens", loaded, given, NEEDS)
     site, layer = _place(path / SETTINGS, config, model.config)
     row = _row(path / WEIGHTS, config, given, model)
     with np.errstate(over="ignore", invalid="ignore"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxsteer.io.formats.format import JAXSTEER, Format, Given, Use, WriteOptions
+from jaxsteer.io.formats.pieces import base_needed
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.safetensors_file import open_safetensors
 from jaxsteer.io.steered import SteeredModel
@@ -22,7 +23,8 @@ def _file(path: Path) -> Path:
     return path / NAME if path.is_dir() else path
 
 
-def _recognises(path: Path) -> bool:
+def recognises(path: Path) -> bool:
+    """Whether this is a steering file, or a folder with one."""
     file = _file(path)
     if not file.is_file() or file.suffix != ".safetensors":
         return False
@@ -32,26 +34,29 @@ def _recognises(path: Path) -> bool:
         return False
 
 
-def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    """The steering of a file, or of a run's folder."""
     file = load_steering(_file(path))
-    assert loaded is not None
+    loaded = base_needed(path, loaded)
     file.check(loaded.config)
     return SteeredModel(loaded, file.plan, file.steering, file.model_name, file.notes)
 
 
-def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+    """Why there is nothing to write."""
     return [] if plan else ["there is no steering to write: the weights hold everything. Use the model as it is"]
 
 
-def _write(steered: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+    """Write steering.safetensors."""
     save_steering(
         folder / NAME,
-        steered.steering,
-        steered.plan,
-        model_name=steered.source or steered.loaded.name,
-        config=steered.loaded.config,
-        notes=steered.notes,
-        sample=steered.loaded.sample,
+        reduced.steering,
+        reduced.plan,
+        model_name=reduced.source or reduced.loaded.name,
+        config=reduced.loaded.config,
+        notes=reduced.notes,
+        sample=reduced.loaded.sample,
     )
 
 
@@ -59,12 +64,12 @@ FORMAT = Format(
     name="jaxsteer",
     holds="any plan",
     programs="jaxsteer",
-    recognises=_recognises,
-    read=_read,
+    recognises=recognises,
+    read=read,
     base=lambda path: load_steering(_file(path)).model_name,
-    refuse=_refuse,
+    refuse=refuse,
     reduce=lambda steered, options: steered,
-    write=_write,
+    write=write,
     use=Use(
         "jaxsteer",
         "adapter",

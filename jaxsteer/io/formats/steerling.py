@@ -60,7 +60,7 @@ def _open(file: Path) -> dict[str, Stored]:
     return open_safetensors(file)[0] if file.suffix == ".safetensors" else open_pickle(file)
 
 
-def read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """Read a checkpoint.
 
     Raises:
@@ -76,7 +76,7 @@ def read(path: Path, base: LoadedModel | None, given: Given) -> SteeredModel:
     if bool(vectors) == bool(adapters):
         raise ValueError(f"{file}: expected either adapters.layer0_block.down.weight ... or deltas.layer0_block ...")
     needs = NEEDS if adapters else {"positions": NEEDS["positions"]}
-    model = ask(path, "steerling", base, given, needs)
+    model = ask(path, "steerling", loaded, given, needs)
     _check_positions(file, given)
     _check_base(file, tensors, model)
     pieces = _adapters(file, adapters, model, given) if adapters else _vectors(file, vectors, model)
@@ -148,7 +148,9 @@ def _adapters(file: Path, tensors: Mapping[str, Stored], model: LoadedModel, giv
         (down_name, down), (up_name, up) = parts["down"], parts["up"]
         rank = matrix_shape(file, down_name, down)[0]
         params = {"D": values(file, down_name, down, (rank, width)), "U": values(file, up_name, up, (width, rank))}
-        pieces.append(Piece(low_rank(rank, given), site, layer, params))
+        assert given.activation is not None
+        assert given.alpha is not None
+        pieces.append(Piece(low_rank(rank, given.activation, given.alpha), site, layer, params))
     return pieces
 
 

@@ -15,7 +15,7 @@ from jaxsteer.interventions import DoRA, LoRA, PiSSA
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.config import ModelConfig, projections_of
 from jaxsteer.plans import method_name
-from jaxsteer.types import Array, Plan, Slot, Steering
+from jaxsteer.types import Array, Plan, PyTree, Slot, Steering
 
 
 class Place(NamedTuple):
@@ -142,19 +142,16 @@ def _add_affine(updates: Updates, steered: SteeredModel, slot: Slot, site: str) 
         read, write = np.asarray(delta.read), np.asarray(delta.write)
         for name in taker.projections:
             if name in projections_of(config):
-                kernel = _kernel(steered, updates, Place(name, layer))
+                kernel = kernel_at(steered.base, Place(name, layer), updates.get(Place(name, layer)))
                 a, b = (read @ kernel.T, write) if taker.side == "output" else (read, kernel.T @ write)
                 _add(updates, Place(name, layer), Update(a, b, 1.0))
 
 
-def _kernel(steered: SteeredModel, updates: Updates, place: Place) -> np.ndarray:
-    """The kernel [in, out] at a place with its updates so far, fp32."""
+def kernel_at(base: PyTree, place: Place, update: Update | None = None) -> np.ndarray:
+    """The kernel [in, out] at a place of a base tree, and with an update, if there is one; fp32."""
     group, part = place.site.split(".")
-    kernel = np.asarray(steered.base["blocks"][group][part]["kernel"][place.layer], np.float32)
-    if place in updates:
-        update = updates[place]
-        kernel = kernel + update.scale * (update.b @ update.a).T
-    return kernel
+    kernel = np.asarray(base["blocks"][group][part]["kernel"][place.layer], np.float32)
+    return kernel if update is None else kernel + update.scale * (update.b @ update.a).T
 
 
 def alpha_for(scale: float, rank: int) -> float:

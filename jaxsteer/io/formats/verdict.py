@@ -14,7 +14,7 @@ from jaxsteer.io.files import Json
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.quantise import is_quantised
 from jaxsteer.models.transformer import Network, logits_of, output_embedding
-from jaxsteer.types import Array, PyTree
+from jaxsteer.types import Array, Batch, PyTree
 
 EXACT = 1e-5
 """Largest difference of logits, as a share of the largest logit, that rounding in fp32 explains."""
@@ -107,20 +107,20 @@ def judge(steered: SteeredModel, read: SteeredModel, tokens: np.ndarray, *, verb
     Raises:
         ValueError: a model whose logits are not finite.
     """
-    batch, base = jnp.asarray(tokens), SteeredModel(steered.loaded)
-    wanted, got = _logits(steered.network, batch), _logits(read.network, batch)
-    for logits, which in ((wanted, "the model that is exported"), (got, "what was written")):
-        if not jnp.isfinite(logits).all():
+    batch, base = make_batch(jnp.asarray(tokens)), SteeredModel(steered.loaded)
+    wanted, got = logits(steered.network, batch), logits(read.network, batch)
+    for values, which in ((wanted, "the model that is exported"), (got, "what was written")):
+        if not jnp.isfinite(values).all():
             raise ValueError(
                 f"{which} gives logits that are not finite, so nothing can be said of it; is the steering damaged, or "
                 "too large for the type of the weights (--dtype)?"
             )
-    plain = _logits(base.network, batch) if steered.plan else wanted
+    plain = logits(base.network, batch) if steered.plan else wanted
     kl, top1 = _distance(wanted, got)
     noise = None
     if not is_quantised(base.base):
         pairs = ((got, read), (plain, base))
-        noise = Noise(*(x for exact, model in pairs for x in _distance(exact, _logits(_in_bf16(model.network), batch))))
+        noise = Noise(*(x for exact, model in pairs for x in _distance(exact, logits(_in_bf16(model.network), batch))))
     return Verdict(
         verbatim=verbatim,
         logit_difference=float(jnp.max(jnp.abs(wanted - got))),
@@ -146,9 +146,9 @@ def _in_bf16(network: Network) -> Network:
 
 
 @jax.jit
-def _logits(network: Network, tokens: Array) -> Array:
+def logits(network: Network, batch: Batch) -> Array:
     """Logits [B, T, V] in fp32."""
-    hidden, softcap = network(make_batch(tokens)).hidden, network.model.config.final_softcap
+    hidden, softcap = network(batch).hidden, network.model.config.final_softcap
     return logits_of(hidden, output_embedding(network.base), softcap).astype(jnp.float32)
 
 

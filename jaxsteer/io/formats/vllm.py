@@ -18,14 +18,13 @@ from jaxsteer.io.formats import peft
 from jaxsteer.io.formats.format import ACTIVATIONS, Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.hf_steerable import (
     RANKS,
-    activation_of,
-    low_rank,
     method_of,
     places_in,
     post_block,
     refuse_steering,
 )
 from jaxsteer.io.formats.peft_config import CONFIG, read_config
+from jaxsteer.io.formats.pieces import activation_of, base_needed, low_rank
 from jaxsteer.io.formats.remote_code import blocks_of, tensors_of
 from jaxsteer.io.formats.updates import Update, alpha_for, plan_of, updates_of
 from jaxsteer.io.identity import differences
@@ -54,7 +53,8 @@ def max_lora_rank(ranks: Iterable[int]) -> int | None:
     return next((allowed for allowed in RANKS if allowed >= largest), None)
 
 
-def _refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
+    """Why a plan is no adapter over the base, a sentence each."""
     reasons = []
     if family.name == "gpt2":
         reasons.append("vLLM cannot load a GPT-2 with steering. Use transformers: --to hf-steered, --to hf")
@@ -79,15 +79,15 @@ def _refuse_over(plan: Plan, family: Family, config: ModelConfig, over: Path | N
         return [f"--over {over}: of another model ({'; '.join(unlike)}); write one with --to hf-steerable"]
     reasons = []
     for slot in post_block(plan):
-        rank = method_of(slot).rank
+        rank, activation = method_of(slot).rank, activation_of(method_of(slot))
         if rank > base.rank:
             reasons.append(
                 f"slot {slot.name!r}: rank {rank}, and {over} has places of rank {base.rank}; write a wider base with "
                 f"--to hf-steerable --rank {rank}"
             )
-        if activation_of(slot) != base.activation:
+        if activation != base.activation:
             reasons.append(
-                f"slot {slot.name!r}: activation {activation_of(slot)}, and that of {over} is {base.activation}; write "
+                f"slot {slot.name!r}: activation {activation}, and that of {over} is {base.activation}; write "
                 "another base with --to hf-steerable, or this model alone with --to hf-steered"
             )
     return reasons
@@ -109,7 +109,7 @@ def _check_weights(loaded: LoadedModel, over: Path) -> None:
         )
 
 
-def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
+def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """LoRA of the projections, and steering in the terms of the base."""
     assert options.over is not None
     _check_weights(steered.loaded, options.over)
@@ -124,7 +124,7 @@ def _reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
         leaves = {name: np.asarray(leaf) for name, leaf in steered.steering[slot.name]["block"].items()}
         for at, layer in enumerate(slot.active_layers(steered.loaded.config.layers)):
             factors[layer] = leaves["D"][at], leaves["U"][at], _as_read(slot)
-    activation = activation_of(placed[0]) if placed else ""
+    activation = activation_of(method_of(placed[0])) if placed else ""
     plan, steering = _slots(factors, activation, steered.loaded.config)
     return replace(lora, plan=(*lora.plan, *plan), steering=lora.steering | steering)
 
@@ -150,7 +150,8 @@ def _slots(factors: Mapping[int, Factors], activation: str, config: ModelConfig)
     return tuple(slots), steering
 
 
-def _write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
+    """Write the two files."""
     assert options.over is not None
     loaded, rank = reduced.loaded, places_in(options.over).rank
     placed = post_block(reduced.plan)
@@ -163,7 +164,7 @@ def _write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
             down, up = _named(loaded, layer)
             updates[down] = Update(leaves["D"][at], identity, 1.0)
             updates[up] = Update(identity.T, leaves["U"][at], method_of(slot).alpha)
-    metadata = {_ACTIVATION: activation_of(placed[0])} if placed else {}
+    metadata = {_ACTIVATION: activation_of(method_of(placed[0]))} if placed else {}
     peft.write_peft(folder, updates, _shapes(loaded, rank), {}, metadata)
 
 
@@ -192,9 +193,10 @@ def recognises(path: Path) -> bool:
         return False
 
 
-def _read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
+    """The LoRA and the steering of a folder."""
     config = read_config(path / CONFIG)
-    loaded = peft.required_base(path, config, loaded)
+    loaded = base_needed(path, loaded, config.raw.get("base_model_name_or_path"))
     if config.dora or config.pissa:
         raise ValueError(
             f"{path / CONFIG}: DoRA and unconverted PiSSA are nothing that vLLM serves; merge them with peft"
@@ -256,10 +258,10 @@ FORMAT = Format(
     holds="post-block linear or nonlinear steering and LoRA, over a steerable base, a different one for each request",
     programs="vLLM, PEFT",
     recognises=recognises,
-    read=_read,
-    refuse=_refuse,
-    reduce=_reduce,
-    write=_write,
+    read=read,
+    refuse=refuse,
+    reduce=reduce,
+    write=write,
     options=("over",),
     asks=("activation",),
     verify="vllm",

@@ -4,19 +4,12 @@ import json
 import shutil
 
 import numpy as np
-from tiny import run
+from exported import logits
 
-from jaxsteer.batches import make_batch
 from jaxsteer.io.formats import FORMATS
-from jaxsteer.models.transformer import Model, logits_of, output_embedding
+from jaxsteer.io.steered import SteeredModel
 
 TOLERANCE = 1e-5
-
-
-def logits(loaded, plan, steering, ids):
-    """Logits of a base model with steering."""
-    hidden = run(Model(loaded.config, plan), loaded.base, steering, make_batch(ids)).hidden
-    return np.asarray(logits_of(hidden, output_embedding(loaded.base), loaded.config.final_softcap))
 
 
 def check_answers(folder, case, loaded, given):
@@ -26,9 +19,9 @@ def check_answers(folder, case, loaded, given):
     steered = format.read(folder / case, loaded, given)
     answers = np.load(folder / "answers.npz")
     ids = answers["ids"] % loaded.config.vocab_size
-    got = logits(loaded, steered.plan, steered.steering, ids)
+    got = logits(steered, ids)
     np.testing.assert_allclose(got, answers[case], TOLERANCE, TOLERANCE)
-    assert np.abs(got - logits(loaded, (), {}, ids)).max() > 0.1
+    assert np.abs(got - logits(SteeredModel(loaded), ids)).max() > 0.1
     return steered
 
 

@@ -166,7 +166,7 @@ def safetensors_header(path, draw):
         header[name], header[other] = header[other], header[name]
     elif way == "removed":
         del header[name]
-    elif way == "huge" and "shape" in header[name]:
+    elif way == "huge" and "shape" in (header[name] or {}):
         header[name] |= {"shape": [25 * 10**9], "data_offsets": [0, 10**11]}
     text = json.dumps(header).encode()
     claim = draw.pick([10**11, 2**63, 2**64 - 1, 99_999_999]) if way == "long header" else len(text)

@@ -6,17 +6,13 @@ import re
 
 import numpy as np
 import pytest
+from exported import family_model, logits, refusals, steered_of, written
 from safetensors.numpy import load_file, save_file
-from tiny import identical, random_steering, run
+from tiny import identical
 
-from jaxsteer.batches import make_batch
-from jaxsteer.io import load_model
 from jaxsteer.io.files import read_json
-from jaxsteer.io.formats import Given, WriteOptions, adapters
-from jaxsteer.io.steered import SteeredModel
-from jaxsteer.models.families import FAMILIES
-from jaxsteer.models.transformer import logits_of, output_embedding
-from jaxsteer.plans import format_plan, parse_plan
+from jaxsteer.io.formats import Given, adapters
+from jaxsteer.plans import format_plan
 
 READ = {
     "linear": ("linear(rank=2) @ block",),
@@ -30,7 +26,7 @@ READ = {
 
 
 @pytest.fixture(scope="module")
-def written(golden):
+def theirs(golden):
     """The folders that adapters wrote, the base of each, and its logits."""
     folder = golden / "interop" / "adapters"
     return folder, read_json(folder / "bases.json"), np.load(folder / "logits.npz")
@@ -38,37 +34,19 @@ def written(golden):
 
 @pytest.fixture(scope="module")
 def llama(golden):
-    return load_model(golden / "tiny_llama")
+    return family_model(golden, "llama")
 
 
-@pytest.fixture(scope="module")
-def mistral(golden):
-    return load_model(golden / "families" / "mistral")
-
-
-def steered_of(loaded, *texts):
-    plan = parse_plan(texts, loaded.config)
-    return SteeredModel(loaded, plan, random_steering(plan, loaded.config))
-
-
-def reasons(loaded, *texts):
-    plan = parse_plan(texts, loaded.config)
-    return adapters.refuse(plan, FAMILIES[loaded.family], loaded.config, WriteOptions())
-
-
-def test_every_case_is_tested(written):
-    assert sorted(READ) == sorted(written[1])
+def test_every_case_is_tested(theirs):
+    assert sorted(READ) == sorted(theirs[1])
 
 
 @pytest.mark.parametrize("case", READ)
-def test_their_own_files_give_their_own_logits(written, llama, mistral, case):
-    folder, bases, expected = written
-    loaded = {"tiny_llama": llama, "mistral": mistral}[bases[case]]
-    read = adapters.read(folder / case, loaded, Given())
+def test_their_own_files_give_their_own_logits(theirs, golden, case):
+    folder, bases, expected = theirs
+    read = adapters.read(folder / case, family_model(golden, bases[case]), Given())
     assert format_plan(read.plan) == READ[case]
-    ids = expected["ids"]
-    out = run(read.model, read.base, read.steering, make_batch(ids, None, np.zeros(ids.shape, np.float32)))
-    assert abs(np.asarray(logits_of(out.hidden, output_embedding(read.base))) - expected[case]).max() <= 1e-5
+    assert abs(logits(read, expected["ids"]) - expected[case]).max() <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -80,10 +58,8 @@ def test_their_own_files_give_their_own_logits(written, llama, mistral, case):
     ],
 )
 def test_what_is_written_is_read_back_bit_for_bit(llama, tmp_path, text):
-    assert reasons(llama, text) == []
     steered = steered_of(llama, text)
-    reduced = adapters.reduce(steered, WriteOptions())
-    adapters.write(reduced, tmp_path, WriteOptions(name="other"))
+    reduced = written(adapters, steered, tmp_path, name="other")
     assert adapters.recognises(tmp_path)
     read = adapters.read(tmp_path, llama, Given())
     assert read.plan == reduced.plan
@@ -110,20 +86,20 @@ def test_every_rank_has_a_reduction_factor(width):
     ],
 )
 def test_what_is_no_adapter_is_refused(llama, texts, words):
-    assert re.search(words, reasons(llama, *texts)[0])
+    assert re.search(words, refusals(adapters, llama, *texts)[0])
 
 
-def test_other_families_are_refused(golden, llama, written):
-    gemma = load_model(golden / "families" / "gemma2")
-    assert re.search("gemma2.*llama and mistral", reasons(gemma, "nonlinear @ block")[0])
+def test_other_families_are_refused(golden, theirs):
+    gemma = family_model(golden, "gemma2")
+    assert re.search("gemma2.*llama and mistral", refusals(adapters, gemma, "nonlinear @ block")[0])
     with pytest.raises(ValueError, match="the model is gemma2"):
-        adapters.read(written[0] / "plain", gemma, Given())
+        adapters.read(theirs[0] / "plain", gemma, Given())
 
 
 @pytest.fixture
 def folder(llama, tmp_path):
     """A folder to damage."""
-    adapters.write(steered_of(llama, "nonlinear(rank=2) @ block"), tmp_path, WriteOptions())
+    written(adapters, steered_of(llama, "nonlinear(rank=2) @ block"), tmp_path)
     return tmp_path
 
 

@@ -13,7 +13,8 @@ from tiny import random_steering
 from jaxsteer.interventions import LoRA, NonlinearSteering
 from jaxsteer.io import LoadedModel
 from jaxsteer.io.formats import FORMATS
-from jaxsteer.io.formats.card import hub_id, model_card, quoted
+from jaxsteer.io.formats.card import model_card, quoted
+from jaxsteer.io.source import hub_id
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.types import Slot
 

@@ -1,13 +1,15 @@
 """LoRA adapters and control vectors as GGUF files, of ours and of other programs, whole and damaged."""
 
+from functools import partial
+
 import gguf
 import numpy as np
 import pytest
+from exported import family_model, read_again, refusals, same_updates, steered_of, written
 from published import names_of
-from tiny import identical, random_steering, run
+from tiny import identical, run
 
-from jaxsteer import make_batch, parse_plan
-from jaxsteer.io import SteeredModel, load_model
+from jaxsteer import make_batch
 from jaxsteer.io.formats import FORMATS, Given, WriteOptions
 from jaxsteer.io.formats.updates import updates_of
 from jaxsteer.io.gguf_file import open_gguf
@@ -21,7 +23,7 @@ NONE, PLAIN = Given(), WriteOptions()
 @pytest.fixture(scope="module")
 def family(golden):
     """(name) -> a tiny model of that family."""
-    return lambda name: load_model(golden / "tiny_llama" if name == "llama" else golden / "families" / name)
+    return partial(family_model, golden)
 
 
 @pytest.fixture(scope="module")
@@ -29,36 +31,21 @@ def llama(family):
     return family("llama")
 
 
-def steered(loaded, *texts, scale=0.1):
-    plan = parse_plan(texts, loaded.config)
-    return SteeredModel(loaded, plan, random_steering(plan, loaded.config, scale=scale))
-
-
-def written(format, model, folder):
+def round_trip(format, model, folder):
     """What was to be written, and what is read again."""
-    folder.mkdir()
-    assert format.refuse(model.plan, FAMILIES[model.loaded.family], model.loaded.config, PLAIN) == []
-    reduced = format.reduce(model, PLAIN)
-    format.write(reduced, folder, PLAIN)
+    reduced = written(format, model, folder)
     assert next(name for name, row in FORMATS.items() if row.recognises(folder)) == format.name
-    read = format.read(folder, model.loaded, NONE)
+    read = read_again(format, folder, model)
     assert read.plan == reduced.plan
     identical(read.steering, reduced.steering)
     return reduced, read
 
 
-def same_updates(read, model):
-    """Assert that two models' LoRAs are the same maps."""
-    ours, theirs = updates_of(model), updates_of(read)
-    assert ours.keys() == theirs.keys()
-    for place, update in ours.items():
-        other = theirs[place]
-        np.testing.assert_allclose(other.scale * (other.b @ other.a), update.scale * (update.b @ update.a), atol=1e-6)
-
-
 def test_factors_of_one_alpha_are_stored_as_they_are(llama, tmp_path):
-    model = steered(llama, "lora(rank=2, alpha=6) @ attn.q,mlp.down", "lora(rank=3, alpha=6) @ attn.v name=v layers=1")
-    _, read = written(LORA, model, tmp_path / "out")
+    model = steered_of(
+        llama, "lora(rank=2, alpha=6) @ attn.q,mlp.down", "lora(rank=3, alpha=6) @ attn.v name=v layers=1"
+    )
+    _, read = round_trip(LORA, model, tmp_path / "out")
     same_updates(read, model)
     assert {slot.method.rank for slot in read.plan} == {2, 3}
     for place, update in updates_of(model).items():
@@ -72,16 +59,16 @@ def test_factors_of_one_alpha_are_stored_as_they_are(llama, tmp_path):
 
 
 def test_the_rarer_alpha_goes_into_b(llama, tmp_path):
-    model = steered(llama, "lora(rank=2, alpha=6) @ attn.q,mlp.down", "lora(rank=2, alpha=3) @ attn.v name=v")
-    _, read = written(LORA, model, tmp_path / "out")
+    model = steered_of(llama, "lora(rank=2, alpha=6) @ attn.q,mlp.down", "lora(rank=2, alpha=3) @ attn.v name=v")
+    _, read = round_trip(LORA, model, tmp_path / "out")
     same_updates(read, model)
     b = open_gguf(tmp_path / "out" / "adapter.gguf").tensors["blk.1.attn_v.weight.lora_b"].read()
     np.testing.assert_array_equal(b, model.steering["v"]["attn.v"]["B"][1] / 2)
 
 
 def test_a_scale_of_zero_is_not_llama_cpps_scale_of_one(llama, tmp_path):
-    model = steered(llama, "lora(rank=2, alpha=0) @ attn.q")
-    _, read = written(LORA, model, tmp_path / "out")
+    model = steered_of(llama, "lora(rank=2, alpha=0) @ attn.q")
+    _, read = round_trip(LORA, model, tmp_path / "out")
     same_updates(read, model)
 
 
@@ -89,8 +76,8 @@ def test_a_scale_of_zero_is_not_llama_cpps_scale_of_one(llama, tmp_path):
 def test_lora_of_every_family(name, family, tmp_path):
     loaded = family(name)
     sites = "attn.q,attn.v,attn.o,mlp.up,mlp.down" + (",mlp.gate" if loaded.config.gated else "")
-    model = steered(loaded, f"lora(rank=2, alpha=4) @ {sites}", "lora(rank=3, alpha=5) @ attn.k name=k layers=1")
-    _, read = written(LORA, model, tmp_path / "out")
+    model = steered_of(loaded, f"lora(rank=2, alpha=4) @ {sites}", "lora(rank=3, alpha=5) @ attn.k name=k layers=1")
+    _, read = round_trip(LORA, model, tmp_path / "out")
     same_updates(read, model)
     known = names_of({"mistral": "llama"}.get(name, name)).mapping.values()
     stored = {tensor[:-14] for tensor in open_gguf(tmp_path / "out" / "adapter.gguf").tensors}  # .weight.lora_a
@@ -98,8 +85,8 @@ def test_lora_of_every_family(name, family, tmp_path):
 
 
 def test_affine_steering_becomes_lora(llama, tmp_path):
-    model = steered(llama, "linear(rank=2) @ mlp")
-    _, read = written(LORA, model, tmp_path / "out")
+    model = steered_of(llama, "linear(rank=2) @ mlp")
+    _, read = round_trip(LORA, model, tmp_path / "out")
     same_updates(read, model)
 
 
@@ -113,13 +100,13 @@ def test_affine_steering_becomes_lora(llama, tmp_path):
     ],
 )
 def test_what_is_no_lora_is_refused(text, words, llama):
-    reasons = " ".join(LORA.refuse(parse_plan((text,), llama.config), FAMILIES["llama"], llama.config, PLAIN))
+    reasons = " ".join(refusals(LORA, llama, text))
     assert all(word in reasons for word in words), reasons
 
 
 def test_vectors_are_added_up_and_stored_by_block(llama, tmp_path):
-    model = steered(llama, "fixed @ block layers=1-2", "fixed @ mlp layers=1 name=m")
-    _, read = written(CONTROL, model, tmp_path / "out")
+    model = steered_of(llama, "fixed @ block layers=1-2", "fixed @ mlp layers=1 name=m")
+    _, read = round_trip(CONTROL, model, tmp_path / "out")
     v, m = model.steering["fixed"]["block"]["v"], model.steering["m"]["mlp"]["v"]
     np.testing.assert_array_equal(read.steering["control"]["block"]["v"], np.stack([v[0] + m[0], v[1]]))
     assert read.plan[0].layers == (1, 2)
@@ -140,7 +127,7 @@ def test_vectors_are_added_up_and_stored_by_block(llama, tmp_path):
     ],
 )
 def test_what_is_no_control_vector_is_refused(text, words, llama):
-    reasons = " ".join(CONTROL.refuse(parse_plan((text,), llama.config), FAMILIES["llama"], llama.config, PLAIN))
+    reasons = " ".join(refusals(CONTROL, llama, text))
     assert all(word in reasons for word in words), reasons
 
 

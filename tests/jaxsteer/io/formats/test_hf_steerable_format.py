@@ -4,38 +4,36 @@ import json
 
 import numpy as np
 import pytest
-from test_hf_format import family_model, logits, refusals, steered
+from exported import family_model, logits, read_again, refusals, steered_of, written
 from tiny import identical
 
-from jaxsteer.io import SteeredModel, WriteOptions, load_model
+from jaxsteer.io import SteeredModel, load_model
 from jaxsteer.io.files import read_json
 from jaxsteer.io.formats import FORMATS
-from jaxsteer.io.formats.format import Given
 from jaxsteer.io.formats.hf_steerable import RANKS
 from jaxsteer.io.safetensors_file import open_safetensors
 
 HF_STEERABLE = FORMATS["hf-steerable"]
+TOKENS = np.arange(3, 13)[None]
 
 
-def written(golden, folder, *texts, family="llama", **options):
-    whole = steered(family_model(golden, family), *texts)
-    reduced = HF_STEERABLE.reduce(whole, WriteOptions(**options))
-    HF_STEERABLE.write(reduced, folder, WriteOptions(**options))
-    return whole, reduced
+def export(golden, folder, *texts, family="llama", **options):
+    whole = steered_of(family_model(golden, family), *texts)
+    return whole, written(HF_STEERABLE, whole, folder, **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_places_are_zero_and_change_nothing(golden, tmp_path, family):
-    whole, reduced = written(
+    whole, reduced = export(
         golden, tmp_path, "lora @ attn.q", "nonlinear(rank=3, activation=tanh) @ block", family=family
     )
     assert HF_STEERABLE.recognises(tmp_path)
-    read = HF_STEERABLE.read(tmp_path, None, Given())
+    read = read_again(HF_STEERABLE, tmp_path)
     (slot,) = read.plan
     assert (slot.method.rank, slot.method.activation, slot.method.alpha) == (8, "tanh", 1.0)
     identical(read.steering, reduced.steering)
     identical(read.base, whole.base)
-    np.testing.assert_array_equal(logits(read), logits(SteeredModel(whole.loaded)))
+    np.testing.assert_array_equal(logits(read, TOKENS), logits(SteeredModel(whole.loaded), TOKENS))
     tensors = open_safetensors(tmp_path / "model-00002-of-00002.safetensors")[0]
     blocks, width = {"llama": "model.layers", "gpt2": "transformer.h"}[family], whole.loaded.config.width
     assert tensors[f"{blocks}.1.steer_down.weight"].shape == (8, width)
@@ -49,19 +47,19 @@ def test_the_places_are_zero_and_change_nothing(golden, tmp_path, family):
     ("rank", "asked", "expected"), [(1, None, 1), (2, None, 8), (9, None, 16), (33, None, 48), (2, 12, 12)]
 )
 def test_the_rank_is_one_that_vllm_serves(golden, tmp_path, rank, asked, expected):
-    _, reduced = written(golden, tmp_path, f"nonlinear(rank={rank}) @ block", rank=asked)
+    _, reduced = export(golden, tmp_path, f"nonlinear(rank={rank}) @ block", rank=asked)
     assert reduced.plan[0].method.rank == expected
     assert expected in (*RANKS, 12, reduced.loaded.config.width)
 
 
 def test_the_places_have_the_dtype_of_the_base(golden, tmp_path):
-    written(golden, tmp_path, "nonlinear @ block", dtype="bfloat16")
+    export(golden, tmp_path, "nonlinear @ block", dtype="bfloat16")
     tensors = open_safetensors(tmp_path / "model-00002-of-00002.safetensors")[0]
     assert {tensor.form for tensor in tensors.values()} == {"BF16"}
 
 
 def test_the_first_shard_is_the_plain_model(golden, tmp_path):
-    whole, _ = written(golden, tmp_path, "nonlinear @ block")
+    whole, _ = export(golden, tmp_path, "nonlinear @ block")
     ours = open_safetensors(tmp_path / "model-00001-of-00002.safetensors")[0]
     theirs = open_safetensors(golden / "tiny_llama" / "model.safetensors")[0]
     assert set(ours) == set(theirs)
@@ -95,16 +93,16 @@ def test_refusals(golden):
     ("key", "value"), [("rank", 0), ("rank", True), ("rank", 10**12), ("rank", 16), ("activation", [])]
 )
 def test_damaged_descriptions_are_refused(golden, tmp_path, key, value):
-    written(golden, tmp_path, "nonlinear(rank=3) @ block")
+    export(golden, tmp_path, "nonlinear(rank=3) @ block")
     config = read_json(tmp_path / "config.json")
     config["jaxsteer"][key] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=str(tmp_path)):
-        HF_STEERABLE.read(tmp_path, None, Given())
+        read_again(HF_STEERABLE, tmp_path)
 
 
 def test_two_slots_of_other_blocks_share_the_base(golden, tmp_path):
     texts = ("nonlinear(rank=2) @ block layers=0", "nonlinear(rank=9) @ block layers=1,2 name=b")
-    _, reduced = written(golden, tmp_path, *texts)
+    _, reduced = export(golden, tmp_path, *texts)
     assert reduced.plan[0].method.rank == 16
     assert reduced.plan[0].layers is None

@@ -5,20 +5,21 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from test_hf_format import family_model, logits, refusals, steered
+from exported import family_model, logits, read_again, refusals, steered_of, written
 from tiny import identical
 
 import jaxsteer
 from jaxsteer.io import SteeredModel, WriteOptions, load_model
 from jaxsteer.io.files import read_json
 from jaxsteer.io.formats import FORMATS, hf_steered
-from jaxsteer.io.formats.format import Given
 from jaxsteer.io.formats.remote_code import _template
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.plans import parse_plan
 
 HF, HF_STEERED = FORMATS["hf"], FORMATS["hf-steered"]
+TOKENS = np.arange(3, 13)[None]
 
 EVERY = (
     "nonlinear(rank=3, alpha=2.0, activation=gelu) @ block layers=0,2 name=first",
@@ -29,21 +30,17 @@ EVERY = (
 )
 
 
-def written(golden, folder, family="llama", texts=EVERY, **options):
-    whole = steered(family_model(golden, family), *texts)
-    options = WriteOptions(**options)
-    assert not HF_STEERED.refuse(whole.plan, FAMILIES[family], whole.loaded.config, options)
-    reduced = HF_STEERED.reduce(whole, options)
-    HF_STEERED.write(reduced, folder, options)
-    return whole, reduced
+def export(golden, folder, family="llama", texts=EVERY, **options):
+    whole = steered_of(family_model(golden, family), *texts)
+    return whole, written(HF_STEERED, whole, folder, **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_every_method_comes_back_bit_for_bit(golden, tmp_path, family):
-    whole, _ = written(golden, tmp_path, family)
+    whole, _ = export(golden, tmp_path, family)
     assert HF_STEERED.recognises(tmp_path)
     assert not HF.recognises(tmp_path)
-    read = HF_STEERED.read(tmp_path, None, Given())
+    read = read_again(HF_STEERED, tmp_path)
     assert read.plan == whole.plan
     identical(read.steering, whole.steering)
     identical(read.base, whole.base)
@@ -52,29 +49,29 @@ def test_every_method_comes_back_bit_for_bit(golden, tmp_path, family):
 
 
 def test_a_bf16_base_keeps_fp32_steering(golden, tmp_path):
-    whole, reduced = written(golden, tmp_path, dtype="bfloat16")
-    read = HF_STEERED.read(tmp_path, None, Given())
+    whole, reduced = export(golden, tmp_path, dtype="bfloat16")
+    read = read_again(HF_STEERED, tmp_path)
     identical(read.steering, whole.steering)
     assert read_json(tmp_path / "config.json")["dtype"] == "bfloat16"
     assert reduced.base["embed"]["embedding"].dtype == "bfloat16"
 
 
 def test_other_slots_are_merged(golden, tmp_path):
-    whole, _ = written(golden, tmp_path, texts=("lora(rank=2) @ mlp.down", "linear(rank=2) @ mlp", "nonlinear @ block"))
-    read = HF_STEERED.read(tmp_path, None, Given())
+    whole, _ = export(golden, tmp_path, texts=("lora(rank=2) @ mlp.down", "linear(rank=2) @ mlp", "nonlinear @ block"))
+    read = read_again(HF_STEERED, tmp_path)
     assert [slot.name for slot in read.plan] == ["nonlinear"]
-    assert abs(logits(read) - logits(whole)).max() < 1e-5
+    assert abs(logits(read, TOKENS) - logits(whole, TOKENS)).max() < 1e-5
 
 
 def test_a_slot_after_the_block_and_elsewhere_is_divided(golden, tmp_path):
-    whole, _ = written(golden, tmp_path, texts=("linear(rank=2) @ mlp,block",))
-    read = HF_STEERED.read(tmp_path, None, Given())
+    whole, _ = export(golden, tmp_path, texts=("linear(rank=2) @ mlp,block",))
+    read = read_again(HF_STEERED, tmp_path)
     assert [slot.sites for slot in read.plan] == [("block",)]
-    assert abs(logits(read) - logits(whole)).max() < 1e-5
+    assert abs(logits(read, TOKENS) - logits(whole, TOKENS)).max() < 1e-5
 
 
 def test_nothing_else_loads_it_as_the_bare_model(golden, tmp_path):
-    written(golden, tmp_path)
+    export(golden, tmp_path)
     with pytest.raises(ValueError, match=r"load both with jaxsteer\.load"):
         load_model(tmp_path)
     assert isinstance(jaxsteer.load(tmp_path), SteeredModel)
@@ -89,7 +86,7 @@ def classes_in(path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_code_names_classes_of_transformers(golden, tmp_path, family):
-    written(golden, tmp_path, family, texts=("fixed @ block",))
+    export(golden, tmp_path, family, texts=("fixed @ block",))
     models = Path(importlib.util.find_spec("transformers").origin).parent / "models"
     tree = ast.parse((tmp_path / "modeling_jaxsteer.py").read_text())
     imports = {node.module: [a.name for a in node.names] for node in tree.body if isinstance(node, ast.ImportFrom)}
@@ -106,14 +103,14 @@ def test_the_code_names_classes_of_transformers(golden, tmp_path, family):
 
 def test_names_of_a_person_stay_out_of_the_code(golden, tmp_path):
     slots = 'fixed @ block name=$stem""";import(os)'
-    whole = steered(family_model(golden, "llama"), "fixed @ block")
+    whole = steered_of(family_model(golden, "llama"), "fixed @ block")
     plan = parse_plan([slots], whole.loaded.config)
     other = SteeredModel(whole.loaded, plan, {plan[0].name: whole.steering["fixed"]})
     for name, model in (("plain", whole), ("hostile", other)):
         HF_STEERED.write(model, tmp_path / name, WriteOptions())
     code = [(tmp_path / name / "modeling_jaxsteer.py").read_text() for name in ("plain", "hostile")]
     assert code[0] == code[1]
-    assert HF_STEERED.read(tmp_path / "hostile", None, Given()).plan == plan
+    assert read_again(HF_STEERED, tmp_path / "hostile").plan == plan
 
 
 def test_refusals(golden):
@@ -164,7 +161,7 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def folder(golden, tmp_path_factory):
     folder = tmp_path_factory.mktemp("steered")
-    written(golden, folder)
+    export(golden, folder)
     return folder
 
 
@@ -177,7 +174,7 @@ def test_damaged_descriptions_are_refused(folder, tmp_path, change):
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=str(tmp_path)):
-        HF_STEERED.read(tmp_path, None, Given())
+        read_again(HF_STEERED, tmp_path)
 
 
 def test_only_methods_of_the_template_are_held(monkeypatch, golden):

@@ -2,21 +2,17 @@
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
+from exported import family_model, logits, refusals, same_updates, steered_of, written
 from safetensors.numpy import load_file, save_file
-from tiny import close, identical, random_steering, run
+from tiny import identical
 
-from jaxsteer.batches import make_batch
-from jaxsteer.folding import fold_all
-from jaxsteer.io import load_model
 from jaxsteer.io.files import read_json
 from jaxsteer.io.formats import Given, WriteOptions, mlx
-from jaxsteer.io.steered import SteeredModel
-from jaxsteer.models.families import FAMILIES
-from jaxsteer.models.transformer import logits_of, output_embedding
-from jaxsteer.plans import format_plan, parse_plan
+from jaxsteer.plans import format_plan
 
 READ = {
     "all": "lora(rank=2, alpha=40.0) @ attn.k,attn.o,attn.q,attn.v,mlp.down,mlp.gate,mlp.up",
@@ -27,7 +23,7 @@ READ = {
 
 
 @pytest.fixture(scope="module")
-def written(golden):
+def theirs(golden):
     """The folders that MLX-LM wrote, the base of each, and its logits."""
     folder = golden / "interop" / "mlx"
     return folder, read_json(folder / "bases.json"), np.load(folder / "logits.npz")
@@ -35,63 +31,46 @@ def written(golden):
 
 @pytest.fixture(scope="module")
 def model(golden):
-    """(name) -> the model, read once."""
-    loaded = {}
-
-    def load(name):
-        if name not in loaded:
-            loaded[name] = load_model(golden / (name if name == "tiny_llama" else f"families/{name}"))
-        return loaded[name]
-
-    return load
+    """(family, or folder) -> the model."""
+    return partial(family_model, golden)
 
 
-def steered_of(loaded, *texts):
-    plan = parse_plan(texts, loaded.config)
-    return SteeredModel(loaded, plan, random_steering(plan, loaded.config))
-
-
-def test_every_case_is_tested(written):
-    assert sorted(READ) == sorted(written[1])
+def test_every_case_is_tested(theirs):
+    assert sorted(READ) == sorted(theirs[1])
 
 
 @pytest.mark.parametrize("case", READ)
-def test_their_own_files_give_their_own_logits(written, model, case):
-    folder, bases, expected = written
+def test_their_own_files_give_their_own_logits(theirs, model, case):
+    folder, bases, expected = theirs
     read = mlx.read(folder / case, model(bases[case]), Given())
     assert format_plan(read.plan) == (READ[case],)
-    ids = expected["ids"]
-    out = run(read.model, read.base, read.steering, make_batch(ids, None, np.zeros(ids.shape, np.float32)))
-    assert abs(np.asarray(logits_of(out.hidden, output_embedding(read.base))) - expected[case]).max() <= 1e-5
+    assert abs(logits(read, expected["ids"]) - expected[case]).max() <= 1e-5
 
 
 ROUND_TRIPS = {
-    "lora": ("tiny_llama", "lora(rank=3, alpha=7) @ attn.q,mlp.down layers=1,2"),
-    "ranks": ("tiny_llama", "lora(rank=3, alpha=1) @ attn.q layers=1", "lora(rank=2, alpha=8) @ attn.o name=b"),
-    "pissa": ("tiny_llama", "pissa(rank=2, alpha=3) @ mlp.up,attn.v"),
-    "dora and rslora": ("tiny_llama", "dora(rank=2) @ mlp.up layers=0,1", "rslora(rank=3) @ attn.q name=b"),
+    "lora": ("llama", "lora(rank=3, alpha=7) @ attn.q,mlp.down layers=1,2"),
+    "ranks": ("llama", "lora(rank=3, alpha=1) @ attn.q layers=1", "lora(rank=2, alpha=8) @ attn.o name=b"),
+    "pissa": ("llama", "pissa(rank=2, alpha=3) @ mlp.up,attn.v"),
+    "dora and rslora": ("llama", "dora(rank=2) @ mlp.up layers=0,1", "rslora(rank=3) @ attn.q name=b"),
     "fused": ("phi3", "lora(rank=2) @ projections layers=1,3", "lora(rank=3) @ mlp.down layers=0 name=b"),
     "fused dora": ("phi3", "dora(rank=2) @ attn.k,mlp.up"),
 }
 
 
 @pytest.mark.parametrize("case", ROUND_TRIPS)
-def test_what_is_written_is_read_back_bit_for_bit_and_computes_the_same(model, tmp_path, case):
+def test_what_is_written_is_read_back_bit_for_bit_and_is_the_same_map(model, tmp_path, case):
     base, *plan = ROUND_TRIPS[case]
     steered = steered_of(model(base), *plan)
-    assert mlx.refuse(steered.plan, FAMILIES[steered.loaded.family], steered.loaded.config, WriteOptions()) == []
-    reduced = mlx.reduce(steered, WriteOptions())
-    mlx.write(reduced, tmp_path, WriteOptions())
+    reduced = written(mlx, steered, tmp_path)
     read = mlx.read(tmp_path, steered.loaded, Given())
     assert read.plan == reduced.plan
     identical(read.steering, reduced.steering)
-    before, after = (fold_all(s.loaded.config, s.plan, s.base, s.steering) for s in (steered, read))
-    close(after.base, before.base, 1e-6)
+    same_updates(read, steered)
 
 
 def test_lora_of_one_rank_and_scale_is_stored_as_it_is(model, tmp_path):
-    steered = steered_of(model("tiny_llama"), ROUND_TRIPS["lora"][1])
-    mlx.write(mlx.reduce(steered, WriteOptions()), tmp_path, WriteOptions())
+    steered = steered_of(model("llama"), ROUND_TRIPS["lora"][1])
+    written(mlx, steered, tmp_path)
     identical(mlx.read(tmp_path, steered.loaded, Given()).steering, steered.steering)
     assert read_json(tmp_path / "adapter_config.json") == {
         "model": None,
@@ -102,21 +81,20 @@ def test_lora_of_one_rank_and_scale_is_stored_as_it_is(model, tmp_path):
 
 
 def test_padding_is_said(model):
-    lost = mlx.reduce(steered_of(model("tiny_llama"), *ROUND_TRIPS["ranks"][1:]), WriteOptions()).lost
+    lost = mlx.reduce(steered_of(model("llama"), *ROUND_TRIPS["ranks"][1:]), WriteOptions()).lost
     assert "padded" in lost[0]
 
 
-def test_gpt2_is_refused_both_ways(model, written):
-    plan = parse_plan(("lora @ attn.q",), model("gpt2").config)
-    assert "gpt2" in mlx.refuse(plan, FAMILIES["gpt2"], model("gpt2").config, WriteOptions())[0]
+def test_gpt2_is_refused_both_ways(model, theirs):
+    assert "gpt2" in refusals(mlx, model("gpt2"), "lora @ attn.q")[0]
     with pytest.raises(ValueError, match="gpt2"):
-        mlx.read(written[0] / "lora", model("gpt2"), Given())
+        mlx.read(theirs[0] / "lora", model("gpt2"), Given())
 
 
 @pytest.fixture
 def folder(model, tmp_path):
     """A folder to damage."""
-    mlx.write(steered_of(model("tiny_llama"), "lora(rank=2) @ attn.q layers=1,2"), tmp_path, WriteOptions())
+    written(mlx, steered_of(model("llama"), "lora(rank=2) @ attn.q layers=1,2"), tmp_path)
     return tmp_path
 
 
@@ -145,7 +123,7 @@ def test_a_config_that_cannot_be_computed_is_refused(model, folder, changes, wor
     raw["lora_parameters"] |= inner
     path.write_text(json.dumps(raw | top))
     with pytest.raises(ValueError, match=words):
-        mlx.read(folder, model("tiny_llama"), Given())
+        mlx.read(folder, model("llama"), Given())
 
 
 @pytest.mark.parametrize(
@@ -161,16 +139,16 @@ def test_tensors_that_do_not_fit_are_refused(model, folder, changes, words):
     tensors = load_file(path) | changes
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
     with pytest.raises(ValueError, match=words):
-        mlx.read(folder, model("tiny_llama"), Given())
+        mlx.read(folder, model("llama"), Given())
 
 
 def test_all_layers_and_keys_are_the_default(model, folder):
     path = folder / "adapter_config.json"
     raw = read_json(path)
-    before = mlx.read(folder, model("tiny_llama"), Given())
+    before = mlx.read(folder, model("llama"), Given())
     del raw["lora_parameters"]["keys"]
     path.write_text(json.dumps(raw | {"num_layers": -1, "model": "owner/name"}))
-    identical(mlx.read(folder, model("tiny_llama"), Given()).steering, before.steering)
+    identical(mlx.read(folder, model("llama"), Given()).steering, before.steering)
     assert mlx.base_of(folder) == "owner/name"
 
 

@@ -3,33 +3,31 @@
 import json
 import math
 import re
+import shutil
+import zipfile
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exported import family_model, logits, refusals, steered_of, written
 from safetensors.numpy import load_file, save_file
-from tiny import close, identical, random_steering, run
+from tiny import close, identical
 
-from jaxsteer.batches import make_batch
 from jaxsteer.folding import fold_all
-from jaxsteer.io import load_model
 from jaxsteer.io.files import read_json
 from jaxsteer.io.formats import Given, WriteOptions, peft
 from jaxsteer.io.formats.updates import alpha_for
-from jaxsteer.io.steered import SteeredModel
-from jaxsteer.models.families import FAMILIES
-from jaxsteer.models.transformer import logits_of, output_embedding
 from jaxsteer.plans import format_plan, parse_plan
 
-CASES = (
-    *("all-linear", "conv1d", "conv1d-dora", "conv1d-pissa", "dora", "excluded", "fused", "fused-dora"),
-    *("lora", "patterns", "pissa", "pissa-converted", "rslora"),
-)
-LLAMA, GPT2, PHI3 = "tiny_llama", "families/gpt2", "families/phi3"
+CASES = ("conv1d-dora", "conv1d-pissa", "dora", "excluded", "fused-dora", "lora", "patterns", "pissa", "rslora")
+MORE = ("all-linear", "conv1d", "fused", "pissa-converted")
+"""Cases of which the others have all parts."""
+LLAMA, GPT2, PHI3 = "llama", "gpt2", "phi3"
 
 
 @pytest.fixture(scope="module")
-def written(golden):
+def theirs(golden):
     """The folders that peft wrote, the base of each, and its logits."""
     folder = golden / "interop" / "peft"
     return folder, read_json(folder / "bases.json"), np.load(folder / "logits.npz")
@@ -37,45 +35,19 @@ def written(golden):
 
 @pytest.fixture(scope="module")
 def model(golden):
-    """(path under the golden folder) -> the model, read once."""
-    loaded = {}
-
-    def load(path):
-        if path not in loaded:
-            loaded[path] = load_model(golden / path)
-        return loaded[path]
-
-    return load
+    """(family, or folder) -> the model."""
+    return partial(family_model, golden)
 
 
-def steered_of(loaded, *texts, source="", scale=0.1):
-    plan = parse_plan(texts, loaded.config)
-    return SteeredModel(loaded, plan, random_steering(plan, loaded.config, scale=scale), source)
+def test_every_case_is_tested(theirs):
+    assert sorted((*CASES, *MORE)) == sorted(theirs[1])
 
 
-def export(steered, folder):
-    """Write, and what was to be written."""
-    options = WriteOptions()
-    assert peft.refuse(steered.plan, FAMILIES[steered.loaded.family], steered.loaded.config, options) == []
-    reduced = peft.reduce(steered, options)
-    peft.write(reduced, folder, options)
-    return reduced
-
-
-def test_every_case_is_tested(written):
-    assert sorted(CASES) == sorted(written[1])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_pefts_own_files_give_pefts_own_logits(written, model, case):
-    folder, bases, expected = written
-    base = bases[case]
-    loaded = model(base if base == LLAMA else f"families/{base}")
-    read = peft.read(folder / case, loaded, Given())
-    ids = expected["ids"]
-    out = run(read.model, read.base, read.steering, make_batch(ids, None, np.zeros(ids.shape, np.float32)))
-    logits = logits_of(out.hidden, output_embedding(read.base), loaded.config.final_softcap)
-    assert abs(np.asarray(logits) - expected[case]).max() <= 1e-5
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)])
+def test_pefts_own_files_give_pefts_own_logits(theirs, model, case):
+    folder, bases, expected = theirs
+    read = peft.read(folder / case, model(bases[case]), Given())
+    assert abs(logits(read, expected["ids"]) - expected[case]).max() <= 1e-5
 
 
 ROUND_TRIPS = {
@@ -97,7 +69,7 @@ ROUND_TRIPS = {
 def test_what_is_written_is_read_back_bit_for_bit_and_computes_the_same(model, tmp_path, case):
     base, *plan = ROUND_TRIPS[case]
     steered = steered_of(model(base), *plan)
-    reduced = export(steered, tmp_path)
+    reduced = written(peft, steered, tmp_path)
     read = peft.read(tmp_path, steered.loaded, Given())
     assert read.plan == reduced.plan
     identical(read.steering, reduced.steering)
@@ -108,7 +80,7 @@ def test_what_is_written_is_read_back_bit_for_bit_and_computes_the_same(model, t
 
 def test_lora_is_stored_as_it_is(model, tmp_path):
     steered = steered_of(model(LLAMA), *ROUND_TRIPS["lora"][1:])
-    export(steered, tmp_path)
+    written(peft, steered, tmp_path)
     read = peft.read(tmp_path, steered.loaded, Given())
     assert format_plan(read.plan) == (
         "lora(rank=3, alpha=7.0) @ attn.q,mlp.down",
@@ -157,7 +129,7 @@ def test_the_scale_is_the_same_to_the_last_bit():
     ],
 )
 def test_the_config_says_it_shortly_and_exactly(model, tmp_path, base, plan, fields):
-    export(steered_of(model(base), *plan), tmp_path)
+    written(peft, steered_of(model(base), *plan), tmp_path)
     config = read_json(tmp_path / "adapter_config.json")
     assert {field: config[field] for field in fields} == fields
     assert "use_rslora" not in config
@@ -169,7 +141,7 @@ def test_the_config_says_it_shortly_and_exactly(model, tmp_path, base, plan, fie
     [("owner/model-1.7B", "owner/model-1.7B"), ("", None), ("smollm2-135m-instruct", None), ("../models/x", None)],
 )
 def test_only_a_hub_id_is_named_as_the_base(model, tmp_path, source, named):
-    export(steered_of(model(LLAMA), "lora @ attn.q", source=source), tmp_path)
+    written(peft, steered_of(model(LLAMA), "lora @ attn.q", source=source), tmp_path)
     assert read_json(tmp_path / "adapter_config.json")["base_model_name_or_path"] == named
 
 
@@ -190,13 +162,12 @@ def test_a_local_path_is_not_named_as_the_base(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_no_lora_is_refused_with_the_slots_name(model, plan, words):
-    steered = steered_of(model(LLAMA), *plan)
-    reasons = peft.refuse(steered.plan, FAMILIES["llama"], steered.loaded.config, WriteOptions())
-    assert re.search(rf"slot '{steered.plan[0].name}'.*{words}", reasons[0])
+    loaded = model(LLAMA)
+    assert re.search(rf"slot '{parse_plan(plan, loaded.config)[0].name}'.*{words}", refusals(peft, loaded, *plan)[0])
 
 
 def test_a_plan_without_slots_is_refused(model):
-    assert "no slots" in peft.refuse((), FAMILIES["llama"], model(LLAMA).config, WriteOptions())[0]
+    assert "no slots" in refusals(peft, model(LLAMA))[0]
 
 
 def test_what_is_lost_is_said(model):
@@ -209,7 +180,7 @@ def test_what_is_lost_is_said(model):
 @pytest.fixture
 def folder(model, tmp_path):
     """A folder to damage."""
-    export(steered_of(model(LLAMA), "lora(rank=2, alpha=3) @ attn.q,mlp.down"), tmp_path)
+    written(peft, steered_of(model(LLAMA), "lora(rank=2, alpha=3) @ attn.q,mlp.down"), tmp_path)
     return tmp_path
 
 
@@ -290,16 +261,38 @@ def test_half_precision_is_read_exactly(model, folder):
     np.testing.assert_array_equal(leaf[1], load_file(path)[f"{NAME}.lora_A.weight"].astype(np.float32))
 
 
-def test_a_pickle_that_is_none_is_refused(model, folder):
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    assert peft.recognises(folder)
-    with pytest.raises(ValueError, match=r"adapter_model.bin: cannot be read as tensors of PyTorch"):
-        peft.read(folder, model(LLAMA), Given())
+def test_the_file_of_before_safetensors_is_read_alike(theirs, model):
+    old, new = (peft.read(theirs[0] / case, model("smollm3"), Given()) for case in ("pickled", "excluded"))
+    assert peft.recognises(theirs[0] / "pickled")
+    assert old.plan == new.plan
+    identical(old.steering, new.steering)
+
+
+@pytest.mark.parametrize(
+    ("pickle", "words"),
+    [
+        (b"\x80\x02cos\nsystem\nX\x09\x00\x00\x00touch RANR.", "asks for 'os.system', which is not run"),
+        (b"\x80\x02}q\x00", "pickle exhausted before seeing STOP"),
+        (None, "no zip archive"),
+    ],
+)
+def test_a_pickle_that_is_damaged_or_carries_code_is_refused(theirs, model, tmp_path, monkeypatch, pickle, words):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(theirs[0] / "pickled", tmp_path / "x")
+    file = folder / "adapter_model.bin"
+    if pickle is None:
+        file.write_bytes(file.read_bytes()[100:])
+    else:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("adapter_model/data.pkl", pickle)
+    with pytest.raises(ValueError, match=rf"adapter_model\.bin: cannot be read as tensors of PyTorch: .*{words}"):
+        peft.read(folder, model("smollm3"), Given())
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_the_named_base(folder, model, tmp_path):
     assert peft.base_of(folder) is None
-    export(steered_of(model(LLAMA), "lora @ attn.q", source="owner/name"), folder)
+    written(peft, steered_of(model(LLAMA), "lora @ attn.q", source="owner/name"), folder)
     assert peft.base_of(folder) == "owner/name"
 
 
@@ -309,5 +302,5 @@ def test_without_a_model_it_is_asked_for(folder):
 
 
 def test_other_folders_are_not_recognised(golden):
-    assert not peft.recognises(golden / LLAMA)
-    assert not peft.recognises(golden / LLAMA / "config.json")
+    assert not peft.recognises(golden / "tiny_llama")
+    assert not peft.recognises(golden / "tiny_llama" / "config.json")
