@@ -277,7 +277,13 @@ def read(found: Source, config: ConvertConfig) -> SteeredModel:
     name = config.model or found.base
     if name is None:
         raise ValueError(f"{found.path}: does not say which model it is for; name the base model: --model")
-    rows_of_text(base_models.describe(name), config.text)
+    try:
+        described = base_models.describe(name)
+    except ValueError as error:
+        if config.model is not None:
+            raise
+        raise ValueError(f"{found.path}: made for {name}, which cannot be loaded ({error}); give --model") from None
+    rows_of_text(described, config.text)
     steered = load(found, base_models.load(name), given=config.given, other_base=config.other_base)
     return replace(steered, source=name)
 

@@ -77,6 +77,13 @@ def test_there_and_back(lora, tmp_path, capsys):
     assert one.plan == two.plan
     assert one.model_name == two.model_name
     jax.tree.map(np.testing.assert_array_equal, one.steering, two.steering)
+    with pytest.raises(ValueError, match="give its folder"):
+        command(tmp_path / "peft" / "adapter_model.safetensors", tmp_path / "x")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/moved"
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"made for /moved, which cannot be loaded .* give --model"):
+        command(tmp_path / "peft", tmp_path / "x")
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,9 @@ def recognise(source: str | Path, format: str | None = None) -> Source:
     else:
         known_names = [name for name, row in FORMATS.items() if row.recognises(path)]
         if not known_names:
-            raise ValueError(f"{source}: in none of the formats that are read here ({', '.join(FORMATS)})")
+            inside = path.is_file() and any(row.recognises(path.parent) for row in FORMATS.values())
+            hint = f"; give its folder, {path.parent}" if inside else ""
+            raise ValueError(f"{source}: in none of the formats that are read here ({', '.join(FORMATS)}){hint}")
         # What was exported says so itself: other files may lie beside it.
         own = sidecar.format if sidecar is not None else ""
         known = FORMATS[own if own in known_names else known_names[0]]

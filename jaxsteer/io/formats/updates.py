@@ -81,8 +81,8 @@ def _alternative(slot: Slot) -> str:
     if slot.positions.kind != "all" or slot.sites != ("block",):
         return "Use jaxsteer itself, or fit a LoRA to it (jaxsteer.theory.to_lora)"
     return (
-        "Serve it as it is with --to hf-steered or --to hf-steerable and --to vllm, or fit a LoRA to it "
-        "(jaxsteer.theory.to_lora), which says how near it comes"
+        "Serve it as it is with --to hf-steered or --to hf-steerable and --to vllm, or fit a LoRA to it with "
+        "--fit-lora RANK, which says how near it comes"
     )
 
 

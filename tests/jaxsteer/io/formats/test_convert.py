@@ -18,6 +18,7 @@ import jaxsteer
 from jaxsteer import parse_plan
 from jaxsteer.interventions import NonlinearSteering
 from jaxsteer.io import SteeredModel, export, load_model, save_hf
+from jaxsteer.io.files import new_folder
 from jaxsteer.io.formats import FORMATS, convert
 from jaxsteer.io.formats.sidecar import NAME, restore
 from jaxsteer.io.formats.updates import as_lora, refuse_lora
@@ -204,7 +205,7 @@ def test_affine_steering_and_updates_are_lora(loaded, texts):
     ("texts", "word"),
     [
         (["nonlinear @ block"], "--to hf-steered"),
-        (["linear @ block"], "to_lora"),
+        (["linear @ block"], "--fit-lora RANK"),
         (["fixed @ mlp"], "a shift needs a bias"),
         (["lofit_scale @ attn.heads"], "a scale has full rank"),
         (["lora @ attn.q positions=last"], "updates positions last"),
@@ -215,3 +216,70 @@ def test_what_is_no_lora_is_refused_with_an_alternative(tiny_config, texts, word
     reasons = refuse_lora(parse_plan(texts, tiny_config), tiny_config)
     assert len(reasons) == 1
     assert word in reasons[0]
+
+
+def test_pissa_comes_back_from_a_steering_file(loaded, tmp_path):
+    want = steered(loaded, "pissa(rank=2) @ attn.q")
+    assert export(want, "jaxsteer", tmp_path / "out").verbatim
+    same(jaxsteer.load(tmp_path / "out", loaded), want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"positions": "last"}, {"layers": [99]}, {"sites": []}, {"sites": ["attn.k"]}, {"method": {"name": "fixed"}}],
+)
+def test_a_plan_that_is_not_that_of_the_files_is_left_out(loaded, tmp_path, change):
+    """The files say what is computed, whatever jaxsteer.json says."""
+    export(steered(loaded, "lora(rank=2, alpha=3) @ attn.q"), "peft", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / NAME).read_text())
+    record["plan"][0] |= {"name": "edited"} | change
+    (tmp_path / "out" / NAME).write_text(json.dumps(record))
+    (slot,) = jaxsteer.load(tmp_path / "out", loaded).plan
+    assert (slot.name, slot.sites, slot.layers, slot.positions.kind) == ("lora", ("attn.q",), None, "all")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("plan", None),
+        ("plan", [None]),
+        ("plan", [{"name": 1}]),
+        ("plan", [{"name": "a", "method": {"name": "lora", "rank": True}, "sites": ["attn.q"], "positions": "all"}]),
+        ("plan", [{"name": "a", "method": {"name": "lora", "alpha": "x"}, "sites": ["attn.q"], "positions": "all"}]),
+        ("lost", "text"),
+        ("notes", []),
+        ("base", None),
+    ],
+)
+def test_a_damaged_sidecar_is_refused(loaded, tmp_path, field, value):
+    export(steered(loaded, "lora(rank=2, alpha=3) @ attn.q"), "peft", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / NAME).read_text())
+    (tmp_path / "out" / NAME).write_text(json.dumps(record | {field: value}))
+    with pytest.raises(ValueError, match=rf"{NAME}: cannot be read .*delete it"):
+        jaxsteer.load(tmp_path / "out", loaded)
+
+
+def test_steering_and_tokens_that_do_not_fit(loaded, tmp_path):
+    want = steered(loaded, "lora(rank=2, alpha=3) @ attn.q")
+    for changed, words in (
+        ({}, "is missing"),
+        (jax.tree.map(lambda leaf: leaf[:1], want.steering), "has shape"),
+        (jax.tree.map(lambda leaf: leaf * np.nan, want.steering), "not finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            export(replace(want, steering=changed), "peft", tmp_path / "out")
+    for tokens in (np.zeros(4, np.int32), np.zeros((1, 4)), np.zeros((0, 4), np.int32), np.full((1, 4), 10**6)):
+        with pytest.raises(ValueError, match="tokens: "):
+            export(want, "peft", tmp_path / "out", tokens=tokens)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_exports_to_one_folder(tmp_path):
+    """The second is refused, and the first one's files stay."""
+    out = tmp_path / "out"
+    with new_folder(out) as partial:
+        (partial / "half").write_text("x")
+        with pytest.raises(ValueError, match="another process is writing"), new_folder(out):
+            pass
+    assert [path.name for path in out.iterdir()] == ["half"]
+    assert not list(tmp_path.glob(".*"))
