@@ -10,7 +10,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exported import family_model, logits, refusals, steered_of, written
+from exported import check_theirs, family_model, refusals, steered_of, theirs, written
 from safetensors.numpy import load_file, save_file
 from tiny import close, identical
 
@@ -27,27 +27,18 @@ LLAMA, GPT2, PHI3 = "llama", "gpt2", "phi3"
 
 
 @pytest.fixture(scope="module")
-def theirs(golden):
-    """The folders that peft wrote, the base of each, and its logits."""
-    folder = golden / "interop" / "peft"
-    return folder, read_json(folder / "bases.json"), np.load(folder / "logits.npz")
-
-
-@pytest.fixture(scope="module")
 def model(golden):
     """(family, or folder) -> the model."""
     return partial(family_model, golden)
 
 
-def test_every_case_is_tested(theirs):
-    assert sorted((*CASES, *MORE)) == sorted(theirs[1])
+def test_every_case_is_tested(golden):
+    assert sorted((*CASES, *MORE)) == sorted(theirs(golden, "peft"))
 
 
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)])
-def test_pefts_own_files_give_pefts_own_logits(theirs, model, case):
-    folder, bases, expected = theirs
-    read = peft.read(folder / case, model(bases[case]), Given())
-    assert abs(logits(read, expected["ids"]) - expected[case]).max() <= 1e-5
+def test_pefts_own_files_give_pefts_own_logits(golden, case):
+    check_theirs("peft", golden, case)
 
 
 ROUND_TRIPS = {
@@ -261,9 +252,11 @@ def test_half_precision_is_read_exactly(model, folder):
     np.testing.assert_array_equal(leaf[1], load_file(path)[f"{NAME}.lora_A.weight"].astype(np.float32))
 
 
-def test_the_file_of_before_safetensors_is_read_alike(theirs, model):
-    old, new = (peft.read(theirs[0] / case, model("smollm3"), Given()) for case in ("pickled", "excluded"))
-    assert peft.recognises(theirs[0] / "pickled")
+def test_the_file_of_before_safetensors_is_read_alike(golden, model):
+    old, new = (
+        peft.read(golden / "interop/peft" / case, model("smollm3"), Given()) for case in ("pickled", "excluded")
+    )
+    assert peft.recognises(golden / "interop/peft/pickled")
     assert old.plan == new.plan
     identical(old.steering, new.steering)
 
@@ -276,9 +269,9 @@ def test_the_file_of_before_safetensors_is_read_alike(theirs, model):
         (None, "no zip archive"),
     ],
 )
-def test_a_pickle_that_is_damaged_or_carries_code_is_refused(theirs, model, tmp_path, monkeypatch, pickle, words):
+def test_a_pickle_that_is_damaged_or_carries_code_is_refused(golden, model, tmp_path, monkeypatch, pickle, words):
     monkeypatch.chdir(tmp_path)
-    folder = shutil.copytree(theirs[0] / "pickled", tmp_path / "x")
+    folder = shutil.copytree(golden / "interop/peft/pickled", tmp_path / "x")
     file = folder / "adapter_model.bin"
     if pickle is None:
         file.write_bytes(file.read_bytes()[100:])
