@@ -10,7 +10,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exported import check_theirs, family_model, refusals, steered_of, theirs, written
+from exported import check_theirs, family_model, refusals, same_updates, steered_of, theirs, written
 from safetensors.numpy import load_file, save_file
 from tiny import close, identical
 
@@ -56,6 +56,10 @@ ROUND_TRIPS = {
 }
 
 
+FOLDED = ("same site", "pissa", "dora", "affine")
+"""Cases whose merged weights are compared too, by code that knows nothing of LoRA folders; that takes most time."""
+
+
 @pytest.mark.parametrize("case", ROUND_TRIPS)
 def test_what_is_written_is_read_back_bit_for_bit_and_computes_the_same(model, tmp_path, case):
     base, *plan = ROUND_TRIPS[case]
@@ -64,9 +68,11 @@ def test_what_is_written_is_read_back_bit_for_bit_and_computes_the_same(model, t
     read = peft.read(tmp_path, steered.loaded, Given())
     assert read.plan == reduced.plan
     identical(read.steering, reduced.steering)
-    before, after = (fold_all(s.loaded.config, s.plan, s.base, s.steering) for s in (steered, read))
-    close(after.base, before.base, 1e-6)
-    assert after.plan == before.plan == ()
+    same_updates(read, steered)
+    if case in FOLDED:
+        before, after = (fold_all(s.loaded.config, s.plan, s.base, s.steering) for s in (steered, read))
+        close(after.base, before.base, 1e-6)
+        assert after.plan == before.plan == ()
 
 
 def test_lora_is_stored_as_it_is(model, tmp_path):
