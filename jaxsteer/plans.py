@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -224,13 +225,17 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
 
 
 def plan_from_json(data: Sequence[dict[str, Any]]) -> Plan:
-    """Read the output of `plan_to_json`.
+    """Read the output of `plan_to_json`, which may come from a damaged file.
 
     Raises:
-        ValueError: a method that this version does not have, or a setting that the method does not have.
+        ValueError: a method that this version does not have, a setting that the method does not have, or a value of
+            another type.
     """
     slots = []
+    if not isinstance(data, list | tuple):
+        raise ValueError(f"a plan is {data!r:.80}, expected a list of slots")
     for entry in data:
+        _check_entry(entry)
         settings = dict(entry["method"])
         name = settings.pop("name")
         if name not in METHODS:
@@ -241,6 +246,7 @@ def plan_from_json(data: Sequence[dict[str, Any]]) -> Plan:
                 f"slot {entry['name']!r}: {name} has no setting {', '.join(unknown)}; "
                 f"its settings are: {', '.join(sorted(known)) or 'none'}"
             )
+        _check_settings(entry["name"], settings, METHODS[name])
         layers = None if entry["layers"] is None else tuple(entry["layers"])
         slots.append(
             Slot(
@@ -252,3 +258,34 @@ def plan_from_json(data: Sequence[dict[str, Any]]) -> Plan:
             )
         )
     return tuple(slots)
+
+
+def _check_entry(entry: Any) -> None:
+    """Refuse a slot whose fields are not of their types."""
+    texts = lambda value: isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+    numbers = lambda value: isinstance(value, list | tuple) and all(type(number) is int for number in value)
+    named = lambda value: isinstance(value, dict) and isinstance(value.get("name"), str)
+    allowed = {
+        "name": (lambda value: isinstance(value, str), "a text"),
+        "method": (named, "an object with a name"),
+        "sites": (texts, "a list of texts"),
+        "layers": (lambda value: value is None or numbers(value), "null or a list of integers"),
+        "positions": (lambda value: isinstance(value, str), "a text"),
+    }
+    if not isinstance(entry, dict):
+        raise ValueError(f"a slot is {entry!r:.80}, expected an object")
+    for field, (check, what) in allowed.items():
+        if not check(entry.get(field, ())):
+            raise ValueError(f"slot {entry.get('name')!r:.80}: {field} is {entry.get(field)!r:.80}, expected {what}")
+
+
+def _check_settings(slot: str, settings: dict[str, Any], method: type) -> None:
+    """Refuse a method's settings that are not of the types of its own."""
+    for field in dataclasses.fields(method):
+        value, kind = settings.get(field.name, field.default), type(field.default)
+        if kind is float:
+            fits = type(value) is int or (type(value) is float and math.isfinite(value))
+        else:
+            fits = type(value) is kind
+        if not fits:
+            raise ValueError(f"slot {slot!r}: {field.name} is {value!r:.80}, expected {kind.__name__}")

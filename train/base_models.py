@@ -109,8 +109,7 @@ def load_steered(
     name = find_base(file, model)
     if file is not None:
         check_base(file, name, other_base=other_base)
-    run = run_settings(file.notes if file else {})
-    quantised, tokenizer = run.get("quantise") == "int8", run.get("tokenizer")
+    quantised, tokenizer = base_settings(file)
     require_tokenizer(resolve_model(name), tokenizer)
     return load(name, dtype, place, quantised=quantised, tokenizer=tokenizer), file
 
@@ -260,6 +259,19 @@ def run_settings(notes: Mapping[str, Any]) -> dict[str, Any]:
     trained = [step.get("config") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     found = [settings for settings in [*trained, notes.get("config")] if isinstance(settings, dict)]
     return found[-1] if found else {}
+
+
+def base_settings(file: SteeringFile | None) -> tuple[bool, str | None]:
+    """Whether the base was in int8 when a file's steering was trained, and where its tokenizer was taken from.
+
+    Raises:
+        ValueError: the notes say something else than a place.
+    """
+    run = run_settings(file.notes if file else {})
+    tokenizer = run.get("tokenizer")
+    if file is not None and not isinstance(tokenizer, str | None):
+        raise ValueError(f"{file.path}: its notes name the tokenizer {tokenizer!r:.80}; expected a text")
+    return run.get("quantise") == "int8", tokenizer
 
 
 def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:

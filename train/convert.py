@@ -9,7 +9,8 @@ them.
 
 from __future__ import annotations
 
-import tempfile
+import codecs
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,22 +24,35 @@ from rich.table import Table
 from jaxsteer.batches import make_batch
 from jaxsteer.interventions import LoRA
 from jaxsteer.io import LoadedModel
-from jaxsteer.io.files import check_free
-from jaxsteer.io.formats import FORMATS, Given, WriteOptions, find_writable
-from jaxsteer.io.formats.convert import Source, check_export, describe, export, load, recognise
+from jaxsteer.io.files import check_free, partial_of
+from jaxsteer.io.formats import FORMATS, Given, WriteOptions
+from jaxsteer.io.formats.convert import (
+    Source,
+    check_export,
+    check_given,
+    check_options,
+    describe,
+    export,
+    load,
+    recognise,
+)
 from jaxsteer.io.formats.updates import refuse_lora
 from jaxsteer.io.formats.verdict import PROBE_ROWS, probe_tokens
-from jaxsteer.io.push import push
+from jaxsteer.io.push import check_push, push
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.theory import to_lora
-from jaxsteer.types import Plan, Positions, Slot
+from jaxsteer.types import Plan, Slot
 from train import base_models, peers
 from train.cli import run_main
+from train.devices import interrupts
 from train.display.console import get_console, progress, say
 
 LENGTH, ROWS, NEW_TOKENS = 128, 4, 16
 """Tokens in a row of text, rows in a batch of a fit, and greedy tokens that a peer is asked for."""
+
+TEXT = 4 << 20
+"""Bytes of a text that are read."""
 
 NEUTRAL = Path(__file__).with_name("neutral.txt")
 
@@ -103,14 +117,17 @@ class ConvertConfig:
             raise ValueError("SOURCE: which file or folder? See --help, and --list for the formats")
         if not self.out:
             raise ValueError(f"--out: name a folder for the result (--to {self.to})")
-        if self.text is not None and not Path(self.text).is_file():
-            raise ValueError(f"--text {self.text}: no such file")
-        find_writable(self.to)
+        check_options(self.to, self.options)
+        check_free(Path(self.out))
+        _ = self.given
+        if self.text is not None:
+            read_text(Path(self.text))
+        if self.fit_lora is not None and self.fit_lora < 1:
+            raise ValueError(f"--fit-lora {self.fit_lora}: expected a rank, from 1 on")
         if self.verify:
             self.check_peer()
-        if self.positions is not None:
-            Positions.parse(self.positions)
-        check_free(Path(self.out))
+        if self.push is not None:
+            check_push(self.push)
 
     def check_peer(self) -> None:
         """Refuse --verify where no program can answer."""
@@ -123,7 +140,7 @@ class ConvertConfig:
     @property
     def options(self) -> WriteOptions:
         """How to write."""
-        over = None if self.over is None else Path(self.over)
+        over = Path(self.over) if self.over else None
         return WriteOptions(dtype=self.dtype, rank=self.rank, over=over, name=self.name)
 
     @property
@@ -145,14 +162,18 @@ def show_formats() -> None:
 def convert(config: ConvertConfig) -> None:
     """Read, write, compare, and report."""
     config.check()
-    found = recognise(base_models.resolve_model(config.source), config.source_format)
+    found = _recognise(base_models.resolve_model(config.source), config)
+    check_given(found.format, config.given)
+    say(f"{found.path}: {found.format.name}, {found.format.holds}")
     steered, reference = read_trained(found, config) if found.format.name == "jaxsteer" else (read(found, config), None)
     rows = rows_of_text(steered.loaded, config.text)
     if config.fit_lora is not None:
         reference = reference or steered
         steered = with_fitted_lora(steered, rows, config.fit_lora)
     tokens = rows[:PROBE_ROWS]
-    verdict = export(steered, config.to, config.out, config.options, tokens=tokens, reference=reference)
+    say(f"Writing {config.out}, and comparing it with the original ...")
+    with interrupts.undoing(lambda: shutil.rmtree(partial_of(config.out), ignore_errors=True)):
+        verdict = export(steered, config.to, config.out, config.options, tokens=tokens, reference=reference)
     print(f"{config.to}: {config.out}")
     for path in sorted(Path(config.out).iterdir()):
         print(f"  {path.name:32} {path.stat().st_size:>14,} bytes")
@@ -167,6 +188,25 @@ def convert(config: ConvertConfig) -> None:
         print(f"uploaded: {push(config.out, config.push, private=config.private)}")
 
 
+def _recognise(source: str | Path, config: ConvertConfig) -> Source:
+    """What SOURCE is.
+
+    Raises:
+        ValueError: see `recognise`; of a run's folder without steering, why it has none.
+    """
+    try:
+        return recognise(source, config.source_format)
+    except ValueError:
+        folder = Path(source)
+        if config.source_format is None and (folder / "model" / "config.json").is_file():
+            raise ValueError(f"{folder}: this run trained the model itself; give {folder / 'model'}") from None
+        if config.source_format is None and (folder / "checkpoints").is_dir():
+            raise ValueError(
+                f"{folder}: the run has not finished; continue it with --resume, or give another"
+            ) from None
+        raise
+
+
 def verify(config: ConvertConfig, steered: SteeredModel, tokens: np.ndarray) -> dict[str, Any]:
     """What the program that the export is for makes of it, compared with what we make of it."""
     row, out = FORMATS[config.to], Path(config.out)
@@ -175,7 +215,7 @@ def verify(config: ConvertConfig, steered: SteeredModel, tokens: np.ndarray) -> 
     exported = load(out, None if row.whole else steered.loaded)
     ours = peers.probe(exported, tokens, NEW_TOKENS)
     say(f"Asking {row.verify} ...")
-    with tempfile.TemporaryDirectory(prefix="jaxsteer-base-") as folder:
+    with peers.temporary_folder("jaxsteer-base-") as folder:
         base = None if config.over is None else Path(config.over)
         if row.over is not None:
             base = Path(folder)
@@ -207,15 +247,14 @@ def read_trained(found: Source, config: ConvertConfig) -> tuple[SteeredModel, St
     """
     file = base_models.read_steered(str(found.path))
     assert file is not None
-    run, name = base_models.run_settings(file.notes), base_models.find_base(file, config.model)
-    quantised = run.get("quantise") == "int8"
+    name = base_models.find_base(file, config.model)
+    quantised, tokenizer = base_models.base_settings(file)
     if quantised and not config.float_base:
         raise ValueError(
             f"{file.path}: trained on an int8 base, which no format here holds; --float-base writes it for the float "
             "weights and says what the difference means"
         )
     base_models.check_base(file, name, other_base=config.other_base)
-    tokenizer = run.get("tokenizer")
     described = base_models.describe(name, tokenizer=tokenizer)
     plan = file.plan
     if config.fit_lora is not None:
@@ -223,8 +262,12 @@ def read_trained(found: Source, config: ConvertConfig) -> tuple[SteeredModel, St
         plan = (*slots_of_lora(plan, described.config), fitted)
     check_export(config.to, plan, described, config.options)
     on = lambda loaded: SteeredModel(loaded, file.plan, file.steering, name, file.notes)
+    rows_of_text(described, config.text)
     steered = on(base_models.load(name, tokenizer=tokenizer))
-    return steered, on(base_models.load(name, quantised=True, tokenizer=tokenizer)) if quantised else None
+    if not quantised:
+        return steered, None
+    lost = ["it was trained on an int8 base, and is written for the float weights"]
+    return replace(steered, lost=lost), on(base_models.load(name, quantised=True, tokenizer=tokenizer))
 
 
 def read(found: Source, config: ConvertConfig) -> SteeredModel:
@@ -234,8 +277,26 @@ def read(found: Source, config: ConvertConfig) -> SteeredModel:
     name = config.model or found.base
     if name is None:
         raise ValueError(f"{found.path}: does not say which model it is for; name the base model: --model")
+    rows_of_text(base_models.describe(name), config.text)
     steered = load(found, base_models.load(name), given=config.given, other_base=config.other_base)
     return replace(steered, source=name)
+
+
+def read_text(path: Path) -> str:
+    """The first TEXT bytes of a text file.
+
+    Raises:
+        ValueError: no such file, or not UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"--text {path}: no such file")
+    with path.open("rb") as file:
+        data = file.read(TEXT)
+    try:
+        # The end may have cut a character.
+        return codecs.getincrementaldecoder("utf-8")().decode(data, final=len(data) < TEXT)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def rows_of_text(loaded: LoadedModel, text: str | None) -> np.ndarray:
@@ -247,12 +308,9 @@ def rows_of_text(loaded: LoadedModel, text: str | None) -> np.ndarray:
     if loaded.tokenizer is None:
         return probe_tokens(loaded.config.vocab_size)
     path = Path(text or NEUTRAL)
-    try:
-        ids = loaded.tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    ids = loaded.tokenizer(read_text(path))["input_ids"]
     if len(ids) < LENGTH:
-        raise ValueError(f"{path}: {len(ids)} tokens; at least {LENGTH} are needed")
+        raise ValueError(f"--text {path}: {len(ids)} tokens; at least {LENGTH} are needed")
     return np.array(ids[: len(ids) // LENGTH * LENGTH], np.int32).reshape(-1, LENGTH)
 
 
@@ -260,8 +318,14 @@ def slots_of_lora(plan: Plan, config: ModelConfig) -> Plan:
     """The slots that LoRA expresses exactly.
 
     Raises:
-        ValueError: it expresses all of them.
+        ValueError: it expresses all of them, or one steers some of the tokens only.
     """
+    for slot in plan:
+        if slot.positions.kind != "all":
+            raise ValueError(
+                f"--fit-lora: slot {slot.name!r} steers positions {slot.positions}, and a LoRA changes all; the "
+                "text that it would be fitted to has no prompts. Fit it in Python (jaxsteer.theory.to_lora)"
+            )
     kept = tuple(slot for slot in plan if not refuse_lora((slot,), config))
     if kept == plan:
         raise ValueError("--fit-lora: LoRA can express every slot of this plan exactly; leave the option out")
@@ -277,7 +341,9 @@ def with_fitted_lora(steered: SteeredModel, rows: np.ndarray, rank: int) -> Stee
     with progress(config.layers, "Fitting LoRA") as bar:
         fitted = to_lora(steered.network, base.network, batches, rank, advance=lambda done: bar.update(done))
     network = fitted.network
-    return replace(steered, plan=network.model.plan, steering=network.steering)
+    names = ", ".join(slot.name for slot in steered.plan if slot not in kept)
+    lost = f"the slots ({names}) are approximated by a LoRA of rank {rank} on mlp.down, which was fitted to a text"
+    return replace(steered, plan=network.model.plan, steering=network.steering, lost=[*steered.lost, lost])
 
 
 def main() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from jaxsteer.inference.generate import generate
 from jaxsteer.io.files import parse_json
 from jaxsteer.io.formats.verdict import logits
 from jaxsteer.io.steered import SteeredModel
+from train.devices import interrupts
 
 _HERE = Path(__file__).resolve().parent
 _IN_CLONE = _HERE.parent / "tests" / "peers"
@@ -233,7 +235,7 @@ def run_peer(
     if program not in programs:
         raise ValueError(f"{program}: no peer of this name; there are {', '.join(programs) or 'none here'}")
     interpreter = interpreter_of(program, python)
-    with tempfile.TemporaryDirectory(prefix="jaxsteer-peer-") as folder:
+    with temporary_folder("jaxsteer-peer-") as folder:
         out = Path(folder) / "values.npy"
         said = _run(
             [str(interpreter), str(programs[program])],
@@ -243,6 +245,16 @@ def run_peer(
             timeout,
         )
         return _answer(said, out, program)
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """A temporary folder that is deleted at the end, by Ctrl-C too."""
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix) as folder,
+        interrupts.undoing(lambda: shutil.rmtree(folder, ignore_errors=True)),
+    ):
+        yield folder
 
 
 def interpreter_of(program: str, python: Path | None) -> Path:
@@ -279,7 +291,8 @@ def _run(command: Sequence[str], text: str, folder: str, program: str, timeout: 
     except OSError as error:
         raise ValueError(f"{program}: {command[0]} cannot be run ({error.strerror})") from None
     try:
-        printed, complaint = process.communicate(text.encode(), timeout)
+        with interrupts.undoing(lambda: os.killpg(process.pid, signal.SIGKILL)):
+            printed, complaint = process.communicate(text.encode(), timeout)
     except subprocess.TimeoutExpired:
         raise ValueError(f"{program}: no answer within {timeout:g} seconds, so it was stopped") from None
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import os
@@ -100,7 +101,7 @@ def read_json(path: str | Path) -> dict[str, Json]:
     """
     try:
         data = parse_json(Path(path).read_bytes(), str(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder, expected a file") from None
@@ -140,30 +141,74 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     A process that is killed leaves nothing at `path`; what an earlier one left beside it is deleted.
 
     Raises:
-        ValueError: something is at `path` already, other than an empty folder.
+        ValueError: see `check_free`; or another process is writing to `path`.
     """
     path = Path(path)
     check_free(path)
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        with _locked(stale) as dead:
+            if not dead:
+                raise ValueError(f"{path}: another process is writing there; wait for it, or name another folder")
+            shutil.rmtree(stale, ignore_errors=True)
+    partial = partial_of(path)
     partial.mkdir()
+    with _locked(partial):
+        try:
+            yield partial
+            check_free(path)
+            os.replace(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(path: str | Path) -> Path:
+    """The folder that `new_folder` fills in this process."""
+    path = Path(path).resolve()
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether this process has a folder for itself; the lock ends with the block, or with the process."""
     try:
-        yield partial
-        os.replace(partial, path)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # deleted meanwhile
+        yield True
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except BlockingIOError:
+        free = False
+    except OSError:  # a file system without locks
+        free = True
+    try:
+        yield free
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
 
 
 def check_free(path: Path) -> None:
-    """Refuse to write where something is.
+    """Refuse to write a folder where that cannot succeed.
 
     Raises:
-        ValueError: `path` is a file, or a folder that is not empty.
+        ValueError: `path` is a file or a folder that is not empty, or that cannot be replaced, or there is no right to
+            write beside it.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path}: exists already; name another folder, or delete this one first")
+    if os.path.lexists(path) and not path.is_dir():
+        raise ValueError(f"{path}: is a file; name a folder")
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise ValueError(f"{path}: exists already; name another folder, or delete this one first")
+        if path.samefile(Path.cwd()) or path.is_mount():
+            raise ValueError(f"{path}: is the folder of this shell, or a mounted one; name a new folder in it")
+    parent = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not parent.is_dir():
+        raise ValueError(f"{path}: {parent} is a file; name another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: {parent} cannot be written to; name another folder")
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -17,6 +17,22 @@ _WHY = {
 """What a status of the Hub means, and what to do."""
 
 
+def check_push(repo_id: str) -> None:
+    """Refuse an upload that cannot succeed, without network.
+
+    Raises:
+        ValueError: not an id, or not logged in.
+    """
+    if not is_hub_id(repo_id):
+        raise ValueError(
+            f"--push {repo_id}: not an id of the Hugging Face Hub; expected owner/name, such as me/my-steering"
+        )
+    import huggingface_hub
+
+    if huggingface_hub.get_token() is None:
+        raise ValueError(f"--push {repo_id}: not logged in; run `hf auth login`, or set HF_TOKEN")
+
+
 def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     """Upload all files of an export, but hidden ones, as one commit.
 
@@ -35,14 +51,9 @@ def push(folder: str | Path, repo_id: str, *, private: bool = False) -> str:
     folder = Path(folder)
     if not (folder / NAME).is_file():
         raise ValueError(f"{folder}: has no {NAME}, so it is no export that is complete; write one with --to")
-    if not is_hub_id(repo_id):
-        raise ValueError(
-            f"--push {repo_id}: not an id of the Hugging Face Hub; expected owner/name, such as me/my-steering"
-        )
+    check_push(repo_id)
     import huggingface_hub
 
-    if huggingface_hub.get_token() is None:
-        raise ValueError(f"--push {repo_id}: not logged in; run `hf auth login`, or set HF_TOKEN")
     api = huggingface_hub.HfApi()
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)

@@ -251,6 +251,18 @@ def _digest_of_metadata(metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
 
 
+def check_steering(steering: Steering, plan: Plan, config: ModelConfig, where: str) -> None:
+    """Refuse a steering tree that is not that of a plan, or has values that are not finite.
+
+    Raises:
+        ValueError: it begins with `where`.
+    """
+    leaves = _leaves(steering)
+    _check_tensors(leaves, plan, config, where)
+    if wrong := [name for name, leaf in leaves.items() if not jnp.isfinite(leaf).all()]:
+        raise ValueError(f"{where}: {', '.join(wrong[:5])} has values that are not finite")
+
+
 class _Shaped(Protocol):
     """An array, or a tensor in a file."""
 

@@ -242,6 +242,7 @@ FORMAT = Format(
     refuse=refuse,
     reduce=reduce,
     write=write,
+    options=("name",),
     verify="adapters",
     over="hf",
     use=Use(

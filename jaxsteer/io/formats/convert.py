@@ -14,11 +14,12 @@ from jaxsteer.io import source as sources
 from jaxsteer.io.files import Json, check_free, new_folder, write_text
 from jaxsteer.io.formats import FORMATS, find_format, find_writable
 from jaxsteer.io.formats.card import model_card
-from jaxsteer.io.formats.format import Format, Given, WriteOptions
+from jaxsteer.io.formats.format import Format, Given, WriteOptions, unused
 from jaxsteer.io.formats.sidecar import Sidecar, check_base, read_sidecar, restore, write_sidecar
 from jaxsteer.io.formats.verdict import Verdict, judge, probe_tokens, unlike
 from jaxsteer.io.load import LoadedModel, load_model
 from jaxsteer.io.steered import SteeredModel
+from jaxsteer.io.steering_file import check_steering
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.quantise import is_quantised
 from jaxsteer.plans import validate_plan
@@ -26,6 +27,38 @@ from jaxsteer.types import Plan
 
 HUB_FILES = ("*.json", "*.safetensors", "*.gguf", "intkey_*.bin", "adapter_steerer.pt", *sources.TOKENIZER)
 """What is downloaded of a repository of the Hugging Face Hub."""
+
+
+def check_options(to: str, options: WriteOptions) -> None:
+    """Refuse options that a format has no use for, and a missing folder in `over`; it needs no plan and no model.
+
+    Raises:
+        ValueError: such an option, or a format that there is not, or that is only read.
+    """
+    format = find_writable(to)
+    for option in unused(options, format.options):
+        users = [name for name, row in FORMATS.items() if option.removeprefix("--") in row.options]
+        raise ValueError(f"{option}: {to} has no use for it; leave it out ({option} is for --to {', '.join(users)})")
+    if "over" in format.options and options.over is None:
+        raise ValueError(
+            "--over FOLDER is missing: the steerable base that this is for, written with --to hf-steerable"
+        )
+    if options.over is not None and not options.over.is_dir():
+        raise ValueError(f"--over {options.over}: no such folder; write it with --to hf-steerable")
+
+
+def check_given(format: Format, given: Given) -> None:
+    """Refuse what the person says of files that say it themselves, or in which it means nothing.
+
+    Raises:
+        ValueError: it would not be used.
+    """
+    if said := unused(given, format.asks):
+        asked = ", ".join(f"--{name}" for name in format.asks) or "nothing"
+        raise ValueError(
+            f"{', '.join(said)}: has no meaning for the format {format.name}, whose files leave {asked} to you; leave "
+            "it out"
+        )
 
 
 def check_export(to: str, plan: Plan, loaded: LoadedModel, options: WriteOptions | None = None) -> None:
@@ -41,7 +74,9 @@ def check_export(to: str, plan: Plan, loaded: LoadedModel, options: WriteOptions
         ValueError: no such format, one that is only read, or a plan that it cannot hold: every slot with the reason
             and the nearest alternative.
     """
-    format, config = find_writable(to), loaded.config
+    options = options or WriteOptions()
+    check_options(to, options)
+    format, config = FORMATS[to], loaded.config
     assert format.refuse is not None
     validate_plan(plan, config)
     if is_quantised(loaded.base):
@@ -49,7 +84,7 @@ def check_export(to: str, plan: Plan, loaded: LoadedModel, options: WriteOptions
             f"{to}: the base model is in int8, which no format here holds; export it over the float weights "
             "(load_model without `quantised`; --float-base), and the verdict says what the difference means"
         )
-    if reasons := format.refuse(plan, FAMILIES[loaded.family], config, options or WriteOptions()):
+    if reasons := format.refuse(plan, FAMILIES[loaded.family], config, options):
         raise ValueError(f"{to} cannot hold this plan:\n" + "\n".join(f"  {reason}" for reason in reasons))
 
 
@@ -85,24 +120,40 @@ def export(
     options, format = options or WriteOptions(), find_format(to)
     check_free(Path(folder))
     check_export(to, steered.plan, steered.loaded, options)
+    check_steering(steered.steering, steered.plan, steered.loaded.config, to)
+    tokens = _checked(tokens, steered.loaded.config.vocab_size)
     assert format.reduce is not None
     assert format.write is not None
     reduced = format.reduce(steered, options)
     if format.unsteered:
         steered = replace(steered, plan=(), steering={})
-    if tokens is None:
-        tokens = probe_tokens(steered.loaded.config.vocab_size)
     with new_folder(folder) as partial:
         format.write(reduced, partial, options)
         read = format.read(partial, None if format.whole else steered.loaded, Given())
         _check_read(reduced, read, format)
         restored = restore(steered.plan, read) if steered.plan else steered
         verbatim = steered.plan == restored.plan and not unlike(steered.steering, restored.steering)
-        changed = [] if verbatim else [_lost(steered.plan, read.plan, format)]
+        changed = [] if verbatim else [_lost(steered.plan, read.plan, restored.plan, format)]
         verdict = judge(reference or steered, read, tokens, verbatim=verbatim)
         verdict = replace(verdict, lost=tuple(dict.fromkeys([*reduced.lost, *changed])))
         describe(partial, steered, to, verdict)
     return verdict
+
+
+def _checked(tokens: np.ndarray | None, vocab_size: int) -> np.ndarray:
+    """The probe, by default one at random.
+
+    Raises:
+        ValueError: not token ids [B, T] of the model.
+    """
+    if tokens is None:
+        return probe_tokens(vocab_size)
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+        raise ValueError(f"tokens: expected integers [B, T], got {tokens.dtype} {list(tokens.shape)}")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"tokens: {tokens.min()} to {tokens.max()}; the model has 0 to {vocab_size - 1}")
+    return tokens
 
 
 def describe(folder: Path, steered: SteeredModel, to: str, verdict: Verdict, peers: Sequence[Json] = ()) -> None:
@@ -130,12 +181,14 @@ def _check_read(reduced: SteeredModel, read: SteeredModel, format: Format) -> No
         raise RuntimeError(f"{format.name}: what was read again is not what was written: {'; '.join(problems[:5])}")
 
 
-def _lost(plan: Plan, read: Plan, format: Format) -> str:
+def _lost(plan: Plan, read: Plan, restored: Plan, format: Format) -> str:
     """What the files hold instead of the slots that they do not hold as they were, a sentence."""
     changed = [slot.name for slot in plan if slot not in read] or [slot.name for slot in plan]
     slots = f"{'slots' if len(changed) > 1 else 'slot'} {', '.join(changed)}"
     if format.whole:
         return f"{slots}: merged into the weights, and cannot be taken out again"
+    if restored == plan:
+        return f"{slots}: some values come back rounded"
     return f"{slots}: stored in another form, as {', '.join(slot.name for slot in read)}"
 
 
@@ -175,7 +228,9 @@ def recognise(source: str | Path, format: str | None = None) -> Source:
         known_names = [name for name, row in FORMATS.items() if row.recognises(path)]
         if not known_names:
             raise ValueError(f"{source}: in none of the formats that are read here ({', '.join(FORMATS)})")
-        known = FORMATS[known_names[0]]
+        # What was exported says so itself: other files may lie beside it.
+        own = sidecar.format if sidecar is not None else ""
+        known = FORMATS[own if own in known_names else known_names[0]]
     base = known.base(path) if known.base is not None else None
     return Source(path, known, base or (sidecar.source if sidecar else None), sidecar)
 
@@ -206,8 +261,10 @@ def load(
             made for another base model.
     """
     found = source if isinstance(source, Source) else recognise(source)
+    given = given or Given()
+    check_given(found.format, given)
     loaded = None if found.format.whole else _base(found, model, dtype)
-    steered = found.format.read(found.path, loaded, given or Given())
+    steered = found.format.read(found.path, loaded, given)
     if loaded is not None:
         named = None if isinstance(model, LoadedModel) else model
         steered = replace(steered, source=str(named or found.base or loaded.name))

@@ -2,31 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxsteer.interventions.loreft import NONE
+from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families.table import Family
-from jaxsteer.types import Plan
+from jaxsteer.types import Plan, Positions
+
+ACTIVATIONS = (NONE, *ACTIVATION_FUNCTIONS)
+"""Of low-rank steering; none is linear steering."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How to write; a format refuses what it has no use for.
+    """How to write; see `Format.options` for what a format has a use for.
 
     dtype  of whole models' weights: float32, bfloat16 or float16, in GGUF files also Q8_0, Q4_0, ...; None = as loaded
     rank   of the steering layers in a steerable base; None = the plan's largest
     over   folder of the steerable base that an adapter is for
-    name   of the adapter, where the format stores one
+    name   of the adapter, where the format stores one: letters, digits, _ and -
+
+    Raises:
+        ValueError: a rank or name that no format can have.
     """
 
     dtype: str | None = None
     rank: int | None = None
     over: Path | None = None
     name: str = "jaxsteer"
+
+    def __post_init__(self) -> None:
+        """Refuse what is wrong for every format."""
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise ValueError(f"--rank is {self.rank!r}; expected an integer above 0")
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ValueError(f"--name is {self.name!r:.80}; expected 1 to 64 letters, digits, _ or -")
+        if self.over is not None:
+            object.__setattr__(self, "over", Path(self.over).expanduser())
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,9 @@ class Given:
     positions   which tokens are steered, as in a plan ("all", "last", ...)
     feature     row of a sparse autoencoder's decoder
     strength    factor of that row
+
+    Raises:
+        ValueError: a value that no file could have.
     """
 
     alpha: float | None = None
@@ -45,6 +70,25 @@ class Given:
     positions: str | None = None
     feature: int | None = None
     strength: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is wrong for every format."""
+        for name in ("alpha", "strength"):
+            value = getattr(self, name)
+            if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+                raise ValueError(f"--{name} is {value!r}; expected a finite number")
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise ValueError(f"--activation is {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+        if self.feature is not None and (type(self.feature) is not int or self.feature < 0):
+            raise ValueError(f"--feature is {self.feature!r}; expected an integer from 0 on")
+        if self.positions is not None:
+            Positions.parse(self.positions)
+
+
+def unused(said: WriteOptions | Given, used: Collection[str]) -> list[str]:
+    """The options that the person has set, other than those in `used`."""
+    fields = [field for field in dataclasses.fields(said) if field.name not in used]
+    return [f"--{field.name}" for field in fields if getattr(said, field.name) != field.default]
 
 
 JAXSTEER = """\
@@ -92,6 +136,8 @@ class Format:
     reduce       (steered, options) -> the same in the terms of the format: slots merged into weights or turned into
                  LoRA, factors padded. `read` returns this, leaf by leaf and bit for bit
     write        (reduced, folder, options): write the files into an empty folder
+    options      fields of `WriteOptions` that it has a use for; a folder in `over` has to be given
+    asks         fields of `Given` that its files may leave to the person
     use          how the programs load it, for the model card
     verify       name of the program that loads the files in `--verify`: NAME of tests/peers/NAME_peer.py
     over         the format of the base model that this program needs beside them
@@ -108,6 +154,8 @@ class Format:
     refuse: Callable[[Plan, Family, ModelConfig, WriteOptions], list[str]] | None = None
     reduce: Callable[[SteeredModel, WriteOptions], SteeredModel] | None = None
     write: Callable[[SteeredModel, Path, WriteOptions], None] | None = None
+    options: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
     use: Use | None = None
     verify: str | None = None
     over: str | None = None

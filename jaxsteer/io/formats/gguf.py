@@ -156,6 +156,7 @@ FORMAT = Format(
     refuse=refuse,
     reduce=reduce,
     write=write,
+    options=("dtype",),
     verify="llama",
     use=Use(
         "gguf",

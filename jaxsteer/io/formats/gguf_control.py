@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.folding import affine_parts, unfoldable
+from jaxsteer.folding import affine_parts
 from jaxsteer.interventions import FixedVector
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.pieces import file_at, finite
@@ -125,17 +125,17 @@ def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOption
         parts = affine_parts(slot, config) if slot.method.kind == "activation" else None
         if not set(slot.sites) <= set(AFTER_BLOCK):
             reasons.append(f"{what}: a control vector holds vectors after blocks only; merge it (--to gguf)")
+        elif slot.positions.kind != "all":
+            reasons.append(
+                f"{what}: steers positions {slot.positions}; a control vector steers all. Use jaxsteer itself"
+            )
         elif parts is None or parts.read is not None or parts.scale is not None:
             reasons.append(f"{what}: its shift is no fixed vector. Use --to hf-steered, or for LoRA --to gguf-lora")
-        elif slot.positions.kind != "all":
-            reasons.append(f"{unfoldable(slot, config)}. Use jaxsteer itself")
         elif 0 in slot.active_layers(config.layers):
             reasons.append(
                 f"{what}: llama.cpp has no control vector for layer 0; leave that layer out of the plan, or merge the "
                 "vectors into biases (--to gguf)"
             )
-    if options.dtype not in (None, "float32", "F32"):
-        reasons.append(f"dtype {options.dtype!r}: control vectors are stored in float32")
     return reasons
 
 
@@ -177,6 +177,8 @@ FORMAT = Format(
     refuse=refuse,
     reduce=reduce,
     write=write,
+    options=("name",),
+    asks=("strength",),
     verify="llama",
     over="gguf",
     use=Use(
@@ -195,4 +197,5 @@ REPENG = Format(
     programs="repeng, llama-cvector-generator",
     recognises=recognises_repeng,
     read=read,
+    asks=("strength",),
 )

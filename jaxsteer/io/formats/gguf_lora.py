@@ -191,8 +191,6 @@ def _stored(steered: SteeredModel) -> tuple[dict[str, Update], float]:
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     """Why a plan is no LoRA."""
     reasons = [] if plan else ["there is no steering to write"]
-    if options.dtype not in (None, "float32", "F32"):
-        reasons.append(f"dtype {options.dtype!r}: adapters are written in float32")
     return reasons + refuse_lora(plan, config, dora=False)
 
 
@@ -234,6 +232,7 @@ FORMAT = Format(
     refuse=refuse,
     reduce=reduce,
     write=write,
+    options=("name",),
     verify="llama",
     over="gguf",
     use=Use(

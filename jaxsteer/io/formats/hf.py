@@ -27,16 +27,11 @@ from jaxsteer.types import Plan, PyTree, Slot, Steering
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def refuse_options(options: WriteOptions, *used: str) -> list[str]:
-    """What these folders have no use for, besides a dtype and the options named here."""
-    reasons = []
-    if options.dtype is not None and options.dtype not in DTYPES:
-        reasons.append(f"--dtype {options.dtype}: these folders hold {', '.join(DTYPES)}; quantised ones are --to gguf")
-    if options.rank is not None and "rank" not in used:
-        reasons.append("--rank: is for the places of a steerable base, --to hf-steerable")
-    if options.over is not None:
-        reasons.append("--over: is for adapters over a steerable base, --to vllm")
-    return reasons
+def refuse_dtype(options: WriteOptions) -> list[str]:
+    """Why weights cannot be written in the dtype that is asked for."""
+    if options.dtype in (None, *DTYPES):
+        return []
+    return [f"--dtype {options.dtype}: these folders hold {', '.join(DTYPES)}; quantised ones are --to gguf"]
 
 
 def dtype_of(loaded: LoadedModel) -> np.dtype:
@@ -52,6 +47,15 @@ def cast(base: PyTree, dtype: str | np.dtype | None) -> PyTree:
 def with_dtype(loaded: LoadedModel, dtype: str | None) -> LoadedModel:
     """The model with its weights in this dtype; None = as they are."""
     return replace(loaded, base=cast(loaded.base, dtype))
+
+
+def rounded(steered: SteeredModel, dtype: str | np.dtype | None) -> list[str]:
+    """What a dtype takes from the weights, a sentence; none where it holds them."""
+    own = dtype_of(steered.loaded)
+    old, new = jnp.finfo(own), jnp.finfo(own if dtype is None else dtype)
+    if new.nmant >= old.nmant and new.nexp >= old.nexp:
+        return []
+    return [f"the weights were {own}, and are rounded to {np.dtype(dtype)}"]
 
 
 def save_loaded(folder: Path, loaded: LoadedModel, extras: Extras = NO_EXTRAS) -> None:
@@ -119,7 +123,7 @@ def merged(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     loaded = replace(
         loaded, config=folded.config, base=cast(folded.base, dtype), fingerprint=fingerprint(folded.config), sample=None
     )
-    return replace(steered, loaded=loaded, plan=(), steering={})
+    return replace(steered, loaded=loaded, plan=(), steering={}, lost=[*steered.lost, *rounded(steered, dtype)])
 
 
 def recognises(path: Path) -> bool:
@@ -145,11 +149,12 @@ FORMAT = Format(
     read=read,
     whole=True,
     refuse=lambda plan, family, config, options: [
-        *refuse_options(options),
+        *refuse_dtype(options),
         *refuse_merging(plan, family, config),
     ],
     reduce=merged,
     write=lambda reduced, folder, options: save_loaded(folder, reduced.loaded),
+    options=("dtype",),
     verify="transformers",
     use=Use(
         "transformers",

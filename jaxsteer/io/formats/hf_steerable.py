@@ -16,11 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions.loreft import NONE
-from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS
 from jaxsteer.io.files import Json
-from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
-from jaxsteer.io.formats.hf import dtype_of, refuse_options, save_loaded, with_dtype
+from jaxsteer.io.formats.format import ACTIVATIONS, Format, Given, Use, WriteOptions
+from jaxsteer.io.formats.hf import dtype_of, refuse_dtype, rounded, save_loaded, with_dtype
 from jaxsteer.io.formats.pieces import LowRank, activation_of, low_rank
 from jaxsteer.io.formats.remote_code import KEY, describe_folder, extras_of, is_folder, read_folder, steering_of
 from jaxsteer.io.formats.updates import refuse_lora
@@ -37,8 +35,6 @@ KIND = "steerable"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks for which vLLM can reserve memory (max_lora_rank)."""
 
-ACTIVATIONS = (NONE, *ACTIVATION_FUNCTIONS)
-"""What a base may have between its two linears."""
 
 DOWN, UP = "steer_down.weight", "steer_up.weight"
 """The tensors of a block, [R, D] and [D, R]."""
@@ -100,7 +96,7 @@ def rank_for(plan: Plan, config: ModelConfig, rank: int | None) -> int:
 
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     """Why a plan has no place there, a sentence for each slot."""
-    reasons = [*refuse_options(options, "rank"), *refuse_steering(plan, config)]
+    reasons = [*refuse_dtype(options), *refuse_steering(plan, config)]
     taken = post_block(plan)
     if not taken:
         return [
@@ -128,7 +124,8 @@ def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     slot = steerable_slot(rank_for(steered.plan, config, options.rank), activation)
     shapes = steering_shapes((slot,), config, dtype_of(loaded))
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return replace(steered, loaded=loaded, plan=(slot,), steering=zero)
+    lost = [*steered.lost, *rounded(steered, options.dtype)]
+    return replace(steered, loaded=loaded, plan=(slot,), steering=zero, lost=lost)
 
 
 def _name_of(number: int, param: str) -> str:
@@ -200,6 +197,7 @@ FORMAT = Format(
     refuse=refuse,
     reduce=reduce,
     write=write,
+    options=("dtype", "rank"),
     verify="transformers",
     use=Use(
         "transformers",

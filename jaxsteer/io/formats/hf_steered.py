@@ -5,14 +5,12 @@ Every method @ block is held as it was trained, several in a row as well; all ot
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import replace
 from pathlib import Path
 
 from jaxsteer.io.files import Json
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
-from jaxsteer.io.formats.hf import merged, refuse_merging, refuse_options, save_loaded
+from jaxsteer.io.formats.hf import merged, refuse_dtype, refuse_merging, save_loaded
 from jaxsteer.io.formats.remote_code import KEY, extras_of, is_folder, read_folder, steering_of
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.steered import SteeredModel
@@ -37,7 +35,7 @@ def _split(plan: Plan) -> tuple[Plan, Plan]:
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     """Why a plan cannot be held, a sentence for each slot."""
     after, elsewhere = _split(plan)
-    reasons = [*refuse_options(options), *refuse_merging(elsewhere, family, config)]
+    reasons = [*refuse_dtype(options), *refuse_merging(elsewhere, family, config)]
     reasons += [_positions(slot) for slot in after if slot.positions.kind != "all"]
     reasons += [
         f"slot {slot.name!r}: {method_name(slot.method)} @ block is not among what these folders compute "
@@ -86,25 +84,12 @@ def _plan(data: Json, config: ModelConfig, where: str) -> Plan:
     """The plan that config.json says, checked."""
     try:
         plan = plan_from_json(data)
-        for slot in plan:
-            _check_types(slot)
         validate_plan(plan, config)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except ValueError as error:
         raise ValueError(f"{where} has no plan that can be read ({error})") from None
     if wrong := [slot.name for slot in plan if slot.sites != ("block",) or slot.positions.kind != "all"]:
         raise ValueError(f"{where}: slot {wrong[0]!r} is not @ block with positions all, as everything in this folder")
     return plan
-
-
-def _check_types(slot: Slot) -> None:
-    """Refuse values that JSON can hold and a slot cannot."""
-    if not isinstance(slot.name, str) or any(type(layer) is not int for layer in slot.layers or ()):
-        raise ValueError("a name that is no text, or layers that are no integers")
-    for setting in dataclasses.fields(slot.method):  # type: ignore[arg-type]
-        value, kind = getattr(slot.method, setting.name), type(setting.default)
-        number = kind is float and type(value) in (int, float) and math.isfinite(value)
-        if not number and (kind is float or type(value) is not kind):
-            raise ValueError(f"slot {slot.name!r}: {setting.name} is {value!r}, expected {kind.__name__}")
 
 
 FORMAT = Format(
@@ -117,6 +102,7 @@ FORMAT = Format(
     refuse=refuse,
     reduce=reduce,
     write=write,
+    options=("dtype",),
     verify="transformers",
     use=Use(
         "transformers",

@@ -6,7 +6,6 @@ method become one slot.
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,9 +77,6 @@ def ask(path: Path, program: str, loaded: LoadedModel | None, given: Given, need
     missing += [f"--{name} ({what})" for name, what in needs.items() if getattr(given, name) is None]
     if missing:
         raise ValueError(f"{path}: files of {program} do not say everything; give {', '.join(missing)}")
-    for name in needs:
-        if isinstance(value := getattr(given, name), float) and not math.isfinite(value):
-            raise ValueError(f"--{name} is {value}; expected a finite number")
     assert loaded is not None
     return loaded
 

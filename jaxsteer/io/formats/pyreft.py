@@ -252,4 +252,5 @@ FORMAT = Format(
     programs="pyreft",
     recognises=recognises,
     read=read,
+    asks=tuple(NEEDS),
 )

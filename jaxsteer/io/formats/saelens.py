@@ -154,4 +154,5 @@ FORMAT = Format(
     programs="SAELens",
     recognises=recognises,
     read=read,
+    asks=tuple(NEEDS),
 )

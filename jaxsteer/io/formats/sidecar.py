@@ -23,7 +23,7 @@ from jaxsteer.io.provenance import library_version
 from jaxsteer.io.sample import WeightSample, compare_samples, sample_from_json
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.plans import plan_from_json, plan_to_json, validate_plan
-from jaxsteer.types import Array, Intervention, Plan, Steering
+from jaxsteer.types import Array, Intervention, Plan, Positions, Steering
 
 NAME = "jaxsteer.json"
 
@@ -86,11 +86,15 @@ def read_sidecar(path: Path) -> Sidecar | None:
     data = read_json(file)
     if "format" not in data:  # beside the weights of a fine-tuned model: how it was trained
         return None
+    if path.is_file() and path.name not in (data.get("files") or ()):  # it is about the other files there
+        return None
     try:
         base, stored = data["base"], data["base"]["sample"]
         texts = (data["format"], base["source"], base["fingerprint"], *data["lost"])
-        if not all(isinstance(text, str) for text in texts) or not isinstance(data["notes"], dict):
-            raise TypeError("a field has another type than text")
+        if not all(isinstance(text, str) for text in texts) or not isinstance(data["lost"], list):
+            raise TypeError("a field is no text")
+        if not isinstance(data["notes"], dict):
+            raise TypeError("notes is no object")
         return Sidecar(
             format=data["format"],
             plan=plan_from_json(data["plan"]),
@@ -112,13 +116,14 @@ def check_base(sidecar: Sidecar, steered: SteeredModel, where: str, *, other_bas
     """
     loaded = steered.loaded
     if loaded.fingerprint != sidecar.fingerprint:
-        raise ValueError(f"{where}: made for {sidecar.source}, whose config is not that of {loaded.name}")
+        raise ValueError(f"{where}: made for {sidecar.source}, whose config is not that of {loaded.name}; give --model")
     if other_base or loaded.sample is None or sidecar.sample is None:
         return
     found = compare_samples(loaded.sample, sidecar.sample)
     if found.verdict == "another":
         raise ValueError(
-            f"{where}: made for {sidecar.source}, which is another model than {loaded.name}: {found.reason}"
+            f"{where}: made for {sidecar.source}, which is another model than {loaded.name}: {found.reason}. "
+            "Give the model that it was made for (--model), or this one on purpose: --other-base"
         )
 
 
@@ -139,18 +144,19 @@ def restore(plan: Plan, steered: SteeredModel) -> SteeredModel:
         validate_plan(plan, config)
     except ValueError:
         return steered
-    found: dict[tuple[str, int], list[tuple[Intervention, dict[str, np.ndarray]]]] = {}
+    found: dict[tuple[str, int], list[tuple[Intervention, Positions, dict[str, np.ndarray]]]] = {}
     for slot in steered.plan:
         for site in slot.sites:
             for at, layer in enumerate(slot.active_layers(config.layers)):
                 params = {name: np.asarray(leaf[at]) for name, leaf in steered.steering[slot.name][site].items()}
-                found.setdefault((site, layer), []).append((slot.method, params))
+                found.setdefault((site, layer), []).append((slot.method, slot.positions, params))
     restored: Steering = {}
     for slot in plan:
         restored[slot.name] = {}
         for site in slot.sites:
             here = [found.pop((site, layer), []) for layer in slot.active_layers(config.layers)]
-            ours = [_as(slot.method, *there[0]) for there in here if len(there) == 1]
+            alone = [there[0] for there in here if len(there) == 1]
+            ours = [_as(slot.method, method, p) for method, where, p in alone if where == slot.positions]
             whole = [p for p in ours if p is not None]
             if len(whole) < len(here):
                 return steered
@@ -167,6 +173,8 @@ def _as(wanted: Intervention, method: Intervention, p: dict[str, np.ndarray]) ->
 
     Ranks may have been padded with zeros.
     """
+    if wanted == method:
+        return p
     rank = getattr(wanted, "rank", 0)
     if isinstance(wanted, LoRA) and isinstance(method, LoRA):
         if not math.isclose(wanted.scale, method.scale, rel_tol=1e-9) or isinstance(wanted, DoRA) != isinstance(
@@ -180,11 +188,7 @@ def _as(wanted: Intervention, method: Intervention, p: dict[str, np.ndarray]) ->
             return {**first, "A0": second["A"], "B0": -second["B"]}
         cut = _cut(p, "A", "B", 0, rank) if _zero_beyond(p, "A", "B", rank) else None
         return cut if cut is None or "m" not in p else {**cut, "m": p["m"]}
-    if type(wanted) is not type(method):
-        return None
-    if wanted == method:
-        return p
-    if isinstance(wanted, LinearSteering | NonlinearSteering):
+    if isinstance(wanted, LinearSteering | NonlinearSteering) and type(wanted) is type(method):
         assert isinstance(method, LinearSteering | NonlinearSteering)
         same = math.isclose(wanted.alpha, method.alpha, rel_tol=1e-9)
         same &= getattr(wanted, "activation", None) == getattr(method, "activation", None)

@@ -175,4 +175,5 @@ FORMAT = Format(
     programs="steerling (the paper's implementation)",
     recognises=recognises,
     read=read,
+    asks=tuple(NEEDS),
 )

@@ -103,9 +103,18 @@ def judge(steered: SteeredModel, read: SteeredModel, tokens: np.ndarray, *, verb
         read: what the files hold.
         tokens: int32 [B, T], the probe.
         verbatim: whether the leaves of `read` are those of `steered`.
+
+    Raises:
+        ValueError: a model whose logits are not finite.
     """
     batch, base = make_batch(jnp.asarray(tokens)), SteeredModel(steered.loaded)
     wanted, got = logits(steered.network, batch), logits(read.network, batch)
+    for values, which in ((wanted, "the model that is exported"), (got, "what was written")):
+        if not jnp.isfinite(values).all():
+            raise ValueError(
+                f"{which} gives logits that are not finite, so nothing can be said of it; is the steering damaged, or "
+                "too large for the type of the weights (--dtype)?"
+            )
     plain = logits(base.network, batch) if steered.plan else wanted
     kl, top1 = _distance(wanted, got)
     noise = None

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io.formats import peft
-from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
+from jaxsteer.io.formats.format import ACTIVATIONS, Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.hf_steerable import (
-    ACTIVATIONS,
     RANKS,
     method_of,
     places_in,
@@ -57,10 +56,6 @@ def max_lora_rank(ranks: Iterable[int]) -> int | None:
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     """Why a plan is no adapter over the base, a sentence each."""
     reasons = []
-    if options.dtype is not None:
-        reasons.append("--dtype: the factors are stored as they were trained; vLLM computes in the base's dtype")
-    if options.rank is not None:
-        reasons.append("--rank: is the base's, --to hf-steerable; an adapter's may be any up to that")
     if family.name == "gpt2":
         reasons.append("vLLM cannot load a GPT-2 with steering. Use transformers: --to hf-steered, --to hf")
     if not plan:
@@ -267,6 +262,8 @@ FORMAT = Format(
     refuse=refuse,
     reduce=reduce,
     write=write,
+    options=("over",),
+    asks=("activation",),
     verify="vllm",
     use=Use(
         "peft",

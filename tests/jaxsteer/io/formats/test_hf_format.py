@@ -1,5 +1,7 @@
 """The merged folder: what is computed stays, what cannot be merged is refused with what can hold it."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from tiny import identical
 
 from jaxsteer.io import SteeredModel, WriteOptions, load_model
 from jaxsteer.io.formats import FORMATS
+from jaxsteer.models.quantise import quantise
 
 HF = FORMATS["hf"]
 
@@ -62,7 +65,14 @@ def test_what_cannot_be_merged_is_refused(golden):
     assert not refusals(HF, llama, "dora @ attn.q", "lora @ attn.k")
 
 
-def test_options_of_other_formats_are_refused(golden, tmp_path):
+def test_another_dtype_is_refused(golden):
     llama = family_model(golden, "llama")
-    reasons = refusals(HF, llama, "lora @ attn.q", dtype="Q8_0", rank=8, over=tmp_path)
-    assert [reason.split(":")[0] for reason in reasons] == ["--dtype Q8_0", "--rank", "--over"]
+    (reason,) = refusals(HF, llama, "lora @ attn.q", dtype="Q8_0")
+    assert reason.startswith("--dtype Q8_0")
+
+
+def test_an_int8_base_is_refused(golden):
+    loaded = family_model(golden, "llama")
+    whole = steered_of(replace(loaded, base=quantise(loaded.base)), "lora @ attn.q")
+    with pytest.raises(ValueError, match="int8"):
+        HF.reduce(whole, WriteOptions())

@@ -123,7 +123,7 @@ def test_refusals(golden):
     assert "--to hf-steered" in reason
     (reason,) = refusals(HF_STEERED, llama, "lora @ attn.q")
     assert reason.endswith("--to hf")
-    assert refusals(HF_STEERED, llama, "fixed @ block", rank=8)[0].startswith("--rank")
+    assert refusals(HF_STEERED, llama, "fixed @ block", dtype="Q8_0")[0].startswith("--dtype")
 
 
 def broken(entry, *path):

@@ -87,7 +87,7 @@ def test_everything_that_is_missing_is_asked_for_at_once(folder, golden_llama):
         ({"positions": "first:2"}, "--positions is first:2"),
         ({"alpha": float("nan")}, "--alpha is nan"),
         ({"alpha": float("inf")}, "--alpha is inf"),
-        ({"activation": "swish"}, "unknown activation 'swish'"),
+        ({"activation": "swish"}, "--activation is 'swish'"),
     ],
 )
 def test_what_is_given_is_checked(folder, golden_llama, given, words):
