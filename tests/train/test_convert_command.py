@@ -220,7 +220,7 @@ def test_a_peer_does_not_outlive_ctrl_c(tmp_path):
         "import sys, threading; from pathlib import Path\n"
         "from train import peers; from train.devices import interrupts\n"
         "def stop():\n"
-        "    while not Path(sys.argv[1]).exists(): pass\n"
+        "    while not (Path(sys.argv[1]).exists() and interrupts._state.undone): pass\n"
         "    interrupts.leave(130)\n"
         "threading.Thread(target=stop).start()\n"
         "peers._run(['/bin/sh', '-c', 'echo $$ > ' + sys.argv[1] + '.x; mv ' + sys.argv[1] + '.x ' + sys.argv[1] + "
