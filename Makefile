@@ -17,7 +17,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # some slow ones exactly as users do.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 QUICKLY := tests/train tests/jaxsteer/theory tests/jaxsteer/io tests/jaxsteer/test_decoder.py \
-	tests/jaxsteer/test_likelihood.py tests/test_docs_code.py tests/test_docs_formats.py
+	tests/jaxsteer/test_folding.py tests/jaxsteer/test_likelihood.py tests/test_docs_code.py tests/test_docs_formats.py
 PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: help install quickstart model peers test test-all coverage lint format docs docs-serve constraints clean

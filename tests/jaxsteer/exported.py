@@ -7,7 +7,8 @@ from tiny import random_steering
 
 from jaxsteer.batches import make_batch
 from jaxsteer.io import load_model
-from jaxsteer.io.formats import Given, WriteOptions
+from jaxsteer.io.files import read_json
+from jaxsteer.io.formats import FORMATS, Given, WriteOptions
 from jaxsteer.io.formats.updates import updates_of
 from jaxsteer.io.formats.verdict import logits as logits_at
 from jaxsteer.io.steered import SteeredModel
@@ -70,3 +71,17 @@ def same_updates(read, steered):
         np.testing.assert_allclose(other.scale * (other.b @ other.a), update.scale * (update.b @ update.a), atol=1e-6)
         if update.magnitude is not None:
             np.testing.assert_allclose(other.magnitude, update.magnitude, atol=1e-6)
+
+
+def check_theirs(name, golden, case):
+    """What is read of a folder that another program wrote; it must give the logits that the program computed."""
+    folder = golden / "interop" / name
+    read = FORMATS[name].read(folder / case, family_model(golden, theirs(golden, name)[case]), Given())
+    expected = np.load(folder / "logits.npz")
+    assert abs(logits(read, expected["ids"]) - expected[case]).max() <= 1e-5
+    return read
+
+
+def theirs(golden, name):
+    """The folders that another program wrote, and the base of each."""
+    return read_json(golden / "interop" / name / "bases.json")

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxsteer.folding import biases_needed, fold_all, unfoldable
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
+from jaxsteer.io.formats.pieces import file_at
 from jaxsteer.io.gguf_config import (
     ROPE_FACTORS,
     config_from_gguf,
@@ -46,7 +47,7 @@ KIND = "ggml_type"
 def recognises(path: Path) -> bool:
     """Whether a path is a GGUF file of a model of our families, or a folder with one."""
     try:
-        metadata = open_gguf(_file(path)).metadata
+        metadata = open_gguf(file_at(path, FILE)).metadata
     except (ValueError, OSError):
         return False
     return metadata.get("general.architecture") in ARCHITECTURES and metadata.get("general.type", "model") == "model"
@@ -54,12 +55,7 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """The model in a file, or in a folder's model.gguf."""
-    return SteeredModel(load_model(_file(path)), source=str(path))
-
-
-def _file(path: Path) -> Path:
-    """The file itself, or the one in a folder."""
-    return path / FILE if path.is_dir() else path
+    return SteeredModel(load_model(file_at(path, FILE)), source=str(path))
 
 
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:

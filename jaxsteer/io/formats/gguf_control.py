@@ -14,7 +14,7 @@ import numpy as np
 from jaxsteer.folding import affine_parts
 from jaxsteer.interventions import FixedVector
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
-from jaxsteer.io.formats.pieces import finite
+from jaxsteer.io.formats.pieces import file_at, finite
 from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
 from jaxsteer.io.gguf_write import plain, write_gguf
 from jaxsteer.io.load import LoadedModel
@@ -38,7 +38,7 @@ AFTER_BLOCK = ("block", "mlp")
 def _open(path: Path) -> Gguf | None:
     """The control vector at a path; None if there is none."""
     try:
-        file = open_gguf(path / FILE if path.is_dir() else path)
+        file = open_gguf(file_at(path, FILE))
     except (ValueError, OSError):
         return None
     return file if file.metadata.get("general.architecture") == ARCHITECTURE else None
@@ -57,7 +57,7 @@ def recognises_repeng(path: Path) -> bool:
 
 def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """The vectors, each times the strength that is given, or the file's own."""
-    file = open_gguf(path / FILE if path.is_dir() else path)
+    file = open_gguf(file_at(path, FILE))
     strength = file.metadata.get(STRENGTH) if given.strength is None else given.strength
     missing = [] if loaded is not None else ["which model it is for: --model"]
     if strength is None:

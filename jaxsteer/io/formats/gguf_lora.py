@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
-from jaxsteer.io.formats.pieces import base_needed, finite
+from jaxsteer.io.formats.pieces import base_needed, file_at, finite
 from jaxsteer.io.formats.updates import Place, Update, Updates, plan_of, refuse_lora, updates_of
 from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
 from jaxsteer.io.gguf_write import plain, write_gguf
@@ -59,7 +59,7 @@ def _open(path: Path) -> Gguf:
     Raises:
         ValueError: there is none.
     """
-    file = open_gguf(path / FILE if path.is_dir() else path)
+    file = open_gguf(file_at(path, FILE))
     if file.metadata.get("general.type") != "adapter" or file.metadata.get("adapter.type") != "lora":
         raise ValueError(f"{file.path}: general.type and adapter.type are not 'adapter' and 'lora': this is no LoRA")
     return file

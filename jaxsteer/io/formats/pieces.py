@@ -38,6 +38,11 @@ class Piece:
     params: Mapping[str, np.ndarray]
 
 
+def file_at(path: Path, name: str) -> Path:
+    """A file itself, or the one of this name in a folder."""
+    return path / name if path.is_dir() else path
+
+
 def base_needed(path: Path, loaded: LoadedModel | None, hint: object = None) -> LoadedModel:
     """The base model.
 

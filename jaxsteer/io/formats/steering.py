@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxsteer.io.formats.format import JAXSTEER, Format, Given, Use, WriteOptions
-from jaxsteer.io.formats.pieces import base_needed
+from jaxsteer.io.formats.pieces import base_needed, file_at
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.safetensors_file import open_safetensors
 from jaxsteer.io.steered import SteeredModel
@@ -18,14 +18,9 @@ from jaxsteer.types import Plan
 NAME = "steering.safetensors"
 
 
-def _file(path: Path) -> Path:
-    """The steering file itself, of a run's folder or an export's."""
-    return path / NAME if path.is_dir() else path
-
-
 def recognises(path: Path) -> bool:
     """Whether this is a steering file, or a folder with one."""
-    file = _file(path)
+    file = file_at(path, NAME)
     if not file.is_file() or file.suffix != ".safetensors":
         return False
     try:
@@ -36,7 +31,7 @@ def recognises(path: Path) -> bool:
 
 def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """The steering of a file, or of a run's folder."""
-    file = load_steering(_file(path))
+    file = load_steering(file_at(path, NAME))
     loaded = base_needed(path, loaded)
     file.check(loaded.config)
     return SteeredModel(loaded, file.plan, file.steering, file.model_name, file.notes)
@@ -66,7 +61,7 @@ FORMAT = Format(
     programs="jaxsteer",
     recognises=recognises,
     read=read,
-    base=lambda path: load_steering(_file(path)).model_name,
+    base=lambda path: load_steering(file_at(path, NAME)).model_name,
     refuse=refuse,
     reduce=lambda steered, options: steered,
     write=write,
