@@ -24,7 +24,7 @@ from rich.table import Table
 from jaxsteer.batches import make_batch
 from jaxsteer.interventions import LoRA
 from jaxsteer.io import LoadedModel
-from jaxsteer.io.files import check_free, partial_of
+from jaxsteer.io.files import check_free, partial_of, read_json
 from jaxsteer.io.formats import FORMATS, Given, WriteOptions
 from jaxsteer.io.formats.convert import (
     Source,
@@ -261,13 +261,24 @@ def read_trained(found: Source, config: ConvertConfig) -> tuple[SteeredModel, St
         fitted = Slot("fitted", LoRA(rank=config.fit_lora), ("mlp.down",))
         plan = (*slots_of_lora(plan, described.config), fitted)
     check_export(config.to, plan, described, config.options)
-    on = lambda loaded: SteeredModel(loaded, file.plan, file.steering, name, file.notes)
+    notes = file.notes | result_beside(file.path)
+    on = lambda loaded: SteeredModel(loaded, file.plan, file.steering, name, notes)
     rows_of_text(described, config.text)
     steered = on(base_models.load(name, tokenizer=tokenizer))
     if not quantised:
         return steered, None
     lost = ["it was trained on an int8 base, and is written for the float weights"]
     return replace(steered, lost=lost), on(base_models.load(name, quantised=True, tokenizer=tokenizer))
+
+
+def result_beside(path: Path) -> dict[str, Any]:
+    """The accuracy before and after of the run that a steering file lies in, as notes; {} if there is none."""
+    summary = path.with_name("summary.json")
+    if not summary.is_file():
+        return {}
+    figures = read_json(summary)
+    result = {name: figures[name] for name in ("accuracy_before", "accuracy_after") if figures.get(name)}
+    return {"result": result} if result else {}
 
 
 def read(found: Source, config: ConvertConfig) -> SteeredModel:
