@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -24,6 +23,7 @@ from jaxsteer.io import (
 )
 from jaxsteer.io.files import read_json
 from jaxsteer.io.load import require_tokenizer
+from jaxsteer.io.provenance import BaseOptions
 from jaxsteer.io.stored import Place
 from jaxsteer.plans import parse_plan, validate_plan
 from jaxsteer.types import Plan, Steering
@@ -109,9 +109,9 @@ def load_steered(
     name = find_base(file, model)
     if file is not None:
         check_base(file, name, other_base=other_base)
-    quantised, tokenizer = base_settings(file)
-    require_tokenizer(resolve_model(name), tokenizer)
-    return load(name, dtype, place, quantised=quantised, tokenizer=tokenizer), file
+    options = BaseOptions() if file is None else file.base_options
+    require_tokenizer(resolve_model(name), options.tokenizer)
+    return load(name, dtype, place, **options._asdict()), file
 
 
 def find_base(file: SteeringFile | None, model: str | None) -> str:
@@ -248,30 +248,6 @@ def _of_run(folder: Path) -> Path:
     if stages:
         raise ValueError(f"{folder}: not one run but several; give one of {', '.join(str(folder / s) for s in stages)}")
     raise ValueError(f"{folder}: no {STEERING} there; expected a run's folder, a steering file, or the word none")
-
-
-def run_settings(notes: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the training run in a steering file's notes; {} if it has none.
-
-    Of steering that was made from trained steering, those of that training.
-    """
-    steps = notes.get("provenance")
-    trained = [step.get("config") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-    found = [settings for settings in [*trained, notes.get("config")] if isinstance(settings, dict)]
-    return found[-1] if found else {}
-
-
-def base_settings(file: SteeringFile | None) -> tuple[bool, str | None]:
-    """Whether the base was in int8 when a file's steering was trained, and where its tokenizer was taken from.
-
-    Raises:
-        ValueError: the notes say something else than a place.
-    """
-    run = run_settings(file.notes if file else {})
-    tokenizer = run.get("tokenizer")
-    if file is not None and not isinstance(tokenizer, str | None):
-        raise ValueError(f"{file.path}: its notes name the tokenizer {tokenizer!r:.80}; expected a text")
-    return run.get("quantise") == "int8", tokenizer
 
 
 def steered(file: SteeringFile | None) -> tuple[Plan, Steering]:

@@ -13,8 +13,8 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 
 from jaxsteer.io.files import read_json
+from jaxsteer.io.provenance import training_settings
 from jaxsteer.plans import did_you_mean
-from train.base_models import run_settings
 from train.config import TrainConfig
 from train.devices import interrupts
 from train.display.failures import close_output, flush, make_printable, report, sentence_of
@@ -233,7 +233,7 @@ def find_task(config: str | None, data: str | None, notes: Mapping[str, Any]) ->
         ValueError: nothing says what the task is.
     """
     run = load_config_file(config, TrainConfig) if config else None
-    task, settings = run.task if run else None, run_settings(notes)
+    task, settings = run.task if run else None, training_settings(notes)
     share = run.validation_share if run else settings.get("validation_share", 0.0)
     if task is None and isinstance(settings.get("task"), dict):
         task = task_from_json(settings["task"])

@@ -248,7 +248,7 @@ def read_trained(found: Source, config: ConvertConfig) -> tuple[SteeredModel, St
     file = base_models.read_steered(str(found.path))
     assert file is not None
     name = base_models.find_base(file, config.model)
-    quantised, tokenizer = base_models.base_settings(file)
+    quantised, tokenizer = file.base_options
     if quantised and not config.float_base:
         raise ValueError(
             f"{file.path}: trained on an int8 base, which no format here holds; --float-base writes it for the float "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxsteer.io.files import Json
 from jaxsteer.plans import plan_to_json
@@ -31,6 +31,28 @@ def provenance_of(notes: Mapping[str, Json], model_name: str, plan: Plan) -> lis
     if isinstance(config := notes.get("config"), dict):
         steps.append({"by": "training", "model": model_name, "plan": plan_to_json(plan), "config": config})
     return steps
+
+
+def training_settings(notes: Mapping[str, Json]) -> dict[str, Json]:
+    """The settings of the training run in a steering file's notes; {} if it has none.
+
+    Of steering that was made from trained steering, those of that training.
+    """
+    steps = notes.get("provenance")
+    trained = [step.get("config") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    found = [settings for settings in [*trained, notes.get("config")] if isinstance(settings, dict)]
+    return found[-1] if found else {}
+
+
+class BaseOptions(NamedTuple):
+    """Keywords of `load_model` for a base model as it was when steering was trained on it.
+
+    quantised  whether it was in int8
+    tokenizer  where its tokenizer was taken from, if not from the model
+    """
+
+    quantised: bool = False
+    tokenizer: str | None = None
 
 
 def derived_notes(by: str, origin: SteeringFile | None, **facts: Json) -> dict[str, Json]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxsteer.io.files import Json, parse_json
 from jaxsteer.io.identity import config_from_json, config_to_json, differences, fingerprint
-from jaxsteer.io.provenance import library_version, provenance_of
+from jaxsteer.io.provenance import BaseOptions, library_version, provenance_of, training_settings
 from jaxsteer.io.safetensors_file import ToWrite, open_safetensors, write_safetensors
 from jaxsteer.io.sample import WeightSample, compare_samples, sample_from_json
 from jaxsteer.io.stored import Stored
@@ -64,6 +64,19 @@ class SteeringFile:
     def provenance(self) -> list[dict[str, Json]]:
         """How the steering came about, oldest step first: what made it ("by"), from what, with which settings."""
         return provenance_of(self.notes, self.model_name, self.plan)
+
+    @property
+    def base_options(self) -> BaseOptions:
+        """How the base model was loaded in training.
+
+        Raises:
+            ValueError: the notes say something else than a place of the tokenizer.
+        """
+        settings = training_settings(self.notes)
+        tokenizer = settings.get("tokenizer")
+        if not isinstance(tokenizer, str | None):
+            raise ValueError(f"{self.path}: its notes name the tokenizer {tokenizer!r:.80}; expected a text")
+        return BaseOptions(settings.get("quantise") == "int8", tokenizer)
 
     def check(self, model_config: ModelConfig) -> None:
         """Refuse to steer another model than the one the file was made for.

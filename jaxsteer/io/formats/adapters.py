@@ -13,7 +13,16 @@ import numpy as np
 from jaxsteer.io.files import Json, read_json, write_json
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.peft import tensors_of
-from jaxsteer.io.formats.pieces import LowRank, Piece, activation_of, base_needed, gather, low_rank, values
+from jaxsteer.io.formats.pieces import (
+    LowRank,
+    Piece,
+    activation_of,
+    base_named_in,
+    base_needed,
+    gather,
+    low_rank,
+    values,
+)
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.safetensors_file import ToWrite, write_safetensors
 from jaxsteer.io.source import hub_id
@@ -239,6 +248,7 @@ FORMAT = Format(
     programs="adapters (AdapterHub)",
     recognises=recognises,
     read=read,
+    base=base_named_in(CONFIG, "model_name"),
     refuse=refuse,
     reduce=reduce,
     write=write,

@@ -18,6 +18,7 @@ from jaxsteer.io.formats.format import Format, Given, WriteOptions, unused
 from jaxsteer.io.formats.sidecar import Sidecar, check_base, read_sidecar, restore, write_sidecar
 from jaxsteer.io.formats.verdict import Verdict, judge, probe_tokens, unlike
 from jaxsteer.io.load import LoadedModel, load_model
+from jaxsteer.io.provenance import BaseOptions
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.io.steering_file import check_steering
 from jaxsteer.models.families import FAMILIES
@@ -266,6 +267,8 @@ def load(
     given = given or Given()
     check_given(found.format, given)
     loaded = None if found.format.whole else _base(found, model, dtype)
+    if loaded is not None and found.format.check is not None:
+        found.format.check(found.path, loaded, other_base)
     steered = found.format.read(found.path, loaded, given)
     if loaded is not None:
         named = None if isinstance(model, LoadedModel) else model
@@ -281,7 +284,7 @@ def load(
 
 
 def _base(found: Source, model: str | Path | LoadedModel | None, dtype: DTypeLike) -> LoadedModel:
-    """The base model of steering: as given, else as its files say.
+    """The base model of steering: as given, else as its files say, and as it was in training.
 
     Raises:
         ValueError: neither.
@@ -293,8 +296,10 @@ def _base(found: Source, model: str | Path | LoadedModel | None, dtype: DTypeLik
         raise ValueError(
             f"{found.path}: does not say which model it is for; name the base model (`model` in Python, --model)"
         )
+    row = found.format
+    options = BaseOptions() if row.base_options is None else row.base_options(found.path)
     try:
-        return load_model(name, dtype=dtype)
+        return load_model(name, dtype=dtype, **options._asdict())
     except ValueError as error:
         if model:
             raise

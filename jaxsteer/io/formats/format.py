@@ -12,6 +12,7 @@ from pathlib import Path
 from jaxsteer.interventions.loreft import NONE
 from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS
 from jaxsteer.io.load import LoadedModel
+from jaxsteer.io.provenance import BaseOptions
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families.table import Family
@@ -125,7 +126,10 @@ class Format:
     name         on the command line and in `FORMATS`
     holds        what it holds, for the list of formats: a few words
     programs     that use it, for the list and the model card
+    check        (path, base model, whether other weights are accepted): refuse weights that the files were not made
+                 for, if they say for which
     base         (path) -> where the base model can be loaded from, if the files say so
+    base_options (path) -> how it was loaded in training, if the files say so
     whole        whether it holds a whole model, else what is trained on one
     unsteered    whether it holds the base model alone, prepared for the steering, which `reduce` leaves out
     recognises   whether a file or folder is in this format, from names and headers alone
@@ -148,7 +152,9 @@ class Format:
     programs: str
     recognises: Callable[[Path], bool]
     read: Callable[[Path, LoadedModel | None, Given], SteeredModel]
+    check: Callable[[Path, LoadedModel, bool], None] | None = None
     base: Callable[[Path], str | None] | None = None
+    base_options: Callable[[Path], BaseOptions] | None = None
     whole: bool = False
     unsteered: bool = False
     refuse: Callable[[Plan, Family, ModelConfig, WriteOptions], list[str]] | None = None

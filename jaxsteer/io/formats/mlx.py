@@ -14,7 +14,7 @@ from jaxsteer.io.formats import peft
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.modules import Module, with_magnitudes
 from jaxsteer.io.formats.peft import changes, fitted, from_stored, layers_of, tensors_of, to_stored
-from jaxsteer.io.formats.pieces import base_needed, values
+from jaxsteer.io.formats.pieces import base_named_in, base_needed, values
 from jaxsteer.io.formats.updates import Update, plan_of, updates_of
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.safetensors_file import ToWrite, write_safetensors
@@ -40,12 +40,6 @@ def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOption
     """Why a plan cannot be written as LoRA for MLX-LM."""
     other = [f"{family.name}: {_OTHER_NAMES}. Merge it (--to hf)"] if family.prefix else []
     return other + peft.refuse(plan, family, config, options)
-
-
-def base_of(path: Path) -> str | None:
-    """Where the base model is, as the config says."""
-    named = read_json(path / CONFIG).get("model")
-    return named if isinstance(named, str) and named else None
 
 
 def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
@@ -185,7 +179,7 @@ FORMAT = Format(
     programs="MLX-LM",
     recognises=recognises,
     read=read,
-    base=base_of,
+    base=base_named_in(CONFIG, "model"),
     refuse=refuse,
     reduce=reduce,
     write=write,

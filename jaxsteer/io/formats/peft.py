@@ -9,11 +9,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from jaxsteer.io.files import Json, read_json, write_json
+from jaxsteer.io.files import Json, write_json
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.formats.modules import Module, by_module, by_place, modules_of, norms, with_magnitudes
 from jaxsteer.io.formats.peft_config import CONFIG, PeftConfig, config_of, read_config
-from jaxsteer.io.formats.pieces import base_needed, values
+from jaxsteer.io.formats.pieces import base_named_in, base_needed, values
 from jaxsteer.io.formats.updates import Update, Updates, plan_of, refuse_lora, updates_of
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.pickles import open_pickle
@@ -38,12 +38,6 @@ Shapes = Mapping[str, tuple[int, int]]
 def recognises(path: Path) -> bool:
     """Whether a folder has PEFT's files."""
     return (path / WEIGHTS).is_file() or (path / PICKLED).is_file()
-
-
-def base_of(path: Path) -> str | None:
-    """Where the base model is, as the config says."""
-    named = read_json(path / CONFIG).get("base_model_name_or_path")
-    return named if isinstance(named, str) and named else None
 
 
 def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
@@ -257,7 +251,7 @@ FORMAT = Format(
     programs="PEFT, transformers, vLLM, SGLang",
     recognises=recognises,
     read=read,
-    base=base_of,
+    base=base_named_in(CONFIG, "base_model_name_or_path"),
     refuse=refuse,
     reduce=reduce,
     write=write,

@@ -7,7 +7,7 @@ method become one slot.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxsteer.interventions import LinearSteering, NonlinearSteering
 from jaxsteer.interventions.loreft import NONE
+from jaxsteer.io.files import read_json
 from jaxsteer.io.formats.format import Given
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.safetensors_file import FLOATS
@@ -58,6 +59,16 @@ def base_needed(path: Path, loaded: LoadedModel | None, hint: object = None) -> 
         return loaded
     perhaps = f", perhaps {reprlib.repr(hint)}" if isinstance(hint, str) and hint else ""
     raise ValueError(f"{path}: holds steering of a model; say of which, by --model{perhaps}")
+
+
+def base_named_in(file: str, field: str) -> Callable[[Path], str | None]:
+    """(folder) -> where the base model is, as a field of a JSON file in the folder says."""
+
+    def named(path: Path) -> str | None:
+        name = read_json(path / file).get(field)
+        return name if isinstance(name, str) and name else None
+
+    return named
 
 
 def ask(path: Path, program: str, loaded: LoadedModel | None, given: Given, needs: Mapping[str, str]) -> LoadedModel:

@@ -177,9 +177,8 @@ def _as(wanted: Intervention, method: Intervention, p: dict[str, np.ndarray]) ->
         return p
     rank = getattr(wanted, "rank", 0)
     if isinstance(wanted, LoRA) and isinstance(method, LoRA):
-        if not math.isclose(wanted.scale, method.scale, rel_tol=1e-9) or isinstance(wanted, DoRA) != isinstance(
-            method, DoRA
-        ):
+        same_kind = isinstance(wanted, DoRA) == isinstance(method, DoRA)
+        if not (same_kind and math.isclose(wanted.scale, method.scale, rel_tol=1e-9)):
             return None
         if isinstance(wanted, PiSSA) and not isinstance(method, PiSSA):
             first, second = _cut(p, "A", "B", 0, rank), _cut(p, "A", "B", rank, 2 * rank)

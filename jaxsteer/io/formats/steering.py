@@ -37,6 +37,11 @@ def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     return SteeredModel(loaded, file.plan, file.steering, file.model_name, file.notes)
 
 
+def check(path: Path, loaded: LoadedModel, other_base: bool) -> None:
+    """Compare the base model's weights with those that the file was made for."""
+    load_steering(file_at(path, NAME)).check_weights(loaded.sample, other_base=other_base)
+
+
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     """Why there is nothing to write."""
     return [] if plan else ["there is no steering to write: the weights hold everything. Use the model as it is"]
@@ -61,7 +66,9 @@ FORMAT = Format(
     programs="jaxsteer",
     recognises=recognises,
     read=read,
+    check=check,
     base=lambda path: load_steering(file_at(path, NAME)).model_name,
+    base_options=lambda path: load_steering(file_at(path, NAME)).base_options,
     refuse=refuse,
     reduce=lambda steered, options: steered,
     write=write,

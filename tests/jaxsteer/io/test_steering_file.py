@@ -23,11 +23,11 @@ from jaxsteer.io import (
     load_steering,
     save_steering,
 )
+from jaxsteer.io.provenance import training_settings
 from jaxsteer.io.sample import Block
 from jaxsteer.models.config import ModelConfig, RopeScaling
 from jaxsteer.steering import init_steering, keep_kind
 from jaxsteer.types import Positions, Slot
-from train.base_models import run_settings
 
 CONFIG = ModelConfig(97, 48, 3, 4, 2, 12, 80, rope_scaling=RopeScaling("llama3", 8.0))
 PLAN = (
@@ -159,7 +159,7 @@ def test_notes_stay_true_of_steering_made_from_other_steering(saved, tmp_path):
     assert (second["by"], second["kind"]) == ("keep_kind", "weight")
     assert (third["by"], third["into"]) == ("fold_weights", "merged/")
     assert derived_notes("distill", None, of="runs/full")["provenance"][0]["of"] == "runs/full"
-    assert run_settings(file.notes)["seed"] == 3
+    assert training_settings(file.notes)["seed"] == 3
 
 
 @pytest.mark.parametrize("keep", [0, 4, 300, 3000])

@@ -17,12 +17,12 @@ from tiny import fast_jit, identical, random_steering
 import jaxsteer
 from jaxsteer import parse_plan
 from jaxsteer.interventions import NonlinearSteering
-from jaxsteer.io import SteeredModel, export, load_model, save_hf
+from jaxsteer.io import SteeredModel, export, load_model, save_hf, save_steering
 from jaxsteer.io.files import new_folder
 from jaxsteer.io.formats import FORMATS, convert
 from jaxsteer.io.formats.sidecar import NAME, restore
 from jaxsteer.io.formats.updates import as_lora, refuse_lora
-from jaxsteer.models.quantise import quantise
+from jaxsteer.models.quantise import is_quantised, quantise
 
 JOINT = ("lora(rank=2, alpha=3) @ attn.q,mlp.down layers=0,2", "nonlinear(rank=2, alpha=0.5) @ block")
 
@@ -74,6 +74,20 @@ def test_another_base_is_refused(loaded, tmp_path, tiny_config, tiny_base):
     assert jaxsteer.load(tmp_path / "out", tmp_path / "other", other_base=True).plan
     with pytest.raises(ValueError, match=r"cannot be loaded .*--model"):
         jaxsteer.load(tmp_path / "out")
+
+
+def test_a_steering_file_alone_knows_its_base(loaded, tmp_path, tiny_config, tiny_base):
+    want, file = steered(loaded, *JOINT), tmp_path / "steering.safetensors"
+    keep = {"model_name": str(tmp_path / "base"), "config": tiny_config, "sample": loaded.sample}
+    save_steering(file, want.steering, want.plan, **keep, notes={"config": {"quantise": "int8"}})
+    save_hf(tmp_path / "base", tiny_config, tiny_base, "llama")
+    save_hf(tmp_path / "other", tiny_config, jax.tree.map(lambda leaf: leaf * 1.5, tiny_base), "llama")
+    got = jaxsteer.load(file)
+    same(got, want)
+    assert is_quantised(got.base)  # as in training
+    with pytest.raises(ValueError, match="another model"):
+        jaxsteer.load(file, tmp_path / "other")
+    assert jaxsteer.load(file, tmp_path / "other", other_base=True).source == str(tmp_path / "other")
 
 
 def test_a_folder_in_use_is_left_alone(loaded, tmp_path):

@@ -139,7 +139,7 @@ def test_all_layers_and_keys_are_the_default(model, folder):
     del raw["lora_parameters"]["keys"]
     path.write_text(json.dumps(raw | {"num_layers": -1, "model": "owner/name"}))
     identical(mlx.read(folder, model("llama"), Given()).steering, before.steering)
-    assert mlx.base_of(folder) == "owner/name"
+    assert mlx.FORMAT.base(folder) == "owner/name"
 
 
 def test_without_a_model_it_is_asked_for(folder):

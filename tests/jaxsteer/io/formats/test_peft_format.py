@@ -290,9 +290,9 @@ def test_a_pickle_that_is_damaged_or_carries_code_is_refused(golden, model, tmp_
 
 
 def test_the_named_base(folder, model, tmp_path):
-    assert peft.base_of(folder) is None
+    assert peft.FORMAT.base(folder) is None
     written(peft, steered_of(model(LLAMA), "lora @ attn.q", source="owner/name"), folder)
-    assert peft.base_of(folder) == "owner/name"
+    assert peft.FORMAT.base(folder) == "owner/name"
 
 
 def test_without_a_model_it_is_asked_for(folder):
