@@ -283,9 +283,8 @@ def _check_settings(slot: str, settings: dict[str, Any], method: type) -> None:
     """Refuse a method's settings that are not of the types of its own."""
     for field in dataclasses.fields(method):
         value, kind = settings.get(field.name, field.default), type(field.default)
+        fits = type(value) is kind or kind not in (bool, int, float, str)
         if kind is float:
             fits = type(value) is int or (type(value) is float and math.isfinite(value))
-        else:
-            fits = type(value) is kind
         if not fits:
             raise ValueError(f"slot {slot!r}: {field.name} is {value!r:.80}, expected {kind.__name__}")
