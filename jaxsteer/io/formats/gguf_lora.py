@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 import reprlib
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
+from jaxsteer.io.formats.modules import by_module, by_place, modules_of
 from jaxsteer.io.formats.pieces import base_needed, file_at, finite
-from jaxsteer.io.formats.updates import Place, Update, Updates, plan_of, refuse_lora, updates_of
+from jaxsteer.io.formats.updates import Update, Updates, plan_of, refuse_lora, updates_of
 from jaxsteer.io.gguf_file import Gguf, GgufValue, open_gguf
 from jaxsteer.io.gguf_write import plain, write_gguf
 from jaxsteer.io.load import LoadedModel
 from jaxsteer.io.steered import SteeredModel
-from jaxsteer.io.stored import names_of, transform_of
+from jaxsteer.io.stored import transform_of
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.families.table import Family, Row
@@ -28,29 +29,34 @@ FILE = "adapter.gguf"
 ALPHA = "adapter.lora.alpha"
 
 
-class Target(NamedTuple):
-    """A projection of one layer within the tensor that holds it.
-
-    outputs  start and stop of the projection's outputs within the tensor's, and how many those are
-    """
-
-    place: Place
-    row: Row
-    outputs: tuple[int, int, int]
+def _layers(loaded: LoadedModel) -> dict[str, tuple[int, int]]:
+    """The tensors of a GGUF model that can have a LoRA, with their numbers of inputs and outputs."""
+    config = loaded.config
+    modules = modules_of(FAMILIES[loaded.family], config, "gguf")
+    return {module.named(i): module.shape(config) for module in modules for i in range(config.layers)}
 
 
-def _targets(family: Family, config: ModelConfig) -> dict[str, list[Target]]:
-    """The projections in each tensor of a GGUF model that can have a LoRA."""
-    targets: dict[str, list[Target]] = {}
-    for row in family.parameters(config):
-        if not row.path.startswith("blocks/") or not row.path.endswith("/kernel"):
-            continue
-        site = row.path.removeprefix("blocks/").removesuffix("/kernel").replace("/", ".")
-        count = row.shape(config)[-1]
-        for layer, name in enumerate(names_of(row, "gguf", config)):
-            outputs = row.stored_outputs(config) or (0, count, count)
-            targets.setdefault(name, []).append(Target(Place(site, layer), row, outputs))
-    return targets
+def _to_stored(updates: Updates, loaded: LoadedModel) -> dict[str, Update]:
+    """Updates by the names of their tensors, B in the order of the tensor's outputs."""
+    family, config = FAMILIES[loaded.family], loaded.config
+    change = {site: transform_of(row, "gguf") for site, row in _rows(loaded).items()}
+    arranged = {place: replace(u, b=change[place.site].write(u.b.T, config)) for place, u in updates.items()}
+    return by_module(arranged, family, config, "gguf")
+
+
+def _from_stored(stored: Mapping[str, Update], loaded: LoadedModel) -> Updates:
+    """The inverse of `_to_stored`."""
+    family, config = FAMILIES[loaded.family], loaded.config
+    change = {site: transform_of(row, "gguf") for site, row in _rows(loaded).items()}
+    arranged = by_place(stored, family, config, "gguf")
+    b_of = lambda place, u: np.ascontiguousarray(change[place.site].read(u.b, config).T)
+    return {place: replace(u, b=b_of(place, u)) for place, u in arranged.items()}
+
+
+def _rows(loaded: LoadedModel) -> dict[str, Row]:
+    """The table's row of each projection's kernel."""
+    modules = modules_of(FAMILIES[loaded.family], loaded.config, "gguf")
+    return {site: row for module in modules for site, row in module.rows.items()}
 
 
 def _open(path: Path) -> Gguf:
@@ -77,27 +83,25 @@ def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
     """The LoRA of a file, or of a folder."""
     file = _open(path)
     loaded = base_needed(file.path, loaded)
-    family, config = FAMILIES[loaded.family], loaded.config
-    _check_metadata(file, family)
+    _check_metadata(file, FAMILIES[loaded.family])
     alpha = file.metadata.get(ALPHA, 0.0)
     if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise ValueError(f"{file.path}: {ALPHA} is {reprlib.repr(alpha)}; expected a number")
-    targets, updates = _targets(family, config), Updates()
-    for name in _pairs(file, targets):
-        first = targets[name][0]
-        a, b = (file.tensors[f"{name}.lora_{part}"] for part in "ab")
-        inputs, outputs = first.row.shape(config)[0], first.outputs[2]
+    layers, stored = _layers(loaded), dict[str, Update]()
+    for name in _pairs(file, layers):
+        a, b = (file.tensors[f"{name}.weight.lora_{part}"] for part in "ab")
+        inputs, outputs = layers[name]
         if len(a.shape) != 2 or a.shape[1] != inputs or b.shape != (outputs, a.shape[0]):
             raise ValueError(
-                f"{file.path}: {name}.lora_a and lora_b have shapes {list(a.shape)} and {list(b.shape)}; expected "
-                f"[rank, {inputs}] and [{outputs}, rank]. Give the model that it is for (--model)"
+                f"{file.path}: {name}.weight.lora_a and lora_b have shapes {list(a.shape)} and {list(b.shape)}; "
+                f"expected [rank, {inputs}] and [{outputs}, rank]. Give the model that it is for (--model)"
             )
         read_a, read_b = (
-            finite(file.path, f"{name}.lora_{part}", np.asarray(tensor.read(), np.float32))
+            finite(file.path, f"{name}.weight.lora_{part}", np.asarray(tensor.read(), np.float32))
             for part, tensor in (("a", a), ("b", b))
         )
-        updates |= _split(read_a, read_b, alpha, targets[name], config)
-    plan, steering = plan_of(updates, config)
+        stored[name] = Update(read_a, read_b, alpha / len(read_a) if alpha else 1.0)
+    plan, steering = plan_of(_from_stored(stored, loaded), loaded.config)
     return SteeredModel(loaded, plan, steering)
 
 
@@ -114,78 +118,35 @@ def _check_metadata(file: Gguf, family: Family) -> None:
         raise ValueError(f"{file.path}: {', '.join(unknown)}: this adapter acts in a way that is not known here")
 
 
-def _pairs(file: Gguf, targets: dict[str, list[Target]]) -> list[str]:
+def _pairs(file: Gguf, layers: Collection[str]) -> list[str]:
     """The tensors of the model for which the file has both factors, in the model's order."""
-    expected = {f"{name}.lora_{part}" for name in targets for part in "ab"}
+    factor = lambda name, part: f"{name}.weight.lora_{part}"
+    expected = {factor(name, part) for name in layers for part in "ab"}
     if unknown := [name for name in file.tensors if name not in expected]:
         raise ValueError(f"{file.path}: {reprlib.repr(unknown[0])} is no factor of a projection of this model")
-    names = [name for name in targets if f"{name}.lora_a" in file.tensors or f"{name}.lora_b" in file.tensors]
-    if missing := [f"{n}.lora_{p}" for n in names for p in "ab" if f"{n}.lora_{p}" not in file.tensors]:
+    names = [name for name in layers if any(factor(name, part) in file.tensors for part in "ab")]
+    if missing := [factor(name, part) for name in names for part in "ab" if factor(name, part) not in file.tensors]:
         raise ValueError(f"{file.path}: {missing[0]} is missing; a LoRA has both factors")
     if not names:
         raise ValueError(f"{file.path}: has no factors")
     return names
 
 
-def _split(a: np.ndarray, b: np.ndarray, alpha: float, targets: list[Target], config: ModelConfig) -> Updates:
-    """The updates of the projections that share a tensor, each with the ranks that act on it."""
-    scale = alpha / len(a) if alpha else 1.0
-    updates = {}
-    for place, row, (start, stop, _) in targets:
-        part = Update(a, np.ascontiguousarray(transform_of(row, "gguf").read(b[start:stop], config).T), scale)
-        part = _acting(part) if len(targets) > 1 else part
-        if part.rank:
-            updates[place] = part
-    return updates
+def _with_one_alpha(stored: Mapping[str, Update]) -> tuple[dict[str, Update], float]:
+    """The updates with the scales that follow from one alpha, and this alpha.
 
-
-def _joined(updates: Updates, targets: list[Target], config: ModelConfig) -> Update | None:
-    """The update of a tensor from those of the projections that share it, with B as it is stored."""
-    shared = len(targets) > 1
-    parts = [
-        (target, _acting(updates[target.place]) if shared else updates[target.place])
-        for target in targets
-        if target.place in updates
-    ]
-    parts = [(target, update) for target, update in parts if update.rank]
-    if not parts:
-        return None
-    same = len({update.scale for _, update in parts}) == 1
-    b = np.zeros((targets[0].outputs[2], sum(update.rank for _, update in parts)), np.float32)
-    at = 0
-    for (_, row, (start, stop, _)), update in parts:
-        stored = transform_of(row, "gguf").write(np.asarray(update.b, np.float32).T, config)
-        b[start:stop, at : at + update.rank] = stored if same else stored * np.float32(update.scale)
-        at += update.rank
-    a = np.concatenate([np.asarray(update.a, np.float32) for _, update in parts])
-    return Update(a, b, parts[0][1].scale if same else 1.0)
-
-
-def _acting(update: Update) -> Update:
-    """The update without the ranks that B gives no effect."""
-    acts = update.b.any(axis=0)
-    return update if acts.all() else Update(update.a[acts], np.ascontiguousarray(update.b[:, acts]), update.scale)
-
-
-def _stored(steered: SteeredModel) -> tuple[dict[str, Update], float]:
-    """The updates by the names of their tensors as the file holds them, and its alpha.
-
-    A file has one alpha, which is divided by each tensor's rank: the most frequent one, so that most factors stay as
-    they are. What a scale differs by goes into B.
+    A file has one, which is divided by each tensor's rank: the most frequent one, so that most factors stay as they
+    are. What a scale differs by goes into B.
     """
-    config, family = steered.loaded.config, FAMILIES[steered.loaded.family]
-    updates = updates_of(steered)
-    joined = {name: _joined(updates, at, config) for name, at in _targets(family, config).items()}
     alpha_of = lambda update: float(np.float32(update.scale * update.rank))
-    counts = Counter(alpha_of(update) for update in joined.values() if update is not None and update.scale)
+    counts = Counter(alpha_of(update) for update in stored.values() if update.scale)
     alpha = counts.most_common(1)[0][0] if counts else 1.0
-    stored = {}
-    for name, update in joined.items():
-        if update is not None:
-            own = alpha_of(update)
-            b = update.b if own == alpha else update.b * np.float32(update.scale * update.rank / alpha)
-            stored[name] = Update(update.a, np.asarray(b, np.float32), alpha / update.rank)
-    return stored, alpha
+    changed = {}
+    for name, update in stored.items():
+        b = update.b if alpha_of(update) == alpha else update.b * np.float32(update.scale * update.rank / alpha)
+        factors = np.asarray(update.a, np.float32), np.asarray(b, np.float32)
+        changed[name] = Update(*factors, alpha / update.rank)
+    return changed, alpha
 
 
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
@@ -196,18 +157,15 @@ def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOption
 
 def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
     """The plan as LoRA slots whose scales follow from the file's one alpha."""
-    config, family = steered.loaded.config, FAMILIES[steered.loaded.family]
-    stored, alpha = _stored(steered)
-    targets, updates = _targets(family, config), Updates()
-    for name, update in stored.items():
-        updates |= _split(update.a, update.b, alpha, targets[name], config)
-    plan, steering = plan_of(updates, config)
+    loaded = steered.loaded
+    stored, _ = _with_one_alpha(_to_stored(updates_of(steered), loaded))
+    plan, steering = plan_of(_from_stored(stored, loaded), loaded.config)
     return replace(steered, plan=plan, steering=steering)
 
 
 def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     """Write adapter.gguf."""
-    stored, alpha = _stored(reduced)
+    stored, alpha = _with_one_alpha(_to_stored(updates_of(reduced), reduced.loaded))
     metadata: dict[str, GgufValue] = {
         "general.architecture": FAMILIES[reduced.loaded.family].gguf,
         "general.type": "adapter",
@@ -216,7 +174,7 @@ def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
         ALPHA: alpha,
     }
     tensors = [
-        plain(f"{name}.lora_{part}", factor)
+        plain(f"{name}.weight.lora_{part}", factor)
         for name, update in stored.items()
         for part, factor in (("a", update.a), ("b", update.b))
     ]
