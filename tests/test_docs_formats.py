@@ -49,18 +49,25 @@ def refuses(name, plan, config, over):
     return all(FORMATS[name].refuse(plan, FAMILIES["llama"], config, option) for option in options)
 
 
+def cell(name, plans, config, over):
+    """What becomes of plans in a format: exact; fitted, if --fit-lora can replace what is refused; no."""
+    refused = {refuses(name, plan, config, over) for plan in plans}
+    assert len(refused) == 1, f"{name} takes some of {plans} only"
+    if not refused.pop():
+        return "exact"
+    takes_lora = not refuses(name, parse_plan(["lora @ mlp.down"], config), config, over)
+    everywhere = all(slot.positions.kind == "all" for plan in plans for slot in plan)
+    is_lora = all(slot.method.kind == "weight" for plan in plans for slot in plan)
+    return "fitted" if takes_lora and everywhere and not is_lora else "no"
+
+
 def table(config, over):
     """The table in Markdown."""
     columns = [name for name, row in FORMATS.items() if row.writable and name not in NOT_SHOWN]
     lines = ["| | " + " | ".join(f"`{name}`" for name in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for label, texts in ROWS.items():
         plans = [parse_plan(texts, config)] if "joint" in label else [parse_plan([text], config) for text in texts]
-        cells = []
-        for name in columns:
-            refused = {refuses(name, plan, config, over) for plan in plans}
-            assert len(refused) == 1, f"{label}: {name} takes some of them only"
-            cells.append("no" if refused.pop() else "exact")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append(f"| {label} | " + " | ".join(cell(name, plans, config, over) for name in columns) + " |")
     return "\n".join(lines)
 
 
