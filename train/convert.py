@@ -48,11 +48,11 @@ from train.cli import run_main
 from train.devices import interrupts
 from train.display.console import get_console, progress, say
 
-LENGTH, ROWS, NEW_TOKENS = 128, 4, 16
-"""Tokens in a row of text, rows in a batch of a fit, and greedy tokens that a peer is asked for."""
+LENGTH, NEW_TOKENS = 128, 16
+"""Tokens in a row of text, and greedy tokens that a peer is asked for."""
 
-TEXT = 4 << 20
-"""Bytes of a text that are read."""
+LEAST_ROWS, MOST_ROWS, FIT_BATCH = 4, 64, 16
+"""Rows of text to which a LoRA is fitted: at least, at most, and at a time."""
 
 NEUTRAL = Path(__file__).with_name("neutral.txt")
 
@@ -100,8 +100,8 @@ class ConvertConfig:
     """Fit a LoRA of this rank on mlp.down to the slots that LoRA cannot express, and write it in their place; the
     verdict says how near it comes."""
     text: str | None = None
-    """Text on which the result is compared, and to which a LoRA is fitted; best of the kind that the model will see.
-    By default a neutral one."""
+    """Text on whose beginning the result is compared, and to whose rest a LoRA is fitted; best of the kind that the
+    model will see, and of some thousand tokens. By default a neutral one."""
     verify: bool = False
     """Load the result with the program that it is for, and compare its logits and greedy tokens with ours."""
     peer_python: str | None = None
@@ -166,11 +166,11 @@ def convert(config: ConvertConfig) -> None:
     check_given(found.format, config.given)
     say(f"{found.path}: {found.format.name}, {found.format.holds}")
     steered, reference = read_trained(found, config) if found.format.name == "jaxsteer" else (read(found, config), None)
-    rows = rows_of_text(steered.loaded, config.text)
+    rows = rows_of_text(steered.loaded, config)
+    tokens, rest = rows[:PROBE_ROWS], rows[PROBE_ROWS : PROBE_ROWS + MOST_ROWS]
     if config.fit_lora is not None:
         reference = reference or steered
-        steered = with_fitted_lora(steered, rows, config.fit_lora)
-    tokens = rows[:PROBE_ROWS]
+        steered = with_fitted_lora(steered, rest, config.fit_lora)
     say(f"Writing {config.out}, and comparing it with the original ...")
     with interrupts.undoing(lambda: shutil.rmtree(partial_of(config.out), ignore_errors=True)):
         verdict = export(steered, config.to, config.out, config.options, tokens=tokens, reference=reference)
@@ -263,7 +263,7 @@ def read_trained(found: Source, config: ConvertConfig) -> tuple[SteeredModel, St
     check_export(config.to, plan, described, config.options)
     notes = file.notes | result_beside(file.path)
     on = lambda loaded: SteeredModel(loaded, file.plan, file.steering, name, notes)
-    rows_of_text(described, config.text)
+    rows_of_text(described, config)
     steered = on(base_models.load(name, tokenizer=tokenizer))
     if not quantised:
         return steered, None
@@ -294,7 +294,7 @@ def read(found: Source, config: ConvertConfig) -> SteeredModel:
         if config.model is not None:
             raise
         raise ValueError(f"{found.path}: made for {name}, which cannot be loaded ({error}); give --model") from None
-    rows_of_text(described, config.text)
+    rows_of_text(described, config)
     steered = load(found, base_models.load(name), given=config.given, other_base=config.other_base)
     return replace(steered, source=name)
 
@@ -316,18 +316,26 @@ def read_text(path: Path) -> str:
         raise ValueError(f"--text {path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def rows_of_text(loaded: LoadedModel, text: str | None) -> np.ndarray:
-    """Token ids [B, LENGTH] of a text file; without a tokenizer, ids at random.
+def rows_of_text(loaded: LoadedModel, config: ConvertConfig) -> np.ndarray:
+    """Token ids [B, LENGTH] of the text: PROBE_ROWS to compare on, and the rest to fit to.
+
+    Without a tokenizer they are at random, and there is nothing to fit to.
 
     Raises:
         ValueError: a text that is not UTF-8, or too short.
     """
     if loaded.tokenizer is None:
+        if config.fit_lora is not None:
+            raise ValueError(f"--fit-lora: {loaded.name} comes without a tokenizer, so that no text can be read")
         return probe_tokens(loaded.config.vocab_size)
-    path = Path(text or NEUTRAL)
+    path = Path(config.text or NEUTRAL)
     ids = loaded.tokenizer(read_text(path))["input_ids"]
-    if len(ids) < LENGTH:
-        raise ValueError(f"--text {path}: {len(ids)} tokens; at least {LENGTH} are needed")
+    needed = LENGTH if config.fit_lora is None else (PROBE_ROWS + LEAST_ROWS) * LENGTH
+    if len(ids) < needed:
+        raise ValueError(
+            f"--text {path}: {len(ids)} tokens; at least {needed} are needed"
+            + ("" if config.fit_lora is None else ", to fit to others than those on which the result is compared")
+        )
     return np.array(ids[: len(ids) // LENGTH * LENGTH], np.int32).reshape(-1, LENGTH)
 
 
@@ -354,7 +362,7 @@ def with_fitted_lora(steered: SteeredModel, rows: np.ndarray, rank: int) -> Stee
     config = steered.loaded.config
     kept = slots_of_lora(steered.plan, config)
     base = replace(steered, plan=kept, steering={slot.name: steered.steering[slot.name] for slot in kept})
-    batches = [make_batch(jnp.asarray(rows[at : at + ROWS])) for at in range(0, len(rows), ROWS)]
+    batches = [make_batch(jnp.asarray(rows[at : at + FIT_BATCH])) for at in range(0, len(rows), FIT_BATCH)]
     with progress(config.layers, "Fitting LoRA") as bar:
         fitted = to_lora(steered.network, base.network, batches, rank, advance=lambda done: bar.update(done))
     network = fitted.network
