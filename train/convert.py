@@ -54,6 +54,9 @@ LENGTH, NEW_TOKENS = 128, 16
 LEAST_ROWS, MOST_ROWS, FIT_BATCH = 4, 64, 16
 """Rows of text to which a LoRA is fitted: at least, at most, and at a time."""
 
+TEXT = 4 << 20
+"""Bytes of a text that are read."""
+
 NEUTRAL = Path(__file__).with_name("neutral.txt")
 
 
