@@ -332,7 +332,7 @@ def rows_of_text(loaded: LoadedModel, config: ConvertConfig) -> np.ndarray:
             raise ValueError(f"--fit-lora: {loaded.name} comes without a tokenizer, so that no text can be read")
         return probe_tokens(loaded.config.vocab_size)
     path = Path(config.text or NEUTRAL)
-    ids = loaded.tokenizer(read_text(path))["input_ids"]
+    ids = loaded.tokenizer(read_text(path), verbose=False)["input_ids"]  # no warning: rows are short
     needed = LENGTH if config.fit_lora is None else (PROBE_ROWS + LEAST_ROWS) * LENGTH
     if len(ids) < needed:
         raise ValueError(

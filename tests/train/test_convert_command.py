@@ -246,3 +246,24 @@ def test_a_peer_does_not_outlive_ctrl_c(tmp_path):
         return
     os.kill(number, signal.SIGKILL)
     pytest.fail("it is still running")
+
+
+def test_a_fit_needs_text_of_its_own(tiny_folder, tmp_path, no_weights):
+    """The result is compared on other text than the fit has seen."""
+    run, text = run_of(tmp_path, tiny_folder, "nonlinear(rank=2) @ block"), tmp_path / "text"
+    text.write_text("a b c " * 60)
+    with pytest.raises(ValueError, match=r"at least 1024 are needed, to fit to others"):
+        command(run, tmp_path / "out", to="peft", fit_lora=2, text=str(text))
+
+
+@pytest.mark.slow
+def test_a_fitted_lora_comes_near(tiny_folder, tmp_path, capsys):
+    run, text = run_of(tmp_path, tiny_folder, "nonlinear(rank=2) @ block", LORA), tmp_path / "text"
+    draw = np.random.default_rng(0)
+    text.write_text(" ".join(map(str, draw.integers(0, 1000, 3000))))
+    command(run, tmp_path / "out", to="peft", fit_lora=4, text=str(text))
+    said = capsys.readouterr().out
+    assert "approximate: KL" in said
+    assert "the slots (nonlinear) are approximated by a LoRA of rank 4" in said
+    verdict = json.loads((tmp_path / "out" / NAME).read_text())["verdict"]
+    assert 0 < verdict["logit_difference"] < verdict["moved"]
