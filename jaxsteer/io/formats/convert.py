@@ -26,8 +26,11 @@ from jaxsteer.models.quantise import is_quantised
 from jaxsteer.plans import validate_plan
 from jaxsteer.types import Plan
 
-HUB_FILES = ("*.json", "*.safetensors", "*.gguf", "intkey_*.bin", "adapter_steerer.pt", *sources.TOKENIZER)
-"""What is downloaded of a repository of the Hugging Face Hub."""
+HUB_FILES = (
+    *("*.json", "*.safetensors", "*.gguf", *sources.TOKENIZER),
+    *("intkey_*.bin", "adapter_steerer.pt", "adapter_model.bin", "pytorch_adapter.bin"),
+)
+"""What is downloaded of a repository of the Hugging Face Hub; of pickles only those of steering."""
 
 
 def check_options(to: str, options: WriteOptions) -> None:
