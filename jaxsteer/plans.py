@@ -275,8 +275,10 @@ def _check_entry(entry: Any) -> None:
     if not isinstance(entry, dict):
         raise ValueError(f"a slot is {entry!r:.80}, expected an object")
     for field, (check, what) in allowed.items():
-        if not check(entry.get(field, ())):
-            raise ValueError(f"slot {entry.get('name')!r:.80}: {field} is {entry.get(field)!r:.80}, expected {what}")
+        if field not in entry:
+            raise ValueError(f"slot {entry.get('name')!r:.80}: {field} is missing, expected {what}")
+        if not check(entry[field]):
+            raise ValueError(f"slot {entry.get('name')!r:.80}: {field} is {entry[field]!r:.80}, expected {what}")
 
 
 def _check_settings(slot: str, settings: dict[str, Any], method: type) -> None:

@@ -274,6 +274,17 @@ def test_json_of_another_version_is_refused():
         plan_from_json([entry | {"method": entry["method"] | {"strength": 2}}])
 
 
+@pytest.mark.parametrize("field", ["name", "method", "sites", "layers", "positions"])
+def test_json_of_a_damaged_file_is_refused(field):
+    entry = plan_to_json((slot(NonlinearSteering()),))[0]
+    with pytest.raises(ValueError, match=f"{field} is missing"):
+        plan_from_json([{key: value for key, value in entry.items() if key != field}])
+    with pytest.raises(ValueError, match=f"{field} is 3.5"):
+        plan_from_json([entry | {field: 3.5}])
+    with pytest.raises(ValueError, match=r"rank is '8'.*int"):
+        plan_from_json([entry | {"method": entry["method"] | {"rank": "8"}}])
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
