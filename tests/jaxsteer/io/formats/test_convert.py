@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import jax
@@ -88,6 +89,19 @@ def test_a_steering_file_alone_knows_its_base(loaded, tmp_path, tiny_config, tin
     with pytest.raises(ValueError, match="another model"):
         jaxsteer.load(file, tmp_path / "other")
     assert jaxsteer.load(file, tmp_path / "other", other_base=True).source == str(tmp_path / "other")
+
+
+def test_an_id_of_the_hub(loaded, tmp_path, monkeypatch):
+    want = steered(loaded, *JOINT)
+    export(want, "jaxsteer", tmp_path / "out")
+    asked = []
+    download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path / "out")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    same(jaxsteer.load("owner/steering", loaded), want)
+    ((name, patterns),) = asked
+    assert name == "owner/steering"
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in patterns)
+    assert all(any(fnmatch(file, pattern) for pattern in patterns) for file in ("steering.safetensors", NAME))
 
 
 def test_a_folder_in_use_is_left_alone(loaded, tmp_path):
