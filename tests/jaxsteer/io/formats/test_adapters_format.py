@@ -33,7 +33,7 @@ def test_every_case_is_tested(golden):
     assert sorted(READ) == sorted(theirs(golden, "adapters"))
 
 
-@pytest.mark.parametrize("case", READ)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c == "mistral")) for c in READ])
 def test_their_own_files_give_their_own_logits(golden, case):
     assert format_plan(check_theirs("adapters", golden, case).plan) == READ[case]
 

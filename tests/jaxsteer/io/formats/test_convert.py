@@ -92,10 +92,10 @@ def test_a_steering_file_alone_knows_its_base(loaded, tmp_path, tiny_config, tin
 
 
 def test_an_id_of_the_hub(loaded, tmp_path, monkeypatch):
-    want = steered(loaded, *JOINT)
-    export(want, "jaxsteer", tmp_path / "out")
-    asked = []
-    download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path / "out")
+    want, asked = steered(loaded, *JOINT), []
+    about = {"model_name": "tiny", "config": loaded.config, "sample": loaded.sample}
+    save_steering(tmp_path / "steering.safetensors", want.steering, want.plan, **about)
+    download = lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     same(jaxsteer.load("owner/steering", loaded), want)
     ((name, patterns),) = asked

@@ -17,7 +17,9 @@ HF = FORMATS["hf"]
 TOKENS = np.random.default_rng(0).integers(3, 61, (2, 10)).astype(np.int32)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("phi3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gpt2", "phi3"))]
+)
 def test_the_merged_model_computes_what_the_steered_one_does(golden, tmp_path, family):
     whole = steered_of(family_model(golden, family), "lora(rank=2) @ attn.q,mlp.down", "linear(rank=2) @ mlp.in")
     reduced = written(HF, whole, tmp_path)
