@@ -82,7 +82,7 @@ def open_pickle(path: Path) -> dict[str, Stored]:
         with open(path, "rb") as file:
             start = file.read(4)
         if start != LOCAL:
-            raise ValueError(_not_zip(path, start))
+            raise ValueError(_not_zip(start))
         members = open_zip(path)
         root = _root(members)
         _check_order(path, members, root)
@@ -96,12 +96,12 @@ def open_pickle(path: Path) -> dict[str, Stored]:
         raise ValueError(f"{path}: cannot be read as tensors of PyTorch: {error}") from None
 
 
-def _not_zip(path: Path, start: bytes) -> str:
+def _not_zip(start: bytes) -> str:
     """What to do with a file that is no zip archive."""
     if start[:1] == b"\x80":
         return (
             "it is a plain pickle, as PyTorch wrote before 1.6, which may carry code. If you trust it, rewrite it: "
-            f"python -c \"import torch; torch.save(torch.load('{path.name}', weights_only=True), '{path.name}')\""
+            "python -c \"import torch; torch.save(torch.load('FILE', weights_only=True), 'FILE')\""
         )
     return "it is no zip archive. Was the download or the copy cut short?"
 

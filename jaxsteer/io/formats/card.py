@@ -155,6 +155,12 @@ def _exactness(verdict: Mapping[str, Json]) -> list[str]:
         most = f"logits differ from the trained model's by at most {difference:.1e}, on {positions:,} tokens"
         away = f"KL divergence {kl:.2e} nats, the same token first at {top1:.1%}"
         lines.append(f"- Exact: {most}" if verdict.get("exactness") == "exact" else f"- Approximate: {most}; {away}")
+    noise = verdict.get("bf16")
+    if isinstance(noise, dict) and _is_number(noise.get("kl")) and _is_number(noise.get("base_kl")):
+        lines.append(
+            f"- Computed in bf16 instead of fp32: KL divergence {noise['kl']:.1e} nats, the base model alone "
+            f"{noise['base_kl']:.1e}"
+        )
     if verdict.get("verbatim") is True:
         lines.append("- The trained factors stand in the files bit for bit: jaxsteer reads them back as they were")
     peers = verdict.get("peers")

