@@ -1,6 +1,7 @@
 """Shared by the core tests: methods at all their sites, random steering, rows of examples, compiled functions."""
 
 import dataclasses
+import os
 from functools import partial
 
 import jax
@@ -29,10 +30,11 @@ FAST = {
 AS_USERS_DO = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
     "xla_cpu_parallel_codegen_split_count": 32,
 }
 """XLA's own defaults, against FAST and the flags in conftest.py."""
+if "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]:  # a flag of older versions
+    AS_USERS_DO["xla_cpu_use_fusion_emitters"] = True
 
 fast_jit = partial(jax.jit, compiler_options=FAST)
 run = fast_jit(forward, static_argnames=("model", "capture", "train"))

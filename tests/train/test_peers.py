@@ -167,7 +167,7 @@ def test_answers_that_are_none(answering, ours, change, message):
         ("import os; os.kill(os.getpid(), 9)", "was ended by SIGKILL"),
         ("print('half an ans')", "last line that it printed: not valid JSON"),
         ("", "last line that it printed: not valid JSON"),
-        ("print('[' * 1000)", "nested too deeply"),
+        ("print('[' * 1000 + ']' * 1000)", "nested too deeply"),
         ("print('[1]')", "expected an answer with versions"),
         ('print(\'{"versions": {}, "kind": "logits"}\')', "cannot be read .*No such file"),
     ],

@@ -65,7 +65,7 @@ def test_a_gguf_file_with_more_tokens_than_rows_is_refused(golden, write_gguf, m
             stored = writer.kv_data[0][f"tokenizer.ggml.{value}"]
             stored.value += [f"<{i}>" if value == "tokens" else 4 for i in range(ROWS)]
 
-    monkeypatch.setattr("conftest.add_tokenizer", many)
+    monkeypatch.setitem(write_gguf.__globals__, "add_tokenizer", many)
     path = write_gguf(golden / "tiny_llama", load_config(golden / "tiny_llama"))
     with pytest.raises(ValueError, match=r"tiny\.gguf: this tokenizer has ids up to 106, .* 97 rows"):
         load_model(path)
