@@ -78,6 +78,20 @@ class Affine(NamedTuple):
     shift: Array | None = None
 
 
+class Factors(NamedTuple):
+    """The update s (B A)ᵀ of one layer's kernel [in, out], as two factors.
+
+    a, b       A [R, in], B [out, R]
+    scale      s
+    magnitude  [out], what the norm of each output's weights is changed by after it (DoRA); None = nothing
+    """
+
+    a: Array
+    b: Array
+    scale: float
+    magnitude: Array | None = None
+
+
 class Context(NamedTuple):
     """What an intervention may use besides its parameters and the site's x and y."""
 
@@ -142,6 +156,10 @@ class Intervention(Protocol):
 
     def fold(self, p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
         """One layer's (kernel, bias) of the projection with Δ merged in; None if it cannot be merged."""
+        return None
+
+    def factors(self, p: Mapping[str, Array]) -> Factors | None:
+        """One layer's update, of a weight method, as two factors; None if it is not such a product."""
         return None
 
     def affine(self, p: Mapping[str, Array]) -> Affine | None:

@@ -79,7 +79,7 @@ class ConvertConfig:
     other_base: bool = False
     """Accept a base model of the same shape whose weights are not those that the steering was trained on."""
     float_base: bool = False
-    """Of steering that was trained on an int8 base: write it for the float weights."""
+    """Export steering that was trained on an int8 base for the float weights."""
     dtype: str | None = None
     """Type of a whole model's weights: float32, bfloat16 or float16; in GGUF files F32, F16, BF16, Q8_0, Q4_0, Q4_1,
     Q5_0 or Q5_1. By default as they are loaded."""

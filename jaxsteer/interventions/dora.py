@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxsteer.interventions.lora import LoRA
 from jaxsteer.interventions.low_rank import dropout
-from jaxsteer.types import Array, Context, ParamSpec, SiteDims
+from jaxsteer.types import Array, Context, Factors, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
@@ -55,3 +55,7 @@ class DoRA(LoRA):
         """g ⊙ (W + s (B A)ᵀ)."""
         delta = self.delta(p)
         return (self.gain(p, kernel)[None] * (kernel.astype(delta.dtype) + delta)).astype(kernel.dtype), bias
+
+    def factors(self, p: Mapping[str, Array]) -> Factors:
+        """A, B and s, with the magnitude m."""
+        return super().factors(p)._replace(magnitude=p["m"])

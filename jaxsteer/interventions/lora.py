@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsteer.interventions.low_rank import check_rank, check_rate, dropout, kaiming_uniform
-from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.types import Array, Context, Directions, Factors, Intervention, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class LoRA(Intervention):
     def delta(self, p: Mapping[str, Array]) -> Array:
         """s (B A)ᵀ, the update of one layer's kernel [in, out]."""
         return self.scale * jnp.einsum("fr,rd->df", p["B"], p["A"])
+
+    def factors(self, p: Mapping[str, Array]) -> Factors:
+        """A, B and s."""
+        return Factors(p["A"], p["B"], self.scale)
 
     def fold(self, p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
         """W + s (B A)ᵀ in the kernel's layout [in, out]."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxsteer.interventions.lora import LoRA
 from jaxsteer.interventions.low_rank import dropout
-from jaxsteer.types import Array, Context, Directions, ParamSpec, SiteDims
+from jaxsteer.types import Array, Context, Directions, Factors, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,7 @@ class PiSSA(LoRA):
     def delta(self, p: Mapping[str, Array]) -> Array:
         """s (B A − B₀ A₀)ᵀ, the update of one layer's kernel [in, out]."""
         return super().delta(p) - super().delta({"A": p["A0"], "B": p["B0"]})
+
+    def factors(self, p: Mapping[str, Array]) -> Factors:
+        """[A; A₀] and [B, −B₀], of twice the rank."""
+        return Factors(jnp.concatenate([p["A"], p["A0"]]), jnp.concatenate([p["B"], -p["B0"]], 1), self.scale)

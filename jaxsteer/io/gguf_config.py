@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsteer.io.gguf_file import Gguf, GgufValue
-from jaxsteer.io.llama_cpp import ARCHITECTURES, ROPE_DEFAULTS
+from jaxsteer.io.llama_cpp import ROPE_DEFAULTS
 from jaxsteer.io.stored import Stored, names_of, repeats_embedding, size
 from jaxsteer.models.config import ModelConfig, RopeScaling
 from jaxsteer.models.families import families_of, flags_of_layers, model_config, unrotated_layers, window_fields
@@ -279,16 +279,16 @@ def rope_factors(config: ModelConfig) -> np.ndarray | None:
 
 def refuse_config(family: Family, config: ModelConfig) -> list[str]:
     """Why llama.cpp would not compute a model with this config, a sentence for each reason."""
-    architecture = ARCHITECTURES[family.gguf]
-    flags = [flag for flag in ("attn_bias", "mlp_bias") if flag not in architecture.biases]
+    there = family.llama_cpp
+    flags = [flag for flag in ("attn_bias", "mlp_bias") if flag not in there.biases]
     reasons = [
         f"llama.cpp has no {flag}, which is {getattr(config, flag)} in the model"
-        for flag in (*flags, *architecture.ignored)
+        for flag in (*flags, *there.ignored)
         if getattr(config, flag)
     ]
-    if rope_factors(config) is not None and not architecture.rope_factors:
+    if rope_factors(config) is not None and not there.rope_factors:
         reasons.append("llama.cpp has no llama3 scaling of rotary positions, which the model has")
-    if config.window is None and architecture.windowed:
+    if config.window is None and there.windowed:
         reasons.append("llama.cpp needs a sliding window, which the model does not have")
     reasons = [f"{reason} ({family.gguf})" for reason in reasons]
     try:

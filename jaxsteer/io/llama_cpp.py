@@ -135,33 +135,3 @@ ROPE_DEFAULTS: dict[str, GgufValue] = {
 }
 """Scaling of rotary positions, by keys without the architecture's name; a factor of 0 is one of 1, and under the type
 "none" the factor is not used. `rope.scale_linear` is the old name of the factor."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What llama.cpp computes for an architecture beyond what all have.
-
-    biases        flags of a config whose biases it takes; others make a file that it does not load
-    rope_factors  whether it takes the tensor of rotary factors
-    windowed      whether it computes the sliding window; if so, it crashes on a model without one
-    ignored       fields of a config that it reads nothing of
-    """
-
-    biases: tuple[str, ...] = ()
-    rope_factors: bool = False
-    windowed: bool = False
-    ignored: tuple[str, ...] = ()
-
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(("attn_bias", "mlp_bias"), rope_factors=True),
-    "smollm3": Architecture(),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
-    "gemma2": Architecture(windowed=True),
-    "gemma3": Architecture(windowed=True, ignored=("attn_softcap",)),
-    "olmo2": Architecture(),
-    "phi3": Architecture(),
-    "gpt2": Architecture(("attn_bias", "mlp_bias")),
-}
-"""`general.architecture` -> what llama.cpp computes, measured with llama-cpp-python 0.3.36."""

@@ -10,7 +10,6 @@ from asked import ask, greedy, tokens_for
 from exported import family_model, logits, steered_of, written
 
 from jaxsteer.io.formats import FORMATS
-from jaxsteer.io.llama_cpp import ARCHITECTURES
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.families import FAMILIES
 
@@ -40,7 +39,7 @@ def tiny(golden, family):
     config = loaded.config
     if config.query_scale is not None:
         config = replace(config, query_scale=config.head_dim**-0.5)
-    if not ARCHITECTURES[FAMILIES[family].gguf].windowed:
+    if not FAMILIES[family].llama_cpp.windowed:
         config = replace(config, window=None, local_layers=())
     return replace(loaded, config=config)
 

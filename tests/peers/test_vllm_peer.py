@@ -50,7 +50,7 @@ def steered(loaded, texts, seed, scale=0.2):
 
 @pytest.fixture(scope="module")
 def answers(golden, tmp_path_factory):
-    """Of each family: what vLLM says of a static folder, and of a batch of two adapters and the base."""
+    """For each family: what vLLM says of a static folder, and of a batch of two adapters and the base."""
     requests, expected = [], {}
     for family in FAMILIES:
         folder, loaded = tmp_path_factory.mktemp(family), tiny(golden, family)

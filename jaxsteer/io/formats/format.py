@@ -19,7 +19,7 @@ from jaxsteer.models.families.table import Family
 from jaxsteer.types import Plan, Positions
 
 ACTIVATIONS = (NONE, *ACTIVATION_FUNCTIONS)
-"""Of low-rank steering; none is linear steering."""
+"""Activations of low-rank steering; "none" is linear steering."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 

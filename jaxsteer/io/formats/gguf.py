@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from jaxsteer.folding import biases_needed, fold_all, unfoldable
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
+from jaxsteer.io.formats.hf import dtype_of, merged, refuse_merging
 from jaxsteer.io.formats.pieces import file_at
 from jaxsteer.io.gguf_config import (
     ROPE_FACTORS,
@@ -24,7 +22,6 @@ from jaxsteer.io.gguf_tokenizer import vocabulary_to_gguf
 from jaxsteer.io.gguf_write import FILE_TYPES, KINDS, Encoded, encoded, in_memory, plain, write_gguf
 from jaxsteer.io.hf_folder import tensors_of
 from jaxsteer.io.identity import fingerprint
-from jaxsteer.io.llama_cpp import ARCHITECTURES
 from jaxsteer.io.load import LoadedModel, load_model
 from jaxsteer.io.sample import sample
 from jaxsteer.io.steered import SteeredModel
@@ -50,7 +47,8 @@ def recognises(path: Path) -> bool:
         metadata = open_gguf(file_at(path, FILE)).metadata
     except (ValueError, OSError):
         return False
-    return metadata.get("general.architecture") in ARCHITECTURES and metadata.get("general.type", "model") == "model"
+    known = {family.gguf for family in FAMILIES.values()}
+    return metadata.get("general.architecture") in known and metadata.get("general.type", "model") == "model"
 
 
 def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
@@ -60,19 +58,7 @@ def read(path: Path, loaded: LoadedModel | None, given: Given) -> SteeredModel:
 
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     """Why a model with this plan cannot become a GGUF file, a sentence for each reason."""
-    reasons = [
-        f"{reason}. Use --to hf-steered, or fit a LoRA to it (jaxsteer.theory.to_lora)"
-        for slot in plan
-        if (reason := unfoldable(slot, config))
-    ]
-    needed = biases_needed(plan, config)
-    groups = {name.split(".")[0]: slot for name, slot in needed.items()}
-    for group, slot in groups.items():
-        if f"{group}_bias" not in ARCHITECTURES[family.gguf].biases and not getattr(config, f"{group}_bias"):
-            reasons.append(
-                f"slot {slot!r}: its shift becomes biases of {group}, which llama.cpp does not have for {family.gguf}; "
-                "a fixed vector after blocks from 1 on can be a control vector (--to gguf-control)"
-            )
+    reasons = refuse_merging(plan, family, config, family.llama_cpp.biases)
     if options.dtype is not None and options.dtype not in DTYPES:
         reasons.append(f"dtype {options.dtype!r} cannot be written; a GGUF file's are {', '.join(DTYPES)}")
     return reasons + refuse_config(family, config)
@@ -85,11 +71,8 @@ def reduce(steered: SteeredModel, options: WriteOptions) -> SteeredModel:
         ValueError: an int8 base; a slot that cannot be merged; a tokenizer that GGUF cannot describe.
     """
     loaded = steered.loaded
-    merged = fold_all(loaded.config, steered.plan, loaded.base, steered.steering)
-    if merged.plan:
-        raise ValueError(f"slots {', '.join(slot.name for slot in merged.plan)} cannot be merged into the weights")
-    kind = DTYPES[options.dtype or str(np.dtype(loaded.base["embed"]["embedding"].dtype))]
-    model = replace(loaded, config=merged.config, base=merged.base)
+    model = merged(steered, WriteOptions(dtype="float32")).loaded
+    kind = DTYPES[options.dtype or str(dtype_of(loaded))]
     file = in_memory(Path(FILE), *_contents(model, kind))
     family, config = config_from_gguf(file)
     stored = parameters_of(file)
@@ -112,11 +95,14 @@ def _lost(loaded: LoadedModel, file: Gguf, kind: str) -> list[str]:
     """What llama.cpp will not do as the model did, a sentence each."""
     lost = []
     config = loaded.config
-    if config.window is not None and not ARCHITECTURES[str(file.metadata["general.architecture"])].windowed:
+    if config.window is not None and not FAMILIES[loaded.family].llama_cpp.windowed:
         lost.append(
             f"llama.cpp does not compute the sliding window of this family: beyond {config.window} tokens, each "
             "attends to all before it"
         )
+    own = DTYPES[str(dtype_of(loaded))]
+    if kind not in (own, "F32"):
+        lost.append(f"the matrices were {own}, and are rounded to {kind}")
     other = sum(tensor.form == "F16" and len(tensor.shape) == 2 for tensor in file.tensors.values())
     if kind != "F16" and other:
         lost.append(f"{other} matrices are F16: their rows are not made of whole {kind} blocks of 32 values")

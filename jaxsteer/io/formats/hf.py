@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.folding import biases_needed, fold_all, unfoldable
+from jaxsteer.folding import affine_parts, biases_needed, fold_all, unfoldable
 from jaxsteer.io.files import read_json
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
 from jaxsteer.io.hf_folder import NO_EXTRAS, Extras, save_hf
@@ -71,19 +72,24 @@ def save_loaded(folder: Path, loaded: LoadedModel, extras: Extras = NO_EXTRAS) -
     )
 
 
-def refuse_merging(plan: Plan, family: Family, config: ModelConfig) -> list[str]:
-    """Why a family's weights cannot compute what these slots compute, a sentence for each, with what can."""
+def refuse_merging(plan: Plan, family: Family, config: ModelConfig, biases: Collection[str]) -> list[str]:
+    """Why a family's weights cannot compute what these slots compute, a sentence for each, with what can.
+
+    Args:
+        plan, family, config: of the model.
+        biases: flags of the config that a format can set: "attn_bias", "mlp_bias".
+    """
     reasons = {slot.name: reason for slot in plan if (reason := unfoldable(slot, config))}
     rest = tuple(slot for slot in plan if slot.name not in reasons)
     for name, needing in biases_needed(rest, config).items():
-        field = f"{name.partition('.')[0]}_bias"
-        if not getattr(config, field) and field not in family.fields:
-            reasons[needing] = f"slot {needing!r}: a shift needs a bias of {name}, and {family.name} models have none"
+        flag = f"{name.partition('.')[0]}_bias"
+        if not getattr(config, flag) and flag not in biases:
+            reasons[needing] = f"slot {needing!r}: a shift needs a bias of {name}, {family.name} models have none"
     for slot in _left(tuple(slot for slot in rest if slot.name not in reasons), config):
         reasons[slot.name] = (
             f"slot {slot.name!r} ({method_name(slot.method)}): it depends on kernels that other slots are merged into"
         )
-    return [f"{reasons[slot.name]}. {_nearest(slot)}" for slot in plan if slot.name in reasons]
+    return [f"{reasons[slot.name]}. {_nearest(slot, config)}" for slot in plan if slot.name in reasons]
 
 
 def _left(plan: Plan, config: ModelConfig) -> Plan:
@@ -98,12 +104,14 @@ def _left(plan: Plan, config: ModelConfig) -> Plan:
     return tuple(left)
 
 
-def _nearest(slot: Slot) -> str:
+def _nearest(slot: Slot, config: ModelConfig) -> str:
     """What can hold a slot that is not merged."""
     if slot.positions.kind != "all" or slot.method.kind == "weight":
         return "Use jaxsteer itself"
     if slot.sites == ("block",):
-        return "Write it as it is with --to hf-steered"
+        parts = affine_parts(slot, config)
+        is_vector = parts is not None and parts.read is None and parts.scale is None
+        return "Write it as it is with --to hf-steered" + (" or --to gguf-control" if is_vector else "")
     return "Use jaxsteer itself, or train steering @ block, which --to hf-steered holds"
 
 
@@ -150,7 +158,7 @@ FORMAT = Format(
     whole=True,
     refuse=lambda plan, family, config, options: [
         *refuse_dtype(options),
-        *refuse_merging(plan, family, config),
+        *refuse_merging(plan, family, config, family.fields),
     ],
     reduce=merged,
     write=lambda reduced, folder, options: save_loaded(folder, reduced.loaded),

@@ -35,7 +35,7 @@ def _split(plan: Plan) -> tuple[Plan, Plan]:
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     """Why a plan cannot be held, a sentence for each slot."""
     after, elsewhere = _split(plan)
-    reasons = [*refuse_dtype(options), *refuse_merging(elsewhere, family, config)]
+    reasons = [*refuse_dtype(options), *refuse_merging(elsewhere, family, config, family.fields)]
     reasons += [_positions(slot) for slot in after if slot.positions.kind != "all"]
     reasons += [
         f"slot {slot.name!r}: {method_name(slot.method)} @ block is not among what these folders compute "

@@ -66,6 +66,11 @@ def modules_of(family: Family, config: ModelConfig, layout: Layout = "hf") -> tu
     return tuple(Module(name, of_name) for name, of_name in rows.items())
 
 
+def has_conv1d(family: Family, config: ModelConfig) -> bool:
+    """Whether layers are stored [in, out], as those of GPT-2, which are no linear layers to other programs."""
+    return any(not row.transform.flips for module in modules_of(family, config) for row in module.rows.values())
+
+
 def by_module(updates: Updates, family: Family, config: ModelConfig, layout: Layout = "hf") -> dict[str, Update]:
     """Updates by the full names of the layers ("model.layers.3.self_attn.q_proj"), joined where these are.
 

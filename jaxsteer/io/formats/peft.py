@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsteer.io.files import Json, write_json
 from jaxsteer.io.formats.format import Format, Given, Use, WriteOptions
-from jaxsteer.io.formats.modules import Module, by_module, by_place, modules_of, norms, with_magnitudes
+from jaxsteer.io.formats.modules import Module, by_module, by_place, has_conv1d, modules_of, norms, with_magnitudes
 from jaxsteer.io.formats.peft_config import CONFIG, PeftConfig, config_of, read_config
 from jaxsteer.io.formats.pieces import base_named_in, base_needed, values
 from jaxsteer.io.formats.updates import Update, Updates, plan_of, refuse_lora, updates_of
@@ -103,8 +103,7 @@ def write(reduced: SteeredModel, folder: Path, options: WriteOptions) -> None:
     """Write the two files."""
     loaded = reduced.loaded
     layers = layers_of(FAMILIES[loaded.family], loaded.config)
-    # Stored [in, out], as by GPT-2's layers; PEFT sets it too, with a warning.
-    flat = any(not row.transform.flips for module, _ in layers.values() for row in module.rows.values())
+    flat = has_conv1d(FAMILIES[loaded.family], loaded.config)  # PEFT sets it too, with a warning
     said = {"base_model_name_or_path": hub_id(reduced.source), "fan_in_fan_out": flat}
     write_peft(folder, to_stored(updates_of(reduced), loaded), layers, said)
 

@@ -37,12 +37,6 @@ MODULE = "modeling_jaxsteer"
 _NAMED = 5
 """Number of tensors that a message names."""
 
-_UNUSUAL: dict[str, dict[str, str]] = {
-    "gemma3": {"config": "Gemma3TextConfig", "backbone": "Gemma3TextModel"},
-    "gpt2": {"block": "GPT2Block"},
-}
-"""Classes that are not named as in most families."""
-
 
 def classes_of(family: Family) -> dict[str, str]:
     """The names of a family's module and classes in transformers, and the stem that they share."""
@@ -54,7 +48,7 @@ def classes_of(family: Family) -> dict[str, str]:
         "block": f"{stem}DecoderLayer",
         "backbone": f"{stem}Model",
         "head": family.hf_class,
-    } | _UNUSUAL.get(family.name, {})
+    } | dict(family.hf_classes)
 
 
 def blocks_of(family: Family) -> str:

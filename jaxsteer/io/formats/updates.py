@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.folding import TAKERS, affine_parts, unfoldable
-from jaxsteer.interventions import DoRA, LoRA, PiSSA
+from jaxsteer.interventions import DoRA, LoRA
 from jaxsteer.io.steered import SteeredModel
 from jaxsteer.models.config import ModelConfig, projections_of
 from jaxsteer.plans import method_name
-from jaxsteer.types import Array, Plan, PyTree, Slot, Steering
+from jaxsteer.steering import param_specs
+from jaxsteer.types import Array, Factors, Plan, PyTree, Slot, Steering
 
 
 class Place(NamedTuple):
@@ -62,9 +64,11 @@ def refuse_lora(plan: Plan, config: ModelConfig, *, dora: bool = True) -> list[s
         if slot.method.kind == "weight":
             if slot.positions.kind != "all":
                 reasons.append(f"{what}: updates positions {slot.positions}; LoRA updates all. Use jaxsteer itself")
-            elif isinstance(slot.method, DoRA) and not dora:
+            elif (factors := _factors_of(slot, config)) is None:
+                reasons.append(f"{what}: its update is no product of two factors; merge it (--to hf)")
+            elif factors.magnitude is not None and not dora:
                 reasons.append(f"{what}: DoRA is not LoRA; merge it (--to hf)")
-            elif isinstance(slot.method, DoRA) and any(_share(slot, other) for other in plan if other is not slot):
+            elif factors.magnitude is not None and any(_share(slot, other) for other in plan if other is not slot):
                 reasons.append(
                     f"{what}: another slot updates its projections, on which DoRA depends. Use jaxsteer itself"
                 )
@@ -74,6 +78,14 @@ def refuse_lora(plan: Plan, config: ModelConfig, *, dora: bool = True) -> list[s
             part = "a shift needs a bias" if parts.shift is not None else "a scale has full rank"
             reasons.append(f"{what}: {part}, which LoRA does not have; merge it (--to hf, --to gguf)")
     return reasons
+
+
+def _factors_of(slot: Slot, config: ModelConfig) -> Factors | None:
+    """The factors of a weight slot's update, as shapes; None if it has none."""
+    site = slot.sites[0]
+    specs = param_specs((slot,), config)[slot.name][site]
+    shapes = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
+    return jax.eval_shape(slot.method.factors, shapes)
 
 
 def _alternative(slot: Slot) -> str:
@@ -121,13 +133,12 @@ def _add(updates: Updates, place: Place, update: Update) -> None:
     updates[place] = updates[place].then(update) if place in updates else update
 
 
-def _update_of(slot: Slot, p: dict[str, np.ndarray]) -> Update:
-    """One layer's parameters of a weight slot as an update; PiSSA's, the difference of two, has twice its rank."""
-    method = slot.method
-    assert isinstance(method, LoRA)
-    if isinstance(method, PiSSA):
-        return Update(np.concatenate([p["A"], p["A0"]]), np.concatenate([p["B"], -p["B0"]], 1), method.scale)
-    return Update(p["A"], p["B"], method.scale, p["m"] if isinstance(method, DoRA) else None)
+def _update_of(slot: Slot, p: dict[str, Array]) -> Update:
+    """One layer's parameters of a weight slot as an update."""
+    factors = slot.method.factors(p)
+    assert factors is not None
+    magnitude = None if factors.magnitude is None else np.asarray(factors.magnitude)
+    return Update(np.asarray(factors.a), np.asarray(factors.b), factors.scale, magnitude)
 
 
 def _add_affine(updates: Updates, steered: SteeredModel, slot: Slot, site: str) -> None:

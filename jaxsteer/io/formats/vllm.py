@@ -23,6 +23,7 @@ from jaxsteer.io.formats.hf_steerable import (
     post_block,
     refuse_steering,
 )
+from jaxsteer.io.formats.modules import has_conv1d
 from jaxsteer.io.formats.peft_config import CONFIG, read_config
 from jaxsteer.io.formats.pieces import activation_of, base_needed, low_rank
 from jaxsteer.io.formats.remote_code import blocks_of, tensors_of
@@ -56,8 +57,10 @@ def max_lora_rank(ranks: Iterable[int]) -> int | None:
 def refuse(plan: Plan, family: Family, config: ModelConfig, options: WriteOptions) -> list[str]:
     """Why a plan is no adapter over the base, a sentence each."""
     reasons = []
-    if family.name == "gpt2":
-        reasons.append("vLLM cannot load a GPT-2 with steering. Use transformers: --to hf-steered, --to hf")
+    if has_conv1d(family, config):
+        reasons.append(
+            "vLLM cannot load layers stored as Conv1D (GPT-2) with steering. Use transformers: --to hf-steered, --to hf"
+        )
     if not plan:
         reasons.append("the plan has no slots: the weights hold everything; write the model (--to hf)")
     return [*reasons, *refuse_steering(plan, config), *_refuse_over(plan, family, config, options.over)]

@@ -14,6 +14,7 @@ from jaxsteer.models.families.table import (
     REQUIRED,
     Family,
     Fields,
+    LlamaCpp,
     Windows,
     after_blocks,
     gated_mlp,
@@ -42,6 +43,7 @@ GEMMA2 = Family(
     hf_type="gemma2",
     hf_class="Gemma2ForCausalLM",
     gguf="gemma2",
+    llama_cpp=LlamaCpp(windowed=True),
     fields={
         **DIMENSIONS,
         "kv_heads": ("num_key_value_heads", 4),
@@ -87,6 +89,8 @@ GEMMA3 = replace(
     hf_type="gemma3_text",
     hf_class="Gemma3ForCausalLM",
     gguf="gemma3",
+    llama_cpp=LlamaCpp(windowed=True, ignored=("attn_softcap",)),
+    hf_classes={"config": "Gemma3TextConfig", "backbone": "Gemma3TextModel"},
     fields={
         **GEMMA2.fields,
         "max_length": ("max_position_embeddings", 131_072),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxsteer.models.families.table import GGUF_KEYS, REQUIRED, TRANSPOSE, Family, Row
+from jaxsteer.models.families.table import GGUF_KEYS, REQUIRED, TRANSPOSE, Family, LlamaCpp, Row
 
 _QKV = ("NH", "NH", "NH")
 
@@ -31,6 +31,8 @@ GPT2 = Family(
     hf_type="gpt2",
     hf_class="GPT2LMHeadModel",
     gguf="gpt2",
+    llama_cpp=LlamaCpp(("attn_bias", "mlp_bias")),
+    hf_classes={"block": "GPT2Block"},
     fields={
         "vocab_size": ("vocab_size", REQUIRED),
         "width": ("n_embd", REQUIRED),

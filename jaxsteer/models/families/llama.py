@@ -11,6 +11,7 @@ from jaxsteer.models.families.table import (
     GGUF_KEYS,
     ROTARY,
     Family,
+    LlamaCpp,
     RawConfig,
     Windows,
     after_blocks,
@@ -38,6 +39,7 @@ LLAMA = Family(
         *gated_mlp("mlp_bias"),
         *after_blocks(),
     ),
+    llama_cpp=LlamaCpp(("attn_bias", "mlp_bias"), rope_factors=True),
     harmless=(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
 )
 
@@ -69,6 +71,7 @@ SMOLLM3 = replace(
     hf_type="smollm3",
     hf_class="SmolLM3ForCausalLM",
     gguf="smollm3",
+    llama_cpp=LlamaCpp(),
     fields={
         **LLAMA.fields,
         "kv_heads": ("num_key_value_heads", 4),

@@ -194,12 +194,29 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class LlamaCpp:
+    """What llama.cpp computes of a family, measured with llama-cpp-python 0.3.36.
+
+    biases        flags of a config whose biases it takes; others make a file that it does not load
+    rope_factors  whether it takes the tensor of rotary factors
+    windowed      whether it computes the sliding window; if so, it crashes on a model without one
+    ignored       fields of a config that it reads nothing of
+    """
+
+    biases: tuple[str, ...] = ()
+    rope_factors: bool = False
+    windowed: bool = False
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """How the config and the tensors of a published model family map to a `ModelConfig` and a base tree.
 
     name         our name of the family
     hf_type      `model_type` in config.json
     hf_class     the class in transformers that reads what we export
+    hf_classes   its other classes there that are not named as in most families: config, backbone, block
     gguf         `general.architecture` in GGUF files; families that share it differ in the keys that they know
     fields       our field -> (Hugging Face field, its default in transformers or REQUIRED)
     fixed        Hugging Face fields of which the forward pass supports one value: field -> value
@@ -212,6 +229,7 @@ class Family:
     local_theta  the rotary base of local layers, if the config does not give it; None if they have the same base
     unrotated    (published config, layer) -> whether the layer has no rotary positions; None if all layers have them
     gguf_keys    our field -> (key in GGUF files, its default in llama.cpp or REQUIRED)
+    llama_cpp    what llama.cpp computes of it
     prefix       common to all names in `rows`, which some files omit
     """
 
@@ -230,7 +248,9 @@ class Family:
     local_theta: float | None = None
     unrotated: Callable[[RawConfig, int], bool] | None = None
     gguf_keys: Mapping[str, tuple[str, Default]] = field(default_factory=lambda: GGUF_KEYS)
+    llama_cpp: LlamaCpp = LlamaCpp()
     prefix: str = ""
+    hf_classes: Mapping[str, str] = field(default_factory=dict)
 
     def parameters(self, config: ModelConfig) -> tuple[Row, ...]:
         """The rows of the parameters that a model with this config has."""

@@ -17,8 +17,8 @@ from tiny import fast_jit, identical, random_steering
 
 import jaxsteer
 from jaxsteer import parse_plan
-from jaxsteer.interventions import NonlinearSteering
-from jaxsteer.io import SteeredModel, export, load_model, save_hf, save_steering
+from jaxsteer.interventions import METHODS, LoRA, NonlinearSteering
+from jaxsteer.io import SteeredModel, check_export, export, load_model, save_hf, save_steering
 from jaxsteer.io.files import new_folder
 from jaxsteer.io.formats import FORMATS, convert
 from jaxsteer.io.formats.sidecar import NAME, restore
@@ -311,3 +311,26 @@ def test_two_exports_to_one_folder(tmp_path):
             pass
     assert [path.name for path in out.iterdir()] == ["half"]
     assert not list(tmp_path.glob(".*"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubled(LoRA):
+    """A weight method that says nothing of factors."""
+
+    def factors(self, p):
+        return None
+
+
+def test_an_update_that_is_no_product_is_refused(tiny_config, monkeypatch):
+    monkeypatch.setitem(METHODS, "doubled", Doubled)
+    (reason,) = refuse_lora(parse_plan(["doubled @ attn.q"], tiny_config), tiny_config)
+    assert "no product of two factors; merge it (--to hf)" in reason
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+def test_weights_that_depend_on_each_other_are_refused_before_they_are_read(loaded, to):
+    """DoRA beside LoRA on one projection: nothing merges both, and no weights are needed to know."""
+    plan = parse_plan(["dora @ attn.o", "lora @ attn.o"], loaded.config)
+    shapes = jax.eval_shape(lambda: loaded.base)
+    with pytest.raises(ValueError, match="depends on kernels that other slots are merged into"):
+        check_export(to, plan, replace(loaded, base=shapes))
