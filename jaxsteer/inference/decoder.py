@@ -35,6 +35,7 @@ from jaxsteer.inference.scheduling import (
     prefill_batch,
     prefill_strength,
 )
+from jaxsteer.models.by_layer import is_by_layer, layers_to_decode
 from jaxsteer.models.config import check_length, check_new_tokens
 from jaxsteer.models.strength import check_strength
 from jaxsteer.models.transformer import Model, Network
@@ -126,6 +127,8 @@ class Decoder:
         self.limits = limits
         self._slots = tuple(slot.name for slot in model.plan)
         self._network = Network(model, base, steering)
+        layers = layers_to_decode(base)
+        self._stepping = Network(model, base if layers is None else {**base, "blocks": layers}, steering)
         self._to_devices = place
         self._submitted = 0
         self._waiting: deque[_Ticket] = deque()
@@ -225,7 +228,8 @@ class Decoder:
         self._rows = rows = None  # frees the memory first
         dtype = jnp.dtype(self._network.base["embed"]["embedding"].dtype).name
         sizes = (count, slots, limits.max_new_tokens, limits.max_stop_tokens)
-        self._rows = empty_rows(self._network.model, *sizes, dtype)
+        by_layer = is_by_layer(self._stepping.base["blocks"])
+        self._rows = empty_rows(self._network.model, *sizes, dtype, by_layer=by_layer)
         self._tickets = [None] * count
 
     def _longest(self) -> int:
@@ -272,7 +276,7 @@ class Decoder:
         reported = np.array([0 if ticket is None else ticket.reported for ticket in self._tickets], np.int32)
         static: Any = {"sampling": _any_samples(self._active), "scaled": _any_scaled(self._active)}
         self._rows, emitted = advance(
-            self._network, self._rows, reported, np.int32(enough), chunk=self.limits.chunk, **static
+            self._stepping, self._rows, reported, np.int32(enough), chunk=self.limits.chunk, **static
         )
         return emitted
 

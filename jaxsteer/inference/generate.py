@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxsteer.models.by_layer import layers_to_decode, split_cache
 from jaxsteer.models.config import check_new_tokens
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.types import Array, Batch, Cache, PyTree, Steering
@@ -110,7 +111,6 @@ def more_slots(cache: Cache, slots: int) -> Cache:
     return Cache(wider(cache.k, 3), wider(cache.v, 3), wider(cache.segments, 1), wider(cache.positions, 1), cache.used)
 
 
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampling"))
 def generate(
     model: Model,
     base: PyTree,
@@ -146,7 +146,37 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if key is None and sampling.temperature > 0:
         raise ValueError("sampling with a temperature above 0 needs a key")
+    return generate_program(
+        model,
+        base,
+        steering,
+        prompts,
+        key,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        sampling=sampling,
+        strength=strength,
+        layers=layers_to_decode(base),
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampling"))
+def generate_program(
+    model: Model,
+    base: PyTree,
+    steering: Steering,
+    prompts: Batch,
+    key: Array | None = None,
+    *,
+    max_new_tokens: int,
+    stop_tokens: tuple[int, ...],
+    sampling: Sampling = GREEDY,
+    strength: Mapping[str, ArrayLike] | None = None,
+    layers: tuple[PyTree, ...] | None = None,
+) -> Generated:
+    """The compiled part of `generate`; with `layers`, the base's blocks as a tuple, which the steps read in place."""
     key = jax.random.key(0) if key is None else key
+    stepping = base if layers is None else {**base, "blocks": layers}
     B, T = prompts.tokens.shape
     head, stops = output_embedding(base), jnp.array(stop_tokens, jnp.int32)
     real = prompts.segments > 0
@@ -173,7 +203,7 @@ def generate(
     def advance(carry: tuple) -> tuple:
         step, token, position, cache, out = carry
         batch = generated._replace(tokens=token[:, None], positions=position)
-        output = forward(model, base, steering, batch, cache=cache, strength=strength)
+        output = forward(model, stepping, steering, batch, cache=cache, strength=strength)
         token, out = draw(output.hidden[:, 0], step, out)
         return step + 1, token, position + 1, output.cache, out
 
@@ -184,5 +214,6 @@ def generate(
     nothing = Generated(tokens, lengths, ~jnp.any(real, axis=1), jnp.ones(B, bool))
     token, out = draw(hidden, jnp.zeros((), jnp.int32), nothing)
     cache = more_slots(prefill.cache, max_new_tokens - 1)
+    cache = cache if layers is None else split_cache(cache)
     start = (jnp.ones((), jnp.int32), token, last.positions + 1, cache, out)
     return jax.lax.while_loop(unfinished, advance, start)[-1]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsteer.inference.generate import restrict
+from jaxsteer.models.by_layer import on_cache, split_cache
 from jaxsteer.models.transformer import Model, Network, forward, init_cache, logits_of, output_embedding
 from jaxsteer.sharding import constrain
 from jaxsteer.types import Array, Batch, Cache
@@ -126,12 +127,16 @@ class Draw(NamedTuple):
     margin: Array
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def empty_rows(model: Model, rows: int, prompt: int, new: int, stops: int, dtype: str) -> Rows:
-    """Free rows for prompts of up to `prompt` tokens, answers of up to `new` tokens and up to `stops` stop tokens."""
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), static_argnames="by_layer")
+def empty_rows(model: Model, rows: int, prompt: int, new: int, stops: int, dtype: str, *, by_layer: bool) -> Rows:
+    """Free rows for prompts of up to `prompt` tokens, answers of up to `new` tokens and up to `stops` stop tokens.
+
+    Their cache is as the base tree that `advance` reads, a stack or by layers.
+    """
     ring = max(1, new - 1)
     ints, floats, no = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32), jnp.zeros(rows, bool)
     cache = init_cache(model.config, rows, prompt + ring, dtype)._replace(used=jnp.int32(prompt))
+    cache = split_cache(cache) if by_layer else cache
     seeds, stop_tokens = jnp.zeros((rows, 2), jnp.uint32), jnp.full((rows, stops), NO_TOKEN, jnp.int32)
     strength = jnp.ones((rows, len(model.plan)), jnp.float32)
     settings = Settings(ints, seeds, ints, floats, ints, floats + 1, stop_tokens, strength)
@@ -171,18 +176,16 @@ def insert(
     real = slots < admission.length[:, None]
     columns = jnp.minimum(admission.start[:, None] + slots, prefilled.segments.shape[1] - 1)
     put = lambda field, new: field.at[admission.row].set(new.astype(field.dtype), mode="drop")
-    window = lambda stack: jax.vmap(lambda source, at: stack[:, source][:, :, at], out_axes=1)(
-        admission.source, columns
-    )
+    window = lambda layer: jax.vmap(lambda source, at: layer[source][:, at])(admission.source, columns)
     # Zeros behind the prompt: a NaN of a neighbour there would reach this row, since 0 · NaN is NaN.
-    own = lambda new: jnp.where(real[None, :, None, :, None], window(new), jnp.zeros((), new.dtype))
-    move = lambda stack, new: stack.at[:, admission.row, :, : rows.prompt_slots].set(own(new), mode="drop")
+    own = lambda new: jnp.where(real[:, None, :, None], window(new), jnp.zeros((), new.dtype))
+    move = lambda layer, new: layer.at[admission.row, :, : rows.prompt_slots].set(own(new), mode="drop")
     with_ring = lambda field: jnp.pad(field.astype(jnp.int32), ((0, 0), (0, rows.ring)))
-    cache = rows.cache._replace(
-        k=move(rows.cache.k, prefilled.k),
-        v=move(rows.cache.v, prefilled.v),
+    cache = Cache(
+        *on_cache(move, rows.cache, prefilled),
         segments=put(rows.cache.segments, with_ring(real)),
         positions=put(rows.cache.positions, with_ring(jnp.broadcast_to(slots, real.shape))),
+        used=rows.cache.used,
     )
     settings = admission.settings
     last = hidden[admission.source, admission.start + admission.length - 1]
@@ -278,8 +281,8 @@ def free_rows(rows: Rows, mask: Array) -> Rows:
 @partial(jax.jit, donate_argnames="rows")
 def clear_rows(rows: Rows, mask: Array) -> Rows:
     """Zero the cache of the rows in the mask, bool [B]: a NaN in it would reach the next prompt. `rows` are donated."""
-    clear = lambda stack: jnp.where(mask[None, :, None, None, None], jnp.zeros((), stack.dtype), stack)
-    cache = rows.cache._replace(k=clear(rows.cache.k), v=clear(rows.cache.v))
+    clear = lambda layer: jnp.where(mask[:, None, None, None], jnp.zeros((), layer.dtype), layer)
+    cache = rows.cache._replace(**on_cache(clear, rows.cache)._asdict())
     return _place(replace(rows, cache=cache))
 
 
@@ -288,7 +291,7 @@ def keep_rows(rows: Rows, kept: Array) -> Rows:
     """The rows with these indices, int32 [n]: a free row costs as much as a busy one."""
     take = lambda field: field[kept]
     cache = rows.cache
-    cache = Cache(cache.k[:, kept], cache.v[:, kept], take(cache.segments), take(cache.positions), cache.used)
+    cache = Cache(*on_cache(take, cache), take(cache.segments), take(cache.positions), cache.used)
     settings, progress = jax.tree.map(take, (rows.settings, rows.progress))
     return _place(Rows(cache, settings, progress, rows.ring))
 
@@ -297,9 +300,9 @@ def keep_rows(rows: Rows, kept: Array) -> Rows:
 def add_rows(rows: Rows, count: int) -> Rows:
     """The rows followed by free ones, `count` in all."""
     more = count - len(rows.progress.done)
-    pad = lambda field, axis=0: jnp.pad(field, [(0, more if i == axis else 0) for i in range(field.ndim)])
+    pad = lambda field: jnp.pad(field, [(0, more if i == 0 else 0) for i in range(field.ndim)])
     cache = rows.cache
-    cache = Cache(pad(cache.k, 1), pad(cache.v, 1), pad(cache.segments), pad(cache.positions), cache.used)
+    cache = Cache(*on_cache(pad, cache), pad(cache.segments), pad(cache.positions), cache.used)
     settings, progress = jax.tree.map(pad, (rows.settings, rows.progress))
     free = jnp.arange(count) >= count - more
     return _place(Rows(cache, settings, progress._replace(done=progress.done | free), rows.ring))
@@ -317,8 +320,7 @@ def resize_prompts(rows: Rows, slots: int) -> Rows:
         return jnp.concatenate([jnp.pad(prompts, pad), ring], axis)
 
     cache = Cache(
-        resize(cache.k, 3),
-        resize(cache.v, 3),
+        *on_cache(lambda layer: resize(layer, 2), cache),
         resize(cache.segments, 1),
         resize(cache.positions, 1),
         cache.used + (slots - old),
@@ -387,6 +389,7 @@ def _replicate(tree: Tree) -> Tree:
 
 def _place(rows: Rows) -> Rows:
     """On a mesh: keys and values split by rows and heads; what the host reads copied to every device."""
-    stack = lambda x: constrain(x, None, "rows", "heads", None, None)
-    cache = rows.cache._replace(k=stack(rows.cache.k), v=stack(rows.cache.v))
+    stack = lambda x: constrain(x, *(None,) * (x.ndim - 4), "rows", "heads", None, None)
+    k, v = jax.tree.map(stack, (rows.cache.k, rows.cache.v))
+    cache = rows.cache._replace(k=k, v=v)
     return Rows(cache, _replicate(rows.settings), _replicate(rows.progress), rows.ring)

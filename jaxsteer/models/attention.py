@@ -6,6 +6,7 @@ Options for families that need them: another scale, soft-capped scores, a slidin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
@@ -233,12 +234,12 @@ def choose_attention(
     return plain, f"no kernel of its own for {platform}"
 
 
-def cached_attention(q: Array, query: Span, cached: CachedKeys, new: CachedKeys, scores: Scores = PLAIN) -> Array:
-    """Attention of new tokens to a cache and to themselves: q [B, T, N, H] -> [B, T, N, H]."""
+def cached_attention(q: Array, query: Span, parts: Sequence[CachedKeys], scores: Scores = PLAIN) -> Array:
+    """Attention of new tokens, q [B, T, N, H] -> [B, T, N, H], to the parts: a cache, and themselves if it lacks them."""
     row = partial(attend_cached_row, rule=scores)
     if current_platform() == "cpu" and current_mesh() is None and q.shape[1] > 1:
-        return jax.lax.map(lambda args: row(*args), (q, query, cached, new), batch_size=CPU_ROWS)
-    return jax.vmap(row)(q, query, cached, new)
+        return jax.lax.map(lambda args: row(*args), (q, query, *parts), batch_size=CPU_ROWS)
+    return jax.vmap(row)(q, query, *parts)
 
 
 def attention(q: Array, k: Array, v: Array, query: Span, *, kernel: Kernel = "auto", scores: Scores = PLAIN) -> Array:

@@ -33,14 +33,23 @@ class Steer(Protocol):
 
 
 class KeysValues(NamedTuple):
-    """Keys and values in the layout of a cache, [B, K, T, H] each."""
+    """Keys and values of a layer in the layout of a cache, [B, K, T, H] each."""
 
     k: Array
     v: Array
 
 
-class LayerCache(NamedTuple):
-    """The cache of all layers, and the index of the layer to read.
+class LayerCache(Protocol):
+    """The cache of one layer, as its attention uses it."""
+
+    def attend(self, q: Array, new: CachedKeys, scores: Scores) -> tuple[Array, KeysValues]:
+        """Attention of new tokens, q [B, T, N, H], to the cache and to themselves: heads [B, T, N, H], and what the
+        block returns for the cache."""
+        ...
+
+
+class StackedCache(NamedTuple):
+    """A layer of a cache whose layers are stacked; the block returns its new keys and values.
 
     Layers only read it: if they wrote to it inside the scan, XLA would copy the whole stack for every layer.
     """
@@ -48,10 +57,31 @@ class LayerCache(NamedTuple):
     cache: Cache
     layer: Array
 
-    def read(self, dtype: DTypeLike) -> CachedKeys:
-        """The layer's keys and values of earlier tokens."""
-        get = lambda stack: jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False).astype(dtype)
-        return CachedKeys(get(self.cache.k), get(self.cache.v), Span(self.cache.segments, self.cache.positions))
+    def attend(self, q: Array, new: CachedKeys, scores: Scores) -> tuple[Array, KeysValues]:
+        """See `LayerCache`."""
+        get = lambda stack: jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False).astype(q.dtype)
+        cached = CachedKeys(get(self.cache.k), get(self.cache.v), Span(self.cache.segments, self.cache.positions))
+        return cached_attention(q, new.span, (cached, new), scores), KeysValues(new.k, new.v)
+
+
+class OwnCache(NamedTuple):
+    """A layer's own arrays, to which new keys and values are written in place; the block returns the arrays.
+
+    layer  what was cached
+    span   segments and positions of its entries, the new ones included
+    start  int32 [], the entry of the first new token
+    """
+
+    layer: KeysValues
+    span: Span
+    start: Array
+
+    def attend(self, q: Array, new: CachedKeys, scores: Scores) -> tuple[Array, KeysValues]:
+        """See `LayerCache`."""
+        write = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, self.start, 0))
+        k, v = write(self.layer.k, new.k), write(self.layer.v, new.v)
+        cached = CachedKeys(k.astype(q.dtype), v.astype(q.dtype), self.span)
+        return cached_attention(q, new.span, (cached,), scores), KeysValues(k, v)
 
 
 class Inputs(NamedTuple):
@@ -233,7 +263,7 @@ class Attention(nn.Module):
         if cache is None:
             heads = attention(q, k, v, inputs.span, kernel=self.kernel, scores=scores)
         else:
-            heads = cached_attention(q, inputs.span, cache.read(x.dtype), CachedKeys(*new, inputs.span), scores)
+            heads, new = cache.attend(q, CachedKeys(*new, inputs.span), scores)
         heads = steer("attn.heads", x, heads)
         y = Projection(c.width, c.attn_bias, "attn.o", name="o")(heads.reshape(B, T, -1), steer)
         return steer("attn", x, _post_norm(c, y)), new
