@@ -8,12 +8,14 @@ encoding, packing, and the cache of encoded data. What a task asks and how its a
                                                -> encode_prompts -> [TokenizedExample] -> generation
 """
 
+from jaxsteer.batches import pack, stack_rows
 from train.data.chat import depends_on_date
 from train.data.encoding import Encoding, LossOn, OnLong, Report
 from train.data.examples import Example, Split, TokenizedExample, Turn, digest_of
 from train.data.jsonl import Keys, Reading, read_jsonl
 from train.data.listops import ListOps
-from train.data.packing import DataSource, pack, stack_rows
+from train.data.packing import DataSource
+from train.data.store import TokenStore
 from train.data.tokenize import encode, encode_prompts, stop_tokens
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Reading",
     "Report",
     "Split",
+    "TokenStore",
     "TokenizedExample",
     "Turn",
     "depends_on_date",

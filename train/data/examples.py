@@ -109,6 +109,44 @@ class TokenizedExample:
         """Number of tokens."""
         return len(self.ids)
 
+    def without(self, removed: slice) -> TokenizedExample:
+        """The example without some tokens of its prompt."""
+        return replace(
+            self,
+            ids=np.delete(self.ids, removed),
+            completion=np.delete(self.completion, removed),
+            weights=np.delete(self.weights, removed),
+            prompt_length=self.prompt_length - (removed.stop - removed.start),
+        )
+
+    def runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths of neighbouring tokens that agree in completion flag and weight, and what they agree on."""
+        changes = (self.completion[1:] != self.completion[:-1]) | (self.weights[1:] != self.weights[:-1])
+        starts = np.append(0, np.flatnonzero(changes) + 1)
+        return np.diff(np.append(starts, len(self))), self.completion[starts], self.weights[starts]
+
+    def digest(self) -> bytes:
+        """`digest_of_row` of the example."""
+        return digest_of_row(self.ids, *self.runs())
+
+
+DIGEST_BYTES = 16
+"""Length of the digest of one example."""
+
+
+def digest_of_row(ids: np.ndarray, lengths: np.ndarray, completion: np.ndarray, weights: np.ndarray) -> bytes:
+    """BLAKE2b of all that the loss and the steering see of a tokenised example.
+
+    Args:
+        ids: of its tokens.
+        lengths: numbers of neighbouring tokens that agree in completion flag and weight.
+        completion, weights: what they agree on, a value for each length.
+    """
+    digest = hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=DIGEST_BYTES)
+    for field, dtype in ((lengths, "<i4"), (completion, "u1"), (weights, "<f4")):
+        digest.update(np.asarray(field, dtype).tobytes())
+    return digest.digest()
+
 
 def digest_of(rows: Iterable[TokenizedExample]) -> str:
     """sha256, in hexadecimal, of all that the loss and the steering see of tokenised examples, in their order.
@@ -116,9 +154,4 @@ def digest_of(rows: Iterable[TokenizedExample]) -> str:
     Args:
         rows: their ids, completion flags and weights count; sources and answers do not.
     """
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(len(row).to_bytes(8, "little"))
-        for field, dtype in ((row.ids, "<i4"), (row.completion, "?"), (row.weights, "<f4")):
-            digest.update(np.asarray(field, dtype).tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(row.digest() for row in rows)).hexdigest()

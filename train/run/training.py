@@ -23,7 +23,7 @@ from jaxsteer.types import Batch, Steering
 from train.base_models import load, resolve_model
 from train.config import TrainConfig
 from train.data import DataSource, Encoding, Report
-from train.data.cache import encode_cached
+from train.data.tokenised import tokenised
 from train.display.console import progress
 from train.evaluation.evaluator import Evaluator
 from train.run.program import Program, make_program, mesh_of
@@ -198,14 +198,11 @@ def read_data(config: TrainConfig, loaded: LoadedModel) -> RunData:
         ValueError: no data, or an example longer than a row.
     """
     positions = loaded.config.max_length if loaded.config.learned_positions else config.sequence_length
-    tokens, report = encode_cached(
-        task_of(config).load("train"),
-        loaded.require_tokenizer(),
-        replace(encoding_of(config), max_length=min(config.sequence_length, positions), on_long=config.on_long),
-        cache_folder() / "tokens",
-        watch=tokenising,
+    encoding = replace(encoding_of(config), max_length=min(config.sequence_length, positions), on_long=config.on_long)
+    store, report = tokenised(
+        task_of(config).recipe("train"), loaded.require_tokenizer(), encoding, cache_folder() / "tokens", tokenising
     )
-    return RunData(DataSource(tokens, config.batch_size, config.sequence_length, config.seed, config.pack), report)
+    return RunData(DataSource(store, config.batch_size, config.sequence_length, config.seed, config.pack), report)
 
 
 def count_steps(config: TrainConfig, loaded: LoadedModel) -> int:

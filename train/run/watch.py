@@ -82,7 +82,7 @@ class NonfiniteGuard:
             return {}
         self.skipped += self._config.nonfinite == "skip"
         rows = self._data.row_members(done - 1)
-        return {"examples": [[self._data.examples[index].source for index in row] for row in rows]}
+        return {"examples": [[self._data.store.source(index) for index in row] for row in rows]}
 
     def check(self, done: int, values: Mapping[str, Any], last_good: Callable[[], str]) -> str | None:
         """A message about a skipped step; None for a finite one.
