@@ -229,15 +229,15 @@ def stack_flat(flat: Flat, members: Sequence[int], length: int, *, left: bool = 
     starts, last = ends - flat.lengths, np.cumsum(counts)
     spread = lambda values: np.repeat(np.asarray(values, np.int32), flat.lengths)
     total = int(ends[-1]) if len(ends) else 0
-    later = np.ones(total, bool)
-    later[starts] = False
+    completion, weights = flat.completion.copy(), flat.weights.copy()
+    completion[starts], weights[starts] = False, 0
     fields = (
         flat.ids,
         spread(np.arange(len(ends)) - np.repeat(last - counts, counts) + 1),
         np.arange(total, dtype=np.int32) - spread(starts),
         spread(flat.prompt_lengths),
-        flat.completion & later,
-        flat.weights * later,
+        completion,
+        weights,
     )
     edges = np.append(0, ends)
     edges = edges[np.append(0, last)].tolist()  # where each row begins in the joined examples

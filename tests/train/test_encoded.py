@@ -98,7 +98,7 @@ def test_the_second_time_is_read(cache, calls, options):
 def test_the_arrays_are_views_of_the_files(cache):
     store, _ = tokenised(recipe(), tiny_tokenizer(), PLAIN, cache)
     for columns in store.columns:
-        for array in (columns.ids, columns.starts, columns.run_weights, columns.prompt_lengths, columns.digests):
+        for array in (columns.ids, columns.starts, columns.runs, columns.prompt_lengths, columns.digests):
             assert not array.flags.owndata
             assert not array.flags.writeable
     assert store.columns[0].ids.dtype == np.uint16

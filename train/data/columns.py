@@ -13,18 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.data.examples import DIGEST_BYTES, TokenizedExample, digest_of_row
+from train.data.examples import DIGEST_BYTES, RUN, Run, TokenizedExample, digest_of_row
 
 SHOWN = 5
 """Number of files that are named, at most."""
-
-
-class Run(NamedTuple):
-    """Neighbouring tokens of an example that are alike: all of a completion or none, and of one weight."""
-
-    length: int
-    completion: bool
-    weight: float
 
 
 class Row(NamedTuple):
@@ -52,10 +44,8 @@ class Columns:
 
     ids             uint16 or int32 [tokens]
     starts          int32 [n + 1], where each example begins in `ids`
-    run_lengths     int32 [runs]
-    run_completion  uint8 [runs], 0 or 1
-    run_weights     fp32 [runs]
-    run_starts      int32 [n + 1], where each example begins in the runs
+    runs            RUN [runs]
+    run_starts      int32 [n + 1], where each example begins in `runs`
     prompt_lengths  int32 [n]
     notes           uint8 [n], bits
     digests         uint8 [n, DIGEST_BYTES], see `digest_of_row`
@@ -65,9 +55,7 @@ class Columns:
 
     ids: np.ndarray
     starts: np.ndarray
-    run_lengths: np.ndarray
-    run_completion: np.ndarray
-    run_weights: np.ndarray
+    runs: np.ndarray
     run_starts: np.ndarray
     prompt_lengths: np.ndarray
     notes: np.ndarray
@@ -78,21 +66,16 @@ class Columns:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Columns:
         """The columns of encoded examples, in memory."""
-        runs = [run for row in rows for run in row.runs]
-        lengths = np.array([run.length for run in runs], np.int32)
-        completion = np.array([run.completion for run in runs], np.uint8)
-        weights = np.array([run.weight for run in runs], np.float32)
+        runs = np.array([run for row in rows for run in row.runs], RUN)
         run_starts = _starts(len(row.runs) for row in rows)
         digests = b"".join(
-            digest_of_row(row.ids, lengths[a:b], completion[a:b], weights[a:b])
+            digest_of_row(row.ids, runs[a:b])
             for row, a, b in zip(rows, run_starts[:-1].tolist(), run_starts[1:].tolist(), strict=True)
         )
         return cls(
             np.concatenate([np.empty(0, np.int32), *(row.ids for row in rows)]),
             _starts(len(row.ids) for row in rows),
-            lengths,
-            completion,
-            weights,
+            runs,
             run_starts,
             np.array([row.prompt_length for row in rows], np.int32),
             np.array([row.notes for row in rows], np.uint8),
@@ -105,25 +88,22 @@ class Columns:
         """Number of examples."""
         return len(self.prompt_lengths)
 
-    def tokens(self, row: int) -> np.ndarray:
-        """The ids of one example, a view."""
-        return self.ids[self.starts[row] : self.starts[row + 1]]
-
-    def runs(self, row: int) -> slice:
-        """Where the runs of one example are."""
-        return slice(self.run_starts[row], self.run_starts[row + 1])
+    def views(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids and the runs of one example, not copied."""
+        starts, run_starts = self.starts, self.run_starts
+        return self.ids[starts[row] : starts[row + 1]], self.runs[run_starts[row] : run_starts[row + 1]]
 
     def example(self, row: int, prefix: str = "") -> TokenizedExample:
         """One example as arrays of its own; `prefix` is put before its source."""
-        runs = self.runs(row)
-        lengths = self.run_lengths[runs]
+        ids, runs = self.views(row)
+        completion, weights = spread(runs)
         return TokenizedExample(
-            self.tokens(row).astype(np.int32),
-            np.repeat(self.run_completion[runs], lengths).astype(bool),
+            ids.astype(np.int32),
+            completion,
             int(self.prompt_lengths[row]),
             prefix + self.sources[row],
             self.answers[row],
-            np.repeat(self.run_weights[runs], lengths),
+            weights,
         )
 
     @property
@@ -134,13 +114,19 @@ class Columns:
     @property
     def supervised(self) -> np.ndarray:
         """Number of tokens of each example whose weight is not 0, int32 [n]."""
-        counted = np.append(0, np.cumsum(self.run_lengths * (self.run_weights != 0)))
+        counted = np.append(0, np.cumsum(self.runs["length"] * (self.runs["weight"] != 0)))
         return np.diff(counted[self.run_starts]).astype(np.int32)
 
     @cached_property
     def files(self) -> list[str]:
         """The files (or data sets) that the examples come from, in order; the first few."""
         return files_of(self.sources)
+
+
+def spread(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Completion flags, bool, and weights, fp32, of the tokens that runs cover."""
+    lengths = runs["length"]
+    return np.repeat(runs["completion"] != 0, lengths), np.repeat(runs["weight"], lengths)
 
 
 def files_of(sources: Iterable[str]) -> list[str]:

@@ -81,6 +81,18 @@ class Example:
         return replace(self, turns=self.turns[:-1], answer=self.gold)
 
 
+RUN = np.dtype([("length", "<i4"), ("completion", "<i4"), ("weight", "<f4")])
+"""Neighbouring tokens of an example that are alike: how many, whether they belong to a completion, and their weight."""
+
+
+class Run(NamedTuple):
+    """The fields of RUN."""
+
+    length: int
+    completion: bool
+    weight: float
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedExample:
     """One example as token ids.
@@ -119,32 +131,31 @@ class TokenizedExample:
             prompt_length=self.prompt_length - (removed.stop - removed.start),
         )
 
-    def runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lengths of neighbouring tokens that agree in completion flag and weight, and what they agree on."""
+    def runs(self) -> list[Run]:
+        """Stretches of tokens that agree in completion flag and weight."""
         changes = (self.completion[1:] != self.completion[:-1]) | (self.weights[1:] != self.weights[:-1])
         starts = np.append(0, np.flatnonzero(changes) + 1)
-        return np.diff(np.append(starts, len(self))), self.completion[starts], self.weights[starts]
+        fields = (np.diff(np.append(starts, len(self))), self.completion[starts], self.weights[starts])
+        return [Run(*run) for run in zip(*(field.tolist() for field in fields), strict=True)]
 
     def digest(self) -> bytes:
         """`digest_of_row` of the example."""
-        return digest_of_row(self.ids, *self.runs())
+        return digest_of_row(self.ids, np.array(self.runs(), RUN))
 
 
 DIGEST_BYTES = 16
 """Length of the digest of one example."""
 
 
-def digest_of_row(ids: np.ndarray, lengths: np.ndarray, completion: np.ndarray, weights: np.ndarray) -> bytes:
+def digest_of_row(ids: np.ndarray, runs: np.ndarray) -> bytes:
     """BLAKE2b of all that the loss and the steering see of a tokenised example.
 
     Args:
         ids: of its tokens.
-        lengths: numbers of neighbouring tokens that agree in completion flag and weight.
-        completion, weights: what they agree on, a value for each length.
+        runs: RUN [m], which cover them; neighbours differ.
     """
     digest = hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=DIGEST_BYTES)
-    for field, dtype in ((lengths, "<i4"), (completion, "u1"), (weights, "<f4")):
-        digest.update(np.asarray(field, dtype).tobytes())
+    digest.update(runs.tobytes())
     return digest.digest()
 
 

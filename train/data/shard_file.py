@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from jaxsteer.io.files import replacing
 from train.data.columns import Columns
-from train.data.examples import DIGEST_BYTES
+from train.data.examples import DIGEST_BYTES, RUN
 from train.data.records import Tally
 
 _NAME = re.compile(r"(\d+)-of-(\d+)-([0-9a-f]{64})\.arrow")
@@ -49,17 +49,12 @@ def write(folder: Path, place: Place, shard: Shard) -> Path:
     """
     columns = shard.columns
     ids = columns.ids.astype(np.uint16 if columns.ids.max(initial=0) < _NARROW else np.int32)
-    runs = [pa.array(each) for each in (columns.run_lengths, columns.run_completion, columns.run_weights)]
     arrays = {
         "ids": pa.ListArray.from_arrays(pa.array(columns.starts), pa.array(ids)),
-        "runs": pa.ListArray.from_arrays(
-            pa.array(columns.run_starts), pa.StructArray.from_arrays(runs, ["length", "completion", "weight"])
-        ),
+        "runs": pa.ListArray.from_arrays(pa.array(columns.run_starts), _as_binary(columns.runs)),
         "prompt_length": pa.array(columns.prompt_lengths),
         "notes": pa.array(columns.notes),
-        "digest": pa.FixedSizeBinaryArray.from_buffers(
-            pa.binary(DIGEST_BYTES), len(columns), [None, pa.py_buffer(np.ascontiguousarray(columns.digests))]
-        ),
+        "digest": _as_binary(columns.digests),
         "source": pa.array(columns.sources, pa.string()),
         "answer": pa.array(columns.answers, pa.string()),
     }
@@ -87,23 +82,31 @@ def read(path: Path) -> Shard | None:
         return None
     ids, runs, digests = (batch.column(name) for name in ("ids", "runs", "digest"))
     plain = lambda array: array.to_numpy(zero_copy_only=True)
-    length, completion, weight = (plain(runs.values.field(name)) for name in ("length", "completion", "weight"))
     columns = Columns(
         plain(ids.values),
         plain(ids.offsets),
-        length,
-        completion,
-        weight,
+        _from_binary(runs.values, RUN),
         plain(runs.offsets),
         plain(batch.column("prompt_length")),
         plain(batch.column("notes")),
-        np.frombuffer(digests.buffers()[1], np.uint8)[: len(digests) * DIGEST_BYTES].reshape(-1, DIGEST_BYTES),
+        _from_binary(digests, np.dtype((np.uint8, DIGEST_BYTES))),
         _Texts(batch.column("source")),
         _Texts(batch.column("answer")),
     )
     facts = batch.schema.metadata
     columns.__dict__["files"] = json.loads(facts[b"files"])  # not to be found by reading all sources
     return Shard(columns, Tally.of(json.loads(facts[b"tally"])))
+
+
+def _as_binary(rows: np.ndarray) -> pa.Array:
+    """An array [n, ...] as n items of bytes."""
+    kind = pa.binary(rows.nbytes // max(len(rows), 1) or 1)
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, pa.py_buffer(np.ascontiguousarray(rows))])
+
+
+def _from_binary(array: pa.Array, dtype: np.dtype) -> np.ndarray:
+    """Items of bytes as an array [n, ...], a view."""
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
 class _Texts(Sequence[Any]):

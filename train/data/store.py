@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from jaxsteer.batches import Flat
-from train.data.columns import SHOWN, Columns, Row, Run
+from train.data.columns import SHOWN, Columns, Row, spread
 from train.data.encoding import Encoding, OnLong, Report, too_long_text
-from train.data.examples import TokenizedExample
+from train.data.examples import RUN, TokenizedExample
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +56,7 @@ class TokenStore(Sequence[TokenizedExample]):
         """Examples as a store; one that is a store already is returned."""
         if isinstance(examples, TokenStore):
             return examples
-        rows = [
-            Row(each.ids, [Run(*run) for run in zip(*each.runs(), strict=True)], *_described(each)) for each in examples
-        ]
+        rows = [Row(each.ids, each.runs(), each.prompt_length, each.source, each.answer, 0) for each in examples]
         return cls.whole([Columns.of(rows)])
 
     def __len__(self) -> int:
@@ -111,30 +109,20 @@ class TokenStore(Sequence[TokenizedExample]):
         """Examples one after another, int [m], copied from the columns."""
         if not len(numbers) or (len(self._long) and np.isin(numbers, self._long).any()):
             return Flat.of([self[number] for number in numbers])
-        places = [self._at(number) for number in self.chosen[numbers]]
-        parts = [self.columns[part] for part, _ in places]
-        rows = [row for _, row in places]
-        runs = [part.runs(row) for part, row in zip(parts, rows, strict=True)]
-        joined = lambda name: np.concatenate(
-            [getattr(part, name)[span] for part, span in zip(parts, runs, strict=True)]
-        )
-        repeats = joined("run_lengths")
+        parts, rows = self._at(self.chosen[numbers])
+        places = [(self.columns[part], row) for part, row in zip(parts.tolist(), rows.tolist(), strict=True)]
+        ids, runs = zip(*(part.views(row) for part, row in places), strict=True)
         return Flat(
             self.lengths[numbers],
-            np.array([part.prompt_lengths[row] for part, row in zip(parts, rows, strict=True)], np.int32),
-            np.concatenate([part.tokens(row) for part, row in zip(parts, rows, strict=True)], dtype=np.int32),
-            np.repeat(joined("run_completion") != 0, repeats),
-            np.repeat(joined("run_weights"), repeats),
+            np.array([part.prompt_lengths[row] for part, row in places], np.int32),
+            np.concatenate(ids, dtype=np.int32),
+            *spread(np.concatenate(runs, dtype=RUN, casting="no")),
         )
 
-    def _at(self, number: int) -> tuple[int, int]:
-        """(which columns, which row of them) holds one of the numbers chosen."""
-        part = int(np.searchsorted(self._ends, number, side="right"))
-        return part, int(number - (self._ends[part - 1] if part else 0))
-
-
-def _described(example: TokenizedExample) -> tuple[int, str, str | None, int]:
-    return example.prompt_length, example.source, example.answer, 0
+    def _at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(in which columns, in which row of them) some of the numbers chosen are."""
+        parts = np.searchsorted(self._ends, numbers, side="right")
+        return parts, numbers - np.append(0, self._ends)[parts]
 
 
 def within(store: TokenStore, encoding: Encoding, begins: int) -> tuple[TokenStore, Report]:

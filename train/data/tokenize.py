@@ -16,9 +16,9 @@ import numpy as np
 from jaxsteer.io import Tokenizer
 from jaxsteer.io.tokenizer import beginning_of
 from train.data.chat import chat_of, chat_pieces, end_of_turn, special_ids
-from train.data.columns import Columns, Row, Run
+from train.data.columns import Columns, Row
 from train.data.encoding import PLAIN, Encoding, LossOn, Report
-from train.data.examples import Example, TokenizedExample, Turn
+from train.data.examples import Example, Run, TokenizedExample, Turn
 from train.data.pieces import Piece, tokenise
 from train.data.store import TokenStore, within
 

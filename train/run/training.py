@@ -190,6 +190,10 @@ class RunData(NamedTuple):
     source: DataSource
     report: Report
 
+    def ordered_by(self, seed: int) -> RunData:
+        """The same examples in another order."""
+        return RunData(replace(self.source, seed=seed), self.report)
+
 
 def read_data(config: TrainConfig, loaded: LoadedModel) -> RunData:
     """Read and tokenise a run's training data. Of the model, only config and tokenizer are used.

@@ -97,7 +97,7 @@ class HubTask:
 
     def _records(self, rows: RowSource, split: Split) -> RowRecords:
         ask = self._asker(rows)
-        settings = repr((self.record, split))
+        settings = repr((self.name, split))  # the record itself is code
         return RowRecords(rows, lambda *row: ask(row).example(), f"{self.name} {split}", self.on_empty, settings)
 
     def questions(self, split: Split) -> list[SourcedQuestion]:
