@@ -67,14 +67,14 @@ class TokenStore(Sequence[TokenizedExample]):
         """An example; for a slice, a list of them."""
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
-        part, row = self._at(self.chosen[number])
+        part, row = map(int, self._at(self.chosen[number]))
         example = self.columns[part].example(row, self.prefixes[part])
         over = 0 if self.limit is None else len(example) - self.limit
         return example.without(slice(self.begins, self.begins + over)) if over > 0 else example
 
     def source(self, number: int) -> str:
         """Where an example comes from."""
-        part, row = self._at(self.chosen[number])
+        part, row = map(int, self._at(self.chosen[number]))
         return self.prefixes[part] + self.columns[part].sources[row]
 
     @property
