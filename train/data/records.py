@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -45,9 +45,10 @@ class Tally:
 
 
 class Read(NamedTuple):
-    """The examples of some rows, and what is counted of the rows."""
+    """The examples of some rows, the row of each, and what is counted of the rows."""
 
     examples: list[Example]
+    rows: Sequence[int]
     tally: Tally
 
 
@@ -103,7 +104,7 @@ class Listed:
 
     def read(self, start: int, stop: int) -> Read:
         """Some of the examples."""
-        return Read(list(self.examples[start:stop]), Tally())
+        return Read(list(self.examples[start:stop]), range(start, stop), Tally())
 
     def conclude(self, tally: Tally) -> None:
         """Nothing is known of them but what they are."""
@@ -137,31 +138,6 @@ class Recipe:
         total = sum(counts)
         dtype = np.int32 if total < 2**31 else np.int64
         return np.arange(total, dtype=dtype) if self.choose is None else self.choose(counts).astype(dtype)
-
-    def load(self) -> list[Example]:
-        """All examples, in memory.
-
-        Raises:
-            ValueError: as `Records`.
-        """
-        lists = [list(read_all(part)) for part in self.parts]
-        everything = [example for some in lists for example in some]
-        return [everything[number] for number in self.index([len(some) for some in lists]).tolist()]
-
-
-def read_all(part: Part) -> Iterator[Example]:
-    """Yield the examples of a part, reading a chunk of rows at a time.
-
-    Raises:
-        ValueError: as `Records`.
-    """
-    tally = Tally()
-    for start in range(0, len(part.records), CHUNK):
-        read = part.records.read(start, min(start + CHUNK, len(part.records)))
-        tally += read.tally
-        for example in read.examples:
-            yield replace(example, source=part.prefix + example.source) if part.prefix else example
-    part.records.conclude(tally)
 
 
 @cache

@@ -170,7 +170,7 @@ class _Work:
         rows, tally = list[Row](), Tally()
         first, stop = number * SHARD, min((number + 1) * SHARD, len(self.records))
         for start in range(first, stop, CHUNK):
-            examples, counted = self.records.read(start, min(start + CHUNK, stop))
+            examples, _, counted = self.records.read(start, min(start + CHUNK, stop))
             rows += encode_rows(examples, self.tokenizer, self.encoding) if examples else []
             tally += counted
             advance(min(start + CHUNK, stop) - first)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +9,8 @@ from functools import lru_cache
 import numpy as np
 
 from train.data import Example, Split
-from train.data.records import Recipe, read_all
+from train.data.loading import load, scan
+from train.data.records import Recipe
 from train.tasks.protocols import TrainingTask
 from train.tasks.record import SEED
 from train.tasks.scoring import Rule
@@ -58,7 +57,7 @@ class HeldOutTask:
         Raises:
             ValueError: the task has validation examples of its own, or too few training examples to divide.
         """
-        return self.recipe(split).load()
+        return load(self.recipe(split))
 
     def recipe(self, split: Split) -> Recipe:
         """The examples of a split, read when they are needed."""
@@ -82,7 +81,7 @@ class HeldOutTask:
 def _held(task: HeldOutTask, keys: tuple[str, ...]) -> np.ndarray:
     """Which of a task's training examples are held out; `keys` are those of its records."""
     whole, share = task.task.recipe("train"), task.share
-    asked = [np.array([_asks(each) for each in read_all(part)], np.uint64) for part in whole.parts]
+    asked = [scan(part.records).asks for part in whole.parts]
     hashes = np.concatenate([np.empty(0, np.uint64), *asked])[whole.index([len(some) for some in asked])]
     total, wanted = len(hashes), max(1, round(share * len(hashes)))
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
@@ -99,9 +98,3 @@ def _held(task: HeldOutTask, keys: tuple[str, ...]) -> np.ndarray:
             "hold some out"
         )
     return np.array(held)
-
-
-def _asks(example: Example) -> int:
-    """64 bits of a digest of what an example asks."""
-    turns = example.context.turns or example.turns
-    return int.from_bytes(hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).digest(), "little")

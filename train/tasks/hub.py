@@ -10,6 +10,7 @@ from typing import NamedTuple
 from jaxsteer.plans import did_you_mean
 from train.data import Example, Split
 from train.data.fields import as_weight, located
+from train.data.loading import load
 from train.data.records import Part, Recipe
 from train.tasks.instructions import as_instructions
 from train.tasks.record import Question, Record, Row, placeholders
@@ -88,7 +89,7 @@ class HubTask:
         Raises:
             ValueError: a missing file, an unreachable hub, missing columns, or invalid values; says what to do.
         """
-        return self.recipe(split).load()
+        return load(self.recipe(split))
 
     def recipe(self, split: Split) -> Recipe:
         """The examples of a split, read when they are needed."""

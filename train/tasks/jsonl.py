@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from train.data import Example, Keys, Reading, Split
 from train.data.fields import EmptyText, show
 from train.data.jsonl import ALPACA_TEMPLATE, Row, make_example, no_lines, notes_of, shape_of, tally_of
+from train.data.loading import load
 from train.data.records import Part, Recipe
 from train.tasks.row_records import OnEmpty, RowRecords, check_on_empty
 from train.tasks.rows import read_jsonl_files
@@ -69,7 +70,7 @@ class JsonlTask:
             ValueError: naming file and line: a line that is not an example; for validation and test, one whose gold
                 answer is missing or cannot be matched.
         """
-        return self.recipe(split).load()
+        return load(self.recipe(split))
 
     def recipe(self, split: Split) -> Recipe:
         """The examples of a split, read when they are needed."""

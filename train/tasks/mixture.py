@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from train.data import Example, Split
+from train.data.loading import load
 from train.data.records import Part, Recipe
 from train.tasks.hub import HubTask
 from train.tasks.jsonl import JsonlTask
@@ -94,7 +95,7 @@ class MixtureTask:
         Raises:
             ValueError: of a part; or a part with a share has no training examples.
         """
-        return self.recipe(split).load()
+        return load(self.recipe(split))
 
     def recipe(self, split: Split) -> Recipe:
         """The examples of a split, read when they are needed."""

@@ -62,10 +62,13 @@ class RowRecords:
             ValueError: naming the row: it is not an example.
         """
         rows = self.rows.read(start, stop)
-        made = [each for each in (_made(row, lambda row: self.make(*row), self.on_empty) for row in rows) if each]
-        weighed = sum(example.weight != 0 for example in made)
-        counts = Counter(rows=len(rows), dropped=len(rows) - len(made), weighed=weighed)
-        return Read(made, self.count(rows) + Tally(counts))
+        made = {
+            number: _made(row, lambda row: self.make(*row), self.on_empty) for number, row in enumerate(rows, start)
+        }
+        kept = {number: example for number, example in made.items() if example is not None}
+        weighed = sum(example.weight != 0 for example in kept.values())
+        counts = Counter(rows=len(rows), dropped=len(rows) - len(kept), weighed=weighed)
+        return Read(list(kept.values()), list(kept), self.count(rows) + Tally(counts))
 
     def conclude(self, tally: Tally) -> None:
         """Say how many rows were dropped, and the notes.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from train.data import Example, Split
 from train.data.conversations import read_conversation
 from train.data.fields import EmptyText, as_text, as_weight, is_missing, located
+from train.data.loading import load
 from train.data.records import Part, Recipe, Tally
 from train.tasks.hub import user_template
 from train.tasks.record import Row, fill, placeholders
@@ -81,7 +82,7 @@ class TableTask:
         Raises:
             ValueError: a missing file, an unreachable hub, missing columns, empty texts, or no single right choice.
         """
-        return self.recipe(split).load()
+        return load(self.recipe(split))
 
     def recipe(self, split: Split) -> Recipe:
         """The examples of a split, read when they are needed."""

@@ -10,8 +10,9 @@ import pyarrow.parquet
 import pytest
 from task_rows import ROWS
 
+from train.data import loading
 from train.data.records import Tally
-from train.tasks import HeldOutTask, HubTask, JsonlTask, MixtureTask, TableTask
+from train.tasks import HeldOutTask, HubTask, JsonlTask, MixtureTask, TableTask, held_out
 from train.tasks.record import Part
 from train.tasks.row_sources import HubRows, JsonlRows, ParquetRows, PickedRows
 
@@ -131,6 +132,26 @@ def test_held_out_and_mixed_examples_are_chosen_by_number(folder, parquet):
     assert [part.prefix for part in recipe.parts] == ["shards: ", "tables: "]
     [mine] = [part.records.read(2, 3).examples for part in recipe.parts[:1]]
     assert asked(mine) == ["question 2?"]
+
+
+def test_what_asks_the_same_is_found_without_reading_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXSTEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "WORTH_SECONDS", 0.0)
+    rows = [{"prompt": "", "completion": "x"}, *RECORDS[:3], {"prompt": "question 1?", "completion": "again"}]
+    path = write_jsonl(tmp_path / "some.jsonl", rows)
+    task = HeldOutTask(JsonlTask(str(path), on_empty="drop"), 0.6)
+    monkeypatch.setattr(loading, "_known", {})
+    held, rest = task.load("validation"), task.load("train")
+    assert not set(asked(held)) & set(asked(rest))
+    assert len(held) + len(rest) == 4
+    monkeypatch.setattr(loading, "_known", {})
+    held_out._held.cache_clear()
+    monkeypatch.setattr(loading, "_asks", None)
+    assert task.load("validation") == held
+    [path] = (tmp_path / "cache" / "scans").iterdir()
+    path.write_bytes(path.read_bytes()[:-99])
+    monkeypatch.undo()
+    assert task.load("validation") == held
 
 
 def test_counts_of_parts_add_up(folder):
