@@ -1,11 +1,12 @@
 """Data: text examples, their tokens, and the batches that a training step consumes.
 
 What turns text into batches, for any task, belongs here: reading prompts and conversations, the ListOps generator,
-encoding, packing, and the cache of encoded data. What a task asks and how its answers are scored belongs in
+encoding, packing, and the files of tokenised data. What a task asks and how its answers are scored belongs in
 `train.tasks`; placing batches on devices, in `train.devices`.
 
-    read_jsonl / listops.generate -> [Example] -> encode         -> [TokenizedExample] -> DataSource(...).batch(step)
-                                               -> encode_prompts -> [TokenizedExample] -> generation
+    a task's Recipe               -> tokenised      -> TokenStore         -> DataSource(...).batch(step)
+    read_jsonl / listops.generate -> encode         -> [TokenizedExample] -> the loss of references
+                                  -> encode_prompts -> [TokenizedExample] -> generation
 """
 
 from jaxsteer.batches import pack, stack_rows

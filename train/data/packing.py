@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class DataSource:
     _layout: np.ndarray = field(init=False, repr=False)  # the places of all rows, row after row
     _rows: np.ndarray = field(init=False, repr=False)  # where each row begins in the layout, and the end
     _places: np.ndarray = field(init=False, repr=False)  # all places, sorted by the length of their example
-    _epochs: dict[int, tuple[np.ndarray, np.ndarray]] = field(init=False, repr=False, default_factory=dict)
+    _epoch: Callable[[int], tuple[np.ndarray, np.ndarray]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the settings and lay out the rows."""
@@ -73,6 +74,8 @@ class DataSource:
         object.__setattr__(self, "_layout", shuffle[np.argsort(rows, kind="stable")])
         object.__setattr__(self, "_rows", np.append(0, np.cumsum(np.bincount(rows))).astype(np.int32))
         object.__setattr__(self, "_places", np.argsort(lengths, kind="stable").astype(np.int32))
+        # The last two epochs are cached: one batch may need both. Batches may be made in another thread.
+        object.__setattr__(self, "_epoch", lru_cache(maxsize=2)(self._make_epoch))
 
     @property
     def rows_per_epoch(self) -> int:
@@ -130,17 +133,13 @@ class DataSource:
         flat = self.store.flat(np.concatenate([self._layout[:0], *members]))
         return stack_flat(flat, [len(row) for row in members], self.sequence_length)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(the example in each place, the order of the rows) in one epoch; the last two epochs are cached."""
-        if epoch not in self._epochs:
-            generator = _generator(self.seed, epoch + 1)
-            shuffle = generator.permutation(len(self._lengths)).astype(np.int32)
-            placed = np.empty_like(shuffle)
-            placed[self._places] = shuffle[np.argsort(self._lengths[shuffle], kind="stable")]
-            while len(self._epochs) > 1:
-                self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = placed, generator.permutation(self.rows_per_epoch).astype(np.int32)
-        return self._epochs[epoch]
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the example in each place, the order of the rows) in one epoch."""
+        generator = _generator(self.seed, epoch + 1)
+        shuffle = generator.permutation(len(self._lengths)).astype(np.int32)
+        placed = np.empty_like(shuffle)
+        placed[self._places] = shuffle[np.argsort(self._lengths[shuffle], kind="stable")]
+        return placed, generator.permutation(self.rows_per_epoch).astype(np.int32)
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:

@@ -106,6 +106,8 @@ def _as_binary(rows: np.ndarray) -> pa.Array:
 
 def _from_binary(array: pa.Array, dtype: np.dtype) -> np.ndarray:
     """Items of bytes as an array [n, ...], a view."""
+    if not len(array):
+        return np.empty(0, dtype)
     return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 

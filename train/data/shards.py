@@ -202,6 +202,7 @@ def _claim(path: Path) -> Iterator[Callable[[], None] | None]:
     finally:
         with suppress(OSError):
             path.unlink()
+            path.parent.rmdir()  # where nothing was written
 
 
 def _created(path: Path, owner: str, *, again: bool = False) -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -80,22 +82,49 @@ class ListedRows(RowSource):
         return [self._rows[number] for number in numbers]
 
 
+class _File:
+    """A file that must not change while it is used: what was tokenised is found by what it was when it was digested."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self._seen = Path(path), (-1, -1)
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Open it to read its bytes.
+
+        Raises:
+            ValueError: naming the file: it cannot be read, or has changed since it was first opened.
+        """
+        with reading(self.path) as file:
+            status = os.fstat(file.fileno())
+            now = status.st_size, status.st_mtime_ns
+            if self._seen not in ((-1, -1), now):
+                raise ValueError(f"{self.path}: has changed while it was being read; start again")
+            self._seen = now
+            yield file
+
+    def digest(self) -> str:
+        """sha256 of its bytes, in hexadecimal."""
+        with self.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # its stub wants readinto
+
+
 class JsonlRows(RowSource):
     """The lines of a JSON Lines file that are not blank."""
 
     def __init__(self, path: str | Path) -> None:
-        self.name, self._path = str(path), Path(path)
+        self.name, self._file = str(path), _File(path)
 
     @cached_property
     def key(self) -> str:
         """Path, and digest of the content."""
-        return f"{self._path} {digest_of_file(self._path)}"
+        return f"{self.name} {self._file.digest()}"
 
     @cached_property
     def _index(self) -> tuple[array, array]:
         """Where each row begins in the file, and the number of its line."""
         offsets, lines, at = array("q"), array("q"), 0
-        with reading(self._path) as file:
+        with self._file.open() as file:
             for number, line in enumerate(file, 1):
                 if line[:1] == b"{" or not is_blank(line, number):
                     offsets.append(at)
@@ -109,17 +138,17 @@ class JsonlRows(RowSource):
 
     def first(self) -> tuple[str, Row] | None:
         """The first line that is not blank."""
-        return next(json_lines(self._path), None)
+        return next(json_lines(self.name), None)
 
     def take(self, numbers: Sequence[int]) -> Rows:
         """The objects of these lines."""
         offsets, lines = self._index
         rows: Rows = []
-        with reading(self._path) as file:
+        with self._file.open() as file:
             for number in numbers:
                 if file.tell() != offsets[number]:
                     file.seek(offsets[number])
-                rows.append(parse_line(file.readline(), self._path, lines[number]))
+                rows.append(parse_line(file.readline(), self.name, lines[number]))
         return rows
 
 
@@ -283,8 +312,7 @@ def digest_of_file(path: Path) -> str:
     Raises:
         ValueError: it cannot be read.
     """
-    with reading(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # its stub wants readinto
+    return _File(path).digest()
 
 
 def _digests(paths: Sequence[Path]) -> str:

@@ -54,10 +54,10 @@ def read_split(data: str, split: str, *, subset: str | None = None, revision: st
 
 
 def _of_split(folder: Path, split: str) -> str:
-    """What in a folder holds a split: a folder or a file of its name, or files whose names begin with it."""
+    """What in a folder holds a split: a folder or a file of its name, or shards such as train-00000-of-00002."""
     if (folder / split).is_dir():
         return str(folder / split)
-    for name in (split, f"{split}[-_.]*"):
+    for name in (split, f"{split}-[0-9]*"):
         for suffix in SUFFIXES:
             if glob.glob(str(Path(glob.escape(str(folder))) / f"{name}{suffix}")):
                 return str(Path(glob.escape(str(folder))) / f"{name}{suffix}")
