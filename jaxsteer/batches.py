@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +125,36 @@ class Tokens(Protocol):
         ...
 
 
-def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+class Flat(NamedTuple):
+    """Examples one after another: the fields of `Tokens`, joined.
+
+    lengths         int [n], tokens of each example
+    prompt_lengths  int32 [n]
+    ids             int32 [tokens]
+    completion      bool [tokens]
+    weights         fp32 [tokens]
+    """
+
+    lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    ids: np.ndarray
+    completion: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def of(cls, examples: Sequence[Tokens]) -> Flat:
+        """Join examples."""
+        joined = lambda dtype, fields: np.concatenate([np.empty(0, dtype), *fields], dtype=dtype, casting="unsafe")
+        return cls(
+            np.array([len(example.ids) for example in examples], np.int64),
+            np.array([example.prompt_length for example in examples], np.int32),
+            joined(np.int32, (example.ids for example in examples)),
+            joined(np.bool_, (example.completion for example in examples)),
+            joined(np.float32, (example.weights for example in examples)),
+        )
+
+
+def rows_of(lengths: Sequence[int], row_length: int) -> np.ndarray:
     """Pack items into rows by best fit: each item, in the order given, goes into the fullest row that can take it.
 
     Args:
@@ -131,25 +162,34 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
         row_length: capacity of a row.
 
     Returns:
-        For each row, the indices of its items.
+        The row of each item, int32 [n]; rows are numbered from 0 without gaps.
     """
-    rows: list[list[int]] = []
+    chosen = array("i")
     # Rows by their free space, and the free spaces in use as the bits of one number: its lowest set bit from n upwards
     # is the tightest fit for an item of length n. An item costs row_length / 64 machine words and no search.
     rows_by_space: list[list[int]] = [[] for _ in range(row_length + 1)]
-    spaces = 0
-    for item, length in enumerate(lengths):
+    spaces = rows = 0
+    for length in lengths:
         if fitting := spaces >> length:
             space = length + (fitting & -fitting).bit_length() - 1
             row = rows_by_space[space].pop()
             if not rows_by_space[space]:
                 spaces ^= 1 << space
         else:
-            space, row = row_length, len(rows)
-            rows.append([])
-        rows[row].append(item)
+            space, row, rows = row_length, rows, rows + 1
+        chosen.append(row)
         rows_by_space[space - length].append(row)
         spaces |= 1 << (space - length)
+    return np.array(chosen, np.int32)
+
+
+def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """The items of each row that `rows_of` makes, by their indices."""
+    rows: list[list[int]] = []
+    for item, row in enumerate(rows_of(lengths, row_length).tolist()):
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(item)
     return rows
 
 
@@ -168,25 +208,45 @@ def stack_rows(rows: Sequence[Sequence[Tokens]], length: int, *, left: bool = Fa
     Raises:
         ValueError: the examples of a row do not fit.
     """
-    shape = (len(rows), length)
-    tokens, segments, positions, prompt_lengths = (np.zeros(shape, np.int32) for _ in range(4))
-    completion, weights = np.zeros(shape, bool), np.zeros(shape, np.float32)
     for r, row in enumerate(rows):
         total = sum(len(example.ids) for example in row)
         if total > length:
             raise ValueError(f"row {r} (from {row[0].source}): {total} tokens do not fit a row of {length}")
-        at = length - total if left else 0
-        for segment, example in enumerate(row, 1):
-            span = slice(at, at + len(example.ids))
-            tokens[r, span] = example.ids
-            segments[r, span] = segment
-            positions[r, span] = np.arange(len(example.ids))
-            prompt_lengths[r, span] = example.prompt_length
-            completion[r, span], weights[r, span] = example.completion, example.weights
-            completion[r, at], weights[r, at] = False, 0
-            at = span.stop
-    fields: Any = (tokens, segments, positions, prompt_lengths, completion, weights)  # numpy on the host
-    return Batch(*fields)
+    flat = Flat.of([example for row in rows for example in row])
+    return stack_flat(flat, [len(row) for row in rows], length, left=left)
+
+
+def stack_flat(flat: Flat, members: Sequence[int], length: int, *, left: bool = False) -> Batch:
+    """Write joined examples into rows, one after another; otherwise as `stack_rows`.
+
+    Args:
+        flat: the examples, in the order of the rows.
+        members: number of examples in each row, whose tokens must fit.
+        length: T.
+        left: pad on the left instead of the right.
+    """
+    counts, ends = np.asarray(members, np.int64), np.cumsum(flat.lengths, dtype=np.int64)
+    starts, last = ends - flat.lengths, np.cumsum(counts)
+    spread = lambda values: np.repeat(np.asarray(values, np.int32), flat.lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    completion, weights = flat.completion.copy(), flat.weights.copy()
+    completion[starts], weights[starts] = False, 0
+    fields = (
+        flat.ids,
+        spread(np.arange(len(ends)) - np.repeat(last - counts, counts) + 1),
+        np.arange(total, dtype=np.int32) - spread(starts),
+        spread(flat.prompt_lengths),
+        completion,
+        weights,
+    )
+    edges = np.append(0, ends)
+    edges = edges[np.append(0, last)].tolist()  # where each row begins in the joined examples
+    blank: Any = [np.zeros((len(counts), length), field.dtype) for field in fields]  # numpy on the host
+    for r, (begin, end) in enumerate(pairwise(edges)):
+        at = length - (end - begin) if left else 0
+        for field, written in zip(fields, blank, strict=True):
+            written[r, at : at + end - begin] = field[begin:end]
+    return Batch(*blank)
 
 
 def bucket_length(length: int, smallest: int = 16) -> int:

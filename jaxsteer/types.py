@@ -146,6 +146,13 @@ class Intervention(Protocol):
         """y + Δ. x, y and p have one dtype, at least fp32; the caller casts the result back."""
         ...
 
+    def project(self, p: Mapping[str, Array], x: Array, ctx: Context) -> Array | None:
+        """x W' + b of a projection, with Δ in its kernel W': for a weight method, another way to compute `apply`.
+
+        None to add Δ to x W + b instead.
+        """
+        return None
+
     def penalty(self, p: Mapping[str, Array], step: Array) -> Array:
         """The method's penalty for the stacked parameters of one site at a step, added to the loss. Scalar fp32."""
         return jnp.zeros((), jnp.float32)

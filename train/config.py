@@ -66,7 +66,8 @@ class TrainConfig:
     batch_size: int = 8
     """Rows per batch."""
     sequence_length: int = 256
-    """Tokens per row; several examples are packed into one row."""
+    """Tokens per row; several examples are packed into one row. 0: chosen by the data, so that no example is too long,
+    and padding and attention together cost least; the number is kept in the run's settings."""
     grad_accumulation: int = 1
     """Microbatches per batch, computed one after another to save memory."""
     pack: bool = True
@@ -141,10 +142,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Reject settings that no run could have."""
-        for name in ("batch_size", "sequence_length", "grad_accumulation", "eval_batch_size", "checkpoint_every"):
+        for name in ("batch_size", "grad_accumulation", "eval_batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("validation_examples", "test_examples", "evaluate_every", "show_answers"):
+        for name in ("sequence_length", "validation_examples", "test_examples", "evaluate_every", "show_answers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.validation_share < 1:

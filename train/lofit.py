@@ -23,6 +23,7 @@ from train.devices.processes import fetch, join, on_first
 from train.run.folder import RunFolder, check_run, locked, open_run, read_inputs
 from train.run.lofit import SHARE, check_heads, lofit, split_steps
 from train.run.result import Result, print_result
+from train.run.row_length import with_row_length
 from train.run.start import changes_for, filled, prepare
 from train.run.training import count_steps, encoding_of
 from train.sft import train
@@ -77,6 +78,7 @@ def _open(config: TrainConfig, whole: RunFolder, heads: int, share: float) -> Tr
     config = filled(config, stored.get("run"))
     model = describe(config.model, config.dtype, tokenizer=config.tokenizer)
     config = replace(config, date=encoding_of(config).dated(model.require_tokenizer()).date)
+    config = with_row_length(config, model)
     settings = {"run": config.to_json(), "heads": heads, "share": share}
     on_first(lambda: check_run(whole.folder, settings, resume=resume) and None)
     steps = config.steps or count_steps(config, model)

@@ -29,6 +29,7 @@ from train.run.inputs import check_inputs
 from train.run.log import RunLog
 from train.run.memory import enough_memory
 from train.run.preemption import preemption
+from train.run.prefetch import Prefetch
 from train.run.preview import print_preview
 from train.run.result import Result, conclude, print_result
 from train.run.saver import Saver
@@ -84,7 +85,8 @@ def _train(prepared: Prepared, run: RunFolder, initial: Steering | None, *, resu
         resumed = saver.resumed
         state, start = saver.restore(training.state) if resumed else (training.state, 0)
         check_start(prepared, start)
-        with RunLog(config, run, training, start, resumed=resumed) as log:
+        left = range(start, training.steps)
+        with RunLog(config, run, training, start, resumed=resumed) as log, Prefetch(training.batch, left) as data:
             # ---- before
             with enough_memory(config, "evaluation"):
                 before = None
@@ -101,8 +103,8 @@ def _train(prepared: Prepared, run: RunFolder, initial: Steering | None, *, resu
             early = EarlyStopping.replay(config.patience, BEST[config.select_by], earlier)
             for done in _steps(start, training.steps, early):
                 with log.timed(done), enough_memory(config, "step"):
-                    state, metrics = training.step(state, training.batch(done - 1))
-                    values = to_floats(metrics)
+                    state, metrics = training.step(state, data.take(done - 1))
+                    values = to_floats(metrics) | {"data_wait": data.waited}
                 values |= guard.examine(done, values)
                 log.step(done, state, values, skipped=guard.skipped)
                 if skipped := guard.check(done, values, saver.last_good):

@@ -51,6 +51,12 @@ class DoRA(LoRA):
         product = y if ctx.bias is None else y - per_output(ctx.bias)
         return y + (gain - 1) * product + gain * self.shift(p, dropout(x, self.dropout, ctx))
 
+    def product(self, p: Mapping[str, Array], x: Array, ctx: Context) -> Array:
+        """g ⊙ x (W + s (B A)ᵀ)."""
+        assert ctx.kernel is not None
+        y = super().product(p, x, ctx)
+        return self.gain(p, ctx.kernel).reshape((1,) * (y.ndim - 1) + y.shape[-1:]) * y
+
     def fold(self, p: Mapping[str, Array], kernel: Array, bias: Array | None) -> tuple[Array, Array | None] | None:
         """g ⊙ (W + s (B A)ᵀ)."""
         delta = self.delta(p)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from jaxsteer.interventions.low_rank import read_write_specs
+from jaxsteer.matmul import matmul
 from jaxsteer.types import Affine, Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
 
@@ -35,7 +36,7 @@ class LinearSteering(Intervention):
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + α · U D y."""
         read = jnp.einsum("...d,rd->...r", y, p["D"])
-        return y + self.alpha * jnp.einsum("...r,dr->...d", read, p["U"])
+        return y + self.alpha * matmul(read, p["U"].T)
 
     def affine(self, p: Mapping[str, Array]) -> Affine:
         """Δ = α · U D y."""

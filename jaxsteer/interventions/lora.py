@@ -9,7 +9,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions.low_rank import check_rank, check_rate, dropout, kaiming_uniform
+from jaxsteer.interventions.low_rank import check_rank, check_rate, dropout, is_dropped, kaiming_uniform
+from jaxsteer.interventions.updated import updated_product
+from jaxsteer.matmul import matmul
 from jaxsteer.types import Array, Context, Directions, Factors, Intervention, Kind, ParamSpec, SiteDims
 
 
@@ -50,10 +52,23 @@ class LoRA(Intervention):
         """y + s · B A x."""
         return y + self.shift(p, dropout(x, self.dropout, ctx))
 
+    def project(self, p: Mapping[str, Array], x: Array, ctx: Context) -> Array | None:
+        """x (W + s (B A)ᵀ) + b; None with dropout, which gives A another input than W."""
+        if is_dropped(self.dropout, ctx):
+            return None
+        y = self.product(p, x, ctx)
+        return y if ctx.bias is None else y + ctx.bias.reshape((1,) * (y.ndim - 1) + ctx.bias.shape)
+
+    def product(self, p: Mapping[str, Array], x: Array, ctx: Context) -> Array:
+        """x (W + s (B A)ᵀ)."""
+        assert ctx.kernel is not None
+        a, b, scale, _ = self.factors(p)
+        return updated_product(x, ctx.kernel, a, scale * b)
+
     def shift(self, p: Mapping[str, Array], x: Array) -> Array:
         """s · B A x."""
         read = jnp.einsum("...d,rd->...r", x, p["A"])
-        return self.scale * jnp.einsum("...r,fr->...f", read, p["B"])
+        return self.scale * matmul(read, p["B"].T)
 
     def delta(self, p: Mapping[str, Array]) -> Array:
         """s (B A)ᵀ, the update of one layer's kernel [in, out]."""

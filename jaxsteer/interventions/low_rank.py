@@ -77,7 +77,13 @@ def kaiming_uniform(scale: float = 1.0, fan_in: int | None = None) -> Initialize
 
 def dropout(value: Array, rate: float, ctx: Context) -> Array:
     """value · Bernoulli(1 − rate) / (1 − rate) in training with a key; otherwise the value itself."""
-    if rate == 0 or not ctx.train or ctx.key is None:
+    if not is_dropped(rate, ctx):
         return value
+    assert ctx.key is not None
     keep = jax.random.bernoulli(ctx.key, 1 - rate, value.shape)
     return jnp.where(keep, value / (1 - rate), 0)
+
+
+def is_dropped(rate: float, ctx: Context) -> bool:
+    """Whether `dropout` changes anything here."""
+    return rate > 0 and ctx.train and ctx.key is not None

@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS, check_activation, read_write_specs
+from jaxsteer.matmul import matmul
 from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
 
@@ -41,4 +42,4 @@ class NonlinearSteering(Intervention):
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + α · U act(D y)."""
         read = ACTIVATION_FUNCTIONS[self.activation](jnp.einsum("...d,rd->...r", y, p["D"]))
-        return y + self.alpha * jnp.einsum("...r,dr->...d", read, p["U"])
+        return y + self.alpha * matmul(read, p["U"].T)

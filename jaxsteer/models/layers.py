@@ -1,6 +1,6 @@
 """The parts of a block, each a Flax Linen module over one layer's parameters: norms, attention, MLP; and embeddings.
 
-Every projection and sublayer passes its input and output to `steer(site, x, y, kernel, bias)` and continues with the y
+Every projection and sublayer passes its input and output to `steer` (`jaxsteer.models.sites`) and continues with the y
 that it returns. That call is all a model knows about interventions.
 """
 
@@ -9,27 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 
 from jaxsteer.models.attention import CachedKeys, Kernel, Scores, Span, attention, cached_attention
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.quantise import dequantised
+from jaxsteer.models.sites import Steer
 from jaxsteer.types import Array, Cache
-
-
-class Steer(Protocol):
-    """What happens at a site: (site, x, y, kernel and bias of a projection) -> y'."""
-
-    def __call__(self, site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None) -> Array:
-        """The site's y, steered."""
-        ...
 
 
 class KeysValues(NamedTuple):
@@ -223,15 +215,17 @@ class Projection(nn.Module):
     def __call__(self, x: Array, steer: Steer) -> Array:
         """X [B, T, in] -> [B, T, features]."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = jnp.einsum("btd,df->btf", x, kernel.astype(x.dtype))
-        if self.has_variable("params", "scale"):
-            y = y * over_last_axis(self.get_variable("params", "scale").astype(y.dtype), y.ndim)
-            kernel = dequantised(self.variables["params"])["kernel"]  # computed only if a method uses it
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.bias else None
-        if bias is not None:
-            y = y + over_last_axis(bias, y.ndim)
-        # Named, so that rematerialisation can keep these products and recompute what is cheap.
-        return steer(self.site, x, checkpoint_name(y, self.site), kernel, bias)
+        scale = self.get_variable("params", "scale") if self.has_variable("params", "scale") else None
+
+        def product() -> Array:
+            y = jnp.einsum("btd,df->btf", x, kernel.astype(x.dtype))
+            if scale is not None:
+                y = y * over_last_axis(scale.astype(y.dtype), y.ndim)
+            return y if bias is None else y + over_last_axis(bias, y.ndim)
+
+        weights = kernel if scale is None else dequantised(self.variables["params"])["kernel"]
+        return steer.projection(self.site, x, weights, bias, product)
 
 
 class Attention(nn.Module):
@@ -264,7 +258,7 @@ class Attention(nn.Module):
             heads = attention(q, k, v, inputs.span, kernel=self.kernel, scores=scores)
         else:
             heads, new = cache.attend(q, CachedKeys(*new, inputs.span), scores)
-        heads = steer("attn.heads", x, heads)
+        heads = steer("attn.heads", x, checkpoint_name(heads, "attn.heads"))
         y = Projection(c.width, c.attn_bias, "attn.o", name="o")(heads.reshape(B, T, -1), steer)
         return steer("attn", x, _post_norm(c, y)), new
 

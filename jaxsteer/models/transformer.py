@@ -7,8 +7,7 @@ and new keys and values are written after the scan.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Literal
@@ -24,13 +23,15 @@ from jaxsteer.models.attention import Kernel, Span
 from jaxsteer.models.by_layer import BlockFunction, extended, is_by_layer, layer_caches, run_layers
 from jaxsteer.models.config import ModelConfig, site_dims
 from jaxsteer.models.layers import Block, Embed, KeysValues, layer_inputs, norm_of
-from jaxsteer.models.strength import at_strength, check_strength
+from jaxsteer.models.sites import Interventions, Steer, unsteered
+from jaxsteer.models.strength import check_strength
 from jaxsteer.sharding import constrain
-from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Context, Output, Plan, PyTree, Slot, Steering, Taps
+from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Output, Plan, PyTree, Slot, Steering, Taps
 
 Remat = Literal["none", "selective", "full"]
-SAVED = (*PROJECTIONS[:3], "mlp.gate", "mlp.up", "residual")
-"""What "selective" rematerialisation keeps of a block; recomputing the rest costs no matmul but attention's."""
+SAVED = (*PROJECTIONS[:3], "attn.heads", "mlp.gate", "mlp.up", "residual")
+"""What "selective" rematerialisation keeps of a block, where the backward pass needs it: recomputing the rest costs no
+matmul but the scores of attention."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def init_base(config: ModelConfig, key: Array, dtype: DTypeLike = jnp.float32) -
     h = jnp.zeros((1, 2, config.width), jnp.float32)
     span = Span(tokens + 1, jnp.arange(2)[None])
     inputs = layer_inputs(config, span)(jnp.zeros((), jnp.int32))
-    init_block = lambda k: Block(config).init(k, h, inputs, None, _unsteered)["params"]
+    init_block = lambda k: Block(config).init(k, h, inputs, None, unsteered())["params"]
     base = {
         "embed": Embed(config).init(embed, tokens, tokens)["params"],
         "blocks": jax.vmap(init_block)(jax.random.split(blocks, config.layers)),
@@ -208,29 +209,24 @@ def block_function(
     """
     config, plan = model.config, model.plan
     inputs_of = layer_inputs(config, Span(batch.segments, batch.positions))
-    masks = {slot.name: select(slot.positions, batch) for slot in plan}
-    factors = check_strength(plan, strength, batch.tokens.shape)
+    interventions = Interventions(
+        plan,
+        masks={slot.name: select(slot.positions, batch) for slot in plan},
+        factors=check_strength(plan, strength, batch.tokens.shape),
+        capture=capture,
+        key=key,
+        train=train,
+    )
     cache_of = layer_caches(cache, batch)
 
     def block(
         weights: PyTree, h: Array, layer: Array, p: Steering | None
     ) -> tuple[Array, tuple[Taps, KeysValues | None]]:
-        taps: Taps = {}
-
-        def steer(site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None) -> Array:
-            for slot in plan:
-                if p is not None and site in slot.sites:
-                    context = Context(layer, kernel, bias, _fold_key(key, slot.name, site, layer), train)
-                    apply = at_strength(slot.method.apply, factors.get(slot.name))
-                    y = _steered(apply, p[slot.name][site], x, y, context, masks[slot.name])
-            if site in capture:
-                taps[site] = y
-            return y
-
+        steer = Steer(interventions, layer, p)
         run = Block(config, model.attention).apply
         out: tuple[Array, KeysValues] = run({"params": weights}, h, inputs_of(layer), cache_of(layer), steer)  # type: ignore[assignment]
         h, new = out
-        return constrain(h, *_stream(model)), (taps, new if keep_cache or cache is not None else None)
+        return constrain(h, *_stream(model)), (steer.taps, new if keep_cache or cache is not None else None)
 
     return block
 
@@ -284,29 +280,6 @@ def spread(plan: Plan, steering: Steering, layers: int) -> Steering:
         slot.name: jax.tree.map(lambda leaf, s=slot: put(leaf, s.active_layers(layers)), steering[slot.name])
         for slot in plan
     }
-
-
-def _steered(apply: Callable, p: PyTree, x: Array, y: Array, context: Context, mask: Array | None) -> Array:
-    """y + Δ where the mask is true, else y. Computed in at least fp32, returned in y's dtype."""
-    wide = np.promote_types(y.dtype, np.float32)
-    for leaf in jax.tree.leaves(p):
-        wide = np.promote_types(wide, leaf.dtype)
-    cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(wide), tree)
-    out = apply(cast(p), cast(x), cast(y), context).astype(y.dtype)
-    if mask is None:
-        return out
-    return jnp.where(mask.reshape(mask.shape + (1,) * (y.ndim - 2)), out, y)
-
-
-def _fold_key(key: Array | None, slot: str, site: str, layer: Array) -> Array | None:
-    """A key for one slot, site and layer. By crc32, because Python's hash of a string differs between processes."""
-    if key is None:
-        return None
-    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(f"{slot}/{site}".encode())), layer)
-
-
-def _unsteered(site: str, x: Array, y: Array, kernel: Array | None = None, bias: Array | None = None) -> Array:
-    return y
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["base", "steering"], meta_fields=["model"])

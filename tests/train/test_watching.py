@@ -198,10 +198,10 @@ def test_exactly_the_asked_steps_are_traced(config, monkeypatch, capsys):
     calls, seen = [], []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", len(seen), folder)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", len(seen))))
-    original = setup.step_batch
-    monkeypatch.setattr(setup, "step_batch", lambda *a: seen.append(a[2]) or original(*a))
+    original = setup.Training.step
+    monkeypatch.setattr(setup.Training, "step", lambda *a: seen.append(1) or original(*a))
     run = train(replace(config, profile="3:5")).run
-    assert calls == [("start", 2, str(run.profile)), ("stop", 4)]  # before the third batch, after the fourth
+    assert calls == [("start", 2, str(run.profile)), ("stop", 4)]  # before the third step, after the fourth
     assert "Traced steps 3 to 4" in capsys.readouterr().out
 
 

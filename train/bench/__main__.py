@@ -1,4 +1,4 @@
-"""Benchmarks: `python -m train.bench train --batch-size 8 --sequence-length 256`, or `decode`, `eval`, `load`.
+"""Benchmarks: `python -m train.bench train --batch-size 8 --sequence-length 256`, or `data`, `decode`, `eval`, `load`.
 
 Each prints a table and, with --json, writes the figures to a file. To compare two settings, interleave their runs on a
 quiet machine.
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsteer.io.files import write_json
+from train.bench.data import DataBench, bench_data
 from train.bench.decoding import DecodeBench, bench_decode
 from train.bench.eval import EvalBench, bench_eval
 from train.bench.load import LoadBench, bench_load
@@ -23,6 +24,7 @@ from train.devices.machine import device_summary, enable_compilation_cache
 
 Bench = (
     Annotated[TrainBench, tyro.conf.subcommand("train")]
+    | Annotated[DataBench, tyro.conf.subcommand("data")]
     | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
     | Annotated[EvalBench, tyro.conf.subcommand("eval")]
     | Annotated[LoadBench, tyro.conf.subcommand("load")]
@@ -39,7 +41,7 @@ def main() -> None:
         write_json(config.json, {"device": device_summary(), "settings": repr(config), **figures})
 
 
-def _run(config: TrainBench | DecodeBench | EvalBench | LoadBench) -> tuple[Mapping[str, Any], Table]:
+def _run(config: TrainBench | DataBench | DecodeBench | EvalBench | LoadBench) -> tuple[Mapping[str, Any], Table]:
     """Figures by name and their table; for loading there is a column for each setting."""
     if isinstance(config, LoadBench):
         by_setting = bench_load(config)
@@ -50,6 +52,8 @@ def _run(config: TrainBench | DecodeBench | EvalBench | LoadBench) -> tuple[Mapp
     match config:
         case TrainBench():
             figures = bench_train(config)
+        case DataBench():
+            figures = bench_data(config)
         case DecodeBench():
             figures = bench_decode(config)
         case EvalBench():

@@ -22,7 +22,8 @@ from jaxsteer.training import Metrics, TrainState, train_step
 from jaxsteer.types import Array, Batch, PyTree, Steering
 from train.config import TrainConfig
 from train.devices.placement import SINGLE
-from train.run.training import Training, make_training, step_batch
+from train.run.prefetch import Prefetch
+from train.run.training import Training, make_training, read_data, step_batch
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,21 @@ def train_runs(
             train_runs(config, loaded, [run], initial=start, advance=advance)[0]
             for run, start in zip(runs, starts, strict=True)
         ]
-    trainings = [make_training(replace(config, seed=run.seed, mesh=SINGLE), loaded) for run in runs]
+    data = read_data(config, loaded)
+    trainings = [
+        make_training(replace(config, seed=run.seed, mesh=SINGLE), loaded, data=data.ordered_by(run.seed))
+        for run in runs
+    ]
     if initial is not None:
         trainings = [training.starting_from(steering) for training, steering in zip(trainings, initial, strict=True)]
     program = SweepProgram(config, trainings, [run.factor for run in runs])
     state, frozen = program.state, program.frozen
     metrics: list[Metrics] = []
-    for step in range(trainings[0].steps):
-        state, step_metrics = program.step(state, program.batch(step), frozen)
-        metrics.append(jax.device_get(step_metrics))
-        advance(len(runs))
+    with Prefetch(program.batch, range(trainings[0].steps)) as batches:
+        for step in batches.steps:
+            state, step_metrics = program.step(state, batches.take(step), frozen)
+            metrics.append(jax.device_get(step_metrics))
+            advance(len(runs))
     losses, overlap = np.stack([m.loss for m in metrics]), np.stack([m.overlap for m in metrics])
     return [
         Trained(

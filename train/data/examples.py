@@ -81,6 +81,18 @@ class Example:
         return replace(self, turns=self.turns[:-1], answer=self.gold)
 
 
+RUN = np.dtype([("length", "<i4"), ("completion", "<i4"), ("weight", "<f4")])
+"""Neighbouring tokens of an example that are alike: how many, whether they belong to a completion, and their weight."""
+
+
+class Run(NamedTuple):
+    """The fields of RUN."""
+
+    length: int
+    completion: bool
+    weight: float
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedExample:
     """One example as token ids.
@@ -109,6 +121,43 @@ class TokenizedExample:
         """Number of tokens."""
         return len(self.ids)
 
+    def without(self, removed: slice) -> TokenizedExample:
+        """The example without some tokens of its prompt."""
+        return replace(
+            self,
+            ids=np.delete(self.ids, removed),
+            completion=np.delete(self.completion, removed),
+            weights=np.delete(self.weights, removed),
+            prompt_length=self.prompt_length - (removed.stop - removed.start),
+        )
+
+    def runs(self) -> list[Run]:
+        """Stretches of tokens that agree in completion flag and weight."""
+        changes = (self.completion[1:] != self.completion[:-1]) | (self.weights[1:] != self.weights[:-1])
+        starts = np.append(0, np.flatnonzero(changes) + 1)
+        fields = (np.diff(np.append(starts, len(self))), self.completion[starts], self.weights[starts])
+        return [Run(*run) for run in zip(*(field.tolist() for field in fields), strict=True)]
+
+    def digest(self) -> bytes:
+        """`digest_of_row` of the example."""
+        return digest_of_row(self.ids, np.array(self.runs(), RUN))
+
+
+DIGEST_BYTES = 16
+"""Length of the digest of one example."""
+
+
+def digest_of_row(ids: np.ndarray, runs: np.ndarray) -> bytes:
+    """BLAKE2b of all that the loss and the steering see of a tokenised example.
+
+    Args:
+        ids: of its tokens.
+        runs: RUN [m], which cover them; neighbours differ.
+    """
+    digest = hashlib.blake2b(np.asarray(ids, "<i4").tobytes(), digest_size=DIGEST_BYTES)
+    digest.update(runs.tobytes())
+    return digest.digest()
+
 
 def digest_of(rows: Iterable[TokenizedExample]) -> str:
     """sha256, in hexadecimal, of all that the loss and the steering see of tokenised examples, in their order.
@@ -116,9 +165,4 @@ def digest_of(rows: Iterable[TokenizedExample]) -> str:
     Args:
         rows: their ids, completion flags and weights count; sources and answers do not.
     """
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(len(row).to_bytes(8, "little"))
-        for field, dtype in ((row.ids, "<i4"), (row.completion, "?"), (row.weights, "<f4")):
-            digest.update(np.asarray(field, dtype).tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(row.digest() for row in rows)).hexdigest()

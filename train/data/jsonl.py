@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,9 +13,10 @@ from typing import Any, Literal
 from train.data.conversations import KNOWN, Conversation, read_conversation, string
 from train.data.examples import Example, Turn
 from train.data.fields import EmptyText, as_text, as_weight, is_missing, located
+from train.data.records import Tally
 from train.data.text_files import json_lines
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 Shape = Literal["conversation", "prompt", "ShareGPT", "Alpaca", "text"]
 """What a line holds, by its keys."""
@@ -90,7 +91,7 @@ def read_jsonl(
     """Read examples, one JSON object per line; blank lines are skipped.
 
     A line is one of the shapes of `shape_of`. The completion, or every assistant message, is supervised. Other keys
-    are ignored; `describe` names them.
+    are ignored; `notes_of` names them.
 
     Args:
         path: a UTF-8 file.
@@ -113,10 +114,15 @@ def read_rows(path: str | Path, keys: Keys) -> list[tuple[str, Row]]:
     Raises:
         ValueError: naming file and line: a line that is not an object. Naming the file: no lines.
     """
-    rows = list(json_lines(path))
+    rows: list[tuple[str, Row]] = list(json_lines(path))
     if not rows:
-        raise ValueError(f"{path}: no examples; expected one JSON object per line, e.g. {_expected(keys)}")
+        raise ValueError(no_lines(path, keys))
     return rows
+
+
+def no_lines(path: str | Path, keys: Keys) -> str:
+    """What to say about a file without lines."""
+    return f"{path}: no examples; expected one JSON object per line, e.g. {_expected(keys)}"
 
 
 @cache
@@ -222,15 +228,33 @@ def _expected(keys: Keys) -> str:
     )
 
 
-def describe(rows: Sequence[tuple[str, Row]], reading: Reading) -> list[str]:
-    """What a reader of these lines should know: formats found by name, weights, keys that nothing reads.
+def tally_of(rows: Iterable[tuple[str, Row]], keys: Keys) -> Tally:
+    """What `notes_of` tells of some lines: shapes, weights and their range, answers, and keys that nothing reads."""
+    tally = Tally()
+    for _, row in rows:
+        shape = shape_of(row, keys)
+        tally.counts.update([f"shape {shape}"])
+        weight = row.get(keys.weight)
+        if isinstance(weight, int | float):
+            tally.counts["weight"] += 1
+            tally.low, tally.high = min(tally.low, weight), max(tally.high, weight)
+        tally.counts["answer"] += not is_missing(row.get(keys.answer))
+        tally.counts.update(f"{_UNUSED}{key}" for key in _unused(row, shape, keys))
+    return tally
+
+
+_UNUSED = "unused "
+
+
+def notes_of(tally: Tally, reading: Reading, lines: int) -> list[str]:
+    """What a reader of a file should know: formats found by name, weights, keys that nothing reads.
 
     Args:
-        rows: the lines of a file, with their sources.
+        tally: of all its lines, see `tally_of`.
         reading: how they are read.
+        lines: their number.
     """
-    keys = reading.keys
-    shapes = Counter(shape_of(row, keys) for _, row in rows)
+    keys, counts = reading.keys, tally.counts
     asked = "as messages" if reading.chat else "in the task's template"
     if not reading.chat and reading.template == "{prompt}":
         asked = "in the words of Alpaca's own prompt"
@@ -239,30 +263,31 @@ def describe(rows: Sequence[tuple[str, Row]], reading: Reading) -> list[str]:
         "Alpaca": f"Alpaca instructions ({', '.join((*ALPACA, ALPACA_INPUT))}), asked {asked}",
         "text": f"plain texts ({keys.text}), learned as a whole",
     }
-    notes = [f"{shapes[shape]:,} {words}" for shape, words in meaning.items() if shapes[shape]]
-    weights = [row[keys.weight] for _, row in rows if isinstance(row.get(keys.weight), int | float)]
-    if weights:
-        ends = f"from {min(weights):g} to {max(weights):g}"
-        notes.append(f"{len(weights):,} of {len(rows):,} lines have a {keys.weight!r} in the loss, {ends}")
-    golds = sum(not is_missing(row.get(keys.answer)) for _, row in rows)
-    if 0 < golds < len(rows) and keys.answer != keys.completion:
-        notes.append(f"{golds:,} of {len(rows):,} lines have an {keys.answer!r}")
-    if unused := _unused((row for _, row in rows), keys):
-        notes.append(f"not used: {unused}")
+    found = {shape: counts[f"shape {shape}"] for shape in meaning}
+    notes = [f"{found[shape]:,} {words}" for shape, words in meaning.items() if found[shape]]
+    if counts["weight"]:
+        ends = f"from {tally.low:g} to {tally.high:g}"
+        notes.append(f"{counts['weight']:,} of {lines:,} lines have a {keys.weight!r} in the loss, {ends}")
+    if 0 < counts["answer"] < lines and keys.answer != keys.completion:
+        notes.append(f"{counts['answer']:,} of {lines:,} lines have an {keys.answer!r}")
+    unused = Counter({key.removeprefix(_UNUSED): n for key, n in counts.items() if key.startswith(_UNUSED)})
+    if unused:
+        notes.append(f"not used: {_listed(unused, keys)}")
     return notes
 
 
-def _unused(rows: Iterable[Row], keys: Keys) -> str:
-    """The keys that nothing reads, with the number of lines that have them; suggests a similar name that is read."""
-    counts: Counter[str] = Counter()
-    for row in rows:
-        shape = shape_of(row, keys)
-        marks, others = _shapes(keys)[shape] if shape else ((), ())
-        used = {*marks, *others, keys.answer, keys.weight}
-        counts.update(key for key, value in row.items() if value is not None and key not in used)
-        messages = row[marks[0]] if shape in ("conversation", "ShareGPT") else ()
-        said = {key for message in messages or () if isinstance(message, dict) for key in message}
-        counts.update(f"{key} (of a message)" for key in said.difference(KNOWN))
+def _unused(row: Row, shape: Shape | None, keys: Keys) -> Iterator[str]:
+    """The keys of a line that nothing reads."""
+    marks, others = _shapes(keys)[shape] if shape else ((), ())
+    used = {*marks, *others, keys.answer, keys.weight}
+    yield from (key for key, value in row.items() if value is not None and key not in used)
+    messages = row[marks[0]] if shape in ("conversation", "ShareGPT") else ()
+    said = {key for message in messages or () if isinstance(message, dict) for key in message}
+    yield from (f"{key} (of a message)" for key in said.difference(KNOWN))
+
+
+def _listed(counts: Counter[str], keys: Keys) -> str:
+    """Keys with the number of lines that have them; suggests a similar name that is read."""
     named = []
     for key, count in counts.most_common(MAX_NAMED):
         near = difflib.get_close_matches(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
-from jaxsteer.batches import pack, stack_rows
+from jaxsteer.batches import rows_of, stack_flat
 from jaxsteer.types import Batch
 from train.data.examples import TokenizedExample
+from train.data.store import TokenStore
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +37,13 @@ class DataSource:
     sequence_length: int
     seed: int = 0
     pack: bool = True
+    store: TokenStore = field(init=False, repr=False)
+    """The examples, as arrays."""
     _lengths: np.ndarray = field(init=False, repr=False)
-    _layout: list[np.ndarray] = field(init=False, repr=False)  # for each row, its places
+    _layout: np.ndarray = field(init=False, repr=False)  # the places of all rows, row after row
+    _rows: np.ndarray = field(init=False, repr=False)  # where each row begins in the layout, and the end
     _places: np.ndarray = field(init=False, repr=False)  # all places, sorted by the length of their example
-    _epochs: dict[int, tuple[np.ndarray, np.ndarray]] = field(init=False, repr=False, default_factory=dict)
+    _epoch: Callable[[int], tuple[np.ndarray, np.ndarray]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the settings and lay out the rows."""
@@ -51,27 +56,31 @@ class DataSource:
             raise ValueError(f"data seed: got {self.seed}, need 0 to 2**64 - 1")
         if not len(self.examples):
             raise ValueError("data: no examples")
-        lengths = np.array([len(example) for example in self.examples])
+        store = TokenStore.of(self.examples)
+        lengths = store.lengths
         longest = int(lengths.argmax())
         if lengths[longest] > self.sequence_length:
             raise ValueError(
-                f"{self.examples[longest].source}: {lengths[longest]} tokens do not fit a row of "
+                f"{store.source(longest)}: {lengths[longest]} tokens do not fit a row of "
                 f"{self.sequence_length}; raise --sequence-length, or use --on-long drop"
             )
-        shuffle = _generator(self.seed, 0).permutation(len(lengths))
-        if self.pack:
-            rows = pack(lengths[shuffle].tolist(), self.sequence_length)
-        else:
-            rows = [[i] for i in range(len(lengths))]
+        shuffle = _generator(self.seed, 0).permutation(len(lengths)).astype(np.int32)
+        rows = rows_of(lengths[shuffle].tolist(), self.sequence_length) if self.pack else np.arange(len(lengths))
         # A place is numbered by the example that the first shuffle put there.
+        if self.sequence_length < 2**16:
+            lengths = lengths.astype(np.uint16)  # which NumPy sorts by radix
+        object.__setattr__(self, "store", store)
         object.__setattr__(self, "_lengths", lengths)
-        object.__setattr__(self, "_layout", [shuffle[row] for row in rows])
-        object.__setattr__(self, "_places", np.argsort(lengths, kind="stable"))
+        object.__setattr__(self, "_layout", shuffle[np.argsort(rows, kind="stable")])
+        object.__setattr__(self, "_rows", np.append(0, np.cumsum(np.bincount(rows))).astype(np.int32))
+        object.__setattr__(self, "_places", np.argsort(lengths, kind="stable").astype(np.int32))
+        # The last two epochs are cached: one batch may need both. Batches may be made in another thread.
+        object.__setattr__(self, "_epoch", lru_cache(maxsize=2)(self._make_epoch))
 
     @property
     def rows_per_epoch(self) -> int:
         """Number of rows that hold every example once."""
-        return len(self._layout)
+        return len(self._rows) - 1
 
     def steps(self, epochs: float) -> int:
         """Number of batches in this many epochs; the last batch may extend into the next epoch."""
@@ -81,7 +90,7 @@ class DataSource:
     @property
     def fill(self) -> float:
         """Fraction of an epoch's tokens that are not padding, 0 to 1."""
-        return float(self._lengths.sum()) / (self.rows_per_epoch * self.sequence_length)
+        return float(self._lengths.sum(dtype=np.int64)) / (self.rows_per_epoch * self.sequence_length)
 
     def row_members(self, step: int, rows: Iterable[int] | None = None) -> list[list[int]]:
         """Indices of the examples in each row of a batch.
@@ -93,13 +102,18 @@ class DataSource:
         Raises:
             ValueError: a negative step.
         """
+        return [row.tolist() for row in self._members(step, rows)]
+
+    def _members(self, step: int, rows: Iterable[int] | None) -> list[np.ndarray]:
+        """`row_members` as arrays."""
         if step < 0:
             raise ValueError(f"data: got step {step}, need 0 or more")
         members = []
         for row in range(self.batch_size) if rows is None else rows:
             epoch, index = divmod(step * self.batch_size + row, self.rows_per_epoch)
             placed, order = self._epoch(epoch)
-            members.append(placed[self._layout[order[index]]].tolist())
+            begin, end = self._rows[order[index] : order[index] + 2]
+            members.append(placed[self._layout[begin:end]])
         return members
 
     def batch(self, step: int, rows: Iterable[int] | None = None) -> Batch:
@@ -115,20 +129,17 @@ class DataSource:
         Raises:
             ValueError: a negative step.
         """
-        members = self.row_members(step, rows)
-        return stack_rows([[self.examples[i] for i in row] for row in members], self.sequence_length)
+        members = self._members(step, rows)
+        flat = self.store.flat(np.concatenate([self._layout[:0], *members]))
+        return stack_flat(flat, [len(row) for row in members], self.sequence_length)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(the example in each place, the order of the rows) in one epoch; the last two epochs are cached."""
-        if epoch not in self._epochs:
-            generator = _generator(self.seed, epoch + 1)
-            shuffle = generator.permutation(len(self._lengths))
-            placed = np.empty_like(shuffle)
-            placed[self._places] = shuffle[np.argsort(self._lengths[shuffle], kind="stable")]
-            while len(self._epochs) > 1:
-                self._epochs.pop(min(self._epochs))
-            self._epochs[epoch] = placed, generator.permutation(self.rows_per_epoch)
-        return self._epochs[epoch]
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the example in each place, the order of the rows) in one epoch."""
+        generator = _generator(self.seed, epoch + 1)
+        shuffle = generator.permutation(len(self._lengths)).astype(np.int32)
+        placed = np.empty_like(shuffle)
+        placed[self._places] = shuffle[np.argsort(self._lengths[shuffle], kind="stable")]
+        return placed, generator.permutation(self.rows_per_epoch).astype(np.int32)
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:

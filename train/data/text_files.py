@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from jaxsteer.io.files import parse_json
 
@@ -36,20 +37,50 @@ def json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ValueError: naming the file: it cannot be read. Naming file and line: a line that is not UTF-8 text or not a
             JSON object.
     """
+    with reading(path) as file:
+        for number, line in enumerate(file, 1):
+            if not is_blank(line, number):
+                yield parse_line(line, path, number)
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes.
+
+    Raises:
+        ValueError: naming the file: it cannot be read.
+    """
     try:
         with Path(path).open("rb") as file:
-            for number, line in enumerate(file, 1):
-                source = f"{path}:{number}"
-                refuse_nul(line, source)
-                try:
-                    # Some editors begin a file with a byte order mark.
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-                if text.strip():
-                    yield source, parse_object(text, source)
+            yield file
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def is_blank(line: bytes, number: int) -> bool:
+    """Whether a line, counted from 1, is white space alone; a line that is not UTF-8 text is not."""
+    try:
+        return not line.decode(_codec(number)).strip()
+    except UnicodeDecodeError:
+        return False
+
+
+def parse_line(line: bytes, path: str | Path, number: int) -> tuple[str, dict[str, Any]]:
+    """("path:line", object) of a line of a JSON Lines file, counted from 1.
+
+    Raises:
+        ValueError: naming file and line: not UTF-8 text, or not a JSON object.
+    """
+    source = f"{path}:{number}"
+    refuse_nul(line, source)
+    try:
+        return source, parse_object(line.decode(_codec(number)), source)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _codec(number: int) -> str:
+    return "utf-8-sig" if number == 1 else "utf-8"  # some editors begin a file with a byte order mark
 
 
 def parse_object(text: str, source: str) -> dict[str, Any]:

@@ -16,9 +16,11 @@ import numpy as np
 from jaxsteer.io import Tokenizer
 from jaxsteer.io.tokenizer import beginning_of
 from train.data.chat import chat_of, chat_pieces, end_of_turn, special_ids
-from train.data.encoding import PLAIN, Encoding, LossOn, OnLong, Report, too_long_text
-from train.data.examples import Example, TokenizedExample, Turn
+from train.data.columns import Columns, Row
+from train.data.encoding import PLAIN, Encoding, LossOn, Report
+from train.data.examples import Example, Run, TokenizedExample, Turn
 from train.data.pieces import Piece, tokenise
+from train.data.store import TokenStore, within
 
 _NO_END = "the tokenizer has no end-of-sequence token to end a completion; set tokenizer.eos_token"
 
@@ -100,51 +102,29 @@ def _encode(
     """`encode`, or `encode_prompts` with `generate`."""
     if not examples:
         raise ValueError("no examples to tokenise")
-    encoding, marks = encoding.dated(tokenizer), _marks_of(tokenizer)
-    begins = len(marks.beginning)
-    kept, too_long, cut, longest, noted = [], [], [], 0, np.zeros(len(_Notes._fields), int)
+    rows = list[Row]()
     for first in range(0, len(examples), CHUNK):
-        chunk = examples[first : first + CHUNK]
-        for row, notes in _tokenised(chunk, encoding, marks, generate):
-            longest = max(longest, len(row))
-            noted += notes
-            over = 0 if encoding.max_length is None else len(row) - encoding.max_length
-            # A prompt keeps its beginning and at least one token. Only plain examples are cut.
-            if over > 0 and encoding.on_long == "cut" and row.prompt_length - begins > over:
-                cut.append((row.source, len(row)))
-                kept.append(_without(row, slice(begins, begins + over)))
-            elif over > 0:
-                too_long.append((row.source, len(row)))
-            else:
-                kept.append(row)
-        advance(first + len(chunk))
-    tokens = sum(map(len, kept))
-    supervised = int(sum(np.count_nonzero(row.weights) for row in kept))
-    counts = (len(examples), tokens, supervised, longest, encoding.max_length)
-    report = Report(*counts, tuple(too_long), tuple(cut), *map(int, noted))
-    _check_kept(report, encoding.on_long)
-    return kept, report
+        rows += encode_rows(examples[first : first + CHUNK], tokenizer, encoding, generate=generate)
+        advance(len(rows))
+    store, report = within(TokenStore.whole([Columns.of(rows)]), encoding, len(beginning_of(tokenizer)))
+    return list(store), report
 
 
-def _check_kept(report: Report, on_long: OnLong) -> None:
-    """Raise ValueError for examples that are too long and may not be dropped, or if none is left."""
-    long = too_long_text(report, report.too_long)
-    if report.too_long and on_long == "error":
-        raise ValueError(f"{long}; raise --sequence-length, shorten them, or drop them with --on-long drop")
-    if report.too_long and on_long == "cut":
-        raise ValueError(
-            f"{long}, and cutting the prompt is not enough; raise --sequence-length, or use --on-long drop"
-        )
-    if not report.kept:
-        raise ValueError(f"no example is left: {long}; raise --sequence-length")
+def encode_rows(
+    examples: Sequence[Example], tokenizer: Tokenizer, encoding: Encoding, *, generate: bool = False
+) -> list[Row]:
+    """The tokens of at most `CHUNK` examples, of any length, before they are put into columns.
+
+    Args:
+        examples, tokenizer: as in `encode`.
+        encoding: how; its maximum length does not matter.
+        generate: leave the end of an example open for a reply.
+    """
+    return list(_tokenised(examples, encoding.dated(tokenizer), _marks_of(tokenizer), generate))
 
 
-class _Notes(NamedTuple):
-    """What the report counts, of one example."""
-
-    begun: bool
-    ended: bool
-    straddled: bool
+BEGUN, ENDED, STRADDLED = 1, 2, 4
+"""What the report counts, of one example: the bits of `Row.notes`."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +142,7 @@ def _marks_of(tokenizer: Tokenizer) -> _Marks:
     return _Marks(tokenizer, beginning_of(tokenizer), None if end is None else int(end), special_ids(tokenizer))
 
 
-def _tokenised(
-    examples: Sequence[Example], encoding: Encoding, marks: _Marks, generate: bool
-) -> Iterator[tuple[TokenizedExample, _Notes]]:
+def _tokenised(examples: Sequence[Example], encoding: Encoding, marks: _Marks, generate: bool) -> Iterator[Row]:
     """Yield each example's tokens, and what there is to report of it."""
     talks = [encoding.chat and any(turn.role != "text" for turn in example.turns) for example in examples]
     first = next((example for example, talk in zip(examples, talks, strict=True) if talk), None)
@@ -190,8 +168,8 @@ def _tokenised(
                 spans.append(_reply(ids, marks, example.source)._replace(weight=next(of_replies, 1.0)))
             else:
                 spans.append(_completion(ids, marks, piece.kind == "completion"))
-        notes = _Notes(begun, any(span.ended for span in spans), found.straddled)
-        yield _to_arrays(example, spans, encoding.loss_on, generate), notes
+        notes = BEGUN * begun + ENDED * any(span.ended for span in spans) + STRADDLED * found.straddled
+        yield _to_row(example, spans, encoding.loss_on, generate, notes)
 
 
 class _Span(NamedTuple):
@@ -234,35 +212,23 @@ def _ended_once(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return ids[:kept]
 
 
-def _without(row: TokenizedExample, removed: slice) -> TokenizedExample:
-    """The example without some tokens of its prompt."""
-    return replace(
-        row,
-        ids=np.delete(row.ids, removed),
-        completion=np.delete(row.completion, removed),
-        weights=np.delete(row.weights, removed),
-        prompt_length=row.prompt_length - (removed.stop - removed.start),
-    )
-
-
-def _to_arrays(example: Example, spans: Sequence[_Span], loss_on: LossOn, generate: bool) -> TokenizedExample:
-    """The tokens of one example as arrays, checked."""
+def _to_row(example: Example, spans: Sequence[_Span], loss_on: LossOn, generate: bool, notes: int) -> Row:
+    """The tokens of one example, checked."""
     if not math.isfinite(example.weight):
         raise ValueError(f"{example.source}: the weight is {example.weight}, need a finite number")
-    tokens, said, weights = list[int](), list[bool](), list[float]()
+    tokens, runs = list[int](), [Run(0, False, 0.0)]
     prompt_length, end, everywhere = None, 0, loss_on == "all"
     for span in spans:
-        rest = len(span.ids) - span.completion
         if span.completion and prompt_length is None:
             prompt_length = len(tokens)
         tokens += span.ids
-        said += [True] * span.completion + [False] * rest
-        weights += [span.weight] * span.completion + [float(span.learned or everywhere)] * rest
+        rest = len(span.ids) - span.completion
+        runs += [
+            Run(span.completion, True, span.weight),
+            Run(rest, False, float(span.learned or everywhere)),
+        ]
         if span.completion or span.learned:
             end = len(tokens) if span.learned else len(tokens) - rest
-    if end and not generate:
-        # Whatever a template writes after the last end of turn (a newline) predicts nothing.
-        tokens, said, weights = tokens[:end], said[:end], weights[:end]
     if not generate and prompt_length is None and (len(tokens) if everywhere else end) < 2:
         raise ValueError(f"{example.source}: nothing to train on; no completion, no assistant turn and no text")
     prompt_length = len(tokens) if prompt_length is None else prompt_length
@@ -271,10 +237,28 @@ def _to_arrays(example: Example, spans: Sequence[_Span], loss_on: LossOn, genera
             f"{example.source}: the prompt is empty and the tokenizer adds no beginning-of-sequence token, so "
             "there is nothing to predict the first token from"
         )
-    weights[0] = 0.0  # nothing predicts it
-    ids, completion = np.array(tokens, np.int32), np.array(said, bool)
-    factors = np.array(weights, np.float32) * np.float32(example.weight)
-    return TokenizedExample(ids, completion, prompt_length, example.source, example.gold, factors)
+    if end and not generate:
+        # Whatever a template writes after the last end of turn (a newline) predicts nothing.
+        tokens = tokens[:end]
+    runs = _tidied(runs, len(tokens), example.weight)
+    return Row(np.array(tokens, np.int32), runs, prompt_length, example.source, example.gold, notes)
+
+
+def _tidied(runs: Sequence[Run], length: int, factor: float) -> list[Run]:
+    """Runs that cover `length` tokens and differ from their neighbours, their weights multiplied by an example's."""
+    tidy, left = [Run(1, False, 0.0)], length - 1  # nothing predicts the first token, which belongs to a prompt
+    skip = 1
+    for run in runs:
+        count = min(run.length - (skipped := min(skip, run.length)), left)
+        skip, left = skip - skipped, left - count
+        weight = float(np.float32(run.weight) * np.float32(factor))
+        if not count:
+            continue
+        if (tidy[-1].completion, tidy[-1].weight) == (run.completion, weight):
+            tidy[-1] = Run(tidy[-1].length + count, *tidy[-1][1:])
+        else:
+            tidy.append(Run(count, run.completion, weight))
+    return tidy
 
 
 def _plain_pieces(example: Example) -> list[Piece]:

@@ -11,20 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.data import DataSource, Example, Report, digest_of
-
-SHOWN = 5
-"""Number of files that are listed."""
+from train.data import DataSource, Example, Report
+from train.data.columns import files_of
 
 
 def data_inputs(data: DataSource, report: Report) -> dict[str, Any]:
     """Training data as inputs.json records it: a digest of its tokens, and figures for readers."""
     return {
-        "sha256": digest_of(data.examples),
+        "sha256": data.store.digest(),
         "examples": report.kept,
         "tokens": report.tokens,
         "supervised": report.supervised,
-        "sources": sources_of([example.source for example in data.examples]),
+        "sources": data.store.files,
     }
 
 
@@ -36,13 +34,8 @@ def example_inputs(examples: Sequence[Example]) -> dict[str, Any]:
     return {
         "sha256": digest.hexdigest(),
         "examples": len(examples),
-        "sources": sources_of([example.source for example in examples]),
+        "sources": files_of(example.source for example in examples),
     }
-
-
-def sources_of(sources: Sequence[str]) -> list[str]:
-    """The files (or data sets) of examples, without their line numbers; the first few."""
-    return list(dict.fromkeys(source.rpartition(":")[0] or source for source in sources))[:SHOWN]
 
 
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -133,6 +133,8 @@ def make_program(
     Raises:
         ValueError: a plan that does not fit the model, a mesh that cannot split the model or the batch.
     """
+    if not config.sequence_length:
+        raise ValueError("--sequence-length 0: only a training run chooses it by its data; give a number")
     plan = parse_plan(config.plan, model_config)
     if mesh is not None:
         check_shape(

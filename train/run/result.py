@@ -61,6 +61,7 @@ class Result:
     losses         what `BeforeAfter` says of the loss: "test" for free text, "validation" where there were evaluations
     trainable, total  number of trained parameters, and of base parameters
     seconds        spent in training steps, compilation included
+    data_wait      seconds of it that steps waited for their batch
     tokens_per_second  real tokens, after the first step
     peak_memory    bytes
     question       a test question
@@ -73,6 +74,7 @@ class Result:
     trainable: int
     total: int
     seconds: float
+    data_wait: float
     tokens_per_second: float
     peak_memory: int
     question: Question
@@ -93,6 +95,7 @@ class Result:
             "trainable_parameters": self.trainable,
             "trainable_share": self.trainable / self.total,
             "seconds": self.seconds,
+            "data_wait_seconds": self.data_wait,
             "tokens_per_second": self.tokens_per_second,
             "peak_memory_bytes": self.peak_memory,
             **{name: figures for name, figures in self.losses.items() if figures},
@@ -136,6 +139,7 @@ def conclude(
         trainable=training.trainable,
         total=training.total,
         seconds=timer.seconds,
+        data_wait=timer.waited,
         tokens_per_second=timer.tokens_per_second,
         peak_memory=peak_memory_bytes(),
         question=question_of(questions[-1], typed_template(config.task)) if questions else Question(""),
@@ -282,7 +286,8 @@ def print_result(result: Result) -> None:
             table.add_row(f"{split} {name}", text)
     share = 100 * result.trainable / result.total
     table.add_row("trainable parameters", f"{result.trainable:,} ({share:.2f} % of {result.total:,})")
-    table.add_row("training time", f"{result.seconds:.0f} s")
+    waited = f", {result.data_wait:.0f} s of it waiting for data" if result.data_wait > 0.01 * result.seconds else ""
+    table.add_row("training time", f"{result.seconds:.0f} s{waited}")
     table.add_row("speed", f"{result.tokens_per_second:,.0f} tokens/s")
     table.add_row("peak memory", f"{result.peak_memory / 1e9:.2f} GB")
     out.print(table)

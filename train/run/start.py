@@ -21,6 +21,7 @@ from train.run.folder import Changes, RunFolder
 from train.run.inputs import data_inputs, example_inputs
 from train.run.profiling import check_profile
 from train.run.program import Program, make_program, mesh_of
+from train.run.row_length import with_row_length
 from train.run.saver import saved_date
 from train.run.training import (
     RunData,
@@ -83,7 +84,7 @@ def prepare(config: TrainConfig, stored: Mapping[str, Any] | None, inputs: Mappi
     config = filled(config, {"date": saved_date(config)} if stored is None and config.date is None else stored)
     start = _start_of(config, stored, inputs)
     model = describe(config.model, config.dtype, quantised=config.quantise == "int8", tokenizer=config.tokenizer)
-    config = _completed(config, start, model)
+    config = with_row_length(_completed(config, start, model), model)
     mesh = mesh_of(config)
     program = make_program(config, model.config, model.base, steps=config.steps or SCHEDULE_STEPS, mesh=mesh)
     check_trains(program)
@@ -112,6 +113,8 @@ def filled(config: TrainConfig, stored: Mapping[str, Any] | None) -> TrainConfig
         return config
     if config.date is None:
         config = replace(config, date=stored.get("date"))
+    if not config.sequence_length:
+        config = replace(config, sequence_length=stored.get("sequence_length", 0))
     if config.start_from is not None and config.start_from == stored.get("start_from") and not _has_plan(config):
         config = replace(config, plan=tuple(stored["plan"]))
     return config

@@ -22,8 +22,8 @@ from jaxsteer.training import Metrics, TrainState
 from jaxsteer.types import Batch, Steering
 from train.base_models import load, resolve_model
 from train.config import TrainConfig
-from train.data import DataSource, Encoding, Report
-from train.data.cache import encode_cached
+from train.data import DataSource, Encoding, Report, TokenStore
+from train.data.tokenised import tokenised
 from train.display.console import progress
 from train.evaluation.evaluator import Evaluator
 from train.run.program import Program, make_program, mesh_of
@@ -190,6 +190,10 @@ class RunData(NamedTuple):
     source: DataSource
     report: Report
 
+    def ordered_by(self, seed: int) -> RunData:
+        """The same examples in another order."""
+        return RunData(replace(self.source, seed=seed), self.report)
+
 
 def read_data(config: TrainConfig, loaded: LoadedModel) -> RunData:
     """Read and tokenise a run's training data. Of the model, only config and tokenizer are used.
@@ -198,14 +202,19 @@ def read_data(config: TrainConfig, loaded: LoadedModel) -> RunData:
         ValueError: no data, or an example longer than a row.
     """
     positions = loaded.config.max_length if loaded.config.learned_positions else config.sequence_length
-    tokens, report = encode_cached(
-        task_of(config).load("train"),
-        loaded.require_tokenizer(),
-        replace(encoding_of(config), max_length=min(config.sequence_length, positions), on_long=config.on_long),
-        cache_folder() / "tokens",
-        watch=tokenising,
-    )
-    return RunData(DataSource(tokens, config.batch_size, config.sequence_length, config.seed, config.pack), report)
+    store, report = read_tokens(config, loaded, min(config.sequence_length, positions))
+    return RunData(DataSource(store, config.batch_size, config.sequence_length, config.seed, config.pack), report)
+
+
+def read_tokens(config: TrainConfig, loaded: LoadedModel, limit: int | None) -> tuple[TokenStore, Report]:
+    """A run's training examples, tokenised, each of at most `limit` tokens.
+
+    Raises:
+        ValueError: no data, or an example over the limit that may not be dropped.
+    """
+    encoding = replace(encoding_of(config), max_length=limit, on_long=config.on_long)
+    recipe, folder = task_of(config).recipe("train"), cache_folder() / "tokens"
+    return tokenised(recipe, loaded.require_tokenizer(), encoding, folder, tokenising)
 
 
 def count_steps(config: TrainConfig, loaded: LoadedModel) -> int:

@@ -9,13 +9,14 @@ from typing import Any
 from train.config import TrainConfig
 from train.data import Example, Split
 from train.display.console import say
-from train.tasks import AnyTask, HeldOutTask
+from train.tasks import HeldOutTask
+from train.tasks.protocols import TrainingTask
 from train.tasks.scoring import is_checkable
 
 Splits = Mapping[Split, list[Example]]
 
 
-def task_of(config: TrainConfig) -> AnyTask:
+def task_of(config: TrainConfig) -> TrainingTask:
     """A run's task, with the validation examples that `validation_share` takes out of its training examples."""
     return HeldOutTask(config.task, config.validation_share) if config.validation_share else config.task
 

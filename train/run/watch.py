@@ -29,6 +29,8 @@ class StepTimer:
         self._last = self._after_first = self._tokens = 0.0
         self.seconds = 0.0
         """Time spent in steps, compilation included."""
+        self.waited = 0.0
+        """Part of it that was spent waiting for data."""
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -42,8 +44,9 @@ class StepTimer:
         """Rates after a timed step: tokens_per_second so far, step_seconds, and mfu where the peak is known.
 
         Args:
-            values: the step's metrics, with `tokens` and `supervised`.
+            values: the step's metrics, with `tokens`, `supervised` and `data_wait`.
         """
+        self.waited += values["data_wait"]
         if not self._compiled:
             self._compiled = True
             return {"tokens_per_second": values["tokens"] / self._last, "step_seconds": self._last}
@@ -82,7 +85,7 @@ class NonfiniteGuard:
             return {}
         self.skipped += self._config.nonfinite == "skip"
         rows = self._data.row_members(done - 1)
-        return {"examples": [[self._data.examples[index].source for index in row] for row in rows]}
+        return {"examples": [[self._data.store.source(index) for index in row] for row in rows]}
 
     def check(self, done: int, values: Mapping[str, Any], last_good: Callable[[], str]) -> str | None:
         """A message about a skipped step; None for a finite one.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from train.data import Example, Split
-from train.tasks.protocols import AnyTask
+from train.data.loading import load, scan
+from train.data.records import Recipe
+from train.tasks.protocols import TrainingTask
 from train.tasks.record import SEED
 from train.tasks.scoring import Rule
 
@@ -24,7 +28,7 @@ class HeldOutTask:
     share  of the training examples, above 0 and below 1
     """
 
-    task: AnyTask
+    task: TrainingTask
     share: float
 
     @property
@@ -53,34 +57,44 @@ class HeldOutTask:
         Raises:
             ValueError: the task has validation examples of its own, or too few training examples to divide.
         """
-        if split == "test" and (own := self.task.load("test")):
+        return load(self.recipe(split))
+
+    def recipe(self, split: Split) -> Recipe:
+        """The examples of a split, read when they are needed."""
+        if split == "test" and (own := self.task.recipe("test")).parts:
             return own
-        if split != "train" and self.task.load("validation"):
+        if split != "train" and self.task.recipe("validation").parts:
             raise ValueError(
                 f"--validation-share {self.share}: the task has validation examples already; leave the option out, or "
                 "leave out the task's"
             )
-        examples = self.task.load("train")
-        held = self._held(examples)
-        if split != "train":
-            return [examples[index] for index in held]
-        out = set(held)
-        return [example for index, example in enumerate(examples) if index not in out]
+        whole = self.task.recipe("train")
 
-    def _held(self, examples: list[Example]) -> list[int]:
-        """Indices of the examples held out."""
-        alike: dict[object, list[int]] = {}
-        for index, example in enumerate(examples):
-            alike.setdefault(example.context.turns or example.turns, []).append(index)
-        groups, wanted = list(alike.values()), max(1, round(self.share * len(examples)))
-        held: list[int] = []
-        for group in np.random.default_rng(SEED).permutation(len(groups)).tolist():
-            if len(held) >= wanted:
-                break
-            held += groups[group]
-        if not 0 < len(held) < len(examples):
-            raise ValueError(
-                f"--validation-share {self.share}: {len(examples)} training examples, {len(groups)} of them different, "
-                "are too few to hold some out"
-            )
-        return held
+        def choose(counts: Sequence[int]) -> np.ndarray:
+            index, held = whole.index(counts), _held(self, tuple(part.records.key for part in whole.parts))
+            return index[held] if split != "train" else np.delete(index, held)
+
+        return Recipe(whole.parts, choose)
+
+
+@lru_cache(maxsize=4)
+def _held(task: HeldOutTask, keys: tuple[str, ...]) -> np.ndarray:
+    """Which of a task's training examples are held out; `keys` are those of its records."""
+    whole, share = task.task.recipe("train"), task.share
+    asked = [scan(part.records).asks for part in whole.parts]
+    hashes = np.concatenate([np.empty(0, np.uint64), *asked])[whole.index([len(some) for some in asked])]
+    total, wanted = len(hashes), max(1, round(share * len(hashes)))
+    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
+    group = np.argsort(np.argsort(first))[group]  # numbered in the order in which they appear
+    members = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1]) if total else []
+    held: list[int] = []
+    for number in np.random.default_rng(SEED).permutation(len(members)).tolist():
+        if len(held) >= wanted:
+            break
+        held += members[number].tolist()
+    if not 0 < len(held) < total:
+        raise ValueError(
+            f"--validation-share {share}: {total} training examples, {len(members)} of them different, are too few to "
+            "hold some out"
+        )
+    return np.array(held)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import NamedTuple
 
 from jaxsteer.plans import did_you_mean
 from train.data import Example, Split
-from train.data.fields import EmptyText, as_weight, located
-from train.display.console import say
+from train.data.fields import as_weight, located
+from train.data.loading import load
+from train.data.records import Part, Recipe
 from train.tasks.instructions import as_instructions
 from train.tasks.record import Question, Record, Row, placeholders
 from train.tasks.records import TASKS
-from train.tasks.rows import Rows, check_columns, read_file, read_split
+from train.tasks.row_records import OnEmpty, RowRecords, check_on_empty, make_all
+from train.tasks.row_sources import PickedRows, RowSource
+from train.tasks.rows import check_columns, read_file, read_split
 from train.tasks.scoring import Rule
-
-OnEmpty = Literal["error", "drop"]
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 
 
 class SourcedQuestion(NamedTuple):
@@ -90,45 +89,56 @@ class HubTask:
         Raises:
             ValueError: a missing file, an unreachable hub, missing columns, or invalid values; says what to do.
         """
-        questions = self.questions(split)
-        label = f"{self.name} {split}"
-        return weighed(make_all(questions, lambda question: question.example(), self.on_empty, label), label)
+        return load(self.recipe(split))
+
+    def recipe(self, split: Split) -> Recipe:
+        """The examples of a split, read when they are needed."""
+        rows = self._rows(split)
+        return Recipe(()) if rows is None else Recipe((Part(self._records(rows, split)),))
+
+    def _records(self, rows: RowSource, split: Split) -> RowRecords:
+        ask = self._asker(rows)
+        settings = repr((self.name, split))  # the record itself is code
+        return RowRecords(rows, lambda *row: ask(row).example(), f"{self.name} {split}", self.on_empty, settings)
 
     def questions(self, split: Split) -> list[SourcedQuestion]:
         """The questions of a split, before they are put into words; otherwise as `load`."""
         rows = self._rows(split)
-        if not rows:
-            return []
+        return [] if rows is None else make_all(rows.all(), self._asker(rows), self.on_empty, f"{self.name} {split}")
+
+    def _asker(self, rows: RowSource) -> Callable[[tuple[str, Row]], SourcedQuestion]:
+        """Reads a row, of those given."""
         record = self.record
         # A file may hold the task as instructions instead.
-        columns = set(rows[0][1])
+        first = rows.first()
+        columns = set(first[1]) if first else set()
         if "instruction" in columns and not set(record.columns) <= columns:
             record = as_instructions(record)
-        check_columns(rows, record.columns)
 
         def ask(row: tuple[str, Row]) -> SourcedQuestion:
             source, values = row
+            check_columns([row], record.columns)
             with located(source):
                 weight = as_weight(values.get("weight"), "weight")
             return SourcedQuestion(record, record.ask(values, source), source, weight)
 
-        return make_all(rows, ask, self.on_empty, f"{self.name} {split}")
+        return ask
 
-    def _rows(self, split: Split) -> Rows:
-        """The rows of a split: a whole file if one is given for it, else its part of the data set."""
+    def _rows(self, split: Split) -> RowSource | None:
+        """The rows of a split: a whole file if one is given for it, else its part of the data set; None for no rows."""
         files = {"train": self.train, "validation": self.validation, "test": self.test}
         path = files["validation"] if split == "test" and self.test is None else files[split]
         if path is not None:
             return read_file(path)
         if self.data is None and any(file is not None for file in files.values()):
-            return []
+            return None
         record, part = self.record, self.record.splits[split]
         if self.data is None:
             rows = read_split(record.source, part.split, subset=record.subset, revision=record.revision)
         else:
             self._check_splits(self.data)
             rows = read_split(self.data, part.split)
-        return [rows[i] for i in part.indices(len(rows))]
+        return PickedRows(rows, part) if part.cuts else rows
 
     def _check_splits(self, data: str) -> None:
         """Raise ValueError for a single file in the place of several splits."""
@@ -139,53 +149,6 @@ class HubTask:
                 "write {split} in place of the split's name in the path, or give whole files with --task.train and "
                 "--task.test"
             )
-
-
-def check_on_empty(on_empty: str) -> None:
-    """Raise ValueError for an unknown value of `on_empty`."""
-    if on_empty not in get_args(OnEmpty):
-        raise ValueError(f"on_empty: got {on_empty!r}, allowed are {' and '.join(get_args(OnEmpty))}")
-
-
-def make_all(items: Sequence[Item], make: Callable[[Item], Made], on_empty: OnEmpty, label: str) -> list[Made]:
-    """Apply `make` to each item; items that raise `EmptyText` are an error, or are dropped and counted.
-
-    Args:
-        items: rows or questions.
-        make: makes an example or a question of one.
-        on_empty: "error" or "drop".
-        label: names the items in messages, e.g. "gsm8k test".
-
-    Raises:
-        ValueError: an empty text, or nothing but empty texts.
-    """
-    made, dropped = [], 0
-    for item in items:
-        try:
-            made.append(make(item))
-        except EmptyText as error:
-            if on_empty == "error":
-                raise EmptyText(f"{error}; --task.on-empty drop leaves such rows out and counts them") from None
-            dropped += 1
-    if dropped:
-        say(f"{label}: dropped {dropped:,} of {len(items):,} rows with an empty or missing text")
-    if items and not made:
-        raise ValueError(f"{label}: every row has an empty or missing text")
-    return made
-
-
-def weighed(examples: list[Example], label: str) -> list[Example]:
-    """The examples, unless the loss has nothing to learn from them.
-
-    Raises:
-        ValueError: every one has the weight 0; names the first one's source and the label.
-    """
-    if examples and not any(example.weight for example in examples):
-        raise ValueError(
-            f"{examples[0].source}: this example has weight 0 in the loss, and so have all of {label}; there is "
-            "nothing to train on"
-        )
-    return examples
 
 
 def user_template(prompt: str) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 
 from train.data import Example, Keys, Reading, Split
 from train.data.fields import EmptyText, show
-from train.data.jsonl import ALPACA_TEMPLATE, Row, describe, make_example, read_rows, shape_of
-from train.data.text_files import json_lines
-from train.tasks.hub import OnEmpty, check_on_empty, make_all, weighed
-from train.tasks.notes import say_once
+from train.data.jsonl import ALPACA_TEMPLATE, Row, make_example, no_lines, notes_of, shape_of, tally_of
+from train.data.loading import load
+from train.data.records import Part, Recipe
+from train.tasks.row_records import OnEmpty, RowRecords, check_on_empty
+from train.tasks.rows import read_jsonl_files
 from train.tasks.scoring import Rule, check_gold, check_max_new_tokens
 
 
@@ -23,7 +23,7 @@ class JsonlTask:
     """
 
     train: str
-    """File of training examples."""
+    """File of training examples; or a folder of .jsonl files, or a pattern such as shards/*.jsonl."""
     validation: str | None = None
     """File of validation examples; None = no evaluation during training."""
     test: str | None = None
@@ -58,7 +58,8 @@ class JsonlTask:
         if self.chat or self.template != "{prompt}":
             return self.template
         with suppress(ValueError):  # no training file here: nothing to look at
-            if any(shape_of(row, self.keys) == "Alpaca" for _, row in islice(json_lines(self.train), 1)):
+            first = read_jsonl_files(self.train).first()
+            if first is not None and shape_of(first[1], self.keys) == "Alpaca":
                 return ALPACA_TEMPLATE
         return self.template
 
@@ -69,18 +70,29 @@ class JsonlTask:
             ValueError: naming file and line: a line that is not an example; for validation and test, one whose gold
                 answer is missing or cannot be matched.
         """
+        return load(self.recipe(split))
+
+    def recipe(self, split: Split) -> Recipe:
+        """The examples of a split, read when they are needed."""
         test = self.validation if self.test is None else self.test
         path = {"train": self.train, "validation": self.validation, "test": test}[split]
         if path is None:
-            return []
-        rows = read_rows(path, self.keys)
+            return Recipe(())
+        rows = read_jsonl_files(path)
         key = self.keys.answer
         scored = split != "train"
-        answered = scored and key != self.keys.completion and any(key in row for _, row in rows)
-        examples = make_all(rows, lambda row: self._example(*row, scored, answered), self.on_empty, path)
-        for note in describe(rows, self.reading):
-            say_once(f"{path}: {note}")
-        return weighed(examples, path)
+        answered = scored and key != self.keys.completion and any(key in row for _, row in rows.all())
+        records = RowRecords(
+            rows,
+            lambda source, row: self._example(source, row, scored, answered),
+            path,
+            self.on_empty,
+            repr((self.reading, self.rule, scored, answered)),
+            count=lambda some: tally_of(some, self.keys),
+            notes=lambda tally, lines: [f"{path}: {note}" for note in notes_of(tally, self.reading, lines)],
+            missing=no_lines(path, self.keys),
+        )
+        return Recipe((Part(records),))
 
     def _example(self, source: str, row: Row, scored: bool, answered: bool) -> Example:
         """The example of a line; if `answered`, it must have an answer of its own, as other lines do."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from train.data import Example, ListOps, Split
 from train.data.listops import TEMPLATES, generate, read_tsv
+from train.data.records import Listed, Part, Recipe
 from train.tasks.scoring import Rule, check_max_new_tokens
 
 
@@ -37,6 +38,10 @@ class ListOpsTask:
         own = self.problems.prompt
         prompt = TEMPLATES[self.problems.style][0] if own is None else own
         return prompt.replace("{expression}", "{prompt}")
+
+    def recipe(self, split: Split) -> Recipe:
+        """The examples of a split."""
+        return Recipe((Part(Listed(self.load(split))),))
 
     def load(self, split: Split) -> list[Example]:
         """The examples of a split; the three splits have no problem in common.

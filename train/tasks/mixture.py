@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import TypeVar
+
+import numpy as np
 
 from train.data import Example, Split
+from train.data.loading import load
+from train.data.records import Part, Recipe
 from train.tasks.hub import HubTask
 from train.tasks.jsonl import JsonlTask
 from train.tasks.listops import ListOpsTask
@@ -21,8 +25,6 @@ from train.tasks.table import TableTask
 
 PlainTask = ListOpsTask | JsonlTask | HubTask | TableTask
 """The kinds of task that are not made of others."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,16 @@ class MixtureTask:
         Raises:
             ValueError: of a part; or a part with a share has no training examples.
         """
-        return self.gather(split, lambda part: part.load(split))
+        return load(self.recipe(split))
+
+    def recipe(self, split: Split) -> Recipe:
+        """The examples of a split, read when they are needed."""
+        inner = [part.recipe(split).parts for part in self.parts]
+        parts = [
+            [Part(records, f"{name}: ") for records, _ in each]
+            for name, each in zip(self.part_names, inner, strict=True)
+        ]
+        return Recipe(tuple(chain(*parts)), lambda counts: self._choose(split, _summed(counts, map(len, inner))))
 
     def gather(self, split: Split, read: Callable[[PlainTask], list[Example]]) -> list[Example]:
         """The examples of a split, which `read` gives for each part, mixed.
@@ -102,18 +113,24 @@ class MixtureTask:
             split: in "train", parts have their shares.
             read: gives the examples of a part.
         """
-        names = self.part_names
         each = [
-            [_renamed(example, name) for example in read(part)] for name, part in zip(names, self.parts, strict=True)
+            [_renamed(example, name) for example in read(part)]
+            for name, part in zip(self.part_names, self.parts, strict=True)
         ]
+        everything = list(chain(*each))
+        return [everything[number] for number in self._choose(split, list(map(len, each))).tolist()]
+
+    def _choose(self, split: Split, sizes: Sequence[int]) -> np.ndarray:
+        """The numbers of the examples used, among those of all parts one after another."""
+        starts = np.append(0, np.cumsum(sizes))
         if split != "train":
-            return interleave(each)
-        counts = self._counts([len(some) for some in each])
-        for name, some, count in zip(names, each, counts, strict=True):
-            passes = f"{count / len(some):.2g} passes over its" if some else "of"
-            say_once(f"mixture: {name} gives {count:,} of {sum(counts):,} training examples, {passes} {len(some):,}")
-        drawn = [self._drawn(some, count, i) for i, (some, count) in enumerate(zip(each, counts, strict=True))]
-        return interleave(drawn)
+            return interleaved([np.arange(start, start + size) for start, size in zip(starts, sizes, strict=False)])
+        counts = self._counts(sizes)
+        for name, size, count in zip(self.part_names, sizes, counts, strict=True):
+            passes = f"{count / size:.2g} passes over its" if size else "of"
+            say_once(f"mixture: {name} gives {count:,} of {sum(counts):,} training examples, {passes} {size:,}")
+        drawn = [self._drawn(size, count, i) for i, (size, count) in enumerate(zip(sizes, counts, strict=True))]
+        return interleaved([start + some for start, some in zip(starts, drawn, strict=False)])
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -141,24 +158,27 @@ class MixtureTask:
             counts[i] += 1
         return counts
 
-    def _drawn(self, examples: Sequence[T], count: int, part: int) -> list[T]:
-        """`count` of a part's examples: whole passes in random order, then a random selection."""
-        drawn: list[T] = []
-        while len(drawn) < count:
+    def _drawn(self, size: int, count: int, part: int) -> np.ndarray:
+        """`count` of the numbers below `size`: whole passes in random order, then a random selection."""
+        passes: list[np.ndarray] = []
+        for first in range(0, count, max(size, 1)):
             # Python guarantees the same sequence across versions for random() alone.
-            draw = random.Random(f"mixture/{self.seed}/{part}/{len(drawn)}").random
-            keys = [draw() for _ in examples]
-            order = sorted(range(len(examples)), key=keys.__getitem__)
-            drawn += [examples[i] for i in order[: count - len(drawn)]]
-        return drawn
+            draw = random.Random(f"mixture/{self.seed}/{part}/{first}").random
+            keys = np.fromiter((draw() for _ in range(size)), np.float64, size)
+            passes.append(np.argsort(keys, kind="stable")[: count - first])
+        return np.concatenate([np.empty(0, np.int64), *passes])
 
 
-def interleave(lists: Sequence[Sequence[T]]) -> list[T]:
-    """All items of several lists, each list in its own order and spread evenly over the whole."""
-    placed = [
-        ((i + 0.5) / len(items), number, item) for number, items in enumerate(lists) for i, item in enumerate(items)
-    ]
-    return [item for _, _, item in sorted(placed, key=lambda each: each[:2])]
+def interleaved(lists: Sequence[np.ndarray]) -> np.ndarray:
+    """All numbers of several lists, each list in its own order and spread evenly over the whole."""
+    places = np.concatenate([(np.arange(len(items)) + 0.5) / max(len(items), 1) for items in lists])
+    return np.concatenate(lists)[np.argsort(places, kind="stable")]
+
+
+def _summed(counts: Sequence[int], lengths: Iterable[int]) -> list[int]:
+    """Sums of the counts in successive groups of these lengths."""
+    left = iter(counts)
+    return [sum(islice(left, length)) for length in lengths]
 
 
 def _renamed(example: Example, name: str) -> Example:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from train.data import Example, Split
+from train.data.records import Recipe
 from train.tasks.scoring import Rule
 
 
@@ -37,6 +38,14 @@ class AnyTask(AnswerFormat, Protocol):
 
     def load(self, split: Split) -> list[Example]:
         """The examples of a split; empty if there are none."""
+        ...
+
+
+class TrainingTask(AnyTask, Protocol):
+    """A task that can be trained on: its examples need not fit memory."""
+
+    def recipe(self, split: Split) -> Recipe:
+        """The examples that `load` gives, read when they are needed."""
         ...
 
 

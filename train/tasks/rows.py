@@ -1,8 +1,9 @@
-"""Rows of a data set, from local files (.jsonl, .csv, .tsv, .parquet) or from the Hugging Face hub."""
+"""Where the rows of a data set are: local files (.jsonl, .csv, .tsv, .parquet) or the Hugging Face hub."""
 
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import sys
 from collections import Counter
@@ -10,24 +11,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.data.text_files import json_lines, read_text
-from train.tasks.record import Row
+from train.data.text_files import read_text
+from train.tasks.row_sources import (
+    HubRows,
+    JoinedRows,
+    JsonlRows,
+    ListedRows,
+    ParquetRows,
+    Rows,
+    RowSource,
+    digest_of_file,
+)
 
 _NAN = ("NaN", "nan")  # as pandas and NumPy write missing numbers into .csv files
-
-Rows = list[tuple[str, Row]]
-"""Rows with their source, "file:line" or "name split:number", for error messages."""
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def is_local(data: str) -> bool:
-    """Whether a source is a local path, not a hub id: it contains {split}, has a known suffix, or exists."""
-    return "{split}" in data or data.endswith(SUFFIXES) or Path(data).exists()
+    """Whether a source is a local path, not a hub id: it contains {split} or *, has a known suffix, or exists."""
+    return "{split}" in data or "*" in data or data.endswith(SUFFIXES) or Path(data).exists()
 
 
-def read_split(data: str, split: str, *, subset: str | None = None, revision: str | None = None) -> Rows:
-    """Read the rows of one split.
+def read_split(data: str, split: str, *, subset: str | None = None, revision: str | None = None) -> RowSource:
+    """The rows of one split.
 
     Args:
         data: a path that contains {split}, a folder of files named after their splits, a single file, or a hub id.
@@ -41,17 +48,42 @@ def read_split(data: str, split: str, *, subset: str | None = None, revision: st
     if not is_local(data):
         return read_hub(data, split, subset=subset, revision=revision)
     path = Path(data.replace("{split}", split))
-    if path.is_dir():
-        files = [path / f"{split}{suffix}" for suffix in SUFFIXES]
-        existing = [file for file in files if file.exists()]
-        if not existing:
-            raise ValueError(f"{path}: has no file of the split {split!r}, e.g. {split}.jsonl")
-        path = existing[0]
+    if path.is_dir() and "{split}" not in data:
+        return read_file(_of_split(path, split))
     return read_file(path)
 
 
-def read_file(path: str | Path) -> Rows:
-    """Read the rows of a local file; its suffix determines the format.
+def _of_split(folder: Path, split: str) -> str:
+    """What in a folder holds a split: a folder or a file of its name, or shards such as train-00000-of-00002."""
+    if (folder / split).is_dir():
+        return str(folder / split)
+    for name in (split, f"{split}-[0-9]*"):
+        for suffix in SUFFIXES:
+            if glob.glob(str(Path(glob.escape(str(folder))) / f"{name}{suffix}")):
+                return str(Path(glob.escape(str(folder))) / f"{name}{suffix}")
+    raise ValueError(f"{folder}: has no file of the split {split!r}, e.g. {split}.jsonl")
+
+
+def files_of(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
+    """The files that a path stands for, in the order of their names: one, those of a folder, or those of a pattern.
+
+    Raises:
+        ValueError: naming the path: there are none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(each for each in path.iterdir() if each.suffix in suffixes and not each.name.startswith("."))
+    elif path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    else:
+        found = sorted(Path(each) for each in glob.glob(str(path), recursive=True) if Path(each).is_file())
+    if not found:
+        raise ValueError(f"{path}: no files ({', '.join(suffixes)}) in it")
+    return found
+
+
+def read_file(path: str | Path) -> RowSource:
+    """The rows of a local file, or of all files of a folder or a pattern; the suffix determines the format.
 
     Values in .csv and .tsv files are strings, and None where the cell is NaN.
 
@@ -59,20 +91,26 @@ def read_file(path: str | Path) -> Rows:
         ValueError: naming the file and, if possible, the line: no such file, an unknown suffix, not UTF-8, a malformed
             line, no rows.
     """
-    path = Path(path)
+    parts = [_open_file(each) for each in files_of(path)]
+    return parts[0] if len(parts) == 1 else JoinedRows(parts)
+
+
+def read_jsonl_files(path: str | Path) -> RowSource:
+    """The lines of a JSON Lines file of any name, or of those that a folder or a pattern stands for."""
+    parts = [JsonlRows(each) for each in files_of(path, (".jsonl",))]
+    return parts[0] if len(parts) == 1 else JoinedRows(parts)
+
+
+def _open_file(path: Path) -> RowSource:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: unknown file type; known suffixes are {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if path.suffix == ".jsonl":
-        rows: Rows = list(json_lines(path))
-    elif path.suffix == ".parquet":
-        rows = _read_parquet(path)
-    else:
-        rows = _read_csv(path, "\t" if path.suffix == ".tsv" else ",")
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    return rows
+        return JsonlRows(path)
+    if path.suffix == ".parquet":
+        return ParquetRows(path)
+    return ListedRows(str(path), _read_csv(path, "\t" if path.suffix == ".tsv" else ","), digest_of_file(path))
 
 
 def _read_csv(path: Path, delimiter: str) -> Rows:
@@ -96,23 +134,8 @@ def _read_csv(path: Path, delimiter: str) -> Rows:
     return rows
 
 
-def _read_parquet(path: Path) -> Rows:
-    """The rows of a Parquet file."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-        rows = table.to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a Parquet file ({error})") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: has a text that is not UTF-8 ({error.reason})") from None
-    return [(f"{path}:{number}", row) for number, row in enumerate(rows, 1)]
-
-
-def read_hub(name: str, split: str, *, subset: str | None = None, revision: str | None = None) -> Rows:
-    """Read the rows of one split of a hub data set, through the `datasets` library and its cache.
+def read_hub(name: str, split: str, *, subset: str | None = None, revision: str | None = None) -> RowSource:
+    """The rows of one split of a hub data set, through the `datasets` library and its cache.
 
     Raises:
         ValueError: the hub cannot be reached, or has no such data set or split; says how to use local files instead.
@@ -128,10 +151,10 @@ def read_hub(name: str, split: str, *, subset: str | None = None, revision: str 
             "give local files with the same columns: --task.data 'folder/{split}.jsonl' (or .csv, .tsv, .parquet), "
             f"where {{split}} stands for {split} and the other splits, or files with --task.train and --task.test"
         ) from None
-    return [(f"{name} {split}:{number}", row) for number, row in enumerate(data, 1)]
+    return HubRows(data, f"{name} {split}")
 
 
-def check_columns(rows: Sequence[tuple[str, Row]], columns: Sequence[str]) -> None:
+def check_columns(rows: Rows, columns: Sequence[str]) -> None:
     """Raise ValueError for the first row that lacks one of the columns; the message lists those present."""
     for source, row in rows:
         if missing := [name for name in columns if name not in row]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from train.data import Example, Split
 from train.data.conversations import read_conversation
 from train.data.fields import EmptyText, as_text, as_weight, is_missing, located
-from train.tasks.hub import OnEmpty, check_on_empty, make_all, user_template, weighed
-from train.tasks.notes import say_once
+from train.data.loading import load
+from train.data.records import Part, Recipe, Tally
+from train.tasks.hub import user_template
 from train.tasks.record import Row, fill, placeholders
-from train.tasks.rows import Rows, check_columns, read_file, read_hub
+from train.tasks.row_records import OnEmpty, RowRecords, check_on_empty
+from train.tasks.rows import check_columns, read_file, read_hub
 from train.tasks.scoring import Rule, check_gold, check_max_new_tokens, score
 
 
@@ -19,7 +21,8 @@ class TableTask:
     """Your own table (.jsonl, .csv, .tsv, .parquet, or any hub data set), with templates that name its columns."""
 
     train: str | None = "train"
-    """File of training examples; with data, a split of that data set, e.g. train[:90%]."""
+    """File of training examples, a folder of them, or a pattern such as shards/*.parquet; with data, a split of that
+    data set, e.g. train[:90%]."""
     validation: str | None = None
     """Validation examples, in the same form; None = no evaluation during training."""
     test: str | None = None
@@ -79,20 +82,29 @@ class TableTask:
         Raises:
             ValueError: a missing file, an unreachable hub, missing columns, empty texts, or no single right choice.
         """
+        return load(self.recipe(split))
+
+    def recipe(self, split: Split) -> Recipe:
+        """The examples of a split, read when they are needed."""
         test = self.validation if self.test is None else self.test
         name = {"train": self.train, "validation": self.validation, "test": test}[split]
-        rows = self._rows(name)
-        columns = self._columns()
-        check_columns(rows, columns)
-        examples = make_all(rows, lambda row: self._checked(*row, split), self.on_empty, f"{split} examples")
-        if unused := [column for column in (rows[0][1] if rows else ()) if column not in columns]:
-            say_once(f"{name}: columns that are not used: {', '.join(map(repr, unused))}")
-        return weighed(examples, f"{split} examples")
-
-    def _rows(self, name: str | None) -> Rows:
         if name is None:
-            return []
-        return read_file(name) if self.data is None else read_hub(self.data, name, subset=self.subset)
+            return Recipe(())
+        rows = read_file(name) if self.data is None else read_hub(self.data, name, subset=self.subset)
+        columns = self._columns()
+
+        def notes(tally: Tally, count: int) -> list[str]:
+            first = rows.first()
+            unused = [column for column in (first[1] if first else ()) if column not in columns]
+            return [f"{name}: columns that are not used: {', '.join(map(repr, unused))}"] if unused else []
+
+        def make(source: str, row: Row) -> Example:
+            check_columns([(source, row)], columns)
+            return self._checked(source, row, split)
+
+        settings = repr((replace(self, train=None, validation=None, test=None), split))
+        records = RowRecords(rows, make, f"{split} examples", self.on_empty, settings, notes=notes)
+        return Recipe((Part(records),))
 
     def _columns(self) -> list[str]:
         weight = [] if self.weight is None else [self.weight]

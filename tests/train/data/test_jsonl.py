@@ -5,8 +5,8 @@ import pytest
 from tiny_tokenizer import tiny_tokenizer
 
 from train.data import Encoding, Example, Keys, Reading, Turn, encode, read_jsonl
-from train.data.cache import _key
-from train.data.jsonl import ALPACA_TEMPLATE, describe, read_rows
+from train.data.jsonl import ALPACA_TEMPLATE, notes_of, read_rows, tally_of
+from train.data.records import Listed
 
 
 def write(tmp_path, *lines):
@@ -248,6 +248,12 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path):
     assert read_jsonl(write(tmp_path, {"text": "\N{GRINNING FACE}"}))[0].turns[0].text == "\N{GRINNING FACE}"
 
 
+def described(path):
+    rows = read_rows(path, Keys())
+    halves = [tally_of(some, Keys()) for some in (rows[:2], rows[2:])]
+    return notes_of(halves[0] + halves[1], Reading(), len(rows))
+
+
 def test_what_a_reader_of_a_file_should_know(tmp_path):
     path = write(
         tmp_path,
@@ -257,7 +263,7 @@ def test_what_a_reader_of_a_file_should_know(tmp_path):
         {"instruction": "i", "output": "o"},
         {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g", "weigth": 0}]},
     )
-    assert describe(read_rows(path, Keys()), Reading()) == [
+    assert described(path) == [
         "1 ShareGPT conversations (conversations)",
         "1 Alpaca instructions (instruction, output, input), asked in the words of Alpaca's own prompt",
         "1 plain texts (text), learned as a whole",
@@ -266,7 +272,7 @@ def test_what_a_reader_of_a_file_should_know(tmp_path):
         "not used: 'id' in 2, 'wieght' in 1 (did you mean 'weight'?), "
         "'weigth (of a message)' in 1 (did you mean 'weight'?)",
     ]
-    assert describe(read_rows(write(tmp_path, {"prompt": "p", "completion": "c"}), Keys()), Reading()) == []
+    assert described(write(tmp_path, {"prompt": "p", "completion": "c"})) == []
 
 
 def test_the_weights_of_lines_and_messages_reach_the_tokens(tmp_path):
@@ -284,7 +290,7 @@ def test_the_weights_of_lines_and_messages_reach_the_tokens(tmp_path):
     assert report.supervised == sum(np.count_nonzero(row.weights) for row in rows)
 
 
-def test_the_cache_of_tokens_knows_the_weights_of_messages(tmp_path):
+def test_the_key_of_examples_knows_the_weights_of_messages():
     turns = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d"))
     examples = [Example(turns, "f:1"), Example(turns, "f:1", turn_weights=(1, 0, 1, 1))]
-    assert len({_key([example], tiny_tokenizer(), Encoding(chat=True)) for example in examples}) == 2
+    assert len({Listed([example]).key for example in examples}) == 2

@@ -3,13 +3,14 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from train.cli import from_command_line
 from train.config import TrainConfig
 from train.run.result import notes_of
 from train.tasks import HubTask, JsonlTask, ListOpsTask, MixtureTask, on_file, task_from_json, task_to_json
-from train.tasks.mixture import interleave
+from train.tasks.mixture import interleaved
 from train.tasks.perturb import perturbed
 
 
@@ -62,7 +63,7 @@ def test_evaluation_has_all_examples_and_every_prefix_the_same_proportions(parts
     assert counts(examples) == {"small": 10, "large": 30}
     assert counts(examples[:8]) == {"small": 2, "large": 6}
     assert examples[0].source.endswith("large.jsonl:1")
-    assert interleave([[1, 2], []]) == [1, 2]
+    assert interleaved([np.array([1, 2]), np.array([], int)]).tolist() == [1, 2]
 
 
 def test_names(parts):

@@ -32,7 +32,7 @@ def write(path, rows):
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
     path = write(tmp_path / f"data{suffix}", RECORDS)
-    rows = read_file(path)
+    rows = read_file(path).all()
     assert [row for _, row in rows] == RECORDS
     assert rows[0][0].startswith(f"{path}:")
     task = TableTask(train=str(path), prompt="Q: {q}\n", completion="{a}.", answer="{a}", rule="exact")
@@ -194,7 +194,7 @@ def test_empty_texts_can_be_dropped_and_are_counted(tmp_path, capsys):
     )
     [example] = HubTask("alpaca", test=str(path), on_empty="drop").load("test")
     assert example.source == f"{path}:2"
-    assert "dropped 1 of" in capsys.readouterr().err
+    assert "dropped 2 of 3 rows" in capsys.readouterr().err
     with pytest.raises(ValueError, match="every row has an empty or missing text"):
         HubTask("alpaca", test=str(write(path, [changed("alpaca", output="")])), on_empty="drop").load("test")
     with pytest.raises(ValueError, match="on_empty: got 'skip'"):
@@ -230,14 +230,14 @@ def test_unreadable_files_are_refused(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_file(path)
+        TableTask(train=str(path), prompt="{a}", completion="{a}").load("train")
 
 
 def test_deep_nesting_is_refused_with_file_and_line(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
     with pytest.raises(ValueError, match=r"x\.jsonl:2: nested too deeply"):
-        read_file(path)
+        read_file(path).all()
 
 
 def test_no_such_file():
