@@ -65,7 +65,7 @@ def run_layers(
 
 
 def on_cache(f: Callable[..., Array], cache: Cache, *others: Cache) -> KeysValues:
-    """f of each layer's keys [B, K, S, H] and of its values, and of those of other caches, by layers as the first is."""
+    """f of each layer's keys [B, K, S, H] and values, and of those of other caches; in tuples if the first is."""
 
     def on(stack: PyTree, *others: PyTree) -> PyTree:
         if not is_by_layer(stack):
