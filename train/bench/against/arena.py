@@ -144,10 +144,18 @@ class Arena:
         return encode_prompts(data.examples()[:count], self.loaded.require_tokenizer())[0]
 
 
-def make_arena(config: AgainstBench, temporary: Path) -> Arena:
-    """Load model and data; the peer's copy of the model is written into a temporary folder."""
+def read_data(config: AgainstBench) -> dict[str, Data]:
+    """Examples by kind: of the files, or made up.
+
+    Raises:
+        ValueError: a file that cannot be read, see `read_texts`.
+    """
     files = {"gsm8k": config.data, "boolq": config.boolq}
-    data = {kind: make() if (path := files[kind]) is None else read_texts(path) for kind, make in KINDS.items()}
+    return {kind: make() if (path := files[kind]) is None else read_texts(path) for kind, make in KINDS.items()}
+
+
+def make_arena(config: AgainstBench, data: Mapping[str, Data], temporary: Path) -> Arena:
+    """Load the model, and write the peer's copy of it into a temporary folder."""
     loaded = load(config.model, "float32")
     folder = temporary / "model"
     save_hf(folder, loaded.config, loaded.base, loaded.family, loaded.require_tokenizer(), generation=loaded.generation)

@@ -15,10 +15,11 @@ from typing import Any
 
 import jaxsteer.io
 from jaxsteer.io.files import read_json, write_json
-from train.bench.against.arena import AgainstBench, Arena, make_arena
+from train.bench.against.arena import AgainstBench, Arena, make_arena, read_data
 from train.bench.against.contest import hold, parts_of
 from train.bench.against.page import table, write_into
 from train.bench.against.rows import Row, chosen
+from train.bench.against.texts import Data
 from train.display.console import progress, say
 from train.peers import interpreter_of, temporary_folder
 
@@ -36,24 +37,30 @@ def bench_against(config: AgainstBench) -> None:
         figures = read_json(config.table)
         write_into(config.into, figures) if config.into else print(table(figures))
         return
-    path, rows = Path(config.json), chosen(config.rows)
+    rows = chosen(config.rows)
     interpreter_of("bench", config.python)
-    saved = read_json(path) if path.exists() else {}
-    if config.json and not path.parent.is_dir():
+    path = Path(config.json)
+    if not path.parent.is_dir():
         raise ValueError(f"--json {path}: the folder {path.parent} does not exist")
-    with temporary_folder("jaxsteer-against-") as temporary:
-        arena = make_arena(config, Path(temporary))
-        commit = _commit()
-        for number, row in enumerate(rows, 1):
-            key = {"commit": commit, "settings": _settings(arena, row)}
-            done = saved.get("rows", {}).get(row.name)
-            if done and not config.again and {name: done.get(name) for name in key} == key:
-                say(f"{number} of {len(rows)}  {row.name}: measured already; --again measures it once more")
-                continue
-            result = _measure(arena, row, f"{number} of {len(rows)}  {row.name}")
-            saved = _with_row(saved, row.name, key | result) | {"machine": _machine()}
-            write_json(path, saved)
-    print(table(saved))
+    figures, data = read_json(path) if path.exists() else {}, read_data(config)
+    keys = {row.name: {"commit": _commit(), "settings": _settings(config, data, row)} for row in rows}
+    due = [row for row in rows if config.again or not _is_measured(figures, row, keys[row.name])]
+    if kept := [row.name for row in rows if row not in due]:
+        say(f"measured already, with these settings and this code: {', '.join(kept)}; --again measures them once more")
+    if due:
+        with temporary_folder("jaxsteer-against-") as temporary:
+            arena = make_arena(config, data, Path(temporary))
+            for number, row in enumerate(due, 1):
+                result = _measure(arena, row, f"{number} of {len(due)}  {row.name}")
+                figures = _with_row(figures, row.name, keys[row.name] | result) | {"machine": _machine()}
+                write_json(path, figures)
+    print(table(figures))
+
+
+def _is_measured(figures: Mapping[str, Any], row: Row, key: Mapping[str, Any]) -> bool:
+    """Whether a file has the figures of a row, of the same code and settings."""
+    found = figures.get("rows", {}).get(row.name, {})
+    return all(found.get(name) == value for name, value in key.items())
 
 
 def _measure(arena: Arena, row: Row, heading: str) -> dict[str, Any]:
@@ -92,10 +99,10 @@ def _with_row(saved: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> di
     return {**saved, "rows": {each.name: rows[each.name] for each in chosen(()) if each.name in rows}}
 
 
-def _settings(arena: Arena, row: Row) -> dict[str, Any]:
+def _settings(config: AgainstBench, data: Mapping[str, Data], row: Row) -> dict[str, Any]:
     """What the figure of a row depends on, besides code and machine."""
-    origins = {kind: data.origin for kind, data in arena.data.items()}
-    return arena.config.defining | {"row": repr(row), "data": origins, TUNABLES: os.environ.get(TUNABLES, "")}
+    origins = {kind: each.origin for kind, each in data.items()}
+    return config.defining | {"row": repr(row), "data": origins, TUNABLES: os.environ.get(TUNABLES, "")}
 
 
 def _versions() -> dict[str, str]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 from jaxsteer.plans import did_you_mean
 from train.bench.against.arena import Arena
 from train.bench.against.contest import Better, Contest
+from train.bench.against.decoding import DecodingRow, EvaluationRow
+from train.bench.against.fresh import MemoryRow, StartRow
 from train.bench.against.training import TrainingRow
 
 STEERING, LORA = "nonlinear(rank=8) @ block", "lora(rank=8, alpha=8) @ projections"
-POST_BLOCK_ASKED: Mapping[str, Any] = {"method": "post-block", "rank": 8, "alpha": 1.0}
-LORA_ASKED: Mapping[str, Any] = {"method": "lora", "rank": 8, "alpha": 8.0}
-FULL_ASKED: Mapping[str, Any] = {"method": "full", "rank": 0, "alpha": 0.0}
-STRONG = ("packed", "flattened", "grouped")
 
 
 class Row(Protocol):
@@ -55,61 +54,55 @@ class Row(Protocol):
         ...
 
 
+POST_BLOCK = TrainingRow(
+    "post-block-gsm8k",
+    "training",
+    "Post-block, GSM8K",
+    plan=(STEERING,),
+    asked={"method": "post-block", "rank": 8, "alpha": 1.0},
+    opponent="PyTorch hooks",
+    data="gsm8k",
+    collates=("padded",),
+)
+LORA_ROW = TrainingRow(
+    "lora-gsm8k",
+    "training",
+    "LoRA, GSM8K",
+    plan=(LORA,),
+    asked={"method": "lora", "rank": 8, "alpha": 8.0},
+    opponent="peft",
+    data="gsm8k",
+    collates=("packed", "flattened", "grouped"),
+)
+FULL = TrainingRow(
+    "full-dense",
+    "dense",
+    "Full fine-tuning, full rows",
+    plan=(),
+    asked={"method": "full", "rank": 0, "alpha": 0.0},
+    opponent="transformers",
+    data="dense",
+    collates=("padded",),
+    train_base=True,
+)
+
 ROWS: tuple[Row, ...] = (
-    TrainingRow(
-        "post-block-gsm8k",
-        "training",
-        "Post-block, GSM8K",
-        (STEERING,),
-        POST_BLOCK_ASKED,
-        "PyTorch hooks",
-        "gsm8k",
-        ("padded",),
-    ),
-    TrainingRow(
-        "post-block-boolq",
-        "training",
-        "Post-block, BoolQ questions",
-        (STEERING,),
-        POST_BLOCK_ASKED,
-        "PyTorch hooks",
-        "boolq",
-        ("padded",),
-    ),
-    TrainingRow("lora-gsm8k", "training", "LoRA, GSM8K", (LORA,), LORA_ASKED, "peft", "gsm8k", STRONG),
-    TrainingRow(
-        "joint-gsm8k",
-        "training",
-        "LoRA and post-block, GSM8K; theirs LoRA alone",
-        (LORA, STEERING),
-        LORA_ASKED,
-        "peft",
-        "gsm8k",
-        STRONG,
-        same=False,
-    ),
-    TrainingRow(
-        "post-block-dense",
-        "dense",
-        "Post-block, full rows",
-        (STEERING,),
-        POST_BLOCK_ASKED,
-        "PyTorch hooks",
-        "dense",
-        ("padded",),
-    ),
-    TrainingRow("lora-dense", "dense", "LoRA, full rows", (LORA,), LORA_ASKED, "peft", "dense", ("padded",)),
-    TrainingRow(
-        "full-dense",
-        "dense",
-        "Full fine-tuning, full rows",
-        (),
-        FULL_ASKED,
-        "transformers",
-        "dense",
-        ("padded",),
-        train_base=True,
-    ),
+    POST_BLOCK,
+    replace(POST_BLOCK, name="post-block-boolq", title="Post-block, BoolQ questions", data="boolq"),
+    LORA_ROW,
+    replace(LORA_ROW, name="joint-gsm8k", title="LoRA + post-block, GSM8K", plan=(LORA, STEERING), same=False),
+    replace(POST_BLOCK, name="post-block-dense", group="dense", title="Post-block, full rows", data="dense"),
+    replace(LORA_ROW, name="lora-dense", group="dense", title="LoRA, full rows", data="dense", collates=("padded",)),
+    FULL,
+    DecodingRow("decoding-1", "decoding", "Greedy decoding, batch 1", STEERING, batch_size=1, batches=4),
+    DecodingRow("decoding-8", "decoding", "Greedy decoding, batch 8", STEERING, batch_size=8, batches=2),
+    DecodingRow("decoding-32", "decoding", "Greedy decoding, batch 32", STEERING, batch_size=32, batches=1),
+    EvaluationRow("evaluation", "evaluation", "Answering a set", STEERING, rows=96, tried=(8, 16, 32, 64)),
+    EvaluationRow("evaluation-alone", "evaluation", "Answering a set", STEERING, rows=96, tried=()),
+    MemoryRow("memory-post-block", "Memory, post-block, GSM8K", POST_BLOCK, "padded"),
+    MemoryRow("memory-lora", "Memory, LoRA, GSM8K", LORA_ROW, "packed"),
+    StartRow("start-cold", "Start to first step, the first time", POST_BLOCK, warm=False),
+    StartRow("start-warm", "Start to first step, again", POST_BLOCK, warm=True),
 )
 
 

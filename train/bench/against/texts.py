@@ -6,9 +6,8 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
-
-import numpy as np
 
 from jaxsteer.io.files import write_text
 from train.data import Example
@@ -83,8 +82,8 @@ KINDS: Mapping[str, Callable[[], Data]] = {"gsm8k": problems, "boolq": questions
 """Kind of data -> what makes it up where no file is given."""
 
 
-def _made_up(make: Callable[[np.random.Generator], Text]) -> Data:
-    draw = np.random.default_rng(0)
+def _made_up(make: Callable[[Random], Text]) -> Data:
+    draw = Random(0)
     return Data([make(draw) for _ in range(MADE_UP)], "made up")
 
 
@@ -93,13 +92,12 @@ THINGS = ("pencils", "apples", "tickets", "marbles", "books", "eggs", "stamps", 
 PLACES = ("the market", "school", "the harbour", "her uncle's farm", "the library", "the fair next door")
 
 
-def _problem(draw: np.random.Generator) -> Text:
+def _problem(draw: Random) -> Text:
     """Several purchases of one person, added up; the number of them varies as the length of GSM8K's answers does."""
     name, thing = draw.choice(NAMES), draw.choice(THINGS)
-    count = int(np.clip(draw.lognormal(np.log(2.6), 0.45), 1, 9))
     told, steps, total = [], [], 0
-    for _ in range(count):
-        packs, each, gone = (int(n) for n in draw.integers(2, 60, 3))
+    for _ in range(min(9, max(1, round(draw.lognormvariate(0.75, 0.45))))):
+        packs, each, gone = (draw.randrange(2, 60) for _ in range(3))
         told.append(f"At {draw.choice(PLACES)} {name} buys {packs} boxes of {each} {thing} and gives {gone} away.")
         got = packs * each - gone
         steps.append(f"{packs} boxes of {each} are {packs}*{each} = {packs * each} {thing}, and {got} are left.")
@@ -109,8 +107,8 @@ def _problem(draw: np.random.Generator) -> Text:
     return Text(" ".join([*told, asked]), "\n".join([*steps, f"#### {total}"]))
 
 
-def _question(draw: np.random.Generator) -> Text:
-    thing, place, count = draw.choice(THINGS), draw.choice(PLACES), int(draw.integers(2, 999))
+def _question(draw: Random) -> Text:
+    thing, place, count = draw.choice(THINGS), draw.choice(PLACES), draw.randrange(2, 999)
     asked = f"is it usual to find more than {count} {thing} at {place}"
     text = f"Please answer the following question with true or false, question: {asked}?\n\nAnswer format: true/false"
     return Text(text, f"the correct answer is {'true' if count < 200 else 'false'}")

@@ -74,11 +74,11 @@ def _told(example: TokenizedExample) -> dict[str, list[int]]:
     return {"ids": example.ids.tolist(), "targets": (example.weights != 0).astype(int).tolist()}
 
 
-def work_of(arena: Arena, kind: str) -> Work:
-    """A round's examples in our batches."""
+def work_of(arena: Arena, kind: str, steps: int) -> Work:
+    """The examples of our first few batches."""
     config = arena.config
     source = DataSource(arena.training_examples(kind), config.batch_size, config.sequence_length)
-    members = [source.row_members(step) for step in range(config.steps)]
+    members = [source.row_members(step) for step in range(steps)]
     return Work([[[source.examples[i] for i in row] for row in step] for step in members], source)
 
 
@@ -168,7 +168,7 @@ class TrainingRow:
     @contextmanager
     def contest(self, arena: Arena) -> Iterator[Contest]:
         """Both sides, compared before any training."""
-        work = work_of(arena, self.data)
+        work = work_of(arena, self.data, arena.config.steps)
         ours = Trainer(arena.loaded, self.plan, self.train_base, work.source)
         with arena.peer() as peer:
             self.begin(peer, ours.params.steering)
@@ -210,7 +210,11 @@ class TrainingRow:
         counts = peer.ask("batches", **request)["batches"]
         step = lambda index: float(peer.ask("step", collate=collate, index=index)["seconds"])
         parts = [Part(partial(step, index), self._done(count, arena)) for index, count in enumerate(counts)]
-        return Side(f"{self.opponent}, {COLLATES[collate].format(length=request['length'])}", parts)
+        return Side(self.side_name(request), parts)
+
+    def side_name(self, request: Mapping[str, Any]) -> str:
+        """The opponent with a way to make batches, in words."""
+        return f"{self.opponent}, {COLLATES[request['collate']].format(length=request['length'])}"
 
     def _done(self, examples: int, arena: Arena) -> float:
         """Examples as what is counted."""
