@@ -1,11 +1,12 @@
 """The real opponent on a tiny model: every row's two sides are compared, which they refuse to be measured without."""
 
 import json
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 from asked import python_of
-from tiny_tokenizer import tiny_tokenizer
 
 from jaxsteer.io import save_hf
 from jaxsteer.models.config import ModelConfig
@@ -15,6 +16,9 @@ from train.bench.against.arena import AgainstBench
 from train.bench.against.bound import Roof
 from train.bench.against.command import bench_against
 from train.bench.against.rows import ROWS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train" / "data"))
+from tiny_tokenizer import tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
