@@ -16,7 +16,6 @@ import numpy as np
 
 from jaxsteer.inference.generate import to_device
 from jaxsteer.io import LoadedModel
-from jaxsteer.objective import next_tokens, supervised_loss
 from jaxsteer.optim import OptimConfig
 from jaxsteer.params import Params, partition
 from jaxsteer.steering import init_steering
@@ -96,9 +95,8 @@ class Trainer:
         )
         self._program = make_program(config, loaded.config, loaded.base, steps=1000)
         self.model = self._program.model
-        steering = init_steering(self.model.plan, loaded.config, jax.random.key(0), base=loaded.base)
-        self.params = Params(loaded.base, steering)
-        trained, self._frozen = partition(self.params, self._program.labels)
+        self.steering = init_steering(self.model.plan, loaded.config, jax.random.key(0), base=loaded.base)
+        trained, self._frozen = partition(Params(loaded.base, self.steering), self._program.labels)
         # The step donates its state.
         self._state = init_state(jax.tree.map(jnp.copy, trained), self._program.tx, jax.random.key(1))
         self._source = source
@@ -108,20 +106,14 @@ class Trainer:
         """Train on one batch of the round, and return the seconds that it took."""
         batch = self._batch(number)
         began = time.perf_counter()
-        self._state, self.metrics = self._program.step(self._state, batch, self._frozen)
+        self._state, self._metrics = self._program.step(self._state, batch, self._frozen)
         jax.block_until_ready(self._state)
         return time.perf_counter() - began
 
-    def gradient_norm(self) -> float:
-        """Norm of the gradient of the first batch before any training; trains a step."""
+    def begin(self) -> tuple[float, float]:
+        """Train on the first batch -> its mean loss and gradient norm before any training."""
         self.step(0)
-        return float(self.metrics.grad_norm)
-
-    def loss(self, number: int) -> float:
-        """Mean loss of one batch before any training, in nats."""
-        batch = self._batch(number)
-        total = jax.jit(supervised_loss, static_argnums=0)(self.model, *self.params, batch)
-        return float(total) / float(next_tokens(batch).weights.sum())
+        return float(self._metrics.loss), float(self._metrics.grad_norm)
 
     def _batch(self, number: int) -> Batch:
         if number not in self._batches:
@@ -171,11 +163,11 @@ class TrainingRow:
         work = work_of(arena, self.data, arena.config.steps)
         ours = Trainer(arena.loaded, self.plan, self.train_base, work.source)
         with arena.peer() as peer:
-            self.begin(peer, ours.params.steering)
-            first, norm = ours.loss(0), ours.gradient_norm()
-            checked = {"loss": first} | ({"grad_norm": norm} if self.same else {})
+            self.begin(peer, ours.steering)
+            loss, norm = ours.begin()
+            checked = {"loss": loss} | ({"grad_norm": norm} if self.same else {})
             for collate in self.collates:
-                self._check(peer.ask("check", **work.asked(collate, 1)), first, norm)
+                self._check(peer.ask("check", **work.asked(collate, 1)), loss, norm)
             parts = [
                 Part(partial(ours.step, n), self._done(sum(map(len, rows)), arena)) for n, rows in enumerate(work.steps)
             ]
