@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ import numpy as np
 
 from jaxsteer.batches import make_batch
 from jaxsteer.inference.generate import generate
-from jaxsteer.io.files import parse_json
+from jaxsteer.io.files import Json, parse_json
 from jaxsteer.io.formats.verdict import logits
 from jaxsteer.io.steered import SteeredModel
 from train.devices import interrupts
@@ -230,21 +231,40 @@ def run_peer(
         ValueError: there is no such program or interpreter, a package is missing, it failed, took too long, or gave no
             answer; the message ends with the last lines that it wrote to standard error.
     """
+    with temporary_folder("jaxsteer-peer-") as folder:
+        out = Path(folder) / "values.npy"
+        said = ask_peer(program, {**request, "out": str(out)}, python, timeout=timeout)
+        return _answer(said, out, program)
+
+
+def ask_peer(program: str, request: Mapping[str, Any], python: Path | None = None, *, timeout: float = TIMEOUT) -> Json:
+    """Run a peer's program, and read the JSON in the last line that it prints.
+
+    Args:
+        program: name of the peer, such as "vllm".
+        request: what it is asked, as JSON. Paths are absolute.
+        python: the interpreter that has the peer's packages; None = that of its environment.
+        timeout: seconds after which it is stopped, with all processes that it started.
+
+    Raises:
+        TookTooLong: it was stopped.
+        ValueError: as `run_peer`.
+    """
     files = PROGRAMS.glob("*_peer.py")
     programs = {file.stem.removesuffix("_peer"): file for file in sorted(files) if not file.match("test_*")}
     if program not in programs:
         raise ValueError(f"{program}: no peer of this name; there are {', '.join(programs) or 'none here'}")
     interpreter = interpreter_of(program, python)
+    environment = dict(os.environ)
+    if interpreter != Path(sys.executable):  # neither this clone nor this environment is to be seen there
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    command = [str(interpreter), str(programs[program])]
     with temporary_folder("jaxsteer-peer-") as folder:
-        out = Path(folder) / "values.npy"
-        said = _run(
-            [str(interpreter), str(programs[program])],
-            json.dumps({**request, "out": str(out)}),
-            folder,
-            program,
-            timeout,
+        printed = run_program(
+            command, json.dumps(request), name=program, timeout=timeout, folder=folder, environment=environment
         )
-        return _answer(said, out, program)
+    last = next((line for line in reversed(printed.splitlines()) if line.strip()), "")
+    return parse_json(last, f"{program}: the last line that it printed")
 
 
 @contextmanager
@@ -279,29 +299,52 @@ def _how_to_install(program: str) -> str:
     )
 
 
-def _run(command: Sequence[str], text: str, folder: str, program: str, timeout: float) -> str:
-    """Run a command with a text on standard input, and return what it prints."""
-    # Neither this clone nor this environment is to be seen there.
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+class TookTooLong(ValueError):
+    """A program was stopped because it gave no answer in time."""
+
+
+def run_program(
+    command: Sequence[str],
+    text: str,
+    *,
+    name: str,
+    timeout: float | None,
+    folder: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Run a command with a text on standard input, and return what it prints.
+
+    Args:
+        command: the program and its arguments.
+        text: for its standard input.
+        name: what messages call it.
+        timeout: seconds after which it is stopped, with all processes that it started; None = never.
+        folder: to run in; None = this process's.
+        environment: its environment variables; None = this process's.
+
+    Raises:
+        TookTooLong: it was stopped.
+        ValueError: it cannot be run, or failed; the message ends with the last lines that it wrote to standard error.
+    """
     pipe = subprocess.PIPE
     try:
         process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, env=environment, start_new_session=True
         )
     except OSError as error:
-        raise ValueError(f"{program}: {command[0]} cannot be run ({error.strerror})") from None
+        raise ValueError(f"{name}: {command[0]} cannot be run ({error.strerror})") from None
     try:
         with interrupts.undoing(lambda: os.killpg(process.pid, signal.SIGKILL)):
             printed, complaint = process.communicate(text.encode(), timeout)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{program}: no answer within {timeout:g} seconds, so it was stopped") from None
+        raise TookTooLong(f"{name}: no answer within {timeout:g} seconds, so it was stopped") from None
     finally:
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode:
-        raise ValueError(_failure(program, process.returncode, complaint.decode(errors="replace")))
+        raise ValueError(_failure(name, process.returncode, complaint.decode(errors="replace")))
     return printed.decode(errors="replace")
 
 
@@ -314,14 +357,12 @@ def _failure(program: str, status: int, complaint: str) -> str:
     return f"{program}: {how}: {' | '.join(lines) or 'it said nothing'}"
 
 
-def _answer(printed: str, out: Path, program: str) -> Answer:
-    """A peer's answer: JSON in the last line that it printed, and the array in its file."""
-    last = next((line for line in reversed(printed.splitlines()) if line.strip()), "")
-    said = parse_json(last, f"{program}: the last line that it printed")
+def _answer(said: Json, out: Path, program: str) -> Answer:
+    """A peer's answer: the JSON that it printed, and the array in its file."""
     versions = said.get("versions") if isinstance(said, dict) else None
     if not isinstance(versions, dict) or said.get("kind") not in ("logits", "logprobs"):
         raise ValueError(
-            f"{program}: expected an answer with versions and a kind (logits, logprobs), got {last[:200]!r}"
+            f"{program}: expected an answer with versions and a kind (logits, logprobs), got {str(said)[:200]!r}"
         )
     try:
         values = np.array(np.load(out, mmap_mode="r", allow_pickle=False))
