@@ -38,7 +38,7 @@ PROGRAMS = next((f for f in (_HERE / "peer_programs", _IN_CLONE) if f.is_dir()),
 ENVIRONMENTS = _HERE.parent / ".peers"
 """Where `make peers` makes the environments, in a clone."""
 
-ENVIRONMENT_OF = {"peft": "hf", "transformers": "hf"}
+ENVIRONMENT_OF = {"peft": "hf", "transformers": "hf", "accelerator": "hf"}
 """The environment of a peer that has none of its own name."""
 
 TIMEOUT = 1800

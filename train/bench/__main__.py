@@ -1,4 +1,5 @@
-"""Benchmarks: `python -m train.bench train --batch-size 8 --sequence-length 256`, or `decode`, `eval`, `load`.
+"""Benchmarks: `python -m train.bench train --batch-size 8 --sequence-length 256`, or `decode`, `eval`, `load`,
+`accelerator`.
 
 Each prints a table and, with --json, writes the figures to a file. To compare two settings, interleave their runs on a
 quiet machine.
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxsteer.io.files import write_json
+from train.bench.accelerator.command import bench_accelerator
+from train.bench.accelerator.settings import AcceleratorBench
 from train.bench.decoding import DecodeBench, bench_decode
 from train.bench.eval import EvalBench, bench_eval
 from train.bench.load import LoadBench, bench_load
@@ -26,6 +29,7 @@ Bench = (
     | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
     | Annotated[EvalBench, tyro.conf.subcommand("eval")]
     | Annotated[LoadBench, tyro.conf.subcommand("load")]
+    | Annotated[AcceleratorBench, tyro.conf.subcommand("accelerator")]
 )
 
 
@@ -33,6 +37,9 @@ def main() -> None:
     """Run the benchmark that the command line asks for, and print its figures."""
     config = tyro.cli(Bench, prog="python -m train.bench", description=__doc__)
     enable_compilation_cache()
+    if isinstance(config, AcceleratorBench):  # it saves each row itself
+        bench_accelerator(config)
+        return
     figures, table = _run(config)
     Console().print(table)
     if config.json:

@@ -74,6 +74,7 @@ def bench_decode(config: DecodeBench) -> dict[str, float]:
 
 
 def random_prompts(batch_size: int, length: int, vocab_size: int) -> Batch:
+    """Prompts of random tokens, all of one length, on the default device."""
     tokens = np.random.default_rng(0).integers(0, vocab_size, (batch_size, length)).astype(np.int32)
     no_completion = np.zeros(length, bool)
     return to_device(stack_rows([[TokenizedExample(ids, no_completion, length, "random")] for ids in tokens], length))

@@ -148,8 +148,8 @@ def _step(
 class SweepProgram:
     """The jitted step of a sweep, and the state that it starts from.
 
-    With several runs, every leaf of state and metrics has a leading axis over the runs. The learning rates are arguments
-    of the step, so that programs which differ in them alone, as in a search, share one compiled step.
+    With several runs, every leaf of state and metrics has a leading axis over the runs. The learning rates are
+    arguments of the step, so that programs which differ in them alone, as in a search, share one compiled step.
     """
 
     def __init__(self, config: TrainConfig, trainings: Sequence[Training], factors: Sequence[float]) -> None:

@@ -73,11 +73,13 @@ class Context:
     """What a row may know besides its own settings.
 
     config        of the command
+    device        to measure on
     records       what has been measured so far
     seconds_left  until the time limit; None = there is none
     """
 
     config: AcceleratorBench
+    device: Device
     records: Sequence[Record]
     seconds_left: float | None = None
 

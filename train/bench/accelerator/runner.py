@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import jax
+
 from jaxsteer.plans import did_you_mean
 from train.bench.accelerator.records import (
     ATTEMPTS,
@@ -72,6 +74,8 @@ def run(config: AcceleratorBench, clock: Callable[[], float] = time.monotonic) -
     """
     began = clock()
     stages, store = chosen(config.stage), Store(config.json)
+    if config.isolate:  # this process must not take the device's memory
+        jax.config.update("jax_platforms", "cpu")
     device = device_apart() if config.isolate else find_device()
     say(f"{device.kind}, {', '.join(f'{name} {version}' for name, version in device.versions.items())}", stderr=False)
     session = _Session(config, store, device, clock, began)
@@ -140,7 +144,7 @@ class _Session:
         return left is None or left >= row.seconds or (left > 0 and not self._begun)
 
     def _attempt(self, stage: Stage, row: Row) -> Attempt:
-        context = Context(self._config, self._store.records, self._seconds_left())
+        context = Context(self._config, self._device, self._store.records, self._seconds_left())
         if row.here or not self._config.isolate:
             return attempt(row, context)
         return attempt_apart(stage.name, row, context)

@@ -58,7 +58,8 @@ def attempt(row: Row, context: Context) -> Attempt:
             if full
             else ("failed", f"{_short(text)} ({at.filename.rpartition('/')[2]}:{at.lineno})", {})
         )
-    return Attempt(*ended, time.perf_counter() - began)
+    outcome, message, figures = ended
+    return Attempt(outcome, message, figures, time.perf_counter() - began)
 
 
 def _short(text: str) -> str:
@@ -72,6 +73,7 @@ def attempt_apart(stage: str, row: Row, context: Context) -> Attempt:
         "config": asdict(context.config),
         "stage": stage,
         "row": row.name,
+        "device": asdict(context.device),
         "records": [asdict(record) for record in context.records],
     }
     began = time.perf_counter()
@@ -97,7 +99,7 @@ def _ask(request: Json, environment: Mapping[str, str], timeout: float | None) -
         json.dumps(request),
         name="a measuring process",
         timeout=timeout,
-        environment=_MEMORY | os.environ | {"PYTHONPATH": path} | environment,
+        environment={**_MEMORY, **os.environ, "PYTHONPATH": path, **environment},
     )
     return parse_json(printed.strip().rpartition("\n")[2], "a measuring process")
 
@@ -125,7 +127,7 @@ def _answer(request: Mapping[str, Json]) -> Json:
     records = [from_plain(Record, data, "the request") for data in request["records"]]
     stage = next(stage for stage in STAGES if stage.name == request["stage"])
     row = next(row for row in stage.rows(config, records) if row.name == request["row"])
-    return attempt(row, Context(config, records))._asdict()
+    return attempt(row, Context(config, from_plain(Device, request["device"], "the request"), records))._asdict()
 
 
 if __name__ == "__main__":
