@@ -28,7 +28,7 @@ def build(request, device):
     dtype = getattr(torch, request["dtype"])
     with torch.device(device):
         base = AutoModelForCausalLM.from_config(
-            LlamaConfig(**request["config"]), dtype=dtype, attn_implementation="sdpa"
+            LlamaConfig.from_dict(request["config"]), dtype=dtype, attn_implementation="sdpa"
         )
     base.config.use_cache = False
     rank = request["rank"]

@@ -200,11 +200,6 @@ def latest(records: Iterable[Record]) -> list[Record]:
     return list(last.values())
 
 
-def seconds_of(record: Record, row: Row) -> float:
-    """How long a row is expected to take when it is measured again."""
-    return record.seconds if record.outcome == "measured" else row.seconds
-
-
 @cache
 def code_digest() -> str:
     """A digest of the sources that figures depend on: of the library, the programs and the peers."""

@@ -20,7 +20,6 @@ from train.bench.accelerator.records import (
     Store,
     blank,
     commit,
-    seconds_of,
 )
 from train.bench.accelerator.settings import AcceleratorBench
 from train.bench.accelerator.stages import STAGES
@@ -107,7 +106,7 @@ class _Session:
             title = f"{stage.name} {number}/{len(rows)}  {row.name}"
             if self._set_aside(stage, row, rows):
                 continue
-            if not self._fits(row if record is None else replace(row, seconds=seconds_of(record, row))):
+            if not self._fits(row):
                 all_done = False
                 continue
             rest = sum(each.seconds for each in rows[number - 1 :])

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import distributions
 from typing import Any, NamedTuple
 
@@ -104,6 +105,7 @@ def _ask(request: Json, environment: Mapping[str, str], timeout: float | None) -
     return parse_json(printed.strip().rpartition("\n")[2], "a measuring process")
 
 
+@cache
 def find_device() -> Device:
     """The default device of this process."""
     device = jax.devices()[0]
