@@ -40,11 +40,20 @@ def _causal(q: Array, k: Array, v: Array, span: Span) -> Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
+def _triton(q: Array, k: Array, v: Array, span: Span) -> Array:
+    """JAX's Triton kernel, which skips blocks above the diagonal and knows segments, but not groups of heads."""
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    return mha(q, k, v, span.segments, sm_scale=q.shape[-1] ** -0.5, causal=True)
+
+
 CANDIDATES = (
     Candidate("dense", _of("dense")),
     Candidate("chunked", _of("chunked")),
     Candidate("cudnn", _of("cudnn"), (NVIDIA,)),
     Candidate("cudnn, causal without segments", _causal, (NVIDIA,)),
+    Candidate("triton", _triton, (NVIDIA,)),
     Candidate("splash", _of("splash"), (TPU,)),
 )
 

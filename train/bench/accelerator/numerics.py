@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
@@ -15,7 +14,7 @@ from typing import Any
 
 from train.bench.accelerator.records import ROOT, Context, Figures, Need, Row, Stage
 from train.bench.accelerator.settings import AcceleratorBench
-from train.peers import TookTooLong
+from train.devices.programs import run_program
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "models": tuple(
@@ -71,19 +70,10 @@ def _run(paths: Sequence[str], context: Context) -> Figures:
         report = Path(folder) / "report.xml"
         options = ("-q", "-p", "no:cacheprovider", "-m", "not slow", f"--junitxml={report}", *workers)
         command = [sys.executable, "-m", "pytest", *options, *paths]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=_environment(context.device.platform),
-                capture_output=True,
-                text=True,
-                timeout=context.seconds_left,
-            )
-        except subprocess.TimeoutExpired:
-            raise TookTooLong("the time limit came first") from None
+        environment = _environment(context.device.platform)
+        done = run_program(command, "", "pytest", context.seconds_left, str(ROOT), environment)
         if not report.is_file():
-            raise ValueError(f"pytest made no report: {(done.stdout + done.stderr)[-500:]}")
+            raise ValueError(f"pytest made no report: {(done.printed + done.complaint)[-500:]}")
         return _counted(ElementTree.parse(report).getroot())
 
 

@@ -27,8 +27,8 @@ from train.bench.accelerator.worker import Attempt, attempt, attempt_apart, devi
 from train.devices import interrupts
 from train.display.console import say
 
-MARGIN = 10.0
-"""Seconds of the time limit that are left for ending and writing."""
+MARGIN = 15.0
+"""Seconds of the time limit that are left for starting, ending and writing."""
 
 
 def chosen(names: str) -> list[Stage]:
@@ -58,6 +58,8 @@ def is_done(record: Record | None, row: Row, *, retry: bool) -> bool:
 def unmet(row: Row, device: Device, config: AcceleratorBench) -> str:
     """What a row needs and is not there, as a sentence; "" if all is."""
     missing = [need.words for need in row.needs if not need.met(device, config)]
+    if row.environment and not config.isolate:
+        missing.append("a process of its own")
     return f"needs {' and '.join(missing)}; this is {device.kind}" if missing else ""
 
 

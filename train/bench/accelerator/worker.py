@@ -24,11 +24,13 @@ from train.bench.accelerator.records import ROOT, Context, Device, Figures, Outc
 from train.bench.accelerator.settings import AcceleratorBench
 from train.bench.accelerator.stages import STAGES
 from train.devices.machine import enable_compilation_cache
-from train.peers import TookTooLong, run_program
+from train.devices.programs import TookTooLong, run_program
 from train.plain import from_plain
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers", "peft", "nvidia-cudnn", "libtpu")
 _FULL = ("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY")
+_NAME, _LINES = "a measuring process", 4
+"""What messages call the process of a row, and how many of its last lines they tell."""
 _MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
 """A row has the device to itself; JAX would take three quarters of its memory."""
 
@@ -52,7 +54,7 @@ def attempt(row: Row, context: Context) -> Attempt:
         ended = "stopped", str(error), {}
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        full = isinstance(error, OutOfMemory) or any(words in text for words in _FULL)
+        full = isinstance(error, OutOfMemory) or _is_full(text)
         at = traceback.extract_tb(error.__traceback__)[-1]
         ended = (
             ("out of memory", _short(str(error)), {})
@@ -61,6 +63,11 @@ def attempt(row: Row, context: Context) -> Attempt:
         )
     outcome, message, figures = ended
     return Attempt(outcome, message, figures, time.perf_counter() - began)
+
+
+def _is_full(text: str) -> bool:
+    """Whether a message tells of memory that ran out."""
+    return any(words in text for words in _FULL)
 
 
 def _short(text: str) -> str:
@@ -83,7 +90,8 @@ def attempt_apart(stage: str, row: Row, context: Context) -> Attempt:
     except TookTooLong:
         return Attempt("stopped", "the time limit came first", {}, time.perf_counter() - began)
     except ValueError as error:  # it crashed: a kernel or a driver, not an exception
-        return Attempt("failed", _short(str(error)), {}, time.perf_counter() - began)
+        outcome: Outcome = "out of memory" if _is_full(str(error)) else "failed"
+        return Attempt(outcome, _short(str(error)), {}, time.perf_counter() - began)
     return Attempt(said["outcome"], said["message"], said["figures"], time.perf_counter() - began)
 
 
@@ -95,14 +103,18 @@ def device_apart() -> Device:
 def _ask(request: Json, environment: Mapping[str, str], timeout: float | None) -> Json:
     """What a worker answers, of the last line that it prints."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    printed = run_program(
+    done = run_program(
         [sys.executable, "-m", "train.bench.accelerator.worker"],
         json.dumps(request),
-        name="a measuring process",
-        timeout=timeout,
+        _NAME,
+        timeout,
+        folder=None,
         environment={**_MEMORY, **os.environ, "PYTHONPATH": path, **environment},
     )
-    return parse_json(printed.strip().rpartition("\n")[2], "a measuring process")
+    if done.status:
+        said = [line for line in done.complaint.strip().splitlines() if line.strip()][-_LINES:]
+        raise ValueError(f"{_NAME} ended with status {done.status}: {' | '.join(said)}")
+    return parse_json(done.printed.strip().rpartition("\n")[2], _NAME)
 
 
 @cache
