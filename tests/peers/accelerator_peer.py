@@ -10,10 +10,13 @@ TF32, no dropout, and all tokens of a row real, so that there is no mask.
 """
 
 import json
+import os
 import resource
 import sys
 import time
 from importlib.metadata import version
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # less is lost between blocks
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -147,7 +147,7 @@ def row_of(name: str, trial: Trial, config: AcceleratorBench, flags: str = "") -
     settings = asdict(trial) | {"small": config.small, "steps": config.steps, "flags": flags}
     seconds = 60.0 + 5.0 * trial.unroll  # more layers in the loop compile longer
     environment = {"XLA_FLAGS": flags} if flags else {}
-    family = f"{' + '.join(trial.plan)}, {trial.remat}"
+    family = str(settings | {"rows": None})  # the same but for the number of rows
     return Row(name, measure, settings, seconds, family=family, size=trial.rows, environment=environment)
 
 
