@@ -20,17 +20,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.batches import make_batch
 from jaxsteer.inference.generate import generate
-from jaxsteer.io.files import parse_json
+from jaxsteer.io.files import Json, parse_json
 from jaxsteer.io.formats.verdict import logits
 from jaxsteer.io.steered import SteeredModel
 from train.devices import interrupts
+from train.devices.programs import TookTooLong, run_program, started
 
 _HERE = Path(__file__).resolve().parent
 _IN_CLONE = _HERE.parent / "tests" / "peers"
@@ -40,7 +41,7 @@ PROGRAMS = next((f for f in (_HERE / "peer_programs", _IN_CLONE) if f.is_dir()),
 ENVIRONMENTS = _HERE.parent / ".peers"
 """Where `make peers` makes the environments, in a clone."""
 
-ENVIRONMENT_OF = {"bench": "hf", "peft": "hf", "transformers": "hf"}
+ENVIRONMENT_OF = {"accelerator": "hf", "bench": "hf", "peft": "hf", "transformers": "hf"}
 """The environment of a peer that has none of its own name."""
 
 TIMEOUT = 1800
@@ -233,10 +234,21 @@ def run_peer(
         ValueError: there is no such program or interpreter, a package is missing, it failed, took too long, or gave no
             answer; the message ends with the last lines that it wrote to standard error.
     """
-    command = _command(program, python)
     with temporary_folder("jaxsteer-peer-") as folder:
         out = Path(folder) / "values.npy"
-        return _answer(_run(command, json.dumps({**request, "out": str(out)}), folder, program, timeout), out, program)
+        return _answer(ask_peer(program, {**request, "out": str(out)}, python, timeout=timeout), out, program)
+
+
+def ask_peer(program: str, request: Mapping[str, Any], python: Path | None = None, *, timeout: float = TIMEOUT) -> Json:
+    """Run a peer's program, and read the JSON in the last line that it prints.
+
+    Its arguments and errors are those of `run_peer`.
+    """
+    command = _command(program, python)
+    with temporary_folder("jaxsteer-peer-") as folder:
+        printed = _run(command, json.dumps(request), folder, program, timeout)
+    last = next((line for line in reversed(printed.splitlines()) if line.strip()), "")
+    return parse_json(last, f"{program}: the last line that it printed")
 
 
 class Conversation:
@@ -266,7 +278,7 @@ class Conversation:
         assert self._process.stdout is not None
         while b"\n" not in self._heard:
             if not select.select([self._process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise ValueError(f"{self._program}: no answer within {timeout:g} seconds, so it was stopped")
+                raise TookTooLong(f"{self._program}: no answer within {timeout:g} seconds, so it was stopped")
             if not (more := os.read(self._process.stdout.fileno(), 1 << 16)):
                 complaint = self._complaints.read_text(errors="replace")
                 raise ValueError(_failure(self._program, self._process.wait(), complaint))
@@ -284,7 +296,7 @@ def converse(program: str, python: Path | None = None) -> Iterator[Conversation]
     command = _command(program, python)
     with temporary_folder("jaxsteer-peer-") as folder:
         complaints = Path(folder) / "stderr"
-        with complaints.open("wb") as stderr, _started(command, folder, program, stderr) as process:
+        with complaints.open("wb") as stderr, started(command, program, stderr, folder, _elsewhere()) as process:
             yield Conversation(program, process, complaints)
 
 
@@ -329,39 +341,17 @@ def _how_to_install(program: str) -> str:
     )
 
 
-@contextmanager
-def _started(command: Sequence[str], folder: str, program: str, stderr: IO | int) -> Iterator[subprocess.Popen]:
-    """A process that runs a command in a folder; killed at the end with all that it started, if it still runs."""
-    # Neither this clone nor this environment is to be seen there.
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    pipe = subprocess.PIPE
-    try:
-        process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=stderr, cwd=folder, env=environment, start_new_session=True
-        )
-    except OSError as error:
-        raise ValueError(f"{program}: {command[0]} cannot be run ({error.strerror})") from None
-    try:
-        with interrupts.undoing(lambda: os.killpg(process.pid, signal.SIGKILL)):
-            yield process
-    finally:
-        if process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with suppress(BrokenPipeError):
-                process.communicate()
+def _elsewhere() -> dict[str, str]:
+    """This process's environment variables without those by which a peer would see this clone or this environment."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
 
 
 def _run(command: Sequence[str], text: str, folder: str, program: str, timeout: float) -> str:
     """Run a command with a text on standard input, and return what it prints."""
-    with _started(command, folder, program, subprocess.PIPE) as process:
-        try:
-            printed, complaint = process.communicate(text.encode(), timeout)
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"{program}: no answer within {timeout:g} seconds, so it was stopped") from None
-    if process.returncode:
-        raise ValueError(_failure(program, process.returncode, complaint.decode(errors="replace")))
-    return printed.decode(errors="replace")
+    done = run_program(command, text, program, timeout, folder, _elsewhere())
+    if done.status:
+        raise ValueError(_failure(program, done.status, done.complaint))
+    return done.printed
 
 
 def _failure(program: str, status: int, complaint: str) -> str:
@@ -373,14 +363,12 @@ def _failure(program: str, status: int, complaint: str) -> str:
     return f"{program}: {how}: {' | '.join(lines) or 'it said nothing'}"
 
 
-def _answer(printed: str, out: Path, program: str) -> Answer:
-    """A peer's answer: JSON in the last line that it printed, and the array in its file."""
-    last = next((line for line in reversed(printed.splitlines()) if line.strip()), "")
-    said = parse_json(last, f"{program}: the last line that it printed")
+def _answer(said: Json, out: Path, program: str) -> Answer:
+    """A peer's answer: the JSON that it printed, and the array in its file."""
     versions = said.get("versions") if isinstance(said, dict) else None
     if not isinstance(versions, dict) or said.get("kind") not in ("logits", "logprobs"):
         raise ValueError(
-            f"{program}: expected an answer with versions and a kind (logits, logprobs), got {last[:200]!r}"
+            f"{program}: expected an answer with versions and a kind (logits, logprobs), got {str(said)[:200]!r}"
         )
     try:
         values = np.array(np.load(out, mmap_mode="r", allow_pickle=False))

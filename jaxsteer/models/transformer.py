@@ -45,6 +45,7 @@ class Model:
                     from the first layer, where a frozen base is read in place
     attention       the kernel, see `jaxsteer.models.attention.Kernel`; forward-mode derivatives need one of XLA's
     split_sequence  on a mesh, split the positions of the residual stream over the `tensor` axis between sublayers
+    unroll          layers in one iteration of the loop over the layers: more of them compile longer
     """
 
     config: ModelConfig
@@ -54,6 +55,7 @@ class Model:
     train_base: bool = False
     attention: Kernel = "auto"
     split_sequence: bool = False
+    unroll: int = 1
 
 
 def init_base(config: ModelConfig, key: Array, dtype: DTypeLike = jnp.float32) -> PyTree:
@@ -269,7 +271,7 @@ def _scan_blocks(
     remat = lambda f: f if model.remat == "none" else jax.checkpoint(f, policy=policy, prevent_cse=False)
     if split == 0:
         body = remat(lambda h, xs: block(xs[0], h, xs[1], xs[2]))
-        return lax.scan(body, h, (weights, indices, per_layer))
+        return lax.scan(body, h, (weights, indices, per_layer), unroll=model.unroll)
 
     def indexed(h: Array, xs: tuple) -> tuple[Array, PyTree]:
         layer, p = xs
@@ -277,9 +279,9 @@ def _scan_blocks(
 
     part = lambda tree, start, stop: jax.tree.map(lambda leaf: leaf[start:stop], tree)
     # Below, p is None rather than zeros: zeros depend on the steering tree and would be differentiated in every layer.
-    h, below = lax.scan(lambda h, layer: indexed(h, (layer, None)), h, indices[:split])
+    h, below = lax.scan(lambda h, layer: indexed(h, (layer, None)), h, indices[:split], unroll=model.unroll)
     upper = indexed if model.remat == "none" else remat(indexed)
-    h, above = lax.scan(upper, h, part((indices, per_layer), split, L))
+    h, above = lax.scan(upper, h, part((indices, per_layer), split, L), unroll=model.unroll)
     return h, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), below, above)
 
 

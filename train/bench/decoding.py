@@ -53,11 +53,11 @@ def bench_decode(config: DecodeBench) -> dict[str, float]:
         "base": Network(Model(loaded.config), loaded.base, {}),
         "steered": Network(Model(loaded.config, plan), loaded.base, steering),
     }
-    prompts = _random_prompts(config.batch_size, config.prompt, loaded.config.vocab_size)
+    prompts = random_prompts(config.batch_size, config.prompt, loaded.config.vocab_size)
     times: dict[str, list[float]] = {name: [] for name in networks}
     for repeat in range(config.repeats + 1):
         for name, network in networks.items():
-            seconds = _seconds_per_token(network, prompts, config.new_tokens)
+            seconds = seconds_per_token(network, prompts, config.new_tokens)
             if repeat:  # the first compiles
                 times[name].append(seconds)
     base, steered = (statistics.median(times[name]) for name in networks)
@@ -73,13 +73,14 @@ def bench_decode(config: DecodeBench) -> dict[str, float]:
     }
 
 
-def _random_prompts(batch_size: int, length: int, vocab_size: int) -> Batch:
+def random_prompts(batch_size: int, length: int, vocab_size: int) -> Batch:
+    """Prompts of random tokens, all of one length, on the default device."""
     tokens = np.random.default_rng(0).integers(0, vocab_size, (batch_size, length)).astype(np.int32)
     no_completion = np.zeros(length, bool)
     return to_device(stack_rows([[TokenizedExample(ids, no_completion, length, "random")] for ids in tokens], length))
 
 
-def _seconds_per_token(network: Network, prompts: Batch, new_tokens: int) -> float:
+def seconds_per_token(network: Network, prompts: Batch, new_tokens: int) -> float:
     """The difference between a long and a short answer, which leaves out the prefill."""
 
     def seconds(count: int) -> float:
