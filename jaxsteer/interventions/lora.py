@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions.low_rank import check_rank, check_rate, dropout, kaiming_uniform
-from jaxsteer.types import Array, Context, Directions, Factors, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.interventions.low_rank import LowRank, check_rank, check_rate, dropout, kaiming_uniform
+from jaxsteer.interventions.products import read, write
+from jaxsteer.types import Array, Context, Directions, Factors, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
-class LoRA(Intervention):
+class LoRA(LowRank):
     """y' = y + s · B A x with s = alpha / rank (Hu et al. 2021, arXiv 2106.09685). A is Kaiming uniform, B zero.
 
     rank     R
@@ -24,6 +25,8 @@ class LoRA(Intervention):
 
     kind: ClassVar[Kind] = "weight"
     writes: ClassVar[Directions] = (("B", -2),)
+    free: ClassVar[tuple[str, ...]] = ("rank", "alpha", "dropout")
+    scaled: ClassVar[tuple[str, ...]] = ("B",)
     rank: int = 8
     alpha: float = 8.0
     dropout: float = 0.0
@@ -37,6 +40,10 @@ class LoRA(Intervention):
         """The scale s of the update."""
         return self.alpha / self.rank
 
+    def resized(self, rank: int, scale: float) -> Self:
+        """The method with another rank and scale."""
+        return replace(self, rank=rank, alpha=scale * rank)
+
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
         """A [R, in] and B [out, R]."""
         (n_in,), (n_out,) = dims
@@ -48,12 +55,11 @@ class LoRA(Intervention):
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + s · B A x."""
-        return y + self.shift(p, dropout(x, self.dropout, ctx))
+        return y + self.shift(p, dropout(x, self.dropout, ctx), ctx)
 
-    def shift(self, p: Mapping[str, Array], x: Array) -> Array:
+    def shift(self, p: Mapping[str, Array], x: Array, ctx: Context) -> Array:
         """s · B A x."""
-        read = jnp.einsum("...d,rd->...r", x, p["A"])
-        return self.scale * jnp.einsum("...r,fr->...f", read, p["B"])
+        return self.scale * write(p["B"], read(p["A"], x, ctx), ctx)
 
     def delta(self, p: Mapping[str, Array]) -> Array:
         """s (B A)ᵀ, the update of one layer's kernel [in, out]."""

@@ -1,0 +1,57 @@
+"""The products of a method with its parameters: of one adapter, or of several of which each token has its own.
+
+With `Context.adapter`, parameters have an axis of E adapters more (`ParamSpec.adapter_axis`). The skinny products of
+all adapters are then one product of E · R columns, from which each token takes its own R; what it writes goes through
+one product too, with zeros in the columns of the other adapters. A method whose `apply` uses these functions throughout
+declares `per_token`.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from jaxsteer.types import Array, Context
+
+
+def read(a: Array, x: Array, ctx: Context) -> Array:
+    """A x: a [R, D], or [E, R, D] of several adapters, and x [..., D] -> [..., R]."""
+    if ctx.adapter is None:
+        return jnp.einsum("...d,rd->...r", x, a)
+    E, R, D = a.shape
+    every = jnp.einsum("...d,kd->...k", x, a.reshape(E * R, D)).reshape(*x.shape[:-1], E, R)
+    return jnp.sum(jnp.where(ctx.own(E)[..., None], every, 0), axis=-2)
+
+
+def write(b: Array, z: Array, ctx: Context) -> Array:
+    """B z: b [D, R], or [D, E, R] of several adapters, and z [..., R] -> [..., D]."""
+    if ctx.adapter is None:
+        return jnp.einsum("...r,dr->...d", z, b)
+    D, E, R = b.shape
+    return jnp.einsum("...k,dk->...d", _in_own_columns(z, E, ctx), b.reshape(D, E * R))
+
+
+def write_rows(r: Array, z: Array, ctx: Context) -> Array:
+    """Rᵀ z: r [R, D], or [E, R, D] of several adapters, and z [..., R] -> [..., D]."""
+    if ctx.adapter is None:
+        return jnp.einsum("...r,rd->...d", z, r)
+    E, R, D = r.shape
+    return jnp.einsum("...k,kd->...d", _in_own_columns(z, E, ctx), r.reshape(E * R, D))
+
+
+def vector(v: Array, ndim: int, ctx: Context) -> Array:
+    """A vector [*dims] to broadcast over tokens in `ndim` axes; of several, [E, *dims], each token's: [B, T, *dims].
+
+    Tokens without an adapter get zeros.
+    """
+    if ctx.adapter is None:
+        return v.reshape((1,) * (ndim - v.ndim) + v.shape)
+    E, *dims = v.shape
+    chosen = v[jnp.clip(ctx.adapter, 0, E - 1)]
+    steered = jnp.any(ctx.own(E), axis=-1)
+    return jnp.where(steered.reshape(steered.shape + (1,) * len(dims)), chosen, 0)
+
+
+def _in_own_columns(z: Array, adapters: int, ctx: Context) -> Array:
+    """z [..., R] in the columns of each token's adapter, zeros in those of the others: [..., E · R]."""
+    wide = jnp.where(ctx.own(adapters)[..., None], z[..., None, :], 0)
+    return wide.reshape(*z.shape[:-1], adapters * z.shape[-1])
