@@ -143,21 +143,47 @@ def common_plan(plans: Sequence[Plan], config: ModelConfig) -> Plan:
         ValueError: a plan does not fit the model.
     """
     groups: list[list[Slot]] = []  # the slots that share one, at most one of each plan
+    before: set[tuple[int, int]] = set()  # pairs of groups whose order matters
     for plan in plans:
         validate_plan(plan, config)
-        start = 0
+        own: list[int] = []
         for slot in plan:
-            shares = [at for at in range(start, len(groups)) if _can_share([*groups[at], slot], config)]
-            at = next((at for at in shares if groups[at][0].name == slot.name), shares[0] if shares else None)
-            if at is None:
-                groups.insert(at := start, [])
+            shares = [at for at in range(len(groups)) if at not in own and _can_share([*groups[at], slot], config)]
+            by_name = [at for at in shares if groups[at][0].name == slot.name]
+            for at in (*by_name, *shares, len(groups)):
+                pairs = before | {
+                    (other, at) for other, earlier in zip(own, plan, strict=False) if _meet(earlier, slot)
+                }
+                if _order(len(groups) + 1, pairs) is not None:
+                    break
+            groups += [[]] if at == len(groups) else []
             groups[at].append(slot)
-            start = at + 1
-    names: list[str] = []
-    for first, *_ in groups:
-        numbered = (f"{first.name}{number}" for number in itertools.count(2))
-        names.append(next(name for name in itertools.chain([first.name], numbered) if name not in names))
-    return tuple(replace(_union(group, config), name=name) for name, group in zip(names, groups, strict=True))
+            own, before = [*own, at], pairs
+    order = _order(len(groups), before)
+    assert order is not None  # a group that was added comes last
+    slots: list[Slot] = []
+    for at in order:
+        slot = _union(groups[at], config)
+        names = (f"{slot.name}{count or ''}" for count in itertools.chain([0], itertools.count(2)))
+        taken = {other.name for other in slots}
+        slots.append(replace(slot, name=next(name for name in names if name not in taken)))
+    return tuple(slots)
+
+
+def _meet(one: Slot, other: Slot) -> bool:
+    """Whether the order of two slots matters."""
+    return not set(one.sites).isdisjoint(other.sites)
+
+
+def _order(count: int, before: set[tuple[int, int]]) -> list[int] | None:
+    """0 to count - 1 so that the first of each pair comes before the second; None if that is impossible."""
+    order: list[int] = []
+    while len(order) < count:
+        free = (at for at in range(count) if at not in order and all(a in order for a, b in before if b == at))
+        if (at := next(free, None)) is None:
+            return None
+        order.append(at)
+    return order
 
 
 def adapter_axes(plan: Plan, config: ModelConfig) -> PyTree:
@@ -206,7 +232,7 @@ def _union(slots: Sequence[Slot], config: ModelConfig) -> Slot:
 
 
 def _held(common: Plan, plan: Plan, config: ModelConfig) -> list[int]:
-    """The slot of the common plan that holds each slot of a plan, in order; by name where that is possible.
+    """The slot of the common plan that holds each slot of a plan; by name where that is possible.
 
     Raises:
         ValueError: none does.
@@ -217,21 +243,22 @@ def _held(common: Plan, plan: Plan, config: ModelConfig) -> list[int]:
         fits = _alike(place, slot) and slot.method.restated({}, place.method) is not None
         return fits and layers and set(slot.sites) <= set(place.sites)
 
-    for by_name in (True, False):
-        found: list[int] = []
-        for slot in plan:
-            start = found[-1] + 1 if found else 0
-            places = (at for at in range(start, len(common)) if holds(common[at], slot))
-            at = next((at for at in places if not by_name or common[at].name == slot.name), None)
-            if at is None:
-                break
-            found.append(at)
-        else:
+    def assign(found: list[int]) -> list[int] | None:
+        if len(found) == len(plan):
             return found
+        slot = plan[len(found)]
+        start = max((at + 1 for at, other in zip(found, plan, strict=False) if _meet(other, slot)), default=0)
+        places = [at for at in range(start, len(common)) if at not in found and holds(common[at], slot)]
+        places.sort(key=lambda at: common[at].name != slot.name)
+        return next(filter(None, (assign([*found, at]) for at in places)), None)
+
+    if (held := assign([])) is not None:
+        return held
+    lost = next((slot for slot in plan if not any(holds(place, slot) for place in common)), None)
+    what = "its slots have" if lost is None else f"slot {lost.name!r} ({format_plan((lost,))[0]}) has"
     raise ValueError(
-        f"slot {slot.name!r} ({format_plan((slot,))[0]}) has no place in the common plan "
-        f"({'; '.join(format_plan(common[start:])) or 'no more slots'}), which holds slots in its order, with the same "
-        "method and positions, sites and layers among its own, and at most its rank; stack it with the others"
+        f"{what} no place in the common plan ({'; '.join(format_plan(common))}), which takes the same methods at the "
+        "same positions in its order, of at most its ranks, at its sites and layers; stack it with the others"
     )
 
 

@@ -40,7 +40,7 @@ class LowRank(Intervention):
 
     def shared(self, others: Sequence[Self]) -> Self:
         """The method at the largest rank; with a factor of 1, unless all have the same."""
-        rank = max(self.rank, *(other.rank for other in others))
+        rank = max(method.rank for method in (self, *others))
         scale = self.scale if all(other.scale == self.scale for other in others) else 1.0
         return self if (rank, scale) == (self.rank, self.scale) else self.resized(rank, scale)
 
