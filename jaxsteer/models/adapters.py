@@ -42,13 +42,11 @@ def check_adapters(
 
 
 def for_each_token(method: Intervention) -> Callable[[PyTree, Array, Array, Context], Array]:
-    """A method's `apply`, for parameters of several adapters too if the context has each token's adapter."""
+    """A method's `apply` for parameters of several adapters, with each token's adapter in the context."""
     if method.per_token:
         return method.apply
 
     def apply(p: PyTree, x: Array, y: Array, context: Context) -> Array:
-        if context.adapter is None:
-            return method.apply(p, x, y, context)
         specs = method.param_specs(SiteDims(x.shape[2:], y.shape[2:]))
         axes = {name: specs[name].adapter_axis for name in p}
         alone = context._replace(adapter=None)

@@ -228,7 +228,8 @@ def block_function(
             for slot in plan:
                 if p is not None and site in slot.sites:
                     context = Context(layer, kernel, bias, _fold_key(key, slot.name, site, layer), train, adapters)
-                    apply = at_strength(for_each_token(slot.method), factors.get(slot.name))
+                    apply = slot.method.apply if adapters is None else for_each_token(slot.method)
+                    apply = at_strength(apply, factors.get(slot.name))
                     y = _steered(apply, p[slot.name][site], x, y, context, masks[slot.name])
             if site in capture:
                 taps[site] = y

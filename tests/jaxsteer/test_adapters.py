@@ -24,7 +24,8 @@ import jaxsteer
 from jaxsteer import METHODS, LoRA, Model, NonlinearSteering, Positions, Slot, forward, stack_adapters
 from jaxsteer.batches import stack_rows
 from jaxsteer.inference import Decoder, Limits, Request, generate_all, rows, score_continuations
-from jaxsteer.types import Intervention, ParamSpec
+from jaxsteer.models.config import site_dims
+from jaxsteer.types import Context, Intervention, ParamSpec
 
 pytestmark = pytest.mark.xdist_group("adapters")  # the tests share compiled programs
 
@@ -127,6 +128,42 @@ def test_strength_is_per_token_too(stacked, packed, tiny_base):
     for at in where.values():
         identical(part_of(got, at), part_of({0: whole, 1: plain, 2: weak}[index[at][0]], at))
     assert np.abs(part_of(weak, where[0])[0] - part_of(whole, where[0])[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2, 3)])  # as few tokens as adapters, and more
+def test_every_method_at_its_site(shape, tiny_config):
+    """Each token as with its adapter alone; one has none."""
+    plan, draw = all_methods(tiny_config, few=True), np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(draw.standard_normal(shape), jnp.float32)
+    index = jnp.asarray(draw.permutation(np.arange(shape[0] * shape[1]) % 4).reshape(shape) - 1, jnp.int32)
+    given = {}
+    for slot in plan:
+        dims = site_dims(tiny_config, slot.sites[0])
+        specs = slot.method.param_specs(dims)
+        trees = [{name: array(*spec.shape) for name, spec in specs.items()} for _ in range(3)]
+        axes = {name: spec.adapter_axis for name, spec in specs.items()}
+        kernel = array(*dims.x, *dims.y) if slot.method.kind == "weight" else None
+        given[slot.name] = trees, axes, array(*shape, *dims.x), array(*shape, *dims.y), kernel
+
+    def apply(name, p, adapter=None):
+        _, _, x, y, kernel = given[name]
+        return METHODS[name]().apply(p, x, y, Context(jnp.zeros((), jnp.int32), kernel, adapter=adapter))
+
+    @fast_jit
+    def both():
+        out = {}
+        for name, (trees, axes, _, y, _) in given.items():
+            stacked = jax.tree.map(lambda axis, *leaves: jnp.stack(leaves, axis), axes, *trees)
+            alone = jnp.stack([y, *(apply(name, p) for p in trees)])
+            own = (index + 1).reshape(1, *shape, *(1,) * (y.ndim - 2))
+            want = jnp.take_along_axis(alone, own, axis=0)[0]
+            out[name] = apply(name, stacked, index), want, y
+        return out
+
+    for got, want, y in both().values():
+        close(got, want, 1e-4)
+        np.testing.assert_array_equal(got[index < 0], y[index < 0])
+        assert not np.any(got[index >= 0] == y[index >= 0])
 
 
 # ---- a small plan: what needs programs of its own
