@@ -161,13 +161,17 @@ def common_plan(plans: Sequence[Plan], config: ModelConfig) -> Plan:
             own, before = [*own, at], pairs
     order = _order(len(groups), before)
     assert order is not None  # a group that was added comes last
-    slots: list[Slot] = []
-    for at in order:
-        slot = _union(groups[at], config)
-        names = (f"{slot.name}{count or ''}" for count in itertools.chain([0], itertools.count(2)))
-        taken = {other.name for other in slots}
-        slots.append(replace(slot, name=next(name for name in names if name not in taken)))
-    return tuple(slots)
+    return _with_names([_union(groups[at], config) for at in order])
+
+
+def _with_names(slots: Sequence[Slot]) -> Plan:
+    """The slots with numbers behind names that were taken."""
+    named: list[Slot] = []
+    for slot in slots:
+        taken = {other.name for other in named}
+        names = itertools.chain([slot.name], (f"{slot.name}{number}" for number in itertools.count(2)))
+        named.append(replace(slot, name=next(name for name in names if name not in taken)))
+    return tuple(named)
 
 
 def _meet(one: Slot, other: Slot) -> bool:
