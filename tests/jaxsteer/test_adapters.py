@@ -81,30 +81,18 @@ def part_of(output, at):
 
 
 @pytest.mark.parametrize("name", TURNS)
-def test_two_adapters_in_a_row_are_each_alone(name, stacked, packed, tiny_base):
-    """Bit for bit as in a batch with one adapter; within rounding as without an axis of adapters."""
+def test_two_adapters_in_a_row_are_each_alone(name, own, stacked, packed, tiny_base):
+    """Bit for bit as in a batch with one adapter; within rounding as its own plan and parameters."""
     batch, where, index = packed
     together = see(stacked, tiny_base, batch, index, name)
-    model = Model(stacked.config, stacked.plan)
-    for adapter in range(3):
-        same = see(stacked, tiny_base, batch, np.full_like(index, adapter), name)
-        alone = run(model, tiny_base, turn(stacked.alone(adapter), name), batch, capture=("block", "attn.heads"))
-        for at in where.values():
-            if (index[at] == adapter).all():
-                identical(part_of(together, at), part_of(same, at))
-                close(part_of(together, at), part_of(alone, at), 1e-5)
-    if name in ("together", *(slot.name for slot in stacked.plan[::3])):
-        zero, one = (see(stacked, tiny_base, batch, np.full_like(index, i), name).hidden for i in (0, 1))
-        assert np.abs(zero - one).max() > 1e-3
-
-
-def test_an_adapter_is_what_it_was_by_itself(own, stacked, packed, tiny_base):
-    """Ranks, scales, sites, layers and slots are those of its own plan."""
-    batch, _, index = packed
-    for i, (plan, steering) in list(enumerate(own.values()))[1:]:
-        alone = run(Model(stacked.config, plan), tiny_base, steering, batch).hidden
-        together = see(stacked, tiny_base, batch, np.full(len(index), i)).hidden
-        close(together, alone, 1e-5)
+    plan, steering = own["other"]
+    alone = run(Model(stacked.config, plan), tiny_base, turn(steering, name), batch, capture=("block", "attn.heads"))
+    same = [see(stacked, tiny_base, batch, np.full_like(index, adapter), name) for adapter in range(3)]
+    for at in where.values():
+        identical(part_of(together, at), part_of(same[index[at][0]], at))
+        close(part_of(same[1], at), part_of(alone, at), 1e-5)
+    moved = [np.abs(same[0].hidden - other.hidden).max() for other in same[1:]]
+    assert min(moved) > 1e-3
 
 
 def test_no_adapter_is_the_base_model(stacked, packed, tiny_base):
@@ -114,20 +102,6 @@ def test_no_adapter_is_the_base_model(stacked, packed, tiny_base):
     zeros = replace(stacked, steering=jax.tree.map(jnp.zeros_like, stacked.steering))
     for adapters, none in ((stacked, -1), (stacked, 4), (stacked, 3), (zeros, 0)):
         identical(see(adapters, tiny_base, batch, np.full_like(index, none)), plain)
-
-
-def test_strength_is_per_token_too(stacked, packed, tiny_base):
-    """Bit for bit the base model at 0, and what it is in a batch of one strength."""
-    batch, where, index = packed
-    strength = np.where(index == 1, 0, np.where(index == 2, -0.5, 1)).astype(np.float32)
-    by_slot = lambda value: {slot.name: value for slot in stacked.plan}
-    got = see(stacked, tiny_base, batch, index, strength=by_slot(strength))
-    plain = run(Model(stacked.config), tiny_base, {}, batch, capture=("block", "attn.heads"))
-    everywhere = lambda factor: by_slot(np.full_like(strength, factor))
-    whole, weak = (see(stacked, tiny_base, batch, index, strength=everywhere(factor)) for factor in (1, -0.5))
-    for at in where.values():
-        identical(part_of(got, at), part_of({0: whole, 1: plain, 2: weak}[index[at][0]], at))
-    assert np.abs(part_of(weak, where[0])[0] - part_of(whole, where[0])[0]).max() > 1e-3
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (2, 3)])  # as few tokens as adapters, and more
@@ -202,6 +176,20 @@ def test_common_plan(three, small):
     assert three.index(None) == -1
 
 
+def test_strength_is_per_token_too(three, packed, tiny_base):
+    """Bit for bit the base model at 0, and what it is in a batch of one strength."""
+    batch, where, index = packed
+    by_slot = lambda value: {slot.name: value for slot in three.plan}
+    strength = np.where(index == 1, 0, np.where(index == 2, -0.5, 1)).astype(np.float32)
+    everywhere = lambda factor: by_slot(np.full_like(strength, factor))
+    got = see(three, tiny_base, batch, index, strength=by_slot(strength))
+    whole, weak = (see(three, tiny_base, batch, index, strength=everywhere(factor)) for factor in (1, -0.5))
+    plain = run(Model(three.config), tiny_base, {}, batch, capture=("block", "attn.heads"))
+    for at in where.values():
+        identical(part_of(got, at), part_of({0: whole, 1: plain, 2: weak}[index[at][0]], at))
+    assert np.abs(part_of(weak, where[0])[0] - part_of(whole, where[0])[0]).max() > 1e-3
+
+
 def test_slots_keep_the_order_of_each_plan(tiny_config):
     """What differs in settings or positions has a slot of its own; names stay unique."""
     one = Slot("a", NonlinearSteering(activation="relu"), ("block",))
@@ -217,6 +205,7 @@ def test_slots_keep_the_order_of_each_plan(tiny_config):
     assert stacked.slot_names(plans["z"]) == {"z": "a2", "b": "b"}
 
 
+@pytest.mark.slow
 def test_derivatives_of_each_adapter_are_those_alone(three, tiny_base, tiny_config):
     """Under vmap over the index; the other adapters' are zero."""
     batch, _ = layouts(tiny_config.vocab_size)["packed"]
@@ -310,6 +299,7 @@ def test_each_request_has_its_own_adapter(asked, alone, three, small, tiny_base)
     assert [program._cache_size() for program in (rows.prefill, rows.insert, rows.advance)] == compiled
 
 
+@pytest.mark.slow
 def test_each_row_of_a_batch_has_its_own_adapter(asked, alone, three, tiny_base):
     index = np.array([three.index(request.adapter) for request in asked])
     out = generate(
