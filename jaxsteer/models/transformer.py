@@ -19,6 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsteer.batches import select
+from jaxsteer.models.adapters import check_adapters
 from jaxsteer.models.attention import Kernel, Span
 from jaxsteer.models.config import ModelConfig, site_dims
 from jaxsteer.models.layers import Block, Embed, KeysValues, LayerCache, layer_inputs, norm_of
@@ -123,6 +124,7 @@ def forward(
     key: Array | None = None,
     train: bool = False,
     strength: Mapping[str, ArrayLike] | None = None,
+    adapters: ArrayLike | None = None,
 ) -> Output:
     """Run the model on a batch: y' = y + Δ(steering; x, y) at each site of the plan.
 
@@ -139,6 +141,8 @@ def forward(
         train: training mode of the methods (dropout, gates).
         strength: for each slot by name, a factor s of its shift, y' = y + s · Δ: a scalar [], one per row [B], or one
             per token [B, T]. 0 is the identity and 1 the slot as it is, both bit for bit; slots not named have 1.
+        adapters: with steering of E adapters (`jaxsteer.stack_adapters`), which of them steers each row [B] or each
+            token [B, T], int; a number outside 0 to E - 1, such as -1, is the unsteered model.
 
     Returns:
         The hidden states after the final norm [B, T, D], the extended cache (or None), and the taps, each
@@ -146,7 +150,7 @@ def forward(
 
     Raises:
         ValueError: an unknown site in `capture`, steering whose slots are not those of the plan, a strength of another
-            slot or shape, or a batch whose fields do not all have one shape [B, T].
+            slot or shape, adapters that are not stacked, or a batch whose fields do not all have one shape [B, T].
     """
     config, plan = model.config, model.plan
     shapes = {name: field.shape for name, field in batch._asdict().items()}
@@ -167,6 +171,7 @@ def forward(
     block = block_function(
         model,
         batch,
+        adapters=check_adapters(config, plan, steering, adapters, batch.tokens.shape),
         cache=cache,
         keep_cache=keep_cache,
         capture=capture,
@@ -203,12 +208,14 @@ def block_function(
     key: Array | None = None,
     train: bool = False,
     strength: Mapping[str, ArrayLike] | None = None,
+    adapters: Array | None = None,
 ) -> BlockFunction:
     """One block as a function (weights, h, layer, p) -> (h, (taps, keys and values)), which `forward` scans.
 
     weights is one layer of `base["blocks"]`, h [B, T, D] the residual stream that the block reads, layer its index,
     and p one layer of `spread(plan, steering, layers)`, or None to steer nothing. Keys and values are None if no cache
-    needs them. What all layers share is computed once, here. The arguments are those of `forward`.
+    needs them. What all layers share is computed once, here. The arguments are those of `forward`, but `adapters` is
+    int32 [B, T].
     """
     config, plan = model.config, model.plan
     inputs_of = layer_inputs(config, Span(batch.segments, batch.positions))
@@ -219,6 +226,7 @@ def block_function(
         capture=capture,
         key=key,
         train=train,
+        adapters=adapters,
     )
 
     def block(

@@ -17,7 +17,7 @@ from jaxsteer.types import PyTree
 from train.bench.accelerator.inputs import random_base
 from train.bench.accelerator.records import Context, Figures, Row, Stage
 from train.bench.accelerator.settings import POST_BLOCK, AcceleratorBench, Shapes
-from train.bench.decoding import random_prompts, seconds_per_token
+from train.bench.decoding import Timed, random_prompts, seconds_of
 from train.devices.chips import chip_of
 from train.devices.machine import peak_memory_bytes
 
@@ -50,7 +50,7 @@ def _measure(size: int, context: Context) -> Figures:
     times: dict[str, list[float]] = {name: [] for name in networks}
     for repeat in range(context.config.steps + 1):
         for name, network in networks.items():
-            seconds = seconds_per_token(network, prompts, shapes.new_tokens)
+            seconds = seconds_of(Timed(network), prompts, shapes.new_tokens).token
             if repeat:  # the first compiles
                 times[name].append(seconds)
     ratios = [b / a for a, b in zip(times["plain"], times["steered"], strict=True)]
