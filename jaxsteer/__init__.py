@@ -13,6 +13,7 @@ files; the rest of that is in `jaxsteer.io`.
     hidden = forward(model, loaded.base, steering, make_batch(tokens)).hidden
 """
 
+from jaxsteer.adapters import Adapters, stack_adapters
 from jaxsteer.batches import make_batch
 from jaxsteer.folding import fold_all, fold_weights
 from jaxsteer.inference.generate import Sampling, generate
@@ -50,6 +51,7 @@ __all__ = [
     "METHODS",
     "PROJECTIONS",
     "SITES",
+    "Adapters",
     "Batch",
     "DiReFT",
     "DoRA",
@@ -100,6 +102,7 @@ __all__ = [
     "plan_from_json",
     "plan_to_json",
     "project_orthogonal",
+    "stack_adapters",
     "steering_shapes",
     "train_step",
     "validate_plan",

@@ -7,7 +7,7 @@ Axis letters, here and in every einsum of the project:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -62,6 +62,13 @@ class ParamSpec(NamedTuple):
     axes: tuple[str | None, ...]
     init: Initializer
 
+    @property
+    def adapter_axis(self) -> int:
+        """Where an axis of E adapters goes among the dimensions of one layer's parameter: before the rank, so that the
+        products of all adapters are one product; first in a parameter without a rank.
+        """
+        return self.axes.index("rank") if "rank" in self.axes else 0
+
 
 class Affine(NamedTuple):
     """An affine Δ of one layer, Δ = write · read · y + scale ⊙ y + shift; a part that is zero is None.
@@ -105,6 +112,16 @@ class Context(NamedTuple):
     """PRNG key of this slot, site and layer; None in evaluation."""
     train: bool = False
     """Training mode: dropout is applied and gates are sampled."""
+    adapter: Array | None = None
+    """With parameters of E adapters: which of them steers each token, int32 [B, T]; none does outside 0 to E - 1. Only
+    methods that are `per_token` see it."""
+
+    def own(self, adapters: int) -> Array:
+        """Whether each of so many adapters is the token's own, bool [B, T, E]."""
+        assert self.adapter is not None
+        return self.adapter[..., None] == jnp.arange(adapters, dtype=jnp.int32).reshape(
+            (1,) * self.adapter.ndim + (adapters,)
+        )
 
 
 @runtime_checkable
@@ -124,6 +141,13 @@ class Intervention(Protocol):
     """Parameters whose vectors are the directions of y that Δ depends on."""
     writes: ClassVar[Directions] = ()
     """Parameters whose vectors span Δ."""
+
+    per_token: ClassVar[bool] = False
+    """Whether `apply` takes the parameters of several adapters too, see `Context.adapter`: it computes its products by
+    `jaxsteer.interventions.products`. Other methods are computed with every adapter at every token, which is slow."""
+    free: ClassVar[tuple[str, ...]] = ()
+    """Settings in which adapters that share a slot may differ: evaluation does not depend on them, or `restated` makes
+    up for them."""
 
     @property
     def orthonormal(self) -> tuple[str, ...]:
@@ -152,6 +176,17 @@ class Intervention(Protocol):
         None to add Δ to x W + b instead.
         """
         return None
+
+    def shared(self, others: Sequence[Any]) -> Intervention:
+        """The method as which this one and others, different in `free` settings alone, are computed in one slot."""
+        return self
+
+    def restated(self, p: Mapping[str, Array], target: Any) -> Mapping[str, Array] | None:
+        """Parameters for `target`, different in `free` settings alone, that compute in evaluation what p does here.
+
+        They may be smaller than the target's, if zeros added at the end change nothing. None if the target has none.
+        """
+        return p
 
     def penalty(self, p: Mapping[str, Array], step: Array) -> Array:
         """The method's penalty for the stacked parameters of one site at a step, added to the loss. Scalar fp32."""

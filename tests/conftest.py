@@ -24,12 +24,32 @@ import pytest
 from jaxsteer.io import load_model
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import init_base
+from jaxsteer.sharding import current_platform
+
+PLATFORM = os.environ.get("JAXSTEER_TEST_PLATFORM", "cpu")
+"""cpu, gpu or tpu: where the tests of this process compute. `jaxsteer bench accelerator` runs those about numbers on
+an accelerator."""
+
+if PLATFORM != "cpu":
+    jax.config.update("jax_platforms", None)  # the default; the processes that tests start stay on the CPU
+    jax.config.update("jax_default_matmul_precision", "highest")  # TF32 and bf16 products are no fp32 products
 
 # An implicit conversion or broadcast is a mistake that would otherwise pass unseen.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+def pytest_collection_modifyitems(items):
+    """Off the CPU, leave out what needs one; and refuse to test on another device than was asked for."""
+    if PLATFORM == "cpu":
+        return
+    if (found := current_platform()) != PLATFORM:
+        raise pytest.UsageError(f"JAXSTEER_TEST_PLATFORM is {PLATFORM}, but JAX finds {found}")
+    for item in items:
+        if item.get_closest_marker("cpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CPU"))
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +66,8 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_base(tiny_config):
     """Random fp32 weights; embedding and head are scaled up, so that tokens differ and logits are not all alike."""
-    compiled_fast = jax.jit(init_base, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+    quick = {"xla_backend_optimization_level": 0} if PLATFORM == "cpu" else {}
+    compiled_fast = jax.jit(init_base, static_argnums=0, compiler_options=quick)
     base = compiled_fast(tiny_config, jax.random.key(7))
     return base | {
         "embed": {"embedding": base["embed"]["embedding"] * 25},

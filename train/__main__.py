@@ -24,7 +24,7 @@ COMMANDS = {
     "inspect": "show what a steering file holds and how far it moves activations",
     "robustness": "evaluate on perturbed prompts, another task and neutral text",
     "compare": "compare methods on one task with equal budgets",
-    "bench": "measure speed and memory of training, decoding, evaluation and loading",
+    "bench": "measure speed and memory of training, decoding, evaluation and loading, and accelerators",
     "plan": "check whether a run fits on given TPUs or GPUs, and estimate its speed",
     "theory": "study weight updates as activation shifts on real fine-tunings",
 }

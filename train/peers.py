@@ -1,7 +1,8 @@
 """Ask the programs that an export is for what they make of it: transformers, peft, vLLM, llama.cpp and adapters.
 
 Each has a program of its own in tests/peers (in `train/peer_programs` where jaxsteer is installed), which runs in the
-peer's environment, made by `make peers`, and talks JSON. Nothing of theirs is imported here.
+peer's environment, made by `make peers`, and talks JSON: one request (`run_peer`), or several, one a line, to a process
+that keeps its model (`converse`). Nothing of theirs is imported here.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,10 +27,11 @@ import numpy as np
 
 from jaxsteer.batches import make_batch
 from jaxsteer.inference.generate import generate
-from jaxsteer.io.files import parse_json
+from jaxsteer.io.files import Json, parse_json
 from jaxsteer.io.formats.verdict import logits
 from jaxsteer.io.steered import SteeredModel
 from train.devices import interrupts
+from train.devices.programs import TookTooLong, run_program, started
 
 _HERE = Path(__file__).resolve().parent
 _IN_CLONE = _HERE.parent / "tests" / "peers"
@@ -37,7 +41,7 @@ PROGRAMS = next((f for f in (_HERE / "peer_programs", _IN_CLONE) if f.is_dir()),
 ENVIRONMENTS = _HERE.parent / ".peers"
 """Where `make peers` makes the environments, in a clone."""
 
-ENVIRONMENT_OF = {"peft": "hf", "transformers": "hf"}
+ENVIRONMENT_OF = {"accelerator": "hf", "bench": "hf", "peft": "hf", "transformers": "hf"}
 """The environment of a peer that has none of its own name."""
 
 TIMEOUT = 1800
@@ -230,21 +234,79 @@ def run_peer(
         ValueError: there is no such program or interpreter, a package is missing, it failed, took too long, or gave no
             answer; the message ends with the last lines that it wrote to standard error.
     """
+    with temporary_folder("jaxsteer-peer-") as folder:
+        out = Path(folder) / "values.npy"
+        return _answer(ask_peer(program, {**request, "out": str(out)}, python, timeout=timeout), out, program)
+
+
+def ask_peer(program: str, request: Mapping[str, Any], python: Path | None = None, *, timeout: float = TIMEOUT) -> Json:
+    """Run a peer's program, and read the JSON in the last line that it prints.
+
+    Its arguments and errors are those of `run_peer`.
+    """
+    command = _command(program, python)
+    with temporary_folder("jaxsteer-peer-") as folder:
+        printed = _run(command, json.dumps(request), folder, program, timeout)
+    last = next((line for line in reversed(printed.splitlines()) if line.strip()), "")
+    return parse_json(last, f"{program}: the last line that it printed")
+
+
+class Conversation:
+    """A peer's process that keeps its model between requests, see `converse`."""
+
+    def __init__(self, program: str, process: subprocess.Popen, complaints: Path) -> None:
+        self._program, self._process, self._complaints = program, process, complaints
+        self._heard = b""
+
+    def ask(self, op: str, *, timeout: float = TIMEOUT, **request: Any) -> dict[str, Any]:
+        """The answer, a JSON object, to a request: what is to be done, and the rest of it as JSON.
+
+        Raises:
+            ValueError: as for `run_peer`.
+        """
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended; reading says why
+            self._process.stdin.write(json.dumps({"op": op, **request}).encode() + b"\n")
+            self._process.stdin.flush()
+        said = parse_json(self._line(time.monotonic() + timeout, timeout), f"{self._program}: its answer to {op!r}")
+        if not isinstance(said, dict):
+            raise ValueError(f"{self._program}: expected a JSON object as its answer to {op!r}, got {str(said)[:200]}")
+        return said
+
+    def _line(self, until: float, timeout: float) -> bytes:
+        """The next line that it prints."""
+        assert self._process.stdout is not None
+        while b"\n" not in self._heard:
+            if not select.select([self._process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+                raise TookTooLong(f"{self._program}: no answer within {timeout:g} seconds, so it was stopped")
+            if not (more := os.read(self._process.stdout.fileno(), 1 << 16)):
+                complaint = self._complaints.read_text(errors="replace")
+                raise ValueError(_failure(self._program, self._process.wait(), complaint))
+            self._heard += more
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line
+
+
+@contextmanager
+def converse(program: str, python: Path | None = None) -> Iterator[Conversation]:
+    """Start a peer's program that answers one request a line; it is stopped when the block ends, by Ctrl-C too.
+
+    Its arguments and errors are those of `run_peer`.
+    """
+    command = _command(program, python)
+    with temporary_folder("jaxsteer-peer-") as folder:
+        complaints = Path(folder) / "stderr"
+        with complaints.open("wb") as stderr, started(command, program, stderr, folder, _elsewhere()) as process:
+            yield Conversation(program, process, complaints)
+
+
+def _command(program: str, python: Path | None) -> list[str]:
+    """What runs a peer's program."""
     files = PROGRAMS.glob("*_peer.py")
     programs = {file.stem.removesuffix("_peer"): file for file in sorted(files) if not file.match("test_*")}
     if program not in programs:
         raise ValueError(f"{program}: no peer of this name; there are {', '.join(programs) or 'none here'}")
-    interpreter = interpreter_of(program, python)
-    with temporary_folder("jaxsteer-peer-") as folder:
-        out = Path(folder) / "values.npy"
-        said = _run(
-            [str(interpreter), str(programs[program])],
-            json.dumps({**request, "out": str(out)}),
-            folder,
-            program,
-            timeout,
-        )
-        return _answer(said, out, program)
+    return [str(interpreter_of(program, python)), str(programs[program])]
 
 
 @contextmanager
@@ -279,30 +341,17 @@ def _how_to_install(program: str) -> str:
     )
 
 
+def _elsewhere() -> dict[str, str]:
+    """This process's environment variables without those by which a peer would see this clone or this environment."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+
+
 def _run(command: Sequence[str], text: str, folder: str, program: str, timeout: float) -> str:
     """Run a command with a text on standard input, and return what it prints."""
-    # Neither this clone nor this environment is to be seen there.
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    pipe = subprocess.PIPE
-    try:
-        process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, env=environment, start_new_session=True
-        )
-    except OSError as error:
-        raise ValueError(f"{program}: {command[0]} cannot be run ({error.strerror})") from None
-    try:
-        with interrupts.undoing(lambda: os.killpg(process.pid, signal.SIGKILL)):
-            printed, complaint = process.communicate(text.encode(), timeout)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"{program}: no answer within {timeout:g} seconds, so it was stopped") from None
-    finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if process.returncode:
-        raise ValueError(_failure(program, process.returncode, complaint.decode(errors="replace")))
-    return printed.decode(errors="replace")
+    done = run_program(command, text, program, timeout, folder, _elsewhere())
+    if done.status:
+        raise ValueError(_failure(program, done.status, done.complaint))
+    return done.printed
 
 
 def _failure(program: str, status: int, complaint: str) -> str:
@@ -314,14 +363,12 @@ def _failure(program: str, status: int, complaint: str) -> str:
     return f"{program}: {how}: {' | '.join(lines) or 'it said nothing'}"
 
 
-def _answer(printed: str, out: Path, program: str) -> Answer:
-    """A peer's answer: JSON in the last line that it printed, and the array in its file."""
-    last = next((line for line in reversed(printed.splitlines()) if line.strip()), "")
-    said = parse_json(last, f"{program}: the last line that it printed")
+def _answer(said: Json, out: Path, program: str) -> Answer:
+    """A peer's answer: the JSON that it printed, and the array in its file."""
     versions = said.get("versions") if isinstance(said, dict) else None
     if not isinstance(versions, dict) or said.get("kind") not in ("logits", "logprobs"):
         raise ValueError(
-            f"{program}: expected an answer with versions and a kind (logits, logprobs), got {last[:200]!r}"
+            f"{program}: expected an answer with versions and a kind (logits, logprobs), got {str(said)[:200]!r}"
         )
     try:
         values = np.array(np.load(out, mmap_mode="r", allow_pickle=False))

@@ -3,10 +3,11 @@
 Training and its losses belong elsewhere, and so does everything that opens files or needs a tokenizer.
 """
 
-from jaxsteer.inference.decoder import Answer, Decoder, Event, Limits, Request, generate_all
+from jaxsteer.inference.decoder import Decoder, generate_all
+from jaxsteer.inference.events import Answer, Event
 from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.likelihood import Likelihood, score_continuations
-from jaxsteer.inference.scheduling import nonfinite_logits
+from jaxsteer.inference.scheduling import Limits, Request, nonfinite_logits
 from jaxsteer.inference.token_shift import TokenShift, per_token_shift
 
 __all__ = [

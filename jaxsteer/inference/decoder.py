@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsteer.adapters import Adapters
 from jaxsteer.batches import bucket_length
+from jaxsteer.inference.events import Answer, Event, Finished, answer_of, joined
 from jaxsteer.inference.generate import to_device
 from jaxsteer.inference.rows import (
     Emitted,
     Rows,
+    Sizes,
     add_rows,
     advance,
     clear_rows,
@@ -32,6 +35,7 @@ from jaxsteer.inference.scheduling import (
     half_of,
     make_admission,
     next_prefill,
+    prefill_adapters,
     prefill_batch,
     prefill_strength,
 )
@@ -40,49 +44,6 @@ from jaxsteer.models.config import check_length, check_new_tokens
 from jaxsteer.models.strength import check_strength
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.types import Batch, PyTree, Steering
-
-Finished = Literal["stop", "length", "cancelled", "nonfinite"]
-"""Why an answer ended: a stop token was drawn, it reached its maximum number of tokens, it was cancelled, or the model
-gave logits that are not finite, from which nothing can be drawn."""
-
-
-class Event(NamedTuple):
-    """News of a request.
-
-    id                 as returned by `Decoder.submit`
-    tokens             int32 [n], new since the request's last event, without the stop token
-    log_probabilities  fp32 [n], of these tokens, natural logarithm; of the model's own distribution, before
-                       temperature, top-k and top-p
-    finished           why the answer ended; None while it has not
-    margin             the smallest difference between the two largest logits at any token so far, the stop token
-                       included: where it is below rounding errors (1e-4 in fp32), another batch may give another token
-    """
-
-    id: int
-    tokens: np.ndarray
-    log_probabilities: np.ndarray
-    finished: Finished | None
-    margin: float
-
-
-class Answer(NamedTuple):
-    """A finished answer.
-
-    tokens             int32 [n], without the stop token
-    finished           why it ended; "nonfinite": the tokens before the logits were not finite, see `nonfinite_logits`
-    margin             see `Event`
-    log_probabilities  fp32 [n], see `Event`
-    """
-
-    tokens: np.ndarray
-    finished: Finished
-    margin: float
-    log_probabilities: np.ndarray
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the answer came to its end: a stop token, or its reader had enough."""
-        return self.finished in ("stop", "cancelled")
 
 
 @dataclass(eq=False)
@@ -107,34 +68,58 @@ class Decoder:
     processes, all make the same calls.
 
     Args:
-        model, base, steering: as in `forward`.
+        model, base: as in `forward`.
+        steering: as in `forward`, or `Adapters` of the model's plan, of which each request has its own.
         limits: the sizes that programs are compiled for.
         place: puts a numpy batch on the devices that hold the weights.
 
     Raises:
-        ValueError: answers longer than the model's context.
+        ValueError: answers longer than the model's context, or adapters of another plan than the model's.
     """
 
     def __init__(
         self,
         model: Model,
         base: PyTree,
-        steering: Steering,
+        steering: Steering | Adapters,
         limits: Limits,
         place: Callable[[Batch], Batch] = to_device,
     ) -> None:
         check_new_tokens(model.config, limits.max_new_tokens)
         self.limits = limits
         self._slots = tuple(slot.name for slot in model.plan)
-        self._network = Network(model, base, steering)
+        self._adapters = steering if isinstance(steering, Adapters) else None
+        self._network = Network(model, base, _steering_of(steering, model))
         layers = layers_to_decode(base)
-        self._stepping = Network(model, base if layers is None else {**base, "blocks": layers}, steering)
+        self._stepping = replace(self._network, base=base if layers is None else {**base, "blocks": layers})
         self._to_devices = place
         self._submitted = 0
         self._waiting: deque[_Ticket] = deque()
         self._cancelled: list[Event] = []
         self._tickets: list[_Ticket | None] = []  # in each row
         self._rows: Rows | None = None
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The adapters that requests choose from."""
+        return self._adapters
+
+    def swap(self, adapters: Adapters) -> None:
+        """Go on with other adapters, such as with one more (`Adapters.put`); nothing is compiled again.
+
+        Raises:
+            ValueError: another plan or number of places, or an adapter that a pending request has would change places.
+        """
+        old, new = self._adapters, adapters
+        if old is None or len(old.names) != len(new.names):
+            have = "none" if old is None else f"{len(old.names)} places"
+            raise ValueError(f"swap: {len(new.names)} places for adapters, but this decoder was made with {have}")
+        steering = _steering_of(new, self._network.model)
+        for ticket in (*self._waiting, *self._active):
+            if new.index(ticket.request.adapter) != old.index(ticket.request.adapter):
+                raise ValueError(f"swap: adapter {ticket.request.adapter!r} of a pending request changes places")
+        self._adapters = adapters
+        self._network = replace(self._network, steering=steering)
 
     @property
     def pending(self) -> int:
@@ -149,12 +134,21 @@ class Decoder:
         """Check that this decoder can answer a request.
 
         Raises:
-            ValueError: it exceeds the limits, needs more positions than the model has learned, or gives a strength to a
-                slot that the plan does not have.
+            ValueError: it exceeds the limits, needs more positions than the model has learned, gives a strength to a
+                slot that the plan does not have, or has an adapter that there is not.
         """
+        self._place(request)
         self.limits.check(request)
         check_strength(self._network.model.plan, request.strength)
         check_length(self._network.model.config, len(request) + request.max_new_tokens, request.prompt.source)
+
+    def _place(self, request: Request) -> Request:
+        """The request, with the place of its adapter."""
+        if self._adapters is not None:
+            return replace(request, adapter=self._adapters.index(request.adapter))
+        if request.adapter is not None:
+            raise ValueError(f"{request.prompt.source}: adapter {request.adapter!r}, but this decoder has no adapters")
+        return request
 
     def submit(self, request: Request) -> int:
         """Add a request to the queue.
@@ -227,9 +221,11 @@ class Decoder:
             return
         self._rows = rows = None  # frees the memory first
         dtype = jnp.dtype(self._network.base["embed"]["embedding"].dtype).name
-        sizes = (count, slots, limits.max_new_tokens, limits.max_stop_tokens)
+        sizes = Sizes(count, slots, limits.max_new_tokens, limits.max_stop_tokens)
         by_layer = is_by_layer(self._stepping.base["blocks"])
-        self._rows = empty_rows(self._network.model, *sizes, dtype, by_layer=by_layer)
+        self._rows = empty_rows(
+            self._network.model, sizes, dtype, adapters=self._adapters is not None, by_layer=by_layer
+        )
         self._tickets = [None] * count
 
     def _longest(self) -> int:
@@ -244,11 +240,12 @@ class Decoder:
         while self._waiting and len(free) >= next_prefill(self._waiting, count).size:
             layout = next_prefill(self._waiting, count, len(free))
             tickets = [self._waiting.popleft() for _ in range(layout.size)]
-            requests = [ticket.request for ticket in tickets]
+            requests = [self._place(ticket.request) for ticket in tickets]
             taken, free = free[: layout.size], free[layout.size :]
             batch = self._to_devices(prefill_batch(requests, layout))
             strength: Any = prefill_strength(requests, layout, self._slots) if _any_scaled(tickets) else None
-            hidden, prefilled = prefill(self._network, batch, strength)
+            adapters: Any = prefill_adapters(requests, layout)
+            hidden, prefilled = prefill(self._network, batch, strength, adapters)
             stop_width, sampling = self.limits.max_stop_tokens, _any_samples(tickets)
             admission = make_admission(requests, layout, taken, no_row=count, stop_width=stop_width, slots=self._slots)
             self._rows = insert(self._network, self._rows, hidden, prefilled, admission, sampling=sampling)
@@ -305,6 +302,15 @@ class Decoder:
         return events
 
 
+def _steering_of(steering: Steering | Adapters, model: Model) -> Steering:
+    """The steering tree; adapters must have the model's plan."""
+    if not isinstance(steering, Adapters):
+        return steering
+    if steering.plan != model.plan:
+        raise ValueError("the adapters' plan is not the model's: use Model(config, adapters.plan)")
+    return steering.steering
+
+
 def _any_samples(tickets: Sequence[_Ticket]) -> bool:
     return any(ticket.request.sampling.temperature > 0 for ticket in tickets)
 
@@ -346,19 +352,9 @@ def generate_all(
                     continue
                 received[event.id].append(event)
                 if event.finished:
-                    yield indices[event.id], _answer(received.pop(event.id))
-                elif ended and ended(indices[event.id], _joined(received[event.id], "tokens")):
+                    yield indices[event.id], answer_of(received.pop(event.id))
+                elif ended and ended(indices[event.id], joined(received[event.id], "tokens")):
                     decoder.cancel(event.id)
     finally:
         for id in received:
             decoder.cancel(id)
-
-
-def _joined(events: Sequence[Event], field: str) -> np.ndarray:
-    return np.concatenate([getattr(event, field) for event in events])
-
-
-def _answer(events: Sequence[Event]) -> Answer:
-    finished, margin = events[-1].finished, events[-1].margin
-    assert finished is not None
-    return Answer(_joined(events, "tokens"), finished, margin, _joined(events, "log_probabilities"))

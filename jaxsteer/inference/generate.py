@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +122,7 @@ def generate(
     stop_tokens: tuple[int, ...],
     sampling: Sampling = GREEDY,
     strength: Mapping[str, ArrayLike] | None = None,
+    adapters: ArrayLike | None = None,
 ) -> Generated:
     """Continue the prompt in each row. Generated tokens count as completion for the plan's token selection.
 
@@ -134,6 +135,7 @@ def generate(
         stop_tokens: token ids that end a row.
         sampling: how tokens are chosen, the same for every row.
         strength: of the slots, [] or one for each row [B], as in `forward`.
+        adapters: with stacked steering, the index of each row's adapter, int [B], as in `forward`.
 
     Returns:
         The continuations.
@@ -156,6 +158,7 @@ def generate(
         stop_tokens=stop_tokens,
         sampling=sampling,
         strength=strength,
+        adapters=adapters,
         layers=layers_to_decode(base),
     )
 
@@ -172,11 +175,13 @@ def generate_program(
     stop_tokens: tuple[int, ...],
     sampling: Sampling = GREEDY,
     strength: Mapping[str, ArrayLike] | None = None,
+    adapters: ArrayLike | None = None,
     layers: tuple[PyTree, ...] | None = None,
 ) -> Generated:
     """The compiled part of `generate`; with `layers`, the base's blocks as a tuple, which the steps read in place."""
     key = jax.random.key(0) if key is None else key
     stepping = base if layers is None else {**base, "blocks": layers}
+    steered: Any = {"strength": strength, "adapters": adapters}
     B, T = prompts.tokens.shape
     head, stops = output_embedding(base), jnp.array(stop_tokens, jnp.int32)
     real = prompts.segments > 0
@@ -203,11 +208,11 @@ def generate_program(
     def advance(carry: tuple) -> tuple:
         step, token, position, cache, out = carry
         batch = generated._replace(tokens=token[:, None], positions=position)
-        output = forward(model, stepping, steering, batch, cache=cache, strength=strength)
+        output = forward(model, stepping, steering, batch, cache=cache, **steered)
         token, out = draw(output.hidden[:, 0], step, out)
         return step + 1, token, position + 1, output.cache, out
 
-    prefill = forward(model, base, steering, prompts, keep_cache=True, strength=strength)
+    prefill = forward(model, base, steering, prompts, keep_cache=True, **steered)
     assert prefill.cache is not None
     hidden = jnp.take_along_axis(prefill.hidden, column[:, None], axis=1)[:, 0]
     tokens, lengths = jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxsteer.adapters import BASE
 from jaxsteer.batches import Tokens, bucket_length, stack_rows
 from jaxsteer.inference.generate import more_slots, to_device
 from jaxsteer.inference.scheduling import nonfinite_logits
@@ -44,6 +45,7 @@ def continuation_likelihoods(
     prompts: Batch,
     continuations: Batch,
     strength: Mapping[str, ArrayLike] | None = None,
+    adapters: Array | None = None,
 ) -> tuple[Array, Array]:
     """Score C continuations of each row's prompt; the continuation counts as completion for token selection.
 
@@ -52,12 +54,14 @@ def continuation_likelihoods(
         prompts: [B, T], one per row, starting in the first column.
         continuations: [C, B, U], one per row, starting in the first column; rows without tokens score 0.
         strength: of the slots, [] or one for each row [B], as in `forward`.
+        adapters: with stacked steering, the index of each row's adapter, int [B], as in `forward`.
 
     Returns:
         Σ log p, fp32 [C, B], and whether every token is the most likely one, bool [C, B].
     """
     U = continuations.tokens.shape[-1]
-    output = forward(model, base, steering, prompts, keep_cache=True, strength=strength)
+    steered: Any = {"strength": strength, "adapters": adapters}
+    output = forward(model, base, steering, prompts, keep_cache=True, **steered)
     assert output.cache is not None
     cache, head = more_slots(output.cache, U), output_embedding(base)
     ends = jnp.maximum(jnp.sum(prompts.segments > 0, axis=1, dtype=jnp.int32) - 1, 0)
@@ -75,7 +79,7 @@ def continuation_likelihoods(
         inputs = batch._replace(
             segments=jnp.where(ends, 0, batch.segments), positions=jnp.where(ends, 0, batch.positions)
         )
-        read = forward(model, base, steering, inputs, cache=cache, strength=strength).hidden
+        read = forward(model, base, steering, inputs, cache=cache, **steered).hidden
         hidden = jnp.concatenate([last, read[:, :-1]], axis=1)
         # One column at a time, for the memory of the logits.
         log_probabilities, best = jax.lax.map(score_column, (hidden.swapaxes(0, 1), batch.tokens.T))
@@ -96,6 +100,7 @@ def score_continuations(
     batch_size: int = 32,
     place: Callable[[Batch], Batch] = to_device,
     strength: Mapping[str, float] | None = None,
+    adapters: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, list[Likelihood]]]:
     """Score the continuations of every prompt.
 
@@ -106,6 +111,7 @@ def score_continuations(
         batch_size: number of prompts scored at a time.
         place: puts a numpy batch [B, T] or [C, B, T] on the devices that hold the weights.
         strength: of the slots, as in `forward`; the same for all prompts.
+        adapters: with stacked steering, the index of each prompt's adapter, as in `forward`.
 
     Yields:
         (index of the prompt, a score for each of its continuations), prompts with the most and the longest first.
@@ -132,7 +138,10 @@ def score_continuations(
         padding: list[list[Tokens]] = [[] for _ in range(rows - len(chosen))]
         prompt_batch = stack_rows([*([prompts[i]] for i in chosen), *padding], T)
         batches = _stack([prompts[i] for i in chosen], [continuations[i] for i in chosen], rows, U)
-        scores = continuation_likelihoods(model, base, steering, place(prompt_batch), place(batches), strength)
+        own: Any = (
+            None if adapters is None else np.array([adapters[i] for i in chosen] + [BASE] * len(padding), np.int32)
+        )
+        scores = continuation_likelihoods(model, base, steering, place(prompt_batch), place(batches), strength, own)
         totals, greedy = (np.asarray(x) for x in scores)
         for row, i in enumerate(chosen):
             if not np.isfinite(totals[: len(continuations[i]), row]).all():

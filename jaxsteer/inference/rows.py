@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class Settings(NamedTuple):
     top_p          fp32, 1 = all
     stop_tokens    int32 [B, S], padded with NO_TOKEN
     strength       fp32 [B, number of slots], of each slot of the plan, in its order
+    adapter        int32, the index of an adapter in stacked steering; None without one
     """
 
     prompt_length: Array
@@ -45,6 +46,7 @@ class Settings(NamedTuple):
     top_p: Array
     stop_tokens: Array
     strength: Array
+    adapter: Array | None = None
 
 
 class Progress(NamedTuple):
@@ -127,34 +129,45 @@ class Draw(NamedTuple):
     margin: Array
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), static_argnames="by_layer")
-def empty_rows(model: Model, rows: int, prompt: int, new: int, stops: int, dtype: str, *, by_layer: bool) -> Rows:
-    """Free rows for prompts of up to `prompt` tokens, answers of up to `new` tokens and up to `stops` stop tokens.
+class Sizes(NamedTuple):
+    """Sizes of rows: their number, tokens of a prompt, tokens of an answer, and stop tokens of a request."""
 
-    Their cache is as the base tree that `advance` reads, a stack or by layers.
-    """
+    rows: int
+    prompt: int
+    new: int
+    stops: int
+
+
+@partial(jax.jit, static_argnames=("model", "sizes", "dtype", "adapters", "by_layer"))
+def empty_rows(model: Model, sizes: Sizes, dtype: str, *, adapters: bool = False, by_layer: bool = False) -> Rows:
+    """Free rows; with `adapters` they have an adapter each. Their cache is by layers if the base of `advance` is."""
+    rows, prompt, new, stops = sizes
     ring = max(1, new - 1)
     ints, floats, no = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32), jnp.zeros(rows, bool)
     cache = init_cache(model.config, rows, prompt + ring, dtype)._replace(used=jnp.int32(prompt))
     cache = split_cache(cache) if by_layer else cache
     seeds, stop_tokens = jnp.zeros((rows, 2), jnp.uint32), jnp.full((rows, stops), NO_TOKEN, jnp.int32)
     strength = jnp.ones((rows, len(model.plan)), jnp.float32)
-    settings = Settings(ints, seeds, ints, floats, ints, floats + 1, stop_tokens, strength)
+    adapter = ints - 1 if adapters else None
+    settings = Settings(ints, seeds, ints, floats, ints, floats + 1, stop_tokens, strength, adapter)
     progress = Progress(ints, floats, ints, ints, no, ~no, jnp.full(rows, jnp.inf, jnp.float32), no)
     return _place(Rows(cache, settings, progress, ring))
 
 
 @jax.jit
-def prefill(network: Network, prompts: Batch, strength: Array | None = None) -> tuple[Array, Cache]:
+def prefill(
+    network: Network, prompts: Batch, strength: Array | None = None, adapters: Array | None = None
+) -> tuple[Array, Cache]:
     """Hidden states [P, W, D] and cache of the prompts, several of which may share a row.
 
     Args:
         network: the model and its weights.
         prompts: [P, W].
         strength: of each slot at each token, fp32 [P, W, number of slots]; None = 1.
+        adapters: with stacked steering, the index of each token's adapter, int32 [P, W].
     """
-    factors = _by_slot(network, strength)
-    output = forward(network.model, network.base, network.steering, prompts, keep_cache=True, strength=factors)
+    steered = _steered(network, strength, adapters)
+    output = forward(network.model, network.base, network.steering, prompts, keep_cache=True, **steered)
     assert output.cache is not None
     return output.hidden, output.cache
 
@@ -227,7 +240,7 @@ def advance(
         The rows, and the tokens that were not reported yet.
     """
     first, settings = rows.prompt_slots, rows.settings
-    strength = _by_slot(network, settings.strength if scaled else None)
+    steered = _steered(network, settings.strength if scaled else None, settings.adapter)
     column = lambda field: field[:, None]
     columns = jnp.arange(chunk + 1, dtype=jnp.int32)[None]
 
@@ -239,7 +252,7 @@ def advance(
         step, cache, progress, emitted = carry
         active = ~progress.done
         batch = _last_drawn(rows, progress)
-        output = forward(network.model, network.base, network.steering, batch, cache=cache, strength=strength)
+        output = forward(network.model, network.base, network.steering, batch, cache=cache, **steered)
         assert output.cache is not None
         cache = output.cache._replace(used=first + (output.cache.used - first) % rows.ring)
         draw = _draw(network, output.hidden[:, 0], settings, progress.drawn, sampling)
@@ -328,11 +341,10 @@ def resize_prompts(rows: Rows, slots: int) -> Rows:
     return _place(replace(rows, cache=cache))
 
 
-def _by_slot(network: Network, strength: Array | None) -> dict[str, Array] | None:
-    """The strength of each slot by name, from an array [..., number of slots]."""
-    if strength is None:
-        return None
-    return {slot.name: strength[..., i] for i, slot in enumerate(network.model.plan)}
+def _steered(network: Network, strength: Array | None, adapters: Array | None) -> dict[str, Any]:
+    """Arguments of `forward`: the strength of each slot, from an array [..., number of slots], and the adapters."""
+    slots = {} if strength is None else {slot.name: strength[..., i] for i, slot in enumerate(network.model.plan)}
+    return {"strength": slots, "adapters": adapters}
 
 
 def _last_drawn(rows: Rows, progress: Progress) -> Batch:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxsteer.adapters import BASE
 from jaxsteer.batches import Tokens, bucket_length, pack, stack_rows
 from jaxsteer.inference.generate import GREEDY, Sampling
 from jaxsteer.inference.rows import NO_TOKEN, Admission, Settings
@@ -36,6 +37,8 @@ class Request:
     seed            random seed, 0 <= seed < 2**64. Draws depend only on the seed and on the token's index in the
                     answer; for independent draws over numbered prompts use `seed << 32 | number`
     strength        factor of each slot's shift by the slot's name, as in `forward`; slots not named have 1
+    adapter         name or place of an adapter in the decoder's `Adapters`; None = the unsteered model there, and the
+                    steering of a decoder without adapters
     """
 
     prompt: Tokens
@@ -44,6 +47,7 @@ class Request:
     sampling: Sampling = GREEDY
     seed: int = 0
     strength: Mapping[str, float] = field(default_factory=dict)
+    adapter: str | int | None = None
 
     def __post_init__(self) -> None:
         """Reject what no decoder could answer."""
@@ -143,13 +147,31 @@ def prefill_batch(requests: Sequence[Request], layout: PrefillLayout) -> Batch:
 
 def prefill_strength(requests: Sequence[Request], layout: PrefillLayout, slots: Sequence[str]) -> np.ndarray:
     """The strength of each slot at each token of `prefill_batch`, fp32 [rows, width, number of slots]."""
-    strength = np.ones((len(layout.rows), layout.width, len(slots)), np.float32)
+    values = np.array([_strengths(request, slots) for request in requests], np.float32)
+    return _at_tokens(values, requests, layout, padding=1)
+
+
+def prefill_adapters(requests: Sequence[Request], layout: PrefillLayout) -> np.ndarray | None:
+    """The place of each token's adapter in `prefill_batch`, int32 [rows, width]; None without adapters."""
+    places = _adapters(requests)
+    return None if places is None else _at_tokens(places, requests, layout, padding=BASE)
+
+
+def _at_tokens(values: np.ndarray, requests: Sequence[Request], layout: PrefillLayout, padding: int) -> np.ndarray:
+    """The value [n, ...] of each request at its tokens of `prefill_batch`, [rows, width, ...]."""
+    out = np.full((len(layout.rows), layout.width, *values.shape[1:]), padding, values.dtype)
     for row, members in enumerate(layout.rows):
         column = 0
         for i in members:
-            strength[row, column : column + len(requests[i])] = _strengths(requests[i], slots)
+            out[row, column : column + len(requests[i])] = values[i]
             column += len(requests[i])
-    return strength
+    return out
+
+
+def _adapters(requests: Sequence[Request]) -> np.ndarray | None:
+    """The places of the requests' adapters, int32 [n]; None without adapters."""
+    places = [request.adapter for request in requests]
+    return None if None in places else np.array(places, np.int32)
 
 
 def _strengths(request: Request, slots: Sequence[str]) -> list[float]:
@@ -199,6 +221,7 @@ def _settings(requests: Sequence[Request], size: int, stop_width: int, slots: Se
         "top_p": np.ones(size, np.float32),
         "stop_tokens": np.full((size, stop_width), NO_TOKEN, np.int32),
         "strength": np.ones((size, len(slots)), np.float32),
+        "adapter": None if (places := _adapters(requests)) is None else np.resize(places, size),
     }
     for i, request in enumerate(requests):
         fields["prompt_length"][i] = min(request.prompt.prompt_length, len(request))

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax.numpy as jnp
-
 from jaxsteer.interventions.loreft import NONE, learned_source, reft_specs
-from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS, check_activation, check_rate, dropout
-from jaxsteer.types import Affine, Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS, LowRank, check_activation, check_rate, dropout
+from jaxsteer.interventions.products import write_rows
+from jaxsteer.types import Affine, Array, Context, Directions, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
-class DiReFT(Intervention):
+class DiReFT(LowRank):
     """y' = y + R₂ᵀ act(W y + b), R₂ unconstrained (Wu et al. 2024, arXiv 2404.03592).
 
     R₂ starts with random orthonormal rows, so a freshly initialised DiReFT is not the base model.
@@ -27,6 +26,7 @@ class DiReFT(Intervention):
     kind: ClassVar[Kind] = "activation"
     reads: ClassVar[Directions] = (("W", -1),)
     writes: ClassVar[Directions] = (("R", -1),)
+    free: ClassVar[tuple[str, ...]] = ("rank", "dropout")
     rank: int = 8
     activation: str = NONE
     dropout: float = 0.0
@@ -42,7 +42,7 @@ class DiReFT(Intervention):
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + R₂ᵀ act(W y + b)."""
-        shift = jnp.einsum("...r,rd->...d", learned_source(p, y, self.activation), p["R"])
+        shift = write_rows(p["R"], learned_source(p, y, self.activation, ctx), ctx)
         return y + dropout(shift, self.dropout, ctx)
 
     def affine(self, p: Mapping[str, Array]) -> Affine | None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxsteer.interventions.lora import LoRA
 from jaxsteer.interventions.low_rank import dropout
+from jaxsteer.interventions.products import vector
 from jaxsteer.types import Array, Context, Factors, ParamSpec, SiteDims
 
 
@@ -46,10 +47,12 @@ class DoRA(LoRA):
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + (g − 1) ⊙ (y − b) + g ⊙ s B A x."""
         assert ctx.kernel is not None
-        per_output = lambda vector: vector.astype(y.dtype).reshape((1,) * (y.ndim - 1) + vector.shape)
-        gain = per_output(self.gain(p, ctx.kernel))
-        product = y if ctx.bias is None else y - per_output(ctx.bias)
-        return y + (gain - 1) * product + gain * self.shift(p, dropout(x, self.dropout, ctx))
+        gain_of = self.gain if ctx.adapter is None else jax.vmap(self.gain, ({"A": 0, "B": 1, "m": 0}, None))
+        gain = gain_of(p, ctx.kernel)
+        per_output = lambda gain: vector(gain.astype(y.dtype), y.ndim, ctx)
+        product = y if ctx.bias is None else y - ctx.bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + ctx.bias.shape)
+        shift = self.shift(p, dropout(x, self.dropout, ctx), ctx)
+        return y + per_output(gain - 1) * product + per_output(gain) * shift
 
     def product(self, p: Mapping[str, Array], x: Array, ctx: Context) -> Array:
         """g ⊙ x (W + s (B A)ᵀ)."""

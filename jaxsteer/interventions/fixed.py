@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import jax
 
+from jaxsteer.interventions.products import vector
 from jaxsteer.types import Affine, Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
 
 
@@ -17,6 +18,7 @@ class FixedVector(Intervention):
 
     kind: ClassVar[Kind] = "activation"
     writes: ClassVar[Directions] = (("v", -1),)
+    per_token: ClassVar[bool] = True
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
         """The vector v, shaped like the site's output: [D], or [N, H] at `attn.heads`."""
@@ -25,7 +27,7 @@ class FixedVector(Intervention):
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + v."""
-        return y + p["v"].reshape((1,) * (y.ndim - p["v"].ndim) + p["v"].shape)
+        return y + vector(p["v"], y.ndim, ctx)
 
     def affine(self, p: Mapping[str, Array]) -> Affine:
         """Δ = v."""

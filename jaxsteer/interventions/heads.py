@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from jaxsteer.types import Array, ParamSpec, SiteDims
+from jaxsteer.types import ParamSpec, SiteDims
 
 
 def heads_and_width(dims: SiteDims, method: str) -> tuple[int, int]:
@@ -21,8 +21,3 @@ def heads_and_width(dims: SiteDims, method: str) -> tuple[int, int]:
 def head_vectors(dims: SiteDims, method: str) -> ParamSpec:
     """A vector for each head [N, H], initially zero."""
     return ParamSpec(heads_and_width(dims, method), ("heads", "head_dim"), jax.nn.initializers.zeros)
-
-
-def over_tokens(vector: Array, y: Array) -> Array:
-    """A vector [N, H] or [N, 1] with leading axes of size 1, to broadcast over y [B, T, N, H]."""
-    return vector.reshape((1,) * (y.ndim - vector.ndim) + vector.shape)

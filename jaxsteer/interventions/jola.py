@@ -10,7 +10,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions.heads import head_vectors, heads_and_width, over_tokens
+from jaxsteer.interventions.heads import head_vectors, heads_and_width
+from jaxsteer.interventions.products import vector
 from jaxsteer.types import Affine, Array, Context, Intervention, Kind, ParamSpec, SiteDims
 
 TEMPERATURE = 0.33
@@ -32,6 +33,8 @@ class JoLA(Intervention):
     """
 
     kind: ClassVar[Kind] = "activation"
+    per_token: ClassVar[bool] = True
+    free: ClassVar[tuple[str, ...]] = ("gate_init", "penalty_start", "penalty_decay")
     gate_init: float = 0.0
     penalty_start: float = 0.1
     penalty_decay: float = 0.01
@@ -51,7 +54,8 @@ class JoLA(Intervention):
         """z + g₂ A ⊙ z + g₁ v."""
         u1, u2 = (None, None) if ctx.key is None or not ctx.train else uniform_noise(ctx.key, p["log_g1"])
         g1, g2 = gate(p["log_g1"], u1), gate(p["log_g2"], u2)
-        return y + over_tokens(g2[:, None] * p["A"], y) * y + over_tokens(g1[:, None] * p["v"], y)
+        scale, shift = g2[..., None] * p["A"], g1[..., None] * p["v"]
+        return y + vector(scale, y.ndim, ctx) * y + vector(shift, y.ndim, ctx)
 
     def affine(self, p: Mapping[str, Array]) -> Affine:
         """Δ = g₂ A ⊙ z + g₁ v, with the gates of evaluation."""

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsteer.interventions.heads import head_vectors, heads_and_width, over_tokens
+from jaxsteer.interventions.heads import head_vectors, heads_and_width
+from jaxsteer.interventions.products import vector
 from jaxsteer.types import Affine, Array, Context, Intervention, Kind, ParamSpec, SiteDims
 
 
@@ -24,6 +25,8 @@ class LoFiTScale(Intervention):
     """
 
     kind: ClassVar[Kind] = "activation"
+    per_token: ClassVar[bool] = True
+    free: ClassVar[tuple[str, ...]] = ("l1",)
     l1: float = 5e-4
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
@@ -32,7 +35,7 @@ class LoFiTScale(Intervention):
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """z + A ⊙ z."""
-        return y + over_tokens(p["A"], y) * y
+        return y + vector(p["A"], y.ndim, ctx) * y
 
     def affine(self, p: Mapping[str, Array]) -> Affine:
         """Δ = A ⊙ z."""
@@ -53,6 +56,7 @@ class LoFiT(Intervention):
     """
 
     kind: ClassVar[Kind] = "activation"
+    per_token: ClassVar[bool] = True
     constants: ClassVar[tuple[str, ...]] = ("selected",)
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
@@ -65,7 +69,7 @@ class LoFiT(Intervention):
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """z + v at the selected heads."""
-        return y + over_tokens(p["selected"][:, None] * p["v"], y)
+        return y + vector(p["selected"][..., None] * p["v"], y.ndim, ctx)
 
     def affine(self, p: Mapping[str, Array]) -> Affine:
         """Δ = v at the selected heads."""

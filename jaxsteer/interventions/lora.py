@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.interventions.low_rank import check_rank, check_rate, dropout, is_dropped, kaiming_uniform
+from jaxsteer.interventions.low_rank import LowRank, check_rank, check_rate, dropout, is_dropped, kaiming_uniform
+from jaxsteer.interventions.products import read, write
 from jaxsteer.interventions.updated import updated_product
-from jaxsteer.matmul import matmul
-from jaxsteer.types import Array, Context, Directions, Factors, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.types import Array, Context, Directions, Factors, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
-class LoRA(Intervention):
+class LoRA(LowRank):
     """y' = y + s · B A x with s = alpha / rank (Hu et al. 2021, arXiv 2106.09685). A is Kaiming uniform, B zero.
 
     rank     R
@@ -26,6 +26,8 @@ class LoRA(Intervention):
 
     kind: ClassVar[Kind] = "weight"
     writes: ClassVar[Directions] = (("B", -2),)
+    free: ClassVar[tuple[str, ...]] = ("rank", "alpha", "dropout")
+    scaled: ClassVar[tuple[str, ...]] = ("B",)
     rank: int = 8
     alpha: float = 8.0
     dropout: float = 0.0
@@ -39,6 +41,10 @@ class LoRA(Intervention):
         """The scale s of the update."""
         return self.alpha / self.rank
 
+    def resized(self, rank: int, scale: float) -> Self:
+        """The method with another rank and scale."""
+        return replace(self, rank=rank, alpha=scale * rank)
+
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
         """A [R, in] and B [out, R]."""
         (n_in,), (n_out,) = dims
@@ -50,7 +56,7 @@ class LoRA(Intervention):
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + s · B A x."""
-        return y + self.shift(p, dropout(x, self.dropout, ctx))
+        return y + self.shift(p, dropout(x, self.dropout, ctx), ctx)
 
     def project(self, p: Mapping[str, Array], x: Array, ctx: Context) -> Array | None:
         """x (W + s (B A)ᵀ) + b; None with dropout, which gives A another input than W."""
@@ -65,10 +71,9 @@ class LoRA(Intervention):
         a, b, scale, _ = self.factors(p)
         return updated_product(x, ctx.kernel, a, scale * b)
 
-    def shift(self, p: Mapping[str, Array], x: Array) -> Array:
+    def shift(self, p: Mapping[str, Array], x: Array, ctx: Context) -> Array:
         """s · B A x."""
-        read = jnp.einsum("...d,rd->...r", x, p["A"])
-        return self.scale * matmul(read, p["B"].T)
+        return self.scale * write(p["B"], read(p["A"], x, ctx), ctx)
 
     def delta(self, p: Mapping[str, Array]) -> Array:
         """s (B A)ᵀ, the update of one layer's kernel [in, out]."""

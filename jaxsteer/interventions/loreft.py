@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxsteer.interventions.low_rank import (
     ACTIVATION_FUNCTIONS,
+    LowRank,
     check_activation,
     check_rank,
     check_rate,
@@ -18,13 +18,14 @@ from jaxsteer.interventions.low_rank import (
     kaiming_uniform,
     site_width,
 )
-from jaxsteer.types import Affine, Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.interventions.products import read, vector, write_rows
+from jaxsteer.types import Affine, Array, Context, Directions, Kind, ParamSpec, SiteDims
 
 NONE = "none"
 
 
 @dataclass(frozen=True)
-class LoReFT(Intervention):
+class LoReFT(LowRank):
     """y' = y + Rᵀ (act(W y + b) − R y), with orthonormal rows of R (Wu et al. 2024, arXiv 2404.03592).
 
     R starts with random orthonormal rows, W and b as in a linear layer, so a freshly initialised LoReFT is not the base
@@ -40,6 +41,7 @@ class LoReFT(Intervention):
     kind: ClassVar[Kind] = "activation"
     reads: ClassVar[Directions] = (("W", -1), ("R", -1))
     writes: ClassVar[Directions] = (("R", -1),)
+    free: ClassVar[tuple[str, ...]] = ("rank", "dropout", "constrained")
     rank: int = 8
     activation: str = NONE
     dropout: float = 0.0
@@ -61,8 +63,8 @@ class LoReFT(Intervention):
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + Rᵀ (act(W y + b) − R y)."""
-        edit = learned_source(p, y, self.activation) - jnp.einsum("...d,rd->...r", y, p["R"])
-        return y + dropout(jnp.einsum("...r,rd->...d", edit, p["R"]), self.dropout, ctx)
+        edit = learned_source(p, y, self.activation, ctx) - read(p["R"], y, ctx)
+        return y + dropout(write_rows(p["R"], edit, ctx), self.dropout, ctx)
 
     def affine(self, p: Mapping[str, Array]) -> Affine | None:
         """Δ = Rᵀ (W − R) y + Rᵀ b, without an activation."""
@@ -84,8 +86,7 @@ def reft_specs(dims: SiteDims, rank: int, method: str) -> dict[str, ParamSpec]:
     }
 
 
-def learned_source(p: Mapping[str, Array], y: Array, activation: str) -> Array:
+def learned_source(p: Mapping[str, Array], y: Array, activation: str, ctx: Context) -> Array:
     """act(W y + b), [..., R]."""
-    bias = p["b"].reshape((1,) * (y.ndim - 1) + p["b"].shape)
-    source = jnp.einsum("...d,rd->...r", y, p["W"]) + bias
+    source = read(p["W"], y, ctx) + vector(p["b"], y.ndim, ctx)
     return source if activation == NONE else ACTIVATION_FUNCTIONS[activation](source)

@@ -1,15 +1,17 @@
-"""Shared by the low-rank methods: checks of settings, initialisers, activation functions, dropout."""
+"""Shared by the low-rank methods: their rank and scale, checks of settings, initialisers, activations, dropout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxsteer.types import Array, Context, Initializer, ParamSpec, SiteDims
+from jaxsteer.types import Array, Context, Initializer, Intervention, ParamSpec, SiteDims
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -17,6 +19,38 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),  # exact (erf), as in the paper's implementation
     "tanh": jnp.tanh,
 }
+
+
+class LowRank(Intervention):
+    """A method of rank R, to which zeros can be added, and with a factor s before some parameters."""
+
+    per_token: ClassVar[bool] = True
+    scaled: ClassVar[tuple[str, ...]] = ()
+    """The parameters that the factor s stands before, wherever Δ reads them."""
+    rank: int
+
+    @property
+    def scale(self) -> float:
+        """The factor s."""
+        return 1.0
+
+    def resized(self, rank: int, scale: float) -> Self:
+        """The method with another rank and factor s."""
+        return replace(self, rank=rank)  # type: ignore[type-var]  # methods are dataclasses
+
+    def shared(self, others: Sequence[Self]) -> Self:
+        """The method at the largest rank; with a factor of 1, unless all have the same."""
+        rank = max(method.rank for method in (self, *others))
+        scale = self.scale if all(other.scale == self.scale for other in others) else 1.0
+        return self if (rank, scale) == (self.rank, self.scale) else self.resized(rank, scale)
+
+    def restated(self, p: Mapping[str, Array], target: Any) -> Mapping[str, Array] | None:
+        """The parameters with the ratio of the factors in them; None for a lower rank or a factor of 0."""
+        if target.rank < self.rank or (target.scale == 0 and self.scale != 0):
+            return None
+        if target.scale == self.scale:
+            return p
+        return {name: leaf * (self.scale / target.scale) if name in self.scaled else leaf for name, leaf in p.items()}
 
 
 def check_activation(name: str, allowed: tuple[str, ...] = tuple(ACTIVATION_FUNCTIONS), hint: str = "") -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
-import jax.numpy as jnp
-
-from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS, check_activation, read_write_specs
-from jaxsteer.matmul import matmul
-from jaxsteer.types import Array, Context, Directions, Intervention, Kind, ParamSpec, SiteDims
+from jaxsteer.interventions.low_rank import ACTIVATION_FUNCTIONS, LowRank, check_activation, read_write_specs
+from jaxsteer.interventions.products import read, write
+from jaxsteer.types import Array, Context, Directions, Kind, ParamSpec, SiteDims
 
 
 @dataclass(frozen=True)
-class NonlinearSteering(Intervention):
+class NonlinearSteering(LowRank):
     """y' = y + α · U act(D y), the paper's method at site `block`. D starts small, U at zero.
 
     rank        R
@@ -26,6 +24,8 @@ class NonlinearSteering(Intervention):
     kind: ClassVar[Kind] = "activation"
     reads: ClassVar[Directions] = (("D", -1),)
     writes: ClassVar[Directions] = (("U", -2),)
+    free: ClassVar[tuple[str, ...]] = ("rank", "alpha", "init_scale")
+    scaled: ClassVar[tuple[str, ...]] = ("U",)
     rank: int = 8
     alpha: float = 1.0
     activation: str = "silu"
@@ -35,11 +35,20 @@ class NonlinearSteering(Intervention):
         """Reject an unknown activation."""
         check_activation(self.activation, hint=" (or method `linear`)")
 
+    @property
+    def scale(self) -> float:
+        """α."""
+        return self.alpha
+
+    def resized(self, rank: int, scale: float) -> Self:
+        """The method with another rank and α."""
+        return replace(self, rank=rank, alpha=scale)
+
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
         """D [R, D] reads, U [D, R] writes."""
         return read_write_specs(dims, self.rank, self.init_scale, "nonlinear steering")
 
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + α · U act(D y)."""
-        read = ACTIVATION_FUNCTIONS[self.activation](jnp.einsum("...d,rd->...r", y, p["D"]))
-        return y + self.alpha * matmul(read, p["U"].T)
+        hidden = ACTIVATION_FUNCTIONS[self.activation](read(p["D"], y, ctx))
+        return y + self.alpha * write(p["U"], hidden, ctx)

@@ -24,6 +24,7 @@ class PiSSA(LoRA):
 
     constants: ClassVar[tuple[str, ...]] = ("A0", "B0")
     writes: ClassVar[Directions] = (("B", -2), ("B0", -2))
+    scaled: ClassVar[tuple[str, ...]] = ("B", "B0")
 
     def param_specs(self, dims: SiteDims) -> dict[str, ParamSpec]:
         """A, A0 [R, in] and B, B0 [out, R]; `from_kernel` gives their values."""
@@ -43,7 +44,7 @@ class PiSSA(LoRA):
     def apply(self, p: Mapping[str, Array], x: Array, y: Array, ctx: Context) -> Array:
         """y + s · B A x − s · B₀ A₀ x."""
         x = dropout(x, self.dropout, ctx)
-        return y + (self.shift(p, x) - self.shift({"A": p["A0"], "B": p["B0"]}, x))
+        return y + (self.shift(p, x, ctx) - self.shift({"A": p["A0"], "B": p["B0"]}, x, ctx))
 
     def delta(self, p: Mapping[str, Array]) -> Array:
         """s (B A − B₀ A₀)ᵀ, the update of one layer's kernel [in, out]."""

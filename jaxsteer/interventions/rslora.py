@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from jaxsteer.interventions.lora import LoRA
 
@@ -15,3 +16,7 @@ class RsLoRA(LoRA):
     def scale(self) -> float:
         """The scale s of the update."""
         return self.alpha / self.rank**0.5
+
+    def resized(self, rank: int, scale: float) -> Self:
+        """The method with another rank and scale."""
+        return replace(self, rank=rank, alpha=scale * rank**0.5)

@@ -235,7 +235,7 @@ def choose_attention(
 
 
 def cached_attention(q: Array, query: Span, parts: Sequence[CachedKeys], scores: Scores = PLAIN) -> Array:
-    """Attention of new tokens, q [B, T, N, H], to the parts, a cache and themselves if it lacks them -> [B, T, N, H]."""
+    """Attention of new tokens to a cache and, if it lacks them, to themselves: q [B, T, N, H] -> [B, T, N, H]."""
     row = partial(attend_cached_row, rule=scores)
     if current_platform() == "cpu" and current_mesh() is None and q.shape[1] > 1:
         return jax.lax.map(lambda args: row(*args), (q, query, *parts), batch_size=CPU_ROWS)

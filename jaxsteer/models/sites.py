@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxsteer.models.adapters import for_each_token
 from jaxsteer.models.strength import at_strength
 from jaxsteer.sharding import current_mesh, current_platform
 from jaxsteer.types import Array, Context, Plan, PyTree, Slot, Steering, Taps
@@ -26,6 +27,7 @@ class Interventions:
     capture   sites whose values are kept
     key       random key of the pass, for methods that draw in training
     train     training mode of the methods
+    adapters  with steering of several adapters: that of each token, int32 [B, T]
     """
 
     plan: Plan = ()
@@ -34,6 +36,7 @@ class Interventions:
     capture: Sequence[str] = ()
     key: Array | None = None
     train: bool = False
+    adapters: Array | None = None
 
     def merges(self, slot: Slot, x: Array, kernel: Array) -> bool:
         """Whether a slot may put its Δ into the kernel of a projection of x [B, T, in], rather than add it to y.
@@ -43,7 +46,8 @@ class Interventions:
         """
         exact = current_platform() == "cpu" and kernel.dtype in (np.float32, np.float64) and x.dtype == kernel.dtype
         faster = x.shape[0] * x.shape[1] * sum(kernel.shape) >= 2 * kernel.size and current_mesh() is None
-        return exact and faster and self.masks[slot.name] is None and slot.name not in self.factors
+        same = self.masks[slot.name] is None and slot.name not in self.factors and self.adapters is None
+        return exact and faster and same  # Δ at every token
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class Steer:
         shared = self.shared
         for slot in slots:
             context = self._context(slot, site, kernel, bias)
-            apply = at_strength(slot.method.apply, shared.factors.get(slot.name))
+            apply = slot.method.apply if shared.adapters is None else for_each_token(slot.method)
+            apply = at_strength(apply, shared.factors.get(slot.name))
             y = _steered(apply, self._params(slot, site), x, y, context, shared.masks[slot.name])
         if site in shared.capture:
             self.taps[site] = y
@@ -111,7 +116,7 @@ class Steer:
 
     def _context(self, slot: Slot, site: str, kernel: Array | None, bias: Array | None) -> Context:
         key = _fold_key(self.shared.key, slot.name, site, self.layer)
-        return Context(self.layer, kernel, bias, key, self.shared.train)
+        return Context(self.layer, kernel, bias, key, self.shared.train, self.shared.adapters)
 
 
 def unsteered() -> Steer:

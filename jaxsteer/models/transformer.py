@@ -19,6 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxsteer.batches import select
+from jaxsteer.models.adapters import check_adapters
 from jaxsteer.models.attention import Kernel, Span
 from jaxsteer.models.by_layer import BlockFunction, extended, is_by_layer, layer_caches, run_layers
 from jaxsteer.models.config import ModelConfig, site_dims
@@ -46,6 +47,7 @@ class Model:
                     from the first layer, where a frozen base is read in place
     attention       the kernel, see `jaxsteer.models.attention.Kernel`; forward-mode derivatives need one of XLA's
     split_sequence  on a mesh, split the positions of the residual stream over the `tensor` axis between sublayers
+    unroll          layers in one iteration of the loop over the layers: more of them compile longer
     """
 
     config: ModelConfig
@@ -55,6 +57,7 @@ class Model:
     train_base: bool = False
     attention: Kernel = "auto"
     split_sequence: bool = False
+    unroll: int = 1
 
 
 def init_base(config: ModelConfig, key: Array, dtype: DTypeLike = jnp.float32) -> PyTree:
@@ -122,6 +125,7 @@ def forward(
     key: Array | None = None,
     train: bool = False,
     strength: Mapping[str, ArrayLike] | None = None,
+    adapters: ArrayLike | None = None,
 ) -> Output:
     """Run the model on a batch: y' = y + Δ(steering; x, y) at each site of the plan.
 
@@ -139,6 +143,8 @@ def forward(
         train: training mode of the methods (dropout, gates).
         strength: for each slot by name, a factor s of its shift, y' = y + s · Δ: a scalar [], one per row [B], or one
             per token [B, T]. 0 is the identity and 1 the slot as it is, both bit for bit; slots not named have 1.
+        adapters: with steering of E adapters (`jaxsteer.stack_adapters`), which of them steers each row [B] or each
+            token [B, T], int; a number outside 0 to E - 1, such as -1, is the unsteered model.
 
     Returns:
         The hidden states after the final norm [B, T, D], the extended cache (or None), and the taps, each
@@ -146,7 +152,7 @@ def forward(
 
     Raises:
         ValueError: an unknown site in `capture`, steering whose slots are not those of the plan, a strength of another
-            slot or shape, or a batch whose fields do not all have one shape [B, T].
+            slot or shape, adapters that are not stacked, or a batch whose fields do not all have one shape [B, T].
     """
     config, plan = model.config, model.plan
     shapes = {name: field.shape for name, field in batch._asdict().items()}
@@ -167,6 +173,7 @@ def forward(
     block = block_function(
         model,
         batch,
+        adapters=check_adapters(config, plan, steering, adapters, batch.tokens.shape),
         cache=cache,
         keep_cache=keep_cache,
         capture=capture,
@@ -200,12 +207,14 @@ def block_function(
     key: Array | None = None,
     train: bool = False,
     strength: Mapping[str, ArrayLike] | None = None,
+    adapters: Array | None = None,
 ) -> BlockFunction:
     """One block as a function (weights, h, layer, p) -> (h, (taps, keys and values)), which `forward` scans.
 
     weights is one layer of `base["blocks"]`, h [B, T, D] the residual stream that the block reads, layer its index,
     and p one layer of `spread(plan, steering, layers)`, or None to steer nothing. Keys and values are None if no cache
-    needs them. What all layers share is computed once, here. The arguments are those of `forward`.
+    needs them. What all layers share is computed once, here. The arguments are those of `forward`, but `adapters` is
+    int32 [B, T].
     """
     config, plan = model.config, model.plan
     inputs_of = layer_inputs(config, Span(batch.segments, batch.positions))
@@ -216,6 +225,7 @@ def block_function(
         capture=capture,
         key=key,
         train=train,
+        adapters=adapters,
     )
     cache_of = layer_caches(cache, batch)
 
@@ -254,7 +264,7 @@ def _scan_blocks(
     remat = lambda f: f if model.remat == "none" else jax.checkpoint(f, policy=policy, prevent_cse=False)
     if split == 0:
         body = remat(lambda h, xs: block(xs[0], h, xs[1], xs[2]))
-        return lax.scan(body, h, (weights, indices, per_layer))
+        return lax.scan(body, h, (weights, indices, per_layer), unroll=model.unroll)
 
     def indexed(h: Array, xs: tuple) -> tuple[Array, PyTree]:
         layer, p = xs
@@ -262,9 +272,9 @@ def _scan_blocks(
 
     part = lambda tree, start, stop: jax.tree.map(lambda leaf: leaf[start:stop], tree)
     # Below, p is None rather than zeros: zeros depend on the steering tree and would be differentiated in every layer.
-    h, below = lax.scan(lambda h, layer: indexed(h, (layer, None)), h, indices[:split])
+    h, below = lax.scan(lambda h, layer: indexed(h, (layer, None)), h, indices[:split], unroll=model.unroll)
     upper = indexed if model.remat == "none" else remat(indexed)
-    h, above = lax.scan(upper, h, part((indices, per_layer), split, L))
+    h, above = lax.scan(upper, h, part((indices, per_layer), split, L), unroll=model.unroll)
     return h, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), below, above)
 
 

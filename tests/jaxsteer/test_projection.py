@@ -245,6 +245,7 @@ np.savez(sys.argv[1], *jax.tree.leaves(state.params))
 """
 
 
+@pytest.mark.cpu
 def test_sharded_projection_is_that_of_one_device(tmp_path):
     """Eight CPU devices, in a separate process; the batch and the model width are split over them."""
     root, here = Path(jaxsteer.__file__).parents[1], Path(__file__).parent

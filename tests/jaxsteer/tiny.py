@@ -21,19 +21,23 @@ TURNS = (*METHODS, "together")
 
 KINDS = ("all", "prompt", "completion", "last", "first:2+last:2", "first:3", "last:1")
 
-FAST = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
+ON_CPU = jax.config.jax_platforms == "cpu"
+"""Whether this process computes on a CPU; XLA's other compilers have no fast mode."""
+
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True} if ON_CPU else {}
 """Compiler options: tests on tiny shapes are mostly compile time."""
 
-AS_USERS_DO = {
-    "xla_backend_optimization_level": 3,
-    "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_parallel_codegen_split_count": 32,
-}
+AS_USERS_DO = (
+    {
+        "xla_backend_optimization_level": 3,
+        "xla_llvm_disable_expensive_passes": False,
+        "xla_cpu_parallel_codegen_split_count": 32,
+    }
+    if ON_CPU
+    else {}
+)
 """XLA's own defaults, against FAST and the flags in conftest.py."""
-if "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]:  # a flag of older versions
+if ON_CPU and "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]:  # a flag of older versions
     AS_USERS_DO["xla_cpu_use_fusion_emitters"] = True
 
 fast_jit = partial(jax.jit, compiler_options=FAST)

@@ -53,11 +53,12 @@ def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch
     original, trained, stop_at = compare_runs.train_runs, [], [5]
     timings, bases = {}, []
 
-    def measure_once(run_config, loaded, runs):
+    def measure_once(trainings):
         """Timing compiles two programs per method; once with a trained base and once without is enough here."""
-        if run_config.train_base not in timings:
-            timings[run_config.train_base] = measure(run_config, loaded, runs)
-        return timings[run_config.train_base]
+        train_base = trainings[0].config.train_base
+        if train_base not in timings:
+            timings[train_base] = measure(trainings)
+        return timings[train_base]
 
     monkeypatch.setattr(command, "measure", measure_once)
 

@@ -11,6 +11,7 @@ from jaxsteer.io import load_steering
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
 from train.base_models import load
+from train.compare import sweep
 from train.compare.sweep import Run, train_runs
 from train.config import TrainConfig
 from train.lofit import train_lofit
@@ -122,3 +123,11 @@ def test_the_lofit_command_resumes(config, tmp_path):
     assert (tmp_path / "run/scale/metrics.jsonl").read_text() == first
     for a, b in zip(jax.tree.leaves(result.params.steering), jax.tree.leaves(again.params.steering), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_other_learning_rates_compile_nothing(config, loaded):
+    """A search trains one program again and again; only a sweep of another shape is another program."""
+    train_runs(config, loaded, [Run(0.5), Run(2.0)])
+    before = sweep._sweep_step._cache_size()
+    train_runs(config, loaded, [Run(0.1), Run(7.0)])
+    assert sweep._sweep_step._cache_size() == before

@@ -1,4 +1,5 @@
 """Benchmarks: how fast this machine trains, decodes, evaluates and loads.
 
-Comparisons of methods belong in `train.compare`, and whether a run fits a machine in `train.plan`.
+On accelerators, `accelerator` measures all of it in stages. Comparisons of methods belong in `train.compare`, and
+whether a run fits a machine in `train.plan`.
 """

@@ -1,4 +1,4 @@
-"""The decoding benchmark: latency and memory of one batch, with and without steering."""
+"""The decoding benchmark: latency and memory of one batch, without steering, with it, and with several adapters."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxsteer.adapters import stack_adapters
 from jaxsteer.inference.generate import generate, generate_program, to_device
+from jaxsteer.io import LoadedModel
 from jaxsteer.models.by_layer import layers_to_decode
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
-from jaxsteer.types import Batch
+from jaxsteer.types import Array, Batch, Plan, Steering
 from train.base_models import check_plan, load
 from train.data import TokenizedExample, stack_rows
 
@@ -35,6 +38,8 @@ class DecodeBench:
     """Length of each prompt in tokens."""
     new_tokens: int = 64
     """Number of tokens to generate per prompt."""
+    adapters: int = 1
+    """Number of adapters among which the prompts are dealt out, in turn; from 2 on compared with one, too."""
     repeats: int = 7
     """Number of interleaved pairs of runs; the medians are reported."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -43,64 +48,93 @@ class DecodeBench:
     """Write the figures to this file."""
 
 
+class Timed(NamedTuple):
+    """A model to time, with the adapter of each prompt."""
+
+    network: Network
+    adapters: Array | None = None
+
+
+class Seconds(NamedTuple):
+    """Of reading the prompts and drawing a token of each, and of each further token."""
+
+    prefill: float
+    token: float
+
+
 def bench_decode(config: DecodeBench) -> dict[str, float]:
     """Run the decoding benchmark and return its figures."""
     check_plan(config.model, config.plan)
     loaded = load(config.model, config.dtype)
     plan = parse_plan(config.plan, loaded.config)
-    # Not the initial steering: multiplying by its zeros might be cheaper than what training makes of them.
-    steering = jax.tree.map(lambda x: x + 0.01, init_steering(plan, loaded.config, jax.random.key(0), base=loaded.base))
-    networks = {
-        "base": Network(Model(loaded.config), loaded.base, {}),
-        "steered": Network(Model(loaded.config, plan), loaded.base, steering),
+    model, base = Model(loaded.config, plan), loaded.base
+    trees = {str(i): (plan, _steering(plan, loaded, i)) for i in range(config.adapters)}
+    timed = {
+        "base": Timed(Network(Model(loaded.config), base, {})),
+        "steered": Timed(Network(model, base, trees["0"][1])),
     }
-    prompts = _random_prompts(config.batch_size, config.prompt, loaded.config.vocab_size)
-    times: dict[str, list[float]] = {name: [] for name in networks}
+    pairs = [("steered", "base")]
+    if config.adapters > 1:
+        several, stacked = f"{config.adapters} adapters", stack_adapters(trees, loaded.config).steering
+        own = jnp.arange(config.batch_size, dtype=jnp.int32) % config.adapters
+        timed[several] = Timed(Network(model, base, stacked), own)
+        pairs.append((several, "steered"))
+    prompts = random_prompts(config.batch_size, config.prompt, loaded.config.vocab_size)
+    times: dict[str, list[Seconds]] = {name: [] for name in timed}
     for repeat in range(config.repeats + 1):
-        for name, network in networks.items():
-            seconds = _seconds_per_token(network, prompts, config.new_tokens)
+        for name, one in timed.items():
+            seconds = seconds_of(one, prompts, config.new_tokens)
             if repeat:  # the first compiles
                 times[name].append(seconds)
-    base, steered = (statistics.median(times[name]) for name in networks)
-    ratios = [s / b for b, s in zip(times["base"], times["steered"], strict=True)]
-    memory = {name: _memory(network, prompts, config.new_tokens) for name, network in networks.items()}
-    return {
-        "base, ms per token": 1e3 * base,
-        "steered, ms per token": 1e3 * steered,
-        "steered / base, latency": statistics.median(ratios),
-        "base, GB": memory["base"] / 1e9,
-        "steered, GB": memory["steered"] / 1e9,
-        "steered / base, memory": memory["steered"] / memory["base"],
-    }
+    memory = {name: _memory(one, prompts, config.new_tokens) for name, one in timed.items()}
+    figures = {}
+    for name in timed:
+        figures[f"{name}, ms per token"] = 1e3 * statistics.median(seconds.token for seconds in times[name])
+        figures[f"{name}, GB"] = memory[name] / 1e9
+    for name, other in pairs:
+        ratio = lambda of, a=times[name], b=times[other]: statistics.median(map(lambda x, y: of(x) / of(y), a, b))
+        figures[f"{name} / {other}, latency"] = ratio(lambda seconds: seconds.token)
+        figures[f"{name} / {other}, prefill"] = ratio(lambda seconds: seconds.prefill)
+        figures[f"{name} / {other}, memory"] = memory[name] / memory[other]
+    return figures
 
 
-def _random_prompts(batch_size: int, length: int, vocab_size: int) -> Batch:
+def _steering(plan: Plan, loaded: LoadedModel, seed: int) -> Steering:
+    """Not the initial steering: multiplying by its zeros might be cheaper than what training makes of them."""
+    fresh = init_steering(plan, loaded.config, jax.random.key(seed), base=loaded.base)
+    return jax.tree.map(lambda x: x + 0.01, fresh)
+
+
+def random_prompts(batch_size: int, length: int, vocab_size: int) -> Batch:
+    """Prompts of random tokens, all of one length, on the default device."""
     tokens = np.random.default_rng(0).integers(0, vocab_size, (batch_size, length)).astype(np.int32)
     no_completion = np.zeros(length, bool)
     return to_device(stack_rows([[TokenizedExample(ids, no_completion, length, "random")] for ids in tokens], length))
 
 
-def _seconds_per_token(network: Network, prompts: Batch, new_tokens: int) -> float:
-    """The difference between a long and a short answer, which leaves out the prefill."""
+def seconds_of(timed: Timed, prompts: Batch, new_tokens: int) -> Seconds:
+    """A token takes the difference between a long and a short answer, which leaves out the prefill."""
 
     def seconds(count: int) -> float:
         began = time.perf_counter()
-        jax.block_until_ready(_generate(network, prompts, count)())
+        jax.block_until_ready(_generate(timed, prompts, count)())
         return time.perf_counter() - began
 
-    return (seconds(new_tokens + 1) - seconds(1)) / new_tokens
+    longer, prefill = seconds(new_tokens + 1), seconds(1)
+    return Seconds(prefill, (longer - prefill) / new_tokens)
 
 
-def _memory(network: Network, prompts: Batch, new_tokens: int) -> int:
+def _memory(timed: Timed, prompts: Batch, new_tokens: int) -> int:
     """Bytes of the arguments and temporaries of the compiled program."""
-    call = _generate(network, prompts, new_tokens + 1)
-    layers = layers_to_decode(network.base)  # which share the memory of the base tree
+    call = _generate(timed, prompts, new_tokens + 1)
+    layers = layers_to_decode(timed.network.base)  # which share the memory of the base tree
     memory: Any = generate_program.lower(*call.args, **call.keywords, layers=layers).compile().memory_analysis()
     shared = sum(leaf.nbytes for leaf in jax.tree.leaves(layers))
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes - shared
 
 
-def _generate(network: Network, prompts: Batch, count: int) -> partial:
+def _generate(timed: Timed, prompts: Batch, count: int) -> partial:
     """The call that generates `count` tokens: there is no token -1 to stop at."""
-    model, base, steering = network.model, network.base, network.steering
-    return partial(generate, model, base, steering, prompts, max_new_tokens=count, stop_tokens=(-1,))
+    model, base, steering = timed.network.model, timed.network.base, timed.network.steering
+    settings: Any = {"max_new_tokens": count, "stop_tokens": (-1,), "adapters": timed.adapters}
+    return partial(generate, model, base, steering, prompts, **settings)

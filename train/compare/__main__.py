@@ -26,10 +26,11 @@ from train.compare.report import write_report
 from train.compare.runs import Comparison, search
 from train.compare.timing import measure
 from train.devices.machine import device_summary, enable_compilation_cache
+from train.devices.placement import SINGLE
 from train.display.console import Bar, print_facts, progress
 from train.run.folder import RunFolder, check_run, locked, note_model, open_run, starting
 from train.run.start import filled
-from train.run.training import encoding_of, load_base_model
+from train.run.training import encoding_of, load_base_model, make_training
 
 
 def compare(config: CompareConfig) -> Results:
@@ -104,7 +105,8 @@ def _timing(comparison: Comparison, entry: Entry) -> Timing:
     config, path = comparison.config, comparison.folder / entry.slug / "timing.json"
     if not path.exists():
         Console().print(f"Timing {entry.name}")
-        write_json(path, measure(config.train_config(entry), comparison.loaded, config.rates))
+        training = make_training(replace(config.train_config(entry), mesh=SINGLE), comparison.loaded)
+        write_json(path, measure([training] * config.rates))
     return read_record(path, Timing)
 
 

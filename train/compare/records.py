@@ -42,6 +42,7 @@ class Timing(TypedDict):
     step_bytes         memory that the compiled step of a single run needs: weights, state and temporaries
     sweep_cost         seconds per step of a sweep over those of a single run (K runs one after another cost K); None
                        if the base trains, because such runs are not merged
+    sweep_bytes        as step_bytes, of the sweep's step; None likewise
     sweep_runs         K, the runs of that sweep
     compile_seconds    for the step of a single run, then of the sweep
     """
@@ -49,6 +50,7 @@ class Timing(TypedDict):
     tokens_per_second: float
     step_bytes: int
     sweep_cost: float | None
+    sweep_bytes: int | None
     sweep_runs: int
     compile_seconds: list[float]
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Compiled
 
 from jaxsteer.io import LoadedModel
-from jaxsteer.models.transformer import write_scales
-from jaxsteer.optim import make_optimizer
+from jaxsteer.models.transformer import Model, write_scales
+from jaxsteer.optim import Group, OptimConfig, make_optimizer
+from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.params import Params, combine, param_labels
 from jaxsteer.training import Metrics, TrainState, train_step
 from jaxsteer.types import Array, Batch, PyTree, Steering
@@ -108,11 +111,51 @@ def train_runs(
     ]
 
 
+class _Shared(NamedTuple):
+    """What the runs of a sweep have in common, and how they are laid out; hashable.
+
+    many       whether there are several runs
+    same_data  whether they share their batches
+    """
+
+    model: Model
+    optim: OptimConfig
+    freeze: tuple[str, ...]
+    steps: int
+    orthogonality: Orthogonality
+    many: bool
+    same_data: bool
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _sweep_step(
+    shared: _Shared, state: TrainState, batch: Batch, frozen: Params, factors: Array
+) -> tuple[TrainState, Metrics]:
+    """One update of every run -> (state, metrics)."""
+    if not shared.many:
+        return _step(shared, state, batch, frozen, factors)
+    axes = (0, None if shared.same_data else 0, Params(None, 0), 0)  # type: ignore[arg-type]  # axes
+    return jax.vmap(partial(_step, shared), in_axes=axes)(state, batch, frozen, factors)
+
+
+def _step(
+    shared: _Shared, state: TrainState, batch: Batch, frozen: Params, factor: Array
+) -> tuple[TrainState, Metrics]:
+    """One update of one run."""
+    model, optim = shared.model, shared.optim
+    params = combine(state.params, frozen)
+    labels = param_labels(params, model.plan, train_base=model.train_base, frozen=shared.freeze)
+    peaks: dict[Group, Array] = {group: optim.peak(group) * factor for group in get_args(Group)}
+    scales = partial(write_scales, model.config)
+    tx = make_optimizer(optim, labels, shared.steps, model.plan, shared.orthogonality, peaks, scales)
+    return train_step(state, batch, frozen, model=model, tx=tx, orthogonality=shared.orthogonality)
+
+
 class SweepProgram:
     """The jitted step of a sweep, and the state that it starts from.
 
-    step is (state, batch, frozen) -> (state, metrics). With several runs, every leaf of state and metrics has a leading
-    axis over the runs.
+    With several runs, every leaf of state and metrics has a leading axis over the runs. The learning rates are
+    arguments of the step, so that programs which differ in them alone, as in a search, share one compiled step.
     """
 
     def __init__(self, config: TrainConfig, trainings: Sequence[Training], factors: Sequence[float]) -> None:
@@ -120,42 +163,38 @@ class SweepProgram:
         self.many = len(trainings) > 1
         self._config, self._trainings = config, trainings
         # Runs with the same seed see the same batches, which are then not copied for each run.
-        self._same_data = len({training.data.seed for training in trainings}) == 1
-        model, orthogonality = first.program.model, first.program.orthogonality
-        params = first.params(first.state)
-        labels = param_labels(params, model.plan, train_base=config.train_base, frozen=config.freeze)
-
-        def step(state: TrainState, batch: Batch, frozen: Params, factor: Array) -> tuple[TrainState, Metrics]:
-            peaks = {group: config.optim.peak(group) * factor for group in ("activations", "weights")}
-            tx = make_optimizer(
-                config.optim,
-                labels,
-                first.steps,
-                model.plan,
-                orthogonality,
-                peaks,  # type: ignore[arg-type]
-                partial(write_scales, model.config),
-            )
-            return train_step(state, batch, frozen, model=model, tx=tx, orthogonality=orthogonality)
-
-        factor = jnp.array(factors, jnp.float32)
+        same_data = len({training.data.seed for training in trainings}) == 1
+        program = first.program
+        shared = (program.model, config.optim, config.freeze, first.steps, program.orthogonality)
+        self._shared = _Shared(*shared, self.many, same_data)
+        self._factors = jnp.array(factors, jnp.float32)
         if self.many:
-            axes = (0, None if self._same_data else 0, Params(None, 0), 0)  # type: ignore[arg-type]  # axes
-            sweep_step = jax.vmap(step, in_axes=axes)
             stack = lambda *leaves: jnp.stack(leaves)
             self.state = jax.tree.map(stack, *(training.state for training in trainings))
             steering = jax.tree.map(stack, *(training.frozen.steering for training in trainings))
             self.frozen = Params(first.frozen.base, steering)
         else:
-            sweep_step, factor = step, factor[0]
+            self._factors = self._factors[0]
             self.state, self.frozen = first.state, first.frozen
-        self.step = jax.jit(lambda state, batch, frozen: sweep_step(state, batch, frozen, factor), donate_argnums=0)
+
+    def step(self, state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, Metrics]:
+        """One update of every run -> (state, metrics). The state given is donated: use the one returned."""
+        return _sweep_step(self._shared, state, batch, frozen, self._factors)
+
+    def compile(self, state: TrainState, batch: Batch, frozen: Params) -> Compiled:
+        """The compiled step for arguments of these shapes: takes state, batch, frozen and `factors`."""
+        return _sweep_step.lower(self._shared, state, batch, frozen, self._factors).compile()
+
+    @property
+    def factors(self) -> Array:
+        """What multiplies the learning rates: fp32 [runs], or [] of a single run."""
+        return self._factors
 
     def batch(self, step: int) -> Batch:
         """The batch of one step: one batch if all runs share it, otherwise a stack with one per run."""
-        trainings = self._trainings[:1] if self._same_data else self._trainings
+        trainings = self._trainings[:1] if self._shared.same_data else self._trainings
         batches = [step_batch(self._config, training.data, step) for training in trainings]
-        if self._same_data:
+        if self._shared.same_data:
             return jax.tree.map(jnp.asarray, batches[0])
         return jax.tree.map(lambda *fields: jnp.stack(fields), *batches)
 

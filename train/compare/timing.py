@@ -4,54 +4,59 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 
 import jax
 
-from jaxsteer.io import LoadedModel
 from train.compare.records import Timing
 from train.compare.sweep import SweepProgram
-from train.config import TrainConfig
-from train.devices.placement import SINGLE
-from train.run.training import make_training
+from train.run.training import Training
 
 REPEATS = 3
 
 
-def measure(config: TrainConfig, loaded: LoadedModel, runs: int) -> Timing:
+def measure(trainings: Sequence[Training], repeats: int = REPEATS) -> Timing:
     """Time steps of a single run and of a sweep, in turn, after compilation.
 
     Args:
-        config: the run.
-        loaded: the base model.
-        runs: number of runs in the sweep.
+        trainings: the runs of the sweep, on one device; the first is the single run.
+        repeats: number of timed pairs of steps; the medians are reported.
     """
-    training = make_training(replace(config, mesh=SINGLE), loaded)
+    config, runs = trainings[0].config, len(trainings)
     counts = (1,) if config.train_base else (1, runs)
-    compiled, states, frozen = {}, {}, {}
+    programs = {count: SweepProgram(config, trainings[:count], [1.0] * count) for count in counts}
+    compiled, states = {}, {}
     seconds: dict[int, list[float]] = {count: [] for count in counts}
     compile_seconds: list[float] = []
-    for count in counts:
-        program = SweepProgram(config, [training] * count, [1.0] * count)
+    for count, program in programs.items():
         states[count] = jax.tree.map(lambda leaf: leaf.copy(), program.state)  # a step donates its state
-        frozen[count], batch = program.frozen, program.batch(0)
         start = time.perf_counter()
-        compiled[count] = program.step.lower(states[count], batch, frozen[count]).compile()
+        compiled[count] = program.compile(states[count], program.batch(0), program.frozen)
         compile_seconds.append(time.perf_counter() - start)
-    for repeat in range(REPEATS + 1):
-        for count in counts:
+    for repeat in range(repeats + 1):
+        for count, program in programs.items():
+            batch = program.batch(0)
             start = time.perf_counter()
-            states[count], _ = jax.block_until_ready(compiled[count](states[count], batch, frozen[count]))
+            states[count], _ = jax.block_until_ready(
+                compiled[count](states[count], batch, program.frozen, program.factors)
+            )
             if repeat:  # the first one touches the memory
                 seconds[count].append(time.perf_counter() - start)
     single = statistics.median(seconds[1])
-    memory = compiled[1].memory_analysis()
-    assert memory is not None
-    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    bytes_of = {count: _step_bytes(compiled[count]) for count in counts}
     return {
-        "tokens_per_second": float((batch.segments > 0).sum()) / single,
-        "step_bytes": int(arguments + memory.temp_size_in_bytes),
+        "tokens_per_second": float((programs[1].batch(0).segments > 0).sum()) / single,
+        "step_bytes": bytes_of[1],
+        "sweep_bytes": None if config.train_base else bytes_of[runs],
         "sweep_cost": None if config.train_base else statistics.median(seconds[runs]) / single,
         "sweep_runs": runs,
         "compile_seconds": compile_seconds,
     }
+
+
+def _step_bytes(compiled: jax.stages.Compiled) -> int:
+    """Memory that a compiled step needs: its arguments, results and temporaries."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return int(arguments + memory.temp_size_in_bytes)

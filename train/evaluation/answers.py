@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxsteer.inference.decoder import Answer
+from jaxsteer.inference.events import Answer
 from jaxsteer.inference.likelihood import Likelihood
 from jaxsteer.io import Tokenizer
 from jaxsteer.io.files import parse_json, replacing

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from jaxsteer.batches import bucket_length, pack, stack_rows
-from jaxsteer.inference.decoder import Answer, Decoder, Limits, Request, generate_all
+from jaxsteer.inference.decoder import Decoder, generate_all
+from jaxsteer.inference.events import Answer
 from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.likelihood import score_continuations
-from jaxsteer.inference.scheduling import nonfinite_logits
+from jaxsteer.inference.scheduling import Limits, Request, nonfinite_logits
 from jaxsteer.io import LoadedModel
 from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Model

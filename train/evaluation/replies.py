@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxsteer.inference.decoder import Answer, Finished
+from jaxsteer.inference.events import Answer, Finished
 from train.data.prompts import Question
 from train.evaluation.journal import Codec
 
@@ -28,7 +28,7 @@ class Reply:
     prompt    as it was given; for a conversation, the text that the model read
     output    the answer
     tokens    number of tokens of the answer
-    finished  why it ended, see `jaxsteer.inference.decoder.Finished`
+    finished  why it ended, see `jaxsteer.inference.events.Finished`
     row       the line of the input file; None for other prompts
     """
 

@@ -50,6 +50,7 @@ def test_xla_kernels_agree(kernel, monkeypatch):
     compare_with_dense(kernel, 130)
 
 
+@pytest.mark.cpu
 def test_splash_agrees():
     """The TPU's kernel, interpreted."""
     compare_with_dense("splash", 128)

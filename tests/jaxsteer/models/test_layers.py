@@ -142,7 +142,7 @@ def test_blocks_of_queries_are_the_whole_row(length):
     real = np.asarray(span.segments) > 0
     cotangent = jnp.asarray(draw(9, length, 4, 8) * real[:, None, None])
 
-    @partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+    @partial(fast_jit, static_argnums=0)
     def value_and_pullback(f, qkv):
         out, pull = jax.vjp(f, *qkv)
         return out, pull(cotangent)
