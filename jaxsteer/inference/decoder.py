@@ -27,7 +27,7 @@ from jaxsteer.inference.rows import (
     insert,
     keep_rows,
     prefill,
-    resize_prompts,
+    resize_slots,
 )
 from jaxsteer.inference.scheduling import (
     Limits,
@@ -44,6 +44,10 @@ from jaxsteer.models.config import check_length, check_new_tokens
 from jaxsteer.models.strength import check_strength
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.types import Batch, PyTree, Steering
+
+
+FIRST_RING = 128
+"""Slots for generated tokens of each row to start with, doubled as answers reach them."""
 
 
 @dataclass(eq=False)
@@ -120,6 +124,10 @@ class Decoder:
                 raise ValueError(f"swap: adapter {ticket.request.adapter!r} of a pending request changes places")
         self._adapters = adapters
         self._network = replace(self._network, steering=steering)
+
+    @property
+    def _by_layer(self) -> bool:
+        return is_by_layer(self._stepping.base["blocks"])
 
     @property
     def pending(self) -> int:
@@ -210,27 +218,36 @@ class Decoder:
         count, slots = limits.rows, bucket_length(limits.max_prompt)
         if rows is not None and self._active:
             if self._longest() > rows.prompt_slots:
-                self._rows = rows = resize_prompts(rows, slots)
+                self._rows = rows = resize_slots(rows, slots, rows.ring)
             if self.pending > len(self._tickets) and len(self._tickets) < count:
                 self._rows = add_rows(rows, count)
                 self._tickets += [None] * (count - len(self._tickets))
             return
         if draining:
             count, slots = min(count, len(self._waiting)), self._longest()
-        if rows is not None and (len(self._tickets), rows.prompt_slots) == (count, slots):
+        sizes = Sizes(count, slots, self._ring(), limits.max_stop_tokens)
+        if rows is not None and (len(self._tickets), rows.prompt_slots, rows.ring) == sizes[:3]:
             return
         self._rows = rows = None  # frees the memory first
         dtype = jnp.dtype(self._network.base["embed"]["embedding"].dtype).name
-        sizes = Sizes(count, slots, limits.max_new_tokens, limits.max_stop_tokens)
-        by_layer = is_by_layer(self._stepping.base["blocks"])
-        self._rows = empty_rows(
-            self._network.model, sizes, dtype, adapters=self._adapters is not None, by_layer=by_layer
-        )
+        static: Any = {"adapters": self._adapters is not None, "by_layer": self._by_layer}
+        self._rows = empty_rows(self._network.model, sizes, dtype, **static)
         self._tickets = [None] * count
 
     def _longest(self) -> int:
         """Slots needed for the longest prompt, waiting or being decoded."""
         return bucket_length(max(map(len, (*self._waiting, *self._active))))
+
+    def _ring(self) -> int:
+        """Slots of the ring that the next chunk needs: one fewer than an answer's tokens, the last of which is not read.
+
+        Where programs compile quickly, only as many as the oldest answer may reach.
+        """
+        longest = max(1, self.limits.max_new_tokens - 1)
+        if not self._by_layer:
+            return longest
+        needed = max((ticket.reported for ticket in self._active), default=0) + self.limits.chunk
+        return min(longest, FIRST_RING << (-(-needed // FIRST_RING) - 1).bit_length())
 
     def _admit(self) -> None:
         """Let waiting requests take over free rows, once enough are free for an efficient prefill."""
@@ -256,7 +273,7 @@ class Decoder:
         """Give up slots and rows that nothing needs: a free row costs as much as a busy one."""
         assert self._rows is not None
         if (slots := self._longest()) < self._rows.prompt_slots:
-            self._rows = resize_prompts(self._rows, slots)
+            self._rows = resize_slots(self._rows, slots, self._rows.ring)
         while not self._waiting and len(self._active) <= (half := half_of(len(self._tickets))):
             kept = sorted(range(len(self._tickets)), key=lambda row: self._tickets[row] is None)[:half]
             self._rows = keep_rows(self._rows, np.array(kept, np.int32))
@@ -265,7 +282,9 @@ class Decoder:
     def _advance(self, draining: bool) -> Emitted:
         """Decode until enough rows are done: to admit others or, when draining, to continue in half as many rows."""
         assert self._rows is not None
-        count = len(self._tickets)
+        count, ring = len(self._tickets), self._ring()
+        if ring > self._rows.ring:
+            self._rows = resize_slots(self._rows, self._rows.prompt_slots, ring)
         if self._waiting:
             enough = next_prefill(self._waiting, count).size
         else:

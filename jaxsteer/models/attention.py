@@ -6,7 +6,6 @@ Options for families that need them: another scale, soft-capped scores, a slidin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
@@ -234,12 +233,25 @@ def choose_attention(
     return plain, f"no kernel of its own for {platform}"
 
 
-def cached_attention(q: Array, query: Span, parts: Sequence[CachedKeys], scores: Scores = PLAIN) -> Array:
-    """Attention of new tokens to a cache and, if it lacks them, to themselves: q [B, T, N, H] -> [B, T, N, H]."""
+def cached_attention(q: Array, query: Span, cached: CachedKeys, new: CachedKeys, scores: Scores = PLAIN) -> Array:
+    """Attention of new tokens to a cache and to themselves: q [B, T, N, H] -> [B, T, N, H]."""
     row = partial(attend_cached_row, rule=scores)
     if current_platform() == "cpu" and current_mesh() is None and q.shape[1] > 1:
-        return jax.lax.map(lambda args: row(*args), (q, query, *parts), batch_size=CPU_ROWS)
-    return jax.vmap(row)(q, query, *parts)
+        return jax.lax.map(lambda args: row(*args), (q, query, cached, new), batch_size=CPU_ROWS)
+    return jax.vmap(row)(q, query, cached, new)
+
+
+def attend_columns(q: Array, k: Array, v: Array, query: Span, key: Span, rule: Scores = PLAIN) -> Array:
+    """Attention to keys that are columns: q [B, T, N, H], k [B, K, H, S], v [B, K, S, H] -> [B, T, N, H].
+
+    For the few queries of a decoding step, a CPU computes these products fastest.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    q = rule.queries(q).swapaxes(1, 2).reshape(B, K, N // K * T, H)
+    scores = jnp.einsum("bkth,bkhs->bkts", q, k, preferred_element_type=np.promote_types(q.dtype, np.float32))
+    weights = jax.vmap(partial(_weights, rule=rule))(scores, visible(query, key, rule)).astype(q.dtype)
+    return jnp.einsum("bkts,bksh->bkth", weights, v).reshape(B, N, T, H).swapaxes(1, 2)
 
 
 def attention(q: Array, k: Array, v: Array, query: Span, *, kernel: Kernel = "auto", scores: Scores = PLAIN) -> Array:

@@ -65,19 +65,26 @@ def run_layers(
 
 
 def on_cache(f: Callable[..., Array], cache: Cache, *others: Cache) -> KeysValues:
-    """f of each layer's keys [B, K, S, H] and values, and of those of other caches; in tuples if the first is."""
+    """f of the keys of each layer and of its values, with those of other caches, which are stacks.
 
-    def on(stack: PyTree, *others: PyTree) -> PyTree:
-        if not is_by_layer(stack):
-            return jax.vmap(f)(stack, *others)
-        return tuple(f(layer, *(other[i] for other in others)) for i, layer in enumerate(stack))
+    Args:
+        f: (a layer [B, K, S, H] or with its keys as columns [B, K, H, S], layers of the others, axis of S) -> a layer.
+        cache: a stack, or by layers, as the result is.
+        others: stacks.
+    """
 
-    return KeysValues(on(cache.k, *(other.k for other in others)), on(cache.v, *(other.v for other in others)))
+    def on(stack: PyTree, others: list[Array], axis: int) -> PyTree:
+        if is_by_layer(stack):
+            return tuple(f(layer, *(other[i] for other in others), axis) for i, layer in enumerate(stack))
+        return jax.vmap(lambda *layers: f(*layers, axis))(stack, *others)
+
+    keys = 3 if is_by_layer(cache.k) else 2
+    return KeysValues(on(cache.k, [each.k for each in others], keys), on(cache.v, [each.v for each in others], 2))
 
 
 def split_cache(cache: Cache) -> Cache:
-    """The cache with a tuple of layers for its keys and for its values."""
-    return cache if is_by_layer(cache.k) else cache._replace(k=tuple(cache.k), v=tuple(cache.v))
+    """A stacked cache by layers: its values are a tuple of [B, K, S, H], its keys of [B, K, H, S]."""
+    return cache._replace(k=tuple(cache.k.swapaxes(3, 4)), v=tuple(cache.v))
 
 
 def layer_caches(cache: Cache | None, batch: Batch) -> Callable[[Array], LayerCache | None]:
@@ -87,7 +94,7 @@ def layer_caches(cache: Cache | None, batch: Batch) -> Callable[[Array], LayerCa
     if not is_by_layer(cache.k):
         return lambda layer: StackedCache(cache, layer)
     span = Span(*_noted(cache, batch))
-    return lambda layer: OwnCache(KeysValues(cache.k[layer], cache.v[layer]), span, cache.used)
+    return lambda layer: OwnCache(cache.k[layer], cache.v[layer], span, cache.used)
 
 
 def extended(cache: Cache, new: KeysValues, batch: Batch) -> Cache:

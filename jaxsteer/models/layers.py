@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxsteer.models.attention import CachedKeys, Kernel, Scores, Span, attention, cached_attention
+from jaxsteer.models.attention import CachedKeys, Kernel, Scores, Span, attend_columns, attention, cached_attention
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.quantise import dequantised
 from jaxsteer.models.sites import Steer
@@ -53,27 +53,28 @@ class StackedCache(NamedTuple):
         """See `LayerCache`."""
         get = lambda stack: jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False).astype(q.dtype)
         cached = CachedKeys(get(self.cache.k), get(self.cache.v), Span(self.cache.segments, self.cache.positions))
-        return cached_attention(q, new.span, (cached, new), scores), KeysValues(new.k, new.v)
+        return cached_attention(q, new.span, cached, new, scores), KeysValues(new.k, new.v)
 
 
 class OwnCache(NamedTuple):
     """A layer's own arrays, to which new keys and values are written in place; the block returns the arrays.
 
-    layer  what was cached
+    k, v   what was cached, [B, K, H, S] and [B, K, S, H]
     span   segments and positions of its entries, the new ones included
     start  int32 [], the entry of the first new token
     """
 
-    layer: KeysValues
+    k: Array
+    v: Array
     span: Span
     start: Array
 
     def attend(self, q: Array, new: CachedKeys, scores: Scores) -> tuple[Array, KeysValues]:
         """See `LayerCache`."""
-        write = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, self.start, 0))
-        k, v = write(self.layer.k, new.k), write(self.layer.v, new.v)
-        cached = CachedKeys(k.astype(q.dtype), v.astype(q.dtype), self.span)
-        return cached_attention(q, new.span, (cached,), scores), KeysValues(k, v)
+        write = lambda old, new, *at: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, *at))
+        k, v = write(self.k, new.k.swapaxes(2, 3), 0, self.start), write(self.v, new.v, self.start, 0)
+        heads = attend_columns(q, k.astype(q.dtype), v.astype(q.dtype), new.span, self.span, scores)
+        return heads, KeysValues(k, v)
 
 
 class Inputs(NamedTuple):

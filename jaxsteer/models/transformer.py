@@ -102,7 +102,11 @@ def write_scales(config: ModelConfig, base: PyTree) -> dict[str, Array]:
 def logits_of(hidden: Array, head: Array, softcap: float | None = None) -> Array:
     """Hidden states [..., D] and output embedding [V, D] -> logits [..., V] in at least fp32, soft-capped if asked."""
     wide = np.promote_types(hidden.dtype, np.float32)
-    logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=wide)
+    return capped(jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=wide), softcap)
+
+
+def capped(logits: Array, softcap: float | None) -> Array:
+    """Logits with a soft-cap c, c · tanh(z / c); None = as they are."""
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
