@@ -45,7 +45,6 @@ from jaxsteer.models.strength import check_strength
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.types import Batch, PyTree, Steering
 
-
 FIRST_RING = 128
 """Slots for generated tokens of each row to start with, doubled as answers reach them."""
 
@@ -239,7 +238,7 @@ class Decoder:
         return bucket_length(max(map(len, (*self._waiting, *self._active))))
 
     def _ring(self) -> int:
-        """Slots of the ring that the next chunk needs: one fewer than an answer's tokens, the last of which is not read.
+        """Slots of the ring for the next chunk: one fewer than an answer's tokens, the last of which is never read.
 
         Where programs compile quickly, only as many as the oldest answer may reach.
         """
