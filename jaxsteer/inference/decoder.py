@@ -30,6 +30,7 @@ from jaxsteer.inference.rows import (
     resize_slots,
 )
 from jaxsteer.inference.scheduling import (
+    PREFILL_TOKENS,
     Limits,
     Request,
     half_of,
@@ -47,6 +48,10 @@ from jaxsteer.types import Batch, PyTree, Steering
 
 FIRST_RING = 128
 """Slots for generated tokens of each row to start with, doubled as answers reach them."""
+RESIZE_SHARE = 4
+"""Slots for prompts are given up once they are 1 / RESIZE_SHARE of all: each number of slots is compiled separately."""
+HALVING_STEPS = 64
+"""Rows are halved only while the longest answer may take this many steps more."""
 
 
 @dataclass(eq=False)
@@ -206,7 +211,7 @@ class Decoder:
         if not self.pending:
             return events
         self._make_rows(draining)
-        self._admit()
+        self._admit(draining)
         if draining:
             self._shrink()
         return events + self._report(self._advance(draining))
@@ -248,13 +253,13 @@ class Decoder:
         needed = max((ticket.reported for ticket in self._active), default=0) + self.limits.chunk
         return min(longest, FIRST_RING << (-(-needed // FIRST_RING) - 1).bit_length())
 
-    def _admit(self) -> None:
+    def _admit(self, draining: bool) -> None:
         """Let waiting requests take over free rows, once enough are free for an efficient prefill."""
         assert self._rows is not None
-        count = len(self._tickets)
+        count, tokens = len(self._tickets), PREFILL_TOKENS if self._by_layer and draining else 0
         free = [row for row, ticket in enumerate(self._tickets) if ticket is None]
         while self._waiting and len(free) >= next_prefill(self._waiting, count).size:
-            layout = next_prefill(self._waiting, count, len(free))
+            layout = next_prefill(self._waiting, count, len(free), tokens=tokens)
             tickets = [self._waiting.popleft() for _ in range(layout.size)]
             requests = [self._place(ticket.request) for ticket in tickets]
             taken, free = free[: layout.size], free[layout.size :]
@@ -271,12 +276,18 @@ class Decoder:
     def _shrink(self) -> None:
         """Give up slots and rows that nothing needs: a free row costs as much as a busy one."""
         assert self._rows is not None
-        if (slots := self._longest()) < self._rows.prompt_slots:
-            self._rows = resize_slots(self._rows, slots, self._rows.ring)
-        while not self._waiting and len(self._active) <= (half := half_of(len(self._tickets))):
+        slots, now, ring = self._longest(), self._rows.prompt_slots, self._rows.ring
+        if (now - slots) * RESIZE_SHARE >= now + ring:
+            self._rows = resize_slots(self._rows, slots, ring)
+        while not self._waiting and len(self._active) <= (half := self._half()):
             kept = sorted(range(len(self._tickets)), key=lambda row: self._tickets[row] is None)[:half]
             self._rows = keep_rows(self._rows, np.array(kept, np.int32))
             self._tickets = [self._tickets[row] for row in kept]
+
+    def _half(self) -> int:
+        """Half as many rows, or 0 where that is not possible, or not worth a program of its own for the steps left."""
+        left = max(ticket.request.max_new_tokens - ticket.reported for ticket in self._active)
+        return half_of(len(self._tickets)) if left >= HALVING_STEPS else 0
 
     def _advance(self, draining: bool) -> Emitted:
         """Decode until enough rows are done: to admit others or, when draining, to continue in half as many rows."""
@@ -287,7 +298,7 @@ class Decoder:
         if self._waiting:
             enough = next_prefill(self._waiting, count).size
         else:
-            enough = count - half_of(count) if draining else count
+            enough = count - self._half() if draining else count
         reported = np.array([0 if ticket is None else ticket.reported for ticket in self._tickets], np.int32)
         static: Any = {"sampling": _any_samples(self._active), "scaled": _any_scaled(self._active)}
         self._rows, emitted = advance(

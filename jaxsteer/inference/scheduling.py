@@ -22,6 +22,8 @@ PREFILL_LENGTH = 64
 """Short prompts share a row of the prefill: fewer shapes to compile, larger matrix products."""
 ADMIT_SHARE = 4
 """Requests wait until they fill a prefill, or until 1 / ADMIT_SHARE of the rows are free for them."""
+PREFILL_TOKENS = 1024
+"""A prefill of many prompts at once on a CPU: with these many tokens, its products take most of its time."""
 MIN_ROWS = 8
 """Rows are not halved below this number: each number of rows is compiled separately."""
 
@@ -120,13 +122,16 @@ def half_of(rows: int) -> int:
     return half if half >= MIN_ROWS and half % row_shards() == 0 else 0
 
 
-def next_prefill(waiting: Iterable[Sized], rows: int, limit: int | None = None) -> PrefillLayout:
+def next_prefill(
+    waiting: Iterable[Sized], rows: int, limit: int | None = None, *, tokens: int = 0
+) -> PrefillLayout:
     """Choose the waiting requests to prefill next, in order.
 
     Args:
         waiting: the queue of requests, at least one; their `len` is that of the prompt.
         rows: number of rows that decode.
         limit: maximum number of requests, by default a share of the rows.
+        tokens: double the rows of the prefill while the requests fill them and there are not more tokens than these.
     """
     shards = row_shards()
     prefill_rows = -(-max(1, rows // PREFILL_SHARE) // shards) * shards
@@ -134,6 +139,8 @@ def next_prefill(waiting: Iterable[Sized], rows: int, limit: int | None = None) 
     lengths = [len(prompt) for prompt in islice(waiting, limit)]
     width = bucket_length(max(lengths), PREFILL_LENGTH)
     packed = pack(lengths, width)
+    while len(packed) > prefill_rows and 2 * prefill_rows * width <= tokens:
+        prefill_rows *= 2
     if len(packed) > prefill_rows:
         lengths = lengths[: packed[prefill_rows][0]]
         packed = pack(lengths, width)

@@ -134,6 +134,7 @@ def test_answers_are_those_of_one_at_a_time(at_a_time, make, alone, monkeypatch)
     kept, keep_rows = [], decoder.keep_rows
     counted = lambda state, rows: kept.append(len(rows)) or keep_rows(state, rows)
     monkeypatch.setattr(decoder, "keep_rows", counted)
+    monkeypatch.setattr(decoder, "HALVING_STEPS", 1)
     asked, stops, want = alone
     found = dict(generate_all(make(replace(LIMITS, rows=at_a_time)), requests(asked, stops)))
     assert sorted(found) == list(range(len(asked)))
