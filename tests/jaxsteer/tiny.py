@@ -45,6 +45,19 @@ run = fast_jit(forward, static_argnames=("model", "capture", "train"))
 loss_and_grads = fast_jit(jax.value_and_grad(mean_loss, argnums=2), static_argnums=0)
 
 
+class Calling:
+    """What a block asks at its sites, answered by f(site, x, y, kernel, bias) -> y'."""
+
+    def __init__(self, f):
+        self.f = f
+
+    def __call__(self, site, x, y):
+        return self.f(site, x, y, None, None)
+
+    def projection(self, site, x, kernel, bias, product):
+        return self.f(site, x, product(), kernel, bias)
+
+
 def close(got, want, tolerance):
     """Assert that two trees agree, every leaf within this relative and absolute tolerance."""
     assert jax.tree.structure(got) == jax.tree.structure(want)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import fast_jit
+from tiny import Calling, fast_jit
 
 from jaxsteer.models.attention import (
     CachedKeys,
@@ -173,11 +173,11 @@ def test_mlp(bias):
     want = project("down", gate / (1 + np.exp(-gate)) * project("up", x))
     calls = []
 
-    def steer(site, x, y, kernel=None, bias=None):
+    def steer(site, x, y, kernel, bias):
         calls.append((site, x.shape, y.shape, None if kernel is None else kernel.shape))
         return y
 
-    got = MLP(config).apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(x), steer)
+    got = MLP(config).apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(x), Calling(steer))
     np.testing.assert_allclose(got, want, **TOLERANCE)
     assert calls == [
         ("mlp.gate", (2, 3, 12), (2, 3, 20), (12, 20)),
