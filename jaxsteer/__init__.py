@@ -16,7 +16,8 @@ files; the rest of that is in `jaxsteer.io`.
 from jaxsteer.adapters import Adapters, stack_adapters
 from jaxsteer.batches import make_batch
 from jaxsteer.folding import fold_all, fold_weights
-from jaxsteer.inference.generate import Sampling, generate
+from jaxsteer.inference.draws import Sampling
+from jaxsteer.inference.generate import generate
 from jaxsteer.interventions import (
     METHODS,
     DiReFT,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from jaxsteer.inference.generate import Sampling
+from jaxsteer.inference.draws import Sampling
 from jaxsteer.inference.scheduling import nonfinite_logits
 from jaxsteer.io import SteeringFile
 from jaxsteer.models.config import beyond_context, check_new_tokens

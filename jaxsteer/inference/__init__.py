@@ -4,8 +4,8 @@ Training and its losses belong elsewhere, and so does everything that opens file
 """
 
 from jaxsteer.inference.decoder import Decoder, generate_all
+from jaxsteer.inference.draws import Sampling
 from jaxsteer.inference.events import Answer, Event
-from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.likelihood import Likelihood, score_continuations
 from jaxsteer.inference.scheduling import Limits, Request, nonfinite_logits
 from jaxsteer.inference.token_shift import TokenShift, per_token_shift

@@ -18,6 +18,7 @@ from jaxsteer.inference.generate import to_device
 from jaxsteer.inference.rows import (
     Emitted,
     Rows,
+    Sizes,
     add_rows,
     advance,
     clear_rows,
@@ -26,7 +27,7 @@ from jaxsteer.inference.rows import (
     insert,
     keep_rows,
     prefill,
-    resize_prompts,
+    resize_slots,
 )
 from jaxsteer.inference.scheduling import (
     Limits,
@@ -38,10 +39,14 @@ from jaxsteer.inference.scheduling import (
     prefill_batch,
     prefill_strength,
 )
+from jaxsteer.models.by_layer import is_by_layer, layers_to_decode
 from jaxsteer.models.config import check_length, check_new_tokens
 from jaxsteer.models.strength import check_strength
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.types import Batch, PyTree, Steering
+
+FIRST_RING = 128
+"""Slots for generated tokens of each row to start with, doubled as answers reach them."""
 
 
 @dataclass(eq=False)
@@ -88,6 +93,8 @@ class Decoder:
         self._slots = tuple(slot.name for slot in model.plan)
         self._adapters = steering if isinstance(steering, Adapters) else None
         self._network = Network(model, base, _steering_of(steering, model))
+        layers = layers_to_decode(base)
+        self._stepping = replace(self._network, base=base if layers is None else {**base, "blocks": layers})
         self._to_devices = place
         self._submitted = 0
         self._waiting: deque[_Ticket] = deque()
@@ -116,6 +123,10 @@ class Decoder:
                 raise ValueError(f"swap: adapter {ticket.request.adapter!r} of a pending request changes places")
         self._adapters = adapters
         self._network = replace(self._network, steering=steering)
+
+    @property
+    def _by_layer(self) -> bool:
+        return is_by_layer(self._stepping.base["blocks"])
 
     @property
     def pending(self) -> int:
@@ -206,24 +217,36 @@ class Decoder:
         count, slots = limits.rows, bucket_length(limits.max_prompt)
         if rows is not None and self._active:
             if self._longest() > rows.prompt_slots:
-                self._rows = rows = resize_prompts(rows, slots)
+                self._rows = rows = resize_slots(rows, slots, rows.ring)
             if self.pending > len(self._tickets) and len(self._tickets) < count:
                 self._rows = add_rows(rows, count)
                 self._tickets += [None] * (count - len(self._tickets))
             return
         if draining:
             count, slots = min(count, len(self._waiting)), self._longest()
-        if rows is not None and (len(self._tickets), rows.prompt_slots) == (count, slots):
+        sizes = Sizes(count, slots, self._ring(), limits.max_stop_tokens)
+        if rows is not None and (len(self._tickets), rows.prompt_slots, rows.ring) == sizes[:3]:
             return
         self._rows = rows = None  # frees the memory first
         dtype = jnp.dtype(self._network.base["embed"]["embedding"].dtype).name
-        sizes = (count, slots, limits.max_new_tokens, limits.max_stop_tokens)
-        self._rows = empty_rows(self._network.model, *sizes, dtype, self._adapters is not None)
+        static: Any = {"adapters": self._adapters is not None, "by_layer": self._by_layer}
+        self._rows = empty_rows(self._network.model, sizes, dtype, **static)
         self._tickets = [None] * count
 
     def _longest(self) -> int:
         """Slots needed for the longest prompt, waiting or being decoded."""
         return bucket_length(max(map(len, (*self._waiting, *self._active))))
+
+    def _ring(self) -> int:
+        """Slots of the ring for the next chunk: one fewer than an answer's tokens, the last of which is never read.
+
+        Where programs compile quickly, only as many as the oldest answer may reach.
+        """
+        longest = max(1, self.limits.max_new_tokens - 1)
+        if not self._by_layer:
+            return longest
+        needed = max((ticket.reported for ticket in self._active), default=0) + self.limits.chunk
+        return min(longest, FIRST_RING << (-(-needed // FIRST_RING) - 1).bit_length())
 
     def _admit(self) -> None:
         """Let waiting requests take over free rows, once enough are free for an efficient prefill."""
@@ -249,7 +272,7 @@ class Decoder:
         """Give up slots and rows that nothing needs: a free row costs as much as a busy one."""
         assert self._rows is not None
         if (slots := self._longest()) < self._rows.prompt_slots:
-            self._rows = resize_prompts(self._rows, slots)
+            self._rows = resize_slots(self._rows, slots, self._rows.ring)
         while not self._waiting and len(self._active) <= (half := half_of(len(self._tickets))):
             kept = sorted(range(len(self._tickets)), key=lambda row: self._tickets[row] is None)[:half]
             self._rows = keep_rows(self._rows, np.array(kept, np.int32))
@@ -258,7 +281,9 @@ class Decoder:
     def _advance(self, draining: bool) -> Emitted:
         """Decode until enough rows are done: to admit others or, when draining, to continue in half as many rows."""
         assert self._rows is not None
-        count = len(self._tickets)
+        count, ring = len(self._tickets), self._ring()
+        if ring > self._rows.ring:
+            self._rows = resize_slots(self._rows, self._rows.prompt_slots, ring)
         if self._waiting:
             enough = next_prefill(self._waiting, count).size
         else:
@@ -266,7 +291,7 @@ class Decoder:
         reported = np.array([0 if ticket is None else ticket.reported for ticket in self._tickets], np.int32)
         static: Any = {"sampling": _any_samples(self._active), "scaled": _any_scaled(self._active)}
         self._rows, emitted = advance(
-            self._network, self._rows, reported, np.int32(enough), chunk=self.limits.chunk, **static
+            self._stepping, self._rows, reported, np.int32(enough), chunk=self.limits.chunk, **static
         )
         return emitted
 

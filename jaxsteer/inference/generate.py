@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,34 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxsteer.inference.draws import GREEDY, Sampling, next_logits, sample
+from jaxsteer.models.by_layer import layers_to_decode, split_cache
 from jaxsteer.models.config import check_new_tokens
-from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
+from jaxsteer.models.transformer import Model, forward
 from jaxsteer.types import Array, Batch, Cache, PyTree, Steering
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the defaults decode greedily.
-
-    temperature  0 = greedy (the most likely token); otherwise the logits are divided by it
-    top_k        sample from the k most likely tokens only; 0 = all
-    top_p        nucleus sampling: the smallest set of most likely tokens with at least this total probability; 1 = all
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Reject settings that define no distribution."""
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"sampling: temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p} is not possible; "
-                "temperature and top_k must be at least 0, and top_p above 0 and at most 1"
-            )
-
-
-GREEDY = Sampling()
 
 
 class Generated(NamedTuple):
@@ -56,49 +32,6 @@ class Generated(NamedTuple):
     finite: Array
 
 
-def restrict(logits: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
-    """Logits / temperature, -inf outside top-k and then outside top-p of what top-k leaves; settings per row.
-
-    Args:
-        logits: [B, V].
-        temperature: [B], above 0.
-        top_k: int32 [B], 0 = all. Tokens as likely as the k-th are kept.
-        top_p: [B], 1 = all.
-
-    Returns:
-        The logits of the distribution to sample from, [B, V]. Nothing is sorted while no row uses top-k or top-p.
-    """
-    vocab = logits.shape[-1]
-    column = lambda setting: setting.astype(logits.dtype)[:, None]
-
-    def mask(logits: Array) -> Array:
-        ranked = jnp.sort(logits, axis=-1, descending=True)
-        count = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
-        kth = jnp.take_along_axis(ranked, count[:, None] - 1, axis=-1)
-        probability = jax.nn.softmax(jnp.where(ranked < kth, -jnp.inf, ranked), axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability  # total probability of the tokens ranked above
-        inside = (before < column(top_p)) | (column(top_p) >= 1)
-        nucleus = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
-        return jnp.where(logits < jnp.maximum(kth, nucleus), -jnp.inf, logits)
-
-    logits = logits / column(temperature)
-    return jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), mask, lambda logits: logits, logits)
-
-
-def sample(logits: Array, sampling: Sampling, key: Array) -> Array:
-    """Draw a token from logits [B, V] -> int32 [B]. Temperature first, then top-k, then top-p of what is left."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    rows = len(logits)
-    allowed = restrict(
-        logits,
-        jnp.full(rows, sampling.temperature, jnp.float32),
-        jnp.full(rows, sampling.top_k, jnp.int32),
-        jnp.full(rows, sampling.top_p, jnp.float32),
-    )
-    return jax.random.categorical(key, allowed, axis=-1).astype(jnp.int32)
-
-
 def to_device(batch: Batch) -> Batch:
     """A numpy batch on the default device."""
     return jax.tree.map(jnp.asarray, batch)
@@ -110,7 +43,6 @@ def more_slots(cache: Cache, slots: int) -> Cache:
     return Cache(wider(cache.k, 3), wider(cache.v, 3), wider(cache.segments, 1), wider(cache.positions, 1), cache.used)
 
 
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampling"))
 def generate(
     model: Model,
     base: PyTree,
@@ -148,20 +80,51 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if key is None and sampling.temperature > 0:
         raise ValueError("sampling with a temperature above 0 needs a key")
+    return generate_program(
+        model,
+        base,
+        steering,
+        prompts,
+        key,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=stop_tokens,
+        sampling=sampling,
+        strength=strength,
+        adapters=adapters,
+        layers=layers_to_decode(base),
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampling"))
+def generate_program(
+    model: Model,
+    base: PyTree,
+    steering: Steering,
+    prompts: Batch,
+    key: Array | None = None,
+    *,
+    max_new_tokens: int,
+    stop_tokens: tuple[int, ...],
+    sampling: Sampling = GREEDY,
+    strength: Mapping[str, ArrayLike] | None = None,
+    adapters: ArrayLike | None = None,
+    layers: tuple[PyTree, ...] | None = None,
+) -> Generated:
+    """The compiled part of `generate`; with `layers`, the base's blocks as a tuple, which the steps read in place."""
     key = jax.random.key(0) if key is None else key
+    stepping = base if layers is None else {**base, "blocks": layers}
     steered: Any = {"strength": strength, "adapters": adapters}
     B, T = prompts.tokens.shape
-    head, stops = output_embedding(base), jnp.array(stop_tokens, jnp.int32)
+    stops = jnp.array(stop_tokens, jnp.int32)
     real = prompts.segments > 0
     column = jnp.max(jnp.where(real, jnp.arange(T, dtype=jnp.int32)[None], 0), axis=1)[:, None]
     last: Batch = jax.tree.map(lambda field: jnp.take_along_axis(field, column, axis=1), prompts)  # last tokens, [B, 1]
     generated = last._replace(completion=jnp.ones((B, 1), bool), weights=jnp.zeros((B, 1), jnp.float32))
 
     def draw(hidden: Array, step: Array, out: Generated) -> tuple[Array, Generated]:  # hidden [B, D]
-        logits = logits_of(hidden, head, model.config.final_softcap)
+        logits = next_logits(base, hidden, model.config.final_softcap)
         token = sample(logits, sampling, jax.random.fold_in(key, step))
-        # The largest of logits with a NaN is the NaN.
-        finite = jnp.isfinite(jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0])
+        finite = jnp.isfinite(jnp.max(logits, axis=-1))  # the largest of logits with a NaN is the NaN
         active = ~out.stopped & out.finite
         finite, stopped = out.finite & (finite | ~active), out.stopped | (active & finite & jnp.isin(token, stops))
         ended = stopped | ~finite
@@ -176,7 +139,7 @@ def generate(
     def advance(carry: tuple) -> tuple:
         step, token, position, cache, out = carry
         batch = generated._replace(tokens=token[:, None], positions=position)
-        output = forward(model, base, steering, batch, cache=cache, **steered)
+        output = forward(model, stepping, steering, batch, cache=cache, **steered)
         token, out = draw(output.hidden[:, 0], step, out)
         return step + 1, token, position + 1, output.cache, out
 
@@ -187,5 +150,6 @@ def generate(
     nothing = Generated(tokens, lengths, ~jnp.any(real, axis=1), jnp.ones(B, bool))
     token, out = draw(hidden, jnp.zeros((), jnp.int32), nothing)
     cache = more_slots(prefill.cache, max_new_tokens - 1)
+    cache = cache if layers is None else split_cache(cache)
     start = (jnp.ones((), jnp.int32), token, last.positions + 1, cache, out)
     return jax.lax.while_loop(unfinished, advance, start)[-1]

@@ -14,38 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.inference.generate import restrict
-from jaxsteer.models.transformer import Model, Network, forward, init_cache, logits_of, output_embedding
+from jaxsteer.inference.draws import NO_TOKEN, Settings, draw_tokens, is_stop
+from jaxsteer.models.by_layer import on_cache, split_cache
+from jaxsteer.models.transformer import Model, Network, forward, init_cache
 from jaxsteer.sharding import constrain
 from jaxsteer.types import Array, Batch, Cache
-
-NO_TOKEN = -1
-"""Pads the stop tokens of a row."""
-
-
-class Settings(NamedTuple):
-    """What each row's request asks for, [B] unless noted. Arrays, not constants: new settings compile nothing.
-
-    prompt_length  int32, tokens before the first completion token, as in `Batch`
-    seed           uint32 [B, 2], high and low half of the request's 64-bit seed
-    limit          int32, maximum number of new tokens
-    temperature    fp32, 0 = greedy
-    top_k          int32, 0 = all
-    top_p          fp32, 1 = all
-    stop_tokens    int32 [B, S], padded with NO_TOKEN
-    strength       fp32 [B, number of slots], of each slot of the plan, in its order
-    adapter        int32, the index of an adapter in stacked steering; None without one
-    """
-
-    prompt_length: Array
-    seed: Array
-    limit: Array
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    stop_tokens: Array
-    strength: Array
-    adapter: Array | None = None
 
 
 class Progress(NamedTuple):
@@ -79,7 +52,7 @@ class Rows:
     cache     slots for the prompt's tokens, then `ring` slots for generated ones; `used` is the next slot to write
     settings  what each row's request asks for
     progress  how far each row is
-    ring      slots of the ring (static): one fewer than an answer's tokens, the last of which is never read
+    ring      slots of the ring (static), at least as many as steps that an active row has been decoded for
     """
 
     cache: Cache
@@ -120,26 +93,25 @@ class Emitted(NamedTuple):
     log_probabilities: Array
 
 
-class Draw(NamedTuple):
-    """Next tokens int32 [B], their log-probabilities fp32 [B], and the lead of the largest logit, fp32 [B]."""
+class Sizes(NamedTuple):
+    """Sizes of rows: their number, slots for a prompt, slots of the ring, and stop tokens of a request."""
 
-    token: Array
-    log_probability: Array
-    margin: Array
+    rows: int
+    prompt: int
+    ring: int
+    stops: int
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
-def empty_rows(model: Model, rows: int, prompt: int, new: int, stops: int, dtype: str, stacked: bool) -> Rows:
-    """Free rows for prompts of up to `prompt` tokens, answers of up to `new` tokens and up to `stops` stop tokens.
-
-    Rows of stacked steering have an adapter each.
-    """
-    ring = max(1, new - 1)
+@partial(jax.jit, static_argnames=("model", "sizes", "dtype", "adapters", "by_layer"))
+def empty_rows(model: Model, sizes: Sizes, dtype: str, *, adapters: bool = False, by_layer: bool = False) -> Rows:
+    """Free rows; with `adapters` they have an adapter each. Their cache is by layers if the base of `advance` is."""
+    rows, prompt, ring, stops = sizes
     ints, floats, no = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32), jnp.zeros(rows, bool)
     cache = init_cache(model.config, rows, prompt + ring, dtype)._replace(used=jnp.int32(prompt))
+    cache = split_cache(cache) if by_layer else cache
     seeds, stop_tokens = jnp.zeros((rows, 2), jnp.uint32), jnp.full((rows, stops), NO_TOKEN, jnp.int32)
     strength = jnp.ones((rows, len(model.plan)), jnp.float32)
-    adapter = ints - 1 if stacked else None
+    adapter = ints - 1 if adapters else None
     settings = Settings(ints, seeds, ints, floats, ints, floats + 1, stop_tokens, strength, adapter)
     progress = Progress(ints, floats, ints, ints, no, ~no, jnp.full(rows, jnp.inf, jnp.float32), no)
     return _place(Rows(cache, settings, progress, ring))
@@ -180,24 +152,27 @@ def insert(
     real = slots < admission.length[:, None]
     columns = jnp.minimum(admission.start[:, None] + slots, prefilled.segments.shape[1] - 1)
     put = lambda field, new: field.at[admission.row].set(new.astype(field.dtype), mode="drop")
-    window = lambda stack: jax.vmap(lambda source, at: stack[:, source][:, :, at], out_axes=1)(
-        admission.source, columns
-    )
+    window = lambda layer: jax.vmap(lambda source, at: layer[source][:, at])(admission.source, columns)
     # Zeros behind the prompt: a NaN of a neighbour there would reach this row, since 0 · NaN is NaN.
-    own = lambda new: jnp.where(real[None, :, None, :, None], window(new), jnp.zeros((), new.dtype))
-    move = lambda stack, new: stack.at[:, admission.row, :, : rows.prompt_slots].set(own(new), mode="drop")
+    own = lambda new: jnp.where(real[:, None, :, None], window(new), jnp.zeros((), new.dtype))
+
+    def move(layer: Array, new: Array, axis: int) -> Array:
+        if axis == 3:  # columns
+            return layer.at[admission.row, :, :, : rows.prompt_slots].set(own(new).swapaxes(2, 3), mode="drop")
+        return layer.at[admission.row, :, : rows.prompt_slots].set(own(new), mode="drop")
+
     with_ring = lambda field: jnp.pad(field.astype(jnp.int32), ((0, 0), (0, rows.ring)))
-    cache = rows.cache._replace(
-        k=move(rows.cache.k, prefilled.k),
-        v=move(rows.cache.v, prefilled.v),
+    cache = Cache(
+        *on_cache(move, rows.cache, prefilled),
         segments=put(rows.cache.segments, with_ring(real)),
         positions=put(rows.cache.positions, with_ring(jnp.broadcast_to(slots, real.shape))),
+        used=rows.cache.used,
     )
     settings = admission.settings
     last = hidden[admission.source, admission.start + admission.length - 1]
-    draw = _draw(network, last, settings, jnp.zeros_like(admission.row), sampling)
+    draw = draw_tokens(network, last, settings, jnp.zeros_like(admission.row), sampling)
     failed = ~jnp.isfinite(draw.log_probability)
-    stopped = _is_stop(draw.token, settings) & ~failed
+    stopped = is_stop(draw.token, settings) & ~failed
     ended = stopped | failed
     drawn = 1 - ended.astype(jnp.int32)
     progress = Progress(
@@ -248,9 +223,9 @@ def advance(
         output = forward(network.model, network.base, network.steering, batch, cache=cache, **steered)
         assert output.cache is not None
         cache = output.cache._replace(used=first + (output.cache.used - first) % rows.ring)
-        draw = _draw(network, output.hidden[:, 0], settings, progress.drawn, sampling)
+        draw = draw_tokens(network, output.hidden[:, 0], settings, progress.drawn, sampling)
         failed = active & ~jnp.isfinite(draw.log_probability)
-        stopped = active & ~failed & _is_stop(draw.token, settings)
+        stopped = active & ~failed & is_stop(draw.token, settings)
         kept = active & ~stopped & ~failed
         here = column(kept) & (columns == column(progress.drawn - reported))
         drawn = progress.drawn + kept.astype(jnp.int32)
@@ -287,8 +262,8 @@ def free_rows(rows: Rows, mask: Array) -> Rows:
 @partial(jax.jit, donate_argnames="rows")
 def clear_rows(rows: Rows, mask: Array) -> Rows:
     """Zero the cache of the rows in the mask, bool [B]: a NaN in it would reach the next prompt. `rows` are donated."""
-    clear = lambda stack: jnp.where(mask[None, :, None, None, None], jnp.zeros((), stack.dtype), stack)
-    cache = rows.cache._replace(k=clear(rows.cache.k), v=clear(rows.cache.v))
+    clear = lambda layer, axis: jnp.where(mask[:, None, None, None], jnp.zeros((), layer.dtype), layer)
+    cache = rows.cache._replace(**on_cache(clear, rows.cache)._asdict())
     return _place(replace(rows, cache=cache))
 
 
@@ -297,7 +272,9 @@ def keep_rows(rows: Rows, kept: Array) -> Rows:
     """The rows with these indices, int32 [n]: a free row costs as much as a busy one."""
     take = lambda field: field[kept]
     cache = rows.cache
-    cache = Cache(cache.k[:, kept], cache.v[:, kept], take(cache.segments), take(cache.positions), cache.used)
+    cache = Cache(
+        *on_cache(lambda layer, axis: take(layer), cache), take(cache.segments), take(cache.positions), cache.used
+    )
     settings, progress = jax.tree.map(take, (rows.settings, rows.progress))
     return _place(Rows(cache, settings, progress, rows.ring))
 
@@ -306,33 +283,33 @@ def keep_rows(rows: Rows, kept: Array) -> Rows:
 def add_rows(rows: Rows, count: int) -> Rows:
     """The rows followed by free ones, `count` in all."""
     more = count - len(rows.progress.done)
-    pad = lambda field, axis=0: jnp.pad(field, [(0, more if i == axis else 0) for i in range(field.ndim)])
+    pad = lambda field: jnp.pad(field, [(0, more if i == 0 else 0) for i in range(field.ndim)])
     cache = rows.cache
-    cache = Cache(pad(cache.k, 1), pad(cache.v, 1), pad(cache.segments), pad(cache.positions), cache.used)
+    cache = Cache(
+        *on_cache(lambda layer, axis: pad(layer), cache), pad(cache.segments), pad(cache.positions), cache.used
+    )
     settings, progress = jax.tree.map(pad, (rows.settings, rows.progress))
     free = jnp.arange(count) >= count - more
     return _place(Rows(cache, settings, progress._replace(done=progress.done | free), rows.ring))
 
 
-@partial(jax.jit, static_argnames="slots")
-def resize_prompts(rows: Rows, slots: int) -> Rows:
-    """The rows with `slots` slots for prompts: each step reads all slots, used or not."""
+@partial(jax.jit, static_argnames=("prompt", "ring"))
+def resize_slots(rows: Rows, prompt: int, ring: int) -> Rows:
+    """The rows with other numbers of slots, the ring's not smaller: each step reads all slots, used or not."""
     old, cache = rows.prompt_slots, rows.cache
+    next_slot, more = cache.used - old, ring - rows.ring
 
     def resize(field: Array, axis: int) -> Array:
-        prompts = jax.lax.slice_in_dim(field, 0, min(old, slots), axis=axis)
-        ring = jax.lax.slice_in_dim(field, old, None, axis=axis)
-        pad = [(0, max(0, slots - old) if i == axis else 0) for i in range(field.ndim)]
-        return jnp.concatenate([jnp.pad(prompts, pad), ring], axis)
+        pad = lambda part, slots: jnp.pad(part, [(0, slots if i == axis else 0) for i in range(field.ndim)])
+        prompts = jax.lax.slice_in_dim(field, 0, min(old, prompt), axis=axis)
+        turning = jax.lax.slice_in_dim(field, old, None, axis=axis)
+        # The oldest first, and then the new slots, so that the ring is still in the order of its steps.
+        turning = jnp.roll(turning, -next_slot, axis) if more else turning
+        return jnp.concatenate([pad(prompts, max(0, prompt - old)), pad(turning, more)], axis)
 
-    cache = Cache(
-        resize(cache.k, 3),
-        resize(cache.v, 3),
-        resize(cache.segments, 1),
-        resize(cache.positions, 1),
-        cache.used + (slots - old),
-    )
-    return _place(replace(rows, cache=cache))
+    used = prompt + (rows.ring if more else next_slot)
+    cache = Cache(*on_cache(resize, cache), resize(cache.segments, 1), resize(cache.positions, 1), jnp.int32(used))
+    return _place(replace(rows, cache=cache, ring=ring))
 
 
 def _steered(network: Network, strength: Array | None, adapters: Array | None) -> dict[str, Any]:
@@ -355,36 +332,6 @@ def _last_drawn(rows: Rows, progress: Progress) -> Batch:
     )
 
 
-def _is_stop(token: Array, settings: Settings) -> Array:
-    return jnp.any(token[:, None] == settings.stop_tokens, axis=1)
-
-
-def _draw(network: Network, hidden: Array, settings: Settings, drawn: Array, sampling: bool) -> Draw:
-    """Draw the next token of each row from hidden states [B, D]; `drawn` int32 [B] is its index in the answer."""
-    logits = logits_of(hidden, output_embedding(network.base), network.model.config.final_softcap)
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    others = jnp.where(jnp.arange(logits.shape[-1], dtype=jnp.int32)[None] == best[:, None], -jnp.inf, logits)
-    token, highest = best, jnp.max(logits, axis=-1)
-    margin, at_token = highest - jnp.max(others, axis=-1), highest
-    if sampling:
-        token = _sample(logits, best, settings, drawn)
-        at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    log_probability = at_token - jax.nn.logsumexp(logits, axis=-1)
-    return Draw(token, log_probability.astype(jnp.float32), margin.astype(jnp.float32))
-
-
-def _sample(logits: Array, best: Array, settings: Settings, drawn: Array) -> Array:
-    """Sample where the temperature is above 0; a row's draw depends on its seed and the token's index alone."""
-    greedy = settings.temperature == 0
-    allowed = restrict(logits, jnp.where(greedy, 1, settings.temperature), settings.top_k, settings.top_p)
-
-    def draw(row: Array, seed: Array, index: Array) -> Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), index)
-        return jax.random.categorical(key, row).astype(jnp.int32)
-
-    return jnp.where(greedy, best, jax.vmap(draw)(allowed, settings.seed, drawn))
-
-
 Tree = TypeVar("Tree")
 
 
@@ -395,6 +342,7 @@ def _replicate(tree: Tree) -> Tree:
 
 def _place(rows: Rows) -> Rows:
     """On a mesh: keys and values split by rows and heads; what the host reads copied to every device."""
-    stack = lambda x: constrain(x, None, "rows", "heads", None, None)
-    cache = rows.cache._replace(k=stack(rows.cache.k), v=stack(rows.cache.v))
+    stack = lambda x: constrain(x, *(None,) * (x.ndim - 4), "rows", "heads", None, None)
+    k, v = jax.tree.map(stack, (rows.cache.k, rows.cache.v))
+    cache = rows.cache._replace(k=k, v=v)
     return Rows(cache, _replicate(rows.settings), _replicate(rows.progress), rows.ring)

@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxsteer.adapters import BASE
 from jaxsteer.batches import Tokens, bucket_length, pack, stack_rows
-from jaxsteer.inference.generate import GREEDY, Sampling
-from jaxsteer.inference.rows import NO_TOKEN, Admission, Settings
+from jaxsteer.inference.draws import GREEDY, NO_TOKEN, Sampling, Settings
+from jaxsteer.inference.rows import Admission
 from jaxsteer.sharding import row_shards
 from jaxsteer.types import Batch
 

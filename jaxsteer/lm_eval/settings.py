@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-from jaxsteer.inference.generate import GREEDY, Sampling
+from jaxsteer.inference.draws import GREEDY, Sampling
 
 DEFAULT_NEW_TOKENS = 256
 """Maximum number of tokens to generate where the task sets none; the harness's own default."""

@@ -241,6 +241,19 @@ def cached_attention(q: Array, query: Span, cached: CachedKeys, new: CachedKeys,
     return jax.vmap(row)(q, query, cached, new)
 
 
+def attend_columns(q: Array, k: Array, v: Array, query: Span, key: Span, rule: Scores = PLAIN) -> Array:
+    """Attention to keys that are columns: q [B, T, N, H], k [B, K, H, S], v [B, K, S, H] -> [B, T, N, H].
+
+    For the few queries of a decoding step, a CPU computes these products fastest.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    q = rule.queries(q).swapaxes(1, 2).reshape(B, K, N // K * T, H)
+    scores = jnp.einsum("bkth,bkhs->bkts", q, k, preferred_element_type=np.promote_types(q.dtype, np.float32))
+    weights = jax.vmap(partial(_weights, rule=rule))(scores, visible(query, key, rule)).astype(q.dtype)
+    return jnp.einsum("bkts,bksh->bkth", weights, v).reshape(B, N, T, H).swapaxes(1, 2)
+
+
 def attention(q: Array, k: Array, v: Array, query: Span, *, kernel: Kernel = "auto", scores: Scores = PLAIN) -> Array:
     """Causal grouped-query self-attention within segments: q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H].
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 
-from jaxsteer.models.attention import CachedKeys, Kernel, Scores, Span, attention, cached_attention
+from jaxsteer.models.attention import CachedKeys, Kernel, Scores, Span, attend_columns, attention, cached_attention
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.quantise import dequantised
 from jaxsteer.models.sites import Steer
@@ -26,14 +25,23 @@ from jaxsteer.types import Array, Cache
 
 
 class KeysValues(NamedTuple):
-    """Keys and values in the layout of a cache, [B, K, T, H] each."""
+    """Keys and values of a layer in the layout of a cache, [B, K, T, H] each."""
 
     k: Array
     v: Array
 
 
-class LayerCache(NamedTuple):
-    """The cache of all layers, and the index of the layer to read.
+class LayerCache(Protocol):
+    """The cache of one layer, as its attention uses it."""
+
+    def attend(self, q: Array, new: CachedKeys, scores: Scores) -> tuple[Array, KeysValues]:
+        """Attention of new tokens, q [B, T, N, H], to the cache and to themselves: heads [B, T, N, H], and what the
+        block returns for the cache."""
+        ...
+
+
+class StackedCache(NamedTuple):
+    """A layer of a cache whose layers are stacked; the block returns its new keys and values.
 
     Layers only read it: if they wrote to it inside the scan, XLA would copy the whole stack for every layer.
     """
@@ -41,10 +49,32 @@ class LayerCache(NamedTuple):
     cache: Cache
     layer: Array
 
-    def read(self, dtype: DTypeLike) -> CachedKeys:
-        """The layer's keys and values of earlier tokens."""
-        get = lambda stack: jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False).astype(dtype)
-        return CachedKeys(get(self.cache.k), get(self.cache.v), Span(self.cache.segments, self.cache.positions))
+    def attend(self, q: Array, new: CachedKeys, scores: Scores) -> tuple[Array, KeysValues]:
+        """See `LayerCache`."""
+        get = lambda stack: jax.lax.dynamic_index_in_dim(stack, self.layer, keepdims=False).astype(q.dtype)
+        cached = CachedKeys(get(self.cache.k), get(self.cache.v), Span(self.cache.segments, self.cache.positions))
+        return cached_attention(q, new.span, cached, new, scores), KeysValues(new.k, new.v)
+
+
+class OwnCache(NamedTuple):
+    """A layer's own arrays, to which new keys and values are written in place; the block returns the arrays.
+
+    k, v   what was cached, [B, K, H, S] and [B, K, S, H]
+    span   segments and positions of its entries, the new ones included
+    start  int32 [], the entry of the first new token
+    """
+
+    k: Array
+    v: Array
+    span: Span
+    start: Array
+
+    def attend(self, q: Array, new: CachedKeys, scores: Scores) -> tuple[Array, KeysValues]:
+        """See `LayerCache`."""
+        write = lambda old, new, *at: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, *at))
+        k, v = write(self.k, new.k.swapaxes(2, 3), 0, self.start), write(self.v, new.v, self.start, 0)
+        heads = attend_columns(q, k.astype(q.dtype), v.astype(q.dtype), new.span, self.span, scores)
+        return heads, KeysValues(k, v)
 
 
 class Inputs(NamedTuple):
@@ -228,7 +258,7 @@ class Attention(nn.Module):
         if cache is None:
             heads = attention(q, k, v, inputs.span, kernel=self.kernel, scores=scores)
         else:
-            heads = cached_attention(q, inputs.span, cache.read(x.dtype), CachedKeys(*new, inputs.span), scores)
+            heads, new = cache.attend(q, CachedKeys(*new, inputs.span), scores)
         heads = steer("attn.heads", x, checkpoint_name(heads, "attn.heads"))
         y = Projection(c.width, c.attn_bias, "attn.o", name="o")(heads.reshape(B, T, -1), steer)
         return steer("attn", x, _post_norm(c, y)), new

@@ -7,7 +7,7 @@ and new keys and values are written after the scan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Literal
@@ -21,8 +21,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxsteer.batches import select
 from jaxsteer.models.adapters import check_adapters
 from jaxsteer.models.attention import Kernel, Span
+from jaxsteer.models.by_layer import BlockFunction, extended, is_by_layer, layer_caches, run_layers
 from jaxsteer.models.config import ModelConfig, site_dims
-from jaxsteer.models.layers import Block, Embed, KeysValues, LayerCache, layer_inputs, norm_of
+from jaxsteer.models.layers import Block, Embed, KeysValues, layer_inputs, norm_of
 from jaxsteer.models.sites import Interventions, Steer, unsteered
 from jaxsteer.models.strength import check_strength
 from jaxsteer.sharding import constrain
@@ -101,7 +102,11 @@ def write_scales(config: ModelConfig, base: PyTree) -> dict[str, Array]:
 def logits_of(hidden: Array, head: Array, softcap: float | None = None) -> Array:
     """Hidden states [..., D] and output embedding [V, D] -> logits [..., V] in at least fp32, soft-capped if asked."""
     wide = np.promote_types(hidden.dtype, np.float32)
-    logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=wide)
+    return capped(jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=wide), softcap)
+
+
+def capped(logits: Array, softcap: float | None) -> Array:
+    """Logits with a soft-cap c, c · tanh(z / c); None = as they are."""
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
@@ -130,7 +135,8 @@ def forward(
 
     Args:
         model: the static part.
-        base: pretrained weights in the layout of `init_base`, in the compute dtype.
+        base: pretrained weights in the layout of `init_base`, in the compute dtype; its blocks may also be a tuple of
+            layers (`jaxsteer.models.by_layer`), and with them the cache's keys and values.
         steering: the steering tree of `model.plan`, see `jaxsteer.init_steering`.
         batch: [B, T] rows, packed, or padded on either side. Tokens are not checked here, because this is traced: one
             beyond the vocabulary makes its row NaN.
@@ -179,10 +185,11 @@ def forward(
         train=train,
         strength=strength,
     )
-    h, (taps, new) = _scan_blocks(model, block, base["blocks"], embed(model, base, batch), per_layer)
+    run = run_layers if is_by_layer(base["blocks"]) else partial(_scan_blocks, model)
+    h, (taps, new) = run(block, base["blocks"], embed(model, base, batch), per_layer)
     hidden: Array = norm_of(config).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
     if cache is not None:
-        cache = _append(cache, new, batch)
+        cache = extended(cache, new, batch)
     elif keep_cache:
         cache = Cache(new.k, new.v, batch.segments, batch.positions, jnp.int32(batch.tokens.shape[1]))
     return Output(hidden, cache, taps)
@@ -192,10 +199,6 @@ def embed(model: Model, base: PyTree, batch: Batch) -> Array:
     """The residual stream [B, T, D] that the first block reads."""
     h: Array = Embed(model.config).apply({"params": base["embed"]}, batch.tokens, batch.positions)  # type: ignore[assignment]
     return constrain(h, *_stream(model))
-
-
-BlockFunction = Callable[[PyTree, Array, Array, Steering | None], tuple[Array, tuple[Taps, KeysValues | None]]]
-"""(weights, h, layer, steering) -> (h, (taps, keys and values)), see `block_function`."""
 
 
 def block_function(
@@ -228,14 +231,14 @@ def block_function(
         train=train,
         adapters=adapters,
     )
+    cache_of = layer_caches(cache, batch)
 
     def block(
         weights: PyTree, h: Array, layer: Array, p: Steering | None
     ) -> tuple[Array, tuple[Taps, KeysValues | None]]:
         steer = Steer(interventions, layer, p)
-        layer_cache = None if cache is None else LayerCache(cache, layer)
         run = Block(config, model.attention).apply
-        out: tuple[Array, KeysValues] = run({"params": weights}, h, inputs_of(layer), layer_cache, steer)  # type: ignore[assignment]
+        out: tuple[Array, KeysValues] = run({"params": weights}, h, inputs_of(layer), cache_of(layer), steer)  # type: ignore[assignment]
         h, new = out
         return constrain(h, *_stream(model)), (steer.taps, new if keep_cache or cache is not None else None)
 
@@ -245,20 +248,6 @@ def block_function(
 def _stream(model: Model) -> tuple[str | None, ...]:
     """The logical axes of the residual stream [B, T, D]."""
     return ("rows", "sequence" if model.split_sequence else None, None)
-
-
-def _append(cache: Cache, new: KeysValues, batch: Batch) -> Cache:
-    """The cache with the keys and values of a batch, [L, B, K, T, H] each, in its first free slots."""
-    start = cache.used
-    stack = lambda old, new: lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, start, 0))
-    field = lambda old, new: lax.dynamic_update_slice(old, new, (0, start))
-    return Cache(
-        stack(cache.k, new.k),
-        stack(cache.v, new.v),
-        field(cache.segments, batch.segments),
-        field(cache.positions, batch.positions),
-        start + batch.tokens.shape[1],
-    )
 
 
 def _scan_blocks(

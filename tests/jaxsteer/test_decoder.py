@@ -23,7 +23,7 @@ PROGRAMS = (
     "free_rows",
     "keep_rows",
     "add_rows",
-    "resize_prompts",
+    "resize_slots",
 )
 
 

@@ -8,7 +8,7 @@ from tiny import every_kind, fast_jit, random_steering, rows, run
 
 import jaxsteer
 from jaxsteer import Model, Sampling, make_batch
-from jaxsteer.inference.generate import sample
+from jaxsteer.inference.draws import sample
 from jaxsteer.models.transformer import logits_of, output_embedding
 
 generate = fast_jit(jaxsteer.generate, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampling"))

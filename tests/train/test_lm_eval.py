@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from jaxsteer import Model, generate, init_steering, make_batch, parse_plan
-from jaxsteer.inference.generate import GREEDY, Sampling
+from jaxsteer.inference.draws import GREEDY, Sampling
 from jaxsteer.io import load_model, save_steering
 from jaxsteer.lm_eval import JaxsteerLM
 from jaxsteer.lm_eval.__main__ import with_default_model

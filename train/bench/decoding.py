@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.adapters import stack_adapters
-from jaxsteer.inference.generate import generate, to_device
+from jaxsteer.inference.generate import generate, generate_program, to_device
 from jaxsteer.io import LoadedModel
+from jaxsteer.models.by_layer import layers_to_decode
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
@@ -126,8 +127,10 @@ def seconds_of(timed: Timed, prompts: Batch, new_tokens: int) -> Seconds:
 def _memory(timed: Timed, prompts: Batch, new_tokens: int) -> int:
     """Bytes of the arguments and temporaries of the compiled program."""
     call = _generate(timed, prompts, new_tokens + 1)
-    memory: Any = generate.lower(*call.args, **call.keywords).compile().memory_analysis()
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    layers = layers_to_decode(timed.network.base)  # which share the memory of the base tree
+    memory: Any = generate_program.lower(*call.args, **call.keywords, layers=layers).compile().memory_analysis()
+    shared = sum(leaf.nbytes for leaf in jax.tree.leaves(layers))
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes - shared
 
 
 def _generate(timed: Timed, prompts: Batch, count: int) -> partial:

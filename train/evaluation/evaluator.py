@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxsteer.batches import bucket_length, pack, stack_rows
 from jaxsteer.inference.decoder import Decoder, generate_all
+from jaxsteer.inference.draws import Sampling
 from jaxsteer.inference.events import Answer
-from jaxsteer.inference.generate import Sampling
 from jaxsteer.inference.likelihood import score_continuations
 from jaxsteer.inference.scheduling import Limits, Request, nonfinite_logits
 from jaxsteer.io import LoadedModel

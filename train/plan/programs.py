@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.stages import Lowered
 
-from jaxsteer.inference.generate import generate
+from jaxsteer.inference.generate import generate_program
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.quantise import quantise
 from jaxsteer.models.transformer import init_base
@@ -140,7 +140,7 @@ def lower_decoding(program: Program, config: TrainConfig, prompt_length: int) ->
     state, frozen = program.shapes
     params = combine(state.params, frozen)
     with program.on_mesh():
-        return generate.lower(
+        return generate_program.lower(
             replace(program.model, train_base=False),
             params.base,
             params.steering,

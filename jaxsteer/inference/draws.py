@@ -1,0 +1,172 @@
+"""Drawing the next tokens: how requests ask for it, logits of the last hidden states, greedy and random draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsteer.models.transformer import Network, capped, logits_of, output_embedding
+from jaxsteer.sharding import current_mesh, current_platform
+from jaxsteer.types import Array, PyTree
+
+NO_TOKEN = -1
+"""Pads the stop tokens of a row."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the defaults decode greedily.
+
+    temperature  0 = greedy (the most likely token); otherwise the logits are divided by it
+    top_k        sample from the k most likely tokens only; 0 = all
+    top_p        nucleus sampling: the smallest set of most likely tokens with at least this total probability; 1 = all
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Reject settings that define no distribution."""
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"sampling: temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p} is not possible; "
+                "temperature and top_k must be at least 0, and top_p above 0 and at most 1"
+            )
+
+
+GREEDY = Sampling()
+
+
+class Settings(NamedTuple):
+    """What each row's request asks for, [B] unless noted. Arrays, not constants: new settings compile nothing.
+
+    prompt_length  int32, tokens before the first completion token, as in `Batch`
+    seed           uint32 [B, 2], high and low half of the request's 64-bit seed
+    limit          int32, maximum number of new tokens
+    temperature    fp32, 0 = greedy
+    top_k          int32, 0 = all
+    top_p          fp32, 1 = all
+    stop_tokens    int32 [B, S], padded with NO_TOKEN
+    strength       fp32 [B, number of slots], of each slot of the plan, in its order
+    adapter        int32, the index of an adapter in stacked steering; None without one
+    """
+
+    prompt_length: Array
+    seed: Array
+    limit: Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    stop_tokens: Array
+    strength: Array
+    adapter: Array | None = None
+
+
+class Draw(NamedTuple):
+    """Next tokens int32 [B], their log-probabilities fp32 [B], and the lead of the largest logit, fp32 [B]."""
+
+    token: Array
+    log_probability: Array
+    margin: Array
+
+
+def next_logits(base: PyTree, hidden: Array, softcap: float | None) -> Array:
+    """Logits [B, V] of the last hidden states [B, D], see `logits_of`."""
+    head = output_embedding(base)
+    if current_platform() != "cpu" or current_mesh() is not None:
+        return logits_of(hidden, head, softcap)
+    # A CPU computes the product in this order in two thirds of the time; without the barrier, XLA turns it around.
+    wide = np.promote_types(hidden.dtype, np.float32)
+    product = jnp.einsum("vd,bd->vb", head, hidden, preferred_element_type=wide)
+    return capped(jax.lax.optimization_barrier(product).T, softcap)
+
+
+def _tokens_of(logits: Array) -> Array:
+    """The token of each column, int32 [1, V]."""
+    return jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+
+
+def likeliest(logits: Array) -> tuple[Array, Array]:
+    """The first token with the largest logit, int32 [B], and that logit [B], which is NaN if any of the row's is."""
+    highest = jnp.max(logits, axis=-1)
+    last = jnp.int32(logits.shape[-1] - 1)  # where the largest is NaN, no logit is equal to it
+    return jnp.min(jnp.where(logits == highest[:, None], _tokens_of(logits), last), axis=-1), highest
+
+
+def restrict(logits: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
+    """Logits / temperature, -inf outside top-k and then outside top-p of what top-k leaves; settings per row.
+
+    Args:
+        logits: [B, V].
+        temperature: [B], above 0.
+        top_k: int32 [B], 0 = all. Tokens as likely as the k-th are kept.
+        top_p: [B], 1 = all.
+
+    Returns:
+        The logits of the distribution to sample from, [B, V]. Nothing is sorted while no row uses top-k or top-p.
+    """
+    vocab = logits.shape[-1]
+    column = lambda setting: setting.astype(logits.dtype)[:, None]
+
+    def mask(logits: Array) -> Array:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        count = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+        kth = jnp.take_along_axis(ranked, count[:, None] - 1, axis=-1)
+        probability = jax.nn.softmax(jnp.where(ranked < kth, -jnp.inf, ranked), axis=-1)
+        before = jnp.cumsum(probability, axis=-1) - probability  # total probability of the tokens ranked above
+        inside = (before < column(top_p)) | (column(top_p) >= 1)
+        nucleus = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits < jnp.maximum(kth, nucleus), -jnp.inf, logits)
+
+    logits = logits / column(temperature)
+    return jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), mask, lambda logits: logits, logits)
+
+
+def sample(logits: Array, sampling: Sampling, key: Array) -> Array:
+    """Draw a token from logits [B, V] -> int32 [B]. Temperature first, then top-k, then top-p of what is left."""
+    if sampling.temperature == 0:
+        return likeliest(logits)[0]
+    rows = len(logits)
+    allowed = restrict(
+        logits,
+        jnp.full(rows, sampling.temperature, jnp.float32),
+        jnp.full(rows, sampling.top_k, jnp.int32),
+        jnp.full(rows, sampling.top_p, jnp.float32),
+    )
+    return jax.random.categorical(key, allowed, axis=-1).astype(jnp.int32)
+
+
+def is_stop(token: Array, settings: Settings) -> Array:
+    """Whether each row's token is one of its stop tokens, bool [B]."""
+    return jnp.any(token[:, None] == settings.stop_tokens, axis=1)
+
+
+def draw_tokens(network: Network, hidden: Array, settings: Settings, drawn: Array, sampling: bool) -> Draw:
+    """Draw the next token of each row from hidden states [B, D]; `drawn` int32 [B] is its index in the answer."""
+    logits = next_logits(network.base, hidden, network.model.config.final_softcap)
+    best, highest = likeliest(logits)
+    others = jnp.where(_tokens_of(logits) == best[:, None], -jnp.inf, logits)
+    margin, token, at_token = highest - jnp.max(others, axis=-1), best, highest
+    if sampling:
+        token = _sample(logits, best, settings, drawn)
+        at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    log_total = jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
+    log_probability = at_token - highest - log_total
+    return Draw(token, log_probability.astype(jnp.float32), margin.astype(jnp.float32))
+
+
+def _sample(logits: Array, best: Array, settings: Settings, drawn: Array) -> Array:
+    """Sample where the temperature is above 0; a row's draw depends on its seed and the token's index alone."""
+    greedy = settings.temperature == 0
+    allowed = restrict(logits, jnp.where(greedy, 1, settings.temperature), settings.top_k, settings.top_p)
+
+    def draw(row: Array, seed: Array, index: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), index)
+        return jax.random.categorical(key, row).astype(jnp.int32)
+
+    return jnp.where(greedy, best, jax.vmap(draw)(allowed, settings.seed, drawn))
