@@ -131,7 +131,7 @@ def test_attention_to_cached_keys_against_loops():
     q, k, v = draw(0, 2, 2, 4, 8), draw(1, 2, 6, 2, 8), draw(2, 2, 6, 2, 8)
     held = lambda s: CachedKeys(*(x[:, s].swapaxes(1, 2) for x in (k, v)), Span(*(f[:, s] for f in key)))
     for split in (0, 2, 6):  # some in the cache, the others new
-        got = fast_jit(cached_attention)(q, query, (held(slice(split)), held(slice(split, None))))
+        got = fast_jit(cached_attention)(q, query, held(slice(split)), held(slice(split, None)))
         np.testing.assert_allclose(got, naive_attention(q, k, v, query, key), **TOLERANCE)
 
 
