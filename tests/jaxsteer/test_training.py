@@ -1,7 +1,5 @@
 """The training step: gradient accumulation, penalties, no cost for a frozen base, and that every method learns."""
 
-import math
-import re
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import all_methods, close, fast_jit, random_steering, sites_of, slot_of, turn
+from tiny import all_methods, close, fast_jit, product_shapes, random_steering, sites_of, slot_of, turn
 
 from jaxsteer import (
     METHODS,
@@ -152,23 +150,9 @@ def lowered_step(train_base):
     return jax.jit(partial(train_step, model=model, tx=tx)), state, batch, frozen
 
 
-RANKS = 16
-"""The largest rank of the plan: a kernel's update is a product over so many columns at most."""
-
-
-def products(text):
-    """Shapes of the results of all matrix products over more than RANKS columns, with sorted dimensions."""
-    found = set()
-    fp32 = r"tensor<([0-9x]+)xf32>"
-    for types in re.findall(rf"stablehlo\.dot_general.* : \({fp32}, {fp32}\) -> {fp32}", text):
-        left, right, result = ([int(n) for n in shape.split("x")] for shape in types)
-        if math.prod(left) * math.prod(right) > math.prod(result) * RANKS**2:
-            found.add(tuple(sorted(n for n in result if n != 1)))
-    return found
-
-
 def test_no_gradient_of_a_frozen_weight_is_computed():
     kernels = {tuple(sorted(shape)) for shape in KERNELS}
+    products = lambda text: {tuple(sorted(shape)) for shape in product_shapes(text, over=16)}  # the largest rank
     step, *args = lowered_step(train_base=True)
     assert kernels <= products(step.lower(*args).as_text())  # the check finds them where they exist
     step, *args = lowered_step(train_base=False)
