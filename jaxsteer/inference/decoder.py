@@ -40,7 +40,7 @@ from jaxsteer.inference.scheduling import (
     prefill_batch,
     prefill_strength,
 )
-from jaxsteer.models.by_layer import is_by_layer, layers_to_decode
+from jaxsteer.models.by_layer import layers_to_decode
 from jaxsteer.models.config import check_length, check_new_tokens
 from jaxsteer.models.strength import check_strength
 from jaxsteer.models.transformer import Model, Network
@@ -98,14 +98,19 @@ class Decoder:
         self._slots = tuple(slot.name for slot in model.plan)
         self._adapters = steering if isinstance(steering, Adapters) else None
         self._network = Network(model, base, _steering_of(steering, model))
-        layers = layers_to_decode(base)
-        self._stepping = replace(self._network, base=base if layers is None else {**base, "blocks": layers})
+        self._layers = layers_to_decode(base)
         self._to_devices = place
         self._submitted = 0
         self._waiting: deque[_Ticket] = deque()
         self._cancelled: list[Event] = []
         self._tickets: list[_Ticket | None] = []  # in each row
         self._rows: Rows | None = None
+
+    def _stepping(self) -> Network:
+        """The network that decodes further tokens: where that is faster, with the blocks layer by layer."""
+        if self._layers is None:
+            return self._network
+        return replace(self._network, base={**self._network.base, "blocks": self._layers})
 
     @property
     def adapters(self) -> Adapters | None:
@@ -131,7 +136,7 @@ class Decoder:
 
     @property
     def _by_layer(self) -> bool:
-        return is_by_layer(self._stepping.base["blocks"])
+        return self._layers is not None
 
     @property
     def pending(self) -> int:
@@ -302,7 +307,7 @@ class Decoder:
         reported = np.array([0 if ticket is None else ticket.reported for ticket in self._tickets], np.int32)
         static: Any = {"sampling": _any_samples(self._active), "scaled": _any_scaled(self._active)}
         self._rows, emitted = advance(
-            self._stepping, self._rows, reported, np.int32(enough), chunk=self.limits.chunk, **static
+            self._stepping(), self._rows, reported, np.int32(enough), chunk=self.limits.chunk, **static
         )
         return emitted
 

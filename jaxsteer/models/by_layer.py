@@ -52,16 +52,17 @@ def _layers_of(stack: Array) -> list[Array]:
 
 def run_layers(
     block: BlockFunction, weights: tuple[PyTree, ...], h: Array, per_layer: Steering
-) -> tuple[Array, tuple[Taps, KeysValues | None]]:
+) -> tuple[Array, PyTree]:
     """`block` over a tuple of layers: the last h, and the taps [L, ...] and the layers' keys and values, in tuples."""
     outputs = []
     for layer, own in enumerate(weights):
         p = jax.tree.map(lambda leaf, i=layer: leaf[i], per_layer)
-        h, output = block(own, h, np.int32(layer), p)
+        h, output = block(own, h, np.int32(layer), p)  # type: ignore[arg-type]  # numpy: known when it is traced
         outputs.append(output)
     taps, new = zip(*outputs, strict=True)
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *taps)
-    return h, (stacked, None if new[0] is None else KeysValues(*map(tuple, zip(*new, strict=True))))
+    by_layer = lambda keys_values: KeysValues(*map(tuple, zip(*keys_values, strict=True)))  # type: ignore[arg-type]
+    return h, (stacked, None if new[0] is None else by_layer(new))
 
 
 def on_cache(f: Callable[..., Array], cache: Cache, *others: Cache) -> KeysValues:
@@ -84,7 +85,8 @@ def on_cache(f: Callable[..., Array], cache: Cache, *others: Cache) -> KeysValue
 
 def split_cache(cache: Cache) -> Cache:
     """A stacked cache by layers: its values are a tuple of [B, K, S, H], its keys of [B, K, H, S]."""
-    return cache._replace(k=tuple(cache.k.swapaxes(3, 4)), v=tuple(cache.v))
+    k, v = tuple(cache.k.swapaxes(3, 4)), tuple(cache.v)
+    return cache._replace(k=k, v=v)  # type: ignore[arg-type]  # where a stack is declared
 
 
 def layer_caches(cache: Cache | None, batch: Batch) -> Callable[[Array], LayerCache | None]:

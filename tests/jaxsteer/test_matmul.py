@@ -66,6 +66,7 @@ def test_half_precision_with_sums_in_fp32():
     close(got, want, 1e-2)
 
 
+@pytest.mark.cpu
 def test_the_large_operand_is_never_transposed_for_the_gradient_of_a_narrow_one():
     z, b = arrays((64, 4), (4, 96))
     text = jax.jit(jax.grad(lambda b, z: jnp.sum(matmul(z, b) ** 2))).lower(b, z).as_text()

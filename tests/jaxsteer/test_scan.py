@@ -8,6 +8,7 @@ import pytest
 from tiny import (
     KINDS,
     TURNS,
+    Calling,
     all_methods,
     close,
     fast_jit,
@@ -35,7 +36,7 @@ def one_layer(model, weights, h, batch, steering, layer, steered):
     config = model.config
     inputs = Inputs(*rotary_angles(config, batch.positions), Span(batch.segments, batch.positions))
 
-    def steer(site, x, y, kernel=None, bias=None):
+    def steer(site, x, y, kernel, bias):
         for slot in model.plan if steered else ():
             if site in slot.sites:
                 out = slot.method.apply(steering[slot.name][site], x, y, Context(layer, kernel, bias))
@@ -45,7 +46,7 @@ def one_layer(model, weights, h, batch, steering, layer, steered):
                 y = out
         return y
 
-    return Block(config).apply({"params": weights}, h, inputs, None, steer)[0]
+    return Block(config).apply({"params": weights}, h, inputs, None, Calling(steer))[0]
 
 
 one_layer = fast_jit(one_layer, static_argnames=("model", "steered"))

@@ -73,6 +73,7 @@ def test_dropout_gives_the_update_another_input():
         assert method.project(p, x, context._replace(train=False)) is not None
 
 
+@pytest.mark.cpu
 def test_slots_of_one_site_together(tiny_config, tiny_base, monkeypatch):
     """The first is merged, the second is added to it; some positions, a strength or half precision merge nothing."""
     plan = tuple(slot_of(name, tiny_config, slot=name) for name in ("lora", "dora"))
@@ -109,6 +110,7 @@ def test_zeros_in_the_kernel_are_bitwise_the_base(options, tiny_config, tiny_bas
         assert np.abs(hidden(plan, steering) - plain).max() > 1e-3
 
 
+@pytest.mark.cpu
 def test_no_token_meets_the_low_rank_in_the_forward_pass(tiny_config, tiny_base):
     """Products with all tokens and R columns are for the gradients of A and B alone."""
     plan = parse_plan(["lora(rank=5) @ " + ",".join(PROJECTIONS)], tiny_config)

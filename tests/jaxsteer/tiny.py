@@ -1,7 +1,9 @@
 """Shared by the core tests: methods at all their sites, random steering, rows of examples, compiled functions."""
 
 import dataclasses
+import math
 import os
+import re
 from functools import partial
 
 import jax
@@ -43,6 +45,19 @@ if ON_CPU and "--xla_cpu_use_fusion_emitters=false" in os.environ["XLA_FLAGS"]: 
 fast_jit = partial(jax.jit, compiler_options=FAST)
 run = fast_jit(forward, static_argnames=("model", "capture", "train"))
 loss_and_grads = fast_jit(jax.value_and_grad(mean_loss, argnums=2), static_argnums=0)
+
+
+class Calling:
+    """What a block asks at its sites, answered by f(site, x, y, kernel, bias) -> y'."""
+
+    def __init__(self, f):
+        self.f = f
+
+    def __call__(self, site, x, y):
+        return self.f(site, x, y, None, None)
+
+    def projection(self, site, x, kernel, bias, product):
+        return self.f(site, x, product(), kernel, bias)
 
 
 def close(got, want, tolerance):
@@ -168,3 +183,16 @@ def naive_loss(hidden, head, targets):
     """Cross-entropy from all logits at once."""
     logp = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", hidden, head))
     return -jnp.sum(jnp.take_along_axis(logp, targets.tokens[..., None], -1)[..., 0] * targets.weights)
+
+
+def product_shapes(text, over):
+    """Shapes, without axes of size 1, of the results of a program's matrix products whose sums have more terms than
+    `over`: the update of a kernel is a product too, with a sum over the rank.
+    """
+    found = set()
+    operand = r"tensor<([0-9x]+)x[a-z]\w*>"
+    for types in re.findall(rf"stablehlo\.dot_general.* : \({operand}, {operand}\) -> {operand}", text):
+        left, right, result = ([int(n) for n in shape.split("x")] for shape in types)
+        if math.prod(left) * math.prod(right) > math.prod(result) * over**2:
+            found.add(tuple(n for n in result if n != 1))
+    return found

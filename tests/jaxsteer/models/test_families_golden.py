@@ -16,6 +16,7 @@ from jaxsteer.models.attention import Scores, Span, attention
 from jaxsteer.models.config import projections_of
 from jaxsteer.models.families import FAMILIES, config_from_hf
 from jaxsteer.models.layers import MLP, Attention, layer_inputs, norm_of
+from jaxsteer.models.sites import unsteered
 from jaxsteer.models.transformer import forward, init_base, init_cache, logits_of, output_embedding, write_scales
 from jaxsteer.types import ACTIVATIONS
 
@@ -50,14 +51,13 @@ def test_each_part_of_each_block(loaded, theirs):
     name, model = loaded
     config, batch = model.config, make_batch(theirs["ids"])
     inputs_of = layer_inputs(config, Span(batch.segments, batch.positions))
-    unsteered = lambda site, x, y, *weights: y
 
     @fast_jit
     def parts(layer, weights, h, attn_in, mlp_in):
         inputs = inputs_of(layer)
         norm = norm_of(config).apply({"params": weights["attn_norm"]}, h) if config.pre_norm else h
-        attn, _ = Attention(config).apply({"params": weights["attn"]}, attn_in, inputs, None, unsteered)
-        return norm, inputs.sin, inputs.cos, attn, MLP(config).apply({"params": weights["mlp"]}, mlp_in, unsteered)
+        attn, _ = Attention(config).apply({"params": weights["attn"]}, attn_in, inputs, None, unsteered())
+        return norm, inputs.sin, inputs.cos, attn, MLP(config).apply({"params": weights["mlp"]}, mlp_in, unsteered())
 
     for layer in range(config.layers):
         read = lambda part, layer=layer: theirs[f"{name}/{part}"][layer]

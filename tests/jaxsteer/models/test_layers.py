@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import fast_jit
+from tiny import Calling, fast_jit
 
 from jaxsteer.models.attention import (
     CachedKeys,
@@ -131,7 +131,7 @@ def test_attention_to_cached_keys_against_loops():
     q, k, v = draw(0, 2, 2, 4, 8), draw(1, 2, 6, 2, 8), draw(2, 2, 6, 2, 8)
     held = lambda s: CachedKeys(*(x[:, s].swapaxes(1, 2) for x in (k, v)), Span(*(f[:, s] for f in key)))
     for split in (0, 2, 6):  # some in the cache, the others new
-        got = fast_jit(cached_attention)(q, query, (held(slice(split)), held(slice(split, None))))
+        got = fast_jit(cached_attention)(q, query, held(slice(split)), held(slice(split, None)))
         np.testing.assert_allclose(got, naive_attention(q, k, v, query, key), **TOLERANCE)
 
 
@@ -173,11 +173,11 @@ def test_mlp(bias):
     want = project("down", gate / (1 + np.exp(-gate)) * project("up", x))
     calls = []
 
-    def steer(site, x, y, kernel=None, bias=None):
+    def steer(site, x, y, kernel, bias):
         calls.append((site, x.shape, y.shape, None if kernel is None else kernel.shape))
         return y
 
-    got = MLP(config).apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(x), steer)
+    got = MLP(config).apply({"params": jax.tree.map(jnp.asarray, params)}, jnp.asarray(x), Calling(steer))
     np.testing.assert_allclose(got, want, **TOLERANCE)
     assert calls == [
         ("mlp.gate", (2, 3, 12), (2, 3, 20), (12, 20)),

@@ -22,7 +22,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "steering": tuple(
         f"tests/jaxsteer/test_{name}.py"
-        for name in ("golden", "golden_methods", "contracts", "steering", "strength", "positions", "properties", "scan")
+        for name in ("golden", "golden_methods", "contracts", "steering", "strength", "updated_kernel")
+    ),
+    "tokens": tuple(
+        f"tests/jaxsteer/test_{name}.py" for name in ("positions", "properties", "scan", "adapters", "matmul")
     ),
     "training": tuple(
         f"tests/jaxsteer/test_{name}.py"
@@ -41,7 +44,6 @@ WORKERS = 8
 
 CLONE = Need("a clone of jaxsteer, for its tests", lambda device, config: (ROOT / "tests" / "conftest.py").is_file())
 PYTEST = Need("pytest", lambda device, config: find_spec("pytest") is not None)
-
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true"
 """Two programs with the same product should choose the same kernel for it."""

@@ -93,7 +93,7 @@ SMALL = Shapes(
 
 @dataclass(frozen=True)
 class AcceleratorBench:
-    """Measure on an accelerator, in stages: attention, training and decoding of an 8B model, peft beside it, and more.
+    """Measure on an accelerator, in stages: tests, attention, train8b, peft, decode, sweep, memory and budgets.
 
     Without --stage, all stages run in order. Every row is saved in --json as soon as it is measured, and a row that is
     there already, measured with the same settings, code and kind of device, is left out: give the same command again to
