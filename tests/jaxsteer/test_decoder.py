@@ -9,6 +9,7 @@ from tiny import random_steering, rows, run, slot_of
 
 from jaxsteer import Model, Positions, Sampling, generate
 from jaxsteer.inference import Decoder, Limits, Request, decoder, generate_all, nonfinite_logits, score_continuations
+from jaxsteer.inference.scheduling import next_prefill
 from jaxsteer.models.transformer import logits_of, output_embedding
 
 NEW = 7
@@ -233,6 +234,30 @@ def test_a_drained_decoder_grows_again(make, alone):
             assert (len(growing._tickets), growing._rows.prompt_slots) == (20, 24)
     assert growing.pending == 0
     assert [parts[i] for i in range(len(asked))] == answers_of(make(), asked)
+
+
+def test_the_ring_grows_with_the_answers(make, alone, monkeypatch):
+    """Rows that started at different times, in a ring that is as short as the next step allows."""
+    monkeypatch.setattr(decoder, "FIRST_RING", 2)
+    asked, stops, _ = alone
+    reader = Reader(make(replace(LIMITS, chunk=1)))
+    for request in requests(asked, stops):
+        reader.decoder.submit(request)
+    rings = []
+    while reader.decoder.pending:
+        reader.step()
+        rings.append(reader.decoder._rows.ring)
+    assert sorted(set(rings)) == [2, 4, NEW - 1]
+    assert rings == sorted(rings)
+    assert [reader.tokens(id) for id in sorted(reader.finished)] == answers_of(make(), requests(asked, stops))
+
+
+def test_a_prefill_doubles_its_rows_while_prompts_fill_them():
+    rows_of = lambda count, **more: len(next_prefill([range(60)] * count, 16, count, **more).rows)
+    assert [rows_of(count) for count in (1, 9)] == [1, 1]
+    assert [rows_of(count, tokens=256) for count in (1, 2, 3, 9)] == [1, 2, 4, 4]
+    layout = next_prefill([range(60)] * 9, 16, 9, tokens=256)
+    assert (layout.size, layout.width, layout.rows) == (4, 64, [[0], [1], [2], [3]])
 
 
 def test_cancelling_frees_a_row_at_once(make, alone):

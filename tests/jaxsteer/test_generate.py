@@ -8,7 +8,7 @@ from tiny import every_kind, fast_jit, random_steering, rows, run
 
 import jaxsteer
 from jaxsteer import Model, Sampling, make_batch
-from jaxsteer.inference.draws import sample
+from jaxsteer.inference.draws import likeliest, sample
 from jaxsteer.models.transformer import logits_of, output_embedding
 
 generate = fast_jit(jaxsteer.generate, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampling"))
@@ -72,6 +72,13 @@ def test_rows_stop_at_their_stop_tokens(steered, tiny_base, naive):
         assert out.stopped[row] == bool(ends)
         np.testing.assert_array_equal(out.tokens[row], np.where(np.arange(NEW) < length, answer, 0))
     assert np.any(np.asarray(out.lengths[:3]) < NEW)
+
+
+def test_the_likeliest_token_is_the_first_of_equals():
+    rows = [[1, 3, 3, 0], [np.nan, 0, 1, 0], [0, np.inf, 0, np.inf], [-np.inf] * 4]
+    token, highest = likeliest(jnp.array(rows, jnp.float32))
+    np.testing.assert_array_equal(token, [1, 3, 1, 0])  # some token of the vocabulary where there is none
+    np.testing.assert_array_equal(highest, [3, np.nan, np.inf, -np.inf])
 
 
 def frequencies(logits, draws=20_000, **settings):
