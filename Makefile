@@ -10,15 +10,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
 
-# Huge pages for large arrays: about 5 % of a step's time on a CPU, if glibc is the allocator.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-
 # Tests that compile many programs of tiny models compile them fast rather than well; the others at XLA's usual level, and
 # some slow ones exactly as users do.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 QUICKLY := tests/train tests/jaxsteer/theory tests/jaxsteer/io tests/jaxsteer/test_decoder.py \
 	tests/jaxsteer/test_folding.py tests/jaxsteer/test_likelihood.py tests/test_docs_code.py tests/test_docs_formats.py
-PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: help install quickstart model peers test test-all coverage lint format docs docs-serve constraints clean
 
@@ -40,7 +37,7 @@ $(VENV)/extra-%: $(VENV)/installed
 	@touch $@
 
 quickstart: install
-	@$(RUN) -m train.quickstart
+	@$(RUN) -m train quickstart
 
 model: install
 	@$(RUN) -m train.base_models smollm2-135m-instruct

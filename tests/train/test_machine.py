@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxsteer.io import cache_folder
-from train.__main__ import use_huge_pages
+from train.__main__ import TUNABLES, keep_memory
 from train.devices.machine import device_summary, matmul_peak_flops, peak_memory_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -79,12 +79,12 @@ def test_summary_is_one_line():
 
 
 @pytest.mark.parametrize("own", [None, "glibc.malloc.check=0"])
-def test_a_command_starts_again_with_huge_pages_unless_told_otherwise(own, monkeypatch):
+def test_a_command_starts_again_with_memory_that_is_kept_unless_told_otherwise(own, monkeypatch):
     begun = []
     monkeypatch.setattr(os, "execv", lambda *args: begun.append(args))
     monkeypatch.setattr(sys, "platform", "linux")
     others = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     monkeypatch.setattr(os, "environ", others | ({"GLIBC_TUNABLES": own} if own else {}))
-    use_huge_pages()
+    keep_memory()
     assert begun == ([] if own else [(sys.executable, sys.orig_argv)])
-    assert os.environ["GLIBC_TUNABLES"] == (own or "glibc.malloc.hugetlb=1")
+    assert os.environ["GLIBC_TUNABLES"] == (own or TUNABLES)
