@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxsteer.inference.draws import NO_TOKEN, Settings, draw_tokens, is_stop
-from jaxsteer.models.by_layer import on_cache, split_cache
+from jaxsteer.models.by_layer import on_cache, put_rows, split_cache
+from jaxsteer.models.layers import KeysValues
 from jaxsteer.models.transformer import Model, Network, forward, init_cache
 from jaxsteer.sharding import constrain
 from jaxsteer.types import Array, Batch, Cache
@@ -154,16 +155,11 @@ def insert(
     put = lambda field, new: field.at[admission.row].set(new.astype(field.dtype), mode="drop")
     window = lambda layer: jax.vmap(lambda source, at: layer[source][:, at])(admission.source, columns)
     # Zeros behind the prompt: a NaN of a neighbour there would reach this row, since 0 · NaN is NaN.
-    own = lambda new: jnp.where(real[:, None, :, None], window(new), jnp.zeros((), new.dtype))
-
-    def move(layer: Array, new: Array, axis: int) -> Array:
-        if axis == 3:  # columns
-            return layer.at[admission.row, :, :, : rows.prompt_slots].set(own(new).swapaxes(2, 3), mode="drop")
-        return layer.at[admission.row, :, : rows.prompt_slots].set(own(new), mode="drop")
-
+    own = lambda layer: jnp.where(real[:, None, :, None], window(layer), jnp.zeros((), layer.dtype))
+    new = KeysValues(jax.vmap(own)(prefilled.k), jax.vmap(own)(prefilled.v))
     with_ring = lambda field: jnp.pad(field.astype(jnp.int32), ((0, 0), (0, rows.ring)))
     cache = Cache(
-        *on_cache(move, rows.cache, prefilled),
+        *put_rows(rows.cache, admission.row, new),
         segments=put(rows.cache.segments, with_ring(real)),
         positions=put(rows.cache.positions, with_ring(jnp.broadcast_to(slots, real.shape))),
         used=rows.cache.used,

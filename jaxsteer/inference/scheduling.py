@@ -122,9 +122,7 @@ def half_of(rows: int) -> int:
     return half if half >= MIN_ROWS and half % row_shards() == 0 else 0
 
 
-def next_prefill(
-    waiting: Iterable[Sized], rows: int, limit: int | None = None, *, tokens: int = 0
-) -> PrefillLayout:
+def next_prefill(waiting: Iterable[Sized], rows: int, limit: int | None = None, *, tokens: int = 0) -> PrefillLayout:
     """Choose the waiting requests to prefill next, in order.
 
     Args:

@@ -46,7 +46,8 @@ def _on_one_cpu(leaf: Array) -> bool:
 
 def _layers_of(stack: Array) -> list[Array]:
     """One array for each layer, in the memory of the stack if that is aligned for it."""
-    device = next(iter(stack.devices()))
+    # A layer that is committed to a device where its stack is not would compile every program that it meets twice.
+    device = next(iter(stack.devices())) if stack.committed else None
     return [jax.device_put(layer, device, may_alias=True) for layer in np.asarray(stack)]
 
 
@@ -65,22 +66,39 @@ def run_layers(
     return h, (stacked, None if new[0] is None else by_layer(new))
 
 
-def on_cache(f: Callable[..., Array], cache: Cache, *others: Cache) -> KeysValues:
-    """f of the keys of each layer and of its values, with those of other caches, which are stacks.
+def on_cache(f: Callable[[Array, int], Array], cache: Cache) -> KeysValues:
+    """f(layer, axis of S) of the keys and of the values of each layer, [B, K, S, H] or with keys as columns."""
+
+    def on(stack: PyTree, axis: int) -> PyTree:
+        if is_by_layer(stack):
+            return tuple(f(layer, axis) for layer in stack)
+        return jax.vmap(lambda layer: f(layer, axis))(stack)
+
+    return KeysValues(on(cache.k, 3 if is_by_layer(cache.k) else 2), on(cache.v, 2))
+
+
+def put_rows(cache: Cache, row: Array, new: KeysValues) -> KeysValues:
+    """The cache's keys and values with those of some rows replaced, from their first entry.
 
     Args:
-        f: (a layer [B, K, S, H] or with its keys as columns [B, K, H, S], layers of the others, axis of S) -> a layer.
-        cache: a stack, or by layers, as the result is.
-        others: stacks.
+        cache: B rows.
+        row: int32 [n], which rows; after the last there may be B or more, which are not put anywhere.
+        new: a stack for the n rows, [L, n, K, W, H].
     """
+    if not is_by_layer(cache.k):
+        width = new.k.shape[3]
+        put = lambda old, new: old.at[:, row, :, :width].set(new.astype(old.dtype), mode="drop")
+        return KeysValues(put(cache.k, new.k), put(cache.v, new.v))
 
-    def on(stack: PyTree, others: list[Array], axis: int) -> PyTree:
-        if is_by_layer(stack):
-            return tuple(f(layer, *(other[i] for other in others), axis) for i, layer in enumerate(stack))
-        return jax.vmap(lambda *layers: f(*layers, axis))(stack, *others)
+    # A loop rather than scatters: one for the keys and one for the values of each layer would take long to compile.
+    def put_one(i: Array, layers: KeysValues) -> KeysValues:
+        at = (row[i], 0, 0, 0)
+        put = lambda old, own: jax.lax.dynamic_update_slice(old, own[i][None].astype(old.dtype), at)
+        return KeysValues(*(tuple(map(put, old, own)) for old, own in zip(layers, (columns, new.v), strict=True)))
 
-    keys = 3 if is_by_layer(cache.k) else 2
-    return KeysValues(on(cache.k, [each.k for each in others], keys), on(cache.v, [each.v for each in others], 2))
+    columns = new.k.swapaxes(3, 4)
+    count = jnp.sum(row < cache.segments.shape[0])
+    return jax.lax.fori_loop(0, count, put_one, KeysValues(cache.k, cache.v))
 
 
 def split_cache(cache: Cache) -> Cache:
