@@ -94,7 +94,8 @@ def put_rows(cache: Cache, row: Array, new: KeysValues) -> KeysValues:
     def put_one(i: Array, layers: KeysValues) -> KeysValues:
         at = (row[i], 0, 0, 0)
         put = lambda old, own: jax.lax.dynamic_update_slice(old, own[i][None].astype(old.dtype), at)
-        return KeysValues(*(tuple(map(put, old, own)) for old, own in zip(layers, (columns, new.v), strict=True)))
+        k, v = tuple(map(put, layers.k, columns)), tuple(map(put, layers.v, new.v))
+        return KeysValues(k, v)  # type: ignore[arg-type]  # by layers
 
     columns = new.k.swapaxes(3, 4)
     count = jnp.sum(row < cache.segments.shape[0])
