@@ -30,7 +30,6 @@ from jaxsteer.inference.rows import (
     resize_slots,
 )
 from jaxsteer.inference.scheduling import (
-    PREFILL_TOKENS,
     Limits,
     Request,
     half_of,
@@ -261,10 +260,10 @@ class Decoder:
     def _admit(self, draining: bool) -> None:
         """Let waiting requests take over free rows, once enough are free for an efficient prefill."""
         assert self._rows is not None
-        count, tokens = len(self._tickets), PREFILL_TOKENS if self._by_layer and draining else 0
+        count, many = len(self._tickets), self._by_layer and draining
         free = [row for row, ticket in enumerate(self._tickets) if ticket is None]
         while self._waiting and len(free) >= next_prefill(self._waiting, count).size:
-            layout = next_prefill(self._waiting, count, len(free), tokens=tokens)
+            layout = next_prefill(self._waiting, count, len(free), many=many)
             tickets = [self._waiting.popleft() for _ in range(layout.size)]
             requests = [self._place(ticket.request) for ticket in tickets]
             taken, free = free[: layout.size], free[layout.size :]

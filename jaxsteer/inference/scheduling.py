@@ -22,8 +22,10 @@ PREFILL_LENGTH = 64
 """Short prompts share a row of the prefill: fewer shapes to compile, larger matrix products."""
 ADMIT_SHARE = 4
 """Requests wait until they fill a prefill, or until 1 / ADMIT_SHARE of the rows are free for them."""
-PREFILL_TOKENS = 1024
+MANY_TOKENS = 1024
 """A prefill of many prompts at once on a CPU: with these many tokens, its products take most of its time."""
+MANY_LENGTH = 128
+"""Its rows have at least these many tokens, if the prompts fill them: shapes that serve most sets of prompts."""
 MIN_ROWS = 8
 """Rows are not halved below this number: each number of rows is compiled separately."""
 
@@ -122,22 +124,23 @@ def half_of(rows: int) -> int:
     return half if half >= MIN_ROWS and half % row_shards() == 0 else 0
 
 
-def next_prefill(waiting: Iterable[Sized], rows: int, limit: int | None = None, *, tokens: int = 0) -> PrefillLayout:
+def next_prefill(waiting: Iterable[Sized], rows: int, limit: int | None = None, *, many: bool = False) -> PrefillLayout:
     """Choose the waiting requests to prefill next, in order.
 
     Args:
         waiting: the queue of requests, at least one; their `len` is that of the prompt.
         rows: number of rows that decode.
         limit: maximum number of requests, by default a share of the rows.
-        tokens: double the rows of the prefill while the requests fill them and there are not more tokens than these.
+        many: double the rows of the prefill while the requests fill them, up to MANY_TOKENS.
     """
     shards = row_shards()
     prefill_rows = -(-max(1, rows // PREFILL_SHARE) // shards) * shards
     limit = -(-rows // ADMIT_SHARE) if limit is None else limit
     lengths = [len(prompt) for prompt in islice(waiting, limit)]
-    width = bucket_length(max(lengths), PREFILL_LENGTH)
+    longest = max(max(lengths), min(sum(lengths), MANY_LENGTH) if many else 0)
+    width = bucket_length(longest, PREFILL_LENGTH)
     packed = pack(lengths, width)
-    while len(packed) > prefill_rows and 2 * prefill_rows * width <= tokens:
+    while many and len(packed) > prefill_rows and 2 * prefill_rows * width <= MANY_TOKENS:
         prefill_rows *= 2
     if len(packed) > prefill_rows:
         lengths = lengths[: packed[prefill_rows][0]]

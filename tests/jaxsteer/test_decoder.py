@@ -253,11 +253,12 @@ def test_the_ring_grows_with_the_answers(make, alone, monkeypatch):
 
 
 def test_a_prefill_doubles_its_rows_while_prompts_fill_them():
-    rows_of = lambda count, **more: len(next_prefill([range(60)] * count, 16, count, **more).rows)
-    assert [rows_of(count) for count in (1, 9)] == [1, 1]
-    assert [rows_of(count, tokens=256) for count in (1, 2, 3, 9)] == [1, 2, 4, 4]
-    layout = next_prefill([range(60)] * 9, 16, 9, tokens=256)
-    assert (layout.size, layout.width, layout.rows) == (4, 64, [[0], [1], [2], [3]])
+    def shape(count, **more):
+        layout = next_prefill([range(60)] * count, 16, count, **more)
+        return layout.size, len(layout.rows), layout.width
+
+    assert [shape(count) for count in (1, 9)] == [(1, 1, 64), (1, 1, 64)]
+    assert [shape(count, many=True) for count in (1, 2, 5, 40)] == [(1, 1, 64), (2, 1, 128), (5, 4, 128), (16, 8, 128)]
 
 
 def test_cancelling_frees_a_row_at_once(make, alone):
