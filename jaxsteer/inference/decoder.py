@@ -23,6 +23,7 @@ from jaxsteer.inference.rows import (
     advance,
     clear_rows,
     empty_rows,
+    fill,
     free_rows,
     insert,
     keep_rows,
@@ -273,7 +274,8 @@ class Decoder:
             hidden, prefilled = prefill(self._network, batch, strength, adapters)
             stop_width, sampling = self.limits.max_stop_tokens, _any_samples(tickets)
             admission = make_admission(requests, layout, taken, no_row=count, stop_width=stop_width, slots=self._slots)
-            self._rows = insert(self._network, self._rows, hidden, prefilled, admission, sampling=sampling)
+            rows, prompts = insert(self._network, self._rows, hidden, prefilled, admission, sampling=sampling)
+            self._rows = fill(rows, prompts, admission.row)
             for row, ticket in zip(taken, tickets, strict=True):
                 self._tickets[row] = ticket
 

@@ -139,8 +139,8 @@ def prefill(
 @partial(jax.jit, static_argnames="sampling", donate_argnames="rows")
 def insert(
     network: Network, rows: Rows, hidden: Array, prefilled: Cache, admission: Admission, *, sampling: bool
-) -> Rows:
-    """Let prompts take over rows, and draw their first tokens.
+) -> tuple[Rows, KeysValues]:
+    """Let prompts take over rows, and draw their first tokens; `fill` then puts their keys and values into the cache.
 
     Args:
         network: the model and its weights.
@@ -158,11 +158,9 @@ def insert(
     own = lambda layer: jnp.where(real[:, None, :, None], window(layer), jnp.zeros((), layer.dtype))
     new = KeysValues(jax.vmap(own)(prefilled.k), jax.vmap(own)(prefilled.v))
     with_ring = lambda field: jnp.pad(field.astype(jnp.int32), ((0, 0), (0, rows.ring)))
-    cache = Cache(
-        *put_rows(rows.cache, admission.row, new),
+    cache = rows.cache._replace(
         segments=put(rows.cache.segments, with_ring(real)),
         positions=put(rows.cache.positions, with_ring(jnp.broadcast_to(slots, real.shape))),
-        used=rows.cache.used,
     )
     settings = admission.settings
     last = hidden[admission.source, admission.start + admission.length - 1]
@@ -182,7 +180,19 @@ def insert(
         failed,
     )
     settings, progress = jax.tree.map(put, (rows.settings, rows.progress), (settings, progress))
-    return _place(Rows(cache, settings, progress, rows.ring))
+    return _place(Rows(cache, settings, progress, rows.ring)), new
+
+
+def fill(rows: Rows, prompts: KeysValues, row: Array) -> Rows:
+    """The rows with the keys and values [L, n, K, W, H] of the prompts that took them over. `rows` are donated.
+
+    Args:
+        rows: from `insert`.
+        prompts: from `insert`.
+        row: int32 [n], as in `Admission`.
+    """
+    k, v = put_rows(KeysValues(rows.cache.k, rows.cache.v), prompts, row)
+    return replace(rows, cache=rows.cache._replace(k=k, v=v))
 
 
 @partial(jax.jit, static_argnames=("chunk", "sampling", "scaled"), donate_argnames="rows")

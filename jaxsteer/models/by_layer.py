@@ -7,14 +7,16 @@ token. A tuple of layers is read in place, and each layer's cache is updated in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxsteer.models.attention import Span
 from jaxsteer.models.layers import KeysValues, LayerCache, OwnCache, StackedCache
-from jaxsteer.sharding import current_mesh
+from jaxsteer.sharding import constrain, current_mesh
 from jaxsteer.types import Array, Batch, Cache, PyTree, Steering, Taps
 
 BlockFunction = Callable[[PyTree, Array, Array, Steering | None], tuple[Array, tuple[Taps, KeysValues | None]]]
@@ -77,29 +79,37 @@ def on_cache(f: Callable[[Array, int], Array], cache: Cache) -> KeysValues:
     return KeysValues(on(cache.k, 3 if is_by_layer(cache.k) else 2), on(cache.v, 2))
 
 
-def put_rows(cache: Cache, row: Array, new: KeysValues) -> KeysValues:
-    """The cache's keys and values with those of some rows replaced, from their first entry.
+def put_rows(old: KeysValues, new: KeysValues, row: Array) -> KeysValues:
+    """A cache's keys and values with those of some rows replaced, from their first entry. Not for use under jit.
 
     Args:
-        cache: B rows.
-        row: int32 [n], which rows; after the last there may be B or more, which are not put anywhere.
-        new: a stack for the n rows, [L, n, K, W, H].
+        old: of B rows, as in a `Cache`; donated.
+        new: a stack for n rows, [L, n, K, W, H].
+        row: int32 [n], which rows; B or more: nothing is put anywhere.
     """
-    if not is_by_layer(cache.k):
-        width = new.k.shape[3]
-        put = lambda old, new: old.at[:, row, :, :width].set(new.astype(old.dtype), mode="drop")
-        return KeysValues(put(cache.k, new.k), put(cache.v, new.v))
+    if not is_by_layer(old.k):
+        return _put_in_stack(old, new, row)
+    # One program for all layers: in a single one, the many updates would take long to compile.
+    put = [put_in_layer(KeysValues(*own), new, row, np.int32(i)) for i, own in enumerate(zip(*old, strict=True))]
+    return KeysValues(tuple(each.k for each in put), tuple(each.v for each in put))  # type: ignore[arg-type]  # by layers
 
-    # A loop rather than scatters: one for the keys and one for the values of each layer would take long to compile.
-    def put_one(i: Array, layers: KeysValues) -> KeysValues:
-        at = (row[i], 0, 0, 0)
-        put = lambda old, own: jax.lax.dynamic_update_slice(old, own[i][None].astype(old.dtype), at)
-        k, v = tuple(map(put, layers.k, columns)), tuple(map(put, layers.v, new.v))
-        return KeysValues(k, v)  # type: ignore[arg-type]  # by layers
 
-    columns = new.k.swapaxes(3, 4)
-    count = jnp.sum(row < cache.segments.shape[0])
-    return jax.lax.fori_loop(0, count, put_one, KeysValues(cache.k, cache.v))
+@partial(jax.jit, donate_argnums=0)
+def _put_in_stack(old: KeysValues, new: KeysValues, row: Array) -> KeysValues:
+    put = lambda old, new: old.at[:, row, :, : new.shape[3]].set(new.astype(old.dtype), mode="drop")
+    stack = lambda x: constrain(x, None, "rows", "heads", None, None)
+    return KeysValues(stack(put(old.k, new.k)), stack(put(old.v, new.v)))
+
+
+@partial(jax.jit, donate_argnums=0)
+def put_in_layer(old: KeysValues, new: KeysValues, row: Array, layer: ArrayLike) -> KeysValues:
+    """`put_rows` of one layer [B, K, H, S] and [B, K, S, H], given its index int32 [] in the stack; it is donated."""
+    k, v = (jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in new)
+    width = k.shape[2]
+    return KeysValues(
+        old.k.at[row, :, :, :width].set(k.swapaxes(2, 3).astype(old.k.dtype), mode="drop"),
+        old.v.at[row, :, :width].set(v.astype(old.v.dtype), mode="drop"),
+    )
 
 
 def split_cache(cache: Cache) -> Cache:

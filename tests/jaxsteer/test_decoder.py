@@ -10,6 +10,7 @@ from tiny import random_steering, rows, run, slot_of
 from jaxsteer import Model, Positions, Sampling, generate
 from jaxsteer.inference import Decoder, Limits, Request, decoder, generate_all, nonfinite_logits, score_continuations
 from jaxsteer.inference.scheduling import next_prefill
+from jaxsteer.models.by_layer import put_in_layer
 from jaxsteer.models.transformer import logits_of, output_embedding
 
 NEW = 7
@@ -302,7 +303,7 @@ def test_answers_may_be_ended_early_or_left_unread(make, alone):
 
 
 def compiled():
-    return {name: getattr(decoder, name)._cache_size() for name in PROGRAMS}
+    return [program._cache_size() for program in (*(getattr(decoder, name) for name in PROGRAMS), put_in_layer)]
 
 
 def test_200_mixed_requests_compile_nothing(make, alone):
