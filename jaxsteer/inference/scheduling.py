@@ -24,7 +24,7 @@ ADMIT_SHARE = 4
 """Requests wait until they fill a prefill, or until 1 / ADMIT_SHARE of the rows are free for them."""
 MANY_TOKENS = 1024
 """A prefill of many prompts at once on a CPU: with these many tokens, its products take most of its time."""
-MANY_LENGTH = 128
+MANY_LENGTH = 256
 """Its rows have at least these many tokens, if the prompts fill them: shapes that serve most sets of prompts."""
 MIN_ROWS = 8
 """Rows are not halved below this number: each number of rows is compiled separately."""

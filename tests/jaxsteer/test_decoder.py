@@ -259,7 +259,7 @@ def test_a_prefill_doubles_its_rows_while_prompts_fill_them():
         return layout.size, len(layout.rows), layout.width
 
     assert [shape(count) for count in (1, 9)] == [(1, 1, 64), (1, 1, 64)]
-    assert [shape(count, many=True) for count in (1, 2, 5, 40)] == [(1, 1, 64), (2, 1, 128), (5, 4, 128), (16, 8, 128)]
+    assert [shape(count, many=True) for count in (1, 2, 5, 40)] == [(1, 1, 64), (2, 1, 128), (5, 2, 256), (16, 4, 256)]
 
 
 def test_cancelling_frees_a_row_at_once(make, alone):
