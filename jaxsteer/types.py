@@ -117,7 +117,7 @@ class Context(NamedTuple):
     methods that are `per_token` see it."""
 
     def own(self, adapters: int) -> Array:
-        """Whether each of so many adapters is the token's own, bool [B, T, E]."""
+        """Which of E adapters is the token's own, bool [B, T, E]."""
         assert self.adapter is not None
         return self.adapter[..., None] == jnp.arange(adapters, dtype=jnp.int32).reshape(
             (1,) * self.adapter.ndim + (adapters,)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxsteer.inference.draws import GREEDY, Sampling, next_logits, sample
 from jaxsteer.models.by_layer import layers_to_decode, split_cache
 from jaxsteer.models.config import check_new_tokens
-from jaxsteer.models.transformer import Model, forward
+from jaxsteer.models.transformer import Model, Network, forward
 from jaxsteer.types import Array, Batch, Cache, PyTree, Steering
 
 
@@ -81,39 +81,39 @@ def generate(
     if key is None and sampling.temperature > 0:
         raise ValueError("sampling with a temperature above 0 needs a key")
     return generate_program(
-        model,
-        base,
-        steering,
+        Network(model, base, steering),
         prompts,
-        key,
+        jax.random.key(0) if key is None else key,
+        layers_to_decode(base),
+        {"strength": strength, "adapters": adapters},
         max_new_tokens=max_new_tokens,
         stop_tokens=stop_tokens,
         sampling=sampling,
-        strength=strength,
-        adapters=adapters,
-        layers=layers_to_decode(base),
     )
 
 
-@partial(jax.jit, static_argnames=("model", "max_new_tokens", "stop_tokens", "sampling"))
+@partial(jax.jit, static_argnames=("max_new_tokens", "stop_tokens", "sampling"))
 def generate_program(
-    model: Model,
-    base: PyTree,
-    steering: Steering,
+    network: Network,
     prompts: Batch,
-    key: Array | None = None,
+    key: Array,
+    layers: tuple[PyTree, ...] | None,
+    steered: Mapping[str, Any],
     *,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
     sampling: Sampling = GREEDY,
-    strength: Mapping[str, ArrayLike] | None = None,
-    adapters: ArrayLike | None = None,
-    layers: tuple[PyTree, ...] | None = None,
 ) -> Generated:
-    """The compiled part of `generate`; with `layers`, the base's blocks as a tuple, which the steps read in place."""
-    key = jax.random.key(0) if key is None else key
+    """The compiled part of `generate`, whose arguments it takes.
+
+    Args:
+        network: model, base and steering.
+        prompts, key, max_new_tokens, stop_tokens, sampling: as there.
+        layers: the base's blocks as a tuple, which the steps read in place; None = scan over them.
+        steered: further arguments of `forward`, strength and adapters.
+    """
+    model, base, steering = network.model, network.base, network.steering
     stepping = base if layers is None else {**base, "blocks": layers}
-    steered: Any = {"strength": strength, "adapters": adapters}
     B, T = prompts.tokens.shape
     stops = jnp.array(stop_tokens, jnp.int32)
     real = prompts.segments > 0

@@ -5,16 +5,19 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 
+from jaxsteer.batches import select
 from jaxsteer.models.adapters import for_each_token
-from jaxsteer.models.strength import at_strength
+from jaxsteer.models.strength import at_strength, check_strength
 from jaxsteer.sharding import current_mesh, current_platform
-from jaxsteer.types import Array, Context, Plan, PyTree, Slot, Steering, Taps
+from jaxsteer.types import Array, Batch, Context, Plan, PyTree, Slot, Steering, Taps
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,18 @@ class Interventions:
     key: Array | None = None
     train: bool = False
     adapters: Array | None = None
+
+    @classmethod
+    def on(
+        cls, batch: Batch, plan: Plan, strength: Mapping[str, ArrayLike] | None = None, **shared: Any
+    ) -> Interventions:
+        """The interventions of a plan on a batch [B, T]: the strength of slots as in `forward`, and the other fields.
+
+        Raises:
+            ValueError: a strength of another slot or shape.
+        """
+        masks = {slot.name: select(slot.positions, batch) for slot in plan}
+        return cls(plan, masks, check_strength(plan, strength, batch.tokens.shape), **shared)
 
     def merges(self, slot: Slot, x: Array, kernel: Array) -> bool:
         """Whether a slot may put its Δ into the kernel of a projection of x [B, T, in], rather than add it to y.

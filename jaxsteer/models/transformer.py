@@ -18,14 +18,12 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxsteer.batches import select
 from jaxsteer.models.adapters import check_adapters
 from jaxsteer.models.attention import Kernel, Span
 from jaxsteer.models.by_layer import BlockFunction, extended, is_by_layer, layer_caches, run_layers
 from jaxsteer.models.config import ModelConfig, site_dims
 from jaxsteer.models.layers import Block, Embed, KeysValues, layer_inputs, norm_of
 from jaxsteer.models.sites import Interventions, Steer, unsteered
-from jaxsteer.models.strength import check_strength
 from jaxsteer.sharding import constrain
 from jaxsteer.types import PROJECTIONS, SITES, Array, Batch, Cache, Output, Plan, PyTree, Slot, Steering, Taps
 
@@ -174,17 +172,9 @@ def forward(
         )
 
     per_layer = spread(plan, steering, config.layers)
-    block = block_function(
-        model,
-        batch,
-        adapters=check_adapters(config, plan, steering, adapters, batch.tokens.shape),
-        cache=cache,
-        keep_cache=keep_cache,
-        capture=capture,
-        key=key,
-        train=train,
-        strength=strength,
-    )
+    adapters = check_adapters(config, plan, steering, adapters, batch.tokens.shape)
+    interventions = Interventions.on(batch, plan, strength, capture=capture, key=key, train=train, adapters=adapters)
+    block = block_function(model, batch, interventions, cache=cache, keep_cache=keep_cache)
     run = run_layers if is_by_layer(base["blocks"]) else partial(_scan_blocks, model)
     h, (taps, new) = run(block, base["blocks"], embed(model, base, batch), per_layer)
     hidden: Array = norm_of(config).apply({"params": base["final_norm"]}, h)  # type: ignore[assignment]
@@ -202,35 +192,16 @@ def embed(model: Model, base: PyTree, batch: Batch) -> Array:
 
 
 def block_function(
-    model: Model,
-    batch: Batch,
-    *,
-    cache: Cache | None = None,
-    keep_cache: bool = False,
-    capture: Sequence[str] = (),
-    key: Array | None = None,
-    train: bool = False,
-    strength: Mapping[str, ArrayLike] | None = None,
-    adapters: Array | None = None,
+    model: Model, batch: Batch, interventions: Interventions, *, cache: Cache | None = None, keep_cache: bool = False
 ) -> BlockFunction:
     """One block as a function (weights, h, layer, p) -> (h, (taps, keys and values)), which `forward` scans.
 
     weights is one layer of `base["blocks"]`, h [B, T, D] the residual stream that the block reads, layer its index,
     and p one layer of `spread(plan, steering, layers)`, or None to steer nothing. Keys and values are None if no cache
-    needs them. What all layers share is computed once, here. The arguments are those of `forward`, but `adapters` is
-    int32 [B, T].
+    needs them. What all layers share is computed once, here. The other arguments are those of `forward`.
     """
-    config, plan = model.config, model.plan
+    config = model.config
     inputs_of = layer_inputs(config, Span(batch.segments, batch.positions))
-    interventions = Interventions(
-        plan,
-        masks={slot.name: select(slot.positions, batch) for slot in plan},
-        factors=check_strength(plan, strength, batch.tokens.shape),
-        capture=capture,
-        key=key,
-        train=train,
-        adapters=adapters,
-    )
     cache_of = layer_caches(cache, batch)
 
     def block(

@@ -18,6 +18,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxsteer.models.sites import Interventions
 from jaxsteer.models.transformer import Network, block_function, embed, spread
 from jaxsteer.types import (
     SITES,
@@ -174,7 +175,7 @@ def block_inputs(network: Network, batch: Batch) -> Array:
 
 def block_step(network: Network, batch: Batch, capture: Sequence[str] = ()) -> BlockStep:
     """One block of a network as a function of one layer of `stacked(network)`."""
-    block = block_function(network.model, batch, capture=capture)
+    block = block_function(network.model, batch, Interventions.on(batch, network.model.plan, capture=capture))
 
     def run(params: tuple[PyTree, Steering], h: Array, layer: Array) -> tuple[Array, Taps]:
         weights, steering = params

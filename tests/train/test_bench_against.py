@@ -195,7 +195,7 @@ def test_a_row_is_compared_measured_saved_and_not_measured_again(
     assert examples == round(examples) > 2
     assert set(figures["machine"]) == {"processor", "cores", "memory_gb", "system"}
 
-    measured, result = [], {name: value for name, value in row.items() if name not in ("commit", "settings")}
+    measured, result = [], {name: value for name, value in row.items() if name not in ("code", "settings")}
     monkeypatch.setattr(command, "_measure", lambda arena, new, heading: measured.append(new.name) or result)
     for settings, times in (({}, 0), ({"again": True}, 1), ({"pairs": 1}, 1), ({"pairs": 1}, 0)):
         measured.clear()

@@ -22,6 +22,7 @@ from train.bench.against.command import bench_against
 from train.bench.data import DataBench, bench_data
 from train.bench.decoding import DecodeBench, bench_decode
 from train.bench.eval import EvalBench, bench_eval
+from train.bench.figures import shown
 from train.bench.load import LoadBench, bench_load
 from train.bench.training import TrainBench, bench_train
 from train.cli import run_main
@@ -68,17 +69,12 @@ def _table(figures: Mapping[str, Any]) -> Table:
     if isinstance(next(iter(figures.values())), Mapping):
         table = Table("", *figures)
         for name in next(iter(figures.values())):
-            table.add_row(name, *(_text(of_setting[name]) for of_setting in figures.values()))
+            table.add_row(name, *(shown(of_setting[name]) for of_setting in figures.values()))
         return table
     table = Table(title=device_summary(), title_justify="left", show_header=False)
     for name, value in figures.items():
-        table.add_row(name, _text(value))
+        table.add_row(name, shown(value))
     return table
-
-
-def _text(value: float) -> str:
-    """Four significant digits, or all digits before the point."""
-    return f"{value:,.4g}" if value < 100 else f"{value:,.0f}"
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ class DataBench:
     task: str = "gsm8k"
     """The named task that reads it."""
     examples: int | None = None
-    """Write a file of so many lines first, which repeats the given one with other digits, and use that. None: use the
-    file given."""
+    """Number of examples: write a file of this many lines first, which repeats the given one with other digits. By
+    default the file as it is."""
     folder: str = "."
     """Where such a file is written; one that is there is used again."""
     model: str = "smollm2-135m-instruct"

@@ -48,6 +48,10 @@ class DecodeBench:
     """Write the figures to this file."""
 
 
+STOPS = (-1,)
+"""There is no such token, so that nothing ends an answer early."""
+
+
 class Timed(NamedTuple):
     """A model to time, with the adapter of each prompt."""
 
@@ -126,15 +130,18 @@ def seconds_of(timed: Timed, prompts: Batch, new_tokens: int) -> Seconds:
 
 def _memory(timed: Timed, prompts: Batch, new_tokens: int) -> int:
     """Bytes of the arguments and temporaries of the compiled program."""
-    call = _generate(timed, prompts, new_tokens + 1)
     layers = layers_to_decode(timed.network.base)  # which share the memory of the base tree
-    memory: Any = generate_program.lower(*call.args, **call.keywords, layers=layers).compile().memory_analysis()
+    steered = {"adapters": timed.adapters}
+    lowered = generate_program.lower(
+        timed.network, prompts, jax.random.key(0), layers, steered, max_new_tokens=new_tokens + 1, stop_tokens=STOPS
+    )
+    memory: Any = lowered.compile().memory_analysis()
     shared = sum(leaf.nbytes for leaf in jax.tree.leaves(layers))
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes - shared
 
 
 def _generate(timed: Timed, prompts: Batch, count: int) -> partial:
-    """The call that generates `count` tokens: there is no token -1 to stop at."""
+    """The call that generates `count` tokens."""
     model, base, steering = timed.network.model, timed.network.base, timed.network.steering
-    settings: Any = {"max_new_tokens": count, "stop_tokens": (-1,), "adapters": timed.adapters}
+    settings: Any = {"max_new_tokens": count, "stop_tokens": STOPS, "adapters": timed.adapters}
     return partial(generate, model, base, steering, prompts, **settings)

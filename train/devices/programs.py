@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from train.devices import interrupts
 
@@ -31,7 +31,12 @@ class Finished(NamedTuple):
 
 @contextmanager
 def started(
-    command: Sequence[str], name: str, stderr: IO | int, folder: str | None, environment: Mapping[str, str]
+    command: Sequence[str],
+    name: str,
+    stderr: IO | int,
+    folder: str | None,
+    environment: Mapping[str, str],
+    stdout: IO | int = subprocess.PIPE,
 ) -> Iterator[subprocess.Popen]:
     """A process that runs a command in a folder; killed at the end with all that it started, if it still runs.
 
@@ -41,15 +46,14 @@ def started(
         stderr: where its standard error goes.
         folder: to run in; None = this process's.
         environment: its environment variables.
+        stdout: where its standard output goes; by default to the reader of the process.
 
     Raises:
         ValueError: it cannot be run.
     """
-    pipe = subprocess.PIPE
+    streams: Any = {"stdin": subprocess.PIPE, "stdout": stdout, "stderr": stderr}
     try:
-        process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=stderr, cwd=folder, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, **streams, cwd=folder, env=environment, start_new_session=True)
     except OSError as error:
         raise ValueError(f"{name}: {command[0]} cannot be run ({error.strerror})") from None
     try:

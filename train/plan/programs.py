@@ -16,7 +16,7 @@ from jax.stages import Lowered
 from jaxsteer.inference.generate import generate_program
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.quantise import quantise
-from jaxsteer.models.transformer import init_base
+from jaxsteer.models.transformer import Network, init_base
 from jaxsteer.params import combine
 from jaxsteer.sharding import AXES, batch_shardings
 from jaxsteer.types import Array, Batch, PyTree
@@ -141,10 +141,11 @@ def lower_decoding(program: Program, config: TrainConfig, prompt_length: int) ->
     params = combine(state.params, frozen)
     with program.on_mesh():
         return generate_program.lower(
-            replace(program.model, train_base=False),
-            params.base,
-            params.steering,
+            Network(replace(program.model, train_base=False), params.base, params.steering),
             _batch_shapes((config.eval_batch_size, prompt_length), program),
+            jax.eval_shape(lambda: jax.random.key(0)),
+            None,
+            {},
             max_new_tokens=config.task.max_new_tokens,
             stop_tokens=(STOP_TOKEN,),
         )

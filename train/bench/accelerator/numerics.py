@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from train.bench.accelerator.records import ROOT, Context, Figures, Need, Row, Stage
+from train.bench.accelerator.records import Context, Figures, Need, Row, Stage
 from train.bench.accelerator.settings import AcceleratorBench
+from train.bench.provenance import ROOT
 from train.devices.programs import run_program
 
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -21,7 +21,7 @@ GOAL = 1.3
 OURS = "jaxsteer"
 
 RANK = 8
-"""Of `settings.LORA`."""
+"""Rank that both sides train, as in `settings.LORA`."""
 
 TIMEOUT = 600.0
 """Seconds after which peft is stopped where there is no time limit."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from jaxsteer.io.files import Json, read_json, write_json
 from train.bench.accelerator.settings import AcceleratorBench
+from train.bench.provenance import code_digest
 from train.plain import from_plain
-
-ROOT = Path(__file__).resolve().parents[3]
 
 Outcome = Literal["measured", "out of memory", "not here", "failed", "stopped"]
 """How a row ended. not here: this machine lacks something that it needs; stopped: by the time limit."""
@@ -198,24 +194,3 @@ def latest(records: Iterable[Record]) -> list[Record]:
     """The last record of each row on each kind of device, whatever its code and settings, in their order."""
     last = {(record.stage, record.row, record.device.kind): record for record in records}
     return list(last.values())
-
-
-@cache
-def code_digest() -> str:
-    """A digest of the sources that figures depend on: of the library, the programs and the peers."""
-    digest = hashlib.sha256()
-    files = [*(ROOT / "jaxsteer").rglob("*.py"), *(ROOT / "train").rglob("*.py"), *ROOT.glob("tests/peers/*_peer.py")]
-    for path in sorted(files):
-        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-@cache
-def commit() -> str | None:
-    """The commit of the clone that this runs in; None outside of one."""
-    asked = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-    try:
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -19,11 +19,11 @@ from train.bench.accelerator.records import (
     Stage,
     Store,
     blank,
-    commit,
 )
 from train.bench.accelerator.settings import AcceleratorBench
 from train.bench.accelerator.stages import STAGES
 from train.bench.accelerator.worker import Attempt, attempt, attempt_apart, device_apart, find_device
+from train.bench.provenance import commit
 from train.devices import interrupts
 from train.display.console import say
 

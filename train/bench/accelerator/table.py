@@ -10,6 +10,7 @@ from rich.table import Table
 from train.bench.accelerator.records import Record, Stage, Store, latest
 from train.bench.accelerator.settings import AcceleratorBench
 from train.bench.accelerator.stages import STAGES
+from train.bench.figures import shown
 
 
 def listed(config: AcceleratorBench, store: Store) -> Table:
@@ -45,19 +46,15 @@ def _section(stage: Stage, device: str, records: Sequence[Record]) -> str:
         columns = list(dict.fromkeys(name for record in measured for name in record.figures))
         lines += ["", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         for record in measured:
-            cells = [_text(record.figures.get(name, "")) for name in columns]
+            cells = [_cell(record.figures.get(name, "")) for name in columns]
             lines.append(f"| {record.row} | {' | '.join(cells)} |")
     others = [record for record in records if record.outcome != "measured"]
-    lines += ["", *(f"- {record.row}: {record.outcome} ({_text(record.message)})" for record in others)] * bool(others)
+    lines += ["", *(f"- {record.row}: {record.outcome} ({_cell(record.message)})" for record in others)] * bool(others)
     lines += ["", *(f"- {line}" for line in found)] if (found := stage.summary(measured)) else []
     made = sorted({f"{record.commit or 'no commit'}, sources {record.code}, {record.time[:10]}" for record in records})
     return "\n".join([*lines, "", f"Measured with {'; '.join(made)}."])
 
 
-def _text(value: Any) -> str:
-    """A figure in a cell: four significant digits, or all digits before the point."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+def _cell(value: Any) -> str:
+    """A figure in a cell of a Markdown table."""
+    return shown(value).replace("|", "\\|").replace("\n", " ")

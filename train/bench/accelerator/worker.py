@@ -20,9 +20,10 @@ import jax
 
 from jaxsteer.io.files import Json, parse_json
 from jaxsteer.sharding import current_platform
-from train.bench.accelerator.records import ROOT, Context, Device, Figures, Outcome, OutOfMemory, Record, Row
+from train.bench.accelerator.records import Context, Device, Figures, Outcome, OutOfMemory, Record, Row
 from train.bench.accelerator.settings import AcceleratorBench
 from train.bench.accelerator.stages import STAGES
+from train.bench.provenance import ROOT
 from train.devices.machine import enable_compilation_cache
 from train.devices.programs import TookTooLong, run_program
 from train.plain import from_plain

@@ -31,7 +31,7 @@ MARGIN = 1e-3
 class AgainstBench:
     """Compare speed and memory with transformers and peft on the same work, in turns, in one run.
 
-    Each finished row is saved in the JSON file at once; rows that it has, with the same settings and commit, are not
+    Each finished row is saved in the JSON file at once; rows that it has, with the same settings and code, are not
     measured again.
     """
 

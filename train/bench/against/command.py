@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -20,10 +18,10 @@ from train.bench.against.contest import hold, parts_of
 from train.bench.against.page import table, write_into
 from train.bench.against.rows import Row, chosen
 from train.bench.against.texts import Data
+from train.bench.provenance import code_digest, commit
 from train.display.console import progress, say
 from train.peers import interpreter_of, temporary_folder
 
-ROOT = Path(__file__).resolve().parents[3]
 TUNABLES = "GLIBC_TUNABLES"
 
 
@@ -43,7 +41,7 @@ def bench_against(config: AgainstBench) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"--json {path}: the folder {path.parent} does not exist")
     figures, data = read_json(path) if path.exists() else {}, read_data(config)
-    keys = {row.name: {"commit": _commit(), "settings": _settings(config, data, row)} for row in rows}
+    keys = {row.name: {"code": code_digest(), "settings": _settings(config, data, row)} for row in rows}
     due = [row for row in rows if config.again or not _is_measured(figures, row, keys[row.name])]
     if kept := [row.name for row in rows if row not in due]:
         say(f"measured already, with these settings and this code: {', '.join(kept)}; --again measures them once more")
@@ -85,6 +83,7 @@ def _measure(arena: Arena, row: Row, heading: str) -> dict[str, Any]:
         | result
         | {
             "pairs": arena.config.pairs,
+            "commit": commit(),
             "versions": _versions() | arena.told,
             "load_average": [load, os.getloadavg()],
             "seconds": time.perf_counter() - began,
@@ -122,15 +121,3 @@ def _machine() -> dict[str, Any]:
         "memory_gb": round(pages / 1e9, 1),
         "system": platform.platform(terse=True),
     }
-
-
-def _commit() -> str:
-    """The commit of this clone, with a hash of what was changed since; the version where it is installed."""
-    if not (ROOT / ".git").exists():
-        return jaxsteer.__version__
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    try:
-        commit, changes = git("rev-parse", "--short=12", "HEAD").strip(), git("diff", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return jaxsteer.__version__
-    return commit + (f"+{hashlib.sha256(changes.encode()).hexdigest()[:8]}" if changes else "")

@@ -51,7 +51,7 @@ class Ours:
         return self._whole([np.asarray(made.tokens)[row, :length] for row, length in enumerate(made.lengths)])
 
     def set(self, prompts: Sequence[TokenizedExample], rows: int, *, plain: bool = False) -> np.ndarray:
-        """Answers [N, M] to a whole set, so many at a time, in rows that are refilled."""
+        """Answers [N, M] to a whole set, from `rows` rows that are refilled."""
         network = self._plain if plain else self._steered
         limits = Limits(bucket_length(max(map(len, prompts))), self._new_tokens, rows)
         decoder = Decoder(network.model, network.base, network.steering, limits)
@@ -139,7 +139,7 @@ class DecodingRow:
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """A whole set, steered, so many questions at a time in rows that are refilled.
+    """A whole set of questions, steered, in rows that are refilled.
 
     plan   what steers
     rows   questions that are answered at a time

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -16,7 +15,7 @@ from typing import ClassVar, NamedTuple
 from train.bench.against.arena import Arena
 from train.bench.against.contest import Better, Contest, Part, Side
 from train.bench.against.training import RATE, TrainingRow, work_of
-from train.devices import interrupts
+from train.devices.programs import started
 from train.peers import Conversation, temporary_folder
 
 STEPS = 3
@@ -51,22 +50,9 @@ def train_afresh(arena: Arena, row: TrainingRow, steps: int, cache: Path) -> Pro
         environment = {**os.environ, "JAXSTEER_CACHE": str(cache)}
         with (folder / "said").open("wb") as said:
             began = time.perf_counter()
-            process = subprocess.Popen(
-                _command(arena, row, folder),
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-                env=environment,
-                start_new_session=True,
-            )
-            try:
-                with interrupts.undoing(lambda: os.killpg(process.pid, signal.SIGKILL)):
-                    seconds = _wait(process, folder, steps, began)
-                    return Progress(seconds, _peak(process.pid))
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            with started(_command(arena, row, folder), "jaxsteer sft", said, None, environment, said) as process:
+                seconds = _wait(process, folder, steps, began)
+                return Progress(seconds, _peak(process.pid))
 
 
 def _command(arena: Arena, row: TrainingRow, folder: Path) -> list[str]:
@@ -87,7 +73,7 @@ def _command(arena: Arena, row: TrainingRow, folder: Path) -> list[str]:
         "out": folder / "run",
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "train.sft", "jsonl", *words, "--plan", *row.plan]
+    return [sys.executable, "-m", "train", "sft", "jsonl", *words, "--plan", *row.plan]
 
 
 def _wait(process: subprocess.Popen, folder: Path, steps: int, began: float) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxsteer.io.files import write_text
+from train.bench.figures import shown
 from train.data.text_files import read_text
 
 BEGIN, END = "<!-- begin: jaxsteer bench against -->", "<!-- end: jaxsteer bench against -->"
@@ -71,7 +72,7 @@ def _line(row: Mapping[str, Any]) -> str:
     ratio, bound = row["ratio"], row.get("bound")
     spread = f"{ratio['median']:.2f} ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
     share = f"{100 * bound['share']:.0f} %" if bound else ""
-    ours, theirs = (f"{_number(row[side]['median'])} {row['unit']}" for side in ("ours", "theirs"))
+    ours, theirs = (f"{shown(row[side]['median'], 3)} {row['unit']}" for side in ("ours", "theirs"))
     title = f"{row['title']}, against {row['theirs']['name']}"
     return f"| {title} | {ours} | {theirs} | {spread} | {share} | {row['limited_by']} |"
 
@@ -81,12 +82,7 @@ def _tried(rows: Mapping[str, Any]) -> list[str]:
     lines = []
     for row in rows.values():
         if tried := row.get("tried"):
-            ways = "; ".join(f"{name}: {_number(figure)}" for name, figure in tried.items())
+            ways = "; ".join(f"{name}: {shown(figure, 3)}" for name, figure in tried.items())
             lines.append(f"- {row['title']} ({row['unit']}): {ways}")
     heading = ["", "Where the opponent has several ways, the best of one round each was measured:", ""]
     return heading + lines if lines else []
-
-
-def _number(value: float) -> str:
-    """Three significant digits, or all before the point."""
-    return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"

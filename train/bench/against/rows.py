@@ -37,7 +37,7 @@ class Row(Protocol):
 
     @property
     def unit(self) -> str:
-        """Of the figure."""
+        """Unit of the figure."""
         ...
 
     @property

@@ -154,7 +154,7 @@ class TrainingRow:
 
     @property
     def unit(self) -> str:
-        """Of the figure."""
+        """Unit of the figure."""
         return "tokens/s" if self.data == "dense" else "examples/s"
 
     @contextmanager
