@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxsteer.adapters import Adapters
 from jaxsteer.batches import bucket_length
-from jaxsteer.inference.events import Answer, Event, Finished, answer_of, joined
+from jaxsteer.inference.events import Answer, Event, Finished, answer_of, joined, top_of
 from jaxsteer.inference.generate import to_device
 from jaxsteer.inference.rows import (
     Emitted,
@@ -39,6 +39,7 @@ from jaxsteer.inference.scheduling import (
     prefill_adapters,
     prefill_batch,
     prefill_strength,
+    wanted,
 )
 from jaxsteer.models.by_layer import layers_to_decode
 from jaxsteer.models.config import check_length, check_new_tokens
@@ -272,9 +273,9 @@ class Decoder:
             strength: Any = prefill_strength(requests, layout, self._slots) if _any_scaled(tickets) else None
             adapters: Any = prefill_adapters(requests, layout)
             hidden, prefilled = prefill(self._network, batch, strength, adapters)
-            stop_width, sampling = self.limits.max_stop_tokens, _any_samples(tickets)
+            stop_width = self.limits.max_stop_tokens
             admission = make_admission(requests, layout, taken, no_row=count, stop_width=stop_width, slots=self._slots)
-            rows, prompts = insert(self._network, self._rows, hidden, prefilled, admission, sampling=sampling)
+            rows, prompts = insert(self._network, self._rows, hidden, prefilled, admission, **wanted(requests))
             self._rows = fill(rows, prompts, admission.row)
             for row, ticket in zip(taken, tickets, strict=True):
                 self._tickets[row] = ticket
@@ -306,7 +307,7 @@ class Decoder:
         else:
             enough = count - self._half() if draining else count
         reported = np.array([0 if ticket is None else ticket.reported for ticket in self._tickets], np.int32)
-        static: Any = {"sampling": _any_samples(self._active), "scaled": _any_scaled(self._active)}
+        static: Any = {"scaled": _any_scaled(self._active), **wanted([ticket.request for ticket in self._active])}
         self._rows, emitted = advance(
             self._stepping(), self._rows, reported, np.int32(enough), chunk=self.limits.chunk, **static
         )
@@ -316,8 +317,8 @@ class Decoder:
         """Read what is new in each row, and free the rows that are done."""
         assert self._rows is not None
         progress = self._rows.progress
-        done, stopped, failed, drawn, margin, tokens, log_probabilities = jax.device_get(
-            (progress.done, progress.stopped, progress.failed, progress.drawn, progress.margin, *emitted)
+        done, stopped, failed, drawn, margin, (tokens, log_probabilities, top) = jax.device_get(
+            (progress.done, progress.stopped, progress.failed, progress.drawn, progress.margin, emitted)
         )
         events = []
         for row, ticket in enumerate(self._tickets):
@@ -331,7 +332,9 @@ class Decoder:
                 self._tickets[row] = None
             if new or finished:
                 parts = tokens[row, :new].copy(), log_probabilities[row, :new].copy()
-                events.append(Event(ticket.id, *parts, finished, ticket.margin))
+                events.append(
+                    Event(ticket.id, *parts, finished, ticket.margin, top_of(top, row, new, ticket.request.top))
+                )
         if any(event.finished == "nonfinite" for event in events):
             self._rows = clear_rows(self._rows, failed)
         return events
@@ -344,10 +347,6 @@ def _steering_of(steering: Steering | Adapters, model: Model) -> Steering:
     if steering.plan != model.plan:
         raise ValueError("the adapters' plan is not the model's: use Model(config, adapters.plan)")
     return steering.steering
-
-
-def _any_samples(tickets: Sequence[_Ticket]) -> bool:
-    return any(ticket.request.sampling.temperature > 0 for ticket in tickets)
 
 
 def _any_scaled(tickets: Sequence[_Ticket]) -> bool:
