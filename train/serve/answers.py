@@ -1,0 +1,123 @@
+"""The answers that one request asks for, as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from jaxsteer.inference.events import Event
+from jaxsteer.inference.scheduling import Request
+from train.serve.metrics import Timer
+from train.serve.service import Service, of_engine
+from train.serving.engine import EngineError, Job, Listener
+from train.serving.text import Delta, End, TextOfAnswer, Token
+
+
+@dataclass(frozen=True)
+class Ask:
+    """An answer that is wanted.
+
+    request  to the engine
+    stop     texts that end it
+    tokens   whether its tokens are wanted one by one
+    """
+
+    request: Request
+    stop: tuple[str, ...] = ()
+    tokens: bool = False
+
+
+class Answers:
+    """The answers to some requests, submitted at once. `close` them, read or not: it frees their rows.
+
+    What the engine tells waits in a queue, so that a client that reads slowly holds up nobody; an answer's maximum
+    number of tokens bounds it.
+
+    Args:
+        service: with the engine.
+        model: name of the model, for the metrics.
+        asks: what is wanted.
+
+    Raises:
+        ApiError: 400, 429 or 503: a request that the engine refuses. Then none of them is answered.
+    """
+
+    def __init__(self, service: Service, model: str, asks: Sequence[Ask]) -> None:
+        decode = partial(service.engine.roster.loaded.require_tokenizer().decode, skip_special_tokens=True)
+        self._texts = [TextOfAnswer(decode, ask.stop, tokens=ask.tokens) for ask in asks]
+        self._timers = [Timer(service.metrics, model, time.perf_counter()) for _ in asks]
+        self._left = set(range(len(asks)))
+        self._news: asyncio.Queue[tuple[int, Event | EngineError]] = asyncio.Queue()
+        self._jobs: list[Job] = []
+        deadline = service.deadline()
+        try:
+            for index, ask in enumerate(asks):
+                self._jobs.append(service.engine.submit(ask.request, self._listener(index), deadline=deadline))
+        except EngineError as error:
+            self.close()
+            raise of_engine(error) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _listener(self, index: int) -> Listener:
+        loop = asyncio.get_running_loop()
+
+        def tell(news: Event | EngineError) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
+
+        return tell
+
+    @property
+    def generated(self) -> int:
+        """Number of tokens generated so far."""
+        return sum(text.generated for text in self._texts)
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """(index of the answer, what is new), until all have ended.
+
+        Raises:
+            ApiError: an answer ended with an error.
+        """
+        while self._left:
+            index, news = await self._news.get()
+            if index not in self._left:
+                continue  # came before the job was cancelled
+            if isinstance(news, EngineError):
+                raise of_engine(news)
+            yield index, self._push(index, news)
+
+    def _push(self, index: int, event: Event) -> Delta:
+        text, timer, now = self._texts[index], self._timers[index], time.perf_counter()
+        delta = text.push(event)
+        timer.got(text.generated, now)
+        if delta.finished is not None:
+            self._left.discard(index)
+            self._jobs[index].cancel()  # a stop string ends the answer before the model does
+            timer.ended(text.generated, now)
+        return delta
+
+    async def whole(self) -> list[Delta]:
+        """Each answer from its beginning to its end.
+
+        Raises:
+            ApiError: an answer ended with an error.
+        """
+        texts, tokens = [""] * len(self._texts), [list[Token]() for _ in self._texts]
+        ends: dict[int, End | None] = {}
+        async for index, delta in self.deltas():
+            texts[index] += delta.text
+            tokens[index] += delta.tokens
+            ends[index] = delta.finished
+        return [Delta(texts[index], tuple(tokens[index]), ends[index]) for index in range(len(texts))]
+
+    def close(self) -> None:
+        """Cancel what has not ended."""
+        self._left.clear()
+        for job in self._jobs:
+            job.cancel()
