@@ -145,6 +145,45 @@ class Decoder:
         return len(self._waiting) + len(self._active)
 
     @property
+    def waiting(self) -> int:
+        """Number of requests whose prompt has not been read to its end."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Number of requests that are being decoded."""
+        return len(self._active)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows allocated, of which `active` decode."""
+        return len(self._tickets)
+
+    @property
+    def prefix_hits(self) -> int:
+        """Number of prompts so far that began like an earlier one and were not read from their start."""
+        return 0
+
+    @property
+    def prefix_tokens_reused(self) -> int:
+        """Number of tokens of prompts so far that were not read again."""
+        return 0
+
+    def warm(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile what an open queue needs, whatever its load, before the first request. For `step` without draining.
+
+        Args:
+            progress: called as progress(done, total) after each of `total` parts of the work.
+
+        Raises:
+            ValueError: requests are pending.
+        """
+        if self.pending:
+            raise ValueError(f"warm: {self.pending} requests are pending; compile before the first")
+        if progress:
+            progress(0, 0)
+
+    @property
     def _active(self) -> list[_Ticket]:
         return [ticket for ticket in self._tickets if ticket is not None]
 

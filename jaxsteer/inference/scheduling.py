@@ -81,6 +81,11 @@ class Limits:
     chunk            maximum number of decoding steps between two reports: 32 for throughput, 1 to 4 to stream tokens
                      and to cancel quickly
     max_stop_tokens  maximum number of stop tokens of a request
+    prefill_chunk    a longer prompt is read in parts of this many tokens, one between two chunks of decoding, so that
+                     the other requests go on; not while the queue is drained
+    prefix_tokens    keys and values of so many tokens of prompts are kept, for prompts that begin alike; 0 = none
+    general          compile only programs that can do whatever requests ask for, a little slower for greedy decoding at
+                     full strength: with `Decoder.warm`, no request waits for a compiler
     """
 
     max_prompt: int
@@ -88,12 +93,16 @@ class Limits:
     rows: int = 64
     chunk: int = 32
     max_stop_tokens: int = 16
+    prefill_chunk: int = 256
+    prefix_tokens: int = 0
+    general: bool = False
 
     def __post_init__(self) -> None:
         """Reject sizes below 1."""
+        smallest = {"prefix_tokens": 0, "general": False}
         for name in (each.name for each in fields(self)):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) < smallest.get(name, 1):
+                raise ValueError(f"{name} must be at least {smallest.get(name, 1)}, got {getattr(self, name)}")
 
     def check(self, request: Request) -> None:
         """Reject a request that is too large.

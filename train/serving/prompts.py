@@ -6,9 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from jaxsteer.batches import Tokens
 from jaxsteer.io import LoadedModel
+from train.data import Encoding, Example, TokenizedExample, Turn, encode_prompts, stop_tokens
+from train.data.encoding import PLAIN
+from train.data.prompts import check_unicode
 from train.serving.models import Served
+
+ROLES = ("system", "user", "assistant")
+"""Roles of messages."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,10 @@ def plain_prompt(loaded: LoadedModel, given: str | Sequence[int], source: str) -
     Raises:
         ValueError: nothing to continue, not Unicode, or an id that the model does not have.
     """
-    raise NotImplementedError
+    if not isinstance(given, str):
+        return _prompt(loaded, _from_ids(given, loaded.config.vocab_size, source), PLAIN)
+    check_unicode(given, source)
+    return _encoded(loaded, Example.of(given, None, source), PLAIN)
 
 
 def chat_prompt(loaded: LoadedModel, served: Served, messages: Sequence[Mapping[str, Any]], source: str) -> Prompt:
@@ -53,4 +64,42 @@ def chat_prompt(loaded: LoadedModel, served: Served, messages: Sequence[Mapping[
         ValueError: no messages, another role or content, the last message is the assistant's, the model has no chat
             template, or the template refuses the conversation or rewrites its earlier messages.
     """
-    raise NotImplementedError
+    if not loaded.require_tokenizer().chat_template:
+        raise ValueError(
+            f"{source}: {loaded.name} has no chat template, so it cannot answer messages; ask it to complete a text"
+        )
+    turns = tuple(_turn(message, f"{source}, message {number}") for number, message in enumerate(messages))
+    if not turns or turns[-1].supervised:
+        last = "there are none" if not turns else "the last one is the assistant's"
+        raise ValueError(f"{source}: messages must end with one to answer, but {last}")
+    return _encoded(loaded, Example(turns, source), Encoding(chat=True, date=served.date))
+
+
+def _turn(message: Mapping[str, Any], source: str) -> Turn:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{source}: the role is {role!r:.80}; allowed are {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"{source}: the content must be a text")
+    check_unicode(content, source)
+    return Turn(role, content)
+
+
+def _from_ids(given: Sequence[int], vocab_size: int, source: str) -> TokenizedExample:
+    """Token ids as a prompt, which has no completion."""
+    if outside := [token for token in given if not 0 <= token < vocab_size]:
+        raise ValueError(f"{source}: {outside[0]} is not a token id of this model, which are 0 to {vocab_size - 1}")
+    if not given:
+        raise ValueError(f"{source}: an empty prompt; there is nothing to continue")
+    return TokenizedExample(np.array(given, np.int32), np.zeros(len(given), bool), len(given), source)
+
+
+def _encoded(loaded: LoadedModel, example: Example, encoding: Encoding) -> Prompt:
+    tokens, _ = encode_prompts([example], loaded.require_tokenizer(), encoding)
+    return _prompt(loaded, tokens[0], encoding)
+
+
+def _prompt(loaded: LoadedModel, tokens: TokenizedExample, encoding: Encoding) -> Prompt:
+    tokenizer = loaded.require_tokenizer()
+    stop = tuple(sorted({*loaded.stop_tokens, *stop_tokens(tokenizer, encoding)}))
+    return Prompt(tokens, tokenizer.decode(tokens.ids), stop)
