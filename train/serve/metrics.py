@@ -98,6 +98,5 @@ class Timer:
     def ended(self, tokens: int, now: float) -> None:
         """Note that the answer has ended with some tokens."""
         self.got(tokens, now)
-        self._metrics.answer_tokens.labels(self._model).inc(tokens)
         if self._first is not None and tokens > self._at_first:
             self._metrics.per_token.labels(self._model).observe((now - self._first) / (tokens - self._at_first))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from jaxsteer.inference import scheduling
 from jaxsteer.inference.draws import Sampling
 from train.serve.errors import ApiError, bad_request, invalid
 from train.serve.metrics import Metrics
+from train.serve.observe import LOG, facts_of
 from train.serve.protocol import Generate
 from train.serving.engine import Busy, Draining, Engine, EngineError, NonFinite, Timeout
 from train.serving.models import Served, UnknownModel
@@ -76,8 +78,8 @@ class Service:
         try:
             served = self.engine.roster.get(name)
         except UnknownModel as error:
-            raise ApiError(404, str(error), param="model", code="model_not_found") from None
-        request.state.model = name
+            raise unknown_model(error) from None
+        facts_of(request).model = name
         return served
 
     def strength(self, served: Served, given: float | Mapping[str, float] | None) -> dict[str, float]:
@@ -92,6 +94,53 @@ class Service:
             return served.strength(given)
         except ValueError as error:
             raise bad_request(str(error), "steering_strength", "invalid_value") from None
+
+    def job(self, served: Served, body: Generate, prompt: Prompt, new_tokens: int, top: int) -> scheduling.Request:
+        """What the engine is asked for; the seed is given later.
+
+        Args:
+            served: the model that answers.
+            body: the request.
+            prompt: one of its prompts.
+            new_tokens: number of tokens to generate at most.
+            top: number of most likely tokens to report at each step.
+
+        Raises:
+            ApiError: 400, see `strength`.
+        """
+        return scheduling.Request(
+            prompt.tokens,
+            new_tokens,
+            prompt.stop,
+            sampling_of(body),
+            strength=self.strength(served, body.steering_strength),
+            adapter=served.adapter,
+            top=top,
+        )
+
+    def check_choices(self, count: int) -> None:
+        """Refuse a request for more answers than the engine could ever take at once.
+
+        Raises:
+            ApiError: 400.
+        """
+        most = self.engine.settings.queue
+        if count > most:
+            raise bad_request(f"'n' times the number of prompts must be at most {most} (--queue), got {count}", "n")
+
+    def check_prompt(self, prompt: Prompt, param: str) -> None:
+        """Refuse a prompt that is too long.
+
+        Raises:
+            ApiError: 400.
+        """
+        tokens, most = len(prompt.tokens.ids), self.engine.limits.max_prompt
+        if tokens > most:
+            raise bad_request(
+                f"{prompt.tokens.source}: {tokens:,} tokens, but this server reads up to {most:,} (--max-prompt)",
+                param,
+                "context_length_exceeded",
+            )
 
     def new_tokens(self, asked: int | None, prompt: Prompt, param: str) -> int:
         """Number of tokens to generate: as asked for, else what is left of the model's context, up to the limit.
@@ -108,6 +157,14 @@ class Service:
             raise bad_request(message, param, "invalid_value")
         return asked
 
+    def note_prompts(self, request: Request, prompts: Sequence[Prompt]) -> int:
+        """The number of tokens of a request's prompts, which is noted, and what they say if that is wanted."""
+        facts = facts_of(request)
+        facts.prompt_tokens = sum(len(prompt.tokens.ids) for prompt in prompts)
+        for prompt in prompts if self.settings.log_requests else ():
+            LOG.info("#%d prompt: %r", facts.number, prompt.text)
+        return facts.prompt_tokens
+
     def deadline(self) -> float:
         """When a job that begins now ends with an error."""
         return time.monotonic() + self.settings.timeout
@@ -116,12 +173,14 @@ class Service:
         """The result of what the engine computes for a request; not computed if the client leaves before its turn.
 
         Raises:
-            ApiError: 504, it was not there in time.
+            ApiError: 504, it was not there in time; or the engine's error.
         """
         try:
             return await asyncio.wait_for(asyncio.wrap_future(work), self.settings.timeout)
         except TimeoutError:
             raise of_engine(Timeout(f"no result within {self.settings.timeout:g} seconds")) from None
+        except EngineError as error:
+            raise of_engine(error) from None
 
 
 def service_of(request: Request) -> Service:
@@ -158,6 +217,11 @@ def seeds_of(body: Generate) -> list[int]:
     """A seed for each answer to a prompt: those after the given one, or random ones."""
     first = secrets.randbits(63) if body.seed is None else body.seed
     return [(first + number) % (1 << 64) for number in range(body.choices)]
+
+
+def unknown_model(error: UnknownModel) -> ApiError:
+    """The response to a name that no model has."""
+    return ApiError(404, str(error), param="model", code="model_not_found")
 
 
 def of_engine(error: EngineError) -> ApiError:
