@@ -9,11 +9,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from starlette.requests import Request
+
+from jaxsteer.inference import scheduling
 from jaxsteer.inference.events import Event
-from jaxsteer.inference.scheduling import Request
+from train.serve.errors import bad_request
 from train.serve.metrics import Timer
-from train.serve.service import Service, of_engine
+from train.serve.observe import LOG, facts_of
+from train.serve.service import Service, of_engine, unknown_model
 from train.serving.engine import EngineError, Job, Listener
+from train.serving.models import UnknownModel
 from train.serving.text import Delta, End, TextOfAnswer, Token
 
 
@@ -21,48 +26,49 @@ from train.serving.text import Delta, End, TextOfAnswer, Token
 class Ask:
     """An answer that is wanted.
 
-    request  to the engine
-    stop     texts that end it
-    tokens   whether its tokens are wanted one by one
+    job     for the engine
+    stop    texts that end it
+    tokens  whether its tokens are wanted one by one
     """
 
-    request: Request
+    job: scheduling.Request
     stop: tuple[str, ...] = ()
     tokens: bool = False
 
 
 class Answers:
-    """The answers to some requests, submitted at once. `close` them, read or not: it frees their rows.
+    """The answers to a request, all submitted at once. `close` them, read or not: it frees their rows.
 
     What the engine tells waits in a queue, so that a client that reads slowly holds up nobody; an answer's maximum
     number of tokens bounds it.
 
     Args:
         service: with the engine.
-        model: name of the model, for the metrics.
+        request: that is answered; what is known of it is noted there.
         asks: what is wanted.
 
     Raises:
-        ApiError: 400, 429 or 503: a request that the engine refuses. Then none of them is answered.
+        ApiError: 400, 404, 429 or 503: something that the engine refuses. Then nothing is answered.
     """
 
-    def __init__(self, service: Service, model: str, asks: Sequence[Ask]) -> None:
+    def __init__(self, service: Service, request: Request, asks: Sequence[Ask]) -> None:
+        self._facts, self._logged = facts_of(request), service.settings.log_requests
         decode = partial(service.engine.roster.loaded.require_tokenizer().decode, skip_special_tokens=True)
         self._texts = [TextOfAnswer(decode, ask.stop, tokens=ask.tokens) for ask in asks]
-        self._timers = [Timer(service.metrics, model, time.perf_counter()) for _ in asks]
+        self._timers = [Timer(service.metrics, self._facts.model) for _ in asks]
         self._left = set(range(len(asks)))
         self._news: asyncio.Queue[tuple[int, Event | EngineError]] = asyncio.Queue()
         self._jobs: list[Job] = []
         deadline = service.deadline()
         try:
             for index, ask in enumerate(asks):
-                self._jobs.append(service.engine.submit(ask.request, self._listener(index), deadline=deadline))
+                self._jobs.append(service.engine.submit(ask.job, self._listener(index), deadline=deadline))
         except EngineError as error:
             self.close()
             raise of_engine(error) from None
-        except BaseException:
+        except ValueError as error:
             self.close()
-            raise
+            raise (unknown_model(error) if isinstance(error, UnknownModel) else bad_request(str(error))) from None
 
     def _listener(self, index: int) -> Listener:
         loop = asyncio.get_running_loop()
@@ -72,6 +78,11 @@ class Answers:
                 loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
 
         return tell
+
+    @property
+    def count(self) -> int:
+        """Number of answers."""
+        return len(self._texts)
 
     @property
     def generated(self) -> int:
@@ -96,10 +107,13 @@ class Answers:
         text, timer, now = self._texts[index], self._timers[index], time.perf_counter()
         delta = text.push(event)
         timer.got(text.generated, now)
+        self._facts.answer_tokens = self.generated
         if delta.finished is not None:
             self._left.discard(index)
             self._jobs[index].cancel()  # a stop string ends the answer before the model does
             timer.ended(text.generated, now)
+            if self._logged:
+                LOG.info("#%d answer %d: %r", self._facts.number, index, text.text)
         return delta
 
     async def whole(self) -> list[Delta]:
@@ -108,13 +122,15 @@ class Answers:
         Raises:
             ApiError: an answer ended with an error.
         """
-        texts, tokens = [""] * len(self._texts), [list[Token]() for _ in self._texts]
+        tokens = [list[Token]() for _ in self._texts]
         ends: dict[int, End | None] = {}
-        async for index, delta in self.deltas():
-            texts[index] += delta.text
-            tokens[index] += delta.tokens
-            ends[index] = delta.finished
-        return [Delta(texts[index], tuple(tokens[index]), ends[index]) for index in range(len(texts))]
+        try:
+            async for index, delta in self.deltas():
+                tokens[index] += delta.tokens
+                ends[index] = delta.finished
+        finally:
+            self.close()
+        return [Delta(text.text, tuple(tokens[index]), ends[index]) for index, text in enumerate(self._texts)]
 
     def close(self) -> None:
         """Cancel what has not ended."""

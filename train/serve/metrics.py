@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -81,16 +82,15 @@ class Timer:
 
     Args:
         metrics: that are told.
-        model: whose answer it is.
-        now: `time.perf_counter()` when it was asked for.
+        model: whose answer it is, asked for now.
     """
 
-    def __init__(self, metrics: Metrics, model: str, now: float) -> None:
-        self._metrics, self._model, self._asked = metrics, model, now
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics, self._model, self._asked = metrics, model, time.perf_counter()
         self._first: float | None = None
 
     def got(self, tokens: int, now: float) -> None:
-        """Note that the answer has some tokens now."""
+        """Note that the answer has some tokens at `now`, of `time.perf_counter`."""
         if self._first is None and tokens:
             self._first, self._at_first = now, tokens
             self._metrics.first_token.labels(self._model).observe(now - self._asked)

@@ -274,7 +274,7 @@ class LoadRequest(Body):
 
     lora_name: AdapterName
     lora_path: Annotated[str, Field(min_length=1, max_length=4096, description="a path on the server")]
-    load_inplace: Annotated[bool, Field(description="whether an adapter of this name is replaced")] = False
+    load_inplace: Annotated[Literal[False], _only("false")] = False
 
 
 class UnloadRequest(Body):

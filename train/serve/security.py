@@ -6,7 +6,9 @@ import asyncio
 import hmac
 import ipaddress
 import socket
+from collections.abc import Sequence
 
+from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from train.serve.errors import ApiError
@@ -114,3 +116,60 @@ class LimitBody:
         return ApiError(
             413, f"The body is larger than {self._max_bytes:,} bytes (the server's --max-body)", code="body_too_large"
         )
+
+
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+"""Names by which a server on the loopback interface may be asked for."""
+
+
+class CheckHost:
+    """Middleware: the header Host must name this server.
+
+    A page of another site whose name has come to stand for 127.0.0.1 is one origin with this server to a browser, which
+    would let it read answers.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app, self._hosts = app, frozenset(host.lower() for host in hosts)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 421."""
+        if scope["type"] == "http" and self._name(scope) not in self._hosts:
+            error = ApiError(421, f"The header Host must be one of {', '.join(sorted(self._hosts))}", code="wrong_host")
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    @staticmethod
+    def _name(scope: Scope) -> str:
+        """The host in the header, without a port and the brackets of an IPv6 address."""
+        value = next((value for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1").lower()
+        if value.startswith("["):
+            return value[1:].partition("]")[0]
+        return value.rpartition(":")[0] if value.count(":") == 1 else value
+
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class PageHeaders:
+    """Middleware: the page may load nothing from elsewhere, and no other page may show it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and add headers to its response."""
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                for name, value in _PAGE_HEADERS.items():
+                    MutableHeaders(scope=message).setdefault(name, value)
+            await send(message)
+
+        await self._app(scope, receive, with_headers if scope["type"] == "http" else send)

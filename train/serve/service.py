@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from jaxsteer.inference import scheduling
 from jaxsteer.inference.draws import Sampling
+from jaxsteer.models.config import check_length
 from train.serve.errors import ApiError, bad_request, invalid
 from train.serve.metrics import Metrics
 from train.serve.observe import LOG, facts_of
@@ -40,7 +41,7 @@ class ServeSettings:
     strength       of the steering, for requests without one
     loading        whether adapters may be loaded and unloaded
     log_requests   whether prompts and answers are logged
-    allowed_hosts  values of the header Host that are accepted; ("*",) for any
+    allowed_hosts  names in the header Host that are accepted; () for any
     send_timeout   seconds that a client of a stream may take to read what it is sent
     """
 
@@ -50,7 +51,7 @@ class ServeSettings:
     strength: float = 1.0
     loading: bool = False
     log_requests: bool = False
-    allowed_hosts: tuple[str, ...] = ("*",)
+    allowed_hosts: tuple[str, ...] = ()
     send_timeout: float = 60.0
 
 
@@ -124,9 +125,10 @@ class Service:
         Raises:
             ApiError: 400.
         """
-        most = self.engine.settings.queue
+        most = self.engine.settings.rows + self.engine.settings.queue
         if count > most:
-            raise bad_request(f"'n' times the number of prompts must be at most {most} (--queue), got {count}", "n")
+            message = f"'n' times the number of prompts must be at most {most} (--rows and --queue), got {count}"
+            raise bad_request(message, "n", "invalid_value")
 
     def check_prompt(self, prompt: Prompt, param: str) -> None:
         """Refuse a prompt that is too long.
@@ -134,13 +136,14 @@ class Service:
         Raises:
             ApiError: 400.
         """
-        tokens, most = len(prompt.tokens.ids), self.engine.limits.max_prompt
+        tokens, source, most = len(prompt.tokens.ids), prompt.tokens.source, self.engine.limits.max_prompt
+        message = f"{source}: {tokens:,} tokens, but this server reads up to {most:,} (--max-prompt)"
+        try:
+            check_length(self.engine.roster.loaded.config, tokens, source)
+        except ValueError as error:
+            message, most = str(error), 0
         if tokens > most:
-            raise bad_request(
-                f"{prompt.tokens.source}: {tokens:,} tokens, but this server reads up to {most:,} (--max-prompt)",
-                param,
-                "context_length_exceeded",
-            )
+            raise bad_request(message, param, "context_length_exceeded")
 
     def new_tokens(self, asked: int | None, prompt: Prompt, param: str) -> int:
         """Number of tokens to generate: as asked for, else what is left of the model's context, up to the limit.

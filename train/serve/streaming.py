@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -13,9 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from train.serve.answers import Answers
 from train.serve.errors import ApiError, internal_error
-
-LOG = logging.getLogger("jaxsteer.serve")
-
+from train.serve.observe import LOG, facts_of
 
 class ChunkStream(EventSourceResponse):
     """Sends chunks, then [DONE]; an error is the last chunk. Closes the answers however it ends.
@@ -49,7 +46,7 @@ async def _events(request: Request, chunks: AsyncIterator[Mapping[str, Any]]) ->
         if not isinstance(error, ApiError):
             LOG.exception("while streaming")
             error = internal_error()
-        request.state.status = error.status
+        facts_of(request).status = error.status
         yield {"data": json.dumps(error.body(), ensure_ascii=False)}
         return
     yield {"data": "[DONE]"}

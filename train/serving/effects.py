@@ -115,8 +115,8 @@ def effects(network: Network, adapters: Adapters | None, passage: Passage, decod
     """
     tokens = passage.tokens
     check_length(network.model.config, len(tokens), tokens.source)
-    found = _compare(network, tokens, _steered(network, adapters, passage))
-    ids, pieces, added = tokens.ids.tolist(), pieces_of(tokens.ids, lambda ids: decode(ids.tolist())), _added(decode)
+    found = _compare(network, tokens, steering_arguments(network, adapters, passage.served, passage.strength))
+    ids, pieces, added = tokens.ids.tolist(), pieces_of(tokens.ids, lambda ids: decode(ids.tolist())), text_added(decode)
     steered, base = found.steered, found.base
 
     def effect(t: int, piece: str) -> TokenEffect:
@@ -126,27 +126,40 @@ def effects(network: Network, adapters: Adapters | None, passage: Passage, decod
             return TokenEffect(ids[t], piece, part, shift, None, None, (), ())
         p, p_base = (float(scores.log_probability[t]) for scores in (steered, base))
         tops = (
-            _alternatives(scores.top, t, passage.top, lambda id: added(ids[t - 1], id)) for scores in (steered, base)
+            alternatives(scores.top, t, passage.top, lambda id: added(ids[t - 1], id)) for scores in (steered, base)
         )
         return TokenEffect(ids[t], piece, part, shift, p, p_base, *tops)
 
     return Effects(tuple(effect(t, piece) for t, piece in enumerate(pieces)), found.shift)
 
 
-def _steered(network: Network, adapters: Adapters | None, passage: Passage) -> dict[str, Any]:
-    """Strength and adapter as arguments of `forward`, always of the same types: other values compile nothing."""
-    served, there = passage.served, () if adapters is None else adapters.names
+def steering_arguments(
+    network: Network, adapters: Adapters | None, served: Served, strength: Mapping[str, float], rows: int = 1
+) -> dict[str, Any]:
+    """Strength and adapter as arguments of `forward`, always of the same types: other values compile nothing.
+
+    Args:
+        network, adapters: as `Engine.run` gives them.
+        served: the model that is asked.
+        strength: of the slots of its own plan.
+        rows: number of rows of the batch.
+
+    Raises:
+        UnknownModel: the adapter was unloaded.
+        ValueError: a strength for a slot that the plan does not have.
+    """
+    there = () if adapters is None else adapters.names
     if served.adapter is not None and served.adapter not in there:
         raise UnknownModel(f"{served.name!r} is no longer served; it was unloaded meanwhile")
-    if unknown := sorted(set(passage.strength) - {slot.name for slot in served.plan}):
+    if unknown := sorted(set(strength) - {slot.name for slot in served.plan}):
         raise ValueError(f"strength: no slot {unknown}; {served.name!r} has {[slot.name for slot in served.plan]}")
     if adapters is None:
         return {}
     common = adapters.slot_names(served.plan)
-    factors = {common[name]: value for name, value in passage.strength.items()}
+    factors = {common[name]: value for name, value in strength.items()}
     return {
         "strength": {slot.name: np.float32(factors.get(slot.name, 1.0)) for slot in network.model.plan},
-        "adapters": np.array([adapters.index(served.adapter)], np.int32),
+        "adapters": np.full(rows, adapters.index(served.adapter), np.int32),
     }
 
 
@@ -162,13 +175,13 @@ def _compare(network: Network, tokens: TokenizedExample, steered: Mapping[str, A
     return found
 
 
-def _alternatives(top: Top, t: int, count: int, text_of: Callable[[int], str]) -> tuple[Alternative, ...]:
+def alternatives(top: Top, t: int, count: int, text_of: Callable[[int], str]) -> tuple[Alternative, ...]:
     """The `count` likeliest tokens in place of token t, from those of all tokens [T, K]."""
     pairs = zip(top.tokens[t, :count].tolist(), top.log_probabilities[t, :count].tolist(), strict=True)
     return tuple(Alternative(id, text_of(id), value) for id, value in pairs)
 
 
-def _added(decode: Decode) -> Callable[[int, int], str]:
+def text_added(decode: Decode) -> Callable[[int, int], str]:
     """What a token adds to the one before it, a function (before, id) -> text: some tokenizers drop a first space."""
     alone = cache(lambda id: decode([id]).rstrip(UNFINISHED))
 
