@@ -119,6 +119,7 @@ def serve(app: ASGIApp, engine: Engine, listener: Listener) -> None:
     try:
         server.run(sockets=[listener.socket])
     finally:
+        engine.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     if signal.SIGINT in told:
