@@ -65,9 +65,7 @@ async def page(request: Request) -> Response:
 
 OPERATIONS = (
     Operation("GET", "/v1/models", catalogue.models, "All models", catalogue.ModelList, errors=(401, 500)),
-    Operation(
-        "GET", "/v1/models/{model}", catalogue.model, "One model", catalogue.ModelEntry, errors=(401, 404, 500)
-    ),
+    Operation("GET", "/v1/models/{model}", catalogue.model, "One model", catalogue.ModelEntry, errors=(401, 404, 500)),
     Operation(
         "POST", "/v1/completions", completions, "Continue prompts", Completion, CompletionRequest, _POSTED, streams=True
     ),
@@ -84,9 +82,7 @@ OPERATIONS = (
     Operation(
         "POST", "/v1/effects", token_effects, "What steering does to each token", EffectsReply, EffectsRequest, _POSTED
     ),
-    Operation(
-        "POST", "/v1/load_lora_adapter", catalogue.load, "Serve one more adapter", None, LoadRequest, _LOADING
-    ),
+    Operation("POST", "/v1/load_lora_adapter", catalogue.load, "Serve one more adapter", None, LoadRequest, _LOADING),
     Operation(
         "POST", "/v1/unload_lora_adapter", catalogue.unload, "Stop serving an adapter", None, UnloadRequest, _LOADING
     ),

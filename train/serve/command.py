@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import tyro
@@ -58,7 +57,7 @@ class ServeConfig:
     """Number of adapters that there is room for at a time."""
     queue: int = 256
     """Answers that may wait; further requests get status 429."""
-    prefix_tokens: int = 16384
+    prefix_tokens: int = 4096
     """Keys and values of up to so many tokens of prompts are kept for prompts that begin alike; 0: of none."""
     timeout: float = 300.0
     """Seconds after which a request ends with an error, waiting or not."""
@@ -177,4 +176,3 @@ def _facts(config: ServeConfig, roster: Roster, engine: Engine, listener: Listen
 
 def _shown(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
-

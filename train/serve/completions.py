@@ -90,9 +90,7 @@ class _Echo:
     tokens: Sequence[Scored] = ()
 
 
-async def _echoes(
-    service: Service, served: Served, body: CompletionRequest, prompts: Sequence[Prompt]
-) -> list[_Echo]:
+async def _echoes(service: Service, served: Served, body: CompletionRequest, prompts: Sequence[Prompt]) -> list[_Echo]:
     texts = [given if isinstance(given, str) else p.text for given, p in zip(body.prompts, prompts, strict=True)]
     if body.logprobs is None:
         return [_Echo(text) for text in texts]

@@ -66,9 +66,7 @@ async def token_effects(request: Request) -> Response:
 async def _respond(request: Request, service: Service, served: Served, body: EffectsRequest) -> Response:
     prompt, answer = await to_thread.run_sync(_passage, service, served, body)
     service.note_prompts(request, [prompt])
-    passage = Passage(
-        served, prompt.tokens, answer, service.strength(served, body.steering_strength), body.top_tokens
-    )
+    passage = Passage(served, prompt.tokens, answer, service.strength(served, body.steering_strength), body.top_tokens)
     decode = service.engine.roster.loaded.require_tokenizer().decode
     try:
         work = service.engine.run(partial(effects, passage=passage, decode=decode))

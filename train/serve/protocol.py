@@ -78,7 +78,7 @@ class Generate(Body):
     ] = None
     stream: Annotated[bool | None, Field(description="whether the answer comes piece by piece")] = None
     stream_options: Annotated[
-        StreamOptions | None, Field(description="an object such as {\"include_usage\": true}, with stream")
+        StreamOptions | None, Field(description='an object such as {"include_usage": true}, with stream')
     ] = None
     steering_strength: Strength = None
     frequency_penalty: Zero = None
@@ -150,7 +150,7 @@ class CompletionRequest(Generate):
 class TextPart(Body):
     """A part of a message."""
 
-    type: Annotated[Literal["text"], Field(description="\"text\": other kinds of content are not supported")]
+    type: Annotated[Literal["text"], Field(description='"text": other kinds of content are not supported')]
     text: Annotated[str, Field(description="a text")]
 
 
@@ -163,7 +163,7 @@ class Message(Body):
     ]
     content: Annotated[
         str | Annotated[list[TextPart], Field(min_length=1, max_length=256)],
-        Field(description="a text, or a list of parts {\"type\": \"text\", \"text\": ...}"),
+        Field(description='a text, or a list of parts {"type": "text", "text": ...}'),
     ]
     name: Ignored = None
     refusal: Annotated[None, _only("null")] = None
@@ -188,7 +188,7 @@ Messages = Annotated[
 class ResponseFormat(Body):
     """The form of an answer."""
 
-    type: Annotated[Literal["text"], _only("\"text\"")]
+    type: Annotated[Literal["text"], _only('"text"')]
 
 
 class ChatRequest(Generate):
@@ -201,19 +201,19 @@ class ChatRequest(Generate):
     top_logprobs: Annotated[
         int | None, Field(ge=0, le=MAX_TOP, description=f"a number from 0 to {MAX_TOP}, with logprobs")
     ] = None
-    response_format: Annotated[ResponseFormat | None, _only("{\"type\": \"text\"}")] = None
+    response_format: Annotated[ResponseFormat | None, _only('{"type": "text"}')] = None
     tools: Annotated[list[Any] | None, _only("an empty list", max_length=0)] = None
-    tool_choice: Annotated[Literal["none", "auto"] | None, _only("\"none\" or \"auto\"")] = None
+    tool_choice: Annotated[Literal["none", "auto"] | None, _only('"none" or "auto"')] = None
     parallel_tool_calls: Annotated[bool | None, Field(description="true or false, which changes nothing")] = None
     functions: Annotated[list[Any] | None, _only("an empty list", max_length=0)] = None
-    function_call: Annotated[Literal["none", "auto"] | None, _only("\"none\" or \"auto\"")] = None
-    modalities: Annotated[list[Literal["text"]] | None, _only("[\"text\"]", max_length=1)] = None
+    function_call: Annotated[Literal["none", "auto"] | None, _only('"none" or "auto"')] = None
+    modalities: Annotated[list[Literal["text"]] | None, _only('["text"]', max_length=1)] = None
     audio: Annotated[None, _only("null")] = None
     prediction: Annotated[None, _only("null")] = None
-    reasoning_effort: Annotated[Literal["none"] | None, _only("\"none\"")] = None
-    verbosity: Annotated[Literal["medium"] | None, _only("\"medium\"")] = None
+    reasoning_effort: Annotated[Literal["none"] | None, _only('"none"')] = None
+    verbosity: Annotated[Literal["medium"] | None, _only('"medium"')] = None
     web_search_options: Annotated[None, _only("null")] = None
-    service_tier: Annotated[Literal["auto", "default"] | None, _only("\"auto\" or \"default\"")] = None
+    service_tier: Annotated[Literal["auto", "default"] | None, _only('"auto" or "default"')] = None
     store: Annotated[Literal[False] | None, _only("false")] = None
     metadata: Annotated[
         dict[str, Any] | None, Field(max_length=16, description="an object of at most 16 fields, which is not used")
@@ -258,15 +258,7 @@ class EffectsRequest(Body):
         return self
 
 
-AdapterName = Annotated[
-    str,
-    Field(
-        min_length=1,
-        max_length=128,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$",
-        description="a name of letters, digits and . _ : / @ -, of at most 128 characters",
-    ),
-]
+AdapterName = Annotated[str, Field(min_length=1, max_length=256, description="a name of 1 to 100 printable characters")]
 
 
 class LoadRequest(Body):

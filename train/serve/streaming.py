@@ -14,6 +14,7 @@ from train.serve.answers import Answers
 from train.serve.errors import ApiError, internal_error
 from train.serve.observe import LOG, facts_of
 
+
 class ChunkStream(EventSourceResponse):
     """Sends chunks, then [DONE]; an error is the last chunk. Closes the answers however it ends.
 

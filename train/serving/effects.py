@@ -116,7 +116,8 @@ def effects(network: Network, adapters: Adapters | None, passage: Passage, decod
     tokens = passage.tokens
     check_length(network.model.config, len(tokens), tokens.source)
     found = _compare(network, tokens, steering_arguments(network, adapters, passage.served, passage.strength))
-    ids, pieces, added = tokens.ids.tolist(), pieces_of(tokens.ids, lambda ids: decode(ids.tolist())), text_added(decode)
+    ids, pieces = tokens.ids.tolist(), pieces_of(tokens.ids, lambda ids: decode(ids.tolist()))
+    added = text_added(decode)
     steered, base = found.steered, found.base
 
     def effect(t: int, piece: str) -> TokenEffect:
