@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
@@ -44,7 +44,7 @@ class ServeConfig:
     """Address to listen on; one that other machines can reach, such as 0.0.0.0, needs an API key."""
     port: int = 8000
     """Port to listen on; 0: any that is free."""
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     """Key that requests must have as `Authorization: Bearer KEY`; by default that in JAXSTEER_API_KEY, which other
     users of this machine cannot see in the list of processes."""
     rows: int = 32

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -47,7 +47,7 @@ class ServeSettings:
 
     timeout: float = 300.0
     max_body: int = 1 << 20
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     strength: float = 1.0
     loading: bool = False
     log_requests: bool = False

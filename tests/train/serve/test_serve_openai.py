@@ -2,6 +2,7 @@
 
 import http.client
 import json
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import openai
@@ -83,13 +84,13 @@ def test_errors(ask, app, engine):
 
 
 def test_the_key(engine):
-    from dataclasses import replace
-
-    with serving(make_app(engine, replace(SETTINGS, api_key="secret"))) as url:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError):
-                client.models.list()
-            assert client.with_options(api_key="secret").models.list().data[0].id == "tiny"
+    with (
+        serving(make_app(engine, replace(SETTINGS, api_key="secret"))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        assert client.with_options(api_key="secret").models.list().data[0].id == "tiny"
 
 
 def requested(url, **more):
