@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsteer.adapters import Adapters
 from jaxsteer.batches import Tokens, bucket_length, pack, stack_rows
-from jaxsteer.inference.draws import TOP, Top
+from jaxsteer.inference.draws import TOP
 from jaxsteer.inference.generate import to_device
 from jaxsteer.inference.scheduling import nonfinite_logits
 from jaxsteer.inference.scores import TokenScores, score_tokens
@@ -114,8 +114,8 @@ def _shown(ids: Sequence[int], scores: TokenScores, top: int, decode: Decode) ->
     """The tokens of a text as they are shown."""
     texts, added = pieces(ids, decode), text_added(decode)
     shown = [Scored(texts[0], None, ())]
-    likely: Top = scores.top
+    assert scores.top is not None
     for t in range(1, len(ids)):
         text_of = lambda id, t=t: texts[t] if id == ids[t] else added(ids[t - 1], id)
-        shown.append(Scored(texts[t], float(scores.log_probability[t]), alternatives(likely, t, top, text_of)))
+        shown.append(Scored(texts[t], float(scores.log_probability[t]), alternatives(scores.top, t, top, text_of)))
     return shown
