@@ -151,7 +151,7 @@ class TextOfAnswer:
             ends += len(token.text)
             if token.text and ends <= out:
                 complete, self._waiting_from = number, ends
-        if self.finished and not self._held:
+        if self.finished:
             return self._last(complete, out)
         taken, self._waiting = self._waiting[:complete], self._waiting[complete:]
         return tuple(taken)
