@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
-from tiny_server import SETTINGS, eventually, held, idle
+from tiny_server import SETTINGS, SIZES, eventually, held, idle
 
 from jaxsteer import Model
 from jaxsteer.batches import stack_rows
@@ -14,6 +14,7 @@ from jaxsteer.inference import Request, score_tokens
 from jaxsteer.io import load_steering
 from train.serve.app import make_app
 from train.serve.security import LOCAL_NAMES
+from train.serving.engine import Busy, Draining, Engine, Job, NonFinite, StepFailed, Timeout
 from train.serving.prompts import chat_prompt, plain_prompt
 
 GREEDY = {"model": "steered", "temperature": 0}
@@ -271,6 +272,42 @@ def test_a_deadline_that_has_passed(engine):
         error_of(hasty.post("/v1/effects", json={"model": "steered", "prompt": "ab"}), 504)
     assert '"code": "timeout"' in streamed.text
     assert "[DONE]" not in streamed.text
+
+
+def test_a_server_that_is_being_stopped(engine):
+    closed = Engine(engine.roster, SIZES)
+    closed.close()
+    stopping = TestClient(make_app(closed, SETTINGS))
+    response = stopping.get("/health")
+    assert (response.status_code, response.json()) == (503, {"status": "draining"})
+    for path in ("completions", "effects"):
+        response = stopping.post(f"/v1/{path}", json={"model": "steered", "prompt": "ab"})
+        assert error_of(response, 503)["code"] == "draining"
+        assert response.headers["retry-after"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(Busy("full", 7), 429), (Draining(), 503), (Timeout(), 504), (NonFinite(), 400), (StepFailed(), 500)],
+)
+def test_errors_of_the_engine(client, engine, monkeypatch, error, status):
+    def submit(job, listener, *, deadline):
+        if isinstance(error, (Busy, Draining)):
+            raise error
+        listener(error)
+        return Job(0, job, listener, deadline, lambda job: None)
+
+    monkeypatch.setattr(engine, "submit", submit)
+    response = client.post("/v1/completions", json=GREEDY | {"prompt": "ab"})
+    error_of(response, status)
+    assert response.headers.get("retry-after") == {429: "7", 503: "5"}.get(status)
+
+
+def test_a_bug_is_not_shown_to_clients(client, engine, monkeypatch):
+    monkeypatch.setattr(type(engine.roster), "names", lambda roster: 1 / 0)
+    error = error_of(client.get("/v1/models"), 500)
+    assert (error["type"], error["code"]) == ("server_error", "internal_error")
+    assert "division" not in error["message"]
 
 
 def test_the_key(engine):
