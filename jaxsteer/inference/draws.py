@@ -190,20 +190,22 @@ def draw_tokens(
         at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     log_total = jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
     log_probability = at_token - highest - log_total
-    top = None if asked is None else _top_if(asked, logits, log_total)
+    top = None if asked is None else _top_if(asked, logits, highest, log_total)
     return Draw(token, log_probability.astype(jnp.float32), margin.astype(jnp.float32), top)
 
 
-def likeliest_tokens(logits: Array, log_total: Array, count: int) -> Top:
+def likeliest_tokens(logits: Array, highest: Array, log_total: Array, count: int) -> Top:
     """The K = `count` likeliest tokens, or all where there are fewer.
 
     Args:
         logits: [B, V].
-        log_total: [B], log Σ exp(z - max z).
+        highest: the largest of each row, [B].
+        log_total: [B], log Σ exp(z - highest).
         count: K (static).
     """
     values, tokens = jax.lax.top_k(logits, min(count, logits.shape[-1]))
-    return Top(tokens.astype(jnp.int32), (values - values[:, :1] - log_total[:, None]).astype(jnp.float32))
+    # With `values[:, 0]` as the highest, XLA would no longer see the k largest in this, and sort all logits.
+    return Top(tokens.astype(jnp.int32), (values - highest[:, None] - log_total[:, None]).astype(jnp.float32))
 
 
 def no_top(shape: tuple[int, ...], vocab_size: int, count: int = TOP) -> Top:
@@ -212,19 +214,28 @@ def no_top(shape: tuple[int, ...], vocab_size: int, count: int = TOP) -> Top:
     return Top(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
-def _top_if(asked: Array, logits: Array, log_total: Array) -> Top:
+def _top_if(asked: Array, logits: Array, highest: Array, log_total: Array) -> Top:
     """The TOP likeliest tokens if `asked`, bool []; zeros without looking for them otherwise."""
-    find = lambda: likeliest_tokens(logits, log_total, TOP)
+    find = lambda: likeliest_tokens(logits, highest, log_total, TOP)
     return jax.lax.cond(asked, find, lambda: no_top(logits.shape[:1], logits.shape[-1]))
 
 
 def _sample(logits: Array, best: Array, settings: Settings, drawn: Array) -> Array:
-    """Sample where the temperature is above 0; a row's draw depends on its seed and the token's index alone."""
+    """Sample where the temperature is above 0, if it is anywhere.
+
+    A row's draw depends on its seed and the token's index alone.
+    """
     greedy = settings.temperature == 0
-    allowed = restrict(logits, jnp.where(greedy, 1, settings.temperature), settings.top_k, settings.top_p)
 
     def draw(row: Array, seed: Array, index: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), index)
         return jax.random.categorical(key, row).astype(jnp.int32)
 
-    return jnp.where(greedy, best, jax.vmap(draw)(allowed, settings.seed, drawn))
+    def draws() -> Array:
+        choice = lambda setting, anything: jnp.where(greedy, anything, setting)
+        allowed = restrict(
+            logits, choice(settings.temperature, 1), choice(settings.top_k, 0), choice(settings.top_p, 1)
+        )
+        return jnp.where(greedy, best, jax.vmap(draw)(allowed, settings.seed, drawn))
+
+    return jax.lax.cond(jnp.all(greedy), lambda: best, draws)

@@ -116,34 +116,47 @@ def effects(network: Network, adapters: Adapters | None, passage: Passage, decod
     """
     tokens = passage.tokens
     check_length(network.model.config, len(tokens), tokens.source)
-    found = _compare(network, tokens, _steered(network, adapters, passage))
-    ids, shift, added = tokens.ids.tolist(), np.asarray(found.shift), _added(decode)
+    found = _compare(network, tokens, steering_arguments(network, adapters, passage.served, passage.strength))
+    ids, shift, added = tokens.ids.tolist(), np.asarray(found.shift), text_added(decode)
 
     def effect(t: int, piece: str) -> TokenEffect:
         part: Part = "prompt" if t < len(passage.prompt.ids) else "answer"
         if t == 0:
             return TokenEffect(ids[t], piece, part, shift[:, t], None, None, (), ())
         instead = lambda id: added(ids[t - 1], id)
-        (p, top), (p_base, top_base) = (_at(each, t, passage.top, instead) for each in (found.steered, found.base))
+        (p, top), (p_base, top_base) = (score_at(each, t, passage.top, instead) for each in (found.steered, found.base))
         return TokenEffect(ids[t], piece, part, shift[:, t], p, p_base, top, top_base)
 
     return Effects(tuple(effect(t, piece) for t, piece in enumerate(pieces(ids, decode))), shift)
 
 
-def _steered(network: Network, adapters: Adapters | None, passage: Passage) -> dict[str, Any]:
-    """Strength and adapter as arguments of `forward`, always of the same types: other values compile nothing."""
-    served, there = passage.served, () if adapters is None else adapters.names
+def steering_arguments(
+    network: Network, adapters: Adapters | None, served: Served, strength: Mapping[str, float], rows: int = 1
+) -> dict[str, Any]:
+    """Strength and adapter as arguments of `forward`, always of the same types: other values compile nothing.
+
+    Args:
+        network, adapters: as `Engine.run` gives them.
+        served: the model that is asked.
+        strength: of the slots of its own plan.
+        rows: number of rows of the batch.
+
+    Raises:
+        UnknownModel: the adapter was unloaded.
+        ValueError: a strength for a slot that the plan does not have.
+    """
+    there = () if adapters is None else adapters.names
     if served.adapter is not None and served.adapter not in there:
         raise UnknownModel(f"{served.name!r} is no longer served; it was unloaded meanwhile")
-    if unknown := sorted(set(passage.strength) - {slot.name for slot in served.plan}):
+    if unknown := sorted(set(strength) - {slot.name for slot in served.plan}):
         raise ValueError(f"strength: no slot {unknown}; {served.name!r} has {[slot.name for slot in served.plan]}")
     if adapters is None:
         return {}
     common = adapters.slot_names(served.plan)
-    factors = {common[name]: value for name, value in passage.strength.items()}
+    factors = {common[name]: value for name, value in strength.items()}
     return {
         "strength": {slot.name: np.float32(factors.get(slot.name, 1.0)) for slot in network.model.plan},
-        "adapters": np.array([adapters.index(served.adapter)], np.int32),
+        "adapters": np.full(rows, adapters.index(served.adapter), np.int32),
     }
 
 
@@ -159,7 +172,7 @@ def _compare(network: Network, tokens: TokenizedExample, steered: Mapping[str, A
     return found
 
 
-def _at(
+def score_at(
     scores: TokenScores, t: int, count: int, text_of: Callable[[int], str]
 ) -> tuple[float, tuple[Alternative, ...]]:
     """The log-probability of token t and the `count` likeliest in its place, from all tokens' scores [T, ...]."""
@@ -168,7 +181,7 @@ def _at(
     return float(scores.log_probability[t]), tuple(Alternative(id, text_of(id), value) for id, value in pairs)
 
 
-def _added(decode: Decode) -> Callable[[int, int], str]:
+def text_added(decode: Decode) -> Callable[[int, int], str]:
     """What a token adds to the one before it, a function (before, id) -> text: some tokenizers drop a first space."""
     alone = cache(lambda id: decode([id]).rstrip(UNFINISHED))
 
