@@ -1,0 +1,420 @@
+"""The page in a browser: headless Chromium against a server with a tiny model."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("page")]
+
+WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 380, "height": 800}
+CHAT = "**/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium of the system, or else the one that `playwright install chromium` brought."""
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Visit:
+    """An open page, and what went wrong on it.
+
+    page     of Playwright
+    faults   messages on the console and exceptions
+    origins  of all requests
+    """
+
+    page: object
+    faults: list[str] = field(default_factory=list)
+    origins: set[str] = field(default_factory=set)
+
+    def send(self, text):
+        """Send a message, and wait until both answers are there."""
+        self.page.get_by_role("textbox", name="Message").fill(text)
+        self.page.keyboard.press("Enter")
+        self.answered()
+
+    def answered(self):
+        """Wait until no answer is running."""
+        self.page.wait_for_selector("#stop", state="hidden")
+        self.page.wait_for_function("!document.querySelector('.answer[aria-busy=true]')")
+
+    def answers(self):
+        """The texts of the last turn: base, steered."""
+        turn = self.page.get_by_role("article").last
+        return [turn.get_by_label(f"{name} answer").locator(".text").inner_text() for name in ("Base", "Steered")]
+
+    def strength(self, dial, value):
+        """Move a dial as a hand does: the page hears that it moves, and that it came to rest."""
+        self.page.get_by_role("slider", name=dial, exact=True).fill(f"{value}")
+
+    def again(self):
+        """Ask the steered model again, and wait for its answer."""
+        self.page.get_by_role("button", name=re.compile("^Answer (again|at)")).last.click()
+        self.answered()
+
+    def effects(self):
+        """Wait for the tokens of the last turn's effects."""
+        tokens = self.page.get_by_role("listbox", name="Tokens of prompt and answer").last
+        tokens.get_by_role("option").first.wait_for()
+        return tokens
+
+
+@pytest.fixture
+def visits(browser, page_server):
+    """Opens the page; at the end, nothing may have been complained about and nothing asked of another origin."""
+    made = []
+
+    def visit(viewport=WIDE, **settings):
+        context = browser.new_context(viewport=viewport, reduced_motion="reduce", **settings)
+        context.grant_permissions(["clipboard-read", "clipboard-write"], origin=page_server)
+        one = Visit(context.new_page())
+        one.page.set_default_timeout(60_000)  # a program may have to be compiled
+        one.page.on("console", lambda said: one.faults.append(said.text) if said.type in ("error", "warning") else None)
+        one.page.on("pageerror", lambda error: one.faults.append(str(error)))
+        one.page.on("request", lambda request: one.origins.add(request.url.split("/", 3)[2]))
+        one.page.goto(page_server)
+        one.page.wait_for_function("document.querySelector('#adapter').options.length > 0")
+        made.append(one)
+        return one
+
+    yield visit
+    for one in made:
+        one.page.context.close()
+    assert [fault for one in made for fault in one.faults] == []
+    assert set().union(*(one.origins for one in made)) <= {page_server.split("/")[2], ""}  # "": blob: of an export
+
+
+@pytest.fixture
+def visit(visits):
+    return visits()
+
+
+def fails(visit, url, status, message, **headers):
+    """Let requests to a URL fail with an error of the server; the browser's own complaint about it is expected."""
+    body = json.dumps({"error": {"message": message, "type": "x", "param": None, "code": None}})
+    visit.page.route(url, lambda route: route.fulfill(status=status, body=body, headers=headers))
+
+
+def streams(visit, url, *pieces):
+    """Let a request be answered with a stream of these texts."""
+    chunks = [{"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
+    chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": {}}]
+    body = "".join(f"data: {json.dumps(chunk)}\r\n\r\n" for chunk in chunks) + "data: [DONE]\r\n\r\n"
+    visit.page.route(url, lambda route: route.fulfill(content_type="text/event-stream", body=body))
+
+
+def test_both_models_answer_and_a_dial_changes_the_steered_answer(visit):
+    assert visit.page.get_by_text("Send a message to see the base and the steered model").is_visible()
+    visit.send("abc")
+    base, steered = visit.answers()
+    assert base
+    assert steered
+    assert base != steered
+    visit.strength("All slots", 0)
+    visit.again()
+    assert visit.answers() == [base, base]  # strength 0 is the base model
+    visit.strength("All slots", 0.5)
+    visit.again()
+    assert visit.answers()[1] not in (base, steered)
+    chips = visit.page.get_by_role("group", name="Steered answers").get_by_role("button")
+    assert [re.findall(r"[\d.]+", chip.inner_text())[0] for chip in chips.all()] == ["1.00", "0.00", "0.50"]
+    chips.first.click()
+    assert visit.answers() == [base, steered]
+
+
+def test_each_slot_has_a_dial(visit):
+    sent = []
+    visit.page.on("request", lambda request: sent.append(request) if "/chat/" in request.url else None)
+    visit.strength("up", 0.25)
+    assert visit.page.locator(".dial.all output").inner_text() == "mixed"
+    visit.send("abc")
+    assert [json.loads(request.post_data).get("steering_strength") for request in sent] == [None, {"up": 0.25, "low": 1}]
+    visit.page.get_by_role("button", name="Reset").click()
+    assert visit.page.locator(".dial output").all_inner_texts() == ["1.00"] * 3
+
+
+def test_answers_follow_a_dial_on_their_own_if_asked_to(visit):
+    visit.send("abc")
+    before = visit.answers()
+    visit.page.get_by_role("switch").check()
+    visit.strength("All slots", 0)
+    visit.page.wait_for_function("document.querySelectorAll('.variants .chip').length === 2")
+    visit.answered()
+    assert visit.answers() == [before[0], before[0]]
+
+
+def test_each_model_keeps_its_own_history(visit):
+    visit.send("abc")
+    first = visit.answers()
+    sent = {}
+    visit.page.on("request", lambda request: sent.update({(body := json.loads(request.post_data))["model"]: body})
+                  if "/chat/" in request.url else None)
+    visit.send("and now?")
+    assert len(sent) == 2
+    (base,) = (body for body in sent.values() if "steering_strength" not in body)
+    (steered,) = (body for body in sent.values() if "steering_strength" in body)
+    for body, answer in zip((base, steered), first, strict=True):
+        assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
+        assert body["messages"][1]["content"].strip() == answer.strip()
+
+
+def test_a_token_shows_its_layers_and_what_was_likely_before_and_after(visit):
+    visit.send("abc")
+    tokens = visit.effects()
+    options = tokens.get_by_role("option")
+    shades = {option.evaluate("e => getComputedStyle(e).backgroundColor") for option in options.all()}
+    assert len(shades) > 3
+    options.nth(4).click()
+    assert options.nth(4).get_attribute("aria-selected") == "true"
+    panel = visit.page.get_by_label("The chosen token")
+    assert panel.get_by_text("token 4,").is_visible()
+    assert panel.get_by_role("img", name=re.compile("Shift by layer: up to")).is_visible()
+    assert panel.locator(".chart g").count() == 3  # layers
+    for name in ("Base", "Steered"):
+        listed = panel.get_by_role("list", name=f"{name}, likeliest tokens").get_by_role("listitem")
+        shares = [float(re.search(r"([\d.]+) %$", item.inner_text())[1]) for item in listed.all()]
+        assert len(shares) == 8
+        assert shares == sorted(shares, reverse=True)
+    options.first.click()
+    assert panel.get_by_text("no probability is given to it").is_visible()
+
+
+def test_tokens_may_be_coloured_by_probability(visit):
+    visit.send("abc")
+    visit.effects()
+    visit.page.get_by_text("Probability", exact=True).click()
+    assert visit.page.get_by_role("img", name="Colour scale: change of log-probability, nats").is_visible()
+    assert visit.page.locator(".token.negative").count() > 0
+
+
+def test_the_map_of_layers_and_tokens_is_drawn_and_answers_to_pointer_and_keys(visit):
+    visit.send("abc")
+    visit.effects()
+    canvas = visit.page.get_by_role("img", name=re.compile("^Shift of .* in 3 layers"))
+    colours = canvas.evaluate("""canvas => {
+      const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+      const seen = new Set();
+      for (let i = 0; i < data.length; i += 4) seen.add(data.slice(i, i + 4).join());
+      return seen.size;
+    }""")
+    assert colours > 20
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    visit.page.mouse.move(box["x"] + 5, box["y"] + 5)
+    readout = visit.page.locator(".readout")
+    assert "token 0, layer 2: shift" in readout.inner_text()
+    visit.page.mouse.click(box["x"] + 5, box["y"] + 5)
+    canvas.focus()
+    visit.page.keyboard.press("ArrowRight")
+    visit.page.keyboard.press("ArrowDown")
+    assert "token 1, layer 1: shift" in readout.inner_text()
+    assert visit.page.get_by_role("option", selected=True).evaluate("e => e.id").endswith("-1")
+
+
+def test_the_keyboard_is_enough(visit):
+    page = visit.page
+    page.keyboard.type("one")  # the message has the focus from the start
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    page.keyboard.press("Enter")
+    visit.answered()
+    assert page.locator(".asked").inner_text() == "one\ntwo"
+    visit.effects().focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    chosen = page.get_by_role("option", selected=True)
+    assert chosen.evaluate("e => e.id").endswith("-1")
+    assert page.get_by_role("listbox").get_attribute("aria-activedescendant") == chosen.get_attribute("id")
+    page.get_by_role("slider", name="All slots").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".dial.all output").inner_text() == "1.05"
+    ring = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert ring == "solid"
+
+
+def test_escape_stops_both_answers(visit):
+    visit.page.route(CHAT, lambda route: None)  # never answered
+    visit.page.get_by_role("textbox", name="Message").fill("abc")
+    visit.page.keyboard.press("Enter")
+    visit.page.get_by_role("button", name="Stop").wait_for()
+    visit.page.keyboard.press("Escape")
+    visit.answered()
+    assert visit.page.locator(".facts").all_inner_texts() == ["stopped", "stopped"]
+    assert visit.page.evaluate("document.activeElement.id") == "message"
+
+
+def test_completion_mode_puts_the_text_into_the_template(visit):
+    sent = []
+    visit.page.on("request", lambda request: sent.append(json.loads(request.post_data))
+                  if request.url.endswith("/v1/completions") else None)
+    visit.page.get_by_text("Completion", exact=True).click()
+    assert visit.page.get_by_label("System message").is_hidden()
+    visit.page.get_by_label("Template").fill("Q: {prompt}\nA:")
+    visit.page.get_by_text("Sampling").click()
+    visit.page.get_by_label("Max tokens").fill("3")
+    visit.send("why $& so?")
+    assert [body["prompt"] for body in sent] == ["Q: why $& so?\nA:"] * 2
+    assert {body["max_tokens"] for body in sent} == {3}
+    visit.effects()
+
+
+def test_settings_out_of_range_are_not_sent(visit):
+    visit.page.get_by_text("Sampling").click()
+    visit.page.get_by_label("Temperature").fill("-1")
+    visit.page.get_by_text("Sampling").click()  # closed again: it opens to show what is wrong
+    visit.page.get_by_role("textbox", name="Message").fill("abc")
+    visit.page.keyboard.press("Enter")
+    assert visit.page.get_by_label("Temperature").is_visible()
+    assert visit.page.locator(".turn").count() == 0
+
+
+def test_what_a_model_writes_is_never_markup(visit):
+    evil = "<img src=x onerror='window.caught=1'><script>window.caught=1</script>"
+    streams(visit, CHAT, "<b>bold</b>", evil)
+    visit.send("<i>me</i>")
+    assert visit.answers() == ["<b>bold</b>" + evil] * 2
+    tokens = visit.effects()
+    assert evil[:20] in tokens.inner_text().replace("\n", "")
+    assert visit.page.locator(".turn :is(img, script, b, i)").count() == 0
+    assert visit.page.evaluate("window.caught") is None
+
+
+def test_the_servers_errors_are_shown(visit):
+    fails(visit, CHAT, 429, "The queue is full.", **{"Retry-After": "3"})
+    visit.send("abc")
+    alerts = visit.page.locator(".answer .error")
+    assert alerts.all_inner_texts() == ["The queue is full. Try again in 3 s."] * 2
+    assert len(visit.faults) == 2  # the browser reports each
+    visit.faults.clear()
+    visit.page.unroute(CHAT)
+    for name in ("Base", "Steered"):
+        visit.page.get_by_label(f"{name} answer").get_by_role("button", name="Answer again").click()
+    visit.answered()
+    assert all(visit.answers())
+    assert visit.page.locator(".answer .error:visible").count() == 0
+
+
+def test_a_key_is_asked_for_once_and_kept_for_the_tab(visit):
+    def route(route):
+        if route.request.headers.get("authorization") == "Bearer secret":
+            route.continue_()
+        else:
+            body = json.dumps({"error": {"message": "Give an API key."}})
+            route.fulfill(status=401, body=body, content_type="application/json")
+
+    visit.page.route("**/v1/**", route)
+    visit.page.get_by_role("textbox", name="Message").fill("abc")
+    visit.page.keyboard.press("Enter")
+    dialog = visit.page.get_by_role("dialog", name="API key")
+    dialog.get_by_text("Give an API key.").wait_for()
+    dialog.get_by_label("Key").fill("secret")
+    visit.page.keyboard.press("Enter")
+    visit.answered()
+    assert all(visit.answers())
+    visit.page.get_by_role("button", name="Copy as curl").click()
+    visit.page.get_by_text("Copied", exact=True).first.wait_for()
+    command = visit.page.evaluate("navigator.clipboard.readText()")
+    assert '-H "Authorization: Bearer $JAXSTEER_API_KEY"' in command
+    assert "secret" not in command
+    assert len(visit.faults) == 2  # the two refused requests
+    visit.faults.clear()
+
+
+def test_the_conversation_is_exported(visit):
+    visit.send("abc")
+    visit.effects()
+    with visit.page.expect_download() as download:
+        visit.page.get_by_role("button", name="Export").click()
+    assert re.fullmatch(r"jaxsteer-[\dT-]+\.json", download.value.suggested_filename)
+    saved = json.loads(download.value.path().read_text())
+    assert saved["settings"]["sampling"] == {"temperature": 0, "top_p": 1, "max_tokens": 8, "seed": 0}
+    (message,) = saved["messages"]
+    assert message["message"] == "abc"
+    assert [message["base"]["text"], message["steered"][0]["text"]] == visit.answers()
+    effects = message["steered"][0]["effects"]
+    assert len(effects["shift"]) == effects["layers"] == 3
+    visit.page.get_by_role("button", name="New").click()
+    assert visit.page.locator(".turn").count() == 0
+
+
+def test_a_narrow_screen_has_all_of_it_without_scrolling_sideways(visits):
+    visit = visits(NARROW)
+    page = visit.page
+    assert page.get_by_role("combobox", name="Adapter").is_hidden()
+    page.get_by_role("button", name="Steering and settings").click()
+    assert page.get_by_role("combobox", name="Adapter").is_visible()
+    visit.strength("All slots", 0.5)
+    page.keyboard.press("Escape")
+    assert page.get_by_role("combobox", name="Adapter").is_hidden()
+    visit.send("a word of " + "great" * 30 + "ness")
+    visit.effects()
+    assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
+    base, steered = (page.get_by_label(f"{name} answer").bounding_box() for name in ("Base", "Steered"))
+    assert base["y"] + base["height"] <= steered["y"]  # one below the other
+    small = [box for button in page.get_by_role("button").all() if (box := button.bounding_box()) and box["height"] < 24]
+    assert small == []
+
+
+def test_dark_and_light_follow_the_system_and_the_button(visits):
+    ground = "getComputedStyle(document.documentElement).backgroundColor"
+    lightness = lambda page: sum(map(int, re.findall(r"\d+", page.evaluate(ground))[:3])) / 3
+    dark = visits(color_scheme="dark").page
+    assert lightness(dark) < 40
+    button = dark.get_by_role("button", name="Dark theme")
+    assert button.get_attribute("aria-pressed") == "true"
+    button.click()
+    assert lightness(dark) > 220
+    dark.reload()
+    assert lightness(dark) > 220  # remembered
+    assert lightness(visits(color_scheme="light").page) > 220
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_on_coloured_tokens_can_be_read(visits, scheme):
+    """WCAG AA: a contrast of at least 4.5 on every shade."""
+    visit = visits(color_scheme=scheme)
+    visit.send("abc")
+    visit.effects()
+    for by in ("Shift", "Probability"):
+        visit.page.get_by_text(by, exact=True).click()
+        contrasts = visit.page.evaluate("""() => {
+          const numbers = (text) => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
+          const parts = (text) => numbers(text).map((part) => text.startsWith("color(") ? part : part / 255);
+          const linear = (part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+          const luminance = (text) => parts(text).map(linear).reduce((sum, part, i) => sum + part * [0.2126, 0.7152, 0.0722][i], 0.05);
+          return [...document.querySelectorAll(".token")].map((token) => {
+            const style = getComputedStyle(token);
+            const [a, b] = [luminance(style.color), luminance(style.backgroundColor)];
+            return Math.max(a, b) / Math.min(a, b);
+          });
+        }""")
+        assert min(contrasts) >= 4.5
+
+
+def test_everything_that_can_be_used_has_a_name(visit):
+    visit.send("abc")
+    visit.effects()
+    nameless = visit.page.evaluate("""() => [...document.querySelectorAll("button, input, select, textarea, canvas, [role]")]
+      .filter((each) => !(each.getAttribute("aria-label") || each.getAttribute("aria-labelledby") || each.labels?.length
+        || each.textContent.trim() || each.title))
+      .filter((each) => !["alert", "status"].includes(each.getAttribute("role")))
+      .map((each) => each.outerHTML)""")
+    assert nameless == []
+    twice = visit.page.evaluate("""() => {
+      const ids = [...document.querySelectorAll("[id]")].map((each) => each.id);
+      return ids.filter((id, i) => ids.indexOf(id) !== i);
+    }""")
+    assert twice == []
+    assert visit.page.locator("html[lang=en]").count() == 1
+    assert [visit.page.get_by_role(role).count() for role in ("main", "banner", "status")] == [1, 1, 1]
