@@ -12,6 +12,35 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("page")]
 WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 380, "height": 800}
 CHAT = "**/v1/chat/completions"
 
+CONTRASTS = """() => {
+  const linear = (part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  const scale = (text) => text.startsWith("color(") ? 1 : 255;
+  const parts = (text) => text.match(/[\\d.]+/g).slice(0, 3).map((part) => part / scale(text));
+  const luminance = (text) => {
+    const [r, g, b] = parts(text).map(linear);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  return [...document.querySelectorAll(".token")].map((token) => {
+    const style = getComputedStyle(token);
+    const [a, b] = [luminance(style.color), luminance(style.backgroundColor)];
+    return Math.max(a, b) / Math.min(a, b);
+  });
+}"""
+"""WCAG's contrast between text and ground of each token."""
+
+NAMELESS = """() => [...document.querySelectorAll("button, input, select, textarea, canvas, [role]")]
+  .filter((each) => !["alert", "status"].includes(each.getAttribute("role")))
+  .filter((each) => !(each.getAttribute("aria-label") || each.getAttribute("aria-labelledby") || each.labels?.length
+    || each.textContent.trim()))
+  .map((each) => each.outerHTML)"""
+"""Elements that a screen reader could not name."""
+
+TWICE = """() => {
+  const ids = [...document.querySelectorAll("[id]")].map((each) => each.id);
+  return ids.filter((id, i) => ids.indexOf(id) !== i);
+}"""
+"""Ids that more than one element has."""
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -29,20 +58,33 @@ def browser():
 class Visit:
     """An open page, and what went wrong on it.
 
-    page     of Playwright
-    faults   messages on the console and exceptions
-    origins  of all requests
+    page      of Playwright
+    faults    messages on the console and exceptions
+    origins   of all requests
+    requests  [(path, body)] of those with a body
     """
 
     page: object
     faults: list[str] = field(default_factory=list)
     origins: set[str] = field(default_factory=set)
+    requests: list = field(default_factory=list)
+
+    def saw(self, request):
+        """Note a request."""
+        _, _, host, path = request.url.split("/", 3)
+        self.origins.add(host)
+        if request.post_data:
+            self.requests.append((path, json.loads(request.post_data)))
 
     def send(self, text):
         """Send a message, and wait until both answers are there."""
-        self.page.get_by_role("textbox", name="Message").fill(text)
+        self.page.get_by_role("textbox", name="Message", exact=True).fill(text)
         self.page.keyboard.press("Enter")
         self.answered()
+
+    def bodies(self, path):
+        """What was sent to a path of the API, in order."""
+        return [body for sent_to, body in self.requests if sent_to.endswith(path)]
 
     def answered(self):
         """Wait until no answer is running."""
@@ -82,7 +124,7 @@ def visits(browser, page_server):
         one.page.set_default_timeout(60_000)  # a program may have to be compiled
         one.page.on("console", lambda said: one.faults.append(said.text) if said.type in ("error", "warning") else None)
         one.page.on("pageerror", lambda error: one.faults.append(str(error)))
-        one.page.on("request", lambda request: one.origins.add(request.url.split("/", 3)[2]))
+        one.page.on("request", one.saw)
         one.page.goto(page_server)
         one.page.wait_for_function("document.querySelector('#adapter').options.length > 0")
         made.append(one)
@@ -92,7 +134,7 @@ def visits(browser, page_server):
     for one in made:
         one.page.context.close()
     assert [fault for one in made for fault in one.faults] == []
-    assert set().union(*(one.origins for one in made)) <= {page_server.split("/")[2], ""}  # "": blob: of an export
+    assert set().union(*(one.origins for one in made)) <= {page_server.split("/")[2]}
 
 
 @pytest.fixture
@@ -134,12 +176,11 @@ def test_both_models_answer_and_a_dial_changes_the_steered_answer(visit):
 
 
 def test_each_slot_has_a_dial(visit):
-    sent = []
-    visit.page.on("request", lambda request: sent.append(request) if "/chat/" in request.url else None)
     visit.strength("up", 0.25)
     assert visit.page.locator(".dial.all output").inner_text() == "mixed"
     visit.send("abc")
-    assert [json.loads(request.post_data).get("steering_strength") for request in sent] == [None, {"up": 0.25, "low": 1}]
+    strengths = [body.get("steering_strength") for body in visit.bodies("chat/completions")]
+    assert strengths == [None, {"up": 0.25, "low": 1}]
     visit.page.get_by_role("button", name="Reset").click()
     assert visit.page.locator(".dial output").all_inner_texts() == ["1.00"] * 3
 
@@ -157,13 +198,10 @@ def test_answers_follow_a_dial_on_their_own_if_asked_to(visit):
 def test_each_model_keeps_its_own_history(visit):
     visit.send("abc")
     first = visit.answers()
-    sent = {}
-    visit.page.on("request", lambda request: sent.update({(body := json.loads(request.post_data))["model"]: body})
-                  if "/chat/" in request.url else None)
     visit.send("and now?")
-    assert len(sent) == 2
-    (base,) = (body for body in sent.values() if "steering_strength" not in body)
-    (steered,) = (body for body in sent.values() if "steering_strength" in body)
+    base, steered = visit.bodies("chat/completions")[2:]
+    assert "steering_strength" in steered
+    assert "steering_strength" not in base
     for body, answer in zip((base, steered), first, strict=True):
         assert [message["role"] for message in body["messages"]] == ["user", "assistant", "user"]
         assert body["messages"][1]["content"].strip() == answer.strip()
@@ -245,7 +283,7 @@ def test_the_keyboard_is_enough(visit):
 
 def test_escape_stops_both_answers(visit):
     visit.page.route(CHAT, lambda route: None)  # never answered
-    visit.page.get_by_role("textbox", name="Message").fill("abc")
+    visit.page.get_by_role("textbox", name="Message", exact=True).fill("abc")
     visit.page.keyboard.press("Enter")
     visit.page.get_by_role("button", name="Stop").wait_for()
     visit.page.keyboard.press("Escape")
@@ -255,15 +293,13 @@ def test_escape_stops_both_answers(visit):
 
 
 def test_completion_mode_puts_the_text_into_the_template(visit):
-    sent = []
-    visit.page.on("request", lambda request: sent.append(json.loads(request.post_data))
-                  if request.url.endswith("/v1/completions") else None)
     visit.page.get_by_text("Completion", exact=True).click()
     assert visit.page.get_by_label("System message").is_hidden()
     visit.page.get_by_label("Template").fill("Q: {prompt}\nA:")
     visit.page.get_by_text("Sampling").click()
     visit.page.get_by_label("Max tokens").fill("3")
     visit.send("why $& so?")
+    sent = visit.bodies("v1/completions")
     assert [body["prompt"] for body in sent] == ["Q: why $& so?\nA:"] * 2
     assert {body["max_tokens"] for body in sent} == {3}
     visit.effects()
@@ -273,7 +309,7 @@ def test_settings_out_of_range_are_not_sent(visit):
     visit.page.get_by_text("Sampling").click()
     visit.page.get_by_label("Temperature").fill("-1")
     visit.page.get_by_text("Sampling").click()  # closed again: it opens to show what is wrong
-    visit.page.get_by_role("textbox", name="Message").fill("abc")
+    visit.page.get_by_role("textbox", name="Message", exact=True).fill("abc")
     visit.page.keyboard.press("Enter")
     assert visit.page.get_by_label("Temperature").is_visible()
     assert visit.page.locator(".turn").count() == 0
@@ -314,7 +350,7 @@ def test_a_key_is_asked_for_once_and_kept_for_the_tab(visit):
             route.fulfill(status=401, body=body, content_type="application/json")
 
     visit.page.route("**/v1/**", route)
-    visit.page.get_by_role("textbox", name="Message").fill("abc")
+    visit.page.get_by_role("textbox", name="Message", exact=True).fill("abc")
     visit.page.keyboard.press("Enter")
     dialog = visit.page.get_by_role("dialog", name="API key")
     dialog.get_by_text("Give an API key.").wait_for()
@@ -362,8 +398,8 @@ def test_a_narrow_screen_has_all_of_it_without_scrolling_sideways(visits):
     assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
     base, steered = (page.get_by_label(f"{name} answer").bounding_box() for name in ("Base", "Steered"))
     assert base["y"] + base["height"] <= steered["y"]  # one below the other
-    small = [box for button in page.get_by_role("button").all() if (box := button.bounding_box()) and box["height"] < 24]
-    assert small == []
+    boxes = [button.bounding_box() for button in page.get_by_role("button").all()]
+    assert all(box is None or box["height"] >= 24 for box in boxes)  # large enough for a finger
 
 
 def test_dark_and_light_follow_the_system_and_the_button(visits):
@@ -388,33 +424,16 @@ def test_text_on_coloured_tokens_can_be_read(visits, scheme):
     visit.effects()
     for by in ("Shift", "Probability"):
         visit.page.get_by_text(by, exact=True).click()
-        contrasts = visit.page.evaluate("""() => {
-          const numbers = (text) => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
-          const parts = (text) => numbers(text).map((part) => text.startsWith("color(") ? part : part / 255);
-          const linear = (part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
-          const luminance = (text) => parts(text).map(linear).reduce((sum, part, i) => sum + part * [0.2126, 0.7152, 0.0722][i], 0.05);
-          return [...document.querySelectorAll(".token")].map((token) => {
-            const style = getComputedStyle(token);
-            const [a, b] = [luminance(style.color), luminance(style.backgroundColor)];
-            return Math.max(a, b) / Math.min(a, b);
-          });
-        }""")
+        contrasts = visit.page.evaluate(CONTRASTS)
         assert min(contrasts) >= 4.5
 
 
 def test_everything_that_can_be_used_has_a_name(visit):
     visit.send("abc")
     visit.effects()
-    nameless = visit.page.evaluate("""() => [...document.querySelectorAll("button, input, select, textarea, canvas, [role]")]
-      .filter((each) => !(each.getAttribute("aria-label") || each.getAttribute("aria-labelledby") || each.labels?.length
-        || each.textContent.trim() || each.title))
-      .filter((each) => !["alert", "status"].includes(each.getAttribute("role")))
-      .map((each) => each.outerHTML)""")
+    nameless = visit.page.evaluate(NAMELESS)
     assert nameless == []
-    twice = visit.page.evaluate("""() => {
-      const ids = [...document.querySelectorAll("[id]")].map((each) => each.id);
-      return ids.filter((id, i) => ids.indexOf(id) !== i);
-    }""")
+    twice = visit.page.evaluate(TWICE)
     assert twice == []
     assert visit.page.locator("html[lang=en]").count() == 1
     assert [visit.page.get_by_role(role).count() for role in ("main", "banner", "status")] == [1, 1, 1]
