@@ -34,11 +34,12 @@ RANKS = {
     "train.evaluation": 14,
     "train.config": 14,
     "train.run": 15,
+    "train.serving": 15,
     "train.cli": 15,
     **dict.fromkeys(
         (f"train.{name}" for name in ("sft", "evaluate", "generate", "inspect", "robustness", "convert")), 16
     ),
-    **dict.fromkeys((f"train.{name}" for name in ("compare", "plan", "theory")), 16),
+    **dict.fromkeys((f"train.{name}" for name in ("compare", "plan", "theory", "serve")), 16),
     "train.bench": 17,  # measures the other commands too
     "train.lofit": 17,
     "train.quickstart": 17,

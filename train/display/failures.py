@@ -19,6 +19,7 @@ FAILED, BUG = 1, 70
 _EXTRAS = {
     **dict.fromkeys(("datasets", "pyarrow", "orbax", "etils", "tyro", "rich", "matplotlib", "scipy"), "train"),
     "filelock": "train",
+    **dict.fromkeys(("starlette", "uvicorn", "sse_starlette", "pydantic", "prometheus_client"), "train,serve"),
     "tensorboardX": "train,tensorboard",
     "wandb": "train,wandb",
     "lm_eval": "lm-eval",

@@ -1,0 +1,66 @@
+"""Servers and engines of a tiny model, as tests start and stop them."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+from tiny import slot_of
+from tiny_model import TINY
+
+from train.serve.listener import Listener, make_server
+from train.serve.service import ServeSettings
+from train.serving.engine import EngineSettings
+
+PLAN = (
+    slot_of("lora", TINY, slot="lora", sites=("attn.q",)),
+    slot_of("linear", TINY, slot="post_block", sites=("block",)),
+)
+SIZES = EngineSettings(rows=4, max_prompt=48, max_new_tokens=16, chunk=2, queue=8)
+SETTINGS = ServeSettings(timeout=60.0, max_body=20_000, loading=True)
+
+
+@contextmanager
+def serving(app):
+    """The address of a server for an app, while the block runs."""
+    listener = Listener.bind("127.0.0.1", 0)
+    server = make_server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.socket]})
+    thread.start()
+    assert server.ready.wait(30)
+    try:
+        yield listener.url
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@contextmanager
+def held(engine):
+    """Nothing is decoded while the block runs."""
+    holding, release = threading.Event(), threading.Event()
+
+    def hold(network, adapters):
+        holding.set()
+        assert release.wait(60)
+
+    done = engine.run(hold)
+    assert holding.wait(60)
+    try:
+        yield
+    finally:
+        release.set()
+        done.result(60)
+
+
+def eventually(condition):
+    """Wait until a condition holds that another thread brings about."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def idle(engine):
+    """Whether an engine has no jobs."""
+    stats = engine.stats()
+    return stats.active + stats.waiting == 0

@@ -1,0 +1,178 @@
+"""Serve steered models in OpenAI's protocol: `python -m train.serve runs/mine`, then http://127.0.0.1:8000.
+
+The same address shows a page to talk to them. Each steering file is a model of its own, besides the base model, and
+requests say which one answers and how strongly it is steered (steering_strength). Ctrl-C lets running answers finish.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from train.devices.machine import enable_compilation_cache
+from train.display.console import print_facts, progress
+from train.serve.app import make_app
+from train.serve.listener import Listener, serve
+from train.serve.protocol import MAX_STRENGTH
+from train.serve.security import LOCAL_NAMES, check_exposed, is_loopback
+from train.serve.service import ServeSettings
+from train.serving.engine import Engine, EngineSettings
+from train.serving.models import Roster, open_roster, parse_sources
+
+KEY = "JAXSTEER_API_KEY"
+"""Environment variable of the API key."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a base model and steering files."""
+
+    steering: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Steering files (*.safetensors) or folders of runs that have one, each as PATH or NAME=PATH; or "none" for the
+    base model alone."""
+    model: str | None = None
+    """Base model; by default the one named in the first steering file."""
+    other_base: bool = False
+    """Steer a model of the same shape whose weights are not those that the steering was trained on."""
+    host: str = "127.0.0.1"
+    """Address to listen on; one that other machines can reach, such as 0.0.0.0, needs an API key."""
+    port: int = 8000
+    """Port to listen on; 0: any that is free."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key that requests must have as `Authorization: Bearer KEY`; by default that in JAXSTEER_API_KEY, which other
+    users of this machine cannot see in the list of processes."""
+    rows: int = 32
+    """Answers generated at a time."""
+    max_prompt: int = 1024
+    """Maximum number of tokens in a prompt."""
+    max_new_tokens: int = 512
+    """Maximum number of tokens in an answer, as far as the model's context allows."""
+    places: int = 8
+    """Number of adapters that there is room for at a time."""
+    queue: int = 256
+    """Answers that may wait; further requests get status 429."""
+    prefix_tokens: int = 4096
+    """Keys and values of up to so many tokens of prompts are kept for prompts that begin alike; 0: of none."""
+    timeout: float = 300.0
+    """Seconds after which a request ends with an error, waiting or not."""
+    strength: float = 1.0
+    """Strength of the steering for requests that do not give one: 0 the base, 1 as trained, 2 twice the shift."""
+    adapter_folders: tuple[str, ...] = ()
+    """Folders from which steering files may be loaded while the server runs (POST /v1/load_lora_adapter); without any,
+    none can be."""
+    max_body: int = 1 << 20
+    """Maximum size of a request, in bytes."""
+    log_requests: bool = False
+    """Log prompts and answers. Otherwise only names of models, numbers of tokens and times are logged."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
+
+    @property
+    def key(self) -> str | None:
+        """The API key, from wherever it is given."""
+        return self.api_key if self.api_key is not None else os.environ.get(KEY) or None
+
+    def check(self) -> None:
+        """Reject settings with which nothing could be served, and addresses that are open to everybody.
+
+        Raises:
+            ValueError: names the option.
+        """
+        for name in ("rows", "max_prompt", "max_new_tokens", "places", "max_body"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        for name in ("queue", "prefix_tokens"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"--port must be from 0 to 65535, got {self.port}")
+        if not self.timeout > 0:
+            raise ValueError(f"--timeout must be above 0 seconds, got {self.timeout:g}")
+        if not abs(self.strength) <= MAX_STRENGTH:
+            raise ValueError(f"--strength must be from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, got {self.strength:g}")
+        check_exposed(self.host, self.key)
+
+    @property
+    def sizes(self) -> EngineSettings:
+        """Sizes of the engine."""
+        return EngineSettings(
+            rows=self.rows,
+            max_prompt=self.max_prompt,
+            max_new_tokens=self.max_new_tokens,
+            queue=self.queue,
+            prefix_tokens=self.prefix_tokens,
+        )
+
+    @property
+    def settings(self) -> ServeSettings:
+        """How requests are answered."""
+        guarded = self.key is not None or not is_loopback(self.host)
+        return ServeSettings(
+            timeout=self.timeout,
+            max_body=self.max_body,
+            api_key=self.key,
+            strength=self.strength,
+            loading=bool(self.adapter_folders),
+            log_requests=self.log_requests,
+            allowed_hosts=() if guarded else (*LOCAL_NAMES, self.host),
+        )
+
+
+def main() -> None:
+    """Serve until the process is told to stop."""
+    config = tyro.cli(ServeConfig, prog="python -m train.serve", description=__doc__)
+    config.check()
+    sources = parse_sources(config.steering)
+    listener = Listener.bind(config.host, config.port)  # before a model is loaded for nothing
+    enable_compilation_cache()
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("jaxsteer").setLevel(logging.INFO)
+    roster = _open(config, sources)
+    engine = Engine(roster, config.sizes)
+    print_facts(_facts(config, roster, engine, listener))
+    _start(engine)
+    serve(make_app(engine, config.settings), engine, listener)
+
+
+def _open(config: ServeConfig, sources: Mapping[str, str]) -> Roster:
+    return open_roster(
+        sources,
+        config.model,
+        dtype=config.dtype,
+        places=config.places,
+        folders=config.adapter_folders,
+        other_base=config.other_base,
+    )
+
+
+def _start(engine: Engine) -> None:
+    """Compile everything, showing progress."""
+    with progress(1, "Compiling") as bar:
+        engine.start(lambda done, total: bar.update(done, of=total))
+
+
+def _facts(config: ServeConfig, roster: Roster, engine: Engine, listener: Listener) -> dict[str, str]:
+    """What is about to be served."""
+    base, *adapters = roster.names()
+    limits = engine.limits
+    facts = {
+        "address": f"{listener.url}/v1" + (", with an API key" if config.key else ""),
+        "page": listener.url,
+        "base model": base,
+        "adapters": _shown(adapters),
+        "answers": f"{config.rows} at a time, {config.queue} more may wait, {config.timeout:g} s each",
+        "limits": f"{limits.max_prompt:,} tokens in a prompt, {limits.max_new_tokens:,} in an answer",
+    }
+    if config.adapter_folders:
+        facts["loaded from"] = ", ".join(config.adapter_folders)
+    return facts
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"

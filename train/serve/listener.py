@@ -1,0 +1,126 @@
+"""The socket, the server that reads it, and how both end: answers that have begun are finished first."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from train.devices import interrupts
+from train.display.console import say
+from train.serving.engine import Engine
+
+GRACE_SECONDS = 30.0
+"""How long answers may go on after the process was told to stop."""
+KEEP_ALIVE_SECONDS = 60
+"""How long a connection may be idle."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A socket that has an address but does not listen yet: connections are refused until there are answers.
+
+    socket  bound
+    url     with which this machine can reach it
+    """
+
+    socket: socket.socket
+    url: str
+
+    @classmethod
+    def bind(cls, host: str, port: int) -> Listener:
+        """Take an address.
+
+        Raises:
+            ValueError: it is not to be had.
+        """
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            bound = socket.socket(family, kind, protocol)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError as error:
+            raise ValueError(
+                f"--host {host} --port {port}: {error.strerror or error}; give another port, or 0 for any that is free"
+            ) from None
+        name = f"[{host}]" if family == socket.AF_INET6 else host
+        return cls(bound, f"http://{name}:{bound.getsockname()[1]}")
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `serve`, and says when it is ready."""
+
+    def __init__(self, config: uvicorn.Config, ready: threading.Event | None = None) -> None:
+        super().__init__(config)
+        self.ready = ready or threading.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        self.ready.set()
+
+
+def make_server(app: ASGIApp) -> _Server:
+    """A server for the app that handles no signals: `run(sockets=[...])` until `should_exit` is set."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5,
+    )
+    return _Server(config)
+
+
+def serve(app: ASGIApp, engine: Engine, listener: Listener) -> None:
+    """Answer requests until the process is told to stop; then refuse new ones, and finish the others.
+
+    A second Ctrl-C ends the process at once.
+
+    Raises:
+        KeyboardInterrupt: it was told by Ctrl-C.
+    """
+    server = make_server(app)
+    told: list[int] = []
+
+    def drain() -> None:
+        engine.close(GRACE_SECONDS)
+        server.should_exit = True
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if told:
+            interrupts.leave(interrupts.STOPPED)
+        told.append(number)
+        say(f"Stopping: running answers may take up to {GRACE_SECONDS:g} s more; Ctrl-C again ends at once.")
+        threading.Thread(target=drain, name="drain", daemon=True).start()
+
+    def announce() -> None:
+        server.ready.wait()
+        say(f"Ready: {listener.url} (Ctrl-C stops)", stderr=False)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    threading.Thread(target=announce, name="announce", daemon=True).start()
+    try:
+        server.run(sockets=[listener.socket])
+    finally:
+        engine.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in told:
+        raise KeyboardInterrupt
