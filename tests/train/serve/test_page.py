@@ -3,43 +3,20 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass, field
 
 import pytest
+from page_visit import CONTRASTS, NAMELESS, TWICE, Visit, fails, letters_server, streams
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("page")]
 
 WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 380, "height": 800}
 CHAT = "**/v1/chat/completions"
 
-CONTRASTS = """() => {
-  const linear = (part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
-  const scale = (text) => text.startsWith("color(") ? 1 : 255;
-  const parts = (text) => text.match(/[\\d.]+/g).slice(0, 3).map((part) => part / scale(text));
-  const luminance = (text) => {
-    const [r, g, b] = parts(text).map(linear);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
-  };
-  return [...document.querySelectorAll(".token")].map((token) => {
-    const style = getComputedStyle(token);
-    const [a, b] = [luminance(style.color), luminance(style.backgroundColor)];
-    return Math.max(a, b) / Math.min(a, b);
-  });
-}"""
-"""WCAG's contrast between text and ground of each token."""
 
-NAMELESS = """() => [...document.querySelectorAll("button, input, select, textarea, canvas, [role]")]
-  .filter((each) => !["alert", "status"].includes(each.getAttribute("role")))
-  .filter((each) => !(each.getAttribute("aria-label") || each.getAttribute("aria-labelledby") || each.labels?.length
-    || each.textContent.trim()))
-  .map((each) => each.outerHTML)"""
-"""Elements that a screen reader could not name."""
-
-TWICE = """() => {
-  const ids = [...document.querySelectorAll("[id]")].map((each) => each.id);
-  return ids.filter((id, i) => ids.indexOf(id) !== i);
-}"""
-"""Ids that more than one element has."""
+@pytest.fixture(scope="module")
+def page_server(tmp_path_factory):
+    with letters_server(tmp_path_factory.mktemp("page")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -52,64 +29,6 @@ def browser():
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
-
-
-@dataclass
-class Visit:
-    """An open page, and what went wrong on it.
-
-    page      of Playwright
-    faults    messages on the console and exceptions
-    origins   of all requests
-    requests  [(path, body)] of those with a body
-    """
-
-    page: object
-    faults: list[str] = field(default_factory=list)
-    origins: set[str] = field(default_factory=set)
-    requests: list = field(default_factory=list)
-
-    def saw(self, request):
-        """Note a request."""
-        _, _, host, path = request.url.split("/", 3)
-        self.origins.add(host)
-        if request.post_data:
-            self.requests.append((path, json.loads(request.post_data)))
-
-    def send(self, text):
-        """Send a message, and wait until both answers are there."""
-        self.page.get_by_role("textbox", name="Message", exact=True).fill(text)
-        self.page.keyboard.press("Enter")
-        self.answered()
-
-    def bodies(self, path):
-        """What was sent to a path of the API, in order."""
-        return [body for sent_to, body in self.requests if sent_to.endswith(path)]
-
-    def answered(self):
-        """Wait until no answer is running."""
-        self.page.wait_for_selector("#stop", state="hidden")
-        self.page.wait_for_function("!document.querySelector('.answer[aria-busy=true]')")
-
-    def answers(self):
-        """The texts of the last turn: base, steered."""
-        turn = self.page.get_by_role("article").last
-        return [turn.get_by_label(f"{name} answer").locator(".text").inner_text() for name in ("Base", "Steered")]
-
-    def strength(self, dial, value):
-        """Move a dial as a hand does: the page hears that it moves, and that it came to rest."""
-        self.page.get_by_role("slider", name=dial, exact=True).fill(f"{value}")
-
-    def again(self):
-        """Ask the steered model again, and wait for its answer."""
-        self.page.get_by_role("button", name=re.compile("^Answer (again|at)")).last.click()
-        self.answered()
-
-    def effects(self):
-        """Wait for the tokens of the last turn's effects."""
-        tokens = self.page.get_by_role("listbox", name="Tokens of prompt and answer").last
-        tokens.get_by_role("option").first.wait_for()
-        return tokens
 
 
 @pytest.fixture
@@ -140,20 +59,6 @@ def visits(browser, page_server):
 @pytest.fixture
 def visit(visits):
     return visits()
-
-
-def fails(visit, url, status, message, **headers):
-    """Let requests to a URL fail with an error of the server; the browser's own complaint about it is expected."""
-    body = json.dumps({"error": {"message": message, "type": "x", "param": None, "code": None}})
-    visit.page.route(url, lambda route: route.fulfill(status=status, body=body, headers=headers))
-
-
-def streams(visit, url, *pieces):
-    """Let a request be answered with a stream of these texts."""
-    chunks = [{"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]} for piece in pieces]
-    chunks += [{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": {}}]
-    body = "".join(f"data: {json.dumps(chunk)}\r\n\r\n" for chunk in chunks) + "data: [DONE]\r\n\r\n"
-    visit.page.route(url, lambda route: route.fulfill(content_type="text/event-stream", body=body))
 
 
 def test_both_models_answer_and_a_dial_changes_the_steered_answer(visit):
