@@ -109,7 +109,7 @@ class Visit:
     def answered(self):
         """Wait until no answer is running."""
         self.page.wait_for_selector("#stop", state="hidden")
-        self.page.wait_for_function("!document.querySelector('.answer[aria-busy=true]')")
+        self.page.locator(".answer[aria-busy=true]").first.wait_for(state="detached")
 
     def answers(self):
         """The texts of the last turn: base, steered."""

@@ -45,7 +45,7 @@ def visits(browser, page_server):
         one.page.on("pageerror", lambda error: one.faults.append(str(error)))
         one.page.on("request", one.saw)
         one.page.goto(page_server)
-        one.page.wait_for_function("document.querySelector('#adapter').options.length > 0")
+        one.page.locator("#adapter option").first.wait_for(state="attached")
         made.append(one)
         return one
 
@@ -95,7 +95,7 @@ def test_answers_follow_a_dial_on_their_own_if_asked_to(visit):
     before = visit.answers()
     visit.page.get_by_role("switch").check()
     visit.strength("All slots", 0)
-    visit.page.wait_for_function("document.querySelectorAll('.variants .chip').length === 2")
+    visit.page.locator(".chip").nth(1).wait_for()
     visit.answered()
     assert visit.answers() == [before[0], before[0]]
 
@@ -136,7 +136,7 @@ def test_a_token_shows_its_layers_and_what_was_likely_before_and_after(visit):
 def test_tokens_may_be_coloured_by_probability(visit):
     visit.send("abc")
     visit.effects()
-    visit.page.get_by_text("Probability", exact=True).click()
+    visit.page.get_by_role("radio", name="Probability").check()
     assert visit.page.get_by_role("img", name="Colour scale: change of log-probability, nats").is_visible()
     assert visit.page.locator(".token.negative").count() > 0
 
@@ -198,7 +198,7 @@ def test_escape_stops_both_answers(visit):
 
 
 def test_completion_mode_puts_the_text_into_the_template(visit):
-    visit.page.get_by_text("Completion", exact=True).click()
+    visit.page.get_by_role("radio", name="Completion").check()
     assert visit.page.get_by_label("System message").is_hidden()
     visit.page.get_by_label("Template").fill("Q: {prompt}\nA:")
     visit.page.get_by_text("Sampling").click()
@@ -328,7 +328,7 @@ def test_text_on_coloured_tokens_can_be_read(visits, scheme):
     visit.send("abc")
     visit.effects()
     for by in ("Shift", "Probability"):
-        visit.page.get_by_text(by, exact=True).click()
+        visit.page.get_by_role("radio", name=by).check()
         contrasts = visit.page.evaluate(CONTRASTS)
         assert min(contrasts) >= 4.5
 

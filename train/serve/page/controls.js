@@ -104,6 +104,7 @@ export class Controls {
       this.#strengths[slot.name] = value;
     }));
     if (slots.length > 1) dials.unshift(this.#dial("", "All slots", (value) => this.#fill(value)));
+    dials[0]?.append(scale());
     at("dials").replaceChildren(...dials);
     this.#showStrength();
   }
@@ -158,6 +159,10 @@ export class Controls {
   }
 }
 
+/** What the ends and the middle of a dial mean. */
+const scale = () => element("div", { className: "ticks", "aria-hidden": "true" },
+  element("span", {}, "0 base"), element("span", {}, "1 as trained"), element("span", {}, "2"));
+
 function aboutSlot({ method, sites, layers, positions }) {
   const where = Array.isArray(sites) ? sites.join(", ") : sites;
   const which = positions && positions !== "all" ? `, ${describe(positions)} tokens` : "";
@@ -168,7 +173,7 @@ function aboutLayers(layers) {
   if (!Array.isArray(layers)) return layers === "all" ? "all layers" : `layers ${describe(layers)}`;
   if (layers.length === 1) return `layer ${layers[0]}`;
   const together = layers.every((layer, i) => i === 0 || layer === layers[i - 1] + 1);
-  return `layers ${together ? `${layers[0]} to ${layers.at(-1)}` : layers.join(", ")}`;
+  return `layers\u00a0${together ? `${layers[0]}–${layers.at(-1)}` : layers.join(", ")}`;
 }
 
 const describe = (value) => (typeof value === "string" ? value : JSON.stringify(value));

@@ -73,7 +73,9 @@ export class EffectsView {
     this.#body.append(
       element("div", { className: "effects-main" },
         element("div", { className: "effects-head" }, colours, this.#legend),
-        this.#text, this.#map.root, this.#readout),
+        this.#text, this.#map.root,
+        element("div", { className: "map-foot" }, this.#readout, element("div", { className: "legend" },
+          ...scale("0", Math.max(...effects.shift.flat()), "Colour scale of the map")))),
       this.#panel.root);
     this.#colour();
     this.#choose(firstAnswered(effects), false);
@@ -146,22 +148,28 @@ export class EffectsView {
     const signed = this.#by === "change";
     const [, , name] = COLOURS.find(([by]) => by === this.#by);
     this.#legend.replaceChildren(
-      element("span", {}, signed ? short(-limit) : "0"),
-      element("span", { className: signed ? "ramp signed" : "ramp", role: "img", "aria-label": `Colour scale: ${name}` }),
-      element("span", {}, short(limit)), element("span", { className: "what" }, name));
+      ...scale(signed ? short(-limit) : "0", limit, `Colour scale: ${name}`, signed ? "ramp signed" : "ramp"),
+      element("span", { className: "what" }, name));
   }
 }
+
+/** A scale of colours between two numbers. */
+const scale = (low, high, label, className = "ramp") => [
+  element("span", {}, low), element("span", { className, role: "img", "aria-label": label }), element("span", {}, short(high)),
+];
 
 /** log p after steering less log p before, or null for the first token. */
 export const change = (token) =>
   token.log_probability === null ? null : token.log_probability - token.log_probability_base;
 
+const minus = (text) => text.replace("-", "−");
+
 /** Three significant digits. */
 export const short = (value) => {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size < 0.001 || size >= 1e5) return value.toExponential(1);
-  return size >= 100 ? value.toFixed(0) : value.toPrecision(3);
+  if (size < 0.001 || size >= 1e5) return minus(value.toExponential(1));
+  return minus(size >= 100 ? value.toFixed(0) : value.toPrecision(3));
 };
 
 /** A token's text in which blanks can be seen. */

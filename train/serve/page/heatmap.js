@@ -15,6 +15,7 @@ export class HeatMap {
   #chosen = 0;
   #layer = 0;
   #cell = { width: 0, height: 0 };
+  #ratio = 1; // device pixels in a CSS pixel
   #room = 0; // width that the last drawing had
   #size = new ResizeObserver(() => { if (this.#scroll.clientWidth !== this.#room) this.draw(); });
   #theme = matchMedia("(prefers-color-scheme: dark)");
@@ -56,10 +57,10 @@ export class HeatMap {
     if (!room) return;
     this.#room = room;
     const { layers, tokens, shift } = this.#effects;
-    const fit = (value, least, most) => Math.max(least, Math.min(most, Math.floor(value)));
+    const fit = (value, least, most) => Math.max(least, Math.min(most, value));
     this.#cell = {
       width: fit((room - 2) / tokens.length, CELL.narrowest, CELL.widest),
-      height: fit(CELL.height / layers, CELL.lowest, CELL.highest),
+      height: Math.floor(fit(CELL.height / layers, CELL.lowest, CELL.highest)),
     };
     const named = this.#cell.width >= CELL.named;
     const context = this.#sized(tokens.length * this.#cell.width + 2, layers * this.#cell.height + 2, named ? NAMES : 6);
@@ -76,7 +77,7 @@ export class HeatMap {
 
   /** The canvas at the device's resolution, cleared; its context works in CSS pixels. */
   #sized(width, height, below) {
-    const ratio = devicePixelRatio || 1;
+    const ratio = this.#ratio = devicePixelRatio || 1;
     this.#canvas.width = Math.round(width * ratio);
     this.#canvas.height = Math.round((height + below) * ratio);
     this.#canvas.style.width = `${width}px`;
@@ -89,7 +90,8 @@ export class HeatMap {
   /** x, y, width, height of a cell; layer 0 is at the bottom. */
   #box(token, layer) {
     const { width, height } = this.#cell;
-    return [1 + token * width, 1 + (this.#effects.layers - 1 - layer) * height, width, height];
+    const edge = (number) => 1 + Math.round(number * width * this.#ratio) / this.#ratio; // no seams between cells
+    return [edge(token), 1 + (this.#effects.layers - 1 - layer) * height, edge(token + 1) - edge(token), height];
   }
 
   /** The chosen token's column, and the line between prompt and answer. */

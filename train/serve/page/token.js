@@ -46,7 +46,7 @@ function chart(values, peak, label) {
     const box = { x: layer * step + step * 0.1, y: CHART.height - height, width: step * 0.8, height };
     const area = { x: layer * step, y: 0, width: step, height: CHART.height, class: "area" };
     const title = drawing("title", {}, `layer ${layer}: ${short(value)}`);
-    return drawing("g", {}, title, drawing("rect", area), drawing("rect", { ...box, class: "bar" }));
+    return drawing("g", {}, title, drawing("rect", area), drawing("rect", { ...box, class: "column" }));
   });
   return element("div", { className: "chart" },
     drawing("svg", {
@@ -62,7 +62,7 @@ function probabilities(token) {
     return element("p", { className: "hint" }, "Nothing comes before the first token, so no probability is given to it.");
   }
   const cell = (name, log, className) => element("div", { className }, element("dt", {}, name),
-    element("dd", {}, percent(log), element("span", { className: "hint" }, `log p ${log.toFixed(2)}`)));
+    element("dd", {}, percent(log), element("span", { className: "hint" }, `log p ${log.toFixed(2).replace("-", "−")}`)));
   const sign = moved >= 0 ? "+" : "−";
   return element("section", {}, element("h4", {}, "Probability of this token ",
     element("span", { className: "hint" }, `${sign}${short(Math.abs(moved))} nats`)),

@@ -72,6 +72,8 @@ export class TurnView {
     this.#showAgain(adapter && adapter.id !== model ? `Answer with ${adapter.id}`
       : strengthText(strength) !== strengthText(steering_strength) ? `Answer at ${strengthText(strength)}` : null);
     this.#showVariants(steered, shown);
+    this.#toggle.hidden = answer.state === "error" && !answer.text;
+    this.#effects.root.hidden = this.#toggle.hidden || !this.#open;
     this.#wantEffects();
     this.#effects.update(answer);
   }
