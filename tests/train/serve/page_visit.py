@@ -18,7 +18,7 @@ from train.serve.app import make_app
 from train.serving.engine import Engine, EngineSettings
 from train.serving.models import open_roster
 
-SIZES = EngineSettings(rows=4, max_prompt=384, max_new_tokens=16, chunk=2, queue=8)
+SIZES = EngineSettings(rows=4, max_prompt=384, max_new_tokens=128, chunk=2, queue=8)
 CONFIG = replace(TINY, max_length=512)
 PLAN = (
     slot_of("linear", CONFIG, slot="up", sites=("block",)),
@@ -114,7 +114,10 @@ class Visit:
     def answers(self):
         """The texts of the last turn: base, steered."""
         turn = self.page.get_by_role("article").last
-        return [turn.get_by_label(f"{name} answer").locator(".text").inner_text() for name in ("Base", "Steered")]
+        return [
+            turn.get_by_label(f"{name} answer", exact=True).locator(".text").inner_text()
+            for name in ("Base", "Steered")
+        ]
 
     def strength(self, dial, value):
         """Move a dial as a hand does: the page hears that it moves, and that it came to rest."""

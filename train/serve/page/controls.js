@@ -117,7 +117,7 @@ export class Controls {
       onchange: () => this.#moved(),
     });
     input.dataset.slot = slot;
-    const output = element("output", { htmlFor: input.id });
+    const output = element("output", { htmlFor: input.id, "aria-live": "off" });
     return element("div", { className: slot ? "dial" : "dial all" },
       element("label", { htmlFor: input.id }, label), output, input);
   }
