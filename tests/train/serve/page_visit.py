@@ -4,6 +4,7 @@ import json
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,16 @@ A, Z = 67, 92
 """Ids of the letters in the tiny tokenizer."""
 
 
+class Letters(NamedTuple):
+    """A server: its address, and its engine."""
+
+    url: str
+    engine: Engine
+
+
 @contextmanager
 def letters_server(folder):
-    """The address of a server of a tiny model that writes letters, and of a steering file with two slots."""
+    """A server of a tiny model that writes letters, and of a steering file with two slots."""
     base = init_base(CONFIG, jax.random.key(3))
     likely = jnp.full((CONFIG.vocab_size, 1), 2.0).at[A : Z + 1].set(40.0)
     base = base | {"embed": {"embedding": base["embed"]["embedding"] * likely}}
@@ -41,7 +49,7 @@ def letters_server(folder):
     with Engine(open_roster({"letters": str(path)}), SIZES) as engine:
         engine.start()
         with serving(make_app(engine)) as url:
-            yield url
+            yield Letters(url, engine)
 
 
 CONTRASTS = """() => {

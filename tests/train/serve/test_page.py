@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from page_visit import CONTRASTS, NAMELESS, TWICE, Visit, fails, letters_server, streams
+from tiny_server import eventually, held, idle
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("page")]
 
@@ -14,9 +15,9 @@ CHAT = "**/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def page_server(tmp_path_factory):
-    with letters_server(tmp_path_factory.mktemp("page")) as url:
-        yield url
+def letters(tmp_path_factory):
+    with letters_server(tmp_path_factory.mktemp("page")) as letters:
+        yield letters
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +33,19 @@ def browser():
 
 
 @pytest.fixture
-def visits(browser, page_server):
+def visits(browser, letters):
     """Opens the page; at the end, nothing may have been complained about and nothing asked of another origin."""
     made = []
 
     def visit(viewport=WIDE, **settings):
         context = browser.new_context(viewport=viewport, reduced_motion="reduce", **settings)
-        context.grant_permissions(["clipboard-read", "clipboard-write"], origin=page_server)
+        context.grant_permissions(["clipboard-read", "clipboard-write"], origin=letters.url)
         one = Visit(context.new_page())
         one.page.set_default_timeout(60_000)  # a program may have to be compiled
         one.page.on("console", lambda said: one.faults.append(said.text) if said.type in ("error", "warning") else None)
         one.page.on("pageerror", lambda error: one.faults.append(str(error)))
         one.page.on("request", one.saw)
-        one.page.goto(page_server)
+        one.page.goto(letters.url)
         one.page.locator("#adapter option").first.wait_for(state="attached")
         made.append(one)
         return one
@@ -53,7 +54,7 @@ def visits(browser, page_server):
     for one in made:
         one.page.context.close()
     assert [fault for one in made for fault in one.faults] == []
-    assert set().union(*(one.origins for one in made)) <= {page_server.split("/")[2]}
+    assert set().union(*(one.origins for one in made)) <= {letters.url.split("/")[2]}
 
 
 @pytest.fixture
@@ -186,15 +187,16 @@ def test_the_keyboard_is_enough(visit):
     assert ring == "solid"
 
 
-def test_escape_stops_both_answers(visit):
-    visit.page.route(CHAT, lambda route: None)  # never answered
-    visit.page.get_by_role("textbox", name="Message", exact=True).fill("abc")
-    visit.page.keyboard.press("Enter")
-    visit.page.get_by_role("button", name="Stop").wait_for()
-    visit.page.keyboard.press("Escape")
-    visit.answered()
+def test_escape_stops_both_answers(visit, letters):
+    with held(letters.engine):
+        visit.page.get_by_role("textbox", name="Message", exact=True).fill("abc")
+        visit.page.keyboard.press("Enter")
+        visit.page.get_by_role("button", name="Stop").wait_for()
+        visit.page.keyboard.press("Escape")
+        visit.answered()
     assert visit.page.locator(".facts").all_inner_texts() == ["stopped", "stopped"]
     assert visit.page.evaluate("document.activeElement.id") == "message"
+    eventually(lambda: idle(letters.engine))  # the server was told
 
 
 def test_completion_mode_puts_the_text_into_the_template(visit):
@@ -344,3 +346,36 @@ def test_everything_that_can_be_used_has_a_name(visit):
     for role in ("main", "banner", "complementary", "navigation"):
         assert visit.page.get_by_role(role).first.is_visible()
     assert visit.page.locator("#status[role=status]").inner_text() == "Answers complete"
+
+
+def test_without_an_adapter_the_base_answers_alone(visit):
+    entry = {"id": "tiny", "object": "model", "created": 0, "owned_by": "jaxsteer", "parent": None, "steering": None}
+    visit.page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [entry]}))
+    streams(visit, CHAT, "hello")
+    visit.page.reload()
+    visit.page.get_by_text("Start the server with a steering file").wait_for()
+    assert visit.page.get_by_role("combobox", name="Adapter").is_disabled()
+    assert visit.page.get_by_role("slider").count() == 0
+    visit.send("abc")
+    assert visit.page.locator(".answer .text").all_inner_texts() == ["hello"]
+    assert visit.bodies("chat/completions")[0]["model"] == "tiny"
+
+
+def test_what_cannot_be_measured_says_why(visit):
+    fails(visit, "**/v1/effects", 400, "'answer' has 900 tokens.")
+    visit.send("abc")
+    visit.page.get_by_text("'answer' has 900 tokens.").wait_for()
+    assert all(visit.answers())
+    visit.faults.clear()  # the browser's own report of the 400
+
+
+def test_a_server_that_is_gone_is_said_to_be(visit):
+    visit.page.route("**/v1/models", lambda route: route.abort())
+    visit.page.reload()
+    alert = visit.page.get_by_role("alert").filter(has_text="cannot be reached")
+    alert.wait_for()
+    visit.page.unroute("**/v1/models")
+    alert.get_by_role("button", name="Try again").click()
+    alert.wait_for(state="hidden")
+    assert visit.page.get_by_role("combobox", name="Adapter").input_value() == "letters"
+    visit.faults.clear()

@@ -1,6 +1,7 @@
 // Tokens coloured by what steering did to them, the map of layers and tokens, and the chosen token's panel.
 
 import { element, segments } from "./dom.js";
+import { change, largest, short, visible } from "./figures.js";
 import { HeatMap } from "./heatmap.js";
 import { TokenPanel } from "./token.js";
 
@@ -75,7 +76,7 @@ export class EffectsView {
         element("div", { className: "effects-head" }, colours, this.#legend),
         this.#text, this.#map.root,
         element("div", { className: "map-foot" }, this.#readout, element("div", { className: "legend" },
-          ...scale("0", Math.max(...effects.shift.flat()), "Colour scale of the map")))),
+          ...scale("0", largest(effects.shift), "Colour scale of the map")))),
       this.#panel.root);
     this.#colour();
     this.#choose(firstAnswered(effects), false);
@@ -158,28 +159,10 @@ const scale = (low, high, label, className = "ramp") => [
   element("span", {}, low), element("span", { className, role: "img", "aria-label": label }), element("span", {}, short(high)),
 ];
 
-/** log p after steering less log p before, or null for the first token. */
-export const change = (token) =>
-  token.log_probability === null ? null : token.log_probability - token.log_probability_base;
-
-const minus = (text) => text.replace("-", "−");
-
-/** Three significant digits. */
-export const short = (value) => {
-  if (value === 0) return "0";
-  const size = Math.abs(value);
-  if (size < 0.001 || size >= 1e5) return minus(value.toExponential(1));
-  return minus(size >= 100 ? value.toFixed(0) : value.toPrecision(3));
-};
-
-/** A token's text in which blanks can be seen. */
-export const visible = (text) =>
-  (text || "∅").replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll(" ", "␣");
-
 /** A token's text as it stands in the text; line ends get a sign. */
 const shown = (text) => (text || "∅").replaceAll("\n", "↵\n");
 
-const spoken = (token) => `${visible(token.text)}, shift ${short(token.shift)}`;
+const spoken = (token) => `${token.text.trim() ? token.text : visible(token.text)}, shift ${short(token.shift)}`;
 
 /** The first token that the model wrote, or the last of the prompt. */
 function firstAnswered({ tokens }) {

@@ -1,6 +1,7 @@
 // A map of layers (upwards) and tokens (to the right) on a canvas.
 
 import { element } from "./dom.js";
+import { largest } from "./figures.js";
 
 const CELL = { narrowest: 4, widest: 26, lowest: 5, highest: 16, height: 230, named: 12 };
 const NAMES = 74; // pixels for the tokens' names below the cells
@@ -65,7 +66,7 @@ export class HeatMap {
     const named = this.#cell.width >= CELL.named;
     const context = this.#sized(tokens.length * this.#cell.width + 2, layers * this.#cell.height + 2, named ? NAMES : 6);
     const colours = this.#colours();
-    const limit = Math.max(...shift.flat()) || 1;
+    const limit = largest(shift) || 1;
     shift.forEach((row, layer) => row.forEach((value, token) => {
       context.fillStyle = colours.heat(value / limit);
       context.fillRect(...this.#box(token, layer));

@@ -71,7 +71,7 @@ function again() {
 /** A dial came to rest. */
 function moved() {
   if (conversation.last) views.get(conversation.last).update(true, controls);
-  if (controls.auto && conversation.last?.steered.length && conversation.last.base.state !== "running") again();
+  if (controls.auto && conversation.last?.steered.length) again();
 }
 
 function stop() {

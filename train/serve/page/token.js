@@ -1,7 +1,7 @@
 // The chosen token: its shift in each layer, its probability, and the likeliest tokens before and after steering.
 
 import { drawing, element } from "./dom.js";
-import { change, short, visible } from "./effects.js";
+import { change, nats, percent, short, visible } from "./figures.js";
 
 const CHART = { width: 288, height: 84 };
 
@@ -33,7 +33,7 @@ export class TokenPanel {
     const peak = Math.max(...shifts);
     const strongest = shifts.indexOf(peak);
     const text = peak > 0 ? `up to ${short(peak)}, at layer ${strongest}` : "none";
-    return element("section", {}, element("h4", {}, "Shift by layer ", element("span", { className: "hint" }, text)),
+    return element("section", {}, element("h3", {}, "Shift by layer ", element("span", { className: "hint" }, text)),
       chart(shifts, peak, `Shift by layer: ${text}`));
   }
 }
@@ -62,34 +62,26 @@ function probabilities(token) {
     return element("p", { className: "hint" }, "Nothing comes before the first token, so no probability is given to it.");
   }
   const cell = (name, log, className) => element("div", { className }, element("dt", {}, name),
-    element("dd", {}, percent(log), element("span", { className: "hint" }, `log p ${log.toFixed(2).replace("-", "−")}`)));
-  const sign = moved >= 0 ? "+" : "−";
-  return element("section", {}, element("h4", {}, "Probability of this token ",
-    element("span", { className: "hint" }, `${sign}${short(Math.abs(moved))} nats`)),
+    element("dd", {}, percent(log), element("span", { className: "hint" }, `log p ${nats(log)}`)));
+  return element("section", {}, element("h3", {}, "Probability of this token ",
+    element("span", { className: "hint" }, `${moved > 0 ? "+" : ""}${short(moved)} nats`)),
   element("dl", { className: "both" }, cell("Base", token.log_probability_base, "base"),
     cell("Steered", token.log_probability, "steered")));
 }
 
 function tops(token) {
   if (!token.top?.length) return "";
-  return element("section", {}, element("h4", {}, "Likeliest tokens here"),
+  return element("section", {}, element("h3", {}, "Likeliest tokens here"),
     element("div", { className: "both" }, topList("Base", token.top_base, token, "base"),
       topList("Steered", token.top, token, "steered")));
 }
 
 function topList(name, top, token, className) {
-  return element("div", { className }, element("h5", {}, name), element("ol", { className: "tops", "aria-label": `${name}, likeliest tokens` },
+  return element("div", { className }, element("h4", {}, name), element("ol", { className: "tops", "aria-label": `${name}, likeliest tokens` },
     ...top.map((each) => {
       const item = element("li", { className: each.text === token.text ? "this" : "" },
         element("code", {}, visible(each.text)), element("span", {}, percent(each.log_probability)));
       item.style.setProperty("--p", `${Math.exp(each.log_probability) * 100}%`);
       return item;
     })));
-}
-
-/** exp(log p) in percent. */
-function percent(log) {
-  const share = 100 * Math.exp(log);
-  if (share > 0 && share < 0.01) return "< 0.01 %";
-  return `${share >= 99.95 ? share.toFixed(0) : share >= 10 ? share.toFixed(1) : share.toFixed(2)} %`;
 }

@@ -121,7 +121,7 @@ class AnswerView {
     this.#error = element("p", { className: "error", role: "alert", hidden: true });
     this.foot = element("footer", {}, this.#facts);
     this.root = element("section", { className: "answer", "aria-label": `${title} answer` },
-      element("header", {}, element("h3", {}, title), this.#name),
+      element("header", {}, element("h2", {}, title), this.#name),
       element("div", { className: "text" }, this.#text), this.#error, this.foot);
   }
 
