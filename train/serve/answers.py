@@ -17,7 +17,7 @@ from train.serve.errors import bad_request
 from train.serve.metrics import Timer
 from train.serve.observe import LOG, facts_of
 from train.serve.service import Service, of_engine, unknown_model
-from train.serving.engine import EngineError, Job, Listener
+from train.serving.engine import EngineError, Job, Listener, Timeout
 from train.serving.models import UnknownModel
 from train.serving.text import Delta, End, TextOfAnswer, Token
 
@@ -59,7 +59,10 @@ class Answers:
         self._left = set(range(len(asks)))
         self._news: asyncio.Queue[tuple[int, Event | EngineError]] = asyncio.Queue()
         self._jobs: list[Job] = []
-        deadline = service.deadline()
+        # The engine keeps to the deadline too, but only between its steps.
+        expire = partial(self._news.put_nowait, (-1, Timeout(f"no answer within {service.settings.timeout:g} seconds")))
+        self._expiry = asyncio.get_running_loop().call_later(service.settings.timeout, expire)
+        deadline = time.monotonic() + service.settings.timeout
         try:
             for index, ask in enumerate(asks):
                 self._jobs.append(service.engine.submit(ask.job, self._listener(index), deadline=deadline))
@@ -97,11 +100,10 @@ class Answers:
         """
         while self._left:
             index, news = await self._news.get()
-            if index not in self._left:
-                continue  # came before the job was cancelled
             if isinstance(news, EngineError):
                 raise of_engine(news)
-            yield index, self._push(index, news)
+            if index in self._left:  # otherwise it came before the job was cancelled
+                yield index, self._push(index, news)
 
     def _push(self, index: int, event: Event) -> Delta:
         text, timer, now = self._texts[index], self._timers[index], time.perf_counter()
@@ -135,5 +137,6 @@ class Answers:
     def close(self) -> None:
         """Cancel what has not ended."""
         self._left.clear()
+        self._expiry.cancel()
         for job in self._jobs:
             job.cancel()

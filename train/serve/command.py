@@ -10,13 +10,14 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
 from train.devices.machine import enable_compilation_cache
-from train.display.console import print_facts, progress
+from train.display.console import Bar, print_facts, progress
 from train.serve.app import make_app
 from train.serve.listener import Listener, serve
 from train.serve.protocol import MAX_STRENGTH
@@ -153,8 +154,15 @@ def _open(config: ServeConfig, sources: Mapping[str, str]) -> Roster:
 
 def _start(engine: Engine) -> None:
     """Compile everything, showing progress."""
-    with progress(1, "Compiling") as bar:
-        engine.start(lambda done, total: bar.update(done, of=total))
+    with ExitStack() as stack:
+        bars: list[Bar] = []
+
+        def show(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(progress(total, "Compiling")))
+            bars[0].update(done)
+
+        engine.start(show)
 
 
 def _facts(config: ServeConfig, roster: Roster, engine: Engine, listener: Listener) -> dict[str, str]:

@@ -80,8 +80,9 @@ class Observe:
         route = path if path in self._routes else "other"
         self._metrics.requests.labels(route, facts.model, str(status)).inc()
         self._metrics.latency.labels(route).observe(seconds)
-        self._metrics.prompt_tokens.labels(facts.model).inc(facts.prompt_tokens)
-        self._metrics.answer_tokens.labels(facts.model).inc(facts.answer_tokens)
+        if facts.prompt_tokens:
+            self._metrics.prompt_tokens.labels(facts.model).inc(facts.prompt_tokens)
+            self._metrics.answer_tokens.labels(facts.model).inc(facts.answer_tokens)
         if route.startswith("/v1/"):
             tokens = f", {facts.prompt_tokens} + {facts.answer_tokens} tokens" if facts.prompt_tokens else ""
             model = f" {facts.model}" if facts.model else ""

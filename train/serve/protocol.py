@@ -130,8 +130,8 @@ class CompletionRequest(Generate):
     def prompts(self) -> list[str | list[int]]:
         """The prompts, also where there is one."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
     @property
     def new_tokens(self) -> int:

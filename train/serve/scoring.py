@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsteer.adapters import Adapters
 from jaxsteer.batches import Tokens, bucket_length, pack, stack_rows
-from jaxsteer.inference.draws import TOP, Top
+from jaxsteer.inference.draws import TOP
 from jaxsteer.inference.generate import to_device
 from jaxsteer.inference.scheduling import nonfinite_logits
 from jaxsteer.inference.scores import TokenScores, score_tokens
@@ -19,7 +19,7 @@ from jaxsteer.models.transformer import Network
 from train.serve.errors import bad_request
 from train.serve.replies import Scored
 from train.serve.service import Service, of_engine, unknown_model
-from train.serving.effects import alternatives, steering_arguments, text_added
+from train.serving.effects import score_at, steering_arguments, text_added
 from train.serving.engine import EngineError
 from train.serving.models import Served, UnknownModel
 from train.serving.text import Decode, pieces
@@ -114,8 +114,7 @@ def _shown(ids: Sequence[int], scores: TokenScores, top: int, decode: Decode) ->
     """The tokens of a text as they are shown."""
     texts, added = pieces(ids, decode), text_added(decode)
     shown = [Scored(texts[0], None, ())]
-    likely: Top = scores.top
     for t in range(1, len(ids)):
         text_of = lambda id, t=t: texts[t] if id == ids[t] else added(ids[t - 1], id)
-        shown.append(Scored(texts[t], float(scores.log_probability[t]), alternatives(likely, t, top, text_of)))
+        shown.append(Scored(texts[t], *score_at(scores, t, top, text_of)))
     return shown

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -167,10 +166,6 @@ class Service:
         for prompt in prompts if self.settings.log_requests else ():
             LOG.info("#%d prompt: %r", facts.number, prompt.text)
         return facts.prompt_tokens
-
-    def deadline(self) -> float:
-        """When a job that begins now ends with an error."""
-        return time.monotonic() + self.settings.timeout
 
     async def computed(self, work: Future[T]) -> T:
         """The result of what the engine computes for a request; not computed if the client leaves before its turn.

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
@@ -28,13 +29,15 @@ class ChunkStream(EventSourceResponse):
     def __init__(
         self, request: Request, answers: Answers, chunks: AsyncIterator[Mapping[str, Any]], send_timeout: float
     ) -> None:
-        self._answers = answers
+        self._answers, self._facts = answers, facts_of(request)
         super().__init__(_events(request, chunks), sep="\n", send_timeout=send_timeout)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, or as much as the client wants."""
         try:
             await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            LOG.info("#%d the client does not read its answer", self._facts.number)
         finally:
             self._answers.close()
 

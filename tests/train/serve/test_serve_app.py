@@ -6,41 +6,56 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
-from tiny_server import SETTINGS, eventually, held, idle
+from tiny_server import SETTINGS, SIZES, eventually, held, idle
 
 from jaxsteer import Model
 from jaxsteer.batches import stack_rows
-from jaxsteer.inference import Decoder, Limits, Request, generate_all, score_tokens
+from jaxsteer.inference import Request, score_tokens
 from jaxsteer.io import load_steering
 from train.serve.app import make_app
 from train.serve.security import LOCAL_NAMES
+from train.serving.engine import Busy, Draining, Engine, Job, NonFinite, StepFailed, Timeout
 from train.serving.prompts import chat_prompt, plain_prompt
 
 GREEDY = {"model": "steered", "temperature": 0}
 ASK = [{"role": "user", "content": "ab"}]
 
 
-@pytest.fixture(scope="session")
-def generate(engine, served_folder):
-    """The steered model alone, without any of the server: answers to prompts, and scores of their tokens."""
-    loaded, file = engine.roster.loaded, load_steering(served_folder / "steered.safetensors")
-    model, limits = Model(loaded.config, file.plan), Limits(48, 16, rows=4)
-    decoder = Decoder(model, loaded.base, file.steering, limits)
+class Alone:
+    """The steered model without any of the server: one text at a time, read anew for every token."""
 
-    def answer(prompts, strength=None, new_tokens=6):
-        requests = [Request(each.tokens, new_tokens, each.stop, strength=strength or {}) for each in prompts]
-        answers = dict(generate_all(decoder, requests))
-        return [loaded.tokenizer.decode(answers[i].tokens, skip_special_tokens=True) for i in range(len(prompts))]
+    def __init__(self, served, file):
+        self.served, self.loaded, self.file = served, served.roster.loaded, file
+        self.model = Model(self.loaded.config, file.plan)
 
-    def score(prompt, top):
+    def plain(self, text):
+        return plain_prompt(self.loaded, text, "prompt")
+
+    def chat(self, messages):
+        return chat_prompt(self.loaded, self.served.roster.get("steered"), messages, "messages")
+
+    def scores(self, prompt, strength=None):
+        """Log-probabilities of the tokens [T], and the likeliest in their places [T]."""
+        strength = {slot.name: np.float32((strength or {}).get(slot.name, 1)) for slot in self.file.plan}
         batch = stack_rows([[prompt.tokens]], 64)
-        found = score_tokens(model, loaded.base, file.steering, batch, top=top)
-        return [np.asarray(field)[0, : len(prompt.tokens.ids)] for field in (found.log_probability, *found.top)]
+        found = score_tokens(self.model, self.loaded.base, self.file.steering, batch, strength=strength, top=1)
+        count = len(prompt.tokens.ids)
+        return np.asarray(found.log_probability)[0, :count], np.asarray(found.top.tokens)[0, :count, 0]
 
-    answer.plain = lambda text: plain_prompt(loaded, text, "prompt")
-    answer.chat = lambda messages: chat_prompt(loaded, engine.roster.get("steered"), messages, "messages")
-    answer.score, answer.decode = score, loaded.tokenizer.decode
-    return answer
+    def answer(self, prompt, strength=None, count=6):
+        """The greedy answer."""
+        ids, stop = prompt.tokens.ids.tolist(), prompt.stop
+        for _ in range(count):
+            following = int(self.scores(plain_prompt(self.loaded, [*ids, 0], "prompt"), strength)[1][-1])
+            if following in stop:
+                break
+            ids.append(following)
+        return self.loaded.tokenizer.decode(ids[len(prompt.tokens.ids) :], skip_special_tokens=True)
+
+
+@pytest.fixture(scope="session")
+def alone(engine, served_folder):
+    return Alone(engine, load_steering(served_folder / "steered.safetensors"))
 
 
 def post(client, path, **body):
@@ -57,6 +72,15 @@ def chunks(response):
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
+def close(one, other):
+    """Whether two objects are equal but for rounding."""
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    return abs(one - other) < 1e-4 if isinstance(one, float) else one == other
+
+
 def error_of(response, status):
     assert response.status_code == status, response.text
     error = response.json()["error"]
@@ -67,26 +91,26 @@ def error_of(response, status):
 # ---- answers
 
 
-def test_answers_are_those_of_generate(client, generate):
+def test_answers_are_those_of_the_model_alone(client, alone):
     texts = ["ab", "x>", "hello w"]
-    want = generate([generate.plain(text) for text in texts])
+    want = [alone.answer(alone.plain(text)) for text in texts]
     found = post(client, "completions", **GREEDY, prompt=texts, max_tokens=6)
     assert [choice["text"] for choice in found["choices"]] == want
     assert [choice["index"] for choice in found["choices"]] == [0, 1, 2]
     assert found["usage"]["prompt_tokens"] == 11
-    ids = [generate.plain(text).tokens.ids.tolist() for text in texts]
+    ids = [alone.plain(text).tokens.ids.tolist() for text in texts]
     assert [
         choice["text"] for choice in post(client, "completions", **GREEDY, prompt=ids, max_tokens=6)["choices"]
     ] == want
 
-    prompt = generate.chat(ASK)
-    (want,) = generate([prompt])
+    prompt = alone.chat(ASK)
+    want = alone.answer(prompt)
     found = post(client, "chat/completions", **GREEDY, messages=ASK, max_tokens=6)
     assert found["choices"][0]["message"] == {"role": "assistant", "content": want, "refusal": None}
     assert found["usage"]["prompt_tokens"] == len(prompt.tokens.ids)
 
 
-def test_strength(client, generate):
+def test_strength(client, alone):
     ask = lambda **more: post(client, "completions", **(GREEDY | {"prompt": "ab", "max_tokens": 6} | more))["choices"][
         0
     ]
@@ -94,7 +118,7 @@ def test_strength(client, generate):
     assert ask(steering_strength=0)["text"] == base["text"] != steered["text"]
     assert ask(steering_strength=1) == ask(steering_strength={"lora": 1.0}) == steered
     strength = {"lora": 2.0, "post_block": -1.5}
-    assert [ask(steering_strength=strength)["text"]] == generate([generate.plain("ab")], strength)
+    assert ask(steering_strength=strength)["text"] == alone.answer(alone.plain("ab"), strength)
     error = error_of(
         client.post("/v1/completions", json=GREEDY | {"prompt": "a", "steering_strength": {"lroa": 1}}), 400
     )
@@ -136,7 +160,7 @@ def test_streams_are_the_answer_in_pieces(client):
         assert own[0]["delta"]["role"] == "assistant"
         assert "".join(each["delta"].get("content", "") for each in own) == choice["message"]["content"]
         tokens = [token for each in own if each["logprobs"] for token in each["logprobs"]["content"]]
-        assert tokens == choice["logprobs"]["content"]
+        assert close(tokens, choice["logprobs"]["content"])
         assert [each["finish_reason"] for each in own if each["finish_reason"]] == [choice["finish_reason"]]
         assert len(tokens) <= 9
         assert "".join(token["token"] for token in tokens) == choice["message"]["content"]
@@ -149,7 +173,7 @@ def test_streams_are_the_answer_in_pieces(client):
     assert {piece["usage"] for piece in pieces} == {None}
     assert "".join(piece["choices"][0]["text"] for piece in pieces) == whole["choices"][0]["text"]
     for field, values in whole["choices"][0]["logprobs"].items():
-        assert [value for piece in pieces for value in piece["choices"][0]["logprobs"][field]] == values
+        assert close([value for piece in pieces for value in piece["choices"][0]["logprobs"][field]], values)
 
 
 def test_stop_strings_end_an_answer(client, engine):
@@ -162,13 +186,13 @@ def test_stop_strings_end_an_answer(client, engine):
     eventually(lambda: idle(engine))
 
 
-def test_echo_gives_the_probabilities_of_the_prompt(client, generate):
+def test_echo_gives_the_probabilities_of_the_prompt(client, alone):
     """As lm-eval's local-completions asks for them: one token more than is read, whatever it is."""
     texts = ["ab$é", "hello", "x"]
     found = post(client, "completions", **GREEDY, prompt=texts, max_tokens=1, echo=True, logprobs=1)
     for text, choice in zip(texts, found["choices"], strict=True):
-        prompt, logprobs = generate.plain(text), choice["logprobs"]
-        scores, tokens, _ = generate.score(prompt, 1)
+        prompt, logprobs = alone.plain(text), choice["logprobs"]
+        scores, likeliest = alone.scores(prompt)
         count = len(prompt.tokens.ids)
         assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
         np.testing.assert_allclose(logprobs["token_logprobs"][1:count], scores[1:], atol=1e-4)
@@ -178,7 +202,7 @@ def test_echo_gives_the_probabilities_of_the_prompt(client, generate):
             max(each.values()) == value
             for each, value in zip(logprobs["top_logprobs"][1:count], logprobs["token_logprobs"][1:count], strict=True)
         ]
-        assert greedy == (tokens[1:, 0] == prompt.tokens.ids[1:]).tolist()
+        assert greedy == (likeliest[1:] == prompt.tokens.ids[1:]).tolist()
         assert choice["text"].startswith(text)
     nothing = post(client, "completions", **GREEDY, prompt=texts, max_tokens=0, echo=True)
     assert [choice["text"] for choice in nothing["choices"]] == texts
@@ -248,6 +272,42 @@ def test_a_deadline_that_has_passed(engine):
         error_of(hasty.post("/v1/effects", json={"model": "steered", "prompt": "ab"}), 504)
     assert '"code": "timeout"' in streamed.text
     assert "[DONE]" not in streamed.text
+
+
+def test_a_server_that_is_being_stopped(engine):
+    closed = Engine(engine.roster, SIZES)
+    closed.close()
+    stopping = TestClient(make_app(closed, SETTINGS))
+    response = stopping.get("/health")
+    assert (response.status_code, response.json()) == (503, {"status": "draining"})
+    for path in ("completions", "effects"):
+        response = stopping.post(f"/v1/{path}", json={"model": "steered", "prompt": "ab"})
+        assert error_of(response, 503)["code"] == "draining"
+        assert response.headers["retry-after"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(Busy("full", 7), 429), (Draining(), 503), (Timeout(), 504), (NonFinite(), 400), (StepFailed(), 500)],
+)
+def test_errors_of_the_engine(client, engine, monkeypatch, error, status):
+    def submit(job, listener, *, deadline):
+        if isinstance(error, (Busy, Draining)):
+            raise error
+        listener(error)
+        return Job(0, job, listener, deadline, lambda job: None)
+
+    monkeypatch.setattr(engine, "submit", submit)
+    response = client.post("/v1/completions", json=GREEDY | {"prompt": "ab"})
+    error_of(response, status)
+    assert response.headers.get("retry-after") == {429: "7", 503: "5"}.get(status)
+
+
+def test_a_bug_is_not_shown_to_clients(client, engine, monkeypatch):
+    monkeypatch.setattr(type(engine.roster), "names", lambda roster: 1 / 0)
+    error = error_of(client.get("/v1/models"), 500)
+    assert (error["type"], error["code"]) == ("server_error", "internal_error")
+    assert "division" not in error["message"]
 
 
 def test_the_key(engine):
@@ -323,7 +383,7 @@ def test_adapters_stay_unless_folders_are_allowed(engine):
         assert "--adapter-folders" in error["message"]
 
 
-def test_effects(client, generate):
+def test_effects(client, alone):
     body = {"model": "steered", "prompt": "ab", "answer": "cd", "top_tokens": 3}
     found = post(client, "effects", **body)
     assert [(token["text"], token["part"]) for token in found["tokens"]] == [
@@ -338,7 +398,7 @@ def test_effects(client, generate):
     assert means.min() > 0
     first, *rest = found["tokens"]
     assert (first["log_probability"], first["top"]) == (None, [])
-    scores, _, _ = generate.score(generate.plain("abcd"), 3)
+    scores, _ = alone.scores(alone.plain("abcd"))
     np.testing.assert_allclose([token["log_probability"] for token in rest], scores[1:], atol=1e-4)
     assert {len(token["top"]) for token in rest} == {len(token["top_base"]) for token in rest} == {3}
     none = post(client, "effects", **body, steering_strength=0)

@@ -4,17 +4,12 @@ import threading
 import time
 from contextlib import contextmanager
 
-from tiny import slot_of
-from tiny_model import TINY
-
+from jaxsteer import LinearSteering, LoRA, Slot
 from train.serve.listener import Listener, make_server
 from train.serve.service import ServeSettings
 from train.serving.engine import EngineSettings
 
-PLAN = (
-    slot_of("lora", TINY, slot="lora", sites=("attn.q",)),
-    slot_of("linear", TINY, slot="post_block", sites=("block",)),
-)
+PLAN = (Slot("lora", LoRA(rank=2), ("attn.q",)), Slot("post_block", LinearSteering(rank=2), ("block",)))
 SIZES = EngineSettings(rows=4, max_prompt=48, max_new_tokens=16, chunk=2, queue=8)
 SETTINGS = ServeSettings(timeout=60.0, max_body=20_000, loading=True)
 
