@@ -12,7 +12,6 @@ const COLOURS = [
 ];
 
 export class EffectsView {
-  #answer = null;
   #drawn = null; // the effects that the elements show
   #by = "shift";
   #chosen = null;
@@ -35,7 +34,6 @@ export class EffectsView {
 
   /** Show the effects of an answer, or that they are on their way. */
   update(answer) {
-    this.#answer = answer;
     const { effectsState, effectsError, effects, state } = answer;
     this.root.classList.toggle("waiting", effectsState === "waiting");
     this.#state.hidden = effectsState === "done";
