@@ -85,7 +85,7 @@ def test_a_run_leaves_what_it_promises(config, finished):
     summary = json.loads(run.summary.read_text())
     assert set(summary) == {
         "accuracy_before", "accuracy_after", "trainable_parameters", "trainable_share", "seconds",
-        "data_wait_seconds", "tokens_per_second", "peak_memory_bytes", "validation",
+        "data_wait_seconds", "tokens_per_second", "peak_memory_bytes", "step", "finished", "validation",
     }  # fmt: skip
     evaluated = {row["step"]: row for row in rows if "validation_loss" in row}
     for stage, step in (("before", 0), ("after", 12)):

@@ -1,0 +1,45 @@
+"""The starts of a run: when, with which command, how far it had come, and on what machine; a line each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from train.devices.machine import device_summary, machine_facts, versions
+from train.run.folder import RunFolder, now
+from train.run.training import Training
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def note_start(run: RunFolder, training: Training, done: int) -> None:
+    """Append a line to starts.jsonl.
+
+    Args:
+        run: the run's folder.
+        training: its parts.
+        done: number of steps that the run goes on from.
+    """
+    row: dict[str, Any] = {
+        "time": now(),
+        "done": done,
+        "steps": training.steps,
+        "command": command(),
+        "trainable": training.trainable,
+        "parameters": training.total,
+        "device": device_summary(),
+        "machine": machine_facts(),
+        "versions": versions(),
+    }
+    with run.starts.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def command() -> list[str] | None:
+    """The words of this process's command, `jaxsteer NAME ...`; None if another program trains."""
+    program = Path(sys.argv[0]).resolve()
+    if _PACKAGE not in program.parents:
+        return None
+    return ["jaxsteer", program.relative_to(_PACKAGE).parts[0].removesuffix(".py"), *sys.argv[1:]]
