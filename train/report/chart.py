@@ -137,13 +137,14 @@ def draw(chart: Chart) -> Drawing:
     x_low, x_high = _x_range(series)
     y_low, y_high = _y_range(chart, series)
     scaled = np.log10 if chart.log else np.asarray
-    to_x = lambda x: (np.asarray(x, float) - x_low) / (x_high - x_low) * WIDTH
+    to_x: _Scale = lambda x: (np.asarray(x, float) - x_low) / (x_high - x_low) * WIDTH
     with np.errstate(divide="ignore", invalid="ignore"):
         to_y = lambda y: (scaled(y_high) - scaled(np.asarray(y, float))) / (scaled(y_high) - scaled(y_low)) * HEIGHT
         strokes = [] if chart.heat else [_stroke(each, to_x, to_y) for each in series]
         y_ticks = _rows(chart.heat) if chart.heat else _y_ticks(chart, y_low, y_high, to_y)
         level = None if chart.level is None else float(to_y(chart.level.value))
-    x_ticks = [Tick(_rounded(to_x(at)), f"{at:,.0f}") for at in _inside(MaxNLocator(5, integer=True), x_low, x_high)]
+    whole = [at for at in _inside(MaxNLocator(5, integer=True), x_low, x_high) if at == round(at)]
+    x_ticks = [Tick(_rounded(to_x(at)), f"{at:,.0f}") for at in whole]
     return Drawing(chart, strokes, x_ticks, y_ticks, level, _strips(chart, series, to_x))
 
 
@@ -168,7 +169,8 @@ def _y_range(chart: Chart, series: Sequence[Series]) -> tuple[float, float]:
         low = max(low, 0.0)
     if low == high:
         low, high = low - (0.1 * abs(low) or 0.1), high + (0.1 * abs(high) or 0.1)
-    return (max(low - 0.02, -0.02), min(high + 0.02, 1.02)) if chart.percent else (low, high)
+    margin = 0.03 * (high - low)  # so that points at 0 and 100 % are whole
+    return (max(low, 0.0) - margin, min(high, 1.0) + margin) if chart.percent else (low, high)
 
 
 def _inside(locator: MaxNLocator | LogLocator, low: float, high: float) -> list[float]:
@@ -204,7 +206,7 @@ def _stroke(series: Series, to_x: _Scale, to_y: _Scale) -> Stroke:
     bars: list[tuple[float, float, float]] = []
     if series.bars is not None:
         ends = zip(to_x(series.x), to_y(series.bars[1]), to_y(series.bars[0]), strict=True)
-        bars = [tuple(map(_rounded, each)) for each in ends if np.isfinite(each).all()]
+        bars = [(_rounded(x), _rounded(top), _rounded(low)) for x, top, low in ends if np.isfinite([top, low]).all()]
     points = [(_rounded(x), _rounded(y)) for x, y in zip(xs, ys, strict=True) if np.isfinite(y)]
     return Stroke(
         path_of(xs, ys),

@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
 def comparison_of(records: Sequence[Record]) -> Comparison:
     """Compare runs; those of different tasks or models too."""
     lines = [_line(n, record, records[0]) for n, record in enumerate(records)]
-    charts = records[0].attempt("the curves of all runs", lambda: curves_of(records), [])
+    charts = records[0].attempt("the curves of all runs", lambda: curves_of(records)) or []
     return Comparison(lines, differences([record.config for record in records]), charts)
 
 

@@ -151,7 +151,7 @@ def _overlap(record: Record) -> Iterator[Chart]:
         return
     steps = np.array([row["step"] for row in rows], float)
     values = np.array([[number(each) for each in row["overlap"]] for row in rows])
-    layers, chance = record.attempt("the overlap of LoRA and steering", lambda: _layers(record), ((), 0.0))
+    layers, chance = record.attempt("the overlap of LoRA and steering", lambda: _layers(record)) or ((), 0.0)
     labels = [str(layer) for layer in layers] if len(layers) == values.shape[1] else [""] * values.shape[1]
     with np.errstate(invalid="ignore"):
         mean, largest = values.mean(axis=1), values.max(axis=1)

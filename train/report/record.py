@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,13 +107,12 @@ class Record:
         known = [self.starts[-1].get("steps") if self.starts else None, self.config.get("steps")]
         return next((steps for steps in known if isinstance(steps, int)), None)
 
-    def attempt(self, what: str | Path, read: Callable[[], T], otherwise: T) -> T:
-        """What `read` returns; where it fails because of what the folder holds, `otherwise`, and a sentence is kept.
+    def attempt(self, what: str | Path, read: Callable[[], T]) -> T | None:
+        """What `read` returns; None where it fails because of what the folder holds, and a sentence is kept.
 
         Args:
             what: the file, or the part of the page, for the sentence.
             read: reads it.
-            otherwise: what to go on with.
         """
         try:
             return read()
@@ -120,7 +120,7 @@ class Record:
             self.problems.append(_named(what, sentence_of(error) or str(error)))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             self.problems.append(f"{what}: not what this version of jaxsteer writes ({type(error).__name__}: {error})")
-        return otherwise
+        return None
 
 
 def _named(what: str | Path, sentence: str) -> str:
@@ -172,26 +172,26 @@ def read_record(folder: Path, name: str) -> Record:
     record = Record(run, name, read_json(run.config))
     attempt = record.attempt
     if run.metrics.exists():
-        record.rows = attempt(run.metrics, lambda: read_metrics(run.metrics), [])
+        record.rows = attempt(run.metrics, lambda: read_metrics(run.metrics)) or []
     else:
         record.problems.append(f"{run.metrics}: is missing, so there are no curves")
-    record.inputs = attempt(run.inputs, lambda: read_inputs(run), {})
-    record.history = attempt(run.history, lambda: read_history(run), [])
-    record.starts = attempt(run.starts, lambda: _lines(run.starts), [])
+    record.inputs = attempt(run.inputs, lambda: read_inputs(run)) or {}
+    record.history = attempt(run.history, lambda: read_history(run)) or []
+    record.starts = attempt(run.starts, lambda: _lines(run.starts)) or []
     if run.summary.exists():
-        record.summary = attempt(run.summary, lambda: _summary(read_json(run.summary)), None)
+        record.summary = attempt(run.summary, lambda: _summary(read_json(run.summary)))
     if run.steering.exists():
-        record.steering = attempt(run.steering, lambda: load_steering(run.steering), None)
+        record.steering = attempt(run.steering, lambda: load_steering(run.steering))
     elif run.summary.exists() and record.config["plan"]:
         record.problems.append(f"{run.steering}: is missing")
     for path, answers in ((run.answers_before, record.before), (run.answers_after, record.after)):
         if path.exists():
-            answers += attempt(path, lambda path=path: read_answers(path), [])
+            answers += attempt(path, partial(read_answers, path)) or []
     if run.answers_during.exists():
-        record.during = attempt(run.answers_during, lambda: read_metrics(run.answers_during), [])
+        record.during = attempt(run.answers_during, lambda: read_metrics(run.answers_during)) or []
     evaluated = folder / "evaluation" / "summary.json"
     if evaluated.exists():
-        record.evaluations = attempt(evaluated, lambda: _evaluations(read_json(evaluated)), {})
+        record.evaluations = attempt(evaluated, lambda: _evaluations(read_json(evaluated))) or {}
     return record
 
 

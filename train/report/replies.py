@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from train.evaluation.answers import ScoredAnswer
-from train.evaluation.statistics import compare_answers, key_of
+from train.evaluation.statistics import Paired, compare_answers, key_of
 
 KINDS = {
     "gained": "became right",
@@ -67,7 +67,7 @@ def reply_table(before: Sequence[ScoredAnswer], after: Sequence[ScoredAnswer], m
     """
     if not before:
         return None
-    change = str(compare_answers(after, before)) if after else ""
+    change = _in_words(compare_answers(after, before)) if after else ""
     trained = {key_of(answer): answer for answer in after}
     rows = [_row(n, answer, trained.get(key_of(answer))) for n, answer in enumerate(before, 1)]
     shown = _chosen(rows, most)
@@ -76,11 +76,17 @@ def reply_table(before: Sequence[ScoredAnswer], after: Sequence[ScoredAnswer], m
     return ReplyTable(shown, counts, len(rows), change)
 
 
+def _in_words(found: Paired) -> str:
+    points = f"{100 * found.difference:+.1f} points (95 %: {100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    return f"The difference in accuracy is {points}; McNemar's p = {found.p:.2g}"
+
+
 def _row(number: int, before: ScoredAnswer, after: ScoredAnswer | None) -> ReplyRow:
     right = (before.correct, after.correct if after else before.correct)
     kind = {(False, True): "gained", (True, False): "lost", (True, True): "right"}.get(right, "wrong")
     expected = "" if before.gold is None else shortened(before.gold)
-    return ReplyRow(number, shortened(before.prompt), expected, _reply(before), after and _reply(after), kind)
+    later = _reply(after) if after else None
+    return ReplyRow(number, shortened(before.prompt), expected, _reply(before), later, kind)
 
 
 def _reply(answer: ScoredAnswer) -> Reply:

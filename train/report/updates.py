@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxsteer.interventions import LinearSteering, NonlinearSteering
@@ -66,36 +65,34 @@ def parts_of(method: Intervention, params: Mapping[str, Array]) -> list[Part]:
     if method.kind == "weight":
         return _of_factors(method, params)
     method, left_out = _without_activation(method)
-    affine = jax.vmap(lambda p: method.affine(p) or ())(dict(params))
-    if not affine:
-        return []
-    found = []
-    if affine.read is not None and affine.write is not None:
-        what = "‖linear part‖, as if without its activation" if left_out else "‖linear part‖"
-        found.append(Part(what, norm_of_product(affine.write, affine.read)))
-    if affine.scale is not None:
-        found.append(Part("‖scale‖", _norm(affine.scale)))
-    if affine.shift is not None:
-        found.append(Part("‖shift‖", _norm(affine.shift)))
-    return found
+    parts: dict[str, list[float]] = {}
+    for p in _by_layer(params):
+        if (each := method.affine(p)) is None:
+            return []
+        if each.read is not None and each.write is not None:
+            what = "‖linear part‖, activation left out" if left_out else "‖linear part‖"
+            parts.setdefault(what, []).append(norm_of_product(each.write, each.read))
+        if each.scale is not None:
+            parts.setdefault("‖scale‖", []).append(_norm(each.scale))
+        if each.shift is not None:
+            parts.setdefault("‖shift‖", []).append(_norm(each.shift))
+    return [Part(what, np.array(norms)) for what, norms in parts.items()]
 
 
 def _of_factors(method: Intervention, params: Mapping[str, Array]) -> list[Part]:
-    scale = 1.0
-
-    def factors(p: Mapping[str, Array]) -> tuple[Array, ...]:
-        nonlocal scale
-        found = method.factors(p)
-        if found is None:
-            return ()
-        scale = found.scale
-        return (found.b, found.a) if found.magnitude is None else (found.b, found.a, found.magnitude)
-
-    stacked = jax.vmap(factors)(dict(params))
-    if not stacked:
+    factors = [found for p in _by_layer(params) if (found := method.factors(p)) is not None]
+    if not factors:
         return []
-    found = [Part("‖s B A‖", abs(scale) * norm_of_product(stacked[0], stacked[1]))]
-    return found + [Part("‖m‖, change of the magnitudes", _norm(each)) for each in stacked[2:]]
+    norms = [abs(each.scale) * norm_of_product(each.b, each.a) for each in factors]
+    magnitudes = [_norm(each.magnitude) for each in factors if each.magnitude is not None]
+    changed = [Part("‖m‖, change of the magnitudes", np.array(magnitudes))] if magnitudes else []
+    return [Part("‖s B A‖", np.array(norms)), *changed]
+
+
+def _by_layer(params: Mapping[str, Array]) -> list[dict[str, Any]]:
+    """The parameters of each layer, as host arrays: there is nothing to compile."""
+    stacked = {name: np.asarray(leaf, np.float32) for name, leaf in params.items()}
+    return [{name: leaf[n] for name, leaf in stacked.items()} for n in range(len(next(iter(stacked.values()))))]
 
 
 def _without_activation(method: Intervention) -> tuple[Intervention, bool]:
@@ -107,19 +104,16 @@ def _without_activation(method: Intervention) -> tuple[Intervention, bool]:
     return method, False
 
 
-def norm_of_product(left: Array, right: Array) -> np.ndarray:
-    """‖L R‖ (Frobenius) of each layer, without the product itself: ‖L R‖² = Σ (LᵀL) ⊙ (R Rᵀ).
+def norm_of_product(left: Array, right: Array) -> float:
+    """‖L R‖ (Frobenius) without the product itself: ‖L R‖² = Σ (LᵀL) ⊙ (R Rᵀ).
 
     Args:
-        left: [A, D, R].
-        right: [A, R, E].
+        left: [D, R].
+        right: [R, E].
     """
-    left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
-    grams = np.einsum("adr,ads->ars", left, left) * np.einsum("are,ase->ars", right, right)
-    return np.sqrt(np.maximum(grams.sum(axis=(1, 2)), 0.0))
+    wide, tall = np.asarray(left, np.float64), np.asarray(right, np.float64)
+    return float(np.sqrt(max(0.0, np.sum((wide.T @ wide) * (tall @ tall.T)))))
 
 
-def _norm(values: Array) -> np.ndarray:
-    """‖·‖ of each layer's values [A, ...]."""
-    flat = np.asarray(values, np.float64)
-    return np.sqrt((flat**2).reshape(len(flat), -1).sum(axis=1))
+def _norm(values: Array) -> float:
+    return float(np.linalg.norm(np.asarray(values, np.float64)))

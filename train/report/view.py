@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class View:
     """All that is shown of one run.
 
     record    what its folder holds
+    title     what was trained; subject: for which model, on what
     state     "" of a finished run; else a sentence
     notes     what a reader should know: resumed, changed, skipped, stopped early
     accuracy  before and after, for the picture
@@ -47,6 +49,7 @@ class View:
 
     record: Record
     title: str
+    subject: str
     state: str
     notes: list[str]
     tiles: list[Tile]
@@ -78,27 +81,28 @@ def view_of(record: Record, examples: int) -> View:
     return View(
         record=record,
         title=_title(config),
+        subject=attempt(record.run.inputs, lambda: _subject(record)) or "",
         state=_state(record),
-        notes=attempt("the notes on the run", lambda: list(_notes(record)), []),
-        tiles=attempt("the figures at the top", lambda: list(_tiles(record)), []),
+        notes=_notes(record),
+        tiles=attempt("the figures at the top", lambda: list(_tiles(record))) or [],
         accuracy=_accuracy(record),
-        outcomes=attempt(record.run.summary, lambda: list(_outcomes(record)), []),
+        outcomes=attempt(record.run.summary, lambda: list(_outcomes(record))) or [],
         sections={
-            "Model": attempt("the model", lambda: _model(record), {}),
-            "Data": attempt(record.run.inputs, lambda: _data(record), {}),
-            "Time": attempt(record.run.starts, lambda: _time(record), {}),
-            "Machine": attempt(record.run.starts, lambda: _machine(record), {}),
+            "Model": attempt("the model", lambda: _model(record)) or {},
+            "Data": attempt(record.run.inputs, lambda: _data(record)) or {},
+            "Time": attempt(record.run.starts, lambda: _time(record)) or {},
+            "Machine": attempt(record.run.starts, lambda: _machine(record)) or {},
         },
-        plan=attempt("the plan", lambda: plan_rows(file.plan, file.steering, file.config.layers), []) if file else [],
-        provenance=attempt("the provenance", lambda: list(_provenance(record)), []),
-        charts=attempt(record.run.metrics, lambda: curves_of([record]), []),
-        replies=attempt("the answers", lambda: reply_table(record.before, compared, examples), None),
-        courses=attempt(record.run.answers_during, lambda: courses_of(record.during), []),
-        updates=attempt("the sizes of the updates", lambda: update_rows(file), []) if file else [],
+        plan=attempt("the plan", lambda: plan_rows(file.plan, file.steering, file.config.layers)) or [] if file else [],
+        provenance=attempt("the provenance", lambda: list(_provenance(record))) or [],
+        charts=attempt(record.run.metrics, lambda: curves_of([record])) or [],
+        replies=attempt("the answers", lambda: reply_table(record.before, compared, examples)),
+        courses=attempt(record.run.answers_during, lambda: courses_of(record.during)) or [],
+        updates=attempt("the sizes of the updates", lambda: update_rows(file)) or [] if file else [],
         settings=settings_of(config),
-        starts=attempt(record.run.starts, lambda: starts_of(record), []),
-        uses=attempt("the commands", lambda: uses_of(record), []),
-        yaml=attempt(record.run.config, lambda: as_yaml(config), ""),
+        starts=attempt(record.run.starts, lambda: starts_of(record)) or [],
+        uses=attempt("the commands", lambda: uses_of(record)) or [],
+        yaml=attempt(record.run.config, lambda: as_yaml(config)) or "",
         problems=list(dict.fromkeys(record.problems)),
     )
 
@@ -108,6 +112,12 @@ def _title(config: Mapping[str, Any]) -> str:
     trained = [*plan] if isinstance(plan, list) else [str(plan)]
     trained += ["all weights"] if config.get("train_base") else []
     return ", ".join(map(str, trained))
+
+
+def _subject(record: Record) -> str:
+    data = record.inputs.get("train")
+    on = f" on {data['examples']:,} examples of {listed(data['sources'], 3)}" if data else ""
+    return f"for {record.config.get('model')}, trained{on}"
 
 
 def _state(record: Record) -> str:
@@ -122,20 +132,33 @@ def _state(record: Record) -> str:
     return f"This run has not finished: it had done {record.done:,}{of} steps when this report was made."
 
 
-def _notes(record: Record) -> Iterator[str]:
-    resumed = [start["done"] for start in record.starts[1:]]
-    if resumed:
+def _notes(record: Record) -> list[str]:
+    """What a reader should know of the run's course, in sentences."""
+    run, attempt = record.run, record.attempt
+    return [
+        *(attempt(run.starts, lambda: list(_resumptions(record))) or []),
+        *(attempt(run.history, lambda: list(_changes(record))) or []),
+        *(attempt(run.metrics, lambda: list(_incidents(record))) or []),
+    ]
+
+
+def _resumptions(record: Record) -> Iterator[str]:
+    if resumed := [start["done"] for start in record.starts[1:]]:
         times = "once" if len(resumed) == 1 else f"{len(resumed)} times"
-        yield f"It was interrupted and resumed {times}, from step {listed([f'{step:,}' for step in resumed])}."
+        yield f"It was resumed {times}, from step {listed([f'{step:,}' for step in resumed])}."
+
+
+def _changes(record: Record) -> Iterator[str]:
     for change in record.history:
         texts = [f"{name} from {old} to {new}" for name, (old, new) in change["changed"].items()]
         yield f"Changed on purpose after {change['steps']:,} steps ({date(change['time'])}): {listed(texts, 12)}."
-    skipped = [row["step"] for row in record.steps if "examples" in row]
-    if skipped:
+
+
+def _incidents(record: Record) -> Iterator[str]:
+    if skipped := [row["step"] for row in record.steps if "examples" in row]:
         steps = "step" if len(skipped) == 1 else "steps"
-        kept = (
-            "their updates were skipped" if any("skipped" in row for row in record.steps) else "the run stopped there"
-        )
+        stopped = not any("skipped" in row for row in record.steps)
+        kept = "the run stopped there" if stopped else "the updates were skipped"
         yield f"Loss or gradient was not finite at {steps} {listed([f'{step:,}' for step in skipped])}: {kept}."
     summary, planned = record.summary, record.planned
     if summary and planned and record.done < planned:
@@ -217,7 +240,11 @@ def _model(record: Record) -> Facts:
         values["parameters"] = _total(record)
     values["weights"] = config.get("dtype", "") + (", int8" if config.get("quantise") == "int8" else "")
     if digest := inputs.get("model", {}).get("sha256"):
-        values["digest of its weights"] = digest
+        values["sample of them, SHA-256"] = digest
+    if record.steering:
+        with record.steering.path.open("rb") as file:
+            values["steering file"] = str(record.steering.path)
+            values["steering, SHA-256"] = hashlib.file_digest(file, "sha256").hexdigest()
     if config.get("train_base"):
         values["trained model"] = str(record.run.folder / "model")
     return values
@@ -234,7 +261,7 @@ def _data(record: Record) -> Facts:
         sizes_of += [f"{data['tokens']:,} tokens"] if "tokens" in data else []
         sizes_of += [f"{data['supervised']:,} of them with a loss"] if "supervised" in data else []
         values[split] = ", ".join(sizes_of) + f" from {listed(data['sources'])}"
-        values[f"digest of {split}"] = data["sha256"]
+        values[f"{split}, SHA-256"] = data["sha256"]
     if record.before:
         values["test"] = f"{len(record.before):,} examples"
     return values
@@ -260,13 +287,21 @@ def _time(record: Record) -> Facts:
 
 
 def _machine(record: Record) -> Facts:
+    """The machine of the first start, and what differed at later ones."""
     values: Facts = {}
     for number, start in enumerate(record.starts, 1):
         machine = start["machine"]
-        text = f"{start['device']}; {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB; "
-        text += f"{machine['system']}; {facts(start['versions'])}"
-        if text not in values.values():
-            values["machine" if number == 1 else f"from start {number}"] = text
+        found = {
+            "devices": start["device"],
+            "processor": f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB",
+            "system": machine["system"],
+            "versions": facts(start["versions"]),
+        }
+        for name, value in found.items():
+            if values.get(name, value) == value:
+                values[name] = value
+            else:
+                values[f"{name}, start {number}"] = value
     if not record.starts and record.steering:
         values["versions"] = facts(record.steering.versions)
     return values
