@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from train.evaluation.statistics import compare_answers
+from train.evaluation.statistics import compare_answers, key_of
 from train.report.chart import Drawing
 from train.report.curves import curves_of
 from train.report.record import Accuracy, Record
@@ -63,15 +63,17 @@ def _whole(found: Accuracy | None) -> str:
 
 
 def _minus(record: Record, first: Record) -> str:
-    """The difference in test accuracy from the first run, if both answer the same questions."""
+    """The difference in test accuracy from the first run, on the questions that both answer."""
     if not (record.summary and first.summary and record.after and first.after):
         return ""
-    try:
-        found = compare_answers(record.after, first.after)
-    except ValueError:
+    common = set(map(key_of, record.after)) & set(map(key_of, first.after))
+    here, there = ([answer for answer in each.after if key_of(answer) in common] for each in (record, first))
+    if not common or len(here) != len(there):
         return "other test examples"
+    found = compare_answers(here, there)
     points = [100 * value for value in (found.difference, found.low, found.high)]
-    return f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f})"
+    on = f", on {len(common):,} common questions" if len(common) < max(len(record.after), len(first.after)) else ""
+    return f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f}{on})"
 
 
 def _loss(record: Record) -> str:

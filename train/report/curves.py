@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxsteer.orthogonality import Orthogonality, chance_overlap, joint_layers
 from train.display.plots import smooth
-from train.report.chart import Chart, Drawing, Heat, Level, Series, draw, is_drawable
+from train.report.chart import COLORS, Chart, Drawing, Heat, Level, Series, draw, is_drawable
 from train.report.record import Record
 from train.report.words import number
 
@@ -138,7 +138,7 @@ def _learning_rates(records: Sequence[Record]) -> Chart | None:
             x, y = np.array(points, float).T
             group = name.removeprefix("lr_")
             label = group if alone else record.name + (f", {group}" if len(names) > 1 else "")
-            series.append(Series(label, x, y, color=n if alone else number_of))
+            series.append(Series(label, x, y, color=n if alone else number_of + COLORS * n))
     series = [each for each in series if is_drawable(each)]
     return Chart("Learning rate", "", series) if series else None
 
