@@ -263,7 +263,7 @@ def test_at_most_so_many_answers():
 
 
 def test_the_file_loads_nothing(finished):
-    html = make_page([str(finished.folder)] * 1, 50)
+    html = make_page([str(finished.folder)], 50)
     page = Page(html)
     for _, values in page.elements:
         for name in ("src", "href", "srcset", "action", "data"):
@@ -441,6 +441,8 @@ def test_any_plan(tmp_path, plan):
     page = page_of(run)
     assert page.texts(of="problem") == []
     assert ("all weights" in page.text) == (not plan)
+    used = page.texts("pre")
+    assert (f"jaxsteer generate none 'YOUR QUESTION' --model {run.folder / 'model'}" in used) == (not plan)
 
 
 METHODS = {
@@ -559,9 +561,7 @@ def test_the_two_runs_of_lofit(finished, tmp_path):
 
 
 def test_the_command_of_a_start(monkeypatch):
-    import train.sft
-
-    monkeypatch.setattr("sys.argv", [train.sft.__file__, "jsonl", "--steps", "3"])
+    monkeypatch.setattr("sys.argv", [str(Path(program.__file__).parents[1] / "sft.py"), "jsonl", "--steps", "3"])
     assert command() == ["jaxsteer", "sft", "jsonl", "--steps", "3"]
     monkeypatch.setattr("sys.argv", ["/usr/bin/pytest"])
     assert command() is None

@@ -118,7 +118,7 @@ class Record:
             return read()
         except (ValueError, OSError) as error:
             self.problems.append(_named(what, sentence_of(error) or str(error)))
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             self.problems.append(f"{what}: not what this version of jaxsteer writes ({type(error).__name__}: {error})")
         return None
 
@@ -146,12 +146,13 @@ def _runs_in(folder: Path) -> list[Path]:
         raise ValueError(f"{folder}: no such folder; give that of a run, such as runs/quickstart")
     if not RunFolder(folder).config.is_file():
         raise ValueError(f"{folder}: not a run (it has no config.json); give a folder of `jaxsteer sft`")
-    stages = [folder / stage for stage in STAGES if RunFolder(folder / stage).config.is_file()]
-    if "run" in read_json(RunFolder(folder).config):
+    settings = read_json(RunFolder(folder).config)
+    if "run" in settings:
+        stages = [folder / stage for stage in STAGES if RunFolder(folder / stage).config.is_file()]
         if not stages:
             raise ValueError(f"{folder}: neither of its two runs ({', '.join(STAGES)}) has started")
         return stages
-    if "plan" not in read_json(RunFolder(folder).config):
+    if "plan" not in settings:
         raise ValueError(
             f"{folder}: not a run (its config.json has no plan); give a folder that `jaxsteer sft` has made"
         )

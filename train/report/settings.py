@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from train.config import TrainConfig
@@ -98,7 +99,8 @@ def uses_of(record: Record) -> list[str]:
     if record.summary is None:
         return [shlex.join(["jaxsteer", "sft", "--resume", "--out", folder])]
     if record.steering is None:
-        return []
+        model = ["jaxsteer", "generate", "none", "YOUR QUESTION", "--model", str(Path(folder) / "model")]
+        return [shlex.join(model)] if record.config.get("train_base") else []
     commands = [["jaxsteer", "generate", folder, _question(record), "--compare"]]
     commands += [["jaxsteer", "evaluate", folder], ["jaxsteer", "inspect", folder]]
     return [shlex.join(words) for words in commands]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from train.display.plan_rows import PlanRow, plan_rows
@@ -40,11 +40,25 @@ class Outcome(NamedTuple):
 class View:
     """All that is shown of one run.
 
-    record    what its folder holds
-    title     what was trained; subject: for which model, on what
-    state     "" of a finished run; else a sentence
-    notes     what a reader should know: resumed, changed, skipped, stopped early
-    accuracy  before and after, for the picture
+    record      what its folder holds
+    title       what was trained
+    subject     for which model, on what
+    state       "" of a finished run; else a sentence
+    notes       what a reader should know: resumed, changed, skipped, stopped early
+    tiles       the figures at the top
+    accuracy    before and after, for the picture
+    outcomes    all figures of the result
+    sections    facts on model, data, time and machine
+    plan        its rows; [] without a steering file
+    provenance  how the steering came about
+    charts      the curves
+    replies     test answers; None if there are none
+    courses     validation answers in the course of training
+    updates     how large the updates are
+    settings    all of them
+    starts, uses  commands that started it, and that use what it trained
+    yaml        its settings as a config file
+    problems    sentences on what is missing or damaged
     """
 
     record: Record
@@ -66,7 +80,7 @@ class View:
     starts: list[str]
     uses: list[str]
     yaml: str
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
 
 
 def view_of(record: Record, examples: int) -> View:
