@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxsteer.io.files import write_text
 from train.devices.machine import device_summary, machine_facts, versions
 from train.run.folder import RunFolder, now
 from train.run.training import Training
@@ -33,8 +34,8 @@ def note_start(run: RunFolder, training: Training, done: int) -> None:
         "machine": machine_facts(),
         "versions": versions(),
     }
-    with run.starts.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    before = run.starts.read_text(encoding="utf-8") if run.starts.exists() else ""
+    write_text(run.starts, before + json.dumps(row) + "\n")
 
 
 def command() -> list[str] | None:
