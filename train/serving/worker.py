@@ -87,7 +87,7 @@ class Worker:
         self.roster, self.limits, self.ledger = roster, limits, ledger
         self.decoder = make_decoder(roster, roster.adapters, limits)
         self.restarts = 0
-        self._messages: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}  # by the decoder's ids
         self._held: deque[Job] = deque()  # while another decoder is to take over
         self._calls: dict[Future, _Call] = {}  # running or waiting on the thread beside
