@@ -360,7 +360,7 @@ class Decoder:
 
     def _put_each(self, table: Table, read: Read, tickets: list[Ticket], keys: list[Key | None]) -> None:
         """Put prompts that were read into free rows, one by one, and keep them for those that begin alike."""
-        failed = np.asarray(read.progress.failed) if any(keys) else []
+        failed = np.asarray(read.progress.failed) if any(keys) else np.zeros(len(tickets), bool)
         row = table.insert(read, tickets)
         for i, ticket in enumerate(tickets):
             this = slice(i, i + 1)

@@ -85,6 +85,7 @@ class Reader:
         place: Callable[[Batch], Batch],
     ) -> None:
         self.prefixes, self.widths = prefixes, widths_of(limits)
+        self._part_widths = tuple(sorted({self.widths[0], self.widths[-1]}))
         self._limits, self._slots, self._ladder, self._place = limits, slots, ladder, place
 
     # ---- several at once
@@ -114,7 +115,8 @@ class Reader:
         if found is None:
             return None
         rest = sum(width for width, _ in self._parts(len(request) - found.length))
-        return found if rest < sum(width for width, _ in self._parts(len(request))) else None
+        whole = next((width for width in self.widths if width >= len(request)), len(request))
+        return found if rest < whole else None
 
     def _parts(self, tokens: int) -> Iterator[tuple[int, int]]:
         """(width, number of tokens) of each part in which so many tokens are read.
@@ -125,7 +127,7 @@ class Reader:
         while tokens > widest:
             yield widest, widest - 1
             tokens -= widest - 1
-        yield next(width for width in self.widths if width >= tokens), tokens
+        yield next(width for width in self._part_widths if width >= tokens), tokens
 
     def begin(self, network: Network, request: Request, adapters: Adapters | None) -> Reading:
         """Begin to read a prompt in parts, after what has been read of it before."""
@@ -160,7 +162,7 @@ class Reader:
         alone, limits = [reading.request], self._limits
         layout = PrefillLayout(1, [[0]], len(reading.request))
         admission = make_admission(alone, layout, ADMITTED, stop_width=limits.max_stop_tokens, slots=self._slots)
-        admission = admission._replace(last=np.full(ADMITTED, last))
+        admission = admission._replace(last=np.full(ADMITTED, last))  # type: ignore[arg-type]  # numpy on the host
         progress = first_tokens(network, hidden, admission, **wanted(alone, limits.general))
         return Read(admission, progress, reading.cache)
 
@@ -192,7 +194,7 @@ class Reader:
     def _warm_parts(self, network: Network, request: Request, slots: int) -> KeysValues:
         """Run the programs for the parts of a prompt that needs so many slots."""
         reading = Reading(request, None, self._empty(network, slots + self.widths[-1]), 0)
-        for width in self.widths:
+        for width in self._part_widths:
             reading.read = max(0, len(request) - width)
             _, read = self.next_part(network, reading)
             reading.cache = self._empty(network, slots + self.widths[-1])
