@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,10 +12,12 @@ import numpy as np
 
 from jaxsteer.adapters import BASE, Adapters
 from jaxsteer.inference.layouts import (
+    ADMIT_SHARE,
     ADMITTED,
     PrefillLayout,
     any_scaled,
     make_admission,
+    open_prefill,
     part_adapters,
     part_batch,
     part_strength,
@@ -89,6 +91,14 @@ class Reader:
         self._limits, self._slots, self._ladder, self._place = limits, slots, ladder, place
 
     # ---- several at once
+
+    def fewest(self, waiting: Sequence[Sized], rows: int) -> int:
+        """The number of free rows, out of all, that is enough to read some of the waiting prompts."""
+        return open_prefill(waiting, self.widths, -(-rows // ADMIT_SHARE)).size
+
+    def layout(self, waiting: Sequence[Sized], rows: int, free: int) -> PrefillLayout | None:
+        """Which of the waiting prompts to read now; None while too few rows are free."""
+        return open_prefill(waiting, self.widths, free) if free >= self.fewest(waiting, rows) else None
 
     def together(self, network: Network, requests: Sequence[Request], layout: PrefillLayout, size: int) -> Read:
         """Read the requests of a layout, in programs for `size` of them."""
@@ -193,11 +203,11 @@ class Reader:
 
     def _warm_parts(self, network: Network, request: Request, slots: int) -> KeysValues:
         """Run the programs for the parts of a prompt that needs so many slots."""
-        reading = Reading(request, None, self._empty(network, slots + self.widths[-1]), 0)
         for width in self._part_widths:
-            reading.read = max(0, len(request) - width)
-            _, read = self.next_part(network, reading)
-            reading.cache = self._empty(network, slots + self.widths[-1])
+            reading = Reading(request, None, self._empty(network, slots + self.widths[-1]), 0)
+            for _ in range(2):  # where the base is committed to a device, a new cache is not yet
+                reading.read = max(0, len(request) - width)
+                _, read = self.next_part(network, reading)
         assert read is not None
         return read.prompts(slice(0, 1), slots)
 

@@ -89,7 +89,7 @@ class Ladder:
     @property
     def smallest(self) -> Sizes:
         """The sizes to start with."""
-        return Sizes(self.rows[0], *self.slots[0], self.stops)
+        return self._sizes(self.rows[0], self.slots[0])
 
     def prompt_slots(self, length: int) -> int:
         """The fewest slots that hold a prompt of this many tokens."""
@@ -102,8 +102,10 @@ class Ladder:
     def fitting(self, need: Sizes) -> Sizes:
         """The smallest sizes that hold what is needed."""
         rows = next((rows for rows in self.rows if rows >= need.rows), self.rows[-1])
-        prompt, ring = self.slots[self._level(slots_of(need))]
-        return Sizes(rows, prompt, ring, self.stops)
+        return self._sizes(rows, self.slots[self._level(slots_of(need))])
+
+    def _sizes(self, rows: int, slots: Slots) -> Sizes:
+        return Sizes(rows, slots.prompt, slots.ring, self.stops)
 
     def _level(self, need: Slots) -> int:
         return next(i for i, slots in enumerate(self.slots) if slots.hold(need))
@@ -118,8 +120,8 @@ class Ladder:
         levels = [slots for slots in between if slots != slots_of(old)]
         counts = [rows for rows in self.rows if old.rows < rows <= new.rows]
         counts += [rows for rows in reversed(self.rows) if new.rows <= rows < old.rows]
-        slots_at = lambda rows: [Sizes(rows, *slots, self.stops) for slots in levels]
-        rows_at = lambda slots: [Sizes(rows, *slots, self.stops) for rows in counts]
+        slots_at = lambda rows: [self._sizes(rows, slots) for slots in levels]
+        rows_at = lambda slots: [self._sizes(rows, slots) for rows in counts]
         if new.rows > old.rows:
             return slots_at(old.rows) + rows_at(slots_of(new))
         return rows_at(slots_of(old)) + slots_at(new.rows)
@@ -141,8 +143,8 @@ class Ladder:
     def _neighbours(self, sizes: Sizes) -> list[Sizes]:
         row, level = self.rows.index(sizes.rows), self._level(slots_of(sizes))
         return [
-            *(Sizes(rows, *slots_of(sizes), self.stops) for rows in _beside(self.rows, row)),
-            *(Sizes(sizes.rows, *slots, self.stops) for slots in _beside(self.slots, level)),
+            *(self._sizes(rows, slots_of(sizes)) for rows in _beside(self.rows, row)),
+            *(self._sizes(sizes.rows, slots) for slots in _beside(self.slots, level)),
         ]
 
 

@@ -3,12 +3,13 @@
 from dataclasses import replace
 from itertools import pairwise, product
 
+import jax
 import numpy as np
 import pytest
 from decoding import LIMITS, NEW, Reader, answers_of, compiled, mixed, requests
 
 from jaxsteer import Sampling
-from jaxsteer.inference import Limits, Request, generate_all, sizes
+from jaxsteer.inference import Decoder, Limits, Request, generate_all, sizes
 from jaxsteer.inference.layouts import next_prefill, open_prefill, widths_of
 from jaxsteer.inference.rows import Sizes
 from jaxsteer.inference.sizes import Ladder
@@ -187,12 +188,13 @@ def test_answers_may_be_ended_early_or_left_unread(make, alone):
     assert [again[i].tokens.tolist() for i in range(3)] == [answer.tolist() for answer in want[:3]]
 
 
-def test_once_warm_200_mixed_requests_compile_nothing(make, alone, many_sizes):
-    """Sizes of its own, so that no other test has compiled them."""
+def test_once_warm_200_mixed_requests_compile_nothing(steered, tiny_base, alone, many_sizes):
+    """Sizes of its own, so that no other test has compiled them; weights on a device of their own choice."""
     asked, _, _ = alone
     draw = np.random.default_rng(0)
     limits = replace(LIMITS, rows=5, chunk=1, max_stop_tokens=17, prefill_chunk=10, prefix_tokens=500, general=True)
-    serving = make(limits)
+    model, steering = steered
+    serving = Decoder(model, jax.device_put(tiny_base, jax.devices()[0]), steering, limits)
     cold, told = compiled(), []
     serving.warm(lambda done, total: told.append((done, total)))
     warm = compiled()
