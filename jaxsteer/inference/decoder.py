@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxsteer.inference.events import Event
 from jaxsteer.inference.generate import to_device
 from jaxsteer.inference.layouts import (
     ADMITTED,
+    PrefillLayout,
     any_scaled,
     wanted,
 )
@@ -326,16 +328,26 @@ class Decoder:
             tickets = waiting[: layout.size]
             for ticket in tickets:
                 self._waiting.remove(ticket)
-            requests = [self._place(ticket.request) for ticket in tickets]
             size = 1 << (layout.size - 1).bit_length() if draining else ADMITTED
-            read = self._reader.together(self._network, requests, layout, size)
-            if draining:
-                row = table.insert(read, tickets)
-                table.fill(read.prompts(slice(None), table.sizes.prompt), row)
-            else:
-                keys = [self._prefixes.key(ticket.request, self._adapters) for ticket in tickets]
-                self._put_each(table, read, tickets, keys)
+            for read, readers in self._read(tickets, layout, size):
+                if draining:
+                    row = table.insert(read, readers)
+                    table.fill(read.prompts(slice(None), table.sizes.prompt), row)
+                else:
+                    keys = [self._prefixes.key(ticket.request, self._adapters) for ticket in readers]
+                    self._put_each(table, read, readers, keys)
         return waiting
+
+    def _read(self, tickets: list[Ticket], layout: PrefillLayout, size: int) -> list[tuple[Read, list[Ticket]]]:
+        """The prompts of a layout, read together; each by itself where one's logits are not finite, as its NaN reaches
+        every prompt in its row."""
+        requests = [self._place(ticket.request) for ticket in tickets]
+        read = self._reader.together(self._network, requests, layout, size)
+        if len(tickets) == 1 or not np.asarray(read.progress.failed).any():
+            return [(read, tickets)]
+        alone = layout._replace(size=1, rows=[[0], *([] for _ in layout.rows[1:])])
+        together = partial(self._reader.together, self._network, layout=alone, size=size)
+        return [(together([request]), [ticket]) for request, ticket in zip(requests, tickets, strict=True)]
 
     def _next_waiting(self, draining: bool) -> list[Ticket]:
         """The waiting requests, in order; of an open queue without those that are read in parts."""

@@ -163,6 +163,21 @@ def test_each_request_has_its_own_strength(steered, tiny_base, alone):
         decode.submit(Request(chosen[0], NEW, strength={"lora": 0.5}))
 
 
+@pytest.mark.parametrize("drained", [False, True])
+def test_prompts_read_together_with_one_that_is_not_finite(steered, tiny_base, alone, drained):
+    """Its NaN reaches every prompt in its row of the prefill."""
+    model, steering = steered
+    asked, _, whole = alone
+    outside = Prompt(np.int32([3, 4, 1000]), np.zeros(3, bool), np.zeros(3, np.float32), 3)
+    decode = Decoder(model, tiny_base, steering, LIMITS)
+    together = requests([asked[1], outside, *asked[2:4]])
+    if drained:
+        answers = [answer.tokens.tolist() for _, answer in sorted(generate_all(decode, together))]
+    else:
+        answers = answers_of(decode, together)
+    assert answers == [answer.tolist() for answer in (whole[1], whole[1][:0], *whole[2:4])]
+
+
 def test_a_row_whose_logits_are_not_finite_ends_there(steered, tiny_base, alone):
     """The next prompt in its row is answered as if nothing had been."""
     model, steering = steered
