@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ from jaxsteer.inference import Request
 from jaxsteer.io import load_steering
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from train.data import TokenizedExample
+from train.serving import jobs
 from train.serving.engine import Busy, Draining, Engine, EngineError, NonFinite, StepFailed, Timeout
+from train.serving.jobs import Ledger
 from train.serving.lineup import Refused, UnknownModel
 from train.serving.models import Candidate, Roster
 from train.serving.worker import make_decoder
@@ -261,6 +264,32 @@ def test_a_full_queue_says_when_to_come_back(roster):
     assert engine.stats().waiting == 3
     engine.close()
     assert [type(listening.wait()) for listening in heard] == [Draining] * 3
+
+
+def test_the_time_to_come_back_follows_the_rate_of_late(monkeypatch):
+    """Half the queue of 20, at two jobs a second; what ended long ago does not count."""
+    now = [1000.0]
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    ledger, each = Ledger(rows=10, queue=20), Request(prompt(0), 1)
+
+    def fill():
+        while True:
+            ledger.accept(each)
+
+    def refused():
+        with pytest.raises(Busy) as busy:
+            fill()
+        return busy.value.retry_after
+
+    assert refused() == 1  # nothing is known
+    for _ in range(8):
+        ledger.ended(each, "finished")
+        now[0] += 0.5
+    assert refused() == 5
+    now[0] += 100
+    ledger.ended(each, "failed")
+    now[0] += 30
+    assert refused() == 60
 
 
 # ---- closing
