@@ -190,20 +190,22 @@ def draw_tokens(
         at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     log_total = jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
     log_probability = at_token - highest - log_total
-    top = None if asked is None else _top_if(asked, logits, log_total)
+    top = None if asked is None else _top_if(asked, logits, highest, log_total)
     return Draw(token, log_probability.astype(jnp.float32), margin.astype(jnp.float32), top)
 
 
-def likeliest_tokens(logits: Array, log_total: Array, count: int) -> Top:
+def likeliest_tokens(logits: Array, highest: Array, log_total: Array, count: int) -> Top:
     """The K = `count` likeliest tokens, or all where there are fewer.
 
     Args:
         logits: [B, V].
-        log_total: [B], log Σ exp(z - max z).
+        highest: the largest of each row, [B].
+        log_total: [B], log Σ exp(z - highest).
         count: K (static).
     """
     values, tokens = jax.lax.top_k(logits, min(count, logits.shape[-1]))
-    return Top(tokens.astype(jnp.int32), (values - values[:, :1] - log_total[:, None]).astype(jnp.float32))
+    # With `values[:, 0]` as the highest, XLA would no longer see the k largest in this, and sort all logits.
+    return Top(tokens.astype(jnp.int32), (values - highest[:, None] - log_total[:, None]).astype(jnp.float32))
 
 
 def no_top(shape: tuple[int, ...], vocab_size: int, count: int = TOP) -> Top:
@@ -212,9 +214,9 @@ def no_top(shape: tuple[int, ...], vocab_size: int, count: int = TOP) -> Top:
     return Top(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
-def _top_if(asked: Array, logits: Array, log_total: Array) -> Top:
+def _top_if(asked: Array, logits: Array, highest: Array, log_total: Array) -> Top:
     """The TOP likeliest tokens if `asked`, bool []; zeros without looking for them otherwise."""
-    find = lambda: likeliest_tokens(logits, log_total, TOP)
+    find = lambda: likeliest_tokens(logits, highest, log_total, TOP)
     return jax.lax.cond(asked, find, lambda: no_top(logits.shape[:1], logits.shape[-1]))
 
 

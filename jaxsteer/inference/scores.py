@@ -78,4 +78,4 @@ def _score_logits(logits: Array, tokens: Array, top: int) -> TokenScores:
     log_total = jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
     at_token = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     log_probability = (at_token - highest - log_total).astype(jnp.float32)
-    return TokenScores(log_probability, likeliest_tokens(logits, log_total, top) if top else None)
+    return TokenScores(log_probability, likeliest_tokens(logits, highest, log_total, top) if top else None)

@@ -1,5 +1,6 @@
 """The likeliest tokens at each step and position, against the sorted log-softmax of a forward pass."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -152,6 +153,23 @@ def test_more_tops_than_tokens_are_all_of_them(tiny_config, tiny_base):
     ((_, answer),) = generate_all(Decoder(model, few, {}, LIMITS), [request])
     assert sorted(answer.top.tokens[0].tolist()) == list(range(9))
     np.testing.assert_allclose(np.exp(answer.top.log_probabilities).sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.cpu
+def test_no_program_sorts_the_vocabulary(model, adapters, tiny_base, packed):
+    """XLA searches for the k largest much faster than it sorts, if nothing else is asked of the order."""
+    batch, _, index = packed
+    network = Network(model, tiny_base, adapters.steering)
+    state = empty_rows(model, Sizes(4, 16, 8, 2), "float32", adapters=True)
+    some = np.zeros(4, np.int32), np.int32(4)
+    programs = [
+        advance.lower(network, state, *some, chunk=3, sampling=False, top=True),
+        score_tokens.lower(model, tiny_base, adapters.steering, batch, adapters=index, top=5),
+    ]
+    for program in programs:
+        text = program.compile({"xla_backend_optimization_level": 0}).as_text()
+        assert 'custom_call_target="TopK"' in text
+        assert not re.search(r",61\][^=]* sort\(", text)
 
 
 @pytest.mark.parametrize("top", [-1, 21])

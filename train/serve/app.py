@@ -94,7 +94,7 @@ OPERATIONS = (
 
 async def openapi(request: Request) -> Response:
     """The description of the API."""
-    return JSONResponse(describe(OPERATIONS, __version__))
+    return JSONResponse(describe(OPERATIONS, __version__, service_of(request).engine.roster.names()))
 
 
 def make_app(engine: Engine, settings: ServeSettings | None = None) -> Starlette:

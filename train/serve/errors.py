@@ -11,9 +11,6 @@ from starlette.responses import JSONResponse
 
 from jaxsteer.plans import did_you_mean
 
-RETRY_SECONDS = 1
-"""When to try again if the server is draining: another one may have taken its place."""
-
 
 class ApiError(Exception):
     """An answer other than 200.

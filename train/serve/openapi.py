@@ -67,8 +67,14 @@ class Operation:
     streams: bool = False
 
 
-def describe(operations: Sequence[Operation], version: str) -> Schema:
-    """The description of the operations, as an object for JSON."""
+def describe(operations: Sequence[Operation], version: str, models: Sequence[str]) -> Schema:
+    """The description of the operations, as an object for JSON.
+
+    Args:
+        operations: the API.
+        version: of jaxsteer.
+        models: names that requests may give now, which are examples.
+    """
     kinds: dict[str, Any] = {"Error": ErrorReply}
     for operation in operations:
         kinds |= {kind.__name__: kind for kind in (operation.body, operation.reply) if kind is not None}
@@ -76,6 +82,9 @@ def describe(operations: Sequence[Operation], version: str) -> Schema:
     schemas, shared = TypeAdapter.json_schemas(inputs, ref_template=_REFERENCE)  # type: ignore[arg-type]
     components = shared.get("$defs", {})
     components |= {name: schema for (name, _), schema in schemas.items() if name not in components}
+    for body in (operation.body for operation in operations if operation.body is not None):
+        if "model" in body.model_fields:
+            components[body.__name__]["properties"]["model"]["examples"] = list(models)
     paths: dict[str, Schema] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation)

@@ -26,6 +26,8 @@ from train.serving.prompts import Prompt
 T = TypeVar("T")
 Kind = TypeVar("Kind", bound=BaseModel)
 
+DRAINING_RETRY_SECONDS = 5
+"""After which another server may have taken the place of one that is being stopped."""
 SMALLEST_TOP_P = 1e-6
 """In place of 0, which means the most likely token alone."""
 
@@ -229,7 +231,7 @@ def of_engine(error: EngineError) -> ApiError:
             headers = {"Retry-After": str(error.retry_after)}
             return ApiError(429, str(error), code="queue_full", headers=headers)
         case Draining():
-            return ApiError(503, str(error), code="draining", headers={"Retry-After": "5"})
+            return ApiError(503, str(error), code="draining", headers={"Retry-After": str(DRAINING_RETRY_SECONDS)})
         case Timeout():
             return ApiError(504, str(error), code="timeout")
         case NonFinite():

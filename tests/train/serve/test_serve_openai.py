@@ -7,11 +7,9 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
-from tiny_server import SETTINGS, eventually, held, idle, serving
+from tiny_server import ASK, SETTINGS, eventually, held, idle, serving
 
 from train.serve.app import make_app
-
-ASK = [{"role": "user", "content": "ab"}]
 
 
 @pytest.fixture(scope="module")

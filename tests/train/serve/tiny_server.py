@@ -11,6 +11,8 @@ from train.serving.engine import EngineSettings
 
 PLAN = (Slot("lora", LoRA(rank=2), ("attn.q",)), Slot("post_block", LinearSteering(rank=2), ("block",)))
 SIZES = EngineSettings(rows=4, max_prompt=48, max_new_tokens=16, chunk=2, queue=8)
+GREEDY = {"model": "steered", "temperature": 0}
+ASK = [{"role": "user", "content": "ab"}]
 SETTINGS = ServeSettings(timeout=60.0, max_body=20_000, loading=True)
 
 
@@ -59,3 +61,18 @@ def idle(engine):
     """Whether an engine has no jobs."""
     stats = engine.stats()
     return stats.active + stats.waiting == 0
+
+
+def post(client, path, **body):
+    """What a route answers."""
+    response = client.post(f"/v1/{path}", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def error_of(response, status):
+    """The error object of a response."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
