@@ -1,5 +1,6 @@
 """`jaxsteer serve` in a process of its own, seen from the outside: its address, its figures and its memory."""
 
+import os
 import re
 import subprocess
 import sys
@@ -60,10 +61,11 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(*arguments):
+def server_process(*arguments, port=0, **environment):
     """A server started with these arguments, which is ready; killed at the end of the block if it still runs."""
-    command = [sys.executable, "-m", "train", "serve", *map(str, arguments), "--port", "0"]
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "train", "serve", *map(str, arguments), "--port", str(port)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, **pipes)
     printed = []
     reader = Thread(target=lambda: printed.extend(process.stderr), daemon=True)
     reader.start()
