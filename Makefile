@@ -50,7 +50,7 @@ test: install model
 	$(PYTEST) -m "not slow" $(addprefix --ignore ,$(QUICKLY))
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not slow" $(QUICKLY)
 
-test-all: install model
+test-all: install model $(VENV)/extra-e2e
 	$(PYTEST) $(addprefix --ignore ,$(QUICKLY))
 	XLA_FLAGS="$(QUICK)" $(PYTEST) $(QUICKLY)
 
