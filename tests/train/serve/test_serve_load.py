@@ -5,13 +5,16 @@ some send what is no request.
 """
 
 import asyncio
+import json
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 from load_clients import all_of, visits
-from server_process import server_process
+from server_process import ROOT, server_process
 from tiny import random_steering
 from tiny_model import TINY
 from tiny_tokenizer import tiny_tokenizer
@@ -22,6 +25,9 @@ from jaxsteer.models.transformer import init_base
 from jaxsteer.plans import parse_plan
 
 LONGEST = 24
+LEAK = 24
+"""MB that 1,000 requests may add to the server's memory, which grows in steps of some MB without a leak: 24 kB each is
+less than what the server has of a request while it answers."""
 SHARED = "Once upon a time there was a model that was steered, and it said: "
 LONG = "the quick brown fox jumps over the lazy dog. " * 9  # more tokens than are read at once
 TEXTS = ("ab", "x", "Hello, world", "<b>bold</b>", "1 2 3", *(f"{SHARED}{word}" for word in ("yes", "no", "why")))
@@ -111,10 +117,15 @@ def check(server, outcomes, unbatched):
     assert "Traceback" not in "".join(server.printed)
 
 
+def answers_differ(unbatched, names, text):
+    """Whether steering is seen: all models answer something else."""
+    return len({unbatched.text(Question(name, text), unbatched.longest) for name in names}) == len(names)
+
+
 @pytest.mark.slow
 def test_2000_requests(models):
     sources = [models / f"{name}.safetensors" for name in PLANS]
-    sizes = ("--rows", 16, "--queue", 56, "--max-prompt", 512, "--max-new-tokens", LONGEST, "--max-body", 65536)
+    sizes = ("--rows", 16, "--queue", 100, "--max-prompt", 512, "--max-new-tokens", LONGEST, "--max-body", 65536)
     files = {name: load_steering(path) for name, path in zip(PLANS, sources, strict=True)}
     unbatched = Unbatched(load_model(models / "tiny"), "tiny", files, LONGEST)
     wanted = visits(questions(), 1000, LONGEST, seed=0)
@@ -127,8 +138,39 @@ def test_2000_requests(models):
         assert server.metrics()["jaxsteer_prefix_hits_total"] > 0
         assert server.metrics()["jaxsteer_cancelled_total"] > 0
         assert {400, 404, 413, 415, 499} <= set(server.statuses())
-    texts = {name: unbatched.text(Question(name, "Hello, world"), LONGEST) for name in ("tiny", *PLANS)}
-    assert len(set(texts.values())) == len(texts)
+    assert answers_differ(unbatched, ("tiny", *PLANS), "Hello, world")
     drawn = sampled(outcomes)
     assert sum(len(set(answers)) > 1 for answers in drawn.values()) <= 0.01 * sum(map(len, drawn.values()))
-    assert grown < 8, grown
+    assert grown < LEAK
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Steering files for SmolLM2: one trained for a few steps, and the opposite of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    rows = [{"prompt": f"What is {i} + {i}? ", "completion": f"It is {2 * i}, of course!"} for i in range(64)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "train", "sft", "jsonl", "--task.train", str(folder / "data.jsonl")]
+    command += ["--model", "smollm2-135m-instruct", "--plan", "nonlinear(rank=4) @ block", "--out", str(folder / "run")]
+    command += ["--steps", "4", "--batch-size", "4", "--sequence-length", "64", "--optim.lr", "1e-2"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    file = load_steering(folder / "run" / "steering.safetensors")
+    opposite = jax.tree.map(lambda x: -x, file.steering)
+    save_steering(folder / "opposite.safetensors", opposite, file.plan, model_name=file.model_name, config=file.config)
+    return {"trained": folder / "run" / "steering.safetensors", "opposite": folder / "opposite.safetensors"}
+
+
+@pytest.mark.slow
+def test_200_requests_to_smollm2(smollm2, trained):
+    base, longest = "smollm2-135m-instruct", 8
+    texts = ("What is 3 + 4? ", "The capital of France", "Once upon a time", f"{LONG * 3} And then")
+    names = (base, *trained)
+    asked = [Question(name, text) for name in names for text in texts]
+    asked += [Question(name, "Name a colour.", chat=True) for name in names]
+    asked += [Question("trained", text, strength=0.5) for text in texts[:2]]
+    unbatched = Unbatched(smollm2, base, {name: load_steering(path) for name, path in trained.items()}, longest)
+    sources = [f"{name}={path}" for name, path in trained.items()]
+    sizes = ("--rows", 16, "--max-prompt", 512, "--max-new-tokens", 16, "--max-body", 65536)
+    with server_process(*sources, *sizes) as server:
+        check(server, send(server, visits(asked, 200, longest, seed=1)), unbatched)
+    assert answers_differ(unbatched, names, texts[0])
