@@ -140,10 +140,10 @@ def test_the_wheel_holds_what_the_programs_read(wheel):
     programs = [path.name for path in (ROOT / "tests" / "peers").glob("*_peer.py") if not path.match("test_*")]
     peers = {f"train/peer_programs/{name}" for name in programs}
     assert {name for name in names if name.startswith("train/peer_programs/")} == peers
-    page = {f"train/serve/page/{path.name}" for path in (ROOT / "train" / "serve" / "page").iterdir()}
-    assert "train/serve/page/index.html" in page
-    assert page <= names
-    assert configs | {"train/neutral.txt", "train/plan/topologies.txt", "jaxsteer/py.typed"} <= names
+    folders = [ROOT / "train" / "serve" / "page", ROOT / "train" / "report" / "templates"]
+    pages = {path.relative_to(ROOT).as_posix() for folder in folders for path in folder.iterdir()}
+    assert "train/serve/page/index.html" in pages
+    assert configs | pages | {"train/neutral.txt", "train/plan/topologies.txt", "jaxsteer/py.typed"} <= names
     assert {name.split("/")[0] for name in names} == {"jaxsteer", "train", f"jaxsteer-{jaxsteer.__version__}.dist-info"}
 
 

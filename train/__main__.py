@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": "answer requests in OpenAI's protocol, and show a page to talk to steered models",
     "evaluate": "measure accuracy on a task, with intervals",
     "convert": "take steering to peft, vLLM, llama.cpp and others, or bring theirs here",
+    "report": "write a report on runs, one HTML file: curves, answers, what is steered, how to do it again",
     "inspect": "show what a steering file holds and how far it moves activations",
     "robustness": "evaluate on perturbed prompts, another task and neutral text",
     "compare": "compare methods on one task with equal budgets",

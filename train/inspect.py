@@ -27,7 +27,7 @@ from jaxsteer.inference.token_shift import per_token_shift
 from jaxsteer.io import LoadedModel, SteeringFile, compute_dtype, load_config
 from jaxsteer.models.config import ModelConfig, check_length
 from jaxsteer.models.transformer import Model, forward, init_base
-from jaxsteer.plans import method_name, parse_plan
+from jaxsteer.plans import parse_plan
 from jaxsteer.steering import steering_shapes
 from jaxsteer.types import Array, Batch, Plan, PyTree, Steering
 from train.base_models import load_steered, read_steered, resolve_model
@@ -37,6 +37,7 @@ from train.data import Encoding, Example, TokenizedExample, encode_prompts
 from train.data.prompts import check_unicode
 from train.devices.machine import enable_compilation_cache
 from train.display.heatmap import render_heatmap
+from train.display.plan_rows import plan_rows
 from train.display.plots import plot_by_layer
 from train.evaluation.replies import pieces_of
 from train.evaluation.strength import parse_strength, show_strength
@@ -113,17 +114,11 @@ def print_plan(plan: Plan, steering: Steering, config: ModelConfig) -> None:
     for column in ("slot", "method", "site", "layers", "positions"):
         table.add_column(column)
     table.add_column("parameters", justify="right")
-    total = 0
-    for slot in plan:
-        layers = slot.active_layers(config.layers)
-        shown = f"{layers[0]}-{layers[-1]}" if layers == tuple(range(layers[0], layers[-1] + 1)) else str(list(layers))
-        for site in slot.sites:
-            count = slot.method.count(steering[slot.name][site])
-            total += count
-            method = repr(slot.method).replace(type(slot.method).__name__, method_name(slot.method))
-            table.add_row(slot.name, method, site, shown, str(slot.positions), f"{count:,}")
+    rows = plan_rows(plan, steering, config.layers)
+    for row in rows:
+        table.add_row(*row[:-1], f"{row.parameters:,}")
     table.add_section()
-    table.add_row("total", "", "", "", "", f"{total:,}")
+    table.add_row("total", "", "", "", "", f"{sum(row.parameters for row in rows):,}")
     Console().print(table)
 
 

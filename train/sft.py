@@ -21,7 +21,7 @@ from train.cli import Run, from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
 from train.devices.interrupts import Interrupted
 from train.devices.machine import device_summary, enable_compilation_cache
-from train.devices.processes import join, on_first
+from train.devices.processes import is_first, join, on_first
 from train.display.console import get_console, print_facts
 from train.run.checkpoints import check_reachable, local_folder
 from train.run.folder import RunFolder, check_run, locked, note_model, open_run, read_inputs, starting, steps_done
@@ -34,6 +34,7 @@ from train.run.preview import print_preview
 from train.run.result import Result, conclude, print_result
 from train.run.saver import Saver
 from train.run.start import Prepared, changes_for, check_start, filled, load_training, prepare
+from train.run.starts import note_start
 from train.run.trackers import check_trackers
 from train.run.training import Training, to_floats
 from train.run.validation import answers_tests
@@ -85,6 +86,8 @@ def _train(prepared: Prepared, run: RunFolder, initial: Steering | None, *, resu
         resumed = saver.resumed
         state, start = saver.restore(training.state) if resumed else (training.state, 0)
         check_start(prepared, start)
+        if is_first():
+            note_start(run, training, start)
         left = range(start, training.steps)
         with RunLog(config, run, training, start, resumed=resumed) as log, Prefetch(training.batch, left) as data:
             # ---- before

@@ -23,6 +23,7 @@ from train.config import TrainConfig
 from train.evaluation.evaluator import Evaluator, Validation
 from train.evaluation.journal import FileJournal
 from train.evaluation.loss import Loss
+from train.report.page import make_page
 from train.run import training as setup
 from train.run.folder import read_inputs
 from train.run.metrics import read_metrics
@@ -85,7 +86,7 @@ def test_a_run_leaves_what_it_promises(config, finished):
     summary = json.loads(run.summary.read_text())
     assert set(summary) == {
         "accuracy_before", "accuracy_after", "trainable_parameters", "trainable_share", "seconds",
-        "data_wait_seconds", "tokens_per_second", "peak_memory_bytes", "validation",
+        "data_wait_seconds", "tokens_per_second", "peak_memory_bytes", "step", "finished", "validation",
     }  # fmt: skip
     evaluated = {row["step"]: row for row in rows if "validation_loss" in row}
     for stage, step in (("before", 0), ("after", 12)):
@@ -105,6 +106,11 @@ def test_a_run_leaves_what_it_promises(config, finished):
     file.check(load_model(config.model).config)
     assert [slot.name for slot in file.plan] == ["nonlinear", "lora"]
     assert file.notes["template"] == "{prompt}"
+    (start,) = [json.loads(line) for line in run.starts.read_text().splitlines()]
+    assert (start["done"], start["steps"], start["trainable"]) == (0, 12, summary["trainable_parameters"])
+    page = make_page([str(run.folder)], 50)
+    assert "16 of 16 test questions" in page
+    assert 'class="problem"' not in page
 
 
 def test_patience_ends_a_run_and_keeps_the_best(config, monkeypatch):
@@ -264,6 +270,9 @@ def test_stopping_is_saving(config, finished, monkeypatch):
     monkeypatch.undo()
     assert not (Path(config.out) / "summary.json").exists()
     resumed = train(replace(config, resume=True))
+    starts = [json.loads(line) for line in resumed.run.starts.read_text().splitlines()]
+    assert starts[-1]["done"] > 0
+    assert "resumed once, from step" in make_page([str(resumed.run.folder)], 5)
     for one, other in zip(leaves(finished.run.steering), leaves(resumed.run.steering), strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 

@@ -1,19 +1,23 @@
-"""Facts about the machine: compilation cache, peak memory, matmul speed, a one-line summary."""
+"""Facts about the machine: compilation cache, peak memory, matmul speed, what it is, and the versions on it."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import resource
 import statistics
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+import jaxsteer
 from jaxsteer.io import cache_folder
 from jaxsteer.types import Array
 from train.devices.chips import chip_of
@@ -91,6 +95,26 @@ def device_summary() -> str:
     kinds = " + ".join(sorted({device.device_kind for device in devices}))
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{devices[0].platform}: {len(devices)} x {kinds}{processes}, jax {jax.__version__}"
+
+
+def machine_facts() -> dict[str, Any]:
+    """What this machine is: processor, cores, memory_gb, system."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(pages / 1e9, 1),
+        "system": platform.platform(terse=True),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of jaxsteer, Python and the packages that figures depend on."""
+    names = ("jax", "jaxlib", "flax", "optax")
+    return {"jaxsteer": jaxsteer.__version__, "python": platform.python_version()} | {n: version(n) for n in names}
 
 
 def _matmul_flops(m: int, k: int, n: int, dtype: jnp.dtype, seconds: float = 0.3) -> float:

@@ -267,7 +267,7 @@ def _draw_loss(axis: Axes, points: np.ndarray) -> None:
         axis.plot(steps, smoothed, color=_COLORS[0], linewidth=2.0, label="smoothed")
         _legend(axis)
     if np.isfinite(losses).any():
-        _limit_loss(axis, losses[np.isfinite(losses)])
+        axis.set_ylim(*usual_range(losses[np.isfinite(losses)]))
 
 
 def _draw_validation_loss(axis: Axes, rows: Sequence[Mapping[str, object]]) -> None:
@@ -281,13 +281,13 @@ def _draw_validation_loss(axis: Axes, rows: Sequence[Mapping[str, object]]) -> N
         _legend(axis)
 
 
-def _limit_loss(axis: Axes, losses: np.ndarray) -> None:
-    """Clip a few spikes, so that they do not flatten the curve."""
-    low, usual, high = float(losses.min()), float(np.quantile(losses, 0.99)), float(losses.max())
-    if len(losses) >= 100 and high - low > 3 * (usual - low) > 0:
+def usual_range(values: np.ndarray) -> tuple[float, float]:
+    """The range of finite values, with a margin; a few spikes are left out, so that they do not flatten a curve."""
+    low, usual, high = float(values.min()), float(np.quantile(values, 0.99)), float(values.max())
+    if len(values) >= 100 and high - low > 3 * (usual - low) > 0:
         high = usual + 0.5 * (usual - low)
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 0.1
-    axis.set_ylim(low - margin, high + margin)
+    return low - margin, high + margin
 
 
 def _draw_accuracy(axis: Axes, points: np.ndarray) -> None:

@@ -25,7 +25,7 @@ class Change(NamedTuple):
 
 def changes_of(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[Change]:
     """Each setting that differs, in alphabetical order."""
-    old, new = _flat(there), _flat(here)
+    old, new = flat(there), flat(here)
     changes = [Change(name, old.get(name, MISSING), new.get(name, MISSING)) for name in sorted(old.keys() | new.keys())]
     return [change for change in changes if not same(change.old, change.new)]
 
@@ -45,11 +45,12 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b) and isinstance(a, bool) == isinstance(b, bool)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their whole names: {"optim": {"lr": 0.1}} is {"optim.lr": 0.1}."""
     out: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
-            out |= _flat(value, f"{prefix}{name}.")
+            out |= flat(value, f"{prefix}{name}.")
         else:
             out[f"{prefix}{name}"] = value
     return out

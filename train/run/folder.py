@@ -29,14 +29,16 @@ LOCK, OWNER = ".lock", ".lock.json"
 STARTED = (
     "config.json",
     "inputs.json",
+    "starts.jsonl",
     "metrics.jsonl",
     "answers_during.jsonl",
+    "report.html",
     "checkpoints",
     "tensorboard",
     "wandb",
     "wandb_id",
 )
-"""What a run may write before its first step, besides answers of the pretrained model."""
+"""What may be there before a run's first step, besides answers of the pretrained model."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class RunFolder:
     def inputs(self) -> Path:
         """What the run reads, JSON; see `train.run.inputs`."""
         return self.folder / "inputs.json"
+
+    @property
+    def starts(self) -> Path:
+        """One JSON line for each start; see `train.run.starts`."""
+        return self.folder / "starts.jsonl"
 
     @property
     def history(self) -> Path:
@@ -180,7 +187,7 @@ def open_run(
         _clear(run, keep_answers=run.config.exists() and same(files.read_json(run.config), settings))
     run.folder.mkdir(parents=True, exist_ok=True)
     if changed:
-        line = {"time": _now(), "steps": steps_done(run), "changed": {name: [old, new] for name, old, new in changed}}
+        line = {"time": now(), "steps": steps_done(run), "changed": {name: [old, new] for name, old, new in changed}}
         with run.history.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     if inputs:
@@ -293,7 +300,7 @@ def changed_on_purpose(run: RunFolder) -> set[str]:
 def _clear(run: RunFolder, *, keep_answers: bool) -> None:
     """Remove what a start that came to nothing has left, but for config and inputs."""
     journal = () if keep_answers else (_unfinished(run.answers_before),)
-    for path in (run.metrics, run.answers_during, run.folder / "wandb_id", *journal):
+    for path in (run.starts, run.metrics, run.answers_during, run.folder / "wandb_id", *journal):
         path.unlink(missing_ok=True)
     for name in ("tensorboard", "wandb"):
         shutil.rmtree(run.folder / name, ignore_errors=True)
@@ -356,14 +363,15 @@ def _lock(folder: Path) -> Iterator[None]:
 
     try:
         with interrupts.undoing(undo):
-            write_json(owner, {"process": os.getpid(), "host": platform.node(), "since": _now()})
+            write_json(owner, {"process": os.getpid(), "host": platform.node(), "since": now()})
             yield
     finally:
         undo()
         lock.release()
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -29,7 +29,7 @@ from train.display.console import get_console, print_facts
 from train.display.plots import plot_overlap, plot_training
 from train.evaluation.answers import ScoredAnswer, accuracy_of
 from train.evaluation.evaluator import Evaluator, figures_of
-from train.run.folder import RunFolder, read_history, read_inputs
+from train.run.folder import RunFolder, now, read_history, read_inputs
 from train.run.metrics import read_metrics
 from train.run.training import Training
 from train.run.watch import StepTimer
@@ -65,6 +65,7 @@ class Result:
     tokens_per_second  real tokens, after the first step
     peak_memory    bytes
     question       a test question
+    step           whose state is kept, counted from 1
     """
 
     run: RunFolder
@@ -79,9 +80,10 @@ class Result:
     peak_memory: int
     question: Question
     losses: Mapping[str, BeforeAfter] = field(default_factory=dict)
+    step: int = 0
 
     def summary(self) -> dict[str, Any]:
-        """Contents of summary.json: shares from 0 to 1, bytes, seconds."""
+        """Contents of summary.json: shares from 0 to 1, bytes, seconds; the time is that of this call."""
 
         def rate(answers: list[ScoredAnswer]) -> dict[str, Any] | None:
             if not answers:
@@ -98,6 +100,8 @@ class Result:
             "data_wait_seconds": self.data_wait,
             "tokens_per_second": self.tokens_per_second,
             "peak_memory_bytes": self.peak_memory,
+            "step": self.step,
+            "finished": now(),
             **{name: figures for name, figures in self.losses.items() if figures},
         }
 
@@ -143,6 +147,7 @@ def conclude(
         tokens_per_second=timer.tokens_per_second,
         peak_memory=peak_memory_bytes(),
         question=question_of(questions[-1], typed_template(config.task)) if questions else Question(""),
+        step=int(state.step),
     )
     if is_first():
         write_json(run.summary, result.summary())
@@ -308,3 +313,5 @@ def print_result(result: Result) -> None:
     if run.steering.exists() and result.after and result.question.prompt:
         out.print("\nAnswer a new problem with it:", highlight=False)
         out.print(f"  {suggestion(run.steering, result.question)}", markup=False, highlight=False, soft_wrap=True)
+    out.print("\nA page about this run, to keep or to send:", highlight=False)
+    out.print(f"  {shlex.join([sys.executable, '-m', 'train.report', str(run.folder)])}", markup=False, soft_wrap=True)

@@ -34,6 +34,7 @@ class SteeringEntry(TypedDict):
     template: str
     chat: bool
     max_new_tokens: int | None
+    strength: float  # of requests that do not give one
 
 
 class ModelEntry(TypedDict):
@@ -90,6 +91,7 @@ def _entry(service: Service, served: Served) -> ModelEntry:
         "template": served.template,
         "chat": served.chat,
         "max_new_tokens": served.max_new_tokens,
+        "strength": service.settings.strength,
     }
     adapter = served.adapter is not None
     return {

@@ -210,10 +210,11 @@ class Engine:
         check_length(self.roster.loaded.config, len(request) + request.max_new_tokens, request.prompt.source)
 
     def run(self, work: Callable[[Network, Adapters | None], T]) -> Future[T]:
-        """Call `work(network, adapters)` on the engine's thread between two steps, during which nothing is decoded.
+        """Call `work(network, adapters)` on a thread beside the engine's, one call at a time, while decoding goes on.
 
         Args:
-            work: gets the model with all its weights, and the adapters stacked in them (None before there are any).
+            work: gets the model with all its weights, and the adapters stacked in them (None before there are any), as
+                earlier loads left them.
 
         Returns:
             Its result or exception; a future that is cancelled before its turn is not called.

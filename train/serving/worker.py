@@ -1,13 +1,14 @@
-"""What the engine's thread does: it alone calls the decoder."""
+"""What the engine's thread does: it alone calls the decoder. Other work for clients is done on a thread beside it."""
 
 from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,20 +38,30 @@ def make_decoder(roster: Roster, adapters: Adapters | None, limits: Limits) -> D
     return Decoder(network.model, network.base, {} if adapters is None else adapters, limits)
 
 
-@dataclass(frozen=True)
 class _Call:
-    """Work for the engine's thread, and the future of its result."""
+    """Work for the thread beside the engine's, and the future of its result."""
 
-    work: Callable[[Network, Adapters | None], Any]
-    future: Future
+    def __init__(self, work: Callable[[Network, Adapters | None], Any], future: Future) -> None:
+        self.work, self.future = work, future
+        self._turn = threading.Lock()
 
     def __call__(self, network: Network, adapters: Adapters | None) -> None:
-        if not self.future.set_running_or_notify_cancel():
+        if not self._begins():
             return
         try:
             self.future.set_result(self.work(network, adapters))
         except BaseException as error:
             self.future.set_exception(error)
+
+    def refuse(self, error: EngineError) -> None:
+        """Answer with an error instead, unless the work has begun."""
+        if self._begins():
+            self.future.set_exception(error)
+
+    def _begins(self) -> bool:
+        """Whether this is the first to deal with the future, and nobody has cancelled it."""
+        with self._turn:
+            return not (self.future.running() or self.future.done()) and self.future.set_running_or_notify_cancel()
 
 
 @dataclass(frozen=True)
@@ -76,10 +87,11 @@ class Worker:
         self.roster, self.limits, self.ledger = roster, limits, ledger
         self.decoder = make_decoder(roster, roster.adapters, limits)
         self.restarts = 0
-        self._messages: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}  # by the decoder's ids
         self._held: deque[Job] = deque()  # while another decoder is to take over
-        self._calls: deque[_Call] = deque()
+        self._calls: dict[Future, _Call] = {}  # running or waiting on the thread beside
+        self._beside = ThreadPoolExecutor(1, "beside")
         self._successor: _Successor | None = None
         self._leave_at = float("inf")  # time.monotonic() at which to leave, whatever is unfinished
 
@@ -94,8 +106,8 @@ class Worker:
         self._messages.put(lambda: self._remove(job))
 
     def call(self, work: Callable[[Network, Adapters | None], Any], future: Future) -> None:
-        """Call work between two steps."""
-        self._messages.put(lambda: self._calls.append(_Call(work, future)))
+        """Call work on the thread beside, with the adapters that earlier messages leave."""
+        self._messages.put(lambda: self._put_beside(_Call(work, future)))
 
     def adopt(self, lineup: Lineup, decoder: Decoder | None, future: Future) -> None:
         """Go on with other adapters; with a decoder of their own once the present one is done, if one is given."""
@@ -129,7 +141,7 @@ class Worker:
 
     def _receive(self) -> None:
         """Obey all messages; with nothing else to do, wait for one."""
-        idle = not (self._jobs or self._calls or self._successor or self._may_leave())
+        idle = not (self._jobs or self._successor or self._may_leave())
         if idle:
             self._messages.get()()
         while not self._messages.empty():
@@ -140,15 +152,19 @@ class Worker:
         return self.ledger.closed and self._leave_at < float("inf") and (not left or time.monotonic() >= self._leave_at)
 
     def _round(self) -> None:
-        """One chunk of decoding, and one of the calls that wait."""
+        """One chunk of decoding."""
         self._expire()
-        if self._calls:
-            adapters = self.roster.adapters
-            self._calls.popleft()(make_network(self.roster, adapters), adapters)
         for event in self.decoder.step():
             self._deliver(event)
         if self._successor and not self._jobs:
             self._hand_over()
+
+    def _put_beside(self, call: _Call) -> None:
+        """Start a call once those before it have ended. Decoding goes on: nothing changes the weights in place."""
+        adapters = self.roster.adapters
+        started = self._beside.submit(call, make_network(self.roster, adapters), adapters)
+        self._calls[started] = call
+        started.add_done_callback(lambda _: self._messages.put(lambda: self._calls.pop(started, None)))
 
     def _admit(self, job: Job) -> None:
         if job.request is None or job.cancelled:
@@ -258,9 +274,9 @@ class Worker:
         for job in [*self._jobs.values(), *self._held]:
             self._take_away(job)
             self._end_job(job, "failed", error)
-        futures = [call.future for call in self._calls] + ([self._successor.future] if self._successor else [])
-        for future in futures:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
-        self._calls.clear()
+        for call in self._calls.values():
+            call.refuse(error)
+        self._beside.shutdown(wait=False, cancel_futures=True)
+        if self._successor:
+            self._successor.future.set_exception(error)
         self._successor = None

@@ -211,6 +211,7 @@ def test_models(client):
         ],
         "template": "{prompt}>",
         "chat": False,
+        "strength": 1.0,
         "max_new_tokens": 6,
     }
     assert client.get("/v1/models/steered").json() == steered

@@ -308,13 +308,13 @@ def test_closing_finishes_what_runs_and_takes_no_more(engine, alone):
 
 
 def test_closing_without_grace_ends_what_runs(waiting, monkeypatch):
-    engine, closing, calls = waiting, threading.Event(), []
+    engine, closing, closed, calls = waiting, threading.Event(), threading.Event(), []
     finish = engine._worker.finish
     monkeypatch.setattr(engine._worker, "finish", lambda end: (finish(end), closing.set()))
     thread = threading.Thread(target=engine.close)
 
     def close():
-        calls.append(engine.run(lambda network, adapters: None))
+        calls.extend(engine.run(lambda network, adapters: closed.wait(60)) for _ in range(2))
         thread.start()
         closing.wait(60)
 
@@ -326,7 +326,9 @@ def test_closing_without_grace_ends_what_runs(waiting, monkeypatch):
         assert isinstance(listening.wait(), Draining)
     thread.join(60)
     with pytest.raises(Draining):
-        calls[0].result(0)
+        calls[1].result(0)
+    closed.set()
+    assert calls[0].result(60)  # it had begun
     stats = engine.stats()
     assert (stats.active, stats.waiting, stats.failed) == (0, 0, 9)
 
@@ -359,14 +361,22 @@ def test_a_listener_that_fails_loses_its_own_job_only(engine, alone):
     assert engine._worker.decoder.pending == 0
 
 
-def test_work_on_the_engines_thread(engine):
-    name, shape = engine.run(
-        lambda network, adapters: (threading.current_thread().name, adapters.names, network.steering)
-    ).result(60)[:2]
-    assert (name, shape) == ("engine", ("a", "b", None, None))
+def test_work_beside_the_engine_sees_its_adapters(engine):
+    places, plan = engine.run(lambda network, adapters: (adapters.names, network.model.plan)).result(60)
+    assert places == ("a", "b", None, None)
+    assert plan == engine.roster.adapters.plan
     failing = engine.run(lambda network, adapters: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         failing.result(60)
+
+
+def test_answers_come_while_work_is_done_beside(engine, alone):
+    release = threading.Event()
+    held = engine.run(lambda network, adapters: release.wait(60))
+    assert ask(engine, 0, "a")[1].tokens() == alone("a", 0)
+    assert not held.done()
+    release.set()
+    assert held.result(60)
 
 
 def test_an_idle_engine_waits(engine):

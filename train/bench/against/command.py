@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jaxsteer.io
 from jaxsteer.io.files import read_json, write_json
 from train.bench.against.arena import AgainstBench, Arena, make_arena, read_data
 from train.bench.against.contest import hold, parts_of
@@ -19,6 +16,7 @@ from train.bench.against.page import table, write_into
 from train.bench.against.rows import Row, chosen
 from train.bench.against.texts import Data
 from train.bench.provenance import code_digest, commit
+from train.devices.machine import machine_facts, versions
 from train.display.console import progress, say
 from train.peers import interpreter_of, temporary_folder
 
@@ -50,7 +48,7 @@ def bench_against(config: AgainstBench) -> None:
             arena = make_arena(config, data, Path(temporary))
             for number, row in enumerate(due, 1):
                 result = _measure(arena, row, f"{number} of {len(due)}  {row.name}")
-                figures = _with_row(figures, row.name, keys[row.name] | result) | {"machine": _machine()}
+                figures = _with_row(figures, row.name, keys[row.name] | result) | {"machine": machine_facts()}
                 write_json(path, figures)
     print(table(figures))
 
@@ -84,7 +82,7 @@ def _measure(arena: Arena, row: Row, heading: str) -> dict[str, Any]:
         | {
             "pairs": arena.config.pairs,
             "commit": commit(),
-            "versions": _versions() | arena.told,
+            "versions": versions() | arena.told,
             "load_average": [load, os.getloadavg()],
             "seconds": time.perf_counter() - began,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,22 +100,3 @@ def _settings(config: AgainstBench, data: Mapping[str, Data], row: Row) -> dict[
     """What the figure of a row depends on, besides code and machine."""
     origins = {kind: each.origin for kind, each in data.items()}
     return config.defining | {"row": repr(row), "data": origins, TUNABLES: os.environ.get(TUNABLES, "")}
-
-
-def _versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax")
-    return {"jaxsteer": jaxsteer.__version__, "python": platform.python_version()} | {n: version(n) for n in names}
-
-
-def _machine() -> dict[str, Any]:
-    """What was measured on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(pages / 1e9, 1),
-        "system": platform.platform(terse=True),
-    }

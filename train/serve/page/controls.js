@@ -88,7 +88,7 @@ export class Controls {
     at("adapter-about").textContent = steering
       ? steering.slots.map(aboutSlot).join("; ")
       : "Start the server with a steering file to compare: jaxsteer serve FILE.";
-    this.#drawDials(steering?.slots ?? []);
+    this.#drawDials(steering?.slots ?? [], steering?.strength);
     at("auto").disabled = at("reset").disabled = !steering;
     if (!steering) return;
     document.querySelector(`input[name=mode][value=${steering.chat ? "chat" : "completion"}]`).checked = true;
@@ -98,8 +98,8 @@ export class Controls {
     this.#showSampling();
   }
 
-  #drawDials(slots) {
-    this.#strengths = Object.fromEntries(slots.map((slot) => [slot.name, 1]));
+  #drawDials(slots, strength = 1) {
+    this.#strengths = Object.fromEntries(slots.map((slot) => [slot.name, strength]));
     const dials = slots.map((slot) => this.#dial(slot.name, slot.name, (value) => {
       this.#strengths[slot.name] = value;
     }));

@@ -1,0 +1,188 @@
+"""The curves of runs: losses, accuracy, learning rates, gradients, speed, and the overlap of joint plans."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import matplotlib.image
+import numpy as np
+
+from jaxsteer.orthogonality import Orthogonality, chance_overlap, joint_layers
+from train.display.plots import smooth
+from train.report.chart import COLORS, Chart, Drawing, Heat, Level, Series, draw, is_drawable
+from train.report.record import Record
+from train.report.words import number
+
+FEW = 20
+"""Steps below which a curve is not smoothed."""
+
+MOST_COLUMNS = 240
+"""Columns of the picture of an overlap."""
+
+
+class Curve(NamedTuple):
+    """One chart, and how to get its values from a line of metrics.
+
+    title, unit  of the values
+    of           a training step's value
+    validation   name of the figure of an evaluation that belongs there
+    log, percent  see `Chart`
+    warm         whether the first step, which compiles, is left out
+    """
+
+    title: str
+    unit: str
+    of: Callable[[dict[str, Any]], float] | None = None
+    validation: str | None = None
+    log: bool = False
+    percent: bool = False
+    warm: bool = False
+
+
+CURVES = (
+    Curve("Loss", "nats per token", lambda row: number(row.get("loss")), "validation_loss"),
+    Curve("Accuracy on validation examples", "bars: 95 % intervals", validation="accuracy", percent=True),
+    Curve("Tokens right on validation examples", "of the reference", validation="token_accuracy", percent=True),
+    Curve("Gradient norm", "before clipping", lambda row: number(row.get("grad_norm")), log=True),
+    Curve("Penalty", "added to the loss", lambda row: number(row.get("penalty"))),
+    Curve(
+        "Throughput",
+        "tokens per second, without the first step",
+        lambda row: number(row.get("tokens")) / (number(row.get("step_seconds")) or np.nan),
+        warm=True,
+    ),
+    Curve(
+        "Waiting for data",
+        "share of each step's time",
+        lambda row: number(row.get("data_wait")) / (number(row.get("step_seconds")) or np.nan),
+        percent=True,
+        warm=True,
+    ),
+)
+
+
+def curves_of(records: Sequence[Record]) -> list[Drawing]:
+    """The charts of one run, or of several with a colour each."""
+    alone = len(records) == 1
+    charts = [chart for curve in CURVES if (chart := _chart(curve, records))]
+    if rates := _learning_rates(records):
+        charts.insert(min(3, len(charts)), rates)
+    if alone:
+        charts += _overlap(records[0])
+    return [draw(chart) for chart in charts]
+
+
+def _chart(curve: Curve, records: Sequence[Record]) -> Chart | None:
+    """The chart of a curve; None if no run has values for it, or all of them are 0."""
+    alone = len(records) == 1
+    series = [each for color, record in enumerate(records) for each in _series(curve, record, color, alone)]
+    series = [each for each in series if is_drawable(each)]
+    if not series or (curve.title == "Penalty" and not any(np.nan_to_num(each.y).any() for each in series)):
+        return None
+    level = None
+    if curve.title == "Gradient norm" and alone and (clip := _clip(records[0])):
+        level = Level(clip, f"clipped to {clip:g}")
+    chart = Chart(curve.title, curve.unit, series, percent=curve.percent, level=level)
+    return replace(chart, log=curve.log and _spans_much(series))
+
+
+def _series(curve: Curve, record: Record, color: int, alone: bool) -> Iterator[Series]:
+    called = (lambda what: what) if alone else (lambda what: f"{record.name}, {what}" if what else record.name)
+    rows = [row for row in record.steps if not (curve.warm and _compiled(row, record))]
+    if curve.of is not None and rows:
+        x = np.array([row["step"] for row in rows], float)
+        y = np.array([curve.of(row) for row in rows], float)
+        y[~np.isfinite(y)] = np.nan
+        if len(y) < FEW:
+            yield Series(called("each step" if alone else ""), x, y, color=color)
+        else:
+            if alone:
+                yield Series("each step", x, y, "raw", color)
+            yield Series(called("smoothed" if alone else ""), x, smooth(y, max(3, len(y) // 40)), color=color)
+    evaluated = [row for row in record.rows if curve.validation in row]
+    if evaluated:
+        column = lambda name: np.array([number(row.get(name)) for row in evaluated])
+        bars = (column("low"), column("high")) if curve.validation == "accuracy" else None
+        own = color + 1 if alone and curve.of is not None else color
+        what = "validation" if alone or curve.of is not None else ""
+        yield Series(called(what), column("step"), column(curve.validation), "points", own, bars)
+
+
+def _compiled(row: dict[str, Any], record: Record) -> bool:
+    """Whether a step was the first after a start, which compiles the program."""
+    begun = {start.get("done", 0) for start in record.starts} | {0}
+    return row["step"] - 1 in begun
+
+
+def _clip(record: Record) -> float | None:
+    clip = record.config.get("optim", {}).get("clip")
+    return clip if isinstance(clip, int | float) else None
+
+
+def _spans_much(series: Sequence[Series]) -> bool:
+    """Whether the values cover more than one order of magnitude."""
+    values = np.concatenate([each.y[np.isfinite(each.y) & (each.y > 0)] for each in series])
+    return len(values) > 0 and float(values.max() / values.min()) > 10
+
+
+def _learning_rates(records: Sequence[Record]) -> Chart | None:
+    series, alone = [], len(records) == 1
+    for number_of, record in enumerate(records):
+        names = sorted({name for row in record.steps for name in row if name.startswith("lr_")})
+        for n, name in enumerate(names):
+            points = [(row["step"], number(row[name])) for row in record.steps if name in row]
+            x, y = np.array(points, float).T
+            group = name.removeprefix("lr_")
+            label = group if alone else record.name + (f", {group}" if len(names) > 1 else "")
+            series.append(Series(label, x, y, color=n if alone else number_of + COLORS * n))
+    series = [each for each in series if is_drawable(each)]
+    return Chart("Learning rate", "", series) if series else None
+
+
+def _overlap(record: Record) -> Iterator[Chart]:
+    """Two charts of the overlap of LoRA and steering: by layer, and its mean."""
+    rows = [row for row in record.steps if isinstance(row.get("overlap"), list) and row["overlap"]]
+    rows = [row for row in rows if len(row["overlap"]) == len(rows[-1]["overlap"])]
+    if not rows:
+        return
+    steps = np.array([row["step"] for row in rows], float)
+    values = np.array([[number(each) for each in row["overlap"]] for row in rows])
+    layers, chance = record.attempt("the overlap of LoRA and steering", lambda: _layers(record)) or ((), 0.0)
+    labels = [str(layer) for layer in layers] if len(layers) == values.shape[1] else [""] * values.shape[1]
+    with np.errstate(invalid="ignore"):
+        mean, largest = values.mean(axis=1), values.max(axis=1)
+    shown = (Series("mean over layers", steps, mean), Series("largest", steps, largest, color=1))
+    if not is_drawable(shown[0]):
+        return
+    yield Chart("Overlap Ω by layer", "of LoRA and steering; layers from below", shown, heat=_heat(values, labels))
+    level = Level(chance, f"chance, {chance:.2g}") if chance else None
+    yield Chart("Overlap Ω", "0: orthogonal", shown, level=level, log=_spans_much(shown))
+
+
+def _layers(record: Record) -> tuple[tuple[int, ...], float]:
+    """The layers that have both, and the overlap of random directions; of an unfinished run, neither is known."""
+    if record.steering is None:
+        return (), 0.0
+    settings = dict(record.config["orthogonality"])
+    both = Orthogonality(**{**settings, "sites": tuple(settings["sites"])})
+    plan, steering = record.steering.plan, record.steering.steering
+    return joint_layers(plan, steering, both), chance_overlap(plan, steering, both)
+
+
+def _heat(values: np.ndarray, labels: Sequence[str]) -> Heat:
+    """A picture of values [steps, layers]; of many steps, the mean of neighbours."""
+    parts = np.array_split(values, min(len(values), MOST_COLUMNS))
+    pixels = np.array([np.nanmean(part, axis=0) for part in parts]).T
+    top = float(np.nanmax(pixels)) or 1.0
+    return Heat(picture_of(pixels, top), labels, (0.0, top), picture_of(np.linspace(0, top, 64)[None], top))
+
+
+def picture_of(values: np.ndarray, top: float) -> str:
+    """Values [rows, columns] from 0 to `top` as a PNG in a data URI, the first row at the bottom."""
+    file = io.BytesIO()
+    matplotlib.image.imsave(file, values, vmin=0.0, vmax=top, cmap="cividis", origin="lower", format="png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
