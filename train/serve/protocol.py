@@ -44,7 +44,9 @@ No = Annotated[Literal[False], BeforeValidator(_no_number)]
 Name = Annotated[str, Field(min_length=1, max_length=256, description="a name from GET /v1/models")]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_COUNT)]], Field(min_length=1)]
 Zero = Annotated[float | None, _only("0", ge=0, le=0)]
-Ignored = Annotated[str | None, Field(max_length=512, description="a text, which is not used")]
+Ignored = Annotated[
+    str | None, Field(max_length=512, description="a text of at most 512 characters, which is not used")
+]
 Factor = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 Strength = Annotated[
     Factor | Annotated[dict[str, Factor], Field(max_length=256)] | None,

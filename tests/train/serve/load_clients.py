@@ -105,12 +105,12 @@ async def all_of(url, wanted, clients=64):
 
     async def client():
         for visit in waiting:
-            found.append(await _go(http, url, visit))
+            outcome = await _go(http, url, visit)
+            found.append(outcome)
 
-    async with httpx2.AsyncClient(base_url=url, limits=limits, timeout=600) as http:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(clients):
-                group.create_task(client())
+    async with httpx2.AsyncClient(base_url=url, limits=limits, timeout=600) as http, asyncio.TaskGroup() as group:
+        for _ in range(clients):
+            group.create_task(client())
     return found
 
 

@@ -1,4 +1,4 @@
-"""A server under load: 64 clients at a time, each of whose finished answers is the unbatched one, and nothing is left over.
+"""A server under load by 64 clients: each finished answer is the unbatched one, and nothing is left over.
 
 The requests differ in adapter, strength, length, streaming and shared beginnings; some clients leave, some read slowly,
 some send what is no request.

@@ -84,7 +84,7 @@ class Unbatched:
         return self.loaded.tokenizer.decode(ids, skip_special_tokens=True)
 
     def margin_of(self, question, answer):
-        """At the token where another answer begins to differ: by how much the likeliest token beats the next, in nats."""
+        """By how much the likeliest token beats the next where another answer begins to differ, in nats."""
         model, steering = self._models[question.model]
         prompt, _ = self._prompt(question)
         ids = self.ids(question, self.longest)[0]
