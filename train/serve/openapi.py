@@ -28,7 +28,7 @@ _ERRORS = {
 }
 
 
-_EVENT = {
+_EVENT: Schema = {
     "type": "object",
     "description": "Each event: a chunk of the response, or an error, as JSON; the last one's data is [DONE].",
     "properties": {"data": {"type": "string"}},
@@ -125,7 +125,7 @@ def _operation(operation: Operation) -> Schema:
 
 
 def _success(operation: Operation) -> Schema:
-    content = {"text/plain": {"schema": {"type": "string"}}}
+    content: Schema = {"text/plain": {"schema": {"type": "string"}}}
     if operation.reply is not None:
         content = {"application/json": _schema(operation.reply)}
     if operation.streams:
