@@ -16,12 +16,8 @@ from jaxsteer.inference.draining import Draining
 from jaxsteer.inference.events import Event
 from jaxsteer.inference.generate import to_device
 from jaxsteer.inference.layouts import (
-    ADMIT_SHARE,
     ADMITTED,
-    PrefillLayout,
     any_scaled,
-    next_prefill,
-    open_prefill,
     wanted,
 )
 from jaxsteer.inference.prefixes import Key, Prefixes
@@ -252,11 +248,13 @@ class Decoder:
         self._table = None
         for sizes in tour:
             table = self._sized(sizes)
-            if sizes not in seen:
+            if sizes in seen:
+                continue
+            for _ in range(1 if seen else 2):  # where the base is committed to a device, new rows are not yet
                 table.warm(read, {slots: one for slots, one in prompts.items() if slots <= sizes.prompt})
                 table.report(self._advance(table, sizes.rows))
-                seen.add(sizes)
-                tell(1 + len(seen))
+            seen.add(sizes)
+            tell(1 + len(seen))
 
     # ---- sizes
 
@@ -322,7 +320,9 @@ class Decoder:
         Returns:
             Those that still wait.
         """
-        while layout := self._next_layout(waiting := self._next_waiting(draining), table, draining):
+        plan, count = self._draining if draining else self._reader, table.sizes.rows
+        free = lambda: len(table.free) - (self._reading is not None)
+        while (waiting := self._next_waiting(draining)) and (layout := plan.layout(waiting, count, free())):
             tickets = waiting[: layout.size]
             for ticket in tickets:
                 self._waiting.remove(ticket)
@@ -343,24 +343,9 @@ class Decoder:
             return list(self._waiting)
         return [ticket for ticket in islice(self._waiting, self.limits.rows) if not self._in_parts(ticket)]
 
-    def _next_layout(self, waiting: list[Ticket], table: Table, draining: bool) -> PrefillLayout | None:
-        """Which waiting requests are to be read now; None while too few rows are free."""
-        count, free = table.sizes.rows, len(table.free) - (self._reading is not None)
-        if not waiting or free < self._fewest(waiting, count, draining):
-            return None
-        if draining:
-            return next_prefill(waiting, count, free, many=self._layers is not None)
-        return open_prefill(waiting, self._reader.widths, free)
-
-    def _fewest(self, waiting: list[Ticket], count: int, draining: bool) -> int:
-        """The number of free rows that is enough to read prompts."""
-        if draining:
-            return next_prefill(waiting, count).size
-        return open_prefill(waiting, self._reader.widths, -(-count // ADMIT_SHARE)).size
-
     def _put_each(self, table: Table, read: Read, tickets: list[Ticket], keys: list[Key | None]) -> None:
         """Put prompts that were read into free rows, one by one, and keep them for those that begin alike."""
-        failed = np.asarray(read.progress.failed) if any(keys) else []
+        failed = np.asarray(read.progress.failed) if any(keys) else np.zeros(len(tickets), bool)
         row = table.insert(read, tickets)
         for i, ticket in enumerate(tickets):
             this = slice(i, i + 1)
@@ -373,7 +358,7 @@ class Decoder:
         """Decode until so many rows are free: to admit others or, when draining, to continue in half as many rows."""
         enough = count
         if waiting:
-            enough = self._fewest(waiting, count, draining)
+            enough = (self._draining if draining else self._reader).fewest(waiting, count)
         elif self._waiting:  # to be read in parts
             enough = 1
         elif draining:

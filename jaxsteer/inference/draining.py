@@ -1,9 +1,11 @@
-"""Sizes while a queue is drained: what the submitted requests need, compiled when it is first used."""
+"""How a queue is drained: with the sizes that the submitted requests need, compiled when they are first used."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Sized
+
 from jaxsteer.batches import bucket_length
-from jaxsteer.inference.layouts import half_of
+from jaxsteer.inference.layouts import PrefillLayout, half_of, next_prefill
 from jaxsteer.inference.rows import Sizes
 from jaxsteer.inference.scheduling import Limits
 from jaxsteer.inference.sizes import Need, longest_ring
@@ -17,7 +19,7 @@ HALVING_STEPS = 64
 
 
 class Draining:
-    """Chooses the sizes.
+    """Chooses sizes, and which prompts are read together.
 
     Args:
         limits: of the decoder.
@@ -59,3 +61,13 @@ class Draining:
     def half(self, need: Need, rows: int) -> int:
         """Half as many rows, or 0 where that is not possible, or not worth a program of its own for the steps left."""
         return half_of(rows) if need.left >= HALVING_STEPS else 0
+
+    def fewest(self, waiting: Sequence[Sized], rows: int) -> int:
+        """The number of free rows, out of all, that is enough to read some of the waiting prompts."""
+        return next_prefill(waiting, rows).size
+
+    def layout(self, waiting: Sequence[Sized], rows: int, free: int) -> PrefillLayout | None:
+        """Which of the waiting prompts to read now; None while too few rows are free."""
+        if free < self.fewest(waiting, rows):
+            return None
+        return next_prefill(waiting, rows, free, many=self._by_layer)

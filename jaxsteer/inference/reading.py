@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,10 +12,12 @@ import numpy as np
 
 from jaxsteer.adapters import BASE, Adapters
 from jaxsteer.inference.layouts import (
+    ADMIT_SHARE,
     ADMITTED,
     PrefillLayout,
     any_scaled,
     make_admission,
+    open_prefill,
     part_adapters,
     part_batch,
     part_strength,
@@ -85,9 +87,18 @@ class Reader:
         place: Callable[[Batch], Batch],
     ) -> None:
         self.prefixes, self.widths = prefixes, widths_of(limits)
+        self._part_widths = tuple(sorted({self.widths[0], self.widths[-1]}))
         self._limits, self._slots, self._ladder, self._place = limits, slots, ladder, place
 
     # ---- several at once
+
+    def fewest(self, waiting: Sequence[Sized], rows: int) -> int:
+        """The number of free rows, out of all, that is enough to read some of the waiting prompts."""
+        return open_prefill(waiting, self.widths, -(-rows // ADMIT_SHARE)).size
+
+    def layout(self, waiting: Sequence[Sized], rows: int, free: int) -> PrefillLayout | None:
+        """Which of the waiting prompts to read now; None while too few rows are free."""
+        return open_prefill(waiting, self.widths, free) if free >= self.fewest(waiting, rows) else None
 
     def together(self, network: Network, requests: Sequence[Request], layout: PrefillLayout, size: int) -> Read:
         """Read the requests of a layout, in programs for `size` of them."""
@@ -114,7 +125,8 @@ class Reader:
         if found is None:
             return None
         rest = sum(width for width, _ in self._parts(len(request) - found.length))
-        return found if rest < sum(width for width, _ in self._parts(len(request))) else None
+        whole = next((width for width in self.widths if width >= len(request)), len(request))
+        return found if rest < whole else None
 
     def _parts(self, tokens: int) -> Iterator[tuple[int, int]]:
         """(width, number of tokens) of each part in which so many tokens are read.
@@ -125,7 +137,7 @@ class Reader:
         while tokens > widest:
             yield widest, widest - 1
             tokens -= widest - 1
-        yield next(width for width in self.widths if width >= tokens), tokens
+        yield next(width for width in self._part_widths if width >= tokens), tokens
 
     def begin(self, network: Network, request: Request, adapters: Adapters | None) -> Reading:
         """Begin to read a prompt in parts, after what has been read of it before."""
@@ -160,7 +172,7 @@ class Reader:
         alone, limits = [reading.request], self._limits
         layout = PrefillLayout(1, [[0]], len(reading.request))
         admission = make_admission(alone, layout, ADMITTED, stop_width=limits.max_stop_tokens, slots=self._slots)
-        admission = admission._replace(last=np.full(ADMITTED, last))
+        admission = admission._replace(last=np.full(ADMITTED, last))  # type: ignore[arg-type]  # numpy on the host
         progress = first_tokens(network, hidden, admission, **wanted(alone, limits.general))
         return Read(admission, progress, reading.cache)
 
@@ -191,11 +203,11 @@ class Reader:
 
     def _warm_parts(self, network: Network, request: Request, slots: int) -> KeysValues:
         """Run the programs for the parts of a prompt that needs so many slots."""
-        reading = Reading(request, None, self._empty(network, slots + self.widths[-1]), 0)
-        for width in self.widths:
-            reading.read = max(0, len(request) - width)
-            _, read = self.next_part(network, reading)
-            reading.cache = self._empty(network, slots + self.widths[-1])
+        for width in self._part_widths:
+            reading = Reading(request, None, self._empty(network, slots + self.widths[-1]), 0)
+            for _ in range(2):  # where the base is committed to a device, a new cache is not yet
+                reading.read = max(0, len(request) - width)
+                _, read = self.next_part(network, reading)
         assert read is not None
         return read.prompts(slice(0, 1), slots)
 

@@ -31,7 +31,7 @@ def resize(rows: Rows, kept: Array, prompt: int, ring: int) -> Rows:
     """
     static = {"old": rows.prompt_slots, "prompt": prompt, "ring": ring}
     k, v = _each(_resize_layers, rows.cache, kept, rows.cache.used, **static)
-    bare = replace(rows, cache=rows.cache._replace(k=(), v=()))
+    bare = replace(rows, cache=rows.cache._replace(k=(), v=()))  # type: ignore[arg-type]  # nothing is read of them
     rows = _resize_rest(bare, kept, **static)
     return replace(rows, cache=rows.cache._replace(k=k, v=v))
 

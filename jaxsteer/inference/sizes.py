@@ -70,10 +70,10 @@ class Ladder:
     @classmethod
     def of(cls, limits: Limits, shards: int = 1) -> Ladder:
         """The ladder up to these limits, of rows that can be split over the shards."""
-        rows, largest = [shards], limits.rows
-        while rows[-1] * ROW_FACTOR * 2 <= largest:
-            rows.append(rows[-1] * ROW_FACTOR)
-        rows = [count for count in rows if count < largest] + [largest]
+        rows = [limits.rows]
+        while rows[0] > 2 * ROW_FACTOR * shards:
+            rows.insert(0, -(-rows[0] // (ROW_FACTOR * shards)) * shards)
+        rows = [*([shards] if shards < rows[0] else []), *rows]
         slots = [Slots(bucket_length(limits.max_prompt), longest_ring(limits))]
         while len(slots) < LEVELS:
             prompt, ring = slots[0]
@@ -89,7 +89,7 @@ class Ladder:
     @property
     def smallest(self) -> Sizes:
         """The sizes to start with."""
-        return Sizes(self.rows[0], *self.slots[0], self.stops)
+        return self._sizes(self.rows[0], self.slots[0])
 
     def prompt_slots(self, length: int) -> int:
         """The fewest slots that hold a prompt of this many tokens."""
@@ -102,7 +102,10 @@ class Ladder:
     def fitting(self, need: Sizes) -> Sizes:
         """The smallest sizes that hold what is needed."""
         rows = next((rows for rows in self.rows if rows >= need.rows), self.rows[-1])
-        return Sizes(rows, *self.slots[self._level(slots_of(need))], self.stops)
+        return self._sizes(rows, self.slots[self._level(slots_of(need))])
+
+    def _sizes(self, rows: int, slots: Slots) -> Sizes:
+        return Sizes(rows, slots.prompt, slots.ring, self.stops)
 
     def _level(self, need: Slots) -> int:
         return next(i for i, slots in enumerate(self.slots) if slots.hold(need))
@@ -113,12 +116,12 @@ class Ladder:
         Few changes are then ever compiled. Slots change while there are fewer rows to copy.
         """
         start, end = self._level(slots_of(old)), self._level(slots_of(new))
-        levels = self.slots[start : end + 1] if start <= end else self.slots[end:start][::-1]
-        levels = [slots for slots in levels if slots != slots_of(old)]
+        between = self.slots[start : end + 1] if start <= end else self.slots[end:start][::-1]
+        levels = [slots for slots in between if slots != slots_of(old)]
         counts = [rows for rows in self.rows if old.rows < rows <= new.rows]
         counts += [rows for rows in reversed(self.rows) if new.rows <= rows < old.rows]
-        slots_at = lambda rows: [Sizes(rows, *slots, self.stops) for slots in levels]
-        rows_at = lambda slots: [Sizes(rows, *slots, self.stops) for rows in counts]
+        slots_at = lambda rows: [self._sizes(rows, slots) for slots in levels]
+        rows_at = lambda slots: [self._sizes(rows, slots) for rows in counts]
         if new.rows > old.rows:
             return slots_at(old.rows) + rows_at(slots_of(new))
         return rows_at(slots_of(old)) + slots_at(new.rows)
@@ -140,8 +143,8 @@ class Ladder:
     def _neighbours(self, sizes: Sizes) -> list[Sizes]:
         row, level = self.rows.index(sizes.rows), self._level(slots_of(sizes))
         return [
-            *(Sizes(rows, *slots_of(sizes), self.stops) for rows in _beside(self.rows, row)),
-            *(Sizes(sizes.rows, *slots, self.stops) for slots in _beside(self.slots, level)),
+            *(self._sizes(rows, slots_of(sizes)) for rows in _beside(self.rows, row)),
+            *(self._sizes(sizes.rows, slots) for slots in _beside(self.slots, level)),
         ]
 
 
@@ -174,4 +177,5 @@ class Load:
         limits = self._limits
         ring = min(longest_ring(limits), need.reported + limits.chunk)
         self._needs.append(Sizes(min(need.pending, limits.rows), need.longest, ring, limits.max_stop_tokens))
-        return self._ladder.fitting(Sizes(*map(max, zip(*self._needs, strict=True))))
+        rows, prompt, ring, stops = map(max, zip(*self._needs, strict=True))
+        return self._ladder.fitting(Sizes(rows, prompt, ring, stops))

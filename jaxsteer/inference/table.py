@@ -83,7 +83,7 @@ class Table:
         row[: len(tickets)] = self.free[: len(tickets)]
         for at, ticket in zip(row.tolist(), tickets, strict=False):
             self.tickets[at] = ticket
-        self.rows = insert(self.rows, row, read.admission, read.progress)  # type: ignore[arg-type]  # numpy on the host
+        self.rows = insert(self.rows, row, read.admission, read.progress)
         return row
 
     def fill(self, prompts: KeysValues, row: np.ndarray) -> None:

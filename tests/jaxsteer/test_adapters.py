@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decoder import NEW, prompts
+from decoding import NEW, compiled, prompts
 from tiny import (
     KINDS,
     TURNS,
@@ -23,7 +23,7 @@ from tiny import (
 import jaxsteer
 from jaxsteer import METHODS, LoRA, Model, NonlinearSteering, Positions, Slot, forward, stack_adapters
 from jaxsteer.batches import stack_rows
-from jaxsteer.inference import Decoder, Limits, Request, generate_all, rows, score_continuations
+from jaxsteer.inference import Decoder, Limits, Request, generate_all, score_continuations
 from jaxsteer.models.config import site_dims
 from jaxsteer.types import Context, Intervention, ParamSpec
 
@@ -298,10 +298,10 @@ def test_each_request_has_its_own_adapter(asked, alone, three, small, tiny_base)
 
     for _ in range(2):  # from the rows that `generate_all` left, and from those that this leaves
         assert joined_by(asked[1].adapter) == alone[1]
-    compiled = [program._cache_size() for program in (rows.prefill, rows.insert, rows.advance)]
+    before = compiled()
     decoder.swap(three.put("new", *small["steer"]))
     assert joined_by("new") == alone[1]
-    assert [program._cache_size() for program in (rows.prefill, rows.insert, rows.advance)] == compiled
+    assert compiled() == before
 
 
 @pytest.mark.slow

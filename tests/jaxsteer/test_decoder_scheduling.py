@@ -3,12 +3,13 @@
 from dataclasses import replace
 from itertools import pairwise, product
 
+import jax
 import numpy as np
 import pytest
 from decoding import LIMITS, NEW, Reader, answers_of, compiled, mixed, requests
 
 from jaxsteer import Sampling
-from jaxsteer.inference import Limits, Request, generate_all, sizes
+from jaxsteer.inference import Decoder, Limits, Request, generate_all, sizes
 from jaxsteer.inference.layouts import next_prefill, open_prefill, widths_of
 from jaxsteer.inference.rows import Sizes
 from jaxsteer.inference.sizes import Ladder
@@ -65,15 +66,15 @@ def many_sizes(monkeypatch):
 def test_the_ladder():
     """Few sizes, of which the largest are the limits."""
     ladder = Ladder.of(Limits(1000, 512, rows=32, chunk=4))
-    assert ladder.rows == (1, 4, 16, 32)
+    assert ladder.rows == (1, 8, 32)
     assert ladder.slots == ((64, 128), (256, 255), (1024, 511))
-    assert Ladder.of(Limits(30, 7, rows=1)).rows == (1,)
+    assert [Ladder.of(Limits(30, 7, rows)).rows for rows in (1, 4, 9, 64)] == [(1,), (1, 4), (1, 3, 9), (1, 4, 16, 64)]
     assert Ladder.of(Limits(30, 7, rows=1)).slots == ((32, 6),)
-    assert Ladder.of(Limits(30, 7, rows=64), shards=8).rows == (8, 32, 64)
+    assert Ladder.of(Limits(30, 7, rows=64), shards=8).rows == (8, 64)
     need = lambda rows, prompt, ring: ladder.fitting(Sizes(rows, prompt, ring, 16))[:3]
     assert need(1, 5, 4) == (1, 64, 128)
-    assert need(2, 5, 129) == (4, 256, 255)
-    assert need(17, 257, 4) == (32, 1024, 511)
+    assert need(2, 5, 129) == (8, 256, 255)
+    assert need(9, 257, 4) == (32, 1024, 511)
 
 
 def test_changes_of_size_are_those_of_the_tour():
@@ -115,7 +116,7 @@ def test_sizes_follow_the_load(make, alone, many_sizes):
     while again not in reader.finished:
         reader.step()
         seen.append((decoder.rows, *decoder._table.sizes[1:3]))
-    assert (1, 16, 2) in seen[20:]
+    assert (1, 16, 3) in seen[20:]
     assert reader.tokens(again) == want[first].tolist()
 
 
@@ -187,12 +188,13 @@ def test_answers_may_be_ended_early_or_left_unread(make, alone):
     assert [again[i].tokens.tolist() for i in range(3)] == [answer.tolist() for answer in want[:3]]
 
 
-def test_once_warm_200_mixed_requests_compile_nothing(make, alone, many_sizes):
-    """Sizes of its own, so that no other test has compiled them."""
+def test_once_warm_200_mixed_requests_compile_nothing(steered, tiny_base, alone, many_sizes):
+    """Sizes of its own, so that no other test has compiled them; weights on a device of their own choice."""
     asked, _, _ = alone
     draw = np.random.default_rng(0)
     limits = replace(LIMITS, rows=5, chunk=1, max_stop_tokens=17, prefill_chunk=10, prefix_tokens=500, general=True)
-    serving = make(limits)
+    model, steering = steered
+    serving = Decoder(model, jax.device_put(tiny_base, jax.devices()[0]), steering, limits)
     cold, told = compiled(), []
     serving.warm(lambda done, total: told.append((done, total)))
     warm = compiled()

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decoder import Prompt, prompts
+from decoding import Prompt, prompts
 from tiny import random_steering, rows, run, slot_of
 
 from jaxsteer import Model, Positions

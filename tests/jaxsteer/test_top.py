@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decoder import NEW, prompts
+from decoding import NEW, prompts
 from tiny import close, fast_jit, identical, layouts, random_steering, rows, run
 
 from jaxsteer import LoRA, Model, NonlinearSteering, Positions, Sampling, Slot, stack_adapters
