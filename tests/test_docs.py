@@ -93,7 +93,7 @@ def options(program, arguments=()):
 
 @functools.cache
 def every_option():
-    words = {"bench": ("train", "decode", "eval", "load", "accelerator"), "theory": _choices("theory")}
+    words = {"bench": ("train", "decode", "eval", "load", "serve", "accelerator"), "theory": _choices("theory")}
     found = {"--help", "--version"}
     for program in COMMANDS:
         for start in words.get(program, ("",)):

@@ -1,4 +1,4 @@
-"""Benchmarks: `jaxsteer bench train --batch-size 8 --sequence-length 256`, or `data`, `decode`, `eval`, `load`.
+"""Benchmarks: `jaxsteer bench train --batch-size 8 --sequence-length 256`, or `data`, `decode`, `eval`, `load`, `serve`.
 
 Each prints a table and, with --json, writes the figures to a file. To compare two settings, interleave their runs on a
 quiet machine. `against` measures other programs beside jaxsteer, and `accelerator` all that needs one; both save each
@@ -24,6 +24,7 @@ from train.bench.decoding import DecodeBench, bench_decode
 from train.bench.eval import EvalBench, bench_eval
 from train.bench.figures import shown
 from train.bench.load import LoadBench, bench_load
+from train.bench.serve import ServeBench, bench_serve
 from train.bench.training import TrainBench, bench_train
 from train.cli import run_main
 from train.devices.machine import device_summary, enable_compilation_cache
@@ -34,6 +35,7 @@ Bench = (
     | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
     | Annotated[EvalBench, tyro.conf.subcommand("eval")]
     | Annotated[LoadBench, tyro.conf.subcommand("load")]
+    | Annotated[ServeBench, tyro.conf.subcommand("serve")]
     | Annotated[AgainstBench, tyro.conf.subcommand("against")]
     | Annotated[AcceleratorBench, tyro.conf.subcommand("accelerator")]
 )
@@ -47,6 +49,7 @@ FIGURES: dict[type, Callable[[Any], Mapping[str, Any]]] = {
     DecodeBench: bench_decode,
     EvalBench: bench_eval,
     LoadBench: bench_load,
+    ServeBench: bench_serve,
 }
 """Benchmarks that give figures by name, or by setting and name."""
 

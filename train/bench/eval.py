@@ -90,7 +90,8 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     require_tokenizer(resolve_model(config.model))
     check_plan(config.model, config.plan)
     loaded = load(config.model, config.dtype)
-    prompts, run = _prompts(config, loaded.require_tokenizer()), _Run(config, loaded)
+    prompts = questions(config.data, config.prompt, config.examples, loaded.require_tokenizer())
+    run = _Run(config, loaded)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     count = min(config.alone, len(prompts))
     chosen = [by_length[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
@@ -116,20 +117,30 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
     }
 
 
-def _prompts(config: EvalBench, tokenizer: Tokenizer) -> list[TokenizedExample]:
-    """The prompts of the file, or random ones."""
-    if config.data is not None:
-        rows = dict(islice(json_lines(config.data), config.examples))
-        if missing := [source for source, row in rows.items() if config.prompt not in row]:
-            raise ValueError(f"{missing[0]}: no field {config.prompt!r}; --prompt names the field")
+def questions(data: str | None, field: str, count: int, tokenizer: Tokenizer) -> list[TokenizedExample]:
+    """Prompts, so many at most.
+
+    Args:
+        data: JSONL file; None for random tokens, as long as GSM8K's questions.
+        field: of the file, with the prompts.
+        count: maximum number of prompts.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: a row of the file has no such field.
+    """
+    if data is not None:
+        rows = dict(islice(json_lines(data), count))
+        if missing := [source for source, row in rows.items() if field not in row]:
+            raise ValueError(f"{missing[0]}: no field {field!r}; --prompt names the field")
         texts = []
         for source, row in rows.items():
             with located(source):
-                texts.append(Example.of(f"{as_text(row[config.prompt], config.prompt)}\n", None, source))
+                texts.append(Example.of(f"{as_text(row[field], field)}\n", None, source))
         return encode_prompts(texts, tokenizer)[0]
     draw = np.random.default_rng(0)
     # Like GSM8K's questions in SmolLM2's tokens: half between 43 and 74, hardly any above 150.
-    lengths = np.clip(draw.lognormal(np.log(57), 0.4, config.examples), 16, 192).astype(int)
+    lengths = np.clip(draw.lognormal(np.log(57), 0.4, count), 16, 192).astype(int)
     special = set(tokenizer.all_special_ids)
     plain = [i for i in range(tokenizer.backend_tokenizer.get_vocab_size()) if i not in special]
     return [

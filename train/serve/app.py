@@ -132,7 +132,7 @@ async def _refused(request: Request, error: ApiError) -> Response:
 
 
 async def _no_route(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {request.url.path:.200}: {error.detail}"
     return ApiError(error.status_code, message, headers=error.headers).response()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -12,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from train.devices import interrupts
 from train.display.console import say
@@ -21,6 +23,8 @@ GRACE_SECONDS = 30.0
 """How long answers may go on after the process was told to stop."""
 KEEP_ALIVE_SECONDS = 60
 """How long a connection may be idle."""
+HEAD_SECONDS = 60.0
+"""How long the head of a request may take to come: clients that never end it would use up all connections."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,43 @@ class _Server(uvicorn.Server):
         self.ready.set()
 
 
+class _Connection(H11Protocol):
+    """Closed when the head of a request does not come in time; uvicorn itself waits for ever."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for a first request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for the rest of a head that has begun; however it comes, the time counts from its beginning."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 def make_server(app: ASGIApp) -> _Server:
     """A server for the app that handles no signals: `run(sockets=[...])` until `should_exit` is set."""
     config = uvicorn.Config(
         app,
+        http=_Connection,
         log_config=None,
         access_log=False,
         lifespan="off",

@@ -28,6 +28,14 @@ _ERRORS = {
 }
 
 
+_EVENT: Schema = {
+    "type": "object",
+    "description": "Each event: a chunk of the response, or an error, as JSON; the last one's data is [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+
+
 class ErrorObject(TypedDict):
     """What was wrong, and with which field of the request."""
 
@@ -117,11 +125,11 @@ def _operation(operation: Operation) -> Schema:
 
 
 def _success(operation: Operation) -> Schema:
-    content = {"text/plain": {"schema": {"type": "string"}}}
+    content: Schema = {"text/plain": {"schema": {"type": "string"}}}
     if operation.reply is not None:
         content = {"application/json": _schema(operation.reply)}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     return {"description": "Success.", "content": content}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 128
@@ -33,10 +33,20 @@ def conflict(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("conflict", "{message}", {"param": param, "message": message})
 
 
+def _no_number(value: Any) -> Any:
+    """Refuse 0, which a literal False would take for itself."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError("a number is not false")
+    return value
+
+
+No = Annotated[Literal[False], BeforeValidator(_no_number)]
 Name = Annotated[str, Field(min_length=1, max_length=256, description="a name from GET /v1/models")]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=MAX_COUNT)]], Field(min_length=1)]
 Zero = Annotated[float | None, _only("0", ge=0, le=0)]
-Ignored = Annotated[str | None, Field(max_length=512, description="a text, which is not used")]
+Ignored = Annotated[
+    str | None, Field(max_length=512, description="a text of at most 512 characters, which is not used")
+]
 Factor = Annotated[float, Field(ge=-MAX_STRENGTH, le=MAX_STRENGTH)]
 Strength = Annotated[
     Factor | Annotated[dict[str, Factor], Field(max_length=256)] | None,
@@ -214,7 +224,7 @@ class ChatRequest(Generate):
     verbosity: Annotated[Literal["medium"] | None, _only('"medium"')] = None
     web_search_options: Annotated[None, _only("null")] = None
     service_tier: Annotated[Literal["auto", "default"] | None, _only('"auto" or "default"')] = None
-    store: Annotated[Literal[False] | None, _only("false")] = None
+    store: Annotated[No | None, _only("false")] = None
     metadata: Annotated[
         dict[str, Any] | None, Field(max_length=16, description="an object of at most 16 fields, which is not used")
     ] = None
@@ -244,6 +254,8 @@ class ChatRequest(Generate):
 class EffectsRequest(Body):
     """POST /v1/effects: how far steering moves each token of a prompt and an answer, and what it makes likely."""
 
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
+
     model: Name
     prompt: Annotated[str | TokenIds | None, Field(description="a text or a list of token ids")] = None
     messages: Annotated[Messages | None, Field(description="a list of messages, in place of a prompt")] = None
@@ -266,7 +278,7 @@ class LoadRequest(Body):
 
     lora_name: AdapterName
     lora_path: Annotated[str, Field(min_length=1, max_length=4096, description="a path on the server")]
-    load_inplace: Annotated[Literal[False], _only("false")] = False
+    load_inplace: Annotated[No, _only("false")] = False
 
 
 class UnloadRequest(Body):

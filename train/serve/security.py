@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from train.serve.errors import ApiError
 
-OPEN = ("/", "/health", "/openapi.json")
+OPEN = ("/", "/health")
 """Paths that need no key, besides those of the page's files: they tell nothing about models and requests."""
 PAGE_FILES = "/static/"
 

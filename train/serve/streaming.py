@@ -45,12 +45,17 @@ class ChunkStream(EventSourceResponse):
 async def _events(request: Request, chunks: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[dict[str, str]]:
     try:
         async for chunk in chunks:
-            yield {"data": json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))}
+            yield {"data": _data(chunk)}
     except Exception as error:
         if not isinstance(error, ApiError):
             LOG.exception("while streaming")
             error = internal_error()
         facts_of(request).status = error.status
-        yield {"data": json.dumps(error.body(), ensure_ascii=False)}
+        yield {"data": _data(error.body())}
         return
     yield {"data": "[DONE]"}
+
+
+def _data(value: Mapping[str, Any]) -> str:
+    """JSON in ASCII: some clients take U+2028 and its like for the end of a line."""
+    return json.dumps(value, separators=(",", ":"))

@@ -130,6 +130,15 @@ def test_several_answers_have_the_seeds_after_the_first(client):
     assert len({tuple(ask(None, 1)) for _ in range(4)}) > 1  # drawn anew
 
 
+def test_a_chunk_is_one_line_also_to_clients_that_know_more_ends_of_lines(client):
+    text = "a\u2028b\x85c\u2029d\x0be\x1cf\r\n\ng"
+    body = GREEDY | {"prompt": text, "echo": True, "max_tokens": 1, "stream": True}
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["text"] == text
+
+
 def test_streams_are_the_answer_in_pieces(client):
     body = GREEDY | {"messages": ASK, "max_tokens": 9, "n": 2, "logprobs": True, "top_logprobs": 2}
     whole = post(client, "chat/completions", **body)

@@ -52,6 +52,7 @@ def refusal(kind, body):
         ({"tools": [{}]}, "tools", "an empty list and nothing else"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", '"text" and nothing else'),
         ({"store": True}, "store", "false and nothing else"),
+        ({"store": 0}, "store", "false and nothing else"),
         (
             {"max_token": 5},
             "max_token",
