@@ -261,9 +261,11 @@ class Decoder:
     # ---- sizes
 
     def _need(self) -> Need:
-        reported = max((ticket.reported for ticket in self._active), default=0)
+        pending, chunk = self._pending, self.limits.chunk
+        reach = max(min(ticket.reported + chunk, max(1, ticket.request.max_new_tokens - 1)) for ticket in pending)
+        reported = max(ticket.reported for ticket in pending)
         left = max((ticket.request.max_new_tokens - ticket.reported for ticket in self._active), default=0)
-        return Need(self.pending, max(map(len, self._pending)), reported, left)
+        return Need(len(pending), max(map(len, pending)), reported, reach, left)
 
     def _sized(self, sizes: Sizes) -> Table:
         """The rows at a size of the ladder."""

@@ -13,11 +13,11 @@ from jaxsteer.inference.scheduling import Limits
 
 ROW_FACTOR = 4
 """Between two numbers of rows on the ladder. A free row costs as much as a busy one."""
-LEVELS = 3
+LEVELS = 4
 """Numbers of slots on the ladder."""
 SMALLEST_PROMPT = 64
 """Slots for the tokens of a prompt, at the least if the limits have as many."""
-SMALLEST_RING = 128
+SMALLEST_RING = 64
 """Slots for generated tokens of each row, at the least if the limits have as many."""
 SHRINK_STEPS = 64
 """Sizes are given up when they have not been needed for this many steps of decoding."""
@@ -29,12 +29,14 @@ class Need(NamedTuple):
     pending   number of requests
     longest   tokens of the longest prompt
     reported  tokens that have been reported of the longest of the unfinished answers
+    reach     slots of the ring that any of these answers may fill in the next chunk
     left      tokens that any of these answers may still have
     """
 
     pending: int
     longest: int
     reported: int
+    reach: int
     left: int
 
 
@@ -47,6 +49,13 @@ class Slots(NamedTuple):
     def hold(self, other: Slots) -> bool:
         """Whether these are enough for what needs the others."""
         return self.prompt >= other.prompt and self.ring >= other.ring
+
+
+def _fewer(slots: Slots, least: Slots) -> Slots:
+    """Half as many slots, down to the least; a quarter for a prompt if that are many still."""
+    quarter, half = bucket_length(slots.prompt // 4), bucket_length(slots.prompt // 2)
+    prompt = quarter if quarter >= 4 * least.prompt else max(half, least.prompt)
+    return Slots(min(slots.prompt, prompt), min(slots.ring, max(slots.ring // 2, least.ring)))
 
 
 def slots_of(sizes: Sizes) -> Slots:
@@ -74,15 +83,9 @@ class Ladder:
         while rows[0] > 2 * ROW_FACTOR * shards:
             rows.insert(0, -(-rows[0] // (ROW_FACTOR * shards)) * shards)
         rows = [*([shards] if shards < rows[0] else []), *rows]
+        least = Slots(SMALLEST_PROMPT, max(SMALLEST_RING, limits.chunk))
         slots = [Slots(bucket_length(limits.max_prompt), longest_ring(limits))]
-        while len(slots) < LEVELS:
-            prompt, ring = slots[0]
-            least = max(SMALLEST_RING, limits.chunk)
-            fewer = Slots(
-                min(prompt, max(SMALLEST_PROMPT, bucket_length(prompt // 4))), min(ring, max(least, ring // 2))
-            )
-            if fewer == slots[0]:
-                break
+        while len(slots) < LEVELS and (fewer := _fewer(slots[0], least)) != slots[0]:
             slots.insert(0, fewer)
         return cls(tuple(rows), tuple(slots), limits.max_stop_tokens)
 
@@ -174,8 +177,7 @@ class Load:
 
     def sizes(self, need: Need) -> Sizes:
         """The sizes for the next step, given what it needs."""
-        limits = self._limits
-        ring = min(longest_ring(limits), need.reported + limits.chunk)
-        self._needs.append(Sizes(min(need.pending, limits.rows), need.longest, ring, limits.max_stop_tokens))
+        rows = min(need.pending, self._limits.rows)
+        self._needs.append(Sizes(rows, need.longest, need.reach, self._limits.max_stop_tokens))
         rows, prompt, ring, stops = map(max, zip(*self._needs, strict=True))
         return self._ladder.fitting(Sizes(rows, prompt, ring, stops))

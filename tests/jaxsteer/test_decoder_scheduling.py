@@ -67,13 +67,13 @@ def test_the_ladder():
     """Few sizes, of which the largest are the limits."""
     ladder = Ladder.of(Limits(1000, 512, rows=32, chunk=4))
     assert ladder.rows == (1, 8, 32)
-    assert ladder.slots == ((64, 128), (256, 255), (1024, 511))
+    assert ladder.slots == ((64, 64), (128, 127), (256, 255), (1024, 511))
     assert [Ladder.of(Limits(30, 7, rows)).rows for rows in (1, 4, 9, 64)] == [(1,), (1, 4), (1, 3, 9), (1, 4, 16, 64)]
     assert Ladder.of(Limits(30, 7, rows=1)).slots == ((32, 6),)
     assert Ladder.of(Limits(30, 7, rows=64), shards=8).rows == (8, 64)
     need = lambda rows, prompt, ring: ladder.fitting(Sizes(rows, prompt, ring, 16))[:3]
-    assert need(1, 5, 4) == (1, 64, 128)
-    assert need(2, 5, 129) == (8, 256, 255)
+    assert need(1, 5, 4) == (1, 64, 64)
+    assert need(2, 5, 128) == (8, 256, 255)
     assert need(9, 257, 4) == (32, 1024, 511)
 
 
@@ -82,7 +82,7 @@ def test_changes_of_size_are_those_of_the_tour():
     ladder = Ladder.of(Limits(1000, 512, rows=64, chunk=4))
     tour = list(ladder.tour())
     steps = [*pairwise(tour)]
-    assert len(set(steps)) == len(steps) == 2 * (3 * 3 + 4 * 2)
+    assert len(set(steps)) == len(steps) == 2 * (4 * 3 + 4 * 3)
     assert set(tour) == {Sizes(rows, *slots, 16) for rows in ladder.rows for slots in ladder.slots}
     assert tour[0] == tour[-1] == ladder.smallest
     for old, new in product(set(tour), repeat=2):
