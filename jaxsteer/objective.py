@@ -145,6 +145,12 @@ def scan_counted(visit: Callable[[Carry, Array, Array], Carry], carry: Carry, co
     return jax.lax.scan(step, carry, (indices, masks))[0]
 
 
+def chunk_width(rows: int, length: int) -> int:
+    """Columns of a chunk of rows [rows, length] whose logits may be in memory at one time."""
+    chunk_tokens = CPU_CHUNK_TOKENS if current_platform() == "cpu" else CHUNK_TOKENS
+    return min(length, max(1, chunk_tokens * row_shards() // rows))
+
+
 def fold_targets(
     add: Callable[[Carry, Array, Array, Targets], Carry], carry: Carry, hidden: Array, head: Array, targets: Targets
 ) -> Carry:
@@ -164,8 +170,7 @@ def fold_targets(
     B, T, D = hidden.shape
     hidden = constrain(hidden, "rows", None, None)
     head = constrain(head, "vocab", None)  # gathered once, not for every chunk
-    chunk_tokens = CPU_CHUNK_TOKENS if current_platform() == "cpu" else CHUNK_TOKENS
-    width = min(T, max(1, chunk_tokens * row_shards() // B))
+    width = chunk_width(B, T)
 
     def visit(carry: Carry, index: Array, mask: Array) -> Carry:
         h = jnp.take_along_axis(hidden, index[..., None], axis=1)

@@ -34,6 +34,7 @@ RANKS = {
     "train.evaluation": 14,
     "train.config": 14,
     "train.run": 15,
+    "train.serving": 15,
     "train.cli": 15,
     **dict.fromkeys(
         (f"train.{name}" for name in ("sft", "evaluate", "generate", "inspect", "robustness", "convert")), 16

@@ -207,7 +207,7 @@ def show_tokens(config: InspectConfig, subject: Subject) -> None:
     """The shift of each token, and the change of its log-probability: coloured text, a table and a picture."""
     network = (subject.model, subject.loaded.base, subject.file.steering, subject.batch)
     found = jax.device_get(per_token_shift(*network, strength=subject.strength))
-    shift, change = found.shift[:, 0], found.log_probability[0]
+    shift, change = found.shift[:, 0], found.change[0]
     subject.check(np.concatenate([shift, change[None]]))
     tokenizer = subject.loaded.require_tokenizer()
     pieces = pieces_of(subject.tokens.ids, tokenizer.decode)

@@ -4,10 +4,11 @@ Training and its losses belong elsewhere, and so does everything that opens file
 """
 
 from jaxsteer.inference.decoder import Decoder, generate_all
-from jaxsteer.inference.draws import Sampling
+from jaxsteer.inference.draws import Sampling, Top
 from jaxsteer.inference.events import Answer, Event
 from jaxsteer.inference.likelihood import Likelihood, score_continuations
 from jaxsteer.inference.scheduling import Limits, Request, nonfinite_logits
+from jaxsteer.inference.scores import TokenScores, score_tokens
 from jaxsteer.inference.token_shift import TokenShift, per_token_shift
 
 __all__ = [
@@ -18,9 +19,12 @@ __all__ = [
     "Limits",
     "Request",
     "Sampling",
+    "TokenScores",
     "TokenShift",
+    "Top",
     "generate_all",
     "nonfinite_logits",
     "per_token_shift",
     "score_continuations",
+    "score_tokens",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxsteer.adapters import Adapters
 from jaxsteer.batches import bucket_length
-from jaxsteer.inference.events import Answer, Event, Finished, answer_of, joined
+from jaxsteer.inference.events import Answer, Event, Finished, answer_of, joined, top_of
 from jaxsteer.inference.generate import to_device
 from jaxsteer.inference.rows import (
     Emitted,
@@ -39,6 +39,7 @@ from jaxsteer.inference.scheduling import (
     prefill_adapters,
     prefill_batch,
     prefill_strength,
+    wanted,
 )
 from jaxsteer.models.by_layer import layers_to_decode
 from jaxsteer.models.config import check_length, check_new_tokens
@@ -142,6 +143,45 @@ class Decoder:
     def pending(self) -> int:
         """Number of requests that are waiting or being decoded."""
         return len(self._waiting) + len(self._active)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests whose prompt has not been read to its end."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Number of requests that are being decoded."""
+        return len(self._active)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows allocated, of which `active` decode."""
+        return len(self._tickets)
+
+    @property
+    def prefix_hits(self) -> int:
+        """Number of prompts so far that began like an earlier one and were not read from their start."""
+        return 0
+
+    @property
+    def prefix_tokens_reused(self) -> int:
+        """Number of tokens of prompts so far that were not read again."""
+        return 0
+
+    def warm(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile what an open queue needs, whatever its load, before the first request. For `step` without draining.
+
+        Args:
+            progress: called as progress(done, total) after each of `total` parts of the work.
+
+        Raises:
+            ValueError: requests are pending.
+        """
+        if self.pending:
+            raise ValueError(f"warm: {self.pending} requests are pending; compile before the first")
+        if progress:
+            progress(0, 0)
 
     @property
     def _active(self) -> list[_Ticket]:
@@ -272,9 +312,9 @@ class Decoder:
             strength: Any = prefill_strength(requests, layout, self._slots) if _any_scaled(tickets) else None
             adapters: Any = prefill_adapters(requests, layout)
             hidden, prefilled = prefill(self._network, batch, strength, adapters)
-            stop_width, sampling = self.limits.max_stop_tokens, _any_samples(tickets)
+            stop_width = self.limits.max_stop_tokens
             admission = make_admission(requests, layout, taken, no_row=count, stop_width=stop_width, slots=self._slots)
-            rows, prompts = insert(self._network, self._rows, hidden, prefilled, admission, sampling=sampling)
+            rows, prompts = insert(self._network, self._rows, hidden, prefilled, admission, **wanted(requests))
             self._rows = fill(rows, prompts, admission.row)
             for row, ticket in zip(taken, tickets, strict=True):
                 self._tickets[row] = ticket
@@ -306,7 +346,7 @@ class Decoder:
         else:
             enough = count - self._half() if draining else count
         reported = np.array([0 if ticket is None else ticket.reported for ticket in self._tickets], np.int32)
-        static: Any = {"sampling": _any_samples(self._active), "scaled": _any_scaled(self._active)}
+        static: Any = {"scaled": _any_scaled(self._active), **wanted([ticket.request for ticket in self._active])}
         self._rows, emitted = advance(
             self._stepping(), self._rows, reported, np.int32(enough), chunk=self.limits.chunk, **static
         )
@@ -316,8 +356,8 @@ class Decoder:
         """Read what is new in each row, and free the rows that are done."""
         assert self._rows is not None
         progress = self._rows.progress
-        done, stopped, failed, drawn, margin, tokens, log_probabilities = jax.device_get(
-            (progress.done, progress.stopped, progress.failed, progress.drawn, progress.margin, *emitted)
+        done, stopped, failed, drawn, margin, (tokens, log_probabilities, top) = jax.device_get(
+            (progress.done, progress.stopped, progress.failed, progress.drawn, progress.margin, emitted)
         )
         events = []
         for row, ticket in enumerate(self._tickets):
@@ -331,7 +371,9 @@ class Decoder:
                 self._tickets[row] = None
             if new or finished:
                 parts = tokens[row, :new].copy(), log_probabilities[row, :new].copy()
-                events.append(Event(ticket.id, *parts, finished, ticket.margin))
+                events.append(
+                    Event(ticket.id, *parts, finished, ticket.margin, top_of(top, row, new, ticket.request.top))
+                )
         if any(event.finished == "nonfinite" for event in events):
             self._rows = clear_rows(self._rows, failed)
         return events
@@ -344,10 +386,6 @@ def _steering_of(steering: Steering | Adapters, model: Model) -> Steering:
     if steering.plan != model.plan:
         raise ValueError("the adapters' plan is not the model's: use Model(config, adapters.plan)")
     return steering.steering
-
-
-def _any_samples(tickets: Sequence[_Ticket]) -> bool:
-    return any(ticket.request.sampling.temperature > 0 for ticket in tickets)
 
 
 def _any_scaled(tickets: Sequence[_Ticket]) -> bool:

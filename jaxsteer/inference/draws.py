@@ -15,6 +15,8 @@ from jaxsteer.types import Array, PyTree
 
 NO_TOKEN = -1
 """Pads the stop tokens of a row."""
+TOP = 20
+"""Programs report this many of the likeliest tokens, of which each request gets as many as it asks for."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Settings(NamedTuple):
     top_p          fp32, 1 = all
     stop_tokens    int32 [B, S], padded with NO_TOKEN
     strength       fp32 [B, number of slots], of each slot of the plan, in its order
+    top            int32, number of likeliest tokens to report
     adapter        int32, the index of an adapter in stacked steering; None without one
     """
 
@@ -64,15 +67,34 @@ class Settings(NamedTuple):
     top_p: Array
     stop_tokens: Array
     strength: Array
+    top: Array
     adapter: Array | None = None
 
 
+class Top(NamedTuple):
+    """The most likely tokens at each step or position, likeliest first; of equal ones, the lower id first.
+
+    tokens             int32 [..., K]
+    log_probabilities  fp32 [..., K], natural logarithm; of the model's own distribution, before temperature
+    """
+
+    tokens: Array
+    log_probabilities: Array
+
+
 class Draw(NamedTuple):
-    """Next tokens int32 [B], their log-probabilities fp32 [B], and the lead of the largest logit, fp32 [B]."""
+    """The next token of each row, [B] unless noted.
+
+    token            int32
+    log_probability  fp32, of that token
+    margin           fp32, lead of the largest logit
+    top              the likeliest tokens [B, K]; None if nobody may ask
+    """
 
     token: Array
     log_probability: Array
     margin: Array
+    top: Top | None
 
 
 def next_logits(base: PyTree, hidden: Array, softcap: float | None) -> Array:
@@ -146,8 +168,19 @@ def is_stop(token: Array, settings: Settings) -> Array:
     return jnp.any(token[:, None] == settings.stop_tokens, axis=1)
 
 
-def draw_tokens(network: Network, hidden: Array, settings: Settings, drawn: Array, sampling: bool) -> Draw:
-    """Draw the next token of each row from hidden states [B, D]; `drawn` int32 [B] is its index in the answer."""
+def draw_tokens(
+    network: Network, hidden: Array, settings: Settings, drawn: Array, sampling: bool, asked: Array | None = None
+) -> Draw:
+    """Draw the next token of each row.
+
+    Args:
+        network: the model and its weights.
+        hidden: last hidden states [B, D].
+        settings: what each row asks for.
+        drawn: int32 [B], the index of the token in its answer.
+        sampling: whether any row has a temperature above 0 (static).
+        asked: bool [], whether to find the likeliest tokens, which are zeros otherwise; None = leave them out (static).
+    """
     logits = next_logits(network.base, hidden, network.model.config.final_softcap)
     best, highest = likeliest(logits)
     others = jnp.where(_tokens_of(logits) == best[:, None], -jnp.inf, logits)
@@ -157,7 +190,32 @@ def draw_tokens(network: Network, hidden: Array, settings: Settings, drawn: Arra
         at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     log_total = jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
     log_probability = at_token - highest - log_total
-    return Draw(token, log_probability.astype(jnp.float32), margin.astype(jnp.float32))
+    top = None if asked is None else _top_if(asked, logits, log_total)
+    return Draw(token, log_probability.astype(jnp.float32), margin.astype(jnp.float32), top)
+
+
+def likeliest_tokens(logits: Array, log_total: Array, count: int) -> Top:
+    """The K = `count` likeliest tokens, or all where there are fewer.
+
+    Args:
+        logits: [B, V].
+        log_total: [B], log Σ exp(z - max z).
+        count: K (static).
+    """
+    values, tokens = jax.lax.top_k(logits, min(count, logits.shape[-1]))
+    return Top(tokens.astype(jnp.int32), (values - values[:, :1] - log_total[:, None]).astype(jnp.float32))
+
+
+def no_top(shape: tuple[int, ...], vocab_size: int, count: int = TOP) -> Top:
+    """Zeros in place of the K = `count` likeliest tokens, [*shape, K]."""
+    shape = (*shape, min(count, vocab_size))
+    return Top(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+
+def _top_if(asked: Array, logits: Array, log_total: Array) -> Top:
+    """The TOP likeliest tokens if `asked`, bool []; zeros without looking for them otherwise."""
+    find = lambda: likeliest_tokens(logits, log_total, TOP)
+    return jax.lax.cond(asked, find, lambda: no_top(logits.shape[:1], logits.shape[-1]))
 
 
 def _sample(logits: Array, best: Array, settings: Settings, drawn: Array) -> Array:

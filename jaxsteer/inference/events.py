@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from jaxsteer.inference.draws import Top
+
 Finished = Literal["stop", "length", "cancelled", "nonfinite"]
 """Why an answer ended: a stop token was drawn, it reached its maximum number of tokens, it was cancelled, or the model
 gave logits that are not finite, from which nothing can be drawn."""
@@ -22,6 +24,7 @@ class Event(NamedTuple):
     finished           why the answer ended; None while it has not
     margin             the smallest difference between the two largest logits at any token so far, the stop token
                        included: where it is below rounding errors (1e-4 in fp32), another batch may give another token
+    top                the likeliest tokens in place of each of these, [n, K]; None unless the request asks
     """
 
     id: int
@@ -29,6 +32,7 @@ class Event(NamedTuple):
     log_probabilities: np.ndarray
     finished: Finished | None
     margin: float
+    top: Top | None = None
 
 
 class Answer(NamedTuple):
@@ -38,17 +42,24 @@ class Answer(NamedTuple):
     finished           why it ended; "nonfinite": the tokens before the logits were not finite, see `nonfinite_logits`
     margin             see `Event`
     log_probabilities  fp32 [n], see `Event`
+    top                [n, K], see `Event`
     """
 
     tokens: np.ndarray
     finished: Finished
     margin: float
     log_probabilities: np.ndarray
+    top: Top | None = None
 
     @property
     def stopped(self) -> bool:
         """Whether the answer came to its end: a stop token, or its reader had enough."""
         return self.finished in ("stop", "cancelled")
+
+
+def top_of(top: Top | None, row: int, new: int, count: int) -> Top | None:
+    """The `count` likeliest tokens in place of each new token of a row, from all rows'; None for a count of 0."""
+    return Top(*(field[row, :new, :count].copy() for field in top)) if top and count else None
 
 
 def joined(events: Sequence[Event], field: str) -> np.ndarray:
@@ -60,4 +71,6 @@ def answer_of(events: Sequence[Event]) -> Answer:
     """The answer that all events of a request make."""
     finished, margin = events[-1].finished, events[-1].margin
     assert finished is not None
-    return Answer(joined(events, "tokens"), finished, margin, joined(events, "log_probabilities"))
+    tops = [event.top for event in events if event.top is not None]
+    top = Top(*map(np.concatenate, zip(*tops, strict=True))) if tops else None
+    return Answer(joined(events, "tokens"), finished, margin, joined(events, "log_probabilities"), top)

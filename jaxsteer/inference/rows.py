@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.inference.draws import NO_TOKEN, Settings, draw_tokens, is_stop
+from jaxsteer.inference.draws import NO_TOKEN, Settings, Top, draw_tokens, is_stop, no_top
 from jaxsteer.models.by_layer import on_cache, put_rows, split_cache
 from jaxsteer.models.layers import KeysValues
 from jaxsteer.models.transformer import Model, Network, forward, init_cache
@@ -33,6 +33,7 @@ class Progress(NamedTuple):
     done             bool, whether the row is free
     margin           fp32, smallest difference between the two largest logits so far
     failed           bool, whether the logits were not finite
+    top              the likeliest tokens in place of the answer's first, [B, K]
     """
 
     token: Array
@@ -43,6 +44,7 @@ class Progress(NamedTuple):
     done: Array
     margin: Array
     failed: Array
+    top: Top
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["cache", "settings", "progress"], meta_fields=["ring"])
@@ -88,10 +90,12 @@ class Emitted(NamedTuple):
 
     tokens             int32 [B, chunk + 1]
     log_probabilities  fp32 [B, chunk + 1]
+    top                the likeliest tokens, [B, chunk + 1, K]; None if no request asks
     """
 
     tokens: Array
     log_probabilities: Array
+    top: Top | None
 
 
 class Sizes(NamedTuple):
@@ -113,8 +117,9 @@ def empty_rows(model: Model, sizes: Sizes, dtype: str, *, adapters: bool = False
     seeds, stop_tokens = jnp.zeros((rows, 2), jnp.uint32), jnp.full((rows, stops), NO_TOKEN, jnp.int32)
     strength = jnp.ones((rows, len(model.plan)), jnp.float32)
     adapter = ints - 1 if adapters else None
-    settings = Settings(ints, seeds, ints, floats, ints, floats + 1, stop_tokens, strength, adapter)
-    progress = Progress(ints, floats, ints, ints, no, ~no, jnp.full(rows, jnp.inf, jnp.float32), no)
+    settings = Settings(ints, seeds, ints, floats, ints, floats + 1, stop_tokens, strength, ints, adapter)
+    margins, tops = jnp.full(rows, jnp.inf, jnp.float32), no_top((rows,), model.config.vocab_size)
+    progress = Progress(ints, floats, ints, ints, no, ~no, margins, no, tops)
     return _place(Rows(cache, settings, progress, ring))
 
 
@@ -136,9 +141,16 @@ def prefill(
     return output.hidden, output.cache
 
 
-@partial(jax.jit, static_argnames="sampling", donate_argnames="rows")
+@partial(jax.jit, static_argnames=("sampling", "top"), donate_argnames="rows")
 def insert(
-    network: Network, rows: Rows, hidden: Array, prefilled: Cache, admission: Admission, *, sampling: bool
+    network: Network,
+    rows: Rows,
+    hidden: Array,
+    prefilled: Cache,
+    admission: Admission,
+    *,
+    sampling: bool,
+    top: bool = False,
 ) -> tuple[Rows, KeysValues]:
     """Let prompts take over rows, and draw their first tokens; `fill` then puts their keys and values into the cache.
 
@@ -148,6 +160,7 @@ def insert(
         hidden, prefilled: from `prefill`.
         admission: which prompt takes over which row.
         sampling: whether any of the prompts has a temperature above 0 (static).
+        top: whether any of the requests may ask for the likeliest tokens (static).
     """
     slots = jnp.arange(rows.prompt_slots, dtype=jnp.int32)[None]
     real = slots < admission.length[:, None]
@@ -164,7 +177,8 @@ def insert(
     )
     settings = admission.settings
     last = hidden[admission.source, admission.start + admission.length - 1]
-    draw = draw_tokens(network, last, settings, jnp.zeros_like(admission.row), sampling)
+    asked = jnp.any(settings.top > 0) if top else None
+    draw = draw_tokens(network, last, settings, jnp.zeros_like(admission.row), sampling, asked)
     failed = ~jnp.isfinite(draw.log_probability)
     stopped = is_stop(draw.token, settings) & ~failed
     ended = stopped | failed
@@ -178,6 +192,7 @@ def insert(
         ended | (drawn >= settings.limit),
         draw.margin,
         failed,
+        no_top(drawn.shape, network.model.config.vocab_size) if draw.top is None else draw.top,
     )
     settings, progress = jax.tree.map(put, (rows.settings, rows.progress), (settings, progress))
     return _place(Rows(cache, settings, progress, rows.ring)), new
@@ -195,9 +210,17 @@ def fill(rows: Rows, prompts: KeysValues, row: Array) -> Rows:
     return replace(rows, cache=rows.cache._replace(k=k, v=v))
 
 
-@partial(jax.jit, static_argnames=("chunk", "sampling", "scaled"), donate_argnames="rows")
+@partial(jax.jit, static_argnames=("chunk", "sampling", "scaled", "top"), donate_argnames="rows")
 def advance(
-    network: Network, rows: Rows, reported: Array, enough: Array, *, chunk: int, sampling: bool, scaled: bool = False
+    network: Network,
+    rows: Rows,
+    reported: Array,
+    enough: Array,
+    *,
+    chunk: int,
+    sampling: bool,
+    scaled: bool = False,
+    top: bool = False,
 ) -> tuple[Rows, Emitted]:
     """Decode until `enough` rows are done, for at most `chunk` steps.
 
@@ -209,6 +232,7 @@ def advance(
         chunk: maximum number of steps (static).
         sampling: whether any active row has a temperature above 0 (static).
         scaled: whether any active row has a strength other than 1 (static).
+        top: whether any active row may ask for the likeliest tokens (static).
 
     Returns:
         The rows, and the tokens that were not reported yet.
@@ -229,16 +253,15 @@ def advance(
         output = forward(network.model, network.base, network.steering, batch, cache=cache, **steered)
         assert output.cache is not None
         cache = output.cache._replace(used=first + (output.cache.used - first) % rows.ring)
-        draw = draw_tokens(network, output.hidden[:, 0], settings, progress.drawn, sampling)
+        asked = jnp.any(active & (settings.top > 0)) if top else None
+        draw = draw_tokens(network, output.hidden[:, 0], settings, progress.drawn, sampling, asked)
         failed = active & ~jnp.isfinite(draw.log_probability)
         stopped = active & ~failed & is_stop(draw.token, settings)
         kept = active & ~stopped & ~failed
         here = column(kept) & (columns == column(progress.drawn - reported))
         drawn = progress.drawn + kept.astype(jnp.int32)
-        emitted = Emitted(
-            jnp.where(here, column(draw.token), emitted.tokens),
-            jnp.where(here, column(draw.log_probability), emitted.log_probabilities),
-        )
+        put = lambda new, old: jnp.where(here.reshape(here.shape + (1,) * (old.ndim - 2)), new[:, None], old)
+        emitted = jax.tree.map(put, Emitted(draw.token, draw.log_probability, draw.top), emitted)
         progress = Progress(
             jnp.where(kept, draw.token, 0),
             draw.log_probability,
@@ -248,12 +271,14 @@ def advance(
             progress.done | stopped | failed | (drawn >= settings.limit),
             jnp.where(active, jnp.minimum(progress.margin, draw.margin), progress.margin),
             progress.failed | failed,
+            progress.top,
         )
         return step + 1, cache, progress, emitted
 
-    in_first_column = lambda field: jnp.where(columns == 0, column(field), jnp.zeros_like(field, shape=()))
     progress = rows.progress
-    emitted = Emitted(in_first_column(progress.token), in_first_column(progress.log_probability))
+    unreported = Emitted(progress.token, progress.log_probability, progress.top if top else None)
+    then_zeros = lambda field: jnp.zeros((len(field), chunk + 1, *field.shape[1:]), field.dtype).at[:, 0].set(field)
+    emitted = jax.tree.map(then_zeros, unreported)
     start = (jnp.int32(0), rows.cache, progress, emitted)
     _, cache, progress, emitted = jax.lax.while_loop(unfinished, decode, start)
     return _place(Rows(cache, settings, progress, rows.ring)), _replicate(emitted)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsteer.adapters import BASE
 from jaxsteer.batches import Tokens, bucket_length, pack, stack_rows
-from jaxsteer.inference.draws import GREEDY, NO_TOKEN, Sampling, Settings
+from jaxsteer.inference.draws import GREEDY, NO_TOKEN, TOP, Sampling, Settings
 from jaxsteer.inference.rows import Admission
 from jaxsteer.sharding import row_shards
 from jaxsteer.types import Batch
@@ -43,6 +43,7 @@ class Request:
     strength        factor of each slot's shift by the slot's name, as in `forward`; slots not named have 1
     adapter         name or place of an adapter in the decoder's `Adapters`; None = the unsteered model there, and the
                     steering of a decoder without adapters
+    top             number of likeliest tokens to report at each step, with their log-probabilities, up to 20
     """
 
     prompt: Tokens
@@ -52,6 +53,7 @@ class Request:
     seed: int = 0
     strength: Mapping[str, float] = field(default_factory=dict)
     adapter: str | int | None = None
+    top: int = 0
 
     def __post_init__(self) -> None:
         """Reject what no decoder could answer."""
@@ -61,6 +63,8 @@ class Request:
             raise ValueError(f"{self.prompt.source}: max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"{self.prompt.source}: the seed must be from 0 to 2**64 - 1, got {self.seed}")
+        if not 0 <= self.top <= TOP:
+            raise ValueError(f"{self.prompt.source}: top must be from 0 to {TOP} likeliest tokens, got {self.top}")
 
     def __len__(self) -> int:
         """Tokens of the prompt."""
@@ -77,6 +81,11 @@ class Limits:
     chunk            maximum number of decoding steps between two reports: 32 for throughput, 1 to 4 to stream tokens
                      and to cancel quickly
     max_stop_tokens  maximum number of stop tokens of a request
+    prefill_chunk    a longer prompt is read in parts of this many tokens, one between two chunks of decoding, so that
+                     the other requests go on; not while the queue is drained
+    prefix_tokens    keys and values of so many tokens of prompts are kept, for prompts that begin alike; 0 = none
+    general          compile only programs that can do whatever requests ask for, a little slower for greedy decoding at
+                     full strength: with `Decoder.warm`, no request waits for a compiler
     """
 
     max_prompt: int
@@ -84,12 +93,16 @@ class Limits:
     rows: int = 64
     chunk: int = 32
     max_stop_tokens: int = 16
+    prefill_chunk: int = 256
+    prefix_tokens: int = 0
+    general: bool = False
 
     def __post_init__(self) -> None:
         """Reject sizes below 1."""
+        smallest = {"prefix_tokens": 0, "general": False}
         for name in (each.name for each in fields(self)):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) < smallest.get(name, 1):
+                raise ValueError(f"{name} must be at least {smallest.get(name, 1)}, got {getattr(self, name)}")
 
     def check(self, request: Request) -> None:
         """Reject a request that is too large.
@@ -229,6 +242,7 @@ def _settings(requests: Sequence[Request], size: int, stop_width: int, slots: Se
         "top_p": np.ones(size, np.float32),
         "stop_tokens": np.full((size, stop_width), NO_TOKEN, np.int32),
         "strength": np.ones((size, len(slots)), np.float32),
+        "top": np.zeros(size, np.int32),
         "adapter": None if (places := _adapters(requests)) is None else np.resize(places, size),
     }
     for i, request in enumerate(requests):
@@ -241,7 +255,16 @@ def _settings(requests: Sequence[Request], size: int, stop_width: int, slots: Se
         stops = sorted(set(request.stop_tokens))
         fields["stop_tokens"][i, : len(stops)] = stops
         fields["strength"][i] = _strengths(request, slots)
+        fields["top"][i] = request.top
     return Settings(**fields)
+
+
+def wanted(requests: Sequence[Request]) -> dict[str, bool]:
+    """Static arguments of the programs that draw: whether any request samples, and whether any has tops reported."""
+    return {
+        "sampling": any(request.sampling.temperature > 0 for request in requests),
+        "top": any(request.top for request in requests),
+    }
 
 
 def nonfinite_logits(prompt: Tokens, vocab_size: int) -> FloatingPointError:

@@ -11,23 +11,30 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
+from jaxsteer.inference.scores import TokenScores, score_hidden
+from jaxsteer.models.transformer import Model, forward
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 
 class TokenShift(NamedTuple):
     """The effect of steering on each token of a batch.
 
-    shift            ‖h_steered − h‖ / ‖h‖ of the residual stream after each block, fp32 [L, B, T]; 0 at padding
-    log_probability  log p_steered − log p of each token given those before it, in nats, fp32 [B, T]; 0 at padding and
-                     at the first token of an example, which nothing predicts
+    shift    ‖h_steered − h‖ / ‖h‖ of the residual stream after each block, fp32 [L, B, T]; 0 at padding
+    steered  log-probability of each token given those before it, and the likeliest tokens in its place
+    base     the same without steering
     """
 
     shift: Array
-    log_probability: Array
+    steered: TokenScores
+    base: TokenScores
+
+    @property
+    def change(self) -> Array:
+        """log p_steered − log p of each token, in nats, fp32 [B, T]."""
+        return self.steered.log_probability - self.base.log_probability
 
 
-@partial(jax.jit, static_argnames="model")
+@partial(jax.jit, static_argnames=("model", "top"))
 def per_token_shift(
     model: Model,
     base: PyTree,
@@ -35,6 +42,8 @@ def per_token_shift(
     batch: Batch,
     *,
     strength: Mapping[str, ArrayLike] | None = None,
+    adapters: ArrayLike | None = None,
+    top: int = 0,
 ) -> TokenShift:
     """Compare the steered with the unsteered model on the same tokens.
 
@@ -42,29 +51,14 @@ def per_token_shift(
         model, base, steering: as in `forward`.
         batch: [B, T], packed, or padded on either side.
         strength: of the slots, as in `forward`.
+        adapters: with stacked steering, the index of each row's or token's adapter, as in `forward`.
+        top: K, the number of likeliest tokens; at most V are given.
     """
-    steered = forward(model, base, steering, batch, capture=("block",), strength=strength)
+    steered = forward(model, base, steering, batch, capture=("block",), strength=strength, adapters=adapters)
     plain = forward(replace(model, plan=()), base, {}, batch, capture=("block",))
     real = batch.segments > 0
     there, here = (output.taps["block"].astype(jnp.float32) for output in (steered, plain))
     norm = lambda h: jnp.linalg.norm(h, axis=-1)
     shift = jnp.where(real[None], norm(there - here) / jnp.where(real[None], norm(here), 1.0), 0.0)
-    head, softcap = output_embedding(base), model.config.final_softcap
-    change = _log_probabilities(steered.hidden, head, batch, softcap) - _log_probabilities(
-        plain.hidden, head, batch, softcap
-    )
-    follows = real[:, 1:] & (batch.segments[:, 1:] == batch.segments[:, :-1])
-    return TokenShift(shift, jnp.pad(jnp.where(follows, change, 0.0), ((0, 0), (1, 0))))
-
-
-def _log_probabilities(hidden: Array, head: Array, batch: Batch, softcap: float | None) -> Array:
-    """log p of every token but the first of a row, given the hidden state before it, fp32 [B, T - 1]."""
-
-    def column(given: tuple[Array, Array]) -> Array:  # hidden [B, D], the next token [B]
-        logits = logits_of(given[0], head, softcap)
-        at_token = jnp.take_along_axis(logits, given[1][:, None], axis=-1)[:, 0]
-        return (at_token - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
-
-    # One column at a time, for the memory of the logits.
-    tokens = jnp.asarray(batch.tokens)
-    return jax.lax.map(column, (hidden[:, :-1].swapaxes(0, 1), tokens[:, 1:].T)).T
+    scores = [score_hidden(model, base, output.hidden, batch, top) for output in (steered, plain)]
+    return TokenShift(shift, *scores)

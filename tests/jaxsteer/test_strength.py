@@ -216,5 +216,5 @@ def test_the_shift_of_each_token(case, tiny_base):
     ]
     follows = real[:, 1:] & (segments[:, 1:] == segments[:, :-1])
     change = np.pad(np.where(follows, of_tokens[0] - of_tokens[1], 0), ((0, 0), (1, 0)))
-    close(got.log_probability, change, 1e-4)
-    assert not got.log_probability[:, [0, 6]].any()
+    close(got.change, change, 1e-4)
+    assert not got.change[:, [0, 6]].any()
