@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +19,26 @@ Mode = Literal["chat", "completion"]
 class Voice:
     """Who answers.
 
-    adapter   name of an adapter; None for the base model
+    model     name of an adapter; None for the base model
     strength  factor of each of the adapter's own slots; slots not named have 1
     """
 
-    adapter: str | None = None
+    model: str | None = None
     strength: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a message is put to the model.
+
+    mode      chat or completion
+    system    the system message of a chat
+    template  the text around a message to complete
+    """
+
+    mode: Mode
+    system: str | None = None
+    template: str = "{prompt}"
 
 
 @dataclass(frozen=True)
@@ -32,30 +46,26 @@ class Exchange:
     """A message and its answer.
 
     message   as it was typed
-    answer    its text
-    tokens    its token ids, without the stop token
+    form      how it was put to the model
     voice     who answered
-    mode      how it was asked
-    system    the system message at that time
-    template  the template around the message in completion mode
+    answer    the text
+    tokens    its token ids, without the stop token
     finished  why the answer ended, see `jaxsteer.inference.events.Finished`
     """
 
     message: str
+    form: Form
+    voice: Voice
     answer: str
     tokens: tuple[int, ...]
-    voice: Voice
-    mode: Mode
-    system: str | None
-    template: str
     finished: str
 
 
-def messages_of(exchanges: Sequence[Exchange], system: str | None, message: str) -> list[dict[str, str]]:
+def messages_of(before: Sequence[Exchange], system: str | None, message: str) -> list[dict[str, str]]:
     """A message with the conversation before it, as chat templates take them; completions are no part of it."""
     messages = [] if system is None else [{"role": "system", "content": system}]
-    for each in exchanges:
-        if each.mode == "chat":
+    for each in before:
+        if each.form.mode == "chat":
             messages += [{"role": "user", "content": each.message}, {"role": "assistant", "content": each.answer}]
     return [*messages, {"role": "user", "content": message}]
 
@@ -65,16 +75,21 @@ _FORMAT = "jaxsteer chat 1"
 
 @dataclass(frozen=True)
 class _Message:
-    """One line of a saved conversation; all but role and content are of answers."""
+    """A message in a file; all but role and content are of answers."""
 
     role: Literal["system", "user", "assistant"]
     content: str
-    tokens: tuple[int, ...] | None = None
-    adapter: str | None = None
+    model: str | None = None
     strength: Mapping[str, float] = field(default_factory=dict)
     mode: Mode = "chat"
     template: str = "{prompt}"
     finished: str = "stop"
+    tokens: tuple[int, ...] = ()
+
+    def exchange(self, message: str, system: str | None) -> Exchange:
+        """The answer with what it answers."""
+        form, voice = Form(self.mode, system, self.template), Voice(self.model, self.strength)
+        return Exchange(message, form, voice, self.content, self.tokens, self.finished)
 
 
 @dataclass(frozen=True)
@@ -87,74 +102,71 @@ class _Saved:
 
 
 def save(path: Path, exchanges: Sequence[Exchange], model: str) -> None:
-    """Write a conversation as JSON; a file that is no conversation is not replaced.
+    """Write a conversation as JSON; a file that holds none is not replaced.
+
+    Args:
+        path: *.json.
+        exchanges: the conversation.
+        model: name of the base model.
 
     Raises:
-        ValueError: another name than *.json, no such folder, or a file that holds something else.
+        ValueError: another name, no such folder, or a file that holds something else.
     """
     if path.suffix != ".json":
         raise ValueError(f"{path}: conversations are saved as JSON; give a name that ends in .json")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
-    if path.exists() and (path.is_dir() or _format_of(path) != _FORMAT):
+    if path.exists() and not _is_conversation(path):
         raise ValueError(f"{path}: exists and holds no conversation; give another name")
-    system, messages = None, list[_Message]()
+    system, messages = None, list[dict[str, Any]]()
     for each in exchanges:
-        if each.system != system:
-            system = each.system
-            messages.append(_Message("system", system or ""))
-        messages.append(_Message("user", each.message))
-        voice = {"adapter": each.voice.adapter, "strength": each.voice.strength, "tokens": each.tokens}
-        asked = {"mode": each.mode, "template": each.template, "finished": each.finished}
-        messages.append(_Message("assistant", each.answer, **voice, **asked))
-    saved = to_plain(_Saved(_FORMAT, model, tuple(messages)))
-    for message in saved["messages"]:
-        if message["role"] != "assistant":
-            for name in set(message) - {"role", "content"}:
-                del message[name]
+        if each.form.system != system:
+            system = each.form.system
+            messages.append({"role": "system", "content": system or ""})
+        messages += [{"role": "user", "content": each.message}, to_plain(_reply(each))]
     with replacing(path) as file:
+        saved = {"format": _FORMAT, "model": model, "messages": messages}
         file.write(json.dumps(saved, indent=1, ensure_ascii=False).encode())
 
 
-def _format_of(path: Path) -> Any:
+def _reply(each: Exchange) -> _Message:
+    form, voice = each.form, each.voice
+    asked = (voice.model, voice.strength, form.mode, form.template)
+    return _Message("assistant", each.answer, *asked, each.finished, each.tokens)
+
+
+def _is_conversation(path: Path) -> bool:
     try:
-        return read_json(path).get("format")
+        return read_json(path).get("format") == _FORMAT
     except ValueError:
-        return None
+        return False
 
 
 def load(path: Path) -> tuple[list[Exchange], str]:
     """Read a conversation.
 
     Returns:
-        The exchanges, and the name of the base model. Answers that were saved without token ids have none.
+        The exchanges, and the name of the base model.
 
     Raises:
         ValueError: no such file, or not a saved conversation; the message says where.
     """
     data = read_json(path)
     if data.get("format") != _FORMAT:
-        raise ValueError(f"{path}: no conversation saved by /save (its format is not {_FORMAT!r})")
+        raise ValueError(f"{path}: not a conversation that /save wrote (its format is not {_FORMAT!r})")
     saved = from_plain(_Saved, data, str(path))
     exchanges, system, asked = list[Exchange](), None, None
     for number, each in enumerate(saved.messages):
         if (each.role == "assistant") != (asked is not None):
-            raise ValueError(f"{path}: messages[{number}]: a user's message and its answer must take turns")
+            raise ValueError(f"{path}: messages[{number}]: users' messages and answers must take turns")
         if each.role == "system":
             system = each.content or None
         elif each.role == "user":
             asked = each.content
         else:
             assert asked is not None
-            exchanges.append(_exchange(asked, each, system))
+            exchanges.append(each.exchange(asked, system))
             asked = None
     if asked is not None:
-        raise ValueError(f"{path}: messages[{len(saved.messages) - 1}]: has no answer")
+        raise ValueError(f"{path}: the last message has no answer")
     return exchanges, saved.model
-
-
-def _exchange(message: str, reply: _Message, system: str | None) -> Exchange:
-    voice = Voice(reply.adapter, reply.strength)
-    return Exchange(
-        message, reply.content, reply.tokens or (), voice, reply.mode, system, reply.template, reply.finished
-    )

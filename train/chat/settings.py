@@ -66,12 +66,12 @@ class Settings:
 
 def label(voice: Voice, plan: Plan) -> str:
     """A voice in short: "base", "NAME", "NAME 0.5" or "NAME lora=0.5"."""
-    if voice.adapter is None:
+    if voice.model is None:
         return "base"
     values = [voice.strength.get(slot.name, 1.0) for slot in plan]
     if len(set(values)) == 1:
-        return voice.adapter if values[0] == 1 else f"{voice.adapter} {values[0]:g}"
-    return " ".join([voice.adapter, *(f"{name}={value:g}" for name, value in voice.strength.items())])
+        return voice.model if values[0] == 1 else f"{voice.model} {values[0]:g}"
+    return " ".join([voice.model, *(f"{name}={value:g}" for name, value in voice.strength.items())])
 
 
 def _number(text: str) -> float:
