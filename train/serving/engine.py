@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from jaxsteer.adapters import Adapters
-from jaxsteer.inference.events import Event
 from jaxsteer.inference.scheduling import Limits, Request
+from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Network
-from train.serving.models import Roster, Served
+from train.serving.jobs import (
+    Busy,
+    Draining,
+    EngineError,
+    Job,
+    Ledger,
+    Listener,
+    NonFinite,
+    StepFailed,
+    Timeout,
+)
+from train.serving.lineup import Served, UnknownModel
+from train.serving.models import Roster
+from train.serving.worker import Worker, make_decoder
+
+__all__ = [
+    "Busy",
+    "Draining",
+    "Engine",
+    "EngineError",
+    "EngineSettings",
+    "EngineStats",
+    "Job",
+    "Listener",
+    "NonFinite",
+    "StepFailed",
+    "Timeout",
+]
 
 T = TypeVar("T")
-
-
-class EngineError(Exception):
-    """Why a job got no answer, or not all of one."""
-
-
-class Busy(EngineError):
-    """The queue is full.
-
-    Attributes:
-        retry_after: seconds after which there should be room, 1 to 60, judged by the jobs that ended last.
-    """
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class Draining(EngineError):
-    """The engine is being closed and takes no more jobs, or was closed before this one had ended."""
-
-
-class Timeout(EngineError):
-    """A job's deadline passed before its answer had ended."""
-
-
-class NonFinite(EngineError):
-    """The model gave logits that are not finite; the text names likely causes."""
-
-
-class StepFailed(EngineError):
-    """Decoding failed for all jobs at once, for instance for lack of memory; the engine goes on without them."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,9 @@ class EngineSettings:
     queue           jobs that may wait for a row, and calls of `Engine.run` that may wait
     prefill_chunk   prompts with more tokens are read that many at a time, so that other jobs go on
     prefix_tokens   keys and values of up to so many prompt tokens are kept for prompts that begin alike; 0 for none
+
+    Raises:
+        ValueError: a size below 1, or a `queue` or `prefix_tokens` below 0.
     """
 
     rows: int = 32
@@ -68,6 +68,23 @@ class EngineSettings:
     queue: int = 256
     prefill_chunk: int = 256
     prefix_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Reject a queue that there cannot be; `Limits` rejects the rest."""
+        if self.queue < 0:
+            raise ValueError(f"queue must be at least 0, got {self.queue}")
+
+    def limits(self, context: int) -> Limits:
+        """The sizes of a decoder whose model has a context of so many tokens."""
+        return Limits(
+            max_prompt=self.max_prompt,
+            max_new_tokens=min(self.max_new_tokens, context),
+            rows=self.rows,
+            chunk=self.chunk,
+            prefill_chunk=self.prefill_chunk,
+            prefix_tokens=self.prefix_tokens,
+            general=True,
+        )
 
 
 class EngineStats(NamedTuple):
@@ -100,28 +117,6 @@ class EngineStats(NamedTuple):
     restarts: int
 
 
-Listener = Callable[[Event | EngineError], None]
-"""Gets a job's events, the last of which has `finished`, or an error, which is the last. It is called on the engine's
-thread, must not block, and must not raise."""
-
-
-class Job:
-    """A request that was accepted.
-
-    Attributes:
-        id: 0, 1, 2, ...; also that of its events.
-    """
-
-    id: int
-
-    def cancel(self) -> None:
-        """End the job from any thread; its row is free after the current chunk. Does nothing once it has ended.
-
-        No event is delivered after the call, except for one that is being delivered meanwhile.
-        """
-        raise NotImplementedError
-
-
 class Engine:
     """Answers the requests of many clients with one decoder, on a thread of its own.
 
@@ -130,37 +125,56 @@ class Engine:
         settings: sizes.
 
     Raises:
-        ValueError: sizes that the model does not allow.
+        ValueError: a size below 1.
     """
 
-    roster: Roster
-    settings: EngineSettings
-
     def __init__(self, roster: Roster, settings: EngineSettings | None = None) -> None:
-        raise NotImplementedError
+        self.roster, self.settings = roster, settings or EngineSettings()
+        self._limits = self.settings.limits(roster.loaded.config.max_length)
+        self._ledger = Ledger(self.settings.rows, self.settings.queue)
+        self._worker = Worker(roster, self._limits, self._ledger)
+        self._thread = threading.Thread(target=self._worker.serve, name="engine", daemon=True)
+        self._door = threading.Lock()  # after `close`, no message follows the last one
+        self._changing = threading.Lock()  # adapters are loaded and unloaded one at a time
+        self._calls = 0
 
     @property
     def limits(self) -> Limits:
         """Sizes of the decoder, such as the maximum number of tokens in an answer."""
-        raise NotImplementedError
+        return self._limits
 
     @property
     def draining(self) -> bool:
         """Whether `close` was called."""
-        raise NotImplementedError
+        return self._ledger.closed
 
     def start(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile all programs, so that no client waits for that, and start the thread.
 
         Args:
-            progress: called as progress(done, total) with numbers of programs.
+            progress: called as progress(done, total) after each of `total` parts of the work.
         """
-        raise NotImplementedError
+        self._worker.decoder.warm(progress)
+        self._thread.start()
 
     def close(self, grace: float = 0.0) -> None:
         """Take no more jobs, let the accepted ones go on for up to `grace` seconds, end the rest with `Draining`, and
-        end the thread. Not to be called on the engine's thread; further calls wait for the first."""
-        raise NotImplementedError
+        end the thread. Not to be called on the engine's thread. A further call may shorten the time."""
+        with self._door:
+            self._ledger.close()
+            self._worker.finish(time.monotonic() + grace)
+        if self._thread.ident is None:
+            self._worker.serve()  # never started: only to end what was submitted
+        else:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        """The engine, which the end of the block closes."""
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        """End all jobs and the thread."""
+        self.close()
 
     def submit(self, request: Request, listener: Listener, *, deadline: float | None = None) -> Job:
         """Accept a request, from any thread.
@@ -177,7 +191,20 @@ class Engine:
             UnknownModel: the adapter was unloaded.
             ValueError: too long for the engine's limits, or a strength for a slot that there is not.
         """
-        raise NotImplementedError
+        self._check(request)
+        with self._door:
+            job = Job(self._ledger.accept(request), request, listener, deadline, self._worker.cancel)
+            self._worker.submit(job)
+        return job
+
+    def _check(self, request: Request) -> None:
+        """Check what can be checked before a request is accepted."""
+        lineup = self.roster.lineup
+        if all(served.adapter != request.adapter for served in lineup.served.values()):
+            raise UnknownModel(f"adapter {request.adapter!r} was unloaded; there are {', '.join(lineup.served)}")
+        lineup.translated(request)
+        self._limits.check(request)
+        check_length(self.roster.loaded.config, len(request) + request.max_new_tokens, request.prompt.source)
 
     def run(self, work: Callable[[Network, Adapters | None], T]) -> Future[T]:
         """Call `work(network, adapters)` on the engine's thread between two steps, during which nothing is decoded.
@@ -192,7 +219,23 @@ class Engine:
             Busy: too many calls wait.
             Draining: the engine is being closed.
         """
-        raise NotImplementedError
+        future: Future[T] = Future()
+        with self._door:
+            self._refuse_if_closed()
+            if self._calls >= max(1, self.settings.queue):
+                raise Busy(f"the queue is full: {self._calls} calls wait already", retry_after=1)
+            self._calls += 1
+            self._worker.call(work, future)
+        future.add_done_callback(self._called)
+        return future
+
+    def _called(self, future: Future) -> None:
+        with self._door:
+            self._calls -= 1
+
+    def _refuse_if_closed(self) -> None:
+        if self._ledger.closed:
+            raise Draining("the server is shutting down and takes no more requests")
 
     def load(self, name: str, path: str) -> Served:
         """Read a steering file and serve it under a name, while other jobs go on; blocks the calling thread only.
@@ -204,7 +247,20 @@ class Engine:
             Refused: see `Roster.read`; or there is no place left.
             Draining: the engine is being closed.
         """
-        raise NotImplementedError
+        with self._changing:
+            candidate = self.roster.read(name, path)
+            lineup = self.roster.with_candidate(candidate, self._ledger.in_use)
+            decoder, present = None, self.roster.adapters
+            assert lineup.adapters is not None
+            if present is None or present.plan != lineup.adapters.plan:
+                decoder = make_decoder(self.roster, lineup.adapters, self._limits)
+                decoder.warm()
+            adopted: Future[None] = Future()
+            with self._door:
+                self._refuse_if_closed()
+                self._worker.adopt(lineup, decoder, adopted)
+            adopted.result()
+            return self.roster.get(name)
 
     def unload(self, name: str) -> None:
         """Stop serving an adapter. Jobs that were accepted before finish with it; its place is free after the last.
@@ -213,8 +269,19 @@ class Engine:
             UnknownModel: there is no such adapter.
             Refused: it is the base model.
         """
-        raise NotImplementedError
+        with self._changing:
+            self.roster.lineup = self.roster.without(name)
 
     def stats(self) -> EngineStats:
         """Figures of now, from any thread."""
-        raise NotImplementedError
+        decoder, counts, jobs = self._worker.decoder, self._ledger.counts, self._ledger.open_jobs
+        active = min(jobs, decoder.active)
+        return EngineStats(
+            active=active,
+            waiting=jobs - active,
+            rows=decoder.rows,
+            prefix_hits=decoder.prefix_hits,
+            prefix_tokens_reused=decoder.prefix_tokens_reused,
+            restarts=self._worker.restarts,
+            **vars(counts),
+        )

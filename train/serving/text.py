@@ -96,16 +96,26 @@ class TextOfAnswer:
         # One at a time where it matters which token a piece of text is from.
         each = [[i] for i in range(len(ids))] if self._with_tokens or self._stops else [range(len(ids))]
         for numbers in each:
+            likeliest = self._likeliest(event, numbers[0]) if self._with_tokens else ()
             text = self._pieces.add([ids[i] for i in numbers])
             self.generated += len(numbers)
             if self._with_tokens:
-                self._waiting += [Token(ids[i], text, float(event.log_probabilities[i])) for i in numbers]
+                self._waiting.append(_token(event, numbers[0], text, likeliest))
             if self._release(text):
                 self.finished = "stop"
                 break
         if event.finished and not self.finished:
             self.finished = "stop" if self._end() or event.finished == "stop" else "length"
         return Delta(self.text[start:], self._complete(), self.finished)
+
+    def _likeliest(self, event: Event, number: int) -> tuple[Alternative, ...]:
+        """The most likely tokens in the place of the next one, in its context."""
+        if event.top is None:
+            return ()
+        ids, log_probabilities = event.top.tokens[number].tolist(), event.top.log_probabilities[number].tolist()
+        return tuple(
+            Alternative(id, self._pieces.instead(id), value) for id, value in zip(ids, log_probabilities, strict=True)
+        )
 
     def _end(self) -> bool:
         """Give out what was held back, unless it is a stop string after all."""
@@ -159,6 +169,13 @@ class TextOfAnswer:
         return tuple(taken)
 
 
+def _token(event: Event, number: int, text: str, likeliest: Sequence[Alternative]) -> Token:
+    """A token of an event; among the likeliest, it has the same text."""
+    id, log_probability = int(event.tokens[number]), float(event.log_probabilities[number])
+    top = tuple(each._replace(text=text) if each.id == id else each for each in likeliest)
+    return Token(id, text, log_probability, top)
+
+
 def pieces(ids: Sequence[int], decode: Decode) -> list[str]:
     """The text that each token adds to those before it; together they are the text of all."""
     window = _Pieces(decode)
@@ -192,6 +209,11 @@ class _Pieces:
         if len(self._ids) > WINDOW and settled == text:
             self._forget()
         return new
+
+    def instead(self, id: int) -> str:
+        """The text that a token would add; for the first bytes of a character, the sign for a character unknown."""
+        text = self._decode([*self._ids, id])
+        return text[len(self._shown) :] if text.startswith(self._shown) else UNFINISHED
 
     def rest(self) -> str:
         """What is left at the end: a character of which only the first bytes came."""
