@@ -17,7 +17,8 @@ from train.chat.screen import Display
 from train.chat.settings import CHAT_TOKENS, COMPLETION_TOKENS, Settings
 from train.serving.effects import Effects, Passage, effects
 from train.serving.engine import Engine, EngineError
-from train.serving.models import Roster, Served
+from train.serving.lineup import Served
+from train.serving.models import Roster
 from train.serving.prompts import Prompt, chat_prompt, plain_prompt
 from train.serving.text import TextOfAnswer
 
@@ -80,6 +81,11 @@ class Talker:
             return plain_prompt(self.roster.loaded, form.template.replace("{prompt}", message), SOURCE)
         return chat_prompt(self.roster.loaded, served, messages_of(before, form.system, message), "the conversation")
 
+    @property
+    def longest(self) -> int:
+        """Maximum number of tokens of an answer that can be asked for."""
+        return self.engine.limits.max_new_tokens
+
     def room(self, prompt: Prompt) -> int:
         """Number of tokens that an answer may have.
 
@@ -89,12 +95,16 @@ class Talker:
         length = len(prompt.tokens.ids)
         if length >= self.context:
             longest = self.roster.loaded.config.max_length
-            more = f", or start with a longer --context (the model reads up to {longest:,})" if longest > self.context else ""
+            more = (
+                f", or start with a longer --context (the model reads up to {longest:,})"
+                if longest > self.context
+                else ""
+            )
             raise ValueError(
                 f"the conversation has {length:,} tokens with this message, and no answer fits into the context of "
                 f"{self.context:,}: shorten it with /undo, begin anew with /reset{more}. The message was not sent"
             )
-        return min(self.context - length, self.engine.limits.max_new_tokens)
+        return min(self.context - length, self.longest)
 
     def limit(self, settings: Settings) -> int:
         """The longest answer that the settings want."""
@@ -157,12 +167,12 @@ class Talker:
         prompt = self.prompt(before, exchange.message, exchange.form, served)
         tokens = exchange.tokens or tuple(tokenizer(exchange.answer, add_special_tokens=False)["input_ids"])
         passage = Passage(served, prompt.tokens, np.array(tokens, np.int32), served.strength(voice.strength), top)
-        return self.engine.run(
-            lambda network, adapters: effects(network, adapters, passage, tokenizer.decode)
-        ).result()
+        return self.engine.run(lambda network, adapters: effects(network, adapters, passage, tokenizer.decode)).result()
 
 
-def _listener(put: Callable[[tuple[int, Event | EngineError]], None], number: int) -> Callable[[Event | EngineError], None]:
+def _listener(
+    put: Callable[[tuple[int, Event | EngineError]], None], number: int
+) -> Callable[[Event | EngineError], None]:
     return lambda event: put((number, event))
 
 

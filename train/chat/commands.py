@@ -8,48 +8,23 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from jaxsteer.plans import did_you_mean, format_plan
-from train.chat import conversation
+from jaxsteer.plans import did_you_mean
+from train.chat import conversation, manual
 from train.chat.answers import Reply, Talker
-from train.chat.conversation import Exchange, Form, Mode, Voice
-from train.chat.lines import QUOTES, ReadLine, read_message
-from train.chat.screen import showing
+from train.chat.conversation import Exchange, Mode, Voice
+from train.chat.lines import ReadLine, read_message
+from train.chat.manual import HELP
+from train.chat.screen import showing, visible
 from train.chat.settings import NUMBERS, Settings, label, number_of, with_number
 from train.chat.why import Explanation
 from train.display.failures import sentence_of
 from train.serving.engine import EngineError
+from train.serving.lineup import UnknownModel
 
-HELP = {
-    "help": ("", "show this"),
-    "strength": ("[X | SLOT=X ...]", "how far the adapter steers: 0 as the base, 1 as trained; of all slots or of some"),
-    "base": ("", "from now on, the base model answers; again: the adapter"),
-    "adapter": ("[NAME]", "list the adapters, or go on with another"),
-    "compare": ("[MESSAGE]", "base and adapter answer, the last message if none is given; the adapter's answer is kept"),
-    "why": ("[N | all | FILE.png]", "what steering did to the last exchange: coloured text; to token N; of all tokens"),
-    "system": ("[TEXT | none]", "the system message of the conversation"),
-    "mode": ("[chat | completion | auto]", "converse, or complete each message alone in the adapter's template"),
-    "temperature": ("[X]", "0: always the most likely token"),
-    "top_k": ("[N]", "draw from the N most likely tokens only; 0: all"),
-    "top_p": ("[X]", "draw from the most likely tokens that have this probability together; 1: all"),
-    "seed": ("[N]", "of the draws"),
-    "max": ("[N]", "the longest answer, in tokens"),
-    "undo": ("", "take back the last message and its answer"),
-    "retry": ("", "answer the last message again, as set now"),
-    "reset": ("", "begin a new conversation; settings stay"),
-    "history": ("", "show the conversation"),
-    "save": ("FILE.json", "write the conversation"),
-    "load": ("FILE.json", "go on with a conversation that was saved"),
-    "quit": ("", "leave (as Ctrl-D does)"),
-}
-"""Arguments and meaning of each command."""
-
-LINES = (
-    f"A line is a message. It goes on in the next line after a backslash; a longer one stands between {QUOTES} and {QUOTES}. "
-    "// begins a message that begins with /. Ctrl-C stops an answer, and what came of it is kept."
-)
+TOP_TOKENS = 5
+"""Likeliest tokens that /why N shows."""
 
 
 class Chat:
@@ -75,6 +50,7 @@ class Chat:
         self._show_shift = show_shift
         self._exchanges: list[Exchange] = []
         self._drawn = 0  # answers since the seed was set
+        self._explained: tuple[Exchange, Voice, Explanation] | None = None
 
     @property
     def prompt(self) -> str:
@@ -84,6 +60,11 @@ class Chat:
         parts += ["completion"] if form.mode == "completion" else []
         parts += [f"T={settings.sampling.temperature:g}"] if settings.sampling.temperature else []
         return " ".join(parts) + " > "
+
+    def greet(self) -> None:
+        """Say who is here, and how to go on."""
+        self._note("/help lists the commands, /quit or Ctrl-D leaves")
+        self._mode("")
 
     def words(self) -> dict[str, Any]:
         """What Tab completes."""
@@ -202,7 +183,7 @@ class Chat:
         """What steering did to the last exchange; to the base model's answer, what it would have done."""
         *before, last = self._conversation()
         voice = last.voice if last.voice.model else self._steered()
-        if self._explained is None or self._explained[:2] != (last, voice):
+        if self._explained is None or self._explained[0] is not last or self._explained[1] != voice:
             effects = self._talker.effects(before, last, voice, TOP_TOKENS)
             self._explained = last, voice, Explanation.of(effects, last.message, self._label(voice))
         return self._explained[2]
@@ -259,13 +240,19 @@ class Chat:
         self._exchanges = exchanges
         if exchanges:
             self._settings = replace(self._settings, system=exchanges[-1].form.system)
-        self._note(f"{_counted(exchanges)}" + (f" with {model}" if model != self._talker.roster.loaded.name else ""))
+        other = "" if model == self._talker.roster.loaded.name else f", with another base model: {model}"
+        self._note(f"{_counted(exchanges)}{other}")
 
     # ---- settings
 
     def _number(self, name: str, text: str) -> None:
         if text:
-            self._settings = with_number(self._settings, name, text)
+            settings, longest = with_number(self._settings, name, text), self._talker.longest
+            if (settings.max_new_tokens or 0) > longest:
+                raise ValueError(
+                    f"/max {text}: answers have up to {longest:,} tokens here; --max-new-tokens starts with more"
+                )
+            self._settings = settings
             self._drawn = 0 if name == "seed" else self._drawn
         value = number_of(self._settings, name)
         self._note(f"{name} {self._talker.limit(self._settings) if value is None else f'{value:g}'}")
@@ -295,7 +282,7 @@ class Chat:
     def _adapter(self, name: str) -> None:
         roster = self._talker.roster
         if not name:
-            self._console.print(self._adapters())
+            self._console.print(manual.models(roster))
             return
         served = roster.get(name)
         if served.adapter is None:
@@ -303,16 +290,6 @@ class Chat:
         else:
             self._settings = replace(self._settings, adapter=name, base=False)
         self._note(f"{self._label(self._settings.voice)} answers")
-
-    def _adapters(self) -> Table:
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for column in ("model", "plan", "trained as"):
-            table.add_column(column)
-        for name in self._talker.roster.names():
-            served = self._talker.roster.get(name)
-            trained = ("chat" if served.chat else f"completion, {served.template!r}") if served.adapter else "the base model"
-            table.add_row(Text(name), Text("; ".join(format_plan(served.plan))), Text(trained))
-        return table
 
     def _system(self, text: str) -> None:
         if self._talker.form(self._settings).mode == "completion":
@@ -335,11 +312,8 @@ class Chat:
     # ---- the rest
 
     def _help(self, _: str) -> None:
-        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        for name, (arguments, meaning) in HELP.items():
-            table.add_row(Text(f"/{name} {arguments}", style="bold"), Text(meaning))
-        self._console.print(table)
-        self._print(LINES)
+        self._console.print(manual.commands())
+        self._print(manual.LINES)
 
     def _quit(self, _: str) -> None:
         raise EOFError

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jaxsteer.inference.draws import Sampling
+from jaxsteer.inference.draws import GREEDY, Sampling
 from jaxsteer.types import Plan
 from train.chat.conversation import Mode, Voice
 from train.evaluation.strength import parse_strength
@@ -35,7 +35,7 @@ class Settings:
     strengths: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     mode: Mode | None = None
     system: str | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     seed: int = 0
     max_new_tokens: int | None = None
 
@@ -59,7 +59,10 @@ class Settings:
             raise ValueError("/strength: nothing is steered here; start the chat with a steering file")
         if all("=" in word for word in words):
             given = {word.partition("=")[0] for word in words}
-            words = [*words, *(f"{name}={value!r}" for name, value in self.steered.strength.items() if name not in given)]
+            words = [
+                *words,
+                *(f"{name}={value!r}" for name, value in self.steered.strength.items() if name not in given),
+            ]
         strength = parse_strength(words, plan, option="/strength") or {}
         return replace(self, strengths={**self.strengths, self.adapter: strength}, base=False)
 

@@ -64,8 +64,10 @@ class Explanation:
         """
         moved = self.shift.mean(axis=0)
         console.print(
-            f"‖Δh‖ / ‖h‖ of each token, mean over layers: {self.title} against the base model (largest {moved.max():.4f})",
-            markup=False, highlight=False, soft_wrap=True,
+            f"‖Δh‖ / ‖h‖ of each token, mean over layers, {self.title} against base (largest {moved.max():.4f})",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
         console.print(self.coloured(0, picture), soft_wrap=True)
         console.print(by_layer(self.shift.mean(axis=1)), highlight=False, soft_wrap=True)
@@ -91,7 +93,9 @@ class Explanation:
             ValueError: there is no token of this number.
         """
         if not 1 <= number <= len(self.tokens):
-            raise ValueError(f"/why {number}: the last exchange has tokens 1 to {len(self.tokens)}; /why all lists them")
+            raise ValueError(
+                f"/why {number}: the last exchange has tokens 1 to {len(self.tokens)}; /why all lists them"
+            )
         token = self.tokens[number - 1]
         moved = f"‖Δh‖ / ‖h‖ {token.shift.mean():.4f}, mean over layers"
         console.print(Text(f"token {number}, {visible(token.text)!r} of the {token.part}: {moved}"), soft_wrap=True)
