@@ -40,6 +40,7 @@ RANKS = {
         (f"train.{name}" for name in ("sft", "evaluate", "generate", "inspect", "robustness", "convert")), 16
     ),
     **dict.fromkeys((f"train.{name}" for name in ("compare", "plan", "theory")), 16),
+    "train.chat": 16,
     "train.bench": 17,  # measures the other commands too
     "train.lofit": 17,
     "train.quickstart": 17,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Annotated, Literal
 
 import tyro
@@ -16,13 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jaxsteer.inference.draws import Sampling
 from jaxsteer.io import SteeringFile, load_config
+from jaxsteer.io.provenance import BaseOptions
 from jaxsteer.models.config import ModelConfig
 from train.base_models import describe, find_base, read_steered, resolve_model
 from train.chat.answers import Talker
 from train.chat.commands import Chat
 from train.chat.conversation import Mode
 from train.chat.interrupts import CtrlC
-from train.chat.lines import open_lines
+from train.chat.lines import is_typed, open_lines
 from train.chat.settings import Settings
 from train.cli import run_main
 from train.data.prompts import check_unicode
@@ -113,6 +115,8 @@ def prepare(config: ChatConfig) -> Start:
     Raises:
         ValueError: names what does not fit.
     """
+    if is_typed():
+        import_module("prompt_toolkit")  # fails now rather than after the model is loaded
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     sources = parse_sources(config.steering)
     first = next(iter(sources), None)
@@ -151,9 +155,8 @@ def _mode(config: ChatConfig, file: SteeringFile | None) -> Mode | None:
     if config.system is not None and config.mode == "auto" and not trained:
         raise ValueError("--system is for a chat, but this steering was trained on plain prompts; add --mode chat")
     if config.mode == "chat":
-        name = find_base(file, config.model)
-        tokenizer = file.base_options.tokenizer if file else None
-        if not describe(name, tokenizer=tokenizer).require_tokenizer().chat_template:
+        name, options = find_base(file, config.model), file.base_options if file else BaseOptions()
+        if not describe(name, **options._asdict()).require_tokenizer().chat_template:
             raise ValueError(f"--mode chat: {name} has no chat template; it only completes texts")
     return None if config.mode == "auto" else config.mode
 
@@ -183,8 +186,8 @@ def chat(config: ChatConfig, start: Start) -> bool:
     with Engine(roster, start.sizes) as engine:
         _compile(engine)
         talk = Chat(Talker(engine, start.context, ctrl_c), start.settings, console, notes, show_shift=config.show_shift)
-        read, typed = open_lines(talk.words())
-        if not typed:
+        read = open_lines(talk.words())
+        if not is_typed():
             talk.run(read)
             return not talk.failed
         talk.greet()

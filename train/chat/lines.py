@@ -105,8 +105,13 @@ def _history(path: Path) -> Any:
     return FileHistory(path)
 
 
-def open_lines(words: Mapping[str, Any]) -> tuple[ReadLine, bool]:
-    """Standard input, and whether a person types it."""
-    if sys.stdin is not None and sys.stdin.isatty():
-        return typed_lines(words, cache_folder() / "chat_history"), True
-    return piped_lines(None if sys.stdin is None else sys.stdin.buffer), False
+def is_typed() -> bool:
+    """Whether standard input is a terminal."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def open_lines(words: Mapping[str, Any]) -> ReadLine:
+    """The lines of standard input; `words` as in `typed_lines`."""
+    if is_typed():
+        return typed_lines(words, cache_folder() / "chat_history")
+    return piped_lines(None if sys.stdin is None else sys.stdin.buffer)
