@@ -18,9 +18,9 @@ from jaxsteer.inference.token_shift import TokenShift, per_token_shift
 from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Network
 from train.data.examples import TokenizedExample
-from train.evaluation.replies import UNFINISHED, pieces_of
+from train.evaluation.replies import UNFINISHED
 from train.serving.models import Served, UnknownModel
-from train.serving.text import Alternative, Decode
+from train.serving.text import Alternative, Decode, pieces
 
 SHORTEST = 64
 """Texts are padded to a `bucket_length` of at least this, each of which is compiled once."""
@@ -116,7 +116,7 @@ def effects(network: Network, adapters: Adapters | None, passage: Passage, decod
     tokens = passage.tokens
     check_length(network.model.config, len(tokens), tokens.source)
     found = _compare(network, tokens, _steered(network, adapters, passage))
-    ids, pieces, added = tokens.ids.tolist(), pieces_of(tokens.ids, lambda ids: decode(ids.tolist())), _added(decode)
+    ids, added = tokens.ids.tolist(), _added(decode)
     steered, base = found.steered, found.base
 
     def effect(t: int, piece: str) -> TokenEffect:
@@ -130,7 +130,7 @@ def effects(network: Network, adapters: Adapters | None, passage: Passage, decod
         )
         return TokenEffect(ids[t], piece, part, shift, p, p_base, *tops)
 
-    return Effects(tuple(effect(t, piece) for t, piece in enumerate(pieces)), found.shift)
+    return Effects(tuple(effect(t, piece) for t, piece in enumerate(pieces(ids, decode))), found.shift)
 
 
 def _steered(network: Network, adapters: Adapters | None, passage: Passage) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jaxsteer.plans import did_you_mean
 from train.base_models import STEERING, check_base, find_base, load_steered, read_steered, trained_date
 from train.serving.lineup import Candidate, Lineup, Refused, Served, UnknownModel
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("jaxsteer.serving")
 
 MAX_NAME = 100
 """Characters in an adapter's name, at most."""

@@ -20,7 +20,7 @@ from train.serving.jobs import Draining, EngineError, Job, Ledger, NonFinite, St
 from train.serving.lineup import Lineup
 from train.serving.models import Roster
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("jaxsteer.serving")
 
 
 def make_network(roster: Roster, adapters: Adapters | None) -> Network:
