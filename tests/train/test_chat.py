@@ -70,10 +70,13 @@ def engine(files):
 class Session:
     """A chat, what it shows, and what it asks the engine for."""
 
-    def __init__(self, engine, *, width=80, terminal=False, **options):
+    def __init__(self, engine, *, width=99, terminal=False, **options):
         self.shown, self.notes = io.StringIO(), io.StringIO()
         self.ctrl_c = CtrlC()
-        consoles = [Console(file=file, force_terminal=terminal, width=width) for file in (self.shown, self.notes)]
+        consoles = [
+            Console(file=file, force_terminal=terminal, color_system="truecolor" if terminal else None, width=width)
+            for file in (self.shown, self.notes)
+        ]
         settings = Settings(adapter="talk", max_new_tokens=8)
         self.chat = Chat(Talker(engine, 256, self.ctrl_c), settings, *consoles, **options)
 
@@ -81,7 +84,7 @@ class Session:
         """Type lines; gives what is shown, and what is said beside it."""
         starts = self.shown.tell(), self.notes.tell()
         given = iter(lines)
-        self.chat.run(lambda prompt: next(given, None) or _end())
+        self.chat.run(lambda prompt: _next(given))
         return tuple(file.getvalue()[start:] for file, start in zip((self.shown, self.notes), starts, strict=True))
 
     def conversation(self, tmp_path):
@@ -90,7 +93,9 @@ class Session:
         return json.loads((tmp_path / "talk.json").read_text())["messages"]
 
 
-def _end():
+def _next(lines):
+    for line in lines:
+        return line
     raise EOFError
 
 
@@ -303,7 +308,7 @@ def test_errors_are_a_sentence_and_the_chat_goes_on(lines, message, session, tmp
     Path("open.json").write_text(talk({"role": "user", "content": "a"}))
     Path("odd.json").write_text(talk({"role": "robot", "content": "a"}))
     _, notes = session.type("/max 2", *lines)
-    assert f"error: {message}" in notes
+    assert re.search(f"^error: .*{re.escape(message)}", notes, re.MULTILINE)
     assert notes.count("error") == 1
     assert session.chat.failed
     assert Path("own.json").read_text() == '{"mine": 1}'
@@ -382,7 +387,7 @@ def test_slashes_and_empty_lines(session, engine, asked):
 def test_every_command_is_in_the_help(session):
     shown, _ = session.type("/help")
     assert all(f"/{name}" in shown for name in HELP)
-    assert session.type("/adapter")[0].count("post_block: linear") == 2
+    assert session.type("/adapter")[0].count("linear(rank=2) @ block") == 2
     assert session.chat.words()["/adapter"] == {"tiny": None, "talk": None, "plain": None}
     _, notes = session.type("/seed", "/max", "/strength", "/mode", "/system", "/quit", "never")
     assert notes.split("\n")[:-1] == [
@@ -482,8 +487,17 @@ def test_a_script_of_messages_and_commands(run, files, tmp_path):
     lines = b"ab\n/strength 0\n/retry\n/base\n/retry\n/adapter\n"
     steered, at_0, base, *table = run(*sources, "--context", "128", stdin=lines).split("\n")
     assert steered != at_0 == base
-    assert [line.split()[0] for line in table if line] == ["model", "tiny", "own", "plain"]
+    names = [line.split()[0] for line in table if line[:1].strip()]
+    assert names == ["model", "tiny", "own", "plain"]
     assert "no command /strenght" in run(*sources, "--context", "128", stdin=b"/strenght 1\n", fails=True)
+
+
+_IN_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # Ctrl-C reaches the processes of this terminal
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
 class Terminal:
@@ -491,9 +505,8 @@ class Terminal:
 
     def __init__(self, arguments, environment):
         self._master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            arguments, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=ROOT, start_new_session=True
-        )
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+        self.process = subprocess.Popen([sys.executable, "-c", _IN_TERMINAL, *arguments], env=environment, **streams)
         os.close(slave)
         self.shown, self._seen = "", 0
         self._news = threading.Condition()
@@ -522,19 +535,26 @@ class Terminal:
 
 @pytest.mark.slow
 def test_a_conversation_in_a_terminal(files, tmp_path):
-    environment = os.environ | {"JAXSTEER_CACHE": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
-    arguments = [sys.executable, "-m", "train", "chat", str(files / "talk.safetensors"), "--max-new-tokens", "450"]
+    environment = os.environ | {
+        "JAXSTEER_CACHE": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+        "TERM": "xterm",
+    }
+    arguments = ["-m", "train", "chat", str(files / "talk.safetensors"), "--max-new-tokens", "450"]
     terminal = Terminal(arguments, environment)
     try:
         terminal.wait_for("/help lists the commands")
-        terminal.wait_for("talk > ")
+        terminal.wait_for("talk >")
         terminal.type("ab\r")
         terminal.wait_for(r"ab\s+\S")
         terminal.type("\x03")
         terminal.wait_for("stopped; /retry answers again")
-        terminal.wait_for("talk > ")
-        terminal.type("/str\t 0.5\r")
-        terminal.wait_for("talk 0.5 > ")
+        terminal.wait_for("talk >")
+        terminal.type("/str\t")
+        terminal.wait_for("/strength")
+        terminal.type(" 0.5\r")
+        terminal.wait_for("talk 0.5 >")
         terminal.type("/history\r")
         terminal.wait_for("> ab")
         terminal.type("\x03")

@@ -197,7 +197,9 @@ def chat(config: ChatConfig, start: Start) -> bool:
 
 
 def _compile(engine: Engine) -> None:
-    bar = Progress(TextColumn("Compiling"), BarColumn(), MofNCompleteColumn(), console=get_console(stderr=True))
+    bar = Progress(
+        TextColumn("Compiling"), BarColumn(), MofNCompleteColumn(), console=get_console(stderr=True), transient=True
+    )
     with bar:
         task = bar.add_task("compile", total=None)
         engine.start(lambda done, total: bar.update(task, completed=done, total=total))

@@ -121,10 +121,9 @@ class Chat:
             return
         name, rest = [*text[1:].split(maxsplit=1), "", ""][:2]
         if name not in HELP:
-            raise ValueError(
-                f"no command /{name}{did_you_mean(name, HELP)}; /help lists them, and // begins a message that begins "
-                "with /"
-            )
+            near = next((f" (did you mean {each}?)" for each in HELP if name and each.startswith(name)), "")
+            hint = near or did_you_mean(name, HELP)
+            raise ValueError(f"no command /{name}{hint}; /help lists them, and // begins a message that begins with /")
         if rest and not HELP[name][0]:
             raise ValueError(f"/{name} takes nothing more, got {rest!r:.40}")
         if name in NUMBERS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,7 +74,6 @@ def typed_lines(words: Mapping[str, Any], history: Path) -> ReadLine:
         history: the file that keeps what was typed.
     """
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import NestedCompleter
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()
@@ -85,11 +84,27 @@ def typed_lines(words: Mapping[str, Any], history: Path) -> ReadLine:
 
     session: PromptSession[str] = PromptSession(
         history=_history(history),
-        completer=NestedCompleter.from_nested_dict(dict(words)),
+        completer=_completer(words),
         complete_while_typing=False,
         key_bindings=keys,
     )
     return lambda prompt: session.prompt([("bold", prompt)])
+
+
+def _completer(words: Mapping[str, Any]) -> Any:
+    """Completes a command, and the first word after it."""
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+    from prompt_toolkit.document import Document
+
+    class Words(Completer):
+        def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+            *before, word = document.text_before_cursor.split(" ")
+            known = words if not before else words.get(before[0]) if len(before) == 1 else None
+            for each in known or ():
+                if each.startswith(word):
+                    yield Completion(each, start_position=-len(word))
+
+    return Words()
 
 
 def _history(path: Path) -> Any:
