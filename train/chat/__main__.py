@@ -139,9 +139,7 @@ def prepare(config: ChatConfig) -> Start:
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,
     )
-    sizes = EngineSettings(
-        rows=2, max_prompt=context - 1, max_new_tokens=longest, chunk=CHUNK, prefix_tokens=2 * context
-    )
+    sizes = EngineSettings(rows=2, max_prompt=context - 1, max_new_tokens=longest, chunk=CHUNK, prefix_tokens=context)
     return Start(sources, settings, sizes, context)
 
 
