@@ -25,6 +25,8 @@ from jaxsteer.types import SITES, Array, ParamSpec, Plan, PyTree, Slot, Steering
 BASE = -1
 """The index of the unsteered model."""
 
+_versions = itertools.count()
+
 
 @dataclass(frozen=True, eq=False)
 class Adapters:
@@ -35,12 +37,14 @@ class Adapters:
     steering  the stacked tree: each leaf of an ordinary one with an axis of E adapters more, before the rank or, in
               parameters without a rank, behind the layers
     names     of the adapter in each place, None where it is free
+    versions  of what is in each place: a number that nothing else in this process has
     """
 
     config: ModelConfig
     plan: Plan
     steering: Steering
     names: tuple[str | None, ...]
+    versions: tuple[int, ...]
 
     def index(self, adapter: str | int | None) -> int:
         """The place of an adapter, by its name or number; -1 for None, the unsteered model.
@@ -80,12 +84,15 @@ class Adapters:
         return self._with(self.index(name), None, _zeros(steering_shapes(self.plan, self.config)))
 
     def _with(self, place: int, name: str | None, steering: PyTree) -> Adapters:
-        names = (*self.names[:place], name, *self.names[place + 1 :])
+        put = lambda values, value: (*values[:place], value, *values[place + 1 :])
         leaves, tree = jax.tree.flatten(self.steering)
         new = [leaf.astype(old.dtype) for leaf, old in zip(jax.tree.leaves(steering), leaves, strict=True)]
         axes = tuple(jax.tree.leaves(adapter_axes(self.plan, self.config)))
         written = _written(leaves, new, np.int32(place), axes=axes)
-        return replace(self, steering=jax.tree.unflatten(tree, written), names=names)
+        steering = jax.tree.unflatten(tree, written)
+        return replace(
+            self, steering=steering, names=put(self.names, name), versions=put(self.versions, next(_versions))
+        )
 
     def alone(self, adapter: str | int) -> Steering:
         """The steering of one adapter, as an ordinary tree of the common plan."""
@@ -133,7 +140,8 @@ def stack_adapters(
     free = [_zeros(steering_shapes(plan, config))] * (places - len(adapters))
     stack = lambda axis, *leaves: jnp.asarray(np.stack(leaves, axis), dtype)
     steering = jax.tree.map(stack, adapter_axes(plan, config), *fitted, *free)
-    return Adapters(config, plan, steering, (*adapters, *(None for _ in free)))
+    names = (*adapters, *(None for _ in free))
+    return Adapters(config, plan, steering, names, tuple(next(_versions) for _ in names))
 
 
 def common_plan(plans: Sequence[Plan], config: ModelConfig) -> Plan:

@@ -3,7 +3,8 @@
 Training and its losses belong elsewhere, and so does everything that opens files or needs a tokenizer.
 """
 
-from jaxsteer.inference.decoder import Decoder, generate_all
+from jaxsteer.inference.answers import generate_all
+from jaxsteer.inference.decoder import Decoder
 from jaxsteer.inference.draws import Sampling, Top
 from jaxsteer.inference.events import Answer, Event
 from jaxsteer.inference.likelihood import Likelihood, score_continuations

@@ -3,69 +3,39 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.adapters import Adapters
-from jaxsteer.batches import bucket_length
-from jaxsteer.inference.events import Answer, Event, Finished, answer_of, joined, top_of
+from jaxsteer.inference.draining import Draining
+from jaxsteer.inference.events import Event
 from jaxsteer.inference.generate import to_device
-from jaxsteer.inference.rows import (
-    Emitted,
-    Rows,
-    Sizes,
-    add_rows,
-    advance,
-    clear_rows,
-    empty_rows,
-    fill,
-    free_rows,
-    insert,
-    keep_rows,
-    prefill,
-    resize_slots,
-)
-from jaxsteer.inference.scheduling import (
-    Limits,
-    Request,
-    half_of,
-    make_admission,
+from jaxsteer.inference.layouts import (
+    ADMIT_SHARE,
+    ADMITTED,
+    PrefillLayout,
+    any_scaled,
     next_prefill,
-    prefill_adapters,
-    prefill_batch,
-    prefill_strength,
+    open_prefill,
     wanted,
 )
+from jaxsteer.inference.prefixes import Key, Prefixes
+from jaxsteer.inference.reading import Read, Reader, Reading
+from jaxsteer.inference.rows import Emitted, Sizes, advance, empty_rows
+from jaxsteer.inference.scheduling import Limits, Request
+from jaxsteer.inference.sizes import Ladder, Load, Need
+from jaxsteer.inference.table import Table, Ticket
 from jaxsteer.models.by_layer import layers_to_decode
 from jaxsteer.models.config import check_length, check_new_tokens
 from jaxsteer.models.strength import check_strength
 from jaxsteer.models.transformer import Model, Network
+from jaxsteer.sharding import row_shards
 from jaxsteer.types import Batch, PyTree, Steering
-
-FIRST_RING = 128
-"""Slots for generated tokens of each row to start with, doubled as answers reach them."""
-RESIZE_SHARE = 4
-"""Slots for prompts are given up once they are 1 / RESIZE_SHARE of all: each number of slots is compiled separately."""
-HALVING_STEPS = 64
-"""Rows are halved only while the longest answer may take this many steps more."""
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """A submitted request, and how many tokens of its answer have been reported."""
-
-    id: int
-    request: Request
-    reported: int = 0
-    margin: float = float("inf")
-
-    def __len__(self) -> int:
-        return len(self.request)
 
 
 class Decoder:
@@ -96,16 +66,20 @@ class Decoder:
     ) -> None:
         check_new_tokens(model.config, limits.max_new_tokens)
         self.limits = limits
-        self._slots = tuple(slot.name for slot in model.plan)
         self._adapters = steering if isinstance(steering, Adapters) else None
         self._network = Network(model, base, _steering_of(steering, model))
         self._layers = layers_to_decode(base)
-        self._to_devices = place
+        self._ladder = Ladder.of(limits, row_shards())
+        self._load = Load(self._ladder, limits)
+        self._draining = Draining(limits, self._layers is not None)
+        self._prefixes = Prefixes(model.plan, limits.prefix_tokens)
+        slots = tuple(slot.name for slot in model.plan)
+        self._reader = Reader(limits, slots, self._ladder, self._prefixes, place)
         self._submitted = 0
-        self._waiting: deque[_Ticket] = deque()
+        self._waiting: deque[Ticket] = deque()
+        self._reading: tuple[Ticket, Reading] | None = None  # a prompt of which a part has been read
+        self._table: Table | None = None
         self._cancelled: list[Event] = []
-        self._tickets: list[_Ticket | None] = []  # in each row
-        self._rows: Rows | None = None
 
     def _stepping(self) -> Network:
         """The network that decodes further tokens: where that is faster, with the blocks layer by layer."""
@@ -129,25 +103,22 @@ class Decoder:
             have = "none" if old is None else f"{len(old.names)} places"
             raise ValueError(f"swap: {len(new.names)} places for adapters, but this decoder was made with {have}")
         steering = _steering_of(new, self._network.model)
-        for ticket in (*self._waiting, *self._active):
+        for ticket in self._pending:
             if new.index(ticket.request.adapter) != old.index(ticket.request.adapter):
                 raise ValueError(f"swap: adapter {ticket.request.adapter!r} of a pending request changes places")
         self._adapters = adapters
         self._network = replace(self._network, steering=steering)
-
-    @property
-    def _by_layer(self) -> bool:
-        return self._layers is not None
+        self._prefixes.retain(new.versions)
 
     @property
     def pending(self) -> int:
         """Number of requests that are waiting or being decoded."""
-        return len(self._waiting) + len(self._active)
+        return self.waiting + self.active
 
     @property
     def waiting(self) -> int:
         """Number of requests whose prompt has not been read to its end."""
-        return len(self._waiting)
+        return len(self._waiting) + (self._reading is not None)
 
     @property
     def active(self) -> int:
@@ -157,35 +128,25 @@ class Decoder:
     @property
     def rows(self) -> int:
         """Number of rows allocated, of which `active` decode."""
-        return len(self._tickets)
+        return 0 if self._table is None else len(self._table.tickets)
 
     @property
     def prefix_hits(self) -> int:
         """Number of prompts so far that began like an earlier one and were not read from their start."""
-        return 0
+        return self._prefixes.hits
 
     @property
     def prefix_tokens_reused(self) -> int:
         """Number of tokens of prompts so far that were not read again."""
-        return 0
-
-    def warm(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile what an open queue needs, whatever its load, before the first request. For `step` without draining.
-
-        Args:
-            progress: called as progress(done, total) after each of `total` parts of the work.
-
-        Raises:
-            ValueError: requests are pending.
-        """
-        if self.pending:
-            raise ValueError(f"warm: {self.pending} requests are pending; compile before the first")
-        if progress:
-            progress(0, 0)
+        return self._prefixes.tokens_reused
 
     @property
-    def _active(self) -> list[_Ticket]:
-        return [ticket for ticket in self._tickets if ticket is not None]
+    def _active(self) -> list[Ticket]:
+        return [] if self._table is None else self._table.active
+
+    @property
+    def _pending(self) -> list[Ticket]:
+        return [*self._waiting, *([self._reading[0]] if self._reading else []), *self._active]
 
     def check(self, request: Request) -> None:
         """Check that this decoder can answer a request.
@@ -217,7 +178,7 @@ class Decoder:
             ValueError: as in `check`.
         """
         self.check(request)
-        ticket = _Ticket(self._submitted, request)
+        ticket = Ticket(self._submitted, request)
         self._submitted += 1
         self._waiting.append(ticket)
         return ticket.id
@@ -228,16 +189,16 @@ class Decoder:
         Returns:
             Whether there was anything to cancel: False for a request that has ended, or was never submitted.
         """
-        ticket = next((ticket for ticket in (*self._waiting, *self._active) if ticket.id == id), None)
+        ticket = next((ticket for ticket in self._pending if ticket.id == id), None)
         if ticket is None:
             return False
         if ticket in self._waiting:
             self._waiting.remove(ticket)
+        elif self._reading and ticket is self._reading[0]:
+            self._reading = None
         else:
-            assert self._rows is not None
-            row = self._tickets.index(ticket)
-            self._tickets[row] = None
-            self._rows = free_rows(self._rows, np.arange(len(self._tickets)) == row)
+            assert self._table is not None
+            self._table.remove(ticket)
         no_tokens, no_log_probabilities = np.zeros(0, np.int32), np.zeros(0, np.float32)
         self._cancelled.append(Event(id, no_tokens, no_log_probabilities, "cancelled", ticket.margin))
         return True
@@ -245,9 +206,12 @@ class Decoder:
     def step(self, *, draining: bool = False) -> list[Event]:
         """Admit waiting requests and decode for at most `limits.chunk` steps.
 
+        Rows and slots follow the load: there are as many, out of few sizes, as the pending requests need or lately
+        needed.
+
         Args:
             draining: no more requests are expected: use only as many rows, and slots for prompts, as the submitted ones
-                need. Faster, but compiles programs for the smaller sizes. Later requests get the full size back.
+                need, and read whole prompts. Faster, but compiles programs for these sizes.
 
         Returns:
             An event for each request that has new tokens or has ended.
@@ -255,128 +219,175 @@ class Decoder:
         events, self._cancelled = self._cancelled, []
         if not self.pending:
             return events
-        self._make_rows(draining)
-        self._admit(draining)
+        table = self._sized_to_drain() if draining else self._sized(self._load.sizes(self._need()))
+        self._read_parts(table, draining)
+        waiting = self._admit(table, draining)
+        if not table.active:
+            return events
         if draining:
-            self._shrink()
-        return events + self._report(self._advance(draining))
+            need = self._need()
+            ring = max(table.sizes.ring, self._draining.ring(need))
+            reduced = self._draining.reduced(need, table.sizes, waiting=self.waiting > 0)
+            table.resize(reduced._replace(ring=ring))
+        return events + table.report(self._advance(table, self._enough(waiting, table.sizes.rows, draining)))
 
-    def _make_rows(self, draining: bool) -> None:
-        """Allocate or enlarge the rows so that every waiting request fits."""
-        limits, rows = self.limits, self._rows
-        count, slots = limits.rows, bucket_length(limits.max_prompt)
-        if rows is not None and self._active:
-            if self._longest() > rows.prompt_slots:
-                self._rows = rows = resize_slots(rows, slots, rows.ring)
-            if self.pending > len(self._tickets) and len(self._tickets) < count:
-                self._rows = add_rows(rows, count)
-                self._tickets += [None] * (count - len(self._tickets))
-            return
-        if draining:
-            count, slots = min(count, len(self._waiting)), self._longest()
-        sizes = Sizes(count, slots, self._ring(), limits.max_stop_tokens)
-        if rows is not None and (len(self._tickets), rows.prompt_slots, rows.ring) == sizes[:3]:
-            return
-        self._rows = rows = None  # frees the memory first
-        dtype = jnp.dtype(self._network.base["embed"]["embedding"].dtype).name
-        static: Any = {"adapters": self._adapters is not None, "by_layer": self._by_layer}
-        self._rows = empty_rows(self._network.model, sizes, dtype, **static)
-        self._tickets = [None] * count
+    def warm(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compile what an open queue can need, before its first request: no later load compiles anything.
 
-    def _longest(self) -> int:
-        """Slots needed for the longest prompt, waiting or being decoded."""
-        return bucket_length(max(map(len, (*self._waiting, *self._active))))
+        What requests ask for may still do so, unless the limits are `general`.
 
-    def _ring(self) -> int:
-        """Slots of the ring for the next chunk: one fewer than an answer's tokens, the last of which is never read.
+        Args:
+            progress: called as progress(done, total), from progress(0, total) on.
 
-        Where programs compile quickly, only as many as the oldest answer may reach.
+        Raises:
+            ValueError: requests are pending.
         """
-        longest = max(1, self.limits.max_new_tokens - 1)
-        if not self._by_layer:
-            return longest
-        needed = max((ticket.reported for ticket in self._active), default=0) + self.limits.chunk
-        return min(longest, FIRST_RING << (-(-needed // FIRST_RING) - 1).bit_length())
+        if self.pending:
+            raise ValueError(f"warm: {self.pending} requests are pending; compile before the first")
+        tour, seen = list(self._ladder.tour()), set[Sizes]()
+        tell = lambda done: progress(done, 1 + len(set(tour))) if progress else None
+        tell(0)
+        read, prompts = self._reader.warm(self._network, self._adapters)
+        tell(1)
+        self._table = None
+        for sizes in tour:
+            table = self._sized(sizes)
+            if sizes not in seen:
+                table.warm(read, {slots: one for slots, one in prompts.items() if slots <= sizes.prompt})
+                table.report(self._advance(table, sizes.rows))
+                seen.add(sizes)
+                tell(1 + len(seen))
 
-    def _admit(self, draining: bool) -> None:
-        """Let waiting requests take over free rows, once enough are free for an efficient prefill."""
-        assert self._rows is not None
-        count, many = len(self._tickets), self._by_layer and draining
-        free = [row for row, ticket in enumerate(self._tickets) if ticket is None]
-        while self._waiting and len(free) >= next_prefill(self._waiting, count).size:
-            layout = next_prefill(self._waiting, count, len(free), many=many)
-            tickets = [self._waiting.popleft() for _ in range(layout.size)]
+    # ---- sizes
+
+    def _need(self) -> Need:
+        reported = max((ticket.reported for ticket in self._active), default=0)
+        left = max((ticket.request.max_new_tokens - ticket.reported for ticket in self._active), default=0)
+        return Need(self.pending, max(map(len, self._pending)), reported, left)
+
+    def _sized(self, sizes: Sizes) -> Table:
+        """The rows at a size of the ladder."""
+        table = self._table = self._table or self._empty(self._ladder.smallest)
+        for step in self._ladder.path(table.sizes, sizes):
+            table.resize(step)
+        return table
+
+    def _sized_to_drain(self) -> Table:
+        """The rows at the size that the submitted requests need, or at least that if any are being decoded."""
+        need, table = self._need(), self._table
+        if table is not None and table.active:
+            table.resize(self._draining.enlarged(need, table.sizes))
+            return table
+        sizes = self._draining.first(need)
+        if table is None or table.sizes != sizes:
+            self._table = table = None  # frees the memory first
+            self._table = table = self._empty(sizes)
+        return table
+
+    def _empty(self, sizes: Sizes) -> Table:
+        dtype = jnp.dtype(self._network.base["embed"]["embedding"].dtype).name
+        static: Any = {"adapters": self._adapters is not None, "by_layer": self._layers is not None}
+        return Table(empty_rows(self._network.model, sizes, dtype, **static))
+
+    # ---- reading prompts, and decoding
+
+    def _read_parts(self, table: Table, draining: bool) -> None:
+        """Read `limits.prefill_chunk` tokens of prompts that are read in parts, one prompt after the other."""
+        budget = self.limits.prefill_chunk
+        while budget > 0 and table.free:
+            if self._reading is None and not draining:
+                self._begin_to_read(len(table.free))
+            if self._reading is None:
+                return
+            ticket, reading = self._reading
+            width, read = self._reader.next_part(self._network, reading)
+            budget -= width
+            if read is not None:
+                self._reading = None
+                self._put_each(table, read, [ticket], [reading.key])
+
+    def _begin_to_read(self, free: int) -> None:
+        """Begin to read the first of as many waiting prompts as rows are free that is read in parts, if any is."""
+        ticket = next((ticket for ticket in islice(self._waiting, free) if self._in_parts(ticket)), None)
+        if ticket is not None:
+            self._waiting.remove(ticket)
+            self._reading = ticket, self._reader.begin(self._network, self._place(ticket.request), self._adapters)
+
+    def _in_parts(self, ticket: Ticket) -> bool:
+        return self._reader.in_parts(ticket.request, self._adapters)
+
+    def _admit(self, table: Table, draining: bool) -> list[Ticket]:
+        """Let waiting requests take over free rows, once enough are free for an efficient prefill.
+
+        Returns:
+            Those that still wait.
+        """
+        while layout := self._next_layout(waiting := self._next_waiting(draining), table, draining):
+            tickets = waiting[: layout.size]
+            for ticket in tickets:
+                self._waiting.remove(ticket)
             requests = [self._place(ticket.request) for ticket in tickets]
-            taken, free = free[: layout.size], free[layout.size :]
-            batch = self._to_devices(prefill_batch(requests, layout))
-            strength: Any = prefill_strength(requests, layout, self._slots) if _any_scaled(tickets) else None
-            adapters: Any = prefill_adapters(requests, layout)
-            hidden, prefilled = prefill(self._network, batch, strength, adapters)
-            stop_width = self.limits.max_stop_tokens
-            admission = make_admission(requests, layout, taken, no_row=count, stop_width=stop_width, slots=self._slots)
-            rows, prompts = insert(self._network, self._rows, hidden, prefilled, admission, **wanted(requests))
-            self._rows = fill(rows, prompts, admission.row)
-            for row, ticket in zip(taken, tickets, strict=True):
-                self._tickets[row] = ticket
+            size = 1 << (layout.size - 1).bit_length() if draining else ADMITTED
+            read = self._reader.together(self._network, requests, layout, size)
+            if draining:
+                row = table.insert(read, tickets)
+                table.fill(read.prompts(slice(None), table.sizes.prompt), row)
+            else:
+                keys = [self._prefixes.key(ticket.request, self._adapters) for ticket in tickets]
+                self._put_each(table, read, tickets, keys)
+        return waiting
 
-    def _shrink(self) -> None:
-        """Give up slots and rows that nothing needs: a free row costs as much as a busy one."""
-        assert self._rows is not None
-        slots, now, ring = self._longest(), self._rows.prompt_slots, self._rows.ring
-        if (now - slots) * RESIZE_SHARE >= now + ring:
-            self._rows = resize_slots(self._rows, slots, ring)
-        while not self._waiting and len(self._active) <= (half := self._half()):
-            kept = sorted(range(len(self._tickets)), key=lambda row: self._tickets[row] is None)[:half]
-            self._rows = keep_rows(self._rows, np.array(kept, np.int32))
-            self._tickets = [self._tickets[row] for row in kept]
+    def _next_waiting(self, draining: bool) -> list[Ticket]:
+        """The waiting requests, in order; of an open queue without those that are read in parts."""
+        if draining:
+            return list(self._waiting)
+        return [ticket for ticket in islice(self._waiting, self.limits.rows) if not self._in_parts(ticket)]
 
-    def _half(self) -> int:
-        """Half as many rows, or 0 where that is not possible, or not worth a program of its own for the steps left."""
-        left = max(ticket.request.max_new_tokens - ticket.reported for ticket in self._active)
-        return half_of(len(self._tickets)) if left >= HALVING_STEPS else 0
+    def _next_layout(self, waiting: list[Ticket], table: Table, draining: bool) -> PrefillLayout | None:
+        """Which waiting requests are to be read now; None while too few rows are free."""
+        count, free = table.sizes.rows, len(table.free) - (self._reading is not None)
+        if not waiting or free < self._fewest(waiting, count, draining):
+            return None
+        if draining:
+            return next_prefill(waiting, count, free, many=self._layers is not None)
+        return open_prefill(waiting, self._reader.widths, free)
 
-    def _advance(self, draining: bool) -> Emitted:
-        """Decode until enough rows are done: to admit others or, when draining, to continue in half as many rows."""
-        assert self._rows is not None
-        count, ring = len(self._tickets), self._ring()
-        if ring > self._rows.ring:
-            self._rows = resize_slots(self._rows, self._rows.prompt_slots, ring)
-        if self._waiting:
-            enough = next_prefill(self._waiting, count).size
-        else:
-            enough = count - self._half() if draining else count
-        reported = np.array([0 if ticket is None else ticket.reported for ticket in self._tickets], np.int32)
-        static: Any = {"scaled": _any_scaled(self._active), **wanted([ticket.request for ticket in self._active])}
-        self._rows, emitted = advance(
-            self._stepping(), self._rows, reported, np.int32(enough), chunk=self.limits.chunk, **static
+    def _fewest(self, waiting: list[Ticket], count: int, draining: bool) -> int:
+        """The number of free rows that is enough to read prompts."""
+        if draining:
+            return next_prefill(waiting, count).size
+        return open_prefill(waiting, self._reader.widths, -(-count // ADMIT_SHARE)).size
+
+    def _put_each(self, table: Table, read: Read, tickets: list[Ticket], keys: list[Key | None]) -> None:
+        """Put prompts that were read into free rows, one by one, and keep them for those that begin alike."""
+        failed = np.asarray(read.progress.failed) if any(keys) else []
+        row = table.insert(read, tickets)
+        for i, ticket in enumerate(tickets):
+            this = slice(i, i + 1)
+            prompt = read.prompts(this, self._ladder.prompt_slots(len(ticket)))
+            table.fill(prompt, row[this])
+            if keys[i] and not failed[i]:
+                self._prefixes.add(keys[i], ticket.request.prompt, prompt)
+
+    def _enough(self, waiting: list[Ticket], count: int, draining: bool) -> int:
+        """Decode until so many rows are free: to admit others or, when draining, to continue in half as many rows."""
+        enough = count
+        if waiting:
+            enough = self._fewest(waiting, count, draining)
+        elif self._waiting:  # to be read in parts
+            enough = 1
+        elif draining:
+            enough = count - self._draining.half(self._need(), count)
+        return min(count, enough + (self._reading is not None))
+
+    def _advance(self, table: Table, enough: int) -> Emitted:
+        """Decode until so many rows are free, for at most `limits.chunk` steps."""
+        requests, general = [ticket.request for ticket in table.active], self.limits.general
+        static: Any = {"scaled": any_scaled(requests, general), **wanted(requests, general)}
+        table.rows, emitted = advance(
+            self._stepping(), table.rows, table.reported, np.int32(enough), chunk=self.limits.chunk, **static
         )
         return emitted
-
-    def _report(self, emitted: Emitted) -> list[Event]:
-        """Read what is new in each row, and free the rows that are done."""
-        assert self._rows is not None
-        progress = self._rows.progress
-        done, stopped, failed, drawn, margin, (tokens, log_probabilities, top) = jax.device_get(
-            (progress.done, progress.stopped, progress.failed, progress.drawn, progress.margin, emitted)
-        )
-        events = []
-        for row, ticket in enumerate(self._tickets):
-            if ticket is None:
-                continue
-            new = int(drawn[row]) - ticket.reported
-            ticket.reported, ticket.margin = int(drawn[row]), float(margin[row])
-            finished: Finished | None = None
-            if done[row]:
-                finished = "stop" if stopped[row] else "nonfinite" if failed[row] else "length"
-                self._tickets[row] = None
-            if new or finished:
-                parts = tokens[row, :new].copy(), log_probabilities[row, :new].copy()
-                events.append(
-                    Event(ticket.id, *parts, finished, ticket.margin, top_of(top, row, new, ticket.request.top))
-                )
-        if any(event.finished == "nonfinite" for event in events):
-            self._rows = clear_rows(self._rows, failed)
-        return events
 
 
 def _steering_of(steering: Steering | Adapters, model: Model) -> Steering:
@@ -386,48 +397,3 @@ def _steering_of(steering: Steering | Adapters, model: Model) -> Steering:
     if steering.plan != model.plan:
         raise ValueError("the adapters' plan is not the model's: use Model(config, adapters.plan)")
     return steering.steering
-
-
-def _any_scaled(tickets: Sequence[_Ticket]) -> bool:
-    return any(factor != 1 for ticket in tickets for factor in ticket.request.strength.values())
-
-
-def generate_all(
-    decoder: Decoder,
-    requests: Sequence[Request],
-    ended: Callable[[int, np.ndarray], bool] | None = None,
-) -> Iterator[tuple[int, Answer]]:
-    """Answer every request, longest prompts first.
-
-    Args:
-        decoder: with nothing pending.
-        requests: to answer.
-        ended: called as ended(index, tokens so far) after every chunk with the index of an unfinished request; True
-            ends the answer there, which then counts as stopped.
-
-    Yields:
-        (index of the request, its answer), as they finish.
-
-    Raises:
-        ValueError: the decoder has requests pending, or one of these does not fit it.
-    """
-    if decoder.pending:
-        raise ValueError(f"generate_all needs a decoder to itself, but this one has {decoder.pending} requests pending")
-    for request in requests:
-        decoder.check(request)
-    order = sorted(range(len(requests)), key=lambda index: -len(requests[index]))
-    indices = {decoder.submit(requests[index]): index for index in order}
-    received: dict[int, list[Event]] = {id: [] for id in indices}
-    try:
-        while received:
-            for event in decoder.step(draining=True):
-                if event.id not in received:  # cancelled by an earlier call that was not read to its end
-                    continue
-                received[event.id].append(event)
-                if event.finished:
-                    yield indices[event.id], answer_of(received.pop(event.id))
-                elif ended and ended(indices[event.id], joined(received[event.id], "tokens")):
-                    decoder.cancel(event.id)
-    finally:
-        for id in received:
-            decoder.cancel(id)

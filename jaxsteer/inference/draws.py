@@ -219,12 +219,21 @@ def _top_if(asked: Array, logits: Array, log_total: Array) -> Top:
 
 
 def _sample(logits: Array, best: Array, settings: Settings, drawn: Array) -> Array:
-    """Sample where the temperature is above 0; a row's draw depends on its seed and the token's index alone."""
+    """Sample where the temperature is above 0, if it is anywhere.
+
+    A row's draw depends on its seed and the token's index alone.
+    """
     greedy = settings.temperature == 0
-    allowed = restrict(logits, jnp.where(greedy, 1, settings.temperature), settings.top_k, settings.top_p)
 
     def draw(row: Array, seed: Array, index: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), index)
         return jax.random.categorical(key, row).astype(jnp.int32)
 
-    return jnp.where(greedy, best, jax.vmap(draw)(allowed, settings.seed, drawn))
+    def draws() -> Array:
+        choice = lambda setting, anything: jnp.where(greedy, anything, setting)
+        allowed = restrict(
+            logits, choice(settings.temperature, 1), choice(settings.top_k, 0), choice(settings.top_p, 1)
+        )
+        return jnp.where(greedy, best, jax.vmap(draw)(allowed, settings.seed, drawn))
+
+    return jax.lax.cond(jnp.all(greedy), lambda: best, draws)

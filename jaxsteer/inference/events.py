@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -72,5 +72,6 @@ def answer_of(events: Sequence[Event]) -> Answer:
     finished, margin = events[-1].finished, events[-1].margin
     assert finished is not None
     tops = [event.top for event in events if event.top is not None]
-    top = Top(*map(np.concatenate, zip(*tops, strict=True))) if tops else None
+    fields: Any = map(np.concatenate, zip(*tops, strict=True))  # numpy on the host
+    top = Top(*fields) if tops else None
     return Answer(joined(events, "tokens"), finished, margin, joined(events, "log_probabilities"), top)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsteer.inference.draws import NO_TOKEN, Settings, Top, draw_tokens, is_stop, no_top
-from jaxsteer.models.by_layer import on_cache, put_rows, split_cache
+from jaxsteer.models.by_layer import put_rows, split_cache
 from jaxsteer.models.layers import KeysValues
 from jaxsteer.models.transformer import Model, Network, forward, init_cache
 from jaxsteer.sharding import constrain
@@ -70,18 +70,18 @@ class Rows:
 
 
 class Admission(NamedTuple):
-    """New prompts and the rows that they take over, int32 [n].
+    """New prompts, int32 [n], and where they were read.
 
-    row            the row taken over; an index past the last row drops the entry (padding)
-    source, start  row and first column of the prompt in the prefill
+    source, start  row and first column of the prompt's keys and values
     length         tokens of the prompt, at least 1
+    last           column of its last token among the hidden states
     settings       what the requests ask for, [n, ...]
     """
 
-    row: Array
     source: Array
     start: Array
     length: Array
+    last: Array
     settings: Settings
 
 
@@ -120,82 +120,29 @@ def empty_rows(model: Model, sizes: Sizes, dtype: str, *, adapters: bool = False
     settings = Settings(ints, seeds, ints, floats, ints, floats + 1, stop_tokens, strength, ints, adapter)
     margins, tops = jnp.full(rows, jnp.inf, jnp.float32), no_top((rows,), model.config.vocab_size)
     progress = Progress(ints, floats, ints, ints, no, ~no, margins, no, tops)
-    return _place(Rows(cache, settings, progress, ring))
+    return place(Rows(cache, settings, progress, ring))
 
 
-@jax.jit
-def prefill(
-    network: Network, prompts: Batch, strength: Array | None = None, adapters: Array | None = None
-) -> tuple[Array, Cache]:
-    """Hidden states [P, W, D] and cache of the prompts, several of which may share a row.
+@partial(jax.jit, donate_argnames="rows")
+def insert(rows: Rows, row: Array, admission: Admission, progress: Progress) -> Rows:
+    """Let prompts take over rows; `fill` puts their keys and values into the cache.
 
     Args:
-        network: the model and its weights.
-        prompts: [P, W].
-        strength: of each slot at each token, fp32 [P, W, number of slots]; None = 1.
-        adapters: with stacked steering, the index of each token's adapter, int32 [P, W].
-    """
-    steered = _steered(network, strength, adapters)
-    output = forward(network.model, network.base, network.steering, prompts, keep_cache=True, **steered)
-    assert output.cache is not None
-    return output.hidden, output.cache
-
-
-@partial(jax.jit, static_argnames=("sampling", "top"), donate_argnames="rows")
-def insert(
-    network: Network,
-    rows: Rows,
-    hidden: Array,
-    prefilled: Cache,
-    admission: Admission,
-    *,
-    sampling: bool,
-    top: bool = False,
-) -> tuple[Rows, KeysValues]:
-    """Let prompts take over rows, and draw their first tokens; `fill` then puts their keys and values into the cache.
-
-    Args:
-        network: the model and its weights.
         rows: donated.
-        hidden, prefilled: from `prefill`.
-        admission: which prompt takes over which row.
-        sampling: whether any of the prompts has a temperature above 0 (static).
-        top: whether any of the requests may ask for the likeliest tokens (static).
+        row: int32 [n], the row that each prompt takes over; an index past the last row drops it (padding).
+        admission: the prompts.
+        progress: with their first tokens, [n].
     """
     slots = jnp.arange(rows.prompt_slots, dtype=jnp.int32)[None]
     real = slots < admission.length[:, None]
-    columns = jnp.minimum(admission.start[:, None] + slots, prefilled.segments.shape[1] - 1)
-    put = lambda field, new: field.at[admission.row].set(new.astype(field.dtype), mode="drop")
-    window = lambda layer: jax.vmap(lambda source, at: layer[source][:, at])(admission.source, columns)
-    # Zeros behind the prompt: a NaN of a neighbour there would reach this row, since 0 · NaN is NaN.
-    own = lambda layer: jnp.where(real[:, None, :, None], window(layer), jnp.zeros((), layer.dtype))
-    new = KeysValues(jax.vmap(own)(prefilled.k), jax.vmap(own)(prefilled.v))
+    put = lambda field, new: field.at[row].set(new.astype(field.dtype), mode="drop")
     with_ring = lambda field: jnp.pad(field.astype(jnp.int32), ((0, 0), (0, rows.ring)))
     cache = rows.cache._replace(
         segments=put(rows.cache.segments, with_ring(real)),
         positions=put(rows.cache.positions, with_ring(jnp.broadcast_to(slots, real.shape))),
     )
-    settings = admission.settings
-    last = hidden[admission.source, admission.start + admission.length - 1]
-    asked = jnp.any(settings.top > 0) if top else None
-    draw = draw_tokens(network, last, settings, jnp.zeros_like(admission.row), sampling, asked)
-    failed = ~jnp.isfinite(draw.log_probability)
-    stopped = is_stop(draw.token, settings) & ~failed
-    ended = stopped | failed
-    drawn = 1 - ended.astype(jnp.int32)
-    progress = Progress(
-        jnp.where(ended, 0, draw.token),
-        draw.log_probability,
-        admission.length,
-        drawn,
-        stopped,
-        ended | (drawn >= settings.limit),
-        draw.margin,
-        failed,
-        no_top(drawn.shape, network.model.config.vocab_size) if draw.top is None else draw.top,
-    )
-    settings, progress = jax.tree.map(put, (rows.settings, rows.progress), (settings, progress))
-    return _place(Rows(cache, settings, progress, rows.ring)), new
+    settings, progress = jax.tree.map(put, (rows.settings, rows.progress), (admission.settings, progress))
+    return place(Rows(cache, settings, progress, rows.ring))
 
 
 def fill(rows: Rows, prompts: KeysValues, row: Array) -> Rows:
@@ -203,8 +150,8 @@ def fill(rows: Rows, prompts: KeysValues, row: Array) -> Rows:
 
     Args:
         rows: from `insert`.
-        prompts: from `insert`.
-        row: int32 [n], as in `Admission`.
+        prompts: from `prefill.prompts_of`.
+        row: int32 [n], as in `insert`.
     """
     k, v = put_rows(KeysValues(rows.cache.k, rows.cache.v), prompts, row)
     return replace(rows, cache=rows.cache._replace(k=k, v=v))
@@ -238,7 +185,7 @@ def advance(
         The rows, and the tokens that were not reported yet.
     """
     first, settings = rows.prompt_slots, rows.settings
-    steered = _steered(network, settings.strength if scaled else None, settings.adapter)
+    slots = steered(network, settings.strength if scaled else None, settings.adapter)
     column = lambda field: field[:, None]
     columns = jnp.arange(chunk + 1, dtype=jnp.int32)[None]
 
@@ -250,11 +197,12 @@ def advance(
         step, cache, progress, emitted = carry
         active = ~progress.done
         batch = _last_drawn(rows, progress)
-        output = forward(network.model, network.base, network.steering, batch, cache=cache, **steered)
+        output = forward(network.model, network.base, network.steering, batch, cache=cache, **slots)
         assert output.cache is not None
         cache = output.cache._replace(used=first + (output.cache.used - first) % rows.ring)
         asked = jnp.any(active & (settings.top > 0)) if top else None
-        draw = draw_tokens(network, output.hidden[:, 0], settings, progress.drawn, sampling, asked)
+        drawing = settings._replace(temperature=jnp.where(active, settings.temperature, 0))
+        draw = draw_tokens(network, output.hidden[:, 0], drawing, progress.drawn, sampling, asked)
         failed = active & ~jnp.isfinite(draw.log_probability)
         stopped = active & ~failed & is_stop(draw.token, settings)
         kept = active & ~stopped & ~failed
@@ -281,69 +229,10 @@ def advance(
     emitted = jax.tree.map(then_zeros, unreported)
     start = (jnp.int32(0), rows.cache, progress, emitted)
     _, cache, progress, emitted = jax.lax.while_loop(unfinished, decode, start)
-    return _place(Rows(cache, settings, progress, rows.ring)), _replicate(emitted)
+    return place(Rows(cache, settings, progress, rows.ring)), replicate(emitted)
 
 
-@partial(jax.jit, donate_argnames="rows")
-def free_rows(rows: Rows, mask: Array) -> Rows:
-    """Mark the rows in the mask, bool [B], as done. `rows` are donated."""
-    return _place(replace(rows, progress=rows.progress._replace(done=rows.progress.done | mask)))
-
-
-@partial(jax.jit, donate_argnames="rows")
-def clear_rows(rows: Rows, mask: Array) -> Rows:
-    """Zero the cache of the rows in the mask, bool [B]: a NaN in it would reach the next prompt. `rows` are donated."""
-    clear = lambda layer, axis: jnp.where(mask[:, None, None, None], jnp.zeros((), layer.dtype), layer)
-    cache = rows.cache._replace(**on_cache(clear, rows.cache)._asdict())
-    return _place(replace(rows, cache=cache))
-
-
-@jax.jit
-def keep_rows(rows: Rows, kept: Array) -> Rows:
-    """The rows with these indices, int32 [n]: a free row costs as much as a busy one."""
-    take = lambda field: field[kept]
-    cache = rows.cache
-    cache = Cache(
-        *on_cache(lambda layer, axis: take(layer), cache), take(cache.segments), take(cache.positions), cache.used
-    )
-    settings, progress = jax.tree.map(take, (rows.settings, rows.progress))
-    return _place(Rows(cache, settings, progress, rows.ring))
-
-
-@partial(jax.jit, static_argnames="count")
-def add_rows(rows: Rows, count: int) -> Rows:
-    """The rows followed by free ones, `count` in all."""
-    more = count - len(rows.progress.done)
-    pad = lambda field: jnp.pad(field, [(0, more if i == 0 else 0) for i in range(field.ndim)])
-    cache = rows.cache
-    cache = Cache(
-        *on_cache(lambda layer, axis: pad(layer), cache), pad(cache.segments), pad(cache.positions), cache.used
-    )
-    settings, progress = jax.tree.map(pad, (rows.settings, rows.progress))
-    free = jnp.arange(count) >= count - more
-    return _place(Rows(cache, settings, progress._replace(done=progress.done | free), rows.ring))
-
-
-@partial(jax.jit, static_argnames=("prompt", "ring"))
-def resize_slots(rows: Rows, prompt: int, ring: int) -> Rows:
-    """The rows with other numbers of slots, the ring's not smaller: each step reads all slots, used or not."""
-    old, cache = rows.prompt_slots, rows.cache
-    next_slot, more = cache.used - old, ring - rows.ring
-
-    def resize(field: Array, axis: int) -> Array:
-        pad = lambda part, slots: jnp.pad(part, [(0, slots if i == axis else 0) for i in range(field.ndim)])
-        prompts = jax.lax.slice_in_dim(field, 0, min(old, prompt), axis=axis)
-        turning = jax.lax.slice_in_dim(field, old, None, axis=axis)
-        # The oldest first, and then the new slots, so that the ring is still in the order of its steps.
-        turning = jnp.roll(turning, -next_slot, axis) if more else turning
-        return jnp.concatenate([pad(prompts, max(0, prompt - old)), pad(turning, more)], axis)
-
-    used = prompt + (rows.ring if more else next_slot)
-    cache = Cache(*on_cache(resize, cache), resize(cache.segments, 1), resize(cache.positions, 1), jnp.int32(used))
-    return _place(replace(rows, cache=cache, ring=ring))
-
-
-def _steered(network: Network, strength: Array | None, adapters: Array | None) -> dict[str, Any]:
+def steered(network: Network, strength: Array | None, adapters: Array | None) -> dict[str, Any]:
     """Arguments of `forward`: the strength of each slot, from an array [..., number of slots], and the adapters."""
     slots = {} if strength is None else {slot.name: strength[..., i] for i, slot in enumerate(network.model.plan)}
     return {"strength": slots, "adapters": adapters}
@@ -366,14 +255,14 @@ def _last_drawn(rows: Rows, progress: Progress) -> Batch:
 Tree = TypeVar("Tree")
 
 
-def _replicate(tree: Tree) -> Tree:
+def replicate(tree: Tree) -> Tree:
     """On a mesh: copied to every device, for the host to read."""
     return jax.tree.map(lambda field: constrain(field, *(None,) * field.ndim), tree)
 
 
-def _place(rows: Rows) -> Rows:
+def place(rows: Rows) -> Rows:
     """On a mesh: keys and values split by rows and heads; what the host reads copied to every device."""
     stack = lambda x: constrain(x, *(None,) * (x.ndim - 4), "rows", "heads", None, None)
     k, v = jax.tree.map(stack, (rows.cache.k, rows.cache.v))
-    cache = rows.cache._replace(k=k, v=v)
-    return Rows(cache, _replicate(rows.settings), _replicate(rows.progress), rows.ring)
+    cache = Cache(k, v, *replicate(rows.cache[2:]))
+    return Rows(cache, replicate(rows.settings), replicate(rows.progress), rows.ring)

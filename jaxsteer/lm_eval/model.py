@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from jaxsteer.inference.decoder import Decoder, generate_all
+from jaxsteer.inference import Decoder, generate_all
 from jaxsteer.inference.likelihood import score_continuations
 from jaxsteer.inference.scheduling import Limits, Request, nonfinite_logits
 from jaxsteer.io import (

@@ -68,7 +68,7 @@ def run_layers(
     return h, (stacked, None if new[0] is None else by_layer(new))
 
 
-def on_cache(f: Callable[[Array, int], Array], cache: Cache) -> KeysValues:
+def on_cache(f: Callable[[Array, int], Array], cache: Cache | KeysValues) -> KeysValues:
     """f(layer, axis of S) of the keys and of the values of each layer, [B, K, S, H] or with keys as columns."""
 
     def on(stack: PyTree, axis: int) -> PyTree:

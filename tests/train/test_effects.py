@@ -17,8 +17,10 @@ from train.serving.effects import Passage, effects
 from train.serving.models import Served, UnknownModel
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
-from tiny_model import TINY
+from tiny_model import TINY as TINIEST
 from tiny_tokenizer import sentencepiece_tokenizer, tiny_tokenizer
+
+TINY = replace(TINIEST, vocab_size=len(sentencepiece_tokenizer()))
 
 PLANS = {
     "lora": (Slot("own", LoRA(rank=2, alpha=4.0), ("attn.q",)),),

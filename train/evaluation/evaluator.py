@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxsteer.batches import bucket_length, pack, stack_rows
-from jaxsteer.inference.decoder import Decoder, generate_all
+from jaxsteer.inference import Decoder, generate_all
 from jaxsteer.inference.draws import Sampling
 from jaxsteer.inference.events import Answer
 from jaxsteer.inference.likelihood import score_continuations

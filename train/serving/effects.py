@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxsteer.adapters import Adapters
 from jaxsteer.batches import Tokens, bucket_length, stack_rows
-from jaxsteer.inference.draws import TOP, Top
+from jaxsteer.inference.draws import TOP
 from jaxsteer.inference.scheduling import nonfinite_logits
+from jaxsteer.inference.scores import TokenScores
 from jaxsteer.inference.token_shift import TokenShift, per_token_shift
 from jaxsteer.models.config import check_length
 from jaxsteer.models.transformer import Network
@@ -116,21 +117,17 @@ def effects(network: Network, adapters: Adapters | None, passage: Passage, decod
     tokens = passage.tokens
     check_length(network.model.config, len(tokens), tokens.source)
     found = _compare(network, tokens, _steered(network, adapters, passage))
-    ids, added = tokens.ids.tolist(), _added(decode)
-    steered, base = found.steered, found.base
+    ids, shift, added = tokens.ids.tolist(), np.asarray(found.shift), _added(decode)
 
     def effect(t: int, piece: str) -> TokenEffect:
         part: Part = "prompt" if t < len(passage.prompt.ids) else "answer"
-        shift = found.shift[:, t]
         if t == 0:
-            return TokenEffect(ids[t], piece, part, shift, None, None, (), ())
-        p, p_base = (float(scores.log_probability[t]) for scores in (steered, base))
-        tops = (
-            _alternatives(scores.top, t, passage.top, lambda id: added(ids[t - 1], id)) for scores in (steered, base)
-        )
-        return TokenEffect(ids[t], piece, part, shift, p, p_base, *tops)
+            return TokenEffect(ids[t], piece, part, shift[:, t], None, None, (), ())
+        instead = lambda id: added(ids[t - 1], id)
+        (p, top), (p_base, top_base) = (_at(each, t, passage.top, instead) for each in (found.steered, found.base))
+        return TokenEffect(ids[t], piece, part, shift[:, t], p, p_base, top, top_base)
 
-    return Effects(tuple(effect(t, piece) for t, piece in enumerate(pieces(ids, decode))), found.shift)
+    return Effects(tuple(effect(t, piece) for t, piece in enumerate(pieces(ids, decode))), shift)
 
 
 def _steered(network: Network, adapters: Adapters | None, passage: Passage) -> dict[str, Any]:
@@ -162,10 +159,13 @@ def _compare(network: Network, tokens: TokenizedExample, steered: Mapping[str, A
     return found
 
 
-def _alternatives(top: Top, t: int, count: int, text_of: Callable[[int], str]) -> tuple[Alternative, ...]:
-    """The `count` likeliest tokens in place of token t, from those of all tokens [T, K]."""
-    pairs = zip(top.tokens[t, :count].tolist(), top.log_probabilities[t, :count].tolist(), strict=True)
-    return tuple(Alternative(id, text_of(id), value) for id, value in pairs)
+def _at(
+    scores: TokenScores, t: int, count: int, text_of: Callable[[int], str]
+) -> tuple[float, tuple[Alternative, ...]]:
+    """The log-probability of token t and the `count` likeliest in its place, from all tokens' scores [T, ...]."""
+    assert scores.top is not None
+    pairs = zip(*(field[t, :count].tolist() for field in scores.top), strict=True)
+    return float(scores.log_probability[t]), tuple(Alternative(id, text_of(id), value) for id, value in pairs)
 
 
 def _added(decode: Decode) -> Callable[[int, int], str]:
@@ -175,6 +175,6 @@ def _added(decode: Decode) -> Callable[[int, int], str]:
     @cache
     def added(before: int, id: int) -> str:
         text = decode([before, id])[len(alone(before)) :]
-        return text.rstrip(UNFINISHED) or text  # an unfinished character alone shows as one
+        return text.strip(UNFINISHED) or text  # a part of a character alone shows as one
 
     return added

@@ -57,8 +57,6 @@ class EngineSettings:
     prefill_chunk   prompts with more tokens are read that many at a time, so that other jobs go on
     prefix_tokens   keys and values of up to so many prompt tokens are kept for prompts that begin alike; 0 for none
 
-    Raises:
-        ValueError: a size below 1, or a `queue` or `prefix_tokens` below 0.
     """
 
     rows: int = 32
@@ -75,7 +73,11 @@ class EngineSettings:
             raise ValueError(f"queue must be at least 0, got {self.queue}")
 
     def limits(self, context: int) -> Limits:
-        """The sizes of a decoder whose model has a context of so many tokens."""
+        """The sizes of a decoder whose model has a context of so many tokens.
+
+        Raises:
+            ValueError: a size that there cannot be.
+        """
         return Limits(
             max_prompt=self.max_prompt,
             max_new_tokens=min(self.max_new_tokens, context),
@@ -99,7 +101,8 @@ class EngineStats(NamedTuple):
     failed         jobs that ended with an error
     prompt_tokens  tokens in the prompts of accepted jobs
     new_tokens     tokens generated
-    prefix_hits, prefix_tokens_reused  prompts that began like an earlier one, and their tokens that were not read again
+    prefix_hits, prefix_tokens_reused  prompts that began like an earlier one, and their tokens that were not read
+                   again, by the present decoder
     restarts       decoders that were replaced after a failed step
     """
 
@@ -125,7 +128,7 @@ class Engine:
         settings: sizes.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size that there cannot be, see `Limits`.
     """
 
     def __init__(self, roster: Roster, settings: EngineSettings | None = None) -> None:
@@ -238,7 +241,8 @@ class Engine:
             raise Draining("the server is shutting down and takes no more requests")
 
     def load(self, name: str, path: str) -> Served:
-        """Read a steering file and serve it under a name, while other jobs go on; blocks the calling thread only.
+        """Read a steering file and serve it under a name, while other jobs go on; it blocks the calling thread only,
+        until the engine's thread has taken it over.
 
         Nothing is compiled again if its slots have a place in the common plan. Otherwise all adapters are stacked anew,
         with another decoder: its programs are compiled first, then new jobs wait until the running ones have ended.

@@ -113,9 +113,7 @@ class TextOfAnswer:
         if event.top is None:
             return ()
         ids, log_probabilities = event.top.tokens[number].tolist(), event.top.log_probabilities[number].tolist()
-        return tuple(
-            Alternative(id, self._pieces.instead(id), value) for id, value in zip(ids, log_probabilities, strict=True)
-        )
+        return tuple(map(Alternative, ids, self._pieces.instead(ids), log_probabilities))
 
     def _end(self) -> bool:
         """Give out what was held back, unless it is a stop string after all."""
@@ -151,7 +149,7 @@ class TextOfAnswer:
             ends += len(token.text)
             if token.text and ends <= out:
                 complete, self._waiting_from = number, ends
-        if self.finished and not self._held:
+        if self.finished:
             return self._last(complete, out)
         taken, self._waiting = self._waiting[:complete], self._waiting[complete:]
         return tuple(taken)
@@ -210,10 +208,12 @@ class _Pieces:
             self._forget()
         return new
 
-    def instead(self, id: int) -> str:
-        """The text that a token would add; for the first bytes of a character, the sign for a character unknown."""
-        text = self._decode([*self._ids, id])
-        return text[len(self._shown) :] if text.startswith(self._shown) else UNFINISHED
+    def instead(self, ids: Sequence[int]) -> list[str]:
+        """The text that each of these would add; the sign for a character unknown if that is less than a character."""
+        near = self._ids[-CONTEXT:]
+        before = self._decode(near).rstrip(UNFINISHED)
+        texts = [self._decode([*near, id]) for id in ids]
+        return [text[len(before) :] if text.startswith(before) else UNFINISHED for text in texts]
 
     def rest(self) -> str:
         """What is left at the end: a character of which only the first bytes came."""

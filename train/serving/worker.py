@@ -81,7 +81,7 @@ class Worker:
         self._held: deque[Job] = deque()  # while another decoder is to take over
         self._calls: deque[_Call] = deque()
         self._successor: _Successor | None = None
-        self._end = float("inf")  # time.monotonic() at which to leave, whatever is unfinished
+        self._leave_at = float("inf")  # time.monotonic() at which to leave, whatever is unfinished
 
     # ---- messages from other threads
 
@@ -108,7 +108,7 @@ class Worker:
         """Leave once all is done, or at `end` of `time.monotonic()`; of several calls, the earliest time counts."""
 
         def note() -> None:
-            self._end = min(self._end, end)
+            self._leave_at = min(self._leave_at, end)
 
         self._messages.put(note)
 
@@ -137,7 +137,7 @@ class Worker:
 
     def _may_leave(self) -> bool:
         left = self._jobs or self._held or self._calls or self._successor
-        return self.ledger.closed and self._end < float("inf") and (not left or time.monotonic() >= self._end)
+        return self.ledger.closed and self._leave_at < float("inf") and (not left or time.monotonic() >= self._leave_at)
 
     def _round(self) -> None:
         """One chunk of decoding, and one of the calls that wait."""
@@ -159,7 +159,7 @@ class Worker:
         try:
             id = self.decoder.submit(self.roster.lineup.translated(job.request))
         except Exception as error:  # the fault of this job alone
-            self._fail(job, EngineError(str(error)))
+            self._end_job(job, "failed", EngineError(str(error)))
         else:
             self._jobs[id] = job
 
@@ -173,36 +173,33 @@ class Worker:
             del self._jobs[event.id]
         if event.finished == "nonfinite":
             error = nonfinite_logits(job.request.prompt, self.roster.loaded.config.vocab_size)
-            self._fail(job, NonFinite(str(error)))
-            return
-        request = job.request
+            self._end_job(job, "failed", NonFinite(str(error)))
+        elif event.finished:
+            self._end_job(job, "finished", event._replace(id=job.id))
+        else:
+            self._tell(job, event._replace(id=job.id))
+
+    def _tell(self, job: Job, news: Event | EngineError) -> None:
+        """Call a job's listener, whose failure is its own."""
         try:
-            job.tell(event._replace(id=job.id))
+            job.tell(news)
         except Exception:
             _log.exception("a listener failed; its job is cancelled")
             job.cancel()
-        if event.finished:
-            job.release()
-            self.ledger.ended(request, "finished")
 
-    def _fail(self, job: Job, error: EngineError) -> None:
-        """End a job that the decoder does not have (any more) with an error."""
-        request = job.request
-        if request is None:
+    def _end_job(self, job: Job, how: str, news: Event | EngineError | None = None) -> None:
+        """Count a job that the decoder does not have any more as ended, and then tell it why."""
+        if job.request is None:
             return
-        try:
-            job.tell(error)
-        except Exception:
-            _log.exception("a listener failed")
+        self.ledger.ended(job.request, how)
+        if news is not None:
+            self._tell(job, news)
         job.release()
-        self.ledger.ended(request, "failed")
 
     def _remove(self, job: Job) -> None:
         """End a job that was cancelled."""
-        if (request := job.request) is not None:
-            self._take_away(job)
-            job.release()
-            self.ledger.ended(request, "cancelled")
+        self._take_away(job)
+        self._end_job(job, "cancelled")
 
     def _take_away(self, job: Job) -> None:
         """Free what a job has in the decoder, or its place among those that wait for another one."""
@@ -218,7 +215,7 @@ class Worker:
         for job in [*self._jobs.values(), *self._held]:
             if job.deadline is not None and job.deadline <= now:
                 self._take_away(job)
-                self._fail(job, Timeout("the time limit passed before the answer had ended"))
+                self._end_job(job, "failed", Timeout("the time limit passed before the answer had ended"))
 
     # ---- changes
 
@@ -250,7 +247,7 @@ class Worker:
         jobs, self._jobs = self._jobs, {}
         self.restarts += 1
         for job in jobs.values():
-            self._fail(job, StepFailed(f"decoding failed ({type(error).__name__}); try again"))
+            self._end_job(job, "failed", StepFailed(f"decoding failed ({type(error).__name__}); try again"))
         self.decoder = make_decoder(self.roster, self.roster.adapters, self.limits)
 
     def _refuse_rest(self) -> None:
@@ -260,7 +257,7 @@ class Worker:
             self._messages.get()()
         for job in [*self._jobs.values(), *self._held]:
             self._take_away(job)
-            self._fail(job, error)
+            self._end_job(job, "failed", error)
         futures = [call.future for call in self._calls] + ([self._successor.future] if self._successor else [])
         for future in futures:
             if future.set_running_or_notify_cancel():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny import random_steering
+from tiny import fast_jit, random_steering
 from tiny_model import TINY
 from tiny_serving import plans
 from tiny_tokenizer import tiny_tokenizer
@@ -16,7 +16,7 @@ from jaxsteer.models.transformer import init_base
 @pytest.fixture(scope="session")
 def tiny_loaded():
     """Scaled up as `tiny_base` is, so that logits are not all alike."""
-    base = init_base(TINY, jax.random.key(3))
+    base = fast_jit(init_base, static_argnums=0)(TINY, jax.random.key(3))
     base = base | {"embed": {"embedding": base["embed"]["embedding"] * 20}}
     return LoadedModel(TINY, base, tiny_tokenizer(), "tiny", fingerprint(TINY), "llama", ())
 

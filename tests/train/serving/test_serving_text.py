@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 from tiny_tokenizer import sentencepiece_tokenizer, tiny_tokenizer
+from tokenizers import decoders
 
 from jaxsteer.inference.draws import Top
 from jaxsteer.inference.events import Event
@@ -13,13 +14,22 @@ from train.serving.text import TextOfAnswer, pieces
 TEXTS = ("héllo wörld 日本 🙂", " a  b\n", "\n🙂\n\n🙂", "", "no yes yes" * 30, "日本語" * 40)
 
 
-def tokenizers():
-    return {"bytes": tiny_tokenizer(), "merges": tiny_tokenizer(merges=[("a", "b"), ("l", "l")])} | {
-        f"sentencepiece {mark}": sentencepiece_tokenizer(mark) for mark in ("first", "prepend")
-    }
+def stripping_tokenizer():
+    """Drops the space before the first word, as published SentencePiece tokenizers do."""
+    tokenizer = sentencepiece_tokenizer()
+    spaces = decoders.Replace("▁", " ")
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+        [spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
 
 
-TOKENIZERS = tokenizers()
+TOKENIZERS = {
+    "bytes": tiny_tokenizer(),
+    "merges": tiny_tokenizer(merges=[("a", "b"), ("l", "l")]),
+    "sentencepiece": stripping_tokenizer(),
+    "spaced": sentencepiece_tokenizer("prepend"),
+}
 
 
 def decoder_of(tokenizer):
@@ -90,14 +100,14 @@ def test_an_answer_that_ends_inside_a_character(name, text):
     tokenizer = TOKENIZERS[name]
     ids = ids_of(tokenizer, text)[:-1]
     deltas, reader = read(tokenizer, ids, (2,), finished="length")
-    assert reader.text.rstrip("\ufffd") == text[:-1]
+    assert reader.text.strip("\ufffd ") == text[:-1]
     assert deltas[-1].finished == "length"
     assert "".join(token.text for delta in deltas for token in delta.tokens) == reader.text
     assert sum(len(delta.tokens) for delta in deltas) == len(ids)
 
 
 def test_bytes_that_are_no_character_do_not_hold_up_the_rest():
-    tokenizer = TOKENIZERS["sentencepiece first"]
+    tokenizer = TOKENIZERS["sentencepiece"]
     broken = tokenizer.convert_tokens_to_ids(["<0x0A>", "<0xF0>"])
     _, reader = read(tokenizer, [*broken, *ids_of(tokenizer, "yes no yes")], (1,))
     assert reader.text.startswith("\n")
@@ -172,7 +182,7 @@ def test_answers_without_an_end_have_no_text(finished):
 
 
 def test_the_likeliest_tokens_have_the_text_they_would_add():
-    tokenizer = TOKENIZERS["sentencepiece first"]
+    tokenizer = TOKENIZERS["sentencepiece"]
     yes, no = tokenizer.convert_tokens_to_ids(["▁yes", "▁no"])
     (half,) = tokenizer.convert_tokens_to_ids(["<0xF0>"])
     top = Top(np.array([[yes, no], [no, half]], np.int32), np.array([[-0.5, -1], [-0.25, -2]], np.float32))
