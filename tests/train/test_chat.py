@@ -34,7 +34,7 @@ from train.chat.manual import HELP
 from train.chat.screen import InTurn, visible
 from train.chat.settings import Settings
 from train.cli import run_main
-from train.serving.engine import Engine, EngineSettings
+from train.serving.engine import Engine
 from train.serving.models import open_roster
 
 CONFIG = replace(TINY, max_length=512)
@@ -60,9 +60,10 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(files):
-    sources = {name: str(files / f"{name}.safetensors") for name in ("talk", "plain")}
-    sizes = EngineSettings(rows=2, max_prompt=255, max_new_tokens=200, chunk=4)
-    with Engine(open_roster(sources, places=2), sizes) as engine:
+    """With the programs of `jaxsteer chat --context 128`, so that they are compiled once."""
+    sources = tuple(str(files / f"{name}.safetensors") for name in ("talk", "plain"))
+    start = command.prepare(command.ChatConfig(sources, context=128))
+    with Engine(open_roster(start.sources, places=2), start.sizes) as engine:
         engine.start()
         yield engine
 
@@ -78,7 +79,7 @@ class Session:
             for file in (self.shown, self.notes)
         ]
         settings = Settings(adapter="talk", max_new_tokens=8)
-        self.chat = Chat(Talker(engine, 256, self.ctrl_c), settings, *consoles, **options)
+        self.chat = Chat(Talker(engine, 128, self.ctrl_c), settings, *consoles, **options)
 
     def type(self, *lines):
         """Type lines; gives what is shown, and what is said beside it."""
@@ -282,7 +283,7 @@ def test_answers_can_be_coloured_as_they_come(engine):
         (["/top_k 1.5"], "/top_k 1.5: give a whole number"),
         (["/seed -1"], "/seed -1: give a whole number from 0"),
         (["/max 0"], "/max 0: give a whole number of at least 1"),
-        (["/max 201"], "/max 201: answers have up to 200 tokens here"),
+        (["/max 128"], "/max 128: answers have up to 127 tokens here"),
         (["/mode talk"], "/mode talk: give chat, completion or auto"),
         (["/adapter plain", "/system be brief"], "/system: completions have no system message"),
         (["/save"], "/save: give a file"),
@@ -298,7 +299,7 @@ def test_answers_can_be_coloured_as_they_come(engine):
         (["ab", "/why no/such/a.png"], "there is no folder no/such"),
         (["a\udcffb"], "the message: not valid Unicode"),
         (['"""', "ab"], 'a message that began with """ has no """ at its end'),
-        (["x" * 250], "no answer fits into the context of 256"),
+        (["x" * 150], "no answer fits into the context of 128"),
     ],
 )
 def test_errors_are_a_sentence_and_the_chat_goes_on(lines, message, session, tmp_path, monkeypatch):
@@ -327,7 +328,7 @@ def test_only_the_base_model_is_here(engine):
 
 
 def test_what_fills_the_context_is_said(session, asked):
-    _, notes = session.type("/max 200", "x" * 150)
+    _, notes = session.type("/max 100", "x" * 60)
     assert asked[0].max_new_tokens < 100
     assert f"ended after {asked[0].max_new_tokens} tokens; that is all the context has room for" in notes
     _, notes = session.type("ab")
@@ -408,14 +409,14 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_came(session, tmp_path, monkeypat
 
     with session.ctrl_c.handled():
         monkeypatch.setattr(InTurn, "add", interrupted)
-        shown, notes = session.type("/max 200", "ab")
+        shown, notes = session.type("/max 100", "ab")
         monkeypatch.setattr(InTurn, "add", add)
         session.type("/max 2", "cd")
     assert "stopped; /retry answers again" in notes
     kept, after = session.conversation(tmp_path)[1::2]
     assert shown == kept["content"] + "\n"
     assert kept["finished"] == "cancelled"
-    assert 0 < len(kept["tokens"]) < 200
+    assert 0 < len(kept["tokens"]) < 100
     assert after["finished"] == "length"
 
 
@@ -557,8 +558,10 @@ def test_a_conversation_in_a_terminal(files, tmp_path):
         terminal.wait_for("talk 0.5 >")
         terminal.type("/history\r")
         terminal.wait_for("> ab")
+        terminal.wait_for("talk 0.5 >")
         terminal.type("\x03")
         terminal.wait_for("Ctrl-C again leaves")
+        terminal.wait_for("talk 0.5 >")
         terminal.type("\x04")
         assert terminal.process.wait(60) == 0
     finally:

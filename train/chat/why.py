@@ -115,8 +115,8 @@ class Explanation:
 
     def _table(self, numbers: Sequence[int], title: str) -> Table:
         table = Table(title=title, title_justify="left")
-        for column in ("N", "token", "of", "‖Δh‖ / ‖h‖", "p base", "p steered"):
-            table.add_column(column, justify="left" if column in ("token", "of") else "right")
+        for column in ("N", "token", "part", "‖Δh‖ / ‖h‖", "p base", "p steered"):
+            table.add_column(column, justify="left" if column in ("token", "part") else "right")
         for number in numbers:
             token = self.tokens[number]
             probabilities = _percent(token.log_probability_base), _percent(token.log_probability)
