@@ -189,7 +189,13 @@ def test_a_saved_conversation_goes_on(session, engine, asked, tmp_path):
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert "be brief" not in text_of(asked[-1], engine)  # the last message was asked without
     assert "ab<|im_end|>" in text_of(asked[-1], engine)
-    assert "tokens" in other.type("/undo", "/why")[0]
+    shown, _ = other.type("/undo", "/why")
+    assert "plain 0.5 against base" in shown
+    saved = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "c.json").write_text(json.dumps(saved | {"model": "another"}))
+    elsewhere, notes = other.type(f"/load {tmp_path / 'c.json'}", "/why")
+    assert notes == "2 messages, with another base model: another\n"
+    assert "plain 0.5 against base" in elsewhere
 
 
 # ---- base and steered
@@ -294,6 +300,7 @@ def test_answers_can_be_coloured_as_they_come(engine):
         (["/load own.json"], "own.json: not a conversation that /save wrote"),
         (["/load open.json"], "open.json: the last message has no answer"),
         (["/load odd.json"], "odd.json: messages[0].role must be"),
+        (["/load ids.json"], "ids.json: has token ids that tiny does not have"),
         (["ab", "/why 1000"], "/why 1000: the last exchange has tokens 1 to"),
         (["ab", "/why him"], "/why him: give the number of a token"),
         (["ab", "/why no/such/a.png"], "there is no folder no/such"),
@@ -304,10 +311,12 @@ def test_answers_can_be_coloured_as_they_come(engine):
 )
 def test_errors_are_a_sentence_and_the_chat_goes_on(lines, message, session, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    talk = lambda *messages: json.dumps({"format": "jaxsteer chat 1", "model": "m", "messages": messages})
+    talk = lambda *messages, model="m": json.dumps({"format": "jaxsteer chat 1", "model": model, "messages": messages})
     Path("own.json").write_text('{"mine": 1}')
     Path("open.json").write_text(talk({"role": "user", "content": "a"}))
     Path("odd.json").write_text(talk({"role": "robot", "content": "a"}))
+    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tokens": [999]}
+    Path("ids.json").write_text(talk(asked, answer, model="tiny"))
     _, notes = session.type("/max 2", *lines)
     assert re.search(f"^error: .*{re.escape(message)}", notes, re.MULTILINE)
     assert notes.count("error") == 1

@@ -16,13 +16,16 @@ from train.chat.interrupts import CtrlC
 from train.chat.screen import Display
 from train.chat.settings import CHAT_TOKENS, COMPLETION_TOKENS, Settings
 from train.serving.effects import Effects, Passage, effects
-from train.serving.engine import Engine, EngineError
+from train.serving.engine import Engine, EngineError, Listener
 from train.serving.lineup import Served
 from train.serving.models import Roster
 from train.serving.prompts import Prompt, chat_prompt, plain_prompt
 from train.serving.text import TextOfAnswer
 
 SOURCE = "the message"
+
+News = tuple[int, Event | EngineError]
+"""What is new of an answer, with its number."""
 
 
 @dataclass
@@ -133,25 +136,26 @@ class Talker:
         Raises:
             EngineError: why there is no answer.
         """
-        news: SimpleQueue[tuple[int, Event | EngineError] | None] = SimpleQueue()
+        news: SimpleQueue[News | None] = SimpleQueue()
         decode = partial(self.roster.loaded.require_tokenizer().decode, skip_special_tokens=True)
         replies = [Reply(TextOfAnswer(decode)) for _ in requests]
-        jobs = []
         with self.ctrl_c.calling(partial(news.put, None)):
+            stopped, jobs = False, []
             try:
                 for number, request in enumerate(requests):
                     jobs.append(self.engine.submit(request, _listener(news.put, number)))
-                while not all(reply.finished for reply in replies):
+                while not (stopped or all(reply.finished for reply in replies)):
                     if (item := news.get()) is None:
-                        break
-                    _take(replies[item[0]], *item, display)
+                        stopped = True
+                    else:
+                        _take(replies[item[0]], *item, display)
             finally:
                 for job in jobs:
                     job.cancel()
-        for number, reply in enumerate(replies):
-            if reply.finished is None:
-                reply.finished = "cancelled"
-                display.end(number)
+                for number, reply in enumerate(replies):
+                    if reply.finished is None and (stopped or reply.tokens):
+                        reply.finished = "cancelled"
+                        display.end(number)
         return replies
 
     def effects(self, before: Sequence[Exchange], exchange: Exchange, voice: Voice, top: int) -> Effects:
@@ -170,9 +174,7 @@ class Talker:
         return self.engine.run(lambda network, adapters: effects(network, adapters, passage, tokenizer.decode)).result()
 
 
-def _listener(
-    put: Callable[[tuple[int, Event | EngineError]], None], number: int
-) -> Callable[[Event | EngineError], None]:
+def _listener(put: Callable[[News], None], number: int) -> Listener:
     return lambda event: put((number, event))
 
 

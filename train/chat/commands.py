@@ -68,10 +68,11 @@ class Chat:
 
     def words(self) -> dict[str, Any]:
         """What Tab completes."""
+        roster = self._talker.roster
         after: dict[str, Any] = {
-            "adapter": dict.fromkeys(self._talker.roster.names()),
+            "adapter": dict.fromkeys(roster.names()),
             "mode": dict.fromkeys((*get_args(Mode), "auto")),
-            "strength": {f"{slot.name}=": None for slot in self._talker.served(self._settings.steered).plan},
+            "strength": {f"{slot.name}=": None for name in roster.names() for slot in roster.get(name).plan},
             "why": {"all": None},
         }
         return {f"/{name}": after.get(name) for name in HELP}
@@ -235,11 +236,12 @@ class Chat:
     def _load(self, path: str) -> None:
         if not path:
             raise ValueError("/load: give a file that /save wrote")
-        exchanges, model = conversation.load(Path(path).expanduser())
+        loaded = self._talker.roster.loaded
+        exchanges, model = conversation.load(Path(path).expanduser(), loaded.name, loaded.config.vocab_size)
         self._exchanges = exchanges
         if exchanges:
             self._settings = replace(self._settings, system=exchanges[-1].form.system)
-        other = "" if model == self._talker.roster.loaded.name else f", with another base model: {model}"
+        other = "" if model == loaded.name else f", with another base model: {model}"
         self._note(f"{_counted(exchanges)}{other}")
 
     # ---- settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,11 +142,16 @@ def _is_conversation(path: Path) -> bool:
         return False
 
 
-def load(path: Path) -> tuple[list[Exchange], str]:
+def load(path: Path, model: str, vocab_size: int) -> tuple[list[Exchange], str]:
     """Read a conversation.
 
+    Args:
+        path: as /save wrote it.
+        model: name of the base model that goes on with it; the token ids of another are left out.
+        vocab_size: of this model.
+
     Returns:
-        The exchanges, and the name of the base model.
+        The exchanges, and the name of the base model that they were with.
 
     Raises:
         ValueError: no such file, or not a saved conversation; the message says where.
@@ -155,8 +160,11 @@ def load(path: Path) -> tuple[list[Exchange], str]:
     if data.get("format") != _FORMAT:
         raise ValueError(f"{path}: not a conversation that /save wrote (its format is not {_FORMAT!r})")
     saved = from_plain(_Saved, data, str(path))
+    messages = [each if saved.model == model else replace(each, tokens=()) for each in saved.messages]
+    if not all(0 <= token < vocab_size for each in messages for token in each.tokens):
+        raise ValueError(f"{path}: has token ids that {model} does not have")
     exchanges, system, asked = list[Exchange](), None, None
-    for number, each in enumerate(saved.messages):
+    for number, each in enumerate(messages):
         if (each.role == "assistant") != (asked is not None):
             raise ValueError(f"{path}: messages[{number}]: users' messages and answers must take turns")
         if each.role == "system":
