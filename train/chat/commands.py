@@ -144,20 +144,21 @@ class Chat:
         self._drawn += 1
         with showing(self._console, [self._label(voice) for voice in voices]) as display:
             replies = talker.answers(requests, display)
-        self._remark(replies, requests[0].max_new_tokens)
+        self._remark(voices, replies, requests[0].max_new_tokens)
         return [
             Exchange(message, form, voice, reply.text.text, tuple(reply.tokens), str(reply.finished))
             for voice, reply in zip(voices, replies, strict=True)
         ]
 
-    def _remark(self, replies: Sequence[Reply], limit: int) -> None:
+    def _remark(self, voices: Sequence[Voice], replies: Sequence[Reply], limit: int) -> None:
         """Say how answers ended that did not come to their end."""
         if any(reply.finished == "cancelled" for reply in replies):
             self._note("stopped; /retry answers again, /undo takes the message back")
-        elif any(reply.finished == "length" for reply in replies):
+        elif cut := [voice for voice, reply in zip(voices, replies, strict=True) if reply.finished == "length"]:
             full = limit < self._talker.limit(self._settings)
             what = "that is all the context has room for" if full else "/max N allows more"
-            self._note(f"ended after {limit} tokens; {what}")
+            who = f"{self._label(cut[0])} " if len(cut) < len(voices) else ""
+            self._note(f"{who}ended after {limit} tokens; {what}")
 
     def _keep(self, exchange: Exchange, before: Sequence[Exchange] | None = None) -> None:
         """Go on from an exchange."""
