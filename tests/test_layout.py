@@ -39,7 +39,7 @@ RANKS = {
     **dict.fromkeys(
         (f"train.{name}" for name in ("sft", "evaluate", "generate", "inspect", "robustness", "convert")), 16
     ),
-    **dict.fromkeys((f"train.{name}" for name in ("compare", "plan", "report", "serve", "theory")), 16),
+    **dict.fromkeys((f"train.{name}" for name in ("chat", "compare", "plan", "report", "serve", "theory")), 16),
     "train.bench": 17,  # measures the other commands too
     "train.lofit": 17,
     "train.quickstart": 17,

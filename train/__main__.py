@@ -20,6 +20,7 @@ COMMANDS = {
     "sft": "train steering, LoRA or the whole model on prompts and completions",
     "lofit": "train LoFiT's two stages: choose attention heads, then steer them",
     "generate": "answer prompts, with a steering file or without",
+    "chat": "talk to a steered model in the terminal",
     "serve": "answer requests in OpenAI's protocol, and show a page to talk to steered models",
     "evaluate": "measure accuracy on a task, with intervals",
     "convert": "take steering to peft, vLLM, llama.cpp and others, or bring theirs here",

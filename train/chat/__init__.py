@@ -1,0 +1,1 @@
+"""Talk to a steered model in the terminal: `jaxsteer chat`."""
