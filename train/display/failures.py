@@ -17,7 +17,9 @@ FAILED, BUG = 1, 70
 """Exit statuses: an error that the user can fix, and one that is jaxsteer's own (EX_SOFTWARE)."""
 
 _EXTRAS = {
-    **dict.fromkeys(("datasets", "pyarrow", "orbax", "etils", "tyro", "rich", "prompt_toolkit", "matplotlib", "scipy"), "train"),
+    **dict.fromkeys(
+        ("datasets", "pyarrow", "orbax", "etils", "tyro", "rich", "prompt_toolkit", "matplotlib", "scipy"), "train"
+    ),
     "filelock": "train",
     **dict.fromkeys(("starlette", "uvicorn", "sse_starlette", "pydantic", "prometheus_client"), "train,serve"),
     "tensorboardX": "train,tensorboard",
