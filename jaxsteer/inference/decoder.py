@@ -17,6 +17,7 @@ from jaxsteer.inference.events import Event
 from jaxsteer.inference.generate import to_device
 from jaxsteer.inference.layouts import (
     ADMITTED,
+    PrefillLayout,
     any_scaled,
     wanted,
 )
@@ -328,16 +329,27 @@ class Decoder:
             tickets = waiting[: layout.size]
             for ticket in tickets:
                 self._waiting.remove(ticket)
-            requests = [self._place(ticket.request) for ticket in tickets]
-            size = 1 << (layout.size - 1).bit_length() if draining else ADMITTED
-            read = self._reader.together(self._network, requests, layout, size)
-            if draining:
-                row = table.insert(read, tickets)
-                table.fill(read.prompts(slice(None), table.sizes.prompt), row)
-            else:
-                keys = [self._prefixes.key(ticket.request, self._adapters) for ticket in tickets]
-                self._put_each(table, read, tickets, keys)
+            for read, its in self._read_together(tickets, layout, draining):
+                if draining:
+                    table.fill(read.prompts(slice(None), table.sizes.prompt), table.insert(read, its))
+                else:
+                    keys = [self._prefixes.key(ticket.request, self._adapters) for ticket in its]
+                    self._put_each(table, read, its, keys)
         return waiting
+
+    def _read_together(
+        self, tickets: list[Ticket], layout: PrefillLayout, draining: bool
+    ) -> list[tuple[Read, list[Ticket]]]:
+        """Read prompts of which several share a row; one by one if any of them is not finite."""
+        requests = [self._place(ticket.request) for ticket in tickets]
+        size = 1 << (layout.size - 1).bit_length() if draining else ADMITTED
+        read = self._reader.together(self._network, requests, layout, size)
+        if len(tickets) == 1 or not np.any(np.asarray(read.progress.failed)[: len(tickets)]):
+            return [(read, tickets)]
+        # A NaN reaches those beside it, since 0 · NaN is NaN.
+        plan = self._draining if draining else self._reader
+        layouts = [(ticket, plan.layout([ticket], 1, 1)) for ticket in tickets]
+        return [pair for ticket, one in layouts if one for pair in self._read_together([ticket], one, draining)]
 
     def _next_waiting(self, draining: bool) -> list[Ticket]:
         """The waiting requests, in order; of an open queue without those that are read in parts."""

@@ -1,5 +1,7 @@
 """Continuous batching against one prompt at a time."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import jax
@@ -183,6 +185,37 @@ def test_a_row_whose_logits_are_not_finite_ends_there(steered, tiny_base, alone)
     np.testing.assert_array_equal(out.stopped, [False, False])
     with pytest.raises(FloatingPointError, match="here: the model gave non-finite logits"):
         list(score_continuations(model, tiny_base, steering, [outside], [[np.int32([4]), np.int32([5])]]))
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_prompt_that_is_not_finite_spares_those_read_with_it(draining, make, alone):
+    asked, _, whole = alone
+    outside = Prompt(np.int32([3, 4, 1000]), np.zeros(3, bool), np.zeros(3, np.float32), 3)
+    decode = make(replace(LIMITS, rows=8))
+    for request in requests([asked[1], outside, asked[2], asked[3]]):
+        decode.submit(request)
+    events = []
+    while decode.pending:
+        events += decode.step(draining=draining)
+    assert {event.id: event.finished for event in events if event.finished} == dict(
+        enumerate(["length", "nonfinite", "length", "length"])
+    )
+    for id, want in ((0, whole[1]), (2, whole[2]), (3, whole[3])):
+        np.testing.assert_array_equal(np.concatenate([event.tokens for event in events if event.id == id]), want)
+
+
+def test_nothing_of_a_request_is_kept(make, alone):
+    asked, stops, _ = alone
+    decode = make(replace(LIMITS, prefill_chunk=10))
+    left = []
+    for request in mixed(asked, stops):
+        left.append(weakref.ref(request))
+        decode.submit(request)
+    del request
+    while decode.pending:
+        decode.step()
+    gc.collect()
+    assert [each for each in left if each() is not None] == []
 
 
 def test_answers_longer_than_the_context_are_refused(steered, tiny_base):
