@@ -345,7 +345,7 @@ class Decoder:
         every prompt in its row."""
         requests = [self._place(ticket.request) for ticket in tickets]
         read = self._reader.together(self._network, requests, layout, size)
-        if len(tickets) == 1 or not np.asarray(read.progress.failed).any():
+        if len(tickets) == 1 or not np.asarray(read.progress.failed)[: len(tickets)].any():
             return [(read, tickets)]
         alone = layout._replace(size=1, rows=[[0], *([] for _ in layout.rows[1:])])
         together = partial(self._reader.together, self._network, layout=alone, size=size)

@@ -557,7 +557,7 @@ def test_a_conversation_in_a_terminal(files, tmp_path):
         terminal.wait_for("/help lists the commands")
         terminal.wait_for("talk >")
         terminal.type("ab\r")
-        terminal.wait_for(r"ab\s+\S")
+        terminal.wait_for(r"ab[\s⠀-⣿.]+[^\s⠀-⣿.]")  # behind the spinner
         terminal.type("\x03")
         terminal.wait_for("stopped; /retry answers again")
         terminal.wait_for("talk >")

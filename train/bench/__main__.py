@@ -1,4 +1,4 @@
-"""Benchmarks: `jaxsteer bench train --batch-size 8 --sequence-length 256`; `data`, `decode`, `eval`, `load`, `serve`.
+"""Benchmarks: `jaxsteer bench train --batch-size 8 --sequence-length 256`, `data`, `decode`, `eval`, `load` or `serve`.
 
 Each prints a table and, with --json, writes the figures to a file. To compare two settings, interleave their runs on a
 quiet machine. `against` measures other programs beside jaxsteer, and `accelerator` all that needs one; both save each

@@ -8,12 +8,13 @@ or a pipe, with a message or a command in each line; the exit status is then 1 i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Annotated, Literal
 
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jaxsteer.inference.draws import Sampling
 from jaxsteer.io import SteeringFile, load_config
@@ -139,7 +140,14 @@ def prepare(config: ChatConfig) -> Start:
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,
     )
-    sizes = EngineSettings(rows=2, max_prompt=context - 1, max_new_tokens=longest, chunk=CHUNK, prefix_tokens=context)
+    sizes = EngineSettings(
+        rows=2,
+        max_prompt=context - 1,
+        max_new_tokens=longest,
+        chunk=CHUNK,
+        prefix_tokens=context,
+        warm=False,  # one person waits for the programs of one size rather than for those of all
+    )
     return Start(sources, settings, sizes, context)
 
 
@@ -181,9 +189,11 @@ def chat(config: ChatConfig, start: Start) -> bool:
     places = max(1, len(start.sources))
     roster = open_roster(start.sources, config.model, dtype=config.dtype, places=places, other_base=config.other_base)
     ctrl_c, console, notes = CtrlC(), get_console(), get_console(stderr=True)
+    waiting = partial(notes.status, "[dim]...") if is_typed() else nullcontext
     with Engine(roster, start.sizes) as engine:
-        _compile(engine)
-        talk = Chat(Talker(engine, start.context, ctrl_c), start.settings, console, notes, show_shift=config.show_shift)
+        engine.start()
+        talker = Talker(engine, start.context, ctrl_c, waiting)
+        talk = Chat(talker, start.settings, console, notes, show_shift=config.show_shift)
         read = open_lines(talk.words())
         if not is_typed():
             talk.run(read)
@@ -192,15 +202,6 @@ def chat(config: ChatConfig, start: Start) -> bool:
         with ctrl_c.handled():
             talk.run(read)
         return True
-
-
-def _compile(engine: Engine) -> None:
-    bar = Progress(
-        TextColumn("Compiling"), BarColumn(), MofNCompleteColumn(), console=get_console(stderr=True), transient=True
-    )
-    with bar:
-        task = bar.add_task("compile", total=None)
-        engine.start(lambda done, total: bar.update(task, completed=done, total=total))
 
 
 def main() -> None:

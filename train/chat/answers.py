@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -49,11 +50,13 @@ class Talker:
     engine   runs it
     context  maximum number of tokens of a conversation with its last answer
     ctrl_c   stops an answer
+    waiting  shows that an answer is being waited for, until its first tokens come
     """
 
     engine: Engine
     context: int
     ctrl_c: CtrlC
+    waiting: Callable[[], AbstractContextManager] = nullcontext
 
     @property
     def roster(self) -> Roster:
@@ -144,11 +147,14 @@ class Talker:
             try:
                 for number, request in enumerate(requests):
                     jobs.append(self.engine.submit(request, _listener(news.put, number)))
-                while not (stopped or all(reply.finished for reply in replies)):
-                    if (item := news.get()) is None:
-                        stopped = True
-                    else:
-                        _take(replies[item[0]], *item, display)
+                with self.waiting():
+                    item = news.get()
+                while item is not None:
+                    _take(replies[item[0]], *item, display)
+                    if all(reply.finished for reply in replies):
+                        break
+                    item = news.get()
+                stopped = item is None
             finally:
                 for job in jobs:
                     job.cancel()

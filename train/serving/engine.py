@@ -56,7 +56,7 @@ class EngineSettings:
     queue           jobs that may wait for a row, and calls of `Engine.run` that may wait
     prefill_chunk   prompts with more tokens are read that many at a time, so that other jobs go on
     prefix_tokens   keys and values of up to so many prompt tokens are kept for prompts that begin alike; 0 for none
-
+    warm            compile all programs before the first job; otherwise each when a job first needs it
     """
 
     rows: int = 32
@@ -66,6 +66,7 @@ class EngineSettings:
     queue: int = 256
     prefill_chunk: int = 256
     prefix_tokens: int = 0
+    warm: bool = True
 
     def __post_init__(self) -> None:
         """Reject a queue that there cannot be; `Limits` rejects the rest."""
@@ -152,12 +153,13 @@ class Engine:
         return self._ledger.closed
 
     def start(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compile all programs, so that no client waits for that, and start the thread.
+        """Start the thread; first compile all programs, so that no client waits for that, unless the settings say not.
 
         Args:
             progress: called as progress(done, total) after each of `total` parts of the work.
         """
-        self._worker.decoder.warm(progress)
+        if self.settings.warm:
+            self._worker.decoder.warm(progress)
         self._thread.start()
 
     def close(self, grace: float = 0.0) -> None:
@@ -259,7 +261,8 @@ class Engine:
             assert lineup.adapters is not None
             if present is None or present.plan != lineup.adapters.plan:
                 decoder = make_decoder(self.roster, lineup.adapters, self._limits)
-                decoder.warm()
+                if self.settings.warm:
+                    decoder.warm()
             adopted: Future[None] = Future()
             with self._door:
                 self._refuse_if_closed()
