@@ -109,8 +109,9 @@ def _server(config: ServeBench, loaded: LoadedModel, file: SteeringFile | None, 
         return
     command = [sys.executable, "-m", "train", "serve", config.steering, "--port", "0", "--dtype", config.dtype]
     command += ["--model", config.model or (file.model_name if file else "smollm2-135m-instruct")]
-    command += ["--max-prompt", str(longest), "--max-new-tokens", str(config.new_tokens)]
     command += ["--rows", str(max(config.clients))]
+    for option, default, needed in (("--max-prompt", 1024, longest), ("--max-new-tokens", 512, config.new_tokens)):
+        command += [option, str(max(default, needed))]  # as users start it, if that is enough
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         assert process.stdout is not None
