@@ -64,7 +64,7 @@ class EngineSettings:
     max_new_tokens: int = 512
     chunk: int = 8
     queue: int = 256
-    prefill_chunk: int = 256
+    prefill_chunk: int = 512
     prefix_tokens: int = 0
     warm: bool = True
 

@@ -389,7 +389,7 @@ def test_an_idle_engine_waits(engine):
     before = len(rounds)
     for _ in range(20):
         engine.run(lambda network, adapters: None).result(60)
-    assert len(rounds) - before <= 22
+    assert len(rounds) - before <= 2 * 20 + 4  # a call is a message when it comes and one when it ends
 
 
 # ---- memory
