@@ -62,20 +62,25 @@ def version() -> str:
     return found[1]
 
 
-TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
-"""Large arrays in huge pages, and in memory that is kept for the next ones."""
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+"""Large arrays in huge pages."""
+KEPT_MEMORY = f"{HUGE_PAGES}:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+"""And in memory that is kept for the next ones."""
+
+SERVERS = ("chat", "serve")
+"""Commands that wait most of the time, and give back the memory of rows and slots that they no longer need."""
 
 
-def keep_memory() -> None:
-    """Start this process again with an allocator that keeps memory; glibc reads how from the environment at its start.
+def set_allocator(name: str) -> None:
+    """Start this process again with the allocator that suits a command, which glibc reads from the environment.
 
-    Otherwise the system gives and takes back a training step's temporaries, page by page: 5 to 25 % of its time on a
-    CPU. glibc keeps the memory of the main thread, in which JAX allocates unless it dispatches to another. A user's own
-    GLIBC_TUNABLES are left alone.
+    Without kept memory the system gives and takes back a training step's temporaries, page by page: 5 to 25 % of its
+    time on a CPU. glibc keeps the memory of the main thread, in which JAX allocates unless it dispatches to another. A
+    user's own GLIBC_TUNABLES are left alone.
     """
     os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = TUNABLES
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES if name in SERVERS else KEPT_MEMORY
         os.execv(sys.executable, sys.orig_argv)
 
 
@@ -100,7 +105,7 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(1)
-    keep_memory()
+    set_allocator(name)
     sys.argv = [f"jaxsteer {name}", *arguments]
     with interrupts.handling():  # importing JAX takes seconds, in which Ctrl-C must end quietly too
         runpy.run_module(f"train.{name}", run_name="__main__", alter_sys=True)

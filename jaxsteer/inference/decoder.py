@@ -20,7 +20,7 @@ from jaxsteer.inference.layouts import (
     ADMITTED,
     PrefillLayout,
     any_scaled,
-    wanted,
+    drawing_of,
 )
 from jaxsteer.inference.prefixes import Key, Prefixes
 from jaxsteer.inference.reading import Read, Reader, Reading
@@ -369,7 +369,7 @@ class Decoder:
                 self._prefixes.add(keys[i], ticket.request.prompt, prompt)
 
     def _enough(self, waiting: list[Ticket], count: int, draining: bool) -> int:
-        """Decode until so many rows are free: to admit others or, when draining, to continue in half as many rows."""
+        """Number of free rows at which decoding stops: to admit others or, when draining, to go on in half the rows."""
         enough = count
         if waiting:
             enough = (self._draining if draining else self._reader).fewest(waiting, count)
@@ -380,9 +380,9 @@ class Decoder:
         return min(count, enough + (self._reading is not None))
 
     def _advance(self, table: Table, enough: int) -> Emitted:
-        """Decode until so many rows are free, for at most `limits.chunk` steps."""
+        """Decode until `enough` rows are free, for at most `limits.chunk` steps."""
         requests, general = [ticket.request for ticket in table.active], self.limits.general
-        static: Any = {"scaled": any_scaled(requests, general), **wanted(requests, general)}
+        static: Any = {"scaled": any_scaled(requests, general), "drawing": drawing_of(requests, general)}
         table.rows, emitted = advance(
             self._stepping(), table.rows, table.reported, np.int32(enough), chunk=self.limits.chunk, **static
         )

@@ -82,6 +82,17 @@ class Top(NamedTuple):
     log_probabilities: Array
 
 
+class Drawing(NamedTuple):
+    """What a program that draws is compiled to do.
+
+    sampling  draw at random where the temperature is above 0
+    top       find the likeliest tokens where they are asked for
+    """
+
+    sampling: bool
+    top: bool
+
+
 class Draw(NamedTuple):
     """The next token of each row, [B] unless noted.
 
@@ -168,9 +179,7 @@ def is_stop(token: Array, settings: Settings) -> Array:
     return jnp.any(token[:, None] == settings.stop_tokens, axis=1)
 
 
-def draw_tokens(
-    network: Network, hidden: Array, settings: Settings, drawn: Array, sampling: bool, asked: Array | None = None
-) -> Draw:
+def draw_tokens(network: Network, hidden: Array, settings: Settings, drawn: Array, drawing: Drawing) -> Draw:
     """Draw the next token of each row.
 
     Args:
@@ -178,20 +187,24 @@ def draw_tokens(
         hidden: last hidden states [B, D].
         settings: what each row asks for.
         drawn: int32 [B], the index of the token in its answer.
-        sampling: whether any row has a temperature above 0 (static).
-        asked: bool [], whether to find the likeliest tokens, which are zeros otherwise; None = leave them out (static).
+        drawing: what any row may ask for (static).
     """
     logits = next_logits(network.base, hidden, network.model.config.final_softcap)
     best, highest = likeliest(logits)
     others = jnp.where(_tokens_of(logits) == best[:, None], -jnp.inf, logits)
     margin, token, at_token = highest - jnp.max(others, axis=-1), best, highest
-    if sampling:
+    if drawing.sampling:
         token = _sample(logits, best, settings, drawn)
         at_token = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    log_total = jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
+    log_total = log_total_of(logits, highest)
     log_probability = at_token - highest - log_total
-    top = None if asked is None else _top_if(asked, logits, highest, log_total)
+    top = _top_if(jnp.any(settings.top > 0), logits, highest, log_total) if drawing.top else None
     return Draw(token, log_probability.astype(jnp.float32), margin.astype(jnp.float32), top)
+
+
+def log_total_of(logits: Array, highest: Array) -> Array:
+    """log Σ exp(z − max z) of logits z [B, V], given max z [B]."""
+    return jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
 
 
 def likeliest_tokens(logits: Array, highest: Array, log_total: Array, count: int) -> Top:
@@ -200,7 +213,7 @@ def likeliest_tokens(logits: Array, highest: Array, log_total: Array, count: int
     Args:
         logits: [B, V].
         highest: the largest of each row, [B].
-        log_total: [B], log Σ exp(z - highest).
+        log_total: [B], from `log_total_of`.
         count: K (static).
     """
     values, tokens = jax.lax.top_k(logits, min(count, logits.shape[-1]))

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsteer.adapters import BASE
 from jaxsteer.batches import bucket_length, pack, stack_rows
-from jaxsteer.inference.draws import NO_TOKEN, Settings
+from jaxsteer.inference.draws import NO_TOKEN, Drawing, Settings
 from jaxsteer.inference.rows import Admission
 from jaxsteer.inference.scheduling import Limits, Request
 from jaxsteer.sharding import row_shards
@@ -209,12 +209,12 @@ def _settings(requests: Sequence[Request], size: int, stop_width: int, slots: Se
     return Settings(**fields)
 
 
-def wanted(requests: Sequence[Request], general: bool = False) -> dict[str, bool]:
-    """Static arguments of the programs that draw: whether any request samples, and whether any has tops reported."""
-    return {
-        "sampling": general or any(request.sampling.temperature > 0 for request in requests),
-        "top": general or any(request.top for request in requests),
-    }
+def drawing_of(requests: Sequence[Request], general: bool = False) -> Drawing:
+    """What the requests ask of the programs that draw; `general`: whatever any request may ask for."""
+    return Drawing(
+        sampling=general or any(request.sampling.temperature > 0 for request in requests),
+        top=general or any(request.top for request in requests),
+    )
 
 
 def any_scaled(requests: Sequence[Request], general: bool = False) -> bool:

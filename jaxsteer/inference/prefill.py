@@ -7,8 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.inference.draws import draw_tokens, is_stop, no_top
-from jaxsteer.inference.rows import Admission, Progress, replicate, steered
+from jaxsteer.inference.draws import Drawing, draw_tokens, no_top
+from jaxsteer.inference.rows import Admission, Progress, proceeded, replicate, steered
 from jaxsteer.models.layers import KeysValues
 from jaxsteer.models.transformer import Model, Network, forward, init_cache
 from jaxsteer.sharding import constrain
@@ -92,37 +92,24 @@ def _place_alone(cache: Cache) -> Cache:
     return Cache(k, v, *replicate(cache[2:]))
 
 
-@partial(jax.jit, static_argnames=("sampling", "top"))
-def first_tokens(network: Network, hidden: Array, admission: Admission, *, sampling: bool, top: bool) -> Progress:
+@partial(jax.jit, static_argnames="drawing")
+def first_tokens(network: Network, hidden: Array, admission: Admission, drawing: Drawing) -> Progress:
     """Draw the first token of each answer.
 
     Args:
         network: the model and its weights.
         hidden: hidden states of the prompts, [P, W, D].
         admission: where their last tokens are.
-        sampling: whether any of the requests may have a temperature above 0 (static).
-        top: whether any of the requests may ask for the likeliest tokens (static).
+        drawing: what any of the requests may ask for (static).
     """
     settings = admission.settings
     last = hidden[admission.source, admission.last]
-    asked = jnp.any(settings.top > 0) if top else None
-    draw = draw_tokens(network, last, settings, jnp.zeros_like(admission.length), sampling, asked)
-    failed = ~jnp.isfinite(draw.log_probability)
-    stopped = is_stop(draw.token, settings) & ~failed
-    ended = stopped | failed
-    drawn = 1 - ended.astype(jnp.int32)
-    progress = Progress(
-        jnp.where(ended, 0, draw.token),
-        draw.log_probability,
-        admission.length,
-        drawn,
-        stopped,
-        ended | (drawn >= settings.limit),
-        draw.margin,
-        failed,
-        no_top(drawn.shape, network.model.config.vocab_size) if draw.top is None else draw.top,
-    )
-    return replicate(progress)
+    draw = draw_tokens(network, last, settings, jnp.zeros_like(admission.length), drawing)
+    zeros, no = jnp.zeros_like(admission.length), jnp.zeros(admission.length.shape, bool)
+    top = no_top(zeros.shape, network.model.config.vocab_size) if draw.top is None else draw.top
+    floats = zeros.astype(jnp.float32)
+    before = Progress(zeros, floats, admission.length - 1, zeros, no, no, floats + jnp.inf, no, top)
+    return replicate(proceeded(before, settings, draw)[1])
 
 
 @partial(jax.jit, static_argnames="slots")

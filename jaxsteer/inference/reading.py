@@ -16,6 +16,7 @@ from jaxsteer.inference.layouts import (
     ADMITTED,
     PrefillLayout,
     any_scaled,
+    drawing_of,
     make_admission,
     open_prefill,
     part_adapters,
@@ -24,7 +25,6 @@ from jaxsteer.inference.layouts import (
     prefill_adapters,
     prefill_batch,
     prefill_strength,
-    wanted,
     widths_of,
 )
 from jaxsteer.inference.prefill import empty_prompt, first_tokens, prefill, prompts_of, read_part, resume_prompt
@@ -108,7 +108,7 @@ class Reader:
         adapters: Any = prefill_adapters(requests, layout)
         hidden, cache = prefill(network, batch, strength, adapters)
         admission = make_admission(requests, layout, size, stop_width=self._limits.max_stop_tokens, slots=self._slots)
-        return Read(admission, first_tokens(network, hidden, admission, **wanted(requests, general)), cache)
+        return Read(admission, first_tokens(network, hidden, admission, drawing_of(requests, general)), cache)
 
     # ---- in parts
 
@@ -129,7 +129,7 @@ class Reader:
         return found if rest < whole else None
 
     def _parts(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """(width, number of tokens) of each part in which so many tokens are read.
+        """(width, number of tokens) of each part in which a number of tokens is read.
 
         A part that is not the last has a column more: whether a token is the prompt's last depends on the next one.
         """
@@ -173,7 +173,7 @@ class Reader:
         layout = PrefillLayout(1, [[0]], len(reading.request))
         admission = make_admission(alone, layout, ADMITTED, stop_width=limits.max_stop_tokens, slots=self._slots)
         admission = admission._replace(last=np.full(ADMITTED, last))  # type: ignore[arg-type]  # numpy on the host
-        progress = first_tokens(network, hidden, admission, **wanted(alone, limits.general))
+        progress = first_tokens(network, hidden, admission, drawing_of(alone, limits.general))
         return Read(admission, progress, reading.cache)
 
     # ---- before the first request
@@ -202,7 +202,7 @@ class Reader:
         return read, windows
 
     def _warm_parts(self, network: Network, request: Request, slots: int) -> KeysValues:
-        """Run the programs for the parts of a prompt that needs so many slots."""
+        """Run the programs that read a prompt of `slots` slots in parts."""
         for width in self._part_widths:
             reading = Reading(request, None, self._empty(network, slots + self.widths[-1]), 0)
             for _ in range(2):  # where the base is committed to a device, a new cache is not yet

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.inference.draws import NO_TOKEN, Settings, Top, draw_tokens, is_stop, no_top
+from jaxsteer.inference.draws import NO_TOKEN, Draw, Drawing, Settings, Top, draw_tokens, is_stop, no_top
 from jaxsteer.models.by_layer import put_rows, split_cache
 from jaxsteer.models.layers import KeysValues
 from jaxsteer.models.transformer import Model, Network, forward, init_cache
@@ -157,7 +157,7 @@ def fill(rows: Rows, prompts: KeysValues, row: Array) -> Rows:
     return replace(rows, cache=rows.cache._replace(k=k, v=v))
 
 
-@partial(jax.jit, static_argnames=("chunk", "sampling", "scaled", "top"), donate_argnames="rows")
+@partial(jax.jit, static_argnames=("chunk", "drawing", "scaled"), donate_argnames="rows")
 def advance(
     network: Network,
     rows: Rows,
@@ -165,9 +165,8 @@ def advance(
     enough: Array,
     *,
     chunk: int,
-    sampling: bool,
+    drawing: Drawing,
     scaled: bool = False,
-    top: bool = False,
 ) -> tuple[Rows, Emitted]:
     """Decode until `enough` rows are done, for at most `chunk` steps.
 
@@ -177,9 +176,8 @@ def advance(
         reported: int32 [B], how many tokens of each row have been reported; at most one fewer than were drawn.
         enough: int32 [].
         chunk: maximum number of steps (static).
-        sampling: whether any active row has a temperature above 0 (static).
+        drawing: what any active row may ask for (static).
         scaled: whether any active row has a strength other than 1 (static).
-        top: whether any active row may ask for the likeliest tokens (static).
 
     Returns:
         The rows, and the tokens that were not reported yet.
@@ -200,36 +198,43 @@ def advance(
         output = forward(network.model, network.base, network.steering, batch, cache=cache, **slots)
         assert output.cache is not None
         cache = output.cache._replace(used=first + (output.cache.used - first) % rows.ring)
-        asked = jnp.any(active & (settings.top > 0)) if top else None
-        drawing = settings._replace(temperature=jnp.where(active, settings.temperature, 0))
-        draw = draw_tokens(network, output.hidden[:, 0], drawing, progress.drawn, sampling, asked)
-        failed = active & ~jnp.isfinite(draw.log_probability)
-        stopped = active & ~failed & is_stop(draw.token, settings)
-        kept = active & ~stopped & ~failed
+        asked = settings._replace(
+            temperature=jnp.where(active, settings.temperature, 0), top=jnp.where(active, settings.top, 0)
+        )
+        draw = draw_tokens(network, output.hidden[:, 0], asked, progress.drawn, drawing)
+        kept, after = proceeded(progress, settings, draw)
         here = column(kept) & (columns == column(progress.drawn - reported))
-        drawn = progress.drawn + kept.astype(jnp.int32)
         put = lambda new, old: jnp.where(here.reshape(here.shape + (1,) * (old.ndim - 2)), new[:, None], old)
         emitted = jax.tree.map(put, Emitted(draw.token, draw.log_probability, draw.top), emitted)
-        progress = Progress(
-            jnp.where(kept, draw.token, 0),
-            draw.log_probability,
-            progress.position + active.astype(jnp.int32),
-            drawn,
-            progress.stopped | stopped,
-            progress.done | stopped | failed | (drawn >= settings.limit),
-            jnp.where(active, jnp.minimum(progress.margin, draw.margin), progress.margin),
-            progress.failed | failed,
-            progress.top,
-        )
-        return step + 1, cache, progress, emitted
+        return step + 1, cache, after, emitted
 
     progress = rows.progress
-    unreported = Emitted(progress.token, progress.log_probability, progress.top if top else None)
+    unreported = Emitted(progress.token, progress.log_probability, progress.top if drawing.top else None)
     then_zeros = lambda field: jnp.zeros((len(field), chunk + 1, *field.shape[1:]), field.dtype).at[:, 0].set(field)
     emitted = jax.tree.map(then_zeros, unreported)
     start = (jnp.int32(0), rows.cache, progress, emitted)
     _, cache, progress, emitted = jax.lax.while_loop(unfinished, decode, start)
     return place(Rows(cache, settings, progress, rows.ring)), replicate(emitted)
+
+
+def proceeded(progress: Progress, settings: Settings, draw: Draw) -> tuple[Array, Progress]:
+    """Which rows have one more token after a draw, bool [B], and how far all are then."""
+    active = ~progress.done
+    failed = active & ~jnp.isfinite(draw.log_probability)
+    stopped = active & ~failed & is_stop(draw.token, settings)
+    kept = active & ~stopped & ~failed
+    drawn = progress.drawn + kept.astype(jnp.int32)
+    return kept, Progress(
+        jnp.where(kept, draw.token, 0),
+        draw.log_probability,
+        progress.position + active.astype(jnp.int32),
+        drawn,
+        progress.stopped | stopped,
+        progress.done | stopped | failed | (drawn >= settings.limit),
+        jnp.where(active, jnp.minimum(progress.margin, draw.margin), progress.margin),
+        progress.failed | failed,
+        progress.top,
+    )
 
 
 def steered(network: Network, strength: Array | None, adapters: Array | None) -> dict[str, Any]:

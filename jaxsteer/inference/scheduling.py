@@ -62,7 +62,7 @@ class Limits:
     max_stop_tokens  maximum number of stop tokens of a request
     prefill_chunk    a longer prompt is read in parts of this many tokens, one between two chunks of decoding, so that
                      the other requests go on; not while the queue is drained
-    prefix_tokens    keys and values of so many tokens of prompts are kept, for prompts that begin alike; 0 = none
+    prefix_tokens    maximum number of prompt tokens whose keys and values are kept, for prompts that begin alike
     general          compile only programs that can do whatever requests ask for, a little slower for greedy decoding at
                      full strength: with `Decoder.warm`, no request waits for a compiler
     """

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxsteer.inference.draws import Top, likeliest_tokens, no_top
+from jaxsteer.inference.draws import Top, likeliest_tokens, log_total_of, no_top
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
 from jaxsteer.objective import chunk_width, next_tokens, scan_counted
 from jaxsteer.sharding import constrain
@@ -75,7 +75,7 @@ def score_hidden(model: Model, base: PyTree, hidden: Array, batch: Batch, top: i
 def _score_logits(logits: Array, tokens: Array, top: int) -> TokenScores:
     """The scores of tokens [n] in their logits [n, V]."""
     highest = jnp.max(logits, axis=-1)
-    log_total = jnp.log(jnp.sum(jnp.exp(logits - highest[:, None]), axis=-1))
+    log_total = log_total_of(logits, highest)
     at_token = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     log_probability = (at_token - highest - log_total).astype(jnp.float32)
     return TokenScores(log_probability, likeliest_tokens(logits, highest, log_total, top) if top else None)

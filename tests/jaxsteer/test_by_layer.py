@@ -8,6 +8,7 @@ import pytest
 from tiny import close, fast_jit, random_steering, slot_of, supervised_batch
 
 from jaxsteer import Model, ModelConfig, init_base
+from jaxsteer.inference.draws import Drawing
 from jaxsteer.inference.rows import Sizes, advance, empty_rows
 from jaxsteer.models.by_layer import layers_to_decode
 from jaxsteer.models.transformer import Network, forward
@@ -45,7 +46,7 @@ def compiled_step(base, by_layer):
     rows = empty_rows(model, Sizes(4, 16, 23, 2), "float32", by_layer=by_layer)
     network = Network(model, stepping, random_steering(plan, CONFIG))
     args = (network, rows, np.zeros(4, np.int32), np.int32(4))
-    return advance.lower(*args, chunk=8, sampling=False).compile().as_text()
+    return advance.lower(*args, chunk=8, drawing=Drawing(sampling=False, top=False)).compile().as_text()
 
 
 def test_a_step_copies_neither_weights_nor_caches(base):

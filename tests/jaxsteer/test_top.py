@@ -20,6 +20,7 @@ from jaxsteer.inference import (
     score_continuations,
     score_tokens,
 )
+from jaxsteer.inference.draws import Drawing
 from jaxsteer.inference.rows import Sizes, advance, empty_rows
 from jaxsteer.models.transformer import Network, logits_of, output_embedding
 
@@ -136,7 +137,7 @@ def test_programs_without_tops_do_not_look_for_them(model, adapters, tiny_base):
         network = Network(model, tiny_base, adapters.steering)
         state = empty_rows(model, Sizes(4, 16, 8, 2), "float32", adapters=True)
         reported = np.zeros(4, np.int32)
-        return advance.lower(network, state, reported, np.int32(4), chunk=3, sampling=False, top=top).as_text()
+        return advance.lower(network, state, reported, np.int32(4), chunk=3, drawing=Drawing(False, top)).as_text()
 
     assert "chlo.top_k" in text(True)
     assert "chlo.top_k" not in text(False)
@@ -163,7 +164,7 @@ def test_no_program_sorts_the_vocabulary(model, adapters, tiny_base, packed):
     state = empty_rows(model, Sizes(4, 16, 8, 2), "float32", adapters=True)
     some = np.zeros(4, np.int32), np.int32(4)
     programs = [
-        advance.lower(network, state, *some, chunk=3, sampling=False, top=True),
+        advance.lower(network, state, *some, chunk=3, drawing=Drawing(False, True)),
         score_tokens.lower(model, tiny_base, adapters.steering, batch, adapters=index, top=5),
     ]
     for program in programs:

@@ -199,7 +199,7 @@ def test_the_kill_matrix(tiny_folder, tiny_data, tmp_path):
         return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
     def wait(process, out, steps):
-        """Until so many steps are done; the seconds that it took."""
+        """Wait until this many steps are done; gives the seconds that it took."""
         began = time.monotonic()
         while process.poll() is None and count(out) < steps:
             time.sleep(0.001)

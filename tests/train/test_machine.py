@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxsteer.io import cache_folder
-from train.__main__ import TUNABLES, keep_memory
+from train.__main__ import HUGE_PAGES, KEPT_MEMORY, set_allocator
 from train.devices.machine import device_summary, matmul_peak_flops, peak_memory_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -78,13 +78,20 @@ def test_summary_is_one_line():
     assert jax.__version__ in text
 
 
-@pytest.mark.parametrize("own", [None, "glibc.malloc.check=0"])
-def test_a_command_starts_again_with_memory_that_is_kept_unless_told_otherwise(own, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "own", "found"),
+    [
+        ("sft", None, KEPT_MEMORY),
+        ("serve", None, HUGE_PAGES),
+        ("sft", "glibc.malloc.check=0", "glibc.malloc.check=0"),
+    ],
+)
+def test_a_command_starts_again_with_its_allocator_unless_told_otherwise(name, own, found, monkeypatch):
     begun = []
     monkeypatch.setattr(os, "execv", lambda *args: begun.append(args))
     monkeypatch.setattr(sys, "platform", "linux")
     others = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     monkeypatch.setattr(os, "environ", others | ({"GLIBC_TUNABLES": own} if own else {}))
-    keep_memory()
+    set_allocator(name)
     assert begun == ([] if own else [(sys.executable, sys.orig_argv)])
-    assert os.environ["GLIBC_TUNABLES"] == (own or TUNABLES)
+    assert os.environ["GLIBC_TUNABLES"] == found

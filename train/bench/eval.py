@@ -118,7 +118,7 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
 
 
 def questions(data: str | None, field: str, count: int, tokenizer: Tokenizer) -> list[TokenizedExample]:
-    """Prompts, so many at most.
+    """Prompts, at most `count` of them.
 
     Args:
         data: JSONL file; None for random tokens, as long as GSM8K's questions.

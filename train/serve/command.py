@@ -59,7 +59,7 @@ class ServeConfig:
     queue: int = 256
     """Answers that may wait; further requests get status 429."""
     prefix_tokens: int = 4096
-    """Keys and values of up to so many tokens of prompts are kept for prompts that begin alike; 0: of none."""
+    """Maximum number of prompt tokens whose keys and values are kept, for prompts that begin alike."""
     timeout: float = 300.0
     """Seconds after which a request ends with an error, waiting or not."""
     strength: float = 1.0

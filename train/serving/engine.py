@@ -55,7 +55,7 @@ class EngineSettings:
     chunk           maximum number of tokens of a job between two events, after which a cancelled one has left its row
     queue           jobs that may wait for a row, and calls of `Engine.run` that may wait
     prefill_chunk   prompts with more tokens are read that many at a time, so that other jobs go on
-    prefix_tokens   keys and values of up to so many prompt tokens are kept for prompts that begin alike; 0 for none
+    prefix_tokens   maximum number of prompt tokens whose keys and values are kept, for prompts that begin alike
     warm            compile all programs before the first job; otherwise each when a job first needs it
     """
 
@@ -74,7 +74,7 @@ class EngineSettings:
             raise ValueError(f"queue must be at least 0, got {self.queue}")
 
     def limits(self, context: int) -> Limits:
-        """The sizes of a decoder whose model has a context of so many tokens.
+        """The sizes of a decoder whose model has a context of `context` tokens.
 
         Raises:
             ValueError: a size that there cannot be.

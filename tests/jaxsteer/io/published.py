@@ -69,7 +69,7 @@ def names_of(arch):
 
 
 def into_files(folder, count):
-    """The folder, its weights dealt out to so many files with an index."""
+    """The folder, its weights dealt out to `count` files with an index."""
     tensors = load_file(folder / "model.safetensors")
     where = {name: f"model-{i % count + 1:05}-of-{count:05}.safetensors" for i, name in enumerate(sorted(tensors))}
     for file in set(where.values()):
