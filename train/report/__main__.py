@@ -29,13 +29,13 @@ class ReportConfig:
     out: str | None = None
     """The HTML file; by default report.html in the run's folder, or here for several runs."""
     examples: int = 50
-    """Maximum number of answers that are shown of each run."""
+    """Maximum number of test questions that are shown of each run."""
 
     def place(self) -> Path:
         """Where the report goes.
 
         Raises:
-            ValueError: no run, no number of answers, or a place for no HTML file.
+            ValueError: no run is given, --examples is negative, or --out cannot be an HTML file.
         """
         if not self.runs:
             raise ValueError("which run? Give its folder: jaxsteer report runs/quickstart")
