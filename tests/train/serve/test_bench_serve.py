@@ -58,5 +58,5 @@ def test_what_a_server_refuses(url, served_folder, short):
     asks = {"url": url, "data": short, "clients": (2,), "compare": False}
     with pytest.raises(ValueError, match=r"has no model 'mine', only tiny, steered; .*NAME=PATH"):
         bench_serve(ServeBench(f"mine={steering}", **asks))
-    with pytest.raises(ValueError, match="answered with status 400: .*max_tokens"):
+    with pytest.raises(ValueError, match=r"answered with status 400: .*max_tokens"):
         bench_serve(ServeBench(steering, new_tokens=17, **asks))
