@@ -2,7 +2,7 @@
 
 One HTML file with curves, answers before and after, what is steered where, settings and the commands to do it again. It
 loads nothing from elsewhere, so it can be sent to a colleague. Runs that have not finished are reported as far as they
-are.
+have come.
 """
 
 from __future__ import annotations

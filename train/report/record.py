@@ -14,13 +14,11 @@ from train.display.failures import sentence_of
 from train.evaluation.answers import ScoredAnswer, read_answers
 from train.report.words import interval, number, share
 from train.run.folder import RunFolder, read_history, read_inputs
+from train.run.lofit import STAGES
 from train.run.metrics import read_metrics
 from train.run.starts import read_starts
 
 T = TypeVar("T")
-
-STAGES = ("scale", "shift")
-"""Folders of the two runs of LoFiT, in that of both."""
 
 
 @dataclass(frozen=True)
