@@ -62,12 +62,17 @@ def module_of(path):
 def imports(path):
     """Every module that a file imports, at the top or inside a function."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        yield from imported_by(node)
+
+
+def imported_by(node):
+    """The modules that an import statement names."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"relative import of {node.module}"
+        yield node.module
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def forbidden(importer, imported):
@@ -148,6 +153,20 @@ def test_importing_the_library_is_light():
     code = f"import sys, jaxsteer; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_only_the_server_needs_its_packages():
+    """Those of the extra `serve`; a function may import them when it is called."""
+    extra = {"starlette", "uvicorn", "sse_starlette", "pydantic", "prometheus_client", "httpx2"}
+    needed = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in FILES
+        if room(module_of(path)) != "train.serve"
+        for node in ast.parse(path.read_text()).body
+        for name in imported_by(node)
+        if name.split(".")[0] in extra
+    }
+    assert needed == set()
 
 
 def test_test_files_have_names_of_their_own():

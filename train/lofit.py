@@ -21,7 +21,7 @@ from train.cli import Run, from_command_line, run_main
 from train.config import TO_BE_RESUMED, TrainConfig
 from train.devices.processes import fetch, join, on_first
 from train.run.folder import RunFolder, check_run, locked, open_run, read_inputs
-from train.run.lofit import SHARE, check_heads, lofit, split_steps
+from train.run.lofit import SHARE, STAGES, check_heads, lofit, split_steps
 from train.run.result import Result, print_result
 from train.run.row_length import with_row_length
 from train.run.start import changes_for, filled, prepare
@@ -112,7 +112,7 @@ def _both_stages(config: TrainConfig, heads: int, share: float) -> Result | None
 
 def _name_first_stage(out: Path, heads: int, share: float) -> None:
     """Write into the notes of the second stage's steering what it was made from."""
-    first, last = (load_steering(RunFolder(out / stage).steering) for stage in ("scale", "shift"))
+    first, last = (load_steering(RunFolder(out / stage).steering) for stage in STAGES)
     stages: list[Json] = [*first.provenance, {"by": "lofit", "heads": heads, "share": share}]
     save_steering(
         last.path,

@@ -22,7 +22,7 @@ SCREENS = {"wide": (1400, 900, 1), "narrow": (390, 844, 2)}
 """Width and height in CSS pixels, and device pixels in one of them."""
 MESSAGE = "Why do the tides rise and fall?"
 COLOURS = 256
-"""Of a picture; more would not be seen, and make the files large."""
+"""Number of colours in a screenshot; with more, files are larger and look the same."""
 
 
 def main(url: str) -> None:

@@ -11,26 +11,24 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import yaml
 
 from jaxsteer.io import load_steering, save_hf
 from jaxsteer.models.transformer import init_base
 from jaxsteer.optim import OptimConfig
 from train import lofit, quickstart, sft
-from train.cli import from_command_line, load_config_file, run_main
+from train.cli import from_command_line
 from train.compare import __main__ as comparison
 from train.compare.config import CompareConfig, Entry, LoFiT, Method
 from train.config import TrainConfig
-from train.data import Keys
-from train.plain import to_plain
 from train.run import start
 from train.run.checkpoints import open_checkpoints
 from train.run.folder import RunFolder, read_history
 from train.run.metrics import read_metrics
 from train.run.preview import shown
 from train.run.start import prepare
+from train.run.starts import read_starts
 from train.run.training import Training
-from train.tasks import JsonlTask, ListOpsTask, MixtureTask, TableTask
+from train.tasks import JsonlTask, TableTask
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +271,7 @@ def test_a_run_is_extended_on_purpose(config, run):
     assert [row["lr_activations"] for row in rows] == pytest.approx([0.01, 0.01, 0.02])
     changed = {"optim.lr": [0.01, 0.02], "steps": [2, 3]}
     assert [line["changed"] for line in read_history(RunFolder(run))] == [changed]
+    assert [(line["done"], line["steps"]) for line in read_starts(RunFolder(run))] == [(0, 2), (2, 3)]
     notes = load_steering(run / "steering.safetensors").notes
     assert notes["history"][0]["changed"] == changed
     assert notes["inputs"]["train"]["examples"] == 100
@@ -357,52 +356,3 @@ def test_weights_of_examples_are_shown(config):
     example = prepared.data.source.examples[0]
     halved = replace(example, weights=example.weights / 2)
     assert str(shown(halved, prepared.model.require_tokenizer())).endswith("a>b<|endoftext|>[weight 0.5]")
-
-
-def test_a_mixture_comes_out_as_yaml_and_goes_in_again(tmp_path):
-    parts = (
-        JsonlTask("a.jsonl", rule="digit"),
-        ListOpsTask(),
-        JsonlTask("b.jsonl", rule="digit", keys=Keys(prompt="question")),
-    )
-    mixed = TrainConfig(task=MixtureTask(parts, weights=(1, 2.5, 3)), epochs=3)
-    file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(to_plain(mixed)))
-    assert load_config_file(file, TrainConfig) == mixed
-
-
-def test_settings_come_out_as_yaml_and_go_in_again(config, tmp_path, monkeypatch, capsys):
-    file = tmp_path / "mine.yaml"
-    options = ("--task.train", "mine.jsonl", "--optim.lr", "3e-3", "--task.chat")
-    monkeypatch.setattr(sys, "argv", ["train.sft", "jsonl", *options, "--print-config"])
-    with pytest.raises(SystemExit) as ended:
-        run_main(sft.main)
-    assert ended.value.code == 0
-    written = capsys.readouterr().out
-    file.write_text(written)
-    monkeypatch.setattr(sys, "argv", ["train.sft", str(file), "--print-config"])
-    with pytest.raises(SystemExit):
-        run_main(sft.main)
-    assert capsys.readouterr().out == written
-    shipped = load_config_file("jsonl", TrainConfig)
-    mine = replace(shipped, task=JsonlTask("mine.jsonl", chat=True), optim=replace(shipped.optim, lr=3e-3))
-    assert from_command_line("sft", "x", TrainConfig, [str(file), "--steps", "7"]) == replace(mine, steps=7)
-    read = lambda: load_config_file(file, TrainConfig)
-    assert read() == mine
-    for text, message in (
-        ("optim: {lrr: 1}", r"mine.yaml: optim.lrr: no such setting \(did you mean lr\?\)"),
-        ("remat: ful", r"remat must be none, selective, full, got 'ful' \(did you mean full\?\)"),
-        ("steps: many", "steps must be a whole number or null, got 'many'"),
-        ("a: [", r"mine.yaml:1: not YAML"),
-        ("[" * 9999, "not YAML"),
-        ("batch_size: 0", "mine.yaml: --batch-size must be at least 1"),
-        ("task: {type: JsonTask}", "did you mean JsonlTask"),
-        ("", "must be settings"),
-        ("task: 3", "task must be settings, got 3"),
-        ("task: {train: x}", "task.type is missing; there are ListOpsTask, JsonlTask"),
-    ):
-        file.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read()
-    file.write_text("optim: {lr: 3e-3}\ndate: 2026-01-31\ndistributed: {join: no}\n")
-    assert (read().optim.lr, read().date, read().distributed.join) == (3e-3, "2026-01-31", "no")

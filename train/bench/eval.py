@@ -118,11 +118,11 @@ def bench_eval(config: EvalBench) -> dict[str, float]:
 
 
 def questions(data: str | None, field: str, count: int, tokenizer: Tokenizer) -> list[TokenizedExample]:
-    """Prompts, at most `count` of them.
+    """Prompts to answer.
 
     Args:
         data: JSONL file; None for random tokens, as long as GSM8K's questions.
-        field: of the file, with the prompts.
+        field: of the file that holds the prompt.
         count: maximum number of prompts.
         tokenizer: of the model.
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import httpx2
 import numpy as np
 
 from jaxsteer.inference import Decoder, Limits, Request, generate_all
@@ -22,14 +22,18 @@ from jaxsteer.io import LoadedModel, SteeringFile
 from jaxsteer.models.transformer import Model
 from train.base_models import load_steered
 from train.bench.eval import questions
+from train.devices.programs import started
 from train.display.console import say
 from train.serving.models import parse_sources
 from train.serving.prompts import Prompt, plain_prompt
 
-KEY = "JAXSTEER_API_KEY"
-"""Environment variable of the API key, as for `jaxsteer serve`."""
+if TYPE_CHECKING:  # a package of the extra `serve`, which the other benchmarks do without
+    import httpx2
+
+BASE = "smollm2-135m-instruct"
+"""Base model without steering, unless another is named."""
 FEWEST = 16
-"""Prompts that are asked at least, however few clients there are."""
+"""Minimum number of prompts for each number of clients."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,10 @@ class _Answered(NamedTuple):
     end: float
 
 
+class _Refused(Exception):
+    """A server did not answer a request."""
+
+
 def bench_serve(config: ServeBench) -> dict[str, dict[str, float]]:
     """Run the serving benchmark.
 
@@ -76,7 +84,7 @@ def bench_serve(config: ServeBench) -> dict[str, dict[str, float]]:
         Figures by number of clients.
     """
     sources = parse_sources([config.steering])
-    model = config.model or (None if sources else "smollm2-135m-instruct")
+    model = config.model or (None if sources else BASE)
     loaded, file = load_steered(next(iter(sources.values()), "none"), model, config.dtype)
     counts = [max(FEWEST, config.prompts * clients) for clients in config.clients]
     prompts = _prompts(config, loaded, sum(counts))
@@ -108,22 +116,15 @@ def _server(config: ServeBench, loaded: LoadedModel, file: SteeringFile | None, 
         yield config.url.rstrip("/").removesuffix("/v1")
         return
     command = [sys.executable, "-m", "train", "serve", config.steering, "--port", "0", "--dtype", config.dtype]
-    command += ["--model", config.model or (file.model_name if file else "smollm2-135m-instruct")]
+    command += ["--model", config.model or (file.model_name if file else BASE)]
     command += ["--rows", str(max(config.clients))]
     for option, default, needed in (("--max-prompt", 1024, longest), ("--max-new-tokens", 512, config.new_tokens)):
         command += [option, str(max(default, needed))]  # as users start it, if that is enough
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    try:
-        assert process.stdout is not None
-        ready = next((line for line in process.stdout if line.startswith("Ready: ")), None)
+    with started(command, "jaxsteer serve", subprocess.DEVNULL, None, os.environ) as process:
+        ready = next((line for line in process.stdout or () if line.startswith(b"Ready: ")), None)
         if ready is None:
-            raise ValueError(f"the server did not start; try it by itself: {' '.join(command[1:])}")
-        yield ready.split()[1]
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(60)
-        process.kill()
+            raise ValueError(f"the server did not start; see why: {shlex.join(command)}")
+        yield ready.decode().split()[1]
 
 
 def _measure(
@@ -180,18 +181,21 @@ class _Alone:
 
 
 async def _ask_all(config: ServeBench, url: str, prompts: Sequence[Prompt], clients: int) -> list[_Answered]:
-    """Answers to all prompts, by so many clients at a time.
+    """Answers to all prompts, from clients that each ask one at a time.
 
     Raises:
-        ValueError: the server cannot be reached, or refuses.
+        ValueError: the server cannot be reached, does not serve the steering, or refuses a prompt.
     """
+    import httpx2
+
+    from train.serve.command import KEY
+
     key = os.environ.get(KEY)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     waiting, answers = iter(prompts), list[_Answered]()
     try:
         async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=600) as http:
-            models = (await http.get("/v1/models")).raise_for_status().json()["data"]
-            name = models[-1]["id"] if config.steering != "none" else models[0]["id"]
+            name = await _served_name(http, config.steering)
 
             async def client() -> None:
                 for prompt in waiting:
@@ -201,9 +205,22 @@ async def _ask_all(config: ServeBench, url: str, prompts: Sequence[Prompt], clie
             async with asyncio.TaskGroup() as group:
                 for _ in range(clients):
                     group.create_task(client())
-    except* httpx2.HTTPError as errors:
+    except* (httpx2.HTTPError, _Refused) as errors:
         raise ValueError(f"{url}: {errors.exceptions[0]}") from None
     return answers
+
+
+async def _served_name(http: httpx2.AsyncClient, steering: str) -> str:
+    """The name under which a server has the steering, or its base model."""
+    response = await http.get("/v1/models")
+    await _check(response)
+    names = [each["id"] for each in response.json()["data"]]
+    name = next(iter(parse_sources([steering])), names[0])
+    if name not in names:
+        raise _Refused(
+            f"has no model {name!r}, only {', '.join(names)}; name the steering as the server does: NAME=PATH"
+        )
+    return name
 
 
 async def _ask(http: httpx2.AsyncClient, model: str, prompt: Prompt, new_tokens: int) -> _Answered:
@@ -212,7 +229,7 @@ async def _ask(http: httpx2.AsyncClient, model: str, prompt: Prompt, new_tokens:
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     began, first, tokens = time.perf_counter(), None, 0
     async with http.stream("POST", "/v1/completions", json=body) as response:
-        response.raise_for_status()
+        await _check(response)
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -221,3 +238,10 @@ async def _ask(http: httpx2.AsyncClient, model: str, prompt: Prompt, new_tokens:
             tokens = usage["completion_tokens"] if usage else tokens
     end = time.perf_counter() - began
     return _Answered(tokens, first or end, end)
+
+
+async def _check(response: httpx2.Response) -> None:
+    """Raise what a server says when it refuses."""
+    if response.is_error:
+        text = (await response.aread()).decode(errors="replace")
+        raise _Refused(f"answered with status {response.status_code}: {text[:500]}")

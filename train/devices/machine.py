@@ -1,4 +1,4 @@
-"""Facts about the machine: compilation cache, peak memory, matmul speed, what it is, and the versions on it."""
+"""Facts about the machine: compilation cache, peak memory, matmul speed, hardware, and versions of packages."""
 
 from __future__ import annotations
 
@@ -98,10 +98,8 @@ def device_summary() -> str:
 
 
 def machine_facts() -> dict[str, Any]:
-    """What this machine is: processor, cores, memory_gb, system."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    """This machine's processor, cores, memory_gb and system."""
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": names[0] if names else platform.processor(),
@@ -146,9 +144,14 @@ def _peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _cpuinfo() -> list[str]:
+    """The lines of /proc/cpuinfo; [] where there is none."""
+    info = Path("/proc/cpuinfo")
+    return info.read_text().splitlines() if info.exists() else []
+
+
 def _processor() -> str:
     """A name for this processor's architecture and instruction sets."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    lines = _cpuinfo() or [platform.processor()]
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
     return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"

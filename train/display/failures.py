@@ -21,7 +21,9 @@ _EXTRAS = {
         ("datasets", "pyarrow", "orbax", "etils", "tyro", "rich", "prompt_toolkit", "matplotlib", "scipy"), "train"
     ),
     "filelock": "train",
-    **dict.fromkeys(("starlette", "uvicorn", "sse_starlette", "pydantic", "prometheus_client"), "train,serve"),
+    **dict.fromkeys(
+        ("starlette", "uvicorn", "sse_starlette", "pydantic", "prometheus_client", "httpx2"), "train,serve"
+    ),
     "tensorboardX": "train,tensorboard",
     "wandb": "train,wandb",
     "lm_eval": "lm-eval",

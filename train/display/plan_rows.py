@@ -25,7 +25,7 @@ def plan_rows(plan: Plan, steering: Steering, layers: int) -> list[PlanRow]:
     Args:
         plan: the slots.
         steering: their tree, or its shapes.
-        layers: of the model.
+        layers: number of layers of the model.
     """
     rows = []
     for slot in plan:

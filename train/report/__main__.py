@@ -2,7 +2,7 @@
 
 One HTML file with curves, answers before and after, what is steered where, settings and the commands to do it again. It
 loads nothing from elsewhere, so it can be sent to a colleague. Runs that have not finished are reported as far as they
-are.
+have come.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class ReportConfig:
     out: str | None = None
     """The HTML file; by default report.html in the run's folder, or here for several runs."""
     examples: int = 50
-    """Maximum number of answers that are shown of each run."""
+    """Maximum number of test questions that are shown of each run."""
 
     def place(self) -> Path:
         """Where the report goes.
 
         Raises:
-            ValueError: no run, no number of answers, or a place for no HTML file.
+            ValueError: no run is given, --examples is negative, or --out cannot be an HTML file.
         """
         if not self.runs:
             raise ValueError("which run? Give its folder: jaxsteer report runs/quickstart")

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from train.display.plots import usual_range
 
 _Scale = Callable[..., Any]
-"""From values to coordinates."""
+"""Maps values to coordinates."""
 
 LEFT, WIDTH, HEIGHT = 64, 484, 210
 """Room for the labels of the vertical axis, and the size of the area inside the axes."""
@@ -22,7 +22,7 @@ COLORS = 7
 """Number of colours in style.css; more lines are dashed."""
 
 MOST_POINTS, MOST_STRIPS = 500, 120
-"""Points of a line, and places that show their values when pointed at."""
+"""Maximum number of points of a line, and of places that show their values when pointed at."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def draw(chart: Chart) -> Drawing:
     with np.errstate(divide="ignore", invalid="ignore"):
         to_y = lambda y: (scaled(y_high) - scaled(np.asarray(y, float))) / (scaled(y_high) - scaled(y_low)) * HEIGHT
         strokes = [] if chart.heat else [_stroke(each, to_x, to_y) for each in series]
-        y_ticks = _rows(chart.heat) if chart.heat else _y_ticks(chart, y_low, y_high, to_y)
+        y_ticks = _row_labels(chart.heat) if chart.heat else _y_ticks(chart, y_low, y_high, to_y)
         level = None if chart.level is None else float(to_y(chart.level.value))
     whole = [at for at in _inside(MaxNLocator(5, integer=True), x_low, x_high) if at == round(at)]
     x_ticks = [Tick(_rounded(to_x(at)), f"{at:,.0f}") for at in whole]
@@ -186,7 +186,7 @@ def _y_ticks(chart: Chart, low: float, high: float, to_y: _Scale) -> list[Tick]:
     return [Tick(_rounded(to_y(at)), label(at)) for at in ticks]
 
 
-def _rows(heat: Heat) -> list[Tick]:
+def _row_labels(heat: Heat) -> list[Tick]:
     """Labels of some rows of a picture, at their middle."""
     every = math.ceil(len(heat.labels) / 8)
     height = HEIGHT / len(heat.labels)
@@ -233,7 +233,7 @@ def path_of(xs: np.ndarray, ys: np.ndarray) -> str:
 
 
 def thinned(values: np.ndarray, most: int) -> np.ndarray:
-    """Indices, ascending: all if they are few, else those of the smallest and largest value of equal parts."""
+    """Ascending indices that keep a curve's shape: all of few values, else the extremes of `most` / 2 equal parts."""
     if len(values) <= most:
         return np.arange(len(values))
     kept = {0, len(values) - 1}

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from train.evaluation.statistics import compare_answers, key_of
 from train.report.chart import Drawing
 from train.report.curves import curves_of
-from train.report.record import Accuracy, Record
+from train.report.record import Record
 from train.report.settings import Difference, differences
-from train.report.words import count, duration, interval, share
+from train.report.words import count, duration
 
 
 class Line(NamedTuple):
@@ -48,7 +48,7 @@ def _line(number: int, record: Record, first: Record) -> Line:
     return Line(
         name=record.name,
         color=number,
-        accuracy=_whole(summary.after) if summary else "",
+        accuracy=str(summary.after or "") if summary else "",
         minus_first="" if record is first else _minus(record, first),
         loss=_loss(record),
         trained=count(summary.trainable) if summary else "",
@@ -56,10 +56,6 @@ def _line(number: int, record: Record, first: Record) -> Line:
         time=duration(summary.seconds) if summary else "",
         speed=f"{summary.speed:,.0f}" if summary else "",
     )
-
-
-def _whole(found: Accuracy | None) -> str:
-    return f"{share(found.value)} ({interval(found.interval)})" if found else ""
 
 
 def _minus(record: Record, first: Record) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import matplotlib.image
@@ -18,37 +17,46 @@ from train.report.record import Record
 from train.report.words import number
 
 FEW = 20
-"""Steps below which a curve is not smoothed."""
+"""Curves of fewer steps are not smoothed."""
 
 MOST_COLUMNS = 240
-"""Columns of the picture of an overlap."""
+"""Maximum number of columns in the picture of an overlap."""
 
 
 class Curve(NamedTuple):
     """One chart, and how to get its values from a line of metrics.
 
-    title, unit  of the values
-    of           a training step's value
-    validation   name of the figure of an evaluation that belongs there
+    title, unit   of the values
+    of            a training step's value
+    validation    name of an evaluation's figure that is drawn with it
+    level         of one run: a line to compare with
     log, percent  see `Chart`
-    warm         whether the first step, which compiles, is left out
+    warm          whether first steps, which compile, are left out
+    often_zero    whether there is no chart where all values are 0
     """
 
     title: str
     unit: str
     of: Callable[[dict[str, Any]], float] | None = None
     validation: str | None = None
+    level: Callable[[Record], Level | None] = lambda record: None
     log: bool = False
     percent: bool = False
     warm: bool = False
+    often_zero: bool = False
+
+
+def _clip(record: Record) -> Level | None:
+    clip = record.config.get("optim", {}).get("clip")
+    return Level(clip, f"clipped to {clip:g}") if isinstance(clip, int | float) and clip else None
 
 
 CURVES = (
     Curve("Loss", "nats per token", lambda row: number(row.get("loss")), "validation_loss"),
     Curve("Accuracy on validation examples", "bars: 95 % intervals", validation="accuracy", percent=True),
     Curve("Tokens right on validation examples", "of the reference", validation="token_accuracy", percent=True),
-    Curve("Gradient norm", "before clipping", lambda row: number(row.get("grad_norm")), log=True),
-    Curve("Penalty", "added to the loss", lambda row: number(row.get("penalty"))),
+    Curve("Gradient norm", "before clipping", lambda row: number(row.get("grad_norm")), level=_clip, log=True),
+    Curve("Penalty", "added to the loss", lambda row: number(row.get("penalty")), often_zero=True),
     Curve(
         "Throughput",
         "tokens per second, without the first step",
@@ -81,46 +89,44 @@ def _chart(curve: Curve, records: Sequence[Record]) -> Chart | None:
     alone = len(records) == 1
     series = [each for color, record in enumerate(records) for each in _series(curve, record, color, alone)]
     series = [each for each in series if is_drawable(each)]
-    if not series or (curve.title == "Penalty" and not any(np.nan_to_num(each.y).any() for each in series)):
+    if not series or (curve.often_zero and not any(np.nan_to_num(each.y).any() for each in series)):
         return None
-    level = None
-    if curve.title == "Gradient norm" and alone and (clip := _clip(records[0])):
-        level = Level(clip, f"clipped to {clip:g}")
-    chart = Chart(curve.title, curve.unit, series, percent=curve.percent, level=level)
-    return replace(chart, log=curve.log and _spans_much(series))
+    return Chart(
+        curve.title,
+        curve.unit,
+        series,
+        log=curve.log and _spans_much(series),
+        percent=curve.percent,
+        level=curve.level(records[0]) if alone else None,
+    )
 
 
 def _series(curve: Curve, record: Record, color: int, alone: bool) -> Iterator[Series]:
-    called = (lambda what: what) if alone else (lambda what: f"{record.name}, {what}" if what else record.name)
+    """The series of a run: alone, each step and smoothed; beside others, one line under the run's name."""
     rows = [row for row in record.steps if not (curve.warm and _compiled(row, record))]
     if curve.of is not None and rows:
         x = np.array([row["step"] for row in rows], float)
         y = np.array([curve.of(row) for row in rows], float)
         y[~np.isfinite(y)] = np.nan
         if len(y) < FEW:
-            yield Series(called("each step" if alone else ""), x, y, color=color)
+            yield Series("each step" if alone else record.name, x, y, color=color)
         else:
             if alone:
                 yield Series("each step", x, y, "raw", color)
-            yield Series(called("smoothed" if alone else ""), x, smooth(y, max(3, len(y) // 40)), color=color)
+            yield Series("smoothed" if alone else record.name, x, smooth(y, max(3, len(y) // 40)), color=color)
     evaluated = [row for row in record.rows if curve.validation in row]
     if evaluated:
         column = lambda name: np.array([number(row.get(name)) for row in evaluated])
         bars = (column("low"), column("high")) if curve.validation == "accuracy" else None
         own = color + 1 if alone and curve.of is not None else color
-        what = "validation" if alone or curve.of is not None else ""
-        yield Series(called(what), column("step"), column(curve.validation), "points", own, bars)
+        beside = record.name if curve.of is None else f"{record.name}, validation"
+        yield Series("validation" if alone else beside, column("step"), column(curve.validation), "points", own, bars)
 
 
 def _compiled(row: dict[str, Any], record: Record) -> bool:
     """Whether a step was the first after a start, which compiles the program."""
     begun = {start.get("done", 0) for start in record.starts} | {0}
     return row["step"] - 1 in begun
-
-
-def _clip(record: Record) -> float | None:
-    clip = record.config.get("optim", {}).get("clip")
-    return clip if isinstance(clip, int | float) else None
 
 
 def _spans_much(series: Sequence[Series]) -> bool:
@@ -131,14 +137,14 @@ def _spans_much(series: Sequence[Series]) -> bool:
 
 def _learning_rates(records: Sequence[Record]) -> Chart | None:
     series, alone = [], len(records) == 1
-    for number_of, record in enumerate(records):
+    for color, record in enumerate(records):
         names = sorted({name for row in record.steps for name in row if name.startswith("lr_")})
         for n, name in enumerate(names):
             points = [(row["step"], number(row[name])) for row in record.steps if name in row]
             x, y = np.array(points, float).T
             group = name.removeprefix("lr_")
             label = group if alone else record.name + (f", {group}" if len(names) > 1 else "")
-            series.append(Series(label, x, y, color=n if alone else number_of + COLORS * n))
+            series.append(Series(label, x, y, color=n if alone else color + COLORS * n))
     series = [each for each in series if is_drawable(each)]
     return Chart("Learning rate", "", series) if series else None
 
@@ -158,13 +164,15 @@ def _overlap(record: Record) -> Iterator[Chart]:
     shown = (Series("mean over layers", steps, mean), Series("largest", steps, largest, color=1))
     if not is_drawable(shown[0]):
         return
-    yield Chart("Overlap Ω by layer", "of LoRA and steering; layers from below", shown, heat=_heat(values, labels))
+    yield Chart(
+        "Overlap Ω by layer", "of LoRA and steering; the lowest layer at the bottom", shown, heat=_heat(values, labels)
+    )
     level = Level(chance, f"chance, {chance:.2g}") if chance else None
     yield Chart("Overlap Ω", "0: orthogonal", shown, level=level, log=_spans_much(shown))
 
 
 def _layers(record: Record) -> tuple[tuple[int, ...], float]:
-    """The layers that have both, and the overlap of random directions; of an unfinished run, neither is known."""
+    """The layers that have both, and the overlap of random directions; neither is known before a run has finished."""
     if record.steering is None:
         return (), 0.0
     settings = dict(record.config["orthogonality"])
@@ -174,7 +182,7 @@ def _layers(record: Record) -> tuple[tuple[int, ...], float]:
 
 
 def _heat(values: np.ndarray, labels: Sequence[str]) -> Heat:
-    """A picture of values [steps, layers]; of many steps, the mean of neighbours."""
+    """A picture of values [steps, layers]; with many steps, of the means of neighbours."""
     parts = np.array_split(values, min(len(values), MOST_COLUMNS))
     pixels = np.array([np.nanmean(part, axis=0) for part in parts]).T
     top = float(np.nanmax(pixels)) or 1.0

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
@@ -19,6 +18,7 @@ from train.report.record import find_runs, read_record
 from train.report.replies import KINDS
 from train.report.view import view_of
 from train.report.words import date
+from train.run.folder import now
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -46,7 +46,7 @@ def make_page(paths: Sequence[str], examples: int) -> str:
             script=Markup(_source("script.js")),
             script_digest=_digest(_source("script.js")),
             style=Markup(_source("style.css")),
-            made=date(datetime.now(UTC).isoformat(timespec="seconds")),
+            made=date(now()),
             version=jaxsteer.__version__,
         )
     )

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxsteer.io import SteeringFile, load_steering
-from jaxsteer.io.files import parse_json, read_json
+from jaxsteer.io.files import read_json
 from train.display.failures import sentence_of
 from train.evaluation.answers import ScoredAnswer, read_answers
-from train.report.words import number
+from train.report.words import interval, number, share
 from train.run.folder import RunFolder, read_history, read_inputs
+from train.run.lofit import STAGES
 from train.run.metrics import read_metrics
+from train.run.starts import read_starts
 
 T = TypeVar("T")
-
-STAGES = ("scale", "shift")
-"""Folders of the two runs of LoFiT, in that of both."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,10 @@ class Accuracy:
     value: float
     interval: tuple[float, float]
     examples: int | None = None
+
+    def __str__(self) -> str:
+        """E.g. "80.0 % (70.0 to 90.0)"."""
+        return f"{share(self.value)} ({interval(self.interval)})"
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def read_record(folder: Path, name: str) -> Record:
         record.problems.append(f"{run.metrics}: is missing, so there are no curves")
     record.inputs = attempt(run.inputs, lambda: read_inputs(run)) or {}
     record.history = attempt(run.history, lambda: read_history(run)) or []
-    record.starts = attempt(run.starts, lambda: _lines(run.starts)) or []
+    record.starts = attempt(run.starts, lambda: read_starts(run)) or []
     if run.summary.exists():
         record.summary = attempt(run.summary, lambda: _summary(read_json(run.summary)))
     if run.steering.exists():
@@ -194,15 +197,6 @@ def read_record(folder: Path, name: str) -> Record:
     if evaluated.exists():
         record.evaluations = attempt(evaluated, lambda: _evaluations(read_json(evaluated))) or {}
     return record
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a JSON Lines file; a last line that was not finished is left out."""
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    rows = [parse_json(line, f"{path}:{n}") for n, line in enumerate(whole, 1) if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a JSON object in each line")
-    return rows
 
 
 def _summary(data: dict[str, Any]) -> Summary:

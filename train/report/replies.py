@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from train.evaluation.answers import ScoredAnswer
@@ -14,10 +15,10 @@ KINDS = {
     "right": "stayed right",
     "wrong": "stayed wrong",
 }
-"""What can become of an answer. The order is that of the filters."""
+"""How training can change an answer, in the order of the filters."""
 
 MOST_CHARACTERS = 3000
-"""Characters of a text that are shown."""
+"""Maximum number of characters shown of a text."""
 
 
 class Reply(NamedTuple):
@@ -60,7 +61,7 @@ def reply_table(before: Sequence[ScoredAnswer], after: Sequence[ScoredAnswer], m
     Args:
         before: of the pretrained model.
         after: of the trained one; [] of a run that has not finished.
-        most: number of rows; of each kind as many as possible.
+        most: maximum number of rows, spread evenly over the kinds.
 
     Raises:
         ValueError: the two do not answer the same questions.
@@ -85,17 +86,17 @@ def _row(number: int, before: ScoredAnswer, after: ScoredAnswer | None) -> Reply
     right = (before.correct, after.correct if after else before.correct)
     kind = {(False, True): "gained", (True, False): "lost", (True, True): "right"}.get(right, "wrong")
     expected = "" if before.gold is None else shortened(before.gold)
-    later = _reply(after) if after else None
-    return ReplyRow(number, shortened(before.prompt), expected, _reply(before), later, kind)
+    later = _reply(vars(after)) if after else None
+    return ReplyRow(number, shortened(before.prompt), expected, _reply(vars(before)), later, kind)
 
 
-def _reply(answer: ScoredAnswer) -> Reply:
-    right = None if answer.gold is None else bool(answer.correct)
-    return Reply(shortened(answer.output), right, bool(answer.truncated))
+def _reply(answer: Mapping[str, Any]) -> Reply:
+    right = None if answer["gold"] is None else bool(answer["correct"])
+    return Reply(shortened(answer["output"]), right, bool(answer["truncated"]))
 
 
 def _chosen(rows: Sequence[ReplyRow], most: int) -> list[ReplyRow]:
-    """At most so many rows, of each kind as many as possible, in their order."""
+    """At most `most` rows in their order, with kinds as evenly represented as their numbers allow."""
     left = {kind: [row for row in rows if row.kind == kind] for kind in KINDS}
     chosen: list[ReplyRow] = []
     while len(chosen) < most and any(left.values()):
@@ -126,19 +127,9 @@ def courses_of(during: Sequence[dict[str, Any]]) -> list[Course]:
 
 
 def _course(rows: Sequence[dict[str, Any]]) -> Course:
-    runs: list[list[dict[str, Any]]] = []
-    for row in rows:
-        if runs and runs[-1][-1]["output"] == row["output"]:
-            runs[-1].append(row)
-        else:
-            runs.append([row])
-    gold = rows[0]["gold"]
-    steps = lambda some: f"{some[0]['step']}" + (f" to {some[-1]['step']}" if len(some) > 1 else "")
-    reply = lambda row: Reply(
-        shortened(row["output"]), None if gold is None else bool(row["correct"]), bool(row["truncated"])
-    )
-    return Course(
-        shortened(rows[0]["prompt"]),
-        "" if gold is None else shortened(gold),
-        [(steps(some), reply(some[0])) for some in runs],
-    )
+    gold, answers = rows[0]["gold"], []
+    for _, equal in groupby(rows, key=lambda row: row["output"]):
+        first, *others = equal
+        steps = f"{first['step']} to {others[-1]['step']}" if others else str(first["step"])
+        answers.append((steps, _reply(first)))
+    return Course(shortened(rows[0]["prompt"]), "" if gold is None else shortened(gold), answers)

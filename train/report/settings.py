@@ -6,17 +6,16 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from train.config import TrainConfig
-from train.plain import from_plain, to_plain
+from train.plain import TYPE, from_plain, to_plain
 from train.report.record import Record
 from train.run.changes import MISSING, flat, same
 from train.run.result import bare
-from train.tasks import Task
-
-_TASKS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Task)}
+from train.tasks import KINDS
 
 
 class Setting(NamedTuple):
@@ -38,19 +37,19 @@ def settings_of(config: Mapping[str, Any]) -> list[Setting]:
 
 
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    usual = json.loads(json.dumps(TrainConfig().to_json()))
+    usual = to_plain(TrainConfig().to_json())
     task = config.get("task")
-    kind = _TASKS.get(task.get("type", "")) if isinstance(task, Mapping) else None
+    kind = KINDS.get(task.get(TYPE, "")) if isinstance(task, Mapping) else None
     if kind is None:
         return {name: value for name, value in usual.items() if name != "task"}
     fields = {field.name: _default(field) for field in dataclasses.fields(kind)}
-    known = {name: value for name, value in fields.items() if value is not dataclasses.MISSING}
-    return usual | {"task": {"type": kind.__name__, **json.loads(json.dumps(known))}}
+    known = {name: to_plain(value) for name, value in fields.items() if value is not dataclasses.MISSING}
+    return usual | {"task": {TYPE: kind.__name__, **known}}
 
 
 def _default(field: dataclasses.Field) -> Any:
-    value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    """A field's default; MISSING if it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def shown(value: Any) -> str:
@@ -90,7 +89,7 @@ def starts_of(record: Record) -> list[str]:
     """The commands that the run was started with, as a shell reads them; equal neighbours once."""
     words = [start.get("command") for start in record.starts]
     lines = [shlex.join(map(str, each)) for each in words if isinstance(each, list) and each]
-    return [line for n, line in enumerate(lines) if n == 0 or lines[n - 1] != line]
+    return [line for line, _ in groupby(lines)]
 
 
 def uses_of(record: Record) -> list[str]:

@@ -15,7 +15,8 @@ from train.report.record import Accuracy, Record
 from train.report.replies import Course, ReplyTable, courses_of, reply_table
 from train.report.settings import Setting, as_yaml, settings_of, starts_of, uses_of
 from train.report.updates import UpdateRow, update_rows
-from train.report.words import count, date, duration, facts, interval, listed, moment, share, sizes, small_share
+from train.report.words import count, date, duration, facts, listed, moment, share, small_share
+from train.run.preview import size
 
 Facts = dict[str, str]
 
@@ -204,7 +205,7 @@ def _tiles(record: Record) -> Iterator[Tile]:
     waited = f"{duration(summary.waited)} of it waiting for data" if summary.waited > 0.01 * summary.seconds else ""
     yield Tile("training time", duration(summary.seconds), waited or f"{record.done:,} steps")
     yield Tile("speed", f"{summary.speed:,.0f}", "tokens per second")
-    yield Tile("peak memory", sizes(summary.memory))
+    yield Tile("peak memory", size(summary.memory))
 
 
 def _total(record: Record) -> str:
@@ -233,10 +234,9 @@ def _outcomes(record: Record) -> Iterator[Outcome]:
     summary = record.summary
     if summary is None:
         return
-    whole = lambda found: f"{share(found.value)} ({interval(found.interval)})" if found else ""
     if summary.after:
         of = f" of {summary.after.examples:,} answers" if summary.after.examples else ""
-        yield Outcome(f"test accuracy{of} (95 %)", whole(summary.before), whole(summary.after))
+        yield Outcome(f"test accuracy{of} (95 %)", str(summary.before or ""), str(summary.after))
     for split, stages in summary.losses.items():
         for name, (title, show) in _FIGURES.items():
             values = [stages.get(stage, {}).get(name, math.nan) for stage in ("before", "after")]
@@ -244,7 +244,7 @@ def _outcomes(record: Record) -> Iterator[Outcome]:
                 texts = ["" if math.isnan(value) else show(value) for value in values]
                 yield Outcome(f"{split} {title}", *texts)
     for name, found in record.evaluations.items():
-        yield Outcome(f"accuracy found later by jaxsteer evaluate: {name} (95 %)", "", whole(found))
+        yield Outcome(f"accuracy found later by jaxsteer evaluate: {name} (95 %)", "", str(found))
 
 
 def _model(record: Record) -> Facts:
@@ -271,10 +271,10 @@ def _data(record: Record) -> Facts:
         if split not in record.inputs:
             continue
         data = record.inputs[split]
-        sizes_of = [f"{data['examples']:,} examples"]
-        sizes_of += [f"{data['tokens']:,} tokens"] if "tokens" in data else []
-        sizes_of += [f"{data['supervised']:,} of them with a loss"] if "supervised" in data else []
-        values[split] = ", ".join(sizes_of) + f" from {listed(data['sources'])}"
+        amounts = [f"{data['examples']:,} examples"]
+        amounts += [f"{data['tokens']:,} tokens"] if "tokens" in data else []
+        amounts += [f"{data['supervised']:,} of them with a loss"] if "supervised" in data else []
+        values[split] = f"{', '.join(amounts)} from {listed(data['sources'])}"
         values[f"{split}, SHA-256"] = data["sha256"]
     if record.before:
         values["test"] = f"{len(record.before):,} examples"

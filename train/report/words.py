@@ -1,4 +1,4 @@
-"""Figures as a reader wants to see them."""
+"""Figures, times and lists in words."""
 
 from __future__ import annotations
 
@@ -60,13 +60,8 @@ def date(text: Any) -> str:
     return str(text) if when is None else f"{when:%Y-%m-%d %H:%M} {when.tzname() or ''}".rstrip()
 
 
-def sizes(size: float) -> str:
-    """Bytes, e.g. "2.31 GB"."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
 def listed(words: Sequence[str], most: int = 6) -> str:
-    """Words with commas, at most some of them."""
+    """Words with commas; those after the first `most` are only counted."""
     more = f", and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more
 

@@ -42,6 +42,9 @@ def check_heads(config: ModelConfig, heads: int) -> None:
         )
 
 
+STAGES = ("scale", "shift")
+"""Names of the two trainings, and of their runs' folders."""
+
 SHARE = 0.4
 """Share of the steps for the first stage, if nothing else is asked for."""
 

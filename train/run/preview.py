@@ -128,7 +128,7 @@ def _size(tree: PyTree) -> str:
     return size(sum(leaf.size * jax.numpy.dtype(leaf.dtype).itemsize for leaf in leaves))
 
 
-def size(count: int) -> str:
+def size(count: float) -> str:
     """Bytes in a unit that suits them."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if count >= scale:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxsteer.io.files import write_text
+from jaxsteer.io.files import parse_json, write_text
 from train.devices.machine import device_summary, machine_facts, versions
 from train.run.folder import RunFolder, now
 from train.run.training import Training
@@ -20,8 +20,8 @@ def note_start(run: RunFolder, training: Training, done: int) -> None:
 
     Args:
         run: the run's folder.
-        training: its parts.
-        done: number of steps that the run goes on from.
+        training: the run's model, data and program.
+        done: number of steps done before.
     """
     row: dict[str, Any] = {
         "time": now(),
@@ -36,6 +36,19 @@ def note_start(run: RunFolder, training: Training, done: int) -> None:
     }
     before = run.starts.read_text(encoding="utf-8") if run.starts.exists() else ""
     write_text(run.starts, before + json.dumps(row) + "\n")
+
+
+def read_starts(run: RunFolder) -> list[dict[str, Any]]:
+    """The lines of starts.jsonl, oldest first; a half-written last line is left out.
+
+    Raises:
+        ValueError: a line is not a JSON object.
+    """
+    lines = run.starts.read_text(encoding="utf-8").split("\n")[:-1] if run.starts.exists() else []
+    rows = [parse_json(line, f"{run.starts}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{run.starts}: expected a JSON object in each line")
+    return rows
 
 
 def command() -> list[str] | None:

@@ -8,7 +8,7 @@ A new named task is a record (records.py) and a reader of its rows (readers.py);
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_args
 
 from jaxsteer.plans import did_you_mean
 from train.data import Keys, ListOps, Split
@@ -22,6 +22,7 @@ from train.tasks.records import TASKS
 from train.tasks.table import TableTask
 
 __all__ = [
+    "KINDS",
     "TASKS",
     "AnswerFormat",
     "AnyTask",
@@ -42,7 +43,8 @@ __all__ = [
 Task = PlainTask | MixtureTask
 """The kinds of task that a config can have. Functions that work with any task take an `AnyTask`."""
 
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (ListOpsTask, JsonlTask, HubTask, TableTask, MixtureTask)}
+KINDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Task)}
+"""The kinds of task by the names that configs call them."""
 
 
 def on_file(task: Task, path: str) -> Task:
@@ -83,10 +85,10 @@ def task_from_json(data: dict[str, Any]) -> Task:
         ValueError: a kind of task or a setting that this version does not have.
     """
     settings = {key: value for key, value in data.items() if key != "type"}
-    kind = _KINDS.get(data.get("type", ""))
+    kind = KINDS.get(data.get("type", ""))
     if kind is None:
-        hint = did_you_mean(str(data.get("type")), _KINDS)
-        raise ValueError(f"unknown task {data.get('type')!r}{hint}; known are {', '.join(_KINDS)}")
+        hint = did_you_mean(str(data.get("type")), KINDS)
+        raise ValueError(f"unknown task {data.get('type')!r}{hint}; known are {', '.join(KINDS)}")
     try:
         if kind is ListOpsTask:
             problems = dict(settings["problems"])

@@ -99,7 +99,7 @@ def _visit(kind, question, draw, longest, number):
 
 
 async def all_of(url, wanted, clients=64):
-    """What visits come to, so many at a time."""
+    """The outcomes of visits, by `clients` clients at a time."""
     waiting, found = iter(wanted), []
     limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients // 2)
 

@@ -51,3 +51,12 @@ def test_a_server_that_is_not_there(served_folder, short, app):
     config = ServeBench(model=str(served_folder / "tiny"), url=url, data=short, clients=(1,), compare=False)
     with pytest.raises(ValueError, match=url):
         bench_serve(config)
+
+
+def test_what_a_server_refuses(url, served_folder, short):
+    steering = str(served_folder / "steered.safetensors")
+    asks = {"url": url, "data": short, "clients": (2,), "compare": False}
+    with pytest.raises(ValueError, match=r"has no model 'mine', only tiny, steered; .*NAME=PATH"):
+        bench_serve(ServeBench(f"mine={steering}", **asks))
+    with pytest.raises(ValueError, match=r"answered with status 400: .*max_tokens"):
+        bench_serve(ServeBench(steering, new_tokens=17, **asks))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 
 import jax
 
@@ -26,6 +25,7 @@ from train.bench.accelerator.worker import Attempt, attempt, attempt_apart, devi
 from train.bench.provenance import commit
 from train.devices import interrupts
 from train.display.console import say
+from train.run.folder import now
 
 MARGIN = 15.0
 """Seconds of the time limit that are left for starting, ending and writing."""
@@ -156,7 +156,7 @@ class _Session:
             **done._asdict(),
             attempts=attempts,
             commit=commit(),
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            time=now(),
         )
         self._store.add(record)
 

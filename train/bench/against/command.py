@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from train.bench.provenance import code_digest, commit
 from train.devices.machine import machine_facts, versions
 from train.display.console import progress, say
 from train.peers import interpreter_of, temporary_folder
+from train.run.folder import now
 
 TUNABLES = "GLIBC_TUNABLES"
 
@@ -85,7 +85,7 @@ def _measure(arena: Arena, row: Row, heading: str) -> dict[str, Any]:
             "versions": versions() | arena.told,
             "load_average": [load, os.getloadavg()],
             "seconds": time.perf_counter() - began,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": now(),
         }
     )
 
