@@ -36,7 +36,7 @@ from jaxsteer.interventions import (
 from jaxsteer.io.formats.convert import load
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, forward, init_base, output_embedding
-from jaxsteer.objective import mean_loss
+from jaxsteer.objectives.supervised import mean_loss
 from jaxsteer.optim import OptimConfig, make_optimizer
 from jaxsteer.orthogonality import Orthogonality, chance_overlap, joint_overlap, overlap_penalty, project_orthogonal
 from jaxsteer.params import Params, combine, param_labels, partition

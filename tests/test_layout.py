@@ -19,7 +19,7 @@ RANKS = {
     "jaxsteer.matmul": 2,
     "jaxsteer.models": 3,
     "jaxsteer.interventions": 3,
-    "jaxsteer": 4,  # steering, plans, params, optim, objective, training, ...
+    "jaxsteer": 4,  # steering, plans, params, optim, objectives, training, ...
     "jaxsteer.inference": 5,
     "jaxsteer.theory": 5,
     "jaxsteer.io": 6,
@@ -106,7 +106,7 @@ def test_every_module_has_a_rank():
         ("jaxsteer.models.layers", "jaxsteer.interventions.lora", True),
         ("jaxsteer.interventions.lora", "jaxsteer.models.config", True),
         ("jaxsteer.types", "jaxsteer.batches", True),
-        ("jaxsteer.objective", "jaxsteer.io.load", True),
+        ("jaxsteer.objectives.supervised", "jaxsteer.io.load", True),
         ("jaxsteer.io.load", "train.config", True),
         ("jaxsteer.theory.shifts", "jaxsteer.io.load", True),
         ("jaxsteer.training", "jaxsteer.theory.tangent", True),
@@ -115,7 +115,7 @@ def test_every_module_has_a_rank():
         ("jaxsteer.training", "jaxsteer.optim", False),
         ("jaxsteer.theory.oracle", "jaxsteer.models.transformer", False),
         ("jaxsteer.theory.oracle", "jaxsteer.io", True),
-        ("jaxsteer.objective", "jaxsteer.theory.oracle", True),
+        ("jaxsteer.objectives.supervised", "jaxsteer.theory.oracle", True),
         ("jaxsteer.inference.generate", "jaxsteer.training", False),
         ("jaxsteer.training", "jaxsteer.inference.generate", True),
         ("train.sft", "jaxsteer.io", False),

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxsteer.inference.draws import Top, likeliest_tokens, log_total_of, no_top
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
-from jaxsteer.objective import chunk_width, next_tokens, scan_counted
+from jaxsteer.objectives.tokens import chunk_width, next_tokens, scan_counted
 from jaxsteer.sharding import constrain
 from jaxsteer.types import Array, Batch, PyTree, Steering
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.transformer import Model, Network, logits_of, output_embedding
-from jaxsteer.objective import next_tokens, predicts_completion, scan_counted
+from jaxsteer.objectives.tokens import by_segment, next_tokens, predicts_completion, scan_counted
 from jaxsteer.theory.oracle import check_comparable
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
@@ -138,18 +138,10 @@ def _head(network: Network) -> tuple[PyTree, float | None]:
     return output_embedding(network.base), network.model.config.final_softcap
 
 
-def by_example(values: Array, batch: Batch) -> Array:
-    """Sum values [..., B, T] over each example's tokens: [..., B, T + 1], by its number in the row (0 = padding)."""
-    B, T = batch.segments.shape
-    rows = jnp.arange(B)[:, None]
-    zeros = jnp.zeros((*values.shape[:-1], T + 1), values.dtype)
-    return zeros.at[..., rows, batch.segments].add(values)
-
-
 def totals(comparison: Comparison, batch: Batch) -> Totals:
     """Sum a comparison over its predictions and examples."""
-    wrong = by_example(comparison.counted - comparison.right, batch)
-    examples = by_example(comparison.counted, batch) > 0
+    wrong = by_segment(comparison.counted - comparison.right, batch)
+    examples = by_segment(comparison.counted, batch) > 0
     count = lambda mask: jnp.sum(mask.astype(jnp.float32))
     kl, same, right, predictions = (jnp.sum(field) for field in comparison)
     return Totals(kl, same, right, predictions, solved=count(examples & (wrong == 0)), examples=count(examples))

@@ -20,7 +20,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
-from jaxsteer.objective import CHUNK_TOKENS, mean_loss, next_tokens, supervised_loss, token_nll, total_weight
+from jaxsteer.objectives.supervised import mean_loss, supervised_loss
+from jaxsteer.objectives.tokens import CHUNK_TOKENS, next_tokens, token_nll, total_weight
 from jaxsteer.theory.shifts import forward_mode
 from jaxsteer.types import Array, Batch, PyTree, Steering
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from jaxsteer.models.config import site_dims
 from jaxsteer.models.transformer import Network
-from jaxsteer.objective import supervised_loss, total_weight
+from jaxsteer.objectives.supervised import supervised_loss
+from jaxsteer.objectives.tokens import total_weight
 from jaxsteer.steering import with_leaf
 from jaxsteer.theory import fits
 from jaxsteer.theory.oracle import SLOT, Replay, check_site

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.transformer import Network
-from jaxsteer.theory.compare import by_example
+from jaxsteer.objectives.tokens import by_segment
 from jaxsteer.theory.oracle import block_inputs, blocks_on, check_comparable, check_site, replayed
 from jaxsteer.types import Array, Batch
 
@@ -67,7 +67,7 @@ def site_shares(
     inputs = tuned_inputs if stream == "own" else block_inputs(network, batch)
     capture = tuple(dict.fromkeys((*sites, "block")))
     wanted, plain = blocks_on(tuned, batch, tuned_inputs, capture), blocks_on(network, batch, inputs, capture)
-    squares = lambda values: by_example(jnp.sum(values.astype(jnp.float32) ** 2, axis=-1), batch)
+    squares = lambda values: by_segment(jnp.sum(values.astype(jnp.float32) ** 2, axis=-1), batch)
 
     def left(site: str) -> Array:
         alone = replayed(network, wanted[site] - plain[site], site=site)

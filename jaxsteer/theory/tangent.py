@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
-from jaxsteer.objective import next_tokens
+from jaxsteer.objectives.tokens import next_tokens
 from jaxsteer.params import Params, combine
 from jaxsteer.theory.curvature import by_columns
 from jaxsteer.theory.shifts import forward_mode
@@ -78,8 +78,8 @@ def tangent_loss(
 ) -> Array:
     """`supervised_loss` of the tangent model: Σ weight · −log softmax(z(θ₀) + J(θ₀)(θ − θ₀)). Scalar.
 
-    Takes the place of `supervised_loss` in training: `train_step(..., loss=partial(tangent_loss, at=at))`. θ₀ has no
-    gradient.
+    Takes the place of `supervised_loss` in training: `train_step(objective=Supervised(partial(tangent_loss, at=at)))`.
+    θ₀ has no gradient.
 
     Args:
         model, base, steering, batch: as for `supervised_loss`.

@@ -13,7 +13,8 @@ from jaxsteer import FixedVector, LinearSteering, LoRA, Model, NonlinearSteering
 from jaxsteer.interventions import DiReFT, DoRA, LoReFT, RsLoRA
 from jaxsteer.io import load_model
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
-from jaxsteer.objective import Targets, cross_entropy
+from jaxsteer.objectives.supervised import cross_entropy
+from jaxsteer.objectives.tokens import Targets
 from jaxsteer.orthogonality import Orthogonality, joint_overlap, project_orthogonal
 from jaxsteer.steering import keep_kind, steering_shapes
 from jaxsteer.types import PROJECTIONS, Context

@@ -8,7 +8,8 @@ import pytest
 from tiny import close, fast_jit, naive_loss
 
 from jaxsteer import make_batch, objective
-from jaxsteer.objective import Targets, cross_entropy, next_tokens, scan_counted, token_nll, total_weight
+from jaxsteer.objectives.supervised import cross_entropy
+from jaxsteer.objectives.tokens import Targets, next_tokens, scan_counted, token_nll, total_weight
 
 B, T, D, V = 2, 20, 6, 37
 

@@ -25,7 +25,7 @@ from jaxsteer.batches import select
 from jaxsteer.models.attention import Span
 from jaxsteer.models.config import site_dims
 from jaxsteer.models.layers import Block, Embed, Inputs, RMSNorm, rotary_angles
-from jaxsteer.objective import supervised_loss
+from jaxsteer.objectives.supervised import supervised_loss
 from jaxsteer.types import SITES, Context
 
 pytestmark = pytest.mark.xdist_group("scan")  # the tests share compiled programs

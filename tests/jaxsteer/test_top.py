@@ -196,7 +196,7 @@ def packed(tiny_config):
 def test_scores_are_the_log_softmax_of_whole_texts(chunk, packed, model, adapters, tiny_base, monkeypatch):
     """Several chunks of positions, the last one not full; all at once."""
     for name in ("CPU_CHUNK_TOKENS", "CHUNK_TOKENS"):
-        monkeypatch.setattr(f"jaxsteer.objective.{name}", chunk * 5)
+        monkeypatch.setattr(f"jaxsteer.objectives.tokens.{name}", chunk * 5)
     batch, where, index = packed
     strength = {"lora": np.linspace(0, 1, index.size, dtype=np.float32).reshape(index.shape)}
     given = {"strength": strength, "adapters": index}

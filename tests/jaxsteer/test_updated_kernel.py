@@ -12,7 +12,7 @@ from tiny import AS_USERS_DO, FAST, close, fast_jit, identical, random_steering,
 from jaxsteer import METHODS, Model, Positions, parse_plan
 from jaxsteer.models import sites
 from jaxsteer.models.transformer import forward
-from jaxsteer.objective import mean_loss
+from jaxsteer.objectives.supervised import mean_loss
 from jaxsteer.types import PROJECTIONS, Context, SiteDims
 
 MERGING = ("lora", "rslora", "dora", "pissa")

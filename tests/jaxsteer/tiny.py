@@ -14,7 +14,7 @@ from jaxsteer.batches import make_batch
 from jaxsteer.interventions import METHODS
 from jaxsteer.models.config import site_dims
 from jaxsteer.models.transformer import forward
-from jaxsteer.objective import mean_loss
+from jaxsteer.objectives.supervised import mean_loss
 from jaxsteer.steering import steering_shapes
 from jaxsteer.types import ACTIVATIONS, ALL, PROJECTIONS, Positions, Slot
 

@@ -17,7 +17,8 @@ from jaxsteer.inference.generate import to_device
 from jaxsteer.io import LoadedModel
 from jaxsteer.models.attention import causal_share
 from jaxsteer.models.transformer import Remat
-from jaxsteer.objective import next_tokens, supervised_loss
+from jaxsteer.objectives.supervised import supervised_loss
+from jaxsteer.objectives.tokens import next_tokens
 from jaxsteer.params import Params, partition
 from jaxsteer.steering import init_steering
 from jaxsteer.training import init_state

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
-from jaxsteer.objective import Targets, fold_targets, next_tokens
+from jaxsteer.objectives.tokens import Targets, fold_targets, next_tokens
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from jaxsteer.flops import StepFlops, block_weights, decode_flops, step_flops
 from jaxsteer.models.attention import CHUNK, causal_share
-from jaxsteer.objective import CHUNK_TOKENS
+from jaxsteer.objectives.tokens import CHUNK_TOKENS
 from jaxsteer.sharding import AXES
 from jaxsteer.types import PyTree
 from train.config import TrainConfig

@@ -11,7 +11,8 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from jaxsteer.models.transformer import Network
-from jaxsteer.objective import supervised_loss, total_weight
+from jaxsteer.objectives.supervised import supervised_loss
+from jaxsteer.objectives.tokens import total_weight
 from jaxsteer.plans import parse_plan
 from jaxsteer.steering import init_steering
 from jaxsteer.theory import Promise, aligned_start, gradient_factors, promise

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.transformer import Model
-from jaxsteer.objective import supervised_loss, total_weight
+from jaxsteer.objectives.supervised import Supervised, supervised_loss
+from jaxsteer.objectives.tokens import total_weight
 from jaxsteer.params import Params, combine
 from jaxsteer.theory import explained, first_order, remainders, tangent_loss
 from jaxsteer.training import train_step
@@ -96,9 +97,8 @@ class TangentStudy(Study):
         program = training.program
         step = partial(train_step, model=program.model, tx=program.tx, orthogonality=program.orthogonality)
         full_step = jax.jit(step)
-        lazy_step = jax.jit(
-            lambda state, batch, frozen, at: step(state, batch, frozen, loss=partial(tangent_loss, at=at))
-        )
+        tangent = lambda at: Supervised(partial(tangent_loss, at=at))
+        lazy_step = jax.jit(lambda state, batch, frozen, at: step(state, batch, frozen, objective=tangent(at)))
         compare_runs = jax.jit(partial(compare, program.model))
         at, frozen = training.state.params, training.frozen
         full = lazy = training.state

@@ -9,7 +9,8 @@ from tiny import close, fast_jit, layouts, random_steering
 
 from jaxsteer import FixedVector, Model, ModelConfig, NonlinearSteering, Slot, forward, init_base, make_batch, mean_loss
 from jaxsteer.models.transformer import logits_of, output_embedding
-from jaxsteer.objective import next_tokens, supervised_loss
+from jaxsteer.objectives.supervised import supervised_loss
+from jaxsteer.objectives.tokens import next_tokens
 from jaxsteer.theory import (
     dense,
     empirical_fisher_product,

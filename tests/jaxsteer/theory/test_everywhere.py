@@ -15,7 +15,8 @@ from jaxsteer.io import load_model
 from jaxsteer.models.config import projections_of
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
-from jaxsteer.objective import next_tokens, supervised_loss
+from jaxsteer.objectives.supervised import supervised_loss
+from jaxsteer.objectives.tokens import next_tokens
 from jaxsteer.steering import steering_shapes
 from jaxsteer.theory import first_order, gauss_newton_product, mlp_shift, only_layer, shift, tangent_loss
 from jaxsteer.theory.mlp import layer_mlp

@@ -23,7 +23,8 @@ from jaxsteer import (
     train_step,
 )
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
-from jaxsteer.objective import next_tokens, supervised_loss
+from jaxsteer.objectives.supervised import Supervised, supervised_loss
+from jaxsteer.objectives.tokens import next_tokens
 from jaxsteer.theory import tangent_logits, tangent_loss
 
 pytestmark = pytest.mark.xdist_group("theory_tangent")
@@ -81,7 +82,8 @@ def test_the_training_step_takes_it(whole, batch):
     """The first step is the full model's; later ones part, and the tangent model's loss falls with each."""
     model, tx = Model(SMALL, PLAN, remat="none"), optax.sgd(0.02)
     at, frozen = partition(whole, param_labels(whole, PLAN))
-    step = fast_jit(lambda s, at: train_step(s, batch, frozen, model=model, tx=tx, loss=partial(tangent_loss, at=at)))
+    lazy = lambda at: Supervised(partial(tangent_loss, at=at))
+    step = fast_jit(lambda s, at: train_step(s, batch, frozen, model=model, tx=tx, objective=lazy(at)))
     plain = fast_jit(lambda s: train_step(s, batch, frozen, model=model, tx=tx))
     state = other = init_state(at, tx, jax.random.key(0))
     losses, apart = [], []

@@ -1,8 +1,8 @@
-"""Losses: cross-entropy over a batch's supervised tokens, computing logits only where there is a target."""
+"""Log-probabilities of a batch's tokens, computing logits only where there is a target."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jax.typing import ArrayLike
 
-from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
+from jaxsteer.models.transformer import logits_of
 from jaxsteer.sharding import constrain, current_platform, row_shards
-from jaxsteer.types import Array, Batch, PyTree, Steering
+from jaxsteer.types import Array, Batch
 
 Carry = TypeVar("Carry")
 
@@ -181,68 +180,50 @@ def fold_targets(
     return scan_counted(visit, carry, targets.weights != 0, width)
 
 
-def cross_entropy(hidden: Array, head: Array, targets: Targets, softcap: float | None = None) -> Array:
-    """Σ weight · −log p(target) over the positions whose weight is not 0; no logits are computed for the others.
-
-    Args:
-        hidden: [B, T, D], after the final norm.
-        head: output embedding [V, D].
-        targets: from `next_tokens`, [B, T].
-        softcap: logit soft-cap, see `jaxsteer.models.transformer.logits_of`.
-
-    Returns:
-        Scalar in nats, at least fp32.
-    """
-
-    def add(total: Array, h: Array, head: Array, targets: Targets) -> Array:
-        return total + jnp.vdot(targets.weights.astype(total.dtype), token_nll(h, head, targets.tokens, softcap))
-
-    zero = jnp.zeros((), np.promote_types(hidden.dtype, np.float32))
-    return fold_targets(add, zero, hidden, head, targets)
-
-
-def supervised_loss(
-    model: Model,
-    base: PyTree,
-    steering: Steering,
-    batch: Batch,
-    key: Array | None = None,
-    *,
-    train: bool = False,
-    strength: Mapping[str, ArrayLike] | None = None,
-) -> Array:
-    """Sum of weight · cross-entropy over a batch's supervised tokens; divide by `total_weight` for the mean.
-
-    Args:
-        model: static.
-        base: base tree.
-        steering: steering tree of the model's plan.
-        batch: [B, T].
-        key: for methods that draw random numbers while training.
-        train: training mode of the methods (dropout, gates).
-        strength: of the slots, as in `forward`.
-
-    Returns:
-        Scalar in nats, at least fp32.
-    """
-    hidden = forward(model, base, steering, batch, key=key, train=train, strength=strength).hidden
-    return cross_entropy(hidden, output_embedding(base), next_tokens(batch), model.config.final_softcap)
-
-
-def mean_loss(
-    model: Model,
-    base: PyTree,
-    steering: Steering,
-    batch: Batch,
-    *,
-    strength: Mapping[str, ArrayLike] | None = None,
-) -> Array:
-    """Mean cross-entropy per supervised token of a batch [B, T], a scalar in nats; `strength` as in `forward`."""
-    total = supervised_loss(model, base, steering, batch, strength=strength)
-    return total / total_weight(batch).astype(total.dtype)
-
-
 def total_weight(batch: Batch) -> Array:
     """Σ |weight| over the targets of a batch [..., T]: the divisor of a summed loss. Scalar fp32."""
     flat = Batch(*(field.reshape(-1, field.shape[-1]) for field in batch))
     return jnp.sum(jnp.abs(next_tokens(flat).weights))
+
+
+def token_log_probabilities(
+    hidden: Array, head: Array, batch: Batch, softcap: float | None = None, temperature: float = 1.0
+) -> Array:
+    """log p(token t | the tokens before it), at the token itself; 0 where its weight is 0.
+
+    Args:
+        hidden: [B, T, D], after the final norm.
+        head: output embedding [V, D].
+        batch: [B, T]; of its weights only counts where they are 0.
+        softcap: logit soft-cap, see `jaxsteer.models.transformer.logits_of`.
+        temperature: what logits are divided by.
+
+    Returns:
+        [B, T], natural logarithm, at least fp32. No logits are kept for the backward pass.
+
+    Raises:
+        ValueError: a temperature other than 1 for a model that caps its logits.
+    """
+    if temperature != 1.0 and softcap is not None:
+        raise ValueError(f"temperature {temperature}: a model that caps its logits has only temperature 1 here")
+    B, T, D = hidden.shape
+    hidden = constrain(hidden, "rows", None, None) / jnp.asarray(temperature, hidden.dtype)
+    head = constrain(head, "vocab", None)  # gathered once, not for every chunk
+    targets, row = next_tokens(batch), jnp.arange(B)[:, None]
+
+    def visit(found: Array, index: Array, mask: Array) -> Array:
+        h = jnp.take_along_axis(hidden, index[..., None], axis=1)
+        h = jnp.where(mask[..., None], h, 0).reshape(-1, D)  # 0 · NaN would be NaN
+        nll = token_nll(h, head, jnp.take_along_axis(targets.tokens, index, axis=1).reshape(-1), softcap)
+        at = jnp.where(mask, index + 1, T)  # an index past the end is dropped
+        return found.at[row, at].add(-nll.reshape(at.shape), mode="drop")
+
+    zeros = jnp.zeros((B, T), np.promote_types(hidden.dtype, np.float32))
+    return scan_counted(visit, zeros, targets.weights != 0, chunk_width(B, T))
+
+
+def by_segment(values: Array, batch: Batch) -> Array:
+    """Sums of values [..., B, T] over each segment: [..., B, T + 1], by its number in the row (0 = padding)."""
+    B, T = batch.segments.shape
+    zeros = jnp.zeros((*values.shape[:-1], T + 1), values.dtype)
+    return zeros.at[..., jnp.arange(B)[:, None], batch.segments].add(values)
