@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -15,7 +16,7 @@ import tyro
 from jaxsteer.io.files import read_json
 from jaxsteer.io.provenance import training_settings
 from jaxsteer.plans import did_you_mean
-from train.config import TrainConfig
+from train.config import TrainConfig, parse_run, plain_run
 from train.devices import interrupts
 from train.display.failures import close_output, flush, make_printable, report, sentence_of
 from train.plain import from_plain, to_plain
@@ -23,7 +24,9 @@ from train.tasks import AnyTask, HeldOutTask, JsonlTask, on_file, task_from_json
 
 T = TypeVar("T")
 
-Run = Annotated[TrainConfig, tyro.conf.arg(name="")]
+R = TypeVar("R", bound=TrainConfig)
+
+Run = Annotated[R, tyro.conf.arg(name="")]
 """A run's settings as a part of a command's; on the command line they have no prefix."""
 
 _HERE = Path(__file__).resolve().parent
@@ -63,11 +66,16 @@ def load_config_file(name: str | Path, kind: type[T]) -> T:
     """
     path = find_config_file(name)
     if path.suffix.lower() in (".yaml", ".yml", ".json"):
-        return from_plain(kind, read_yaml(path), str(path))
-    built = _config_of(path)
-    if not isinstance(built, kind):
-        raise ValueError(f"{path}: must define `def config() -> {kind.__name__}`")
-    return built
+        plain, where = read_yaml(path), str(path)
+        built: Any = parse_run(plain, where) if issubclass(kind, TrainConfig) else from_plain(kind, plain, where)
+    else:
+        built = _config_of(path)
+    if isinstance(built, kind):
+        return built
+    if isinstance(built, TrainConfig):
+        asked = f" ({kind.__name__})" if not issubclass(kind, TrainConfig) else f", not of jaxsteer {kind.program}"
+        raise ValueError(f"{path}: holds the settings of jaxsteer {built.program}{asked}")
+    raise ValueError(f"{path}: must define `def config() -> {kind.__name__}`")
 
 
 def read_yaml(path: Path) -> Any:
@@ -135,7 +143,7 @@ def from_command_line(program: str, description: str, kind: type[T], argv: list[
     Args:
         program: the command's name, for its help.
         description: what it does, for its help.
-        kind: TrainConfig, or a dataclass with a field `run: Run` besides settings of its own.
+        kind: TrainConfig, or a dataclass with a field `run: Run[TrainConfig]` (or of a kind of it) besides its own.
         argv: the arguments; by default those of the process.
 
     Raises:
@@ -146,7 +154,7 @@ def from_command_line(program: str, description: str, kind: type[T], argv: list[
         argv.remove("--print-config")
     default = _of_resumed(kind, argv)
     if argv and not argv[0].startswith("-"):
-        default, argv = _with_run(kind, load_config_file(argv[0], TrainConfig)), argv[1:]
+        default, argv = _with_run(kind, load_config_file(argv[0], _run_kind(kind))), argv[1:]
     settings = tyro.cli(
         tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type, misc]
         prog=f"python -m train.{program} [CONFIG]",
@@ -165,18 +173,24 @@ def print_settings(settings: Any) -> NoReturn:
     """Print settings as YAML, and end the command."""
     import yaml
 
-    print(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True, width=120), end="")
+    plain = plain_run(settings) if isinstance(settings, TrainConfig) else to_plain(settings)
+    print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120), end="")
     raise SystemExit(0)
+
+
+def _run_kind(kind: type[Any]) -> type[TrainConfig]:
+    """The class of the run's settings in a command's."""
+    return kind if issubclass(kind, TrainConfig) else typing.get_type_hints(kind)["run"]
 
 
 def _with_run(kind: type[T], run: TrainConfig) -> T:
     """A command's settings around those of a run."""
-    return run if kind is TrainConfig else kind(run=run)  # type: ignore[call-arg, return-value]
+    return run if issubclass(kind, TrainConfig) else kind(run=run)  # type: ignore[call-arg, return-value]
 
 
 def _of_resumed(kind: type[T], argv: Sequence[str]) -> T:
     """The settings in the folder of a run that is resumed without a config file; else the defaults."""
-    default = _with_run(kind, TrainConfig())
+    default = _with_run(kind, _run_kind(kind)())
     names = [text.partition("=")[0].replace("_", "-") for text in argv]
     if "--resume" not in names or (argv and not argv[0].startswith("-")):
         return default
@@ -189,11 +203,12 @@ def _of_resumed(kind: type[T], argv: Sequence[str]) -> T:
     if not file.is_file():
         return default  # the run says what is wrong
     data = read_json(file)
-    return (
-        from_plain(kind, data, str(file))
-        if "run" in data
-        else _with_run(kind, from_plain(TrainConfig, data, str(file)))
-    )
+    if "run" in data:
+        return from_plain(kind, data, str(file))
+    stored = parse_run(data, str(file))
+    if not isinstance(stored, _run_kind(kind)):
+        raise ValueError(f"{out}: is a run of jaxsteer {stored.program}; resume it with that command")
+    return _with_run(kind, stored)
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -22,18 +22,18 @@ from train.config import TO_BE_RESUMED, TrainConfig
 from train.devices.processes import fetch, join, on_first
 from train.run.folder import RunFolder, check_run, locked, open_run, read_inputs
 from train.run.lofit import SHARE, STAGES, check_heads, lofit, split_steps
+from train.run.loop import train
 from train.run.result import Result, print_result
 from train.run.row_length import with_row_length
 from train.run.start import changes_for, filled, prepare
 from train.run.training import count_steps, encoding_of
-from train.sft import train
 
 
 @dataclass(frozen=True)
 class LofitConfig:
     """A training run in LoFiT's two stages."""
 
-    run: Run
+    run: Run[TrainConfig]
     """The settings of both stages; their steps (or epochs) are shared."""
     heads: int = 32
     """Number of attention heads, over all layers, that get a vector."""

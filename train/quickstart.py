@@ -13,8 +13,8 @@ import tyro
 from train.base_models import describe
 from train.cli import load_config_file, run_main
 from train.config import TrainConfig
+from train.run.loop import train
 from train.run.result import print_result
-from train.sft import train
 
 
 @dataclass(frozen=True)

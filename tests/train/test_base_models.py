@@ -17,7 +17,7 @@ from train.config import TrainConfig
 from train.evaluation.answers import ScoredAnswer, write_answers
 from train.evaluation.evaluator import Evaluator
 from train.robustness import RobustnessConfig, read_methods
-from train.sft import train
+from train.run.loop import train
 from train.tasks import JsonlTask
 
 PLAN = ("nonlinear(rank=2) @ block", "lora(rank=2) @ attn.q")

@@ -24,9 +24,9 @@ from train.devices import processes as distributed
 from train.devices import rendezvous
 from train.devices.placement import MeshConfig
 from train.devices.processes import DistributedConfig
+from train.run.loop import train
 from train.run.metrics import read_metrics
 from train.run.training import step_batch
-from train.sft import train
 from train.tasks import JsonlTask
 
 ROOT = Path(__file__).parents[2]

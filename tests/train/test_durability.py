@@ -19,10 +19,11 @@ from jaxsteer.io import load_steering
 from train import sft
 from train.cli import run_main
 from train.config import TrainConfig
+from train.run import loop
 from train.run.checkpoints import open_checkpoints
 from train.run.folder import locked
+from train.run.loop import train
 from train.run.metrics import read_metrics
-from train.sft import train
 from train.tasks import JsonlTask
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +97,7 @@ def test_one_command_begins_and_resumes(config, capsys):
 
 
 def test_a_stopped_run_says_so_in_its_exit_status(config, monkeypatch):
-    monkeypatch.setattr(sft, "train", lambda config: None)
+    monkeypatch.setattr(loop, "train", lambda config, **rest: None)
     monkeypatch.setattr(sys, "argv", ["train.sft"])
     with pytest.raises(SystemExit) as ended:
         run_main(sft.main)

@@ -34,7 +34,7 @@ import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from train.config import MeshConfig, TrainConfig
-from train.sft import train
+from train.run.loop import train
 from train.tasks import JsonlTask
 folder, data, out = sys.argv[1:]
 config = TrainConfig(

@@ -7,8 +7,8 @@ import pytest
 from jaxsteer.models.quantise import is_quantised
 from train.base_models import load_steered
 from train.config import TrainConfig
+from train.run.loop import train
 from train.run.metrics import read_metrics
-from train.sft import train
 from train.tasks import JsonlTask
 
 

@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from train import sft
 from train.base_models import describe
 from train.config import TrainConfig
-from train.run import row_length
+from train.run import loop, row_length
 from train.run.folder import RunFolder
 from train.run.program import make_program
 from train.run.row_length import with_row_length
@@ -64,11 +63,11 @@ def test_padding_is_saved_while_attention_costs_less(config, tmp_path):
 
 
 def test_the_choice_belongs_to_the_run(config, tmp_path):
-    sft.train(config)
+    loop.train(config)
     folder = RunFolder(tmp_path / "run")
     length = json.loads(folder.config.read_text())["sequence_length"]
     assert length == 64
-    sft.train(replace(config, resume=True, extend=True, steps=2))
+    loop.train(replace(config, resume=True, extend=True, steps=2))
     assert json.loads(folder.config.read_text())["sequence_length"] == length
 
 

@@ -26,8 +26,8 @@ from train.evaluation.loss import Loss
 from train.report.page import make_page
 from train.run import training as setup
 from train.run.folder import read_inputs
+from train.run.loop import train
 from train.run.metrics import read_metrics
-from train.sft import train
 from train.tasks import JsonlTask
 
 ROOT = Path(__file__).parents[2]

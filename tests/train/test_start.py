@@ -20,7 +20,7 @@ from train.cli import from_command_line
 from train.compare import __main__ as comparison
 from train.compare.config import CompareConfig, Entry, LoFiT, Method
 from train.config import TrainConfig
-from train.run import start
+from train.run import loop, start
 from train.run.checkpoints import open_checkpoints
 from train.run.folder import RunFolder, read_history
 from train.run.metrics import read_metrics
@@ -54,7 +54,7 @@ def config(settings, tmp_path):
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
-    sft.train(replace(settings, out=str(folder)))
+    loop.train(replace(settings, out=str(folder)))
     return folder
 
 
@@ -96,7 +96,7 @@ def test_cheap_checks_come_before_the_weights(config, tiny_data, tmp_path, weigh
             name: fill(getattr(changes["task"], name)) for name in ("train", "validation", "test")
         })}  # fmt: skip
     wrong = replace(config, **{name: fill(value) for name, value in changes.items()})
-    for command in (sft.train, sft.preview):
+    for command in (loop.train, loop.preview):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             command(wrong)
         assert list(tmp_path.iterdir()) == []
@@ -164,7 +164,7 @@ def test_a_failed_start_leaves_nothing(config, tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(start, "load_base_model", fail)
     with pytest.raises(type(error)):
-        sft.train(config)
+        loop.train(config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -173,7 +173,7 @@ def test_a_refused_folder_keeps_no_lock(config):
     folder.mkdir(parents=True)
     (folder / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="neither empty nor a run"):
-        sft.train(config)
+        loop.train(config)
     assert os.listdir(folder) == ["thesis.tex"]
 
 
@@ -183,7 +183,7 @@ def test_too_little_memory_is_advice_and_leaves_nothing(config, tmp_path, monkey
 
     monkeypatch.setattr(Training, "step", fail)
     with pytest.raises(ValueError, match=r"out of memory: .* --grad-accumulation .* --sequence-length .*108.02 GB"):
-        sft.train(config)
+        loop.train(config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,26 +209,26 @@ def test_a_run_goes_on_with_its_own_data_only(config, run, tiny_data, tmp_path, 
     (run / "config.json").write_text(json.dumps(settings))
     resumed = replace(config, task=JsonlTask(str(data)), resume=True)
     data.write_text(fewer)
-    monkeypatch.setattr(sft, "load_training", lambda *rest: pytest.fail("weights were read"))
+    monkeypatch.setattr(loop, "load_training", lambda *rest: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=r"data.jsonl.*had 100 examples with 400 tokens .* 50 .*--new-data"):
-        sft.train(resumed)
+        loop.train(resumed)
     lines = tiny_data.read_text().splitlines(keepends=True)
     data.write_text("".join(reversed(lines)))
     with pytest.raises(ValueError, match="as many, but others"):
-        sft.train(resumed)
+        loop.train(resumed)
     data.write_text(fewer)
-    monkeypatch.setattr(sft, "load_training", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(loop, "load_training", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        sft.train(replace(resumed, new_data=True))
+        loop.train(replace(resumed, new_data=True))
     assert json.loads((run / "inputs.json").read_text())["train"]["examples"] == 50
     (line,) = read_history(RunFolder(run))
     assert line["steps"] == 2
     assert line["changed"]["data.train.examples"] == [100, 50]
     elsewhere = replace(resumed, task=JsonlTask(str(tiny_data)))
     with pytest.raises(ValueError, match=r"task.train is .* there"):
-        sft.train(elsewhere)
+        loop.train(elsewhere)
     with pytest.raises(KeyboardInterrupt):
-        sft.train(replace(elsewhere, new_data=True))
+        loop.train(replace(elsewhere, new_data=True))
     assert read_history(RunFolder(run))[-1]["changed"]["task.train"] == [str(data), str(tiny_data)]
 
 
@@ -241,7 +241,7 @@ def test_a_run_goes_on_with_its_own_model_only(config, run, tiny_folder, tmp_pat
     settings = json.loads((run / "config.json").read_text()) | {"model": str(model)}
     (run / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="the weights of its base model have changed"):
-        sft.train(replace(config, model=str(model), resume=True))
+        loop.train(replace(config, model=str(model), resume=True))
 
 
 def resuming(run, *options):
@@ -259,13 +259,13 @@ def test_another_setting_is_refused_by_name(config, run, weights):
         ({"steps": 1, "extend": True}, "has done 2 steps already"),
     ):
         with pytest.raises(ValueError, match=message):
-            sft.train(replace(own, **changes))
+            loop.train(replace(own, **changes))
 
 
 @pytest.mark.slow
 def test_a_run_is_extended_on_purpose(config, run):
     """More steps and another rate are taken and noted; the next resumption needs no option."""
-    sft.train(resuming(run, "--steps", "3", "--optim.lr", "0.02", "--extend"))
+    loop.train(resuming(run, "--steps", "3", "--optim.lr", "0.02", "--extend"))
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row["lr_activations"] for row in rows] == pytest.approx([0.01, 0.01, 0.02])
@@ -284,7 +284,7 @@ def test_a_run_starts_from_another(config, finished, monkeypatch, capsys):
     monkeypatch.setattr(Training, "step", lambda self, state, batch: states.append(state) or pytest.fail("stopped"))
     continued = replace(config, plan=TrainConfig.plan, start_from=str(finished))
     with pytest.raises(pytest.fail.Exception, match="stopped"):
-        sft.train(continued)
+        loop.train(continued)
     assert "Plan of" in capsys.readouterr().out
     for ours, theirs in zip(jax.tree.leaves(states[0].params.steering), jax.tree.leaves(before.steering), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -18,11 +18,11 @@ from train.devices.chips import chip_of
 from train.devices.machine import peak_flops
 from train.run import log
 from train.run import training as setup
+from train.run.loop import train
 from train.run.metrics import read_metrics
 from train.run.profiling import Profiler
 from train.run.trackers import numbers
 from train.run.training import make_training, step_batch
-from train.sft import train
 from train.tasks import JsonlTask
 
 

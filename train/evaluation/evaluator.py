@@ -74,6 +74,7 @@ class Evaluator:
     sampling, seed   how answers are generated; greedy by default
     encoding         how texts become tokens; None for the task's `chat` and no more. Its limit is for the loss only
     strength         of the plan's slots, as in `jaxsteer.forward`
+    measure          (split, params) -> further figures of a model, by name
     """
 
     model: Model
@@ -91,6 +92,7 @@ class Evaluator:
     seed: int = 0
     encoding: Encoding | None = None
     strength: Mapping[str, float] | None = None
+    measure: Callable[[Split, Params], Mapping[str, float]] = lambda split, params: {}  # nothing more
     _cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def steered_by(self, model: Model, loaded: LoadedModel | None = None) -> Evaluator:
@@ -103,6 +105,12 @@ class Evaluator:
         """The same evaluator, which need not load these splits; they are within their limits."""
         other = replace(self)
         object.__setattr__(other, "_cache", {f"examples of {split}": some for split, some in examples.items()})
+        return other
+
+    def measuring(self, measure: Callable[[Split, Params], Mapping[str, float]]) -> Evaluator:
+        """The same evaluator, with further figures; it shares the splits that are tokenised already."""
+        other = replace(self, measure=measure)
+        object.__setattr__(other, "_cache", self._cache)
         return other
 
     def examples(self, split: Split) -> list[Example]:
@@ -172,7 +180,7 @@ class Evaluator:
         examples = self.examples("validation")
         if not examples:
             return Validation({}, [])
-        results = figures_of(self.loss("validation", params))
+        results = {**figures_of(self.loss("validation", params)), **self.measure("validation", params)}
         with interrupts.deferred():
             if self.metric == "accuracy":
                 answers = self.answer("validation", params)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from jaxsteer.io.files import write_json
 from train.cli import Run, from_command_line
+from train.config import TrainConfig
 from train.plan.figures import Figures, figures_of
 from train.plan.model_configs import model_config_of
 from train.plan.question import Question
@@ -30,7 +31,7 @@ a lower bound on the time from the chips' published peaks. Exit status 2 if a st
 class FitCheckConfig:
     """A run, and the topologies to check it on."""
 
-    run: Run
+    run: Run[TrainConfig]
     """The run."""
     topology: str = "v5e:4x4"
     """Chips to check: a TPU topology as JAX's compiler writes it (v5e:4x4, v5p:4x4x4, v6e:4x4, ...) or as it is sold

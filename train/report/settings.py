@@ -10,8 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.config import TrainConfig
-from train.plain import TYPE, from_plain, to_plain
+from train import config as runs
+from train.plain import TYPE, to_plain
 from train.report.record import Record
 from train.run.changes import MISSING, flat, same
 from train.run.result import bare
@@ -37,7 +37,7 @@ def settings_of(config: Mapping[str, Any]) -> list[Setting]:
 
 
 def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    usual = to_plain(TrainConfig().to_json())
+    usual = to_plain(runs.KINDS[runs.program_of(config)]().to_json())
     task = config.get("task")
     kind = KINDS.get(task.get(TYPE, "")) if isinstance(task, Mapping) else None
     if kind is None:
@@ -73,14 +73,14 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[Difference]:
 
 
 def as_yaml(config: Mapping[str, Any]) -> str:
-    """The settings as a config file: `jaxsteer sft FILE.yaml` makes the same run again.
+    """The settings as a config file: with them as FILE.yaml its command makes the same run again.
 
     Raises:
         ValueError: they are those of another version.
     """
     import yaml
 
-    plain = to_plain(from_plain(TrainConfig, config, "config.json"))
+    plain = runs.plain_run(runs.parse_run(config, "config.json"))
     kept = {name: plain[name] for name in config}
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=100)
 
@@ -96,7 +96,7 @@ def uses_of(record: Record) -> list[str]:
     """Commands that use the steering of a finished run, or continue one that has not finished."""
     folder = str(record.run.folder)
     if record.summary is None:
-        return [shlex.join(["jaxsteer", "sft", "--resume", "--out", folder])]
+        return [shlex.join(["jaxsteer", runs.program_of(record.config), "--resume", "--out", folder])]
     if record.steering is None:
         model = ["jaxsteer", "generate", "none", "YOUR QUESTION", "--model", str(Path(folder) / "model")]
         return [shlex.join(model)] if record.config.get("train_base") else []

@@ -11,18 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.data import DataSource, Example, Report
+from train.data import Example, Report, StepSource
 from train.data.columns import files_of
 
 
-def data_inputs(data: DataSource, report: Report) -> dict[str, Any]:
+def data_inputs(data: StepSource, report: Report) -> dict[str, Any]:
     """Training data as inputs.json records it: a digest of its tokens, and figures for readers."""
     return {
-        "sha256": data.store.digest(),
+        "sha256": data.digest(),
         "examples": report.kept,
         "tokens": report.tokens,
         "supervised": report.supervised,
-        "sources": data.store.files,
+        "sources": data.files,
     }
 
 

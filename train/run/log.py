@@ -17,6 +17,7 @@ from train.devices.processes import is_first, on_first
 from train.display.console import progress
 from train.evaluation.answers import ScoredAnswer
 from train.evaluation.evaluator import Validation
+from train.run.figures import described
 from train.run.folder import RunFolder
 from train.run.metrics import MetricsWriter, read_metrics
 from train.run.profiling import Profiler
@@ -97,7 +98,7 @@ class RunLog:
     def evaluation(self, done: int, validation: Validation) -> None:
         """Report an evaluation after a step; 0 is the pretrained model."""
         self._writer.write(done, **validation.results)
-        self.note(f"step {done}: {_described(validation.results)}")
+        self.note(f"step {done}: {described(validation.results)}")
         for answer in validation.answers:
             before = self._answered.get(answer.source)
             self.note(f"    {described_answer(answer, before)}")
@@ -124,17 +125,6 @@ def _shown(values: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, f
     overlap = {"overlap": float(np.mean(values["overlap"]))} if "overlap" in values else {}
     shown = {name: rate for name, rate in rates.items() if name != "step_seconds"}
     return {"loss": values["loss"], "grad_norm": values["grad_norm"], **overlap, **shown}
-
-
-def _described(results: Mapping[str, float]) -> str:
-    """An evaluation in words."""
-    loss, perplexity = results["validation_loss"], results["perplexity"]
-    likely = 100 * results["token_accuracy"]
-    text = f"validation loss {loss:.4f} (perplexity {perplexity:.4g}, {likely:.1f} % of tokens right)"
-    if "accuracy" in results:
-        rate, low, high = (100 * results[name] for name in ("accuracy", "low", "high"))
-        text += f", accuracy {rate:.1f} % (95 %: {low:.1f} to {high:.1f})"
-    return text
 
 
 def described_answer(answer: ScoredAnswer, before: str | None) -> str:

@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 from jaxsteer.models.attention import Kernel, choose_attention
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import Model, write_scales
+from jaxsteer.objectives.objective import Inputs, Objective
+from jaxsteer.objectives.supervised import SUPERVISED
 from jaxsteer.optim import make_optimizer
 from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.params import Params, param_labels, partition
@@ -27,7 +29,7 @@ from jaxsteer.plans import parse_plan
 from jaxsteer.sharding import MeshShape, base_shardings, check_shape, optimizer_shardings, steering_shardings
 from jaxsteer.steering import param_specs, steering_shapes
 from jaxsteer.training import Metrics, TrainState, init_state, make_train_step
-from jaxsteer.types import Array, Batch, PyTree
+from jaxsteer.types import Array, PyTree
 from train.config import TrainConfig
 from train.devices.placement import Placement, place_on
 
@@ -40,7 +42,7 @@ class Program:
     mesh       None on a single device of this process: nothing is placed then
     attention  the attention kernel, and why it is chosen
     base       shapes of the base tree
-    skip_nonfinite  as `train_step` takes it
+    skip_nonfinite, objective  as `train_step` takes them
     """
 
     model: Model
@@ -51,6 +53,7 @@ class Program:
     attention: tuple[Kernel, str]
     base: PyTree
     skip_nonfinite: bool = False
+    objective: Objective = SUPERVISED
 
     @cached_property
     def shapes(self) -> tuple[TrainState, Params]:
@@ -71,7 +74,7 @@ class Program:
 
     @cached_property
     def jitted(self) -> jax.stages.Wrapped:
-        """The step, (state, batch, frozen) -> (state, metrics), to be traced `on_mesh`; the state is donated."""
+        """The step, (state, inputs, frozen, given) -> (state, metrics), to be traced `on_mesh`; donates the state."""
         out = None
         if self.mesh is not None:
             out = (jax.tree.map(lambda leaf: leaf.sharding, self.shapes[0]), NamedSharding(self.mesh, P()))
@@ -80,6 +83,7 @@ class Program:
             self.tx,
             orthogonality=self.orthogonality,
             skip_nonfinite=self.skip_nonfinite,
+            objective=self.objective,
             out_shardings=out,
         )
 
@@ -92,10 +96,12 @@ class Program:
         """The context in which to trace and call this run's functions."""
         return self.placement.on_mesh()
 
-    def step(self, state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, Metrics]:
+    def step(
+        self, state: TrainState, inputs: Inputs, frozen: Params, given: PyTree = None
+    ) -> tuple[TrainState, Metrics]:
         """One training step on placed arrays -> (state, metrics)."""
         with self.on_mesh():
-            return self.jitted(state, batch, frozen)
+            return self.jitted(state, inputs, frozen, given)
 
     def begin(self, trained: Params, key: Array) -> TrainState:
         """The state before the first step, placed as the step expects it. Every process passes the same values."""
@@ -169,6 +175,7 @@ def make_program(
         attention=_kernel(config, model_config, base, mesh, platform),
         base=base,
         skip_nonfinite=config.nonfinite == "skip",
+        objective=config.loss,
     )
 
 

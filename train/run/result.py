@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -29,6 +29,7 @@ from train.display.console import get_console, print_facts
 from train.display.plots import plot_overlap, plot_training
 from train.evaluation.answers import ScoredAnswer, accuracy_of
 from train.evaluation.evaluator import Evaluator, figures_of
+from train.run.figures import FIGURES, changes, without_split
 from train.run.folder import RunFolder, now, read_history, read_inputs
 from train.run.metrics import read_metrics
 from train.run.training import Training
@@ -38,7 +39,7 @@ from train.tasks.scoring import percent
 
 
 class BeforeAfter(TypedDict, total=False):
-    """Figures of the pretrained and the trained model: loss, perplexity, token_accuracy, and accuracy if measured."""
+    """Figures of the pretrained and the trained model, by the names of `train.run.figures`."""
 
     before: dict[str, float]
     after: dict[str, float]
@@ -128,10 +129,8 @@ def conclude(
     questions, tuned, after, losses = evaluator.examples("test"), training.answering(state), [], {}
     if before is not None:
         after = evaluator.answer("test", tuned, run.answers_after, title="Evaluating after", reuse=True)
-    elif questions:
-        pair = (evaluator.loss("test", params) for params in (training.untouched(), tuned))
-        before_loss, after_loss = (_without_split(figures_of(loss)) for loss in pair)
-        losses["test"] = BeforeAfter(before=before_loss, after=after_loss)
+    if figures := _tested(evaluator, [training.untouched(), tuned], loss=before is None):
+        losses["test"] = BeforeAfter(before=figures[0], after=figures[1])
     if config.evaluate_every:
         losses["validation"] = on_first(lambda: _validated(run, int(state.step)))
     result = Result(
@@ -155,11 +154,20 @@ def conclude(
     return result
 
 
+def _tested(evaluator: Evaluator, models: Sequence[Params], *, loss: bool) -> list[dict[str, float]]:
+    """The figures of some models on the test split, with the loss if asked for; [] if there are none."""
+    if not evaluator.examples("test"):
+        return []
+    losses = (figures_of(evaluator.loss("test", params)) if loss else {} for params in models)
+    found = [without_split(figures) for figures in losses]
+    found = [{**figures, **evaluator.measure("test", params)} for figures, params in zip(found, models, strict=True)]
+    return found if any(found) else []
+
+
 def _validated(run: RunFolder, step: int) -> BeforeAfter:
     """The evaluations of the pretrained model and of the state that is kept, of this step, from the run's metrics."""
-    names = ("validation_loss", "perplexity", "token_accuracy", "accuracy")
     rows = {
-        row["step"]: _without_split({name: row[name] for name in names if name in row})
+        row["step"]: {name: value for name, value in without_split(row).items() if name in FIGURES}
         for row in read_metrics(run.metrics)
         if "validation_loss" in row
     }
@@ -169,11 +177,6 @@ def _validated(run: RunFolder, step: int) -> BeforeAfter:
     if rows.get(step):
         found["after"] = rows[step]
     return found
-
-
-def _without_split(figures: Mapping[str, float]) -> dict[str, float]:
-    """The same figures by names that do not say of which split."""
-    return {name.removeprefix("validation_"): value for name, value in figures.items()}
 
 
 def _save_trained(run: RunFolder, training: Training, state: TrainState) -> Steering:
@@ -258,22 +261,6 @@ def provenance(run: RunFolder) -> dict[str, Any]:
     return ({"inputs": inputs} if inputs else {}) | ({"history": history} if history else {})
 
 
-def _changes(figures: BeforeAfter) -> dict[str, str]:
-    """What became of a loss and its relatives, as text by name."""
-    forms = {
-        "loss": ("loss", "{:.4f}"),
-        "perplexity": ("perplexity", "{:.4g}"),
-        "token_accuracy": ("tokens right", "{:.1%}"),
-        "accuracy": ("accuracy", "{:.1%}"),
-    }
-    stages = [stage for stage in (figures.get("before"), figures.get("after")) if stage]
-    return {
-        title: " -> ".join(form.format(stage[name]).replace("%", " %") for stage in stages)
-        for name, (title, form) in forms.items()
-        if all(name in stage for stage in stages) and stages
-    }
-
-
 SHOWN = 3
 """Number of questions whose answers are printed."""
 
@@ -287,7 +274,8 @@ def print_result(result: Result) -> None:
             accuracy = accuracy_of(answers)
             table.add_row(f"accuracy {name} (95 %)", f"{percent(accuracy)} of {accuracy.total} held-out problems")
     for split, figures in result.losses.items():
-        for name, text in _changes(figures).items():
+        stages = [stage for stage in (figures.get("before"), figures.get("after")) if stage]
+        for name, text in changes(stages).items():
             table.add_row(f"{split} {name}", text)
     share = 100 * result.trainable / result.total
     table.add_row("trainable parameters", f"{result.trainable:,} ({share:.2f} % of {result.total:,})")

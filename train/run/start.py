@@ -13,9 +13,10 @@ from jaxsteer.models.config import beyond_context
 from jaxsteer.plans import format_plan, parse_plan
 from jaxsteer.types import Steering
 from train.base_models import describe
-from train.config import CHANGEABLE, TrainConfig
+from train.config import TrainConfig, changeable_settings
 from train.display.console import say
 from train.evaluation.evaluator import Evaluator
+from train.run.algorithm import SFT, Algorithm
 from train.run.checkpoints import check_reachable
 from train.run.folder import Changes, RunFolder
 from train.run.inputs import data_inputs, example_inputs
@@ -31,7 +32,6 @@ from train.run.training import (
     load_base_model,
     make_evaluator,
     make_training,
-    read_data,
 )
 from train.run.validation import Splits, decide, read_splits
 
@@ -43,6 +43,7 @@ SCHEDULE_STEPS = 1000
 class Prepared:
     """A run that can start as soon as its weights are read.
 
+    algorithm  how it learns
     config     its settings, with what they left open filled in: the plan of the steering that it starts from, the day,
                and what its checkpoints are chosen by
     settings   those that define it, for config.json; what checkpoints are chosen by may still follow from the data
@@ -56,6 +57,7 @@ class Prepared:
     inputs     what it reads, for inputs.json
     """
 
+    algorithm: Algorithm
     config: TrainConfig
     settings: dict[str, Any]
     model: LoadedModel
@@ -68,13 +70,16 @@ class Prepared:
     inputs: dict[str, Any]
 
 
-def prepare(config: TrainConfig, stored: Mapping[str, Any] | None, inputs: Mapping[str, Any]) -> Prepared:
+def prepare(
+    config: TrainConfig, stored: Mapping[str, Any] | None, inputs: Mapping[str, Any], algorithm: Algorithm = SFT
+) -> Prepared:
     """Read and check everything but the weights, what is cheap first.
 
     Args:
         config: the run.
         stored: settings in the folder of a run that is resumed.
         inputs: what that run reads.
+        algorithm: how it learns.
 
     Raises:
         ValueError: settings, a plan or data that no run could have.
@@ -91,9 +96,9 @@ def prepare(config: TrainConfig, stored: Mapping[str, Any] | None, inputs: Mappi
     if config.steps is not None:
         check_profile(config.profile, 0, config.steps)
     splits = read_splits(config)
-    settings, config = config.to_json(), decide(config, splits)
+    settings, config = config.to_json(), decide(config, splits, algorithm.metric)
     evaluator = make_evaluator(config, model, program, splits)
-    data = read_data(config, model)
+    data = algorithm.read_data(config, model)
     if note := beyond_context(model.config, data.report.longest):
         say(f"Note: the longest example has {note}", stderr=False)
     steps = config.steps or data.source.steps(config.epochs)
@@ -104,7 +109,7 @@ def prepare(config: TrainConfig, stored: Mapping[str, Any] | None, inputs: Mappi
         read["validation"] = example_inputs(splits["validation"])
     if config.start_from is not None:
         read["start_from"] = inputs.get("start_from") or _start_inputs(config, start)
-    return Prepared(config, settings, model, program, data, steps, splits, evaluator, start, read)
+    return Prepared(algorithm, config, settings, model, program, data, steps, splits, evaluator, start, read)
 
 
 def filled(config: TrainConfig, stored: Mapping[str, Any] | None) -> TrainConfig:
@@ -185,7 +190,7 @@ def _digest(path: Path) -> str:
 
 def changes_for(config: TrainConfig) -> Changes:
     """What may differ when the run is resumed."""
-    return Changes(CHANGEABLE, config.extend, config.new_data)
+    return Changes(changeable_settings(type(config)), config.extend, config.new_data)
 
 
 def load_training(prepared: Prepared, initial: Steering | None = None) -> Training:
@@ -201,7 +206,8 @@ def load_training(prepared: Prepared, initial: Steering | None = None) -> Traini
         initial = prepared.start.steering
         if said := prepared.start.check_weights(loaded.sample, other_base=True):
             say(f"Note: {said}", stderr=False)
-    return make_training(config, loaded, initial, prepared.data)
+    training = make_training(config, loaded, initial, prepared.data)
+    return replace(training, given=prepared.algorithm.given(training))
 
 
 def check_start(prepared: Prepared, done: int) -> None:

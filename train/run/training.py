@@ -16,13 +16,14 @@ from jaxsteer.io import LoadedModel, cache_folder
 from jaxsteer.io.load import require_tokenizer
 from jaxsteer.io.stored import Place
 from jaxsteer.models.attention import causal_share
+from jaxsteer.objectives.objective import Inputs
 from jaxsteer.params import Params, combine, partition
 from jaxsteer.steering import count_parameters, count_trained, init_steering
 from jaxsteer.training import Metrics, TrainState
-from jaxsteer.types import Batch, Steering
+from jaxsteer.types import PyTree, Steering
 from train.base_models import load, resolve_model
 from train.config import TrainConfig
-from train.data import DataSource, Encoding, Report, TokenStore
+from train.data import DataSource, Encoding, Report, StepSource, TokenStore
 from train.data.tokenised import tokenised
 from train.display.console import progress
 from train.evaluation.evaluator import Evaluator
@@ -43,6 +44,7 @@ class Training:
     report     what tokenising the data did
     steps      number of updates
     trainable, total  number of trained parameters, and of all base parameters
+    given      what the objective is given besides its inputs
     """
 
     config: TrainConfig
@@ -50,11 +52,12 @@ class Training:
     program: Program
     state: TrainState
     frozen: Params
-    data: DataSource
+    data: StepSource
     report: Report
     steps: int
     trainable: int
     total: int
+    given: PyTree = None
 
     def starting_from(self, steering: Steering) -> Training:
         """The same run with other initial steering, constants included."""
@@ -68,12 +71,12 @@ class Training:
         state, frozen = self.program.begin(params, self.state.key), self.program.place_frozen(put(self.frozen))
         return replace(self, state=state, frozen=frozen, trainable=trainable)
 
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(self, state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
         """One update. The state given is donated: use the one returned."""
-        return self.program.step(state, batch, self.frozen)
+        return self.program.step(state, inputs, self.frozen, self.given)
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step (from 0), on the devices; a process makes only the rows that its devices hold."""
+    def batch(self, step: int) -> Inputs:
+        """The inputs of a step (from 0), on the devices; a process makes only the rows that its devices hold."""
         place, rows = self.program.placement, self.config.microbatch
         own = place.own_rows(rows)
         return place.batch(step_batch(self.config, self.data, step, own), rows, own.start)
@@ -187,7 +190,7 @@ def encoding_of(config: TrainConfig) -> Encoding:
 class RunData(NamedTuple):
     """The training data of a run, and what tokenising it did."""
 
-    source: DataSource
+    source: StepSource
     report: Report
 
     def ordered_by(self, seed: int) -> RunData:
@@ -226,8 +229,8 @@ def count_steps(config: TrainConfig, loaded: LoadedModel) -> int:
     return config.steps or read_data(config, loaded).source.steps(config.epochs)
 
 
-def step_batch(config: TrainConfig, data: DataSource, step: int, own: range | None = None) -> Batch:
-    """The batch of a step (from 0): numpy [B, T], or [M, B / M, T] with M microbatches.
+def step_batch(config: TrainConfig, data: StepSource, step: int, own: range | None = None) -> Inputs:
+    """The inputs of a step (from 0): numpy [B, T], or [M, B / M, T] with M microbatches.
 
     Args:
         config: the run.
@@ -239,12 +242,15 @@ def step_batch(config: TrainConfig, data: DataSource, step: int, own: range | No
     own = range(rows) if own is None else own
     batch = data.batch(step, [micro * rows + row for micro in range(config.grad_accumulation) for row in own])
     if config.grad_accumulation > 1:
-        shape = (config.grad_accumulation, len(own), config.sequence_length)
-        batch = jax.tree.map(lambda field: np.reshape(field, shape), batch)
+        shape = (config.grad_accumulation, len(own))
+        batch = jax.tree.map(lambda field: np.reshape(field, shape + field.shape[1:]), batch)
     return batch
 
 
 def to_floats(metrics: Metrics) -> dict[str, Any]:
-    """Metrics as plain numbers; the overlap as a list with a number per joint layer, left out where there is none."""
-    values = {name: np.asarray(value).tolist() for name, value in jax.device_get(metrics)._asdict().items()}
+    """Metrics as plain numbers, facts by their names; the overlap as a list with a number per joint layer, left out
+    where there is none."""
+    fields = jax.device_get(metrics)._asdict()
+    fields |= fields.pop("facts")
+    values = {name: np.asarray(value).tolist() for name, value in fields.items()}
     return values if values["overlap"] else {k: v for k, v in values.items() if k != "overlap"}

@@ -11,7 +11,7 @@ from train.data import Example, Split
 from train.display.console import say
 from train.tasks import HeldOutTask
 from train.tasks.protocols import TrainingTask
-from train.tasks.scoring import is_checkable
+from train.tasks.scoring import Metric, is_checkable
 
 Splits = Mapping[Split, list[Example]]
 
@@ -28,11 +28,17 @@ def read_splits(config: TrainConfig) -> dict[Split, list[Example]]:
     return {split: task.load(split)[:limit] if limit else [] for split, limit in limits.items()}
 
 
-def decide(config: TrainConfig, splits: Splits) -> TrainConfig:
+def decide(config: TrainConfig, splits: Splits, measured: Metric | None = None) -> TrainConfig:
     """The run with `select_by` decided, once its settings are known to have an effect.
 
+    Args:
+        config: the run.
+        splits: its examples.
+        measured: what the run measures besides accuracy and loss, which `auto` stands for then.
+
     Raises:
-        ValueError: evaluations without validation examples; accuracy of examples without an answer.
+        ValueError: evaluations without validation examples; accuracy of examples without an answer; a figure that
+            such a run does not measure.
     """
     validation, test = splits["validation"], splits["test"]
     if config.evaluate_every and not validation:
@@ -46,12 +52,17 @@ def decide(config: TrainConfig, splits: Splits) -> TrainConfig:
             f"--test-examples {config.test_examples}: the task has no test examples. Give it some (--task.test FILE), "
             "or leave out --test-examples"
         )
+    known = ("accuracy", "validation_loss", *([measured] if measured else []))
+    if config.select_by not in ("auto", *known):
+        raise ValueError(f"--select-by {config.select_by}: jaxsteer {config.program} measures {', '.join(known)}")
     for text in _notes(config, splits):
         say(f"Note: {text}", stderr=False)
     if config.select_by == "accuracy" and (unanswered := [e for e in (*validation, *test) if e.gold is None]):
         raise ValueError(f"--select-by accuracy: {unanswered[0].source} has no answer; use --select-by validation_loss")
     if config.select_by != "auto":
         return config
+    if measured is not None:
+        return replace(config, select_by=measured)
     asked = validation if config.evaluate_every else test
     return replace(config, select_by="accuracy" if is_checkable(asked, config.task.rule) else "validation_loss")
 
@@ -81,5 +92,5 @@ def _notes(config: TrainConfig, splits: Splits) -> list[str]:
 
 def _is_set(config: TrainConfig, name: str) -> bool:
     """Whether a setting is not at its default."""
-    default: Any = next(field.default for field in fields(TrainConfig) if field.name == name)
+    default: Any = next(field.default for field in fields(config) if field.name == name)
     return getattr(config, name) != default

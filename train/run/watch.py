@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from train.config import TrainConfig
-from train.data import DataSource
+from train.data import StepSource
 
 
 class StepTimer:
@@ -72,7 +72,7 @@ class NonfiniteGuard:
         skipped: steps skipped before the run was resumed.
     """
 
-    def __init__(self, config: TrainConfig, data: DataSource, skipped: int) -> None:
+    def __init__(self, config: TrainConfig, data: StepSource, skipped: int) -> None:
         self._config, self._data = config, data
         self.skipped = skipped
 
@@ -84,8 +84,7 @@ class NonfiniteGuard:
         if _is_finite(values):
             return {}
         self.skipped += self._config.nonfinite == "skip"
-        rows = self._data.row_members(done - 1)
-        return {"examples": [[self._data.store.source(index) for index in row] for row in rows]}
+        return {"examples": self._data.named(done - 1)}
 
     def check(self, done: int, values: Mapping[str, Any], last_good: Callable[[], str]) -> str | None:
         """A message about a skipped step; None for a finite one.

@@ -96,10 +96,21 @@ def interval(successes: int, n: int) -> tuple[float, float]:
     return float(ends.low), float(ends.high)
 
 
-Metric = Literal["accuracy", "validation_loss"]
-"""What a validation measures: the share of correct answers, or the mean cross-entropy of the reference completions."""
+Metric = Literal["accuracy", "validation_loss", "pair_accuracy", "teacher_kl"]
+"""What a validation measures.
 
-BEST: Mapping[str, Literal["max", "min"]] = {"accuracy": "max", "validation_loss": "min"}
+accuracy         share of correct answers
+validation_loss  mean cross-entropy of the reference completions, nats a token
+pair_accuracy    share of the pairs whose chosen answer gained more log-probability than the rejected one
+teacher_kl       mean KL from the teacher's next-token distribution to the student's, nats a token
+"""
+
+BEST: Mapping[str, Literal["max", "min"]] = {
+    "accuracy": "max",
+    "validation_loss": "min",
+    "pair_accuracy": "max",
+    "teacher_kl": "min",
+}
 """Whether the largest or the smallest value of a metric is the best."""
 
 SHORT_ANSWER = 5

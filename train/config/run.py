@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxsteer.models.attention import Kernel
 from jaxsteer.models.transformer import Remat
+from jaxsteer.objectives import SUPERVISED, Objective
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
 from train.data import LossOn, OnLong
@@ -40,6 +41,9 @@ def operational(default: Any) -> Any:
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
+
+    program: ClassVar[str] = "sft"
+    """The command that carries it out."""
 
     task: Task = field(default_factory=ListOpsTask)
     """Training, validation and test data, and how answers are scored."""
@@ -99,9 +103,9 @@ class TrainConfig:
     evaluate_every: int = changeable(0)
     """Steps between evaluations on the validation split; 0: none during training."""
     select_by: Metric | Literal["auto"] = changeable("auto")  # noqa: RUF009
-    """What chooses the best checkpoint, and what early stopping looks at: accuracy (of generated answers), or
-    validation_loss (of the reference completions). auto: accuracy if answers can be right or wrong, validation_loss for
-    free text."""
+    """What chooses the best checkpoint, and what early stopping looks at: accuracy (of generated answers),
+    validation_loss (of the reference completions), or a figure that the command measures besides. auto: that figure, or
+    else accuracy if answers can be right or wrong, and validation_loss for free text."""
     patience: int = operational(0)
     """Stop after this many consecutive evaluations without improvement, and keep the best checkpoint. 0: never."""
     validation_share: float = 0.0
@@ -185,14 +189,26 @@ class TrainConfig:
         """Rows that are computed at a time."""
         return self.batch_size // self.grad_accumulation
 
+    @property
+    def loss(self) -> Objective:
+        """What a step minimises."""
+        return SUPERVISED
+
     def to_json(self) -> dict[str, Any]:
         """The settings that define the run, for config.json: all but the operational ones."""
         data = dataclasses.asdict(self) | {"task": task_to_json(self.task)}
-        return {each.name: data[each.name] for each in dataclasses.fields(self) if not each.metadata.get("operational")}
+        kept = [each.name for each in dataclasses.fields(self) if not each.metadata.get("operational")]
+        return self.named_program | {name: data[name] for name in kept}
+
+    @property
+    def named_program(self) -> dict[str, str]:
+        """What plain settings begin with, so that they are read as those of this command."""
+        return {} if self.program == TrainConfig.program else {"program": self.program}
 
 
-CHANGEABLE = tuple(each.name for each in dataclasses.fields(TrainConfig) if each.metadata.get("changeable"))
-"""Settings that can change in the course of a run."""
+def changeable_settings(kind: type[TrainConfig]) -> tuple[str, ...]:
+    """The settings that can change in the course of a run."""
+    return tuple(each.name for each in dataclasses.fields(kind) if each.metadata.get("changeable"))
 
 
 def option(name: str) -> str:
