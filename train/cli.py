@@ -195,7 +195,7 @@ def _of_resumed(kind: type[T], argv: Sequence[str]) -> T:
     if "--resume" not in names or (argv and not argv[0].startswith("-")):
         return default
     given = [at for at, name in enumerate(names) if name == "--out"]
-    out = TrainConfig.out
+    out = _run_kind(kind).out
     if given:
         _, equals, value = argv[given[-1]].partition("=")
         out = value if equals else next(iter(argv[given[-1] + 1 :]), out)
