@@ -82,7 +82,7 @@ class DpoConfig(TrainConfig):
 
     task: Task = field(default_factory=PairedTask)
     """Pairs of answers, or judged answers: your own (preference), or right and wrong answers to a task (paired)."""
-    preference: PreferenceLoss = PreferenceLoss()  # noqa: RUF009  # frozen
+    preference: PreferenceLoss = PreferenceLoss()  # frozen
     """The loss."""
     share_prompts: bool = True
     """Compute the prompt of a pair once for both answers, where the attention kernel can."""

@@ -15,7 +15,8 @@ from train.data.encoding import Encoding, LossOn, OnLong, Report
 from train.data.examples import Example, Split, TokenizedExample, Turn, digest_of
 from train.data.jsonl import Keys, Reading, read_jsonl
 from train.data.listops import ListOps
-from train.data.packing import DataSource
+from train.data.packing import DataSource, RowOrder
+from train.data.source import StepSource
 from train.data.store import TokenStore
 from train.data.tokenize import encode, encode_prompts, stop_tokens
 
@@ -29,7 +30,9 @@ __all__ = [
     "OnLong",
     "Reading",
     "Report",
+    "RowOrder",
     "Split",
+    "StepSource",
     "TokenStore",
     "TokenizedExample",
     "Turn",
