@@ -1,0 +1,157 @@
+"""Learning a teacher's next-token distribution: forward KL, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from jaxsteer.models.transformer import Model, Network, forward, logits_of, output_embedding
+from jaxsteer.objectives.objective import Mean, Objective, Summed
+from jaxsteer.objectives.tokens import chunk_width, next_tokens, scan_counted
+from jaxsteer.sharding import constrain
+from jaxsteer.types import Array, Batch, PyTree, Steering
+
+
+class Taught(NamedTuple):
+    """The same completions as the student and as the teacher read them.
+
+    batch    the student's rows [B, T]; tokens count whose weight is not 0
+    teacher  the teacher's rows [B, T'], with other prompts perhaps: the i-th token that counts in a row is the i-th one
+             of the student's row
+    """
+
+    batch: Batch
+    teacher: Batch
+
+
+class Predictions(NamedTuple):
+    """What gives next-token distributions.
+
+    hidden   [..., D], after the final norm
+    head     output embedding [V, D]
+    softcap  logit soft-cap, see `jaxsteer.models.transformer.logits_of`
+    """
+
+    hidden: Array
+    head: Array
+    softcap: float | None
+
+    def log_probabilities(self, temperature: float = 1.0) -> Array:
+        """[..., V], natural logarithm."""
+        return jax.nn.log_softmax(logits_of(self.hidden, self.head, self.softcap) / temperature)
+
+
+def kl_between(teacher: Array, student: Array) -> Array:
+    """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v), nats, of log-probabilities [..., V] -> [...]."""
+    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _token_kl(hidden: Array, head: Array, teacher: Array, softcap: float | None, temperature: float) -> Array:
+    """KL of the student from the teacher's log-probabilities [M, V] at each of M positions. The gradient with respect
+    to `hidden` is computed in the forward pass, while the logits exist."""
+    return kl_between(teacher, Predictions(hidden, head, softcap).log_probabilities(temperature))
+
+
+@partial(_token_kl.defjvp, symbolic_zeros=True)
+def _token_kl_jvp(softcap: float | None, temperature: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    hidden, head, teacher = primals
+    hidden_dot, head_dot, _ = tangents  # the teacher has no gradient
+
+    def of(hidden: Array, head: Array) -> Array:
+        return kl_between(teacher, Predictions(hidden, head, softcap).log_probabilities(temperature))
+
+    kl, pull = jax.vjp(partial(of, head=head), hidden)
+    out = jnp.zeros_like(kl)
+    if type(hidden_dot) is not SymbolicZero:
+        (slope,) = pull(jnp.ones_like(kl))  # each row's KL depends on its own hidden state alone
+        out += jnp.einsum("md,md->m", slope, hidden_dot.astype(slope.dtype)).astype(out.dtype)
+    if type(head_dot) is not SymbolicZero:  # the head is trained: recompute its logits
+        out += jax.jvp(jax.checkpoint(lambda w: of(hidden, w)), (head,), (head_dot,))[1]
+    return kl, out
+
+
+def counted_kl(student: Predictions, taught: Taught, teacher: Predictions, temperature: float = 1.0) -> Array:
+    """KL(teacher ‖ student) of the prediction of every token that counts, nats, at the token itself.
+
+    Args:
+        student: hidden [B, T, D].
+        taught: the rows.
+        teacher: hidden [B, T', D'], over the same vocabulary.
+        temperature: what both logits are divided by.
+
+    Returns:
+        [B, T]; 0 at tokens that do not count. No [B, T, V] array exists, nor is one kept for the backward pass.
+    """
+    (B, T), row = taught.batch.tokens.shape, jnp.arange(taught.batch.tokens.shape[0])[:, None]
+    hidden, head = constrain(student.hidden, "rows", None, None), constrain(student.head, "vocab", None)
+    counts = next_tokens(taught.batch).weights != 0
+    behind = _places(taught, counts)
+    known = jax.lax.stop_gradient(teacher._replace(head=constrain(teacher.head, "vocab", None)))
+
+    def visit(found: Array, index: Array, mask: Array) -> Array:
+        take = lambda field, at: jnp.where(mask[..., None], jnp.take_along_axis(field, at[..., None], axis=1), 0)
+        own = take(hidden, index).reshape(-1, hidden.shape[-1])
+        theirs = take(known.hidden, jnp.take_along_axis(behind, index, axis=1)).reshape(-1, known.hidden.shape[-1])
+        target = known._replace(hidden=theirs).log_probabilities(temperature)
+        kl = _token_kl(own, head, target, student.softcap, temperature).reshape(index.shape)
+        at = jnp.where(mask, index + 1, T)  # an index past the end is dropped
+        return found.at[row, at].add(kl.astype(found.dtype), mode="drop")
+
+    zeros = jnp.zeros((B, T), jnp.promote_types(hidden.dtype, jnp.float32))
+    return scan_counted(visit, zeros, counts, chunk_width(B, T))
+
+
+def _places(taught: Taught, counts: Array) -> Array:
+    """For each position of the student that predicts a token which counts, that of the teacher: int32 [B, T]."""
+    order = jnp.argsort(~(next_tokens(taught.teacher).weights != 0), axis=1, stable=True)
+    rank = jnp.clip(jnp.cumsum(counts, axis=1) - 1, 0, order.shape[1] - 1)
+    return jnp.take_along_axis(order, rank, axis=1)
+
+
+@dataclass(frozen=True)
+class Distillation(Objective):
+    """τ² KL(p ‖ q), the mean over tokens, of the teacher p and the student q at temperature τ (Hinton et al. 2015, arXiv
+    1503.02531, sec. 2: the factor keeps the gradient's size). Its inputs are `Taught`, and it is given the teacher, a
+    `Network`.
+
+    temperature  τ
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Reject a temperature that is none."""
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+
+    def total(self, inputs: Taught) -> Array:
+        """The number of tokens."""
+        flat = jax.tree.map(lambda field: field.reshape(-1, field.shape[-1]), inputs.batch)
+        return jnp.sum(next_tokens(flat).weights != 0).astype(jnp.float32)
+
+    def __call__(
+        self,
+        model: Model,
+        base: PyTree,
+        steering: Steering,
+        inputs: Taught,
+        given: Network,
+        key: Array | None,
+        *,
+        train: bool,
+    ) -> Summed:
+        """The loss summed over the tokens of a microbatch; facts are means over tokens."""
+        hidden = forward(model, base, steering, inputs.batch, key=key, train=train).hidden
+        student = Predictions(hidden, output_embedding(base), model.config.final_softcap)
+        teacher = Predictions(
+            given(inputs.teacher).hidden, output_embedding(given.base), given.model.config.final_softcap
+        )
+        kl = counted_kl(student, inputs, jax.lax.stop_gradient(teacher), self.temperature)
+        summed = jnp.sum(kl)
+        return Summed(self.temperature**2 * summed, {"teacher_kl": Mean(summed, self.total(inputs))})

@@ -1,0 +1,113 @@
+"""Learning from answers that are judged one by one, desirable or not: KTO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxsteer.models.transformer import Model
+from jaxsteer.objectives.objective import Mean, Objective, Summed, policy_log_probabilities
+from jaxsteer.objectives.tokens import by_segment
+from jaxsteer.types import Array, Batch, PyTree, Steering
+
+
+class Judged(NamedTuple):
+    """Judged answers, and mismatched ones, from which the reference point is estimated. [B, T] each.
+
+    batch                 the answers, each a segment; tokens count whose weight is not 0
+    desirable             fp32, +1 in desirable answers, −1 in undesirable ones, 0 elsewhere
+    reference             fp32, log-probability of each token that counts by the reference
+    mismatched            the prompts, each with the answer to another one: rows of their own length
+    mismatched_reference  fp32, the reference's log-probabilities of those
+    point                 fp32, the reference point z₀, the same everywhere; `Kto.prepare` fills it in
+    """
+
+    batch: Batch
+    desirable: Array
+    reference: Array
+    mismatched: Batch
+    mismatched_reference: Array
+    point: Array
+
+
+def _log_ratios(policy: Array, reference: Array, batch: Batch) -> tuple[Array, Array]:
+    """(log π(y|x) − log π_ref(y|x) of each segment, whether any of its tokens counts), [..., T + 1]."""
+    counted = batch.weights != 0
+    ratios = by_segment(jnp.where(counted, policy - reference.astype(policy.dtype), 0), batch)
+    return ratios, by_segment(counted.astype(jnp.float32), batch) > 0
+
+
+@dataclass(frozen=True)
+class Kto(Objective):
+    """KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8); its inputs are `Judged`.
+
+    With r = log π(y|x) − log π_ref(y|x), the mean over answers of λ₊ (1 − σ(β (r − z₀))) for desirable ones and of
+    λ₋ (1 − σ(β (z₀ − r))) for undesirable ones. z₀ = max(0, mean of r over the mismatched answers of the whole batch)
+    has no gradient.
+
+    beta                β
+    desirable_weight    λ₊
+    undesirable_weight  λ₋
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Reject settings that no loss has."""
+        if not self.beta > 0:
+            raise ValueError(f"beta must be above 0, got {self.beta}")
+        if min(self.desirable_weight, self.undesirable_weight) < 0:
+            raise ValueError(
+                f"the weights of answers must be at least 0, got {self.desirable_weight} (desirable) and "
+                f"{self.undesirable_weight} (undesirable)"
+            )
+
+    def total(self, inputs: Judged) -> Array:
+        """The number of answers."""
+        flat = jax.tree.map(lambda field: field.reshape(-1, field.shape[-1]), inputs.batch)
+        return jnp.sum(by_segment((flat.weights != 0).astype(jnp.float32), flat) > 0).astype(jnp.float32)
+
+    def prepare(self, model: Model, base: PyTree, steering: Steering, inputs: Judged, given: PyTree) -> Judged:
+        """The inputs [M, B, T] with the reference point, from a forward pass over the mismatched answers."""
+
+        def visit(sums: Mean, micro: tuple[Batch, Array]) -> tuple[Mean, None]:
+            batch, reference = micro
+            policy = policy_log_probabilities(model, base, steering, batch)
+            ratios, exists = _log_ratios(policy, reference, batch)
+            return Mean(sums.total + jnp.sum(ratios, dtype=jnp.float32), sums.count + jnp.sum(exists)), None
+
+        zeros = Mean(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+        sums, _ = jax.lax.scan(visit, zeros, (inputs.mismatched, inputs.mismatched_reference))
+        point = jnp.maximum(sums.total / jnp.maximum(sums.count, 1), 0)
+        return inputs._replace(point=jnp.broadcast_to(jax.lax.stop_gradient(point), inputs.point.shape))
+
+    def __call__(
+        self,
+        model: Model,
+        base: PyTree,
+        steering: Steering,
+        inputs: Judged,
+        given: PyTree,
+        key: Array | None,
+        *,
+        train: bool,
+    ) -> Summed:
+        """The loss summed over the answers of a microbatch; facts are means over answers."""
+        policy = policy_log_probabilities(model, base, steering, inputs.batch, key, train=train)
+        ratios, exists = _log_ratios(policy, inputs.reference, inputs.batch)
+        sign = jnp.sign(by_segment(inputs.desirable, inputs.batch)).astype(ratios.dtype)
+        point = inputs.point[:, :1].astype(ratios.dtype)
+        weight = jnp.where(sign > 0, self.desirable_weight, self.undesirable_weight).astype(ratios.dtype)
+        losses = weight * jax.nn.sigmoid(-sign * self.beta * (ratios - point))
+        over = lambda values, mask: Mean(jnp.sum(jnp.where(mask, values, 0)), jnp.sum(mask))
+        facts = {
+            "desirable_reward": over(self.beta * ratios, exists & (sign > 0)),
+            "undesirable_reward": over(self.beta * ratios, exists & (sign < 0)),
+            "reference_point": over(jnp.broadcast_to(point, ratios.shape), exists),
+        }
+        return Summed(jnp.sum(jnp.where(exists, losses, 0)), facts)
