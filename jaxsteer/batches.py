@@ -82,7 +82,8 @@ def select(positions: Positions, batch: Batch) -> Array | None:
     if positions.kind == "last":
         same = jnp.pad(batch.segments[:, 1:] == batch.segments[:, :-1], ((0, 0), (0, 1)))
         completion_next = jnp.pad(completion[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-        return real & ~completion & (~same | completion_next)
+        ends = ~same if batch.trunks is None else ~same & (batch.trunks != batch.segments)  # a trunk goes on elsewhere
+        return real & ~completion & (ends | completion_next)
     half = batch.prompt_lengths // 2  # first:n and last:n never overlap, in one slot or in two
     from_end = batch.prompt_lengths - 1 - batch.positions
     first = batch.positions < jnp.minimum(positions.first, half)

@@ -288,6 +288,9 @@ Plan = tuple[Slot, ...]
 class Batch(NamedTuple):
     """Rows of tokens, each with one or several examples; every field is [B, T].
 
+    Examples with one prompt may share it (`jaxsteer.groups`): the prompt without its last token is a segment of its
+    own, the trunk, and the segment of each example is the last token of the prompt and a completion.
+
     tokens          int32 token ids
     segments        int32, 0 = padding, otherwise the number of the example within its row; attention stays inside it
     positions       int32, index of the token within its example, from 0; rotary embeddings and token selection use it
@@ -295,6 +298,8 @@ class Batch(NamedTuple):
     completion      bool, whether the token belongs to a completion; decides, with prompt_lengths, what is steered
     weights         fp32, any real: the token's weight in the loss as a *target* (predicted from the token before it);
                     0 = no target. It does not affect what is steered
+    trunks          int32, the segment of the row that the token attends to besides its own, and a trunk's own number in
+                    itself; 0 = none. None: no token of the batch has any
     """
 
     tokens: Array
@@ -303,6 +308,7 @@ class Batch(NamedTuple):
     prompt_lengths: Array
     completion: Array
     weights: Array
+    trunks: Array | None = None
 
 
 class Cache(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence, Sized
 from itertools import islice
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxsteer.adapters import BASE
@@ -134,7 +135,7 @@ def prefill_adapters(requests: Sequence[Request], layout: PrefillLayout) -> np.n
 def part_batch(request: Request, start: int, width: int) -> Batch:
     """A request's prompt from a token on as a batch, numpy [1, width]: padded, or cut off."""
     whole = stack_rows([[request.prompt]], max(len(request), start + width))
-    return Batch(*(field[:, start : start + width] for field in whole))
+    return jax.tree.map(lambda field: field[:, start : start + width], whole)
 
 
 def _at_tokens(values: np.ndarray, requests: Sequence[Request], layout: PrefillLayout, padding: int) -> np.ndarray:

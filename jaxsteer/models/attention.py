@@ -41,10 +41,18 @@ CPU_ROWS = 4
 
 
 class Span(NamedTuple):
-    """Segments and positions of the queries [B, T], or of the keys [B, S]."""
+    """Segments and positions of the queries [B, T], or of the keys [B, S].
+
+    trunks  the segment that a query attends to besides its own, see `jaxsteer.types.Batch`; None: there are none
+    """
 
     segments: Array
     positions: Array
+    trunks: Array | None = None
+
+    def cut(self, part: slice) -> Span:
+        """Some of the queries or keys of one row."""
+        return Span(*(None if field is None else field[part] for field in self))
 
 
 class Scores(NamedTuple):
@@ -70,10 +78,12 @@ PLAIN = Scores()
 
 
 def visible(query: Span, key: Span, scores: Scores = PLAIN) -> Array:
-    """Which keys a query attends to, bool [..., T, S]: those of its segment (never padding), not later than itself, and
-    within the window.
+    """Which keys a query attends to, bool [..., T, S]: those of its segment and its trunk (never padding), not later
+    than itself, and within the window.
     """
     same = query.segments[..., :, None] == key.segments[..., None, :]
+    if query.trunks is not None:
+        same |= query.trunks[..., :, None] == key.segments[..., None, :]
     distance = query.positions[..., :, None] - key.positions[..., None, :]
     seen = same & (distance >= 0) & (key.segments[..., None, :] > 0)
     if scores.window is not None:
@@ -156,7 +166,7 @@ def attend_causal_row(q: Array, k: Array, v: Array, span: Span, rule: Scores = P
     eighths of the work.
     """
     edges = query_blocks(q.shape[0])
-    upto = lambda stop, start=0: Span(span.segments[start:stop], span.positions[start:stop])
+    upto = lambda stop, start=0: span.cut(slice(start, stop))
     return jnp.concatenate(
         [
             attend_row(q[start:stop], k[:stop], v[:stop], upto(stop, start), upto(stop), rule)
@@ -175,7 +185,7 @@ def attend_in_chunks(q: Array, k: Array, v: Array, span: Span, rule: Scores = PL
         return x.reshape(B, chunks, CHUNK, *x.shape[2:]).swapaxes(0, 1)
 
     attend = jax.checkpoint(lambda some, at: _rows(some, k, v, at, span, rule), prevent_cse=False)
-    _, out = jax.lax.scan(lambda _, xs: (None, attend(*xs)), None, (cut(q), Span(*map(cut, span))))
+    _, out = jax.lax.scan(lambda _, xs: (None, attend(*xs)), None, (cut(q), jax.tree.map(cut, span)))
     return out.swapaxes(0, 1).reshape(B, chunks * CHUNK, N, H)[:, :T]
 
 
@@ -289,6 +299,8 @@ def attention(q: Array, k: Array, v: Array, query: Span, *, kernel: Kernel = "au
         one = jax.checkpoint(partial(attend_causal_row, rule=scores))
         return jax.lax.map(lambda row: one(*row), (q, k, v, query), batch_size=CPU_ROWS)
     if kernel == "splash":
+        if query.trunks is not None:
+            raise ValueError("splash attention: cannot share prompts; lay the examples out whole")
         kernel_of = lambda window: partial(
             splash_attention, softcap=scores.softcap, window=window, interpret=platform == "cpu"
         )

@@ -201,7 +201,7 @@ def block_function(
     needs them. What all layers share is computed once, here. The other arguments are those of `forward`.
     """
     config = model.config
-    inputs_of = layer_inputs(config, Span(batch.segments, batch.positions))
+    inputs_of = layer_inputs(config, Span(batch.segments, batch.positions, batch.trunks))
     cache_of = layer_caches(cache, batch)
 
     def block(

@@ -92,7 +92,8 @@ def counted_kl(student: Predictions, taught: Taught, teacher: Predictions, tempe
     hidden, head = constrain(student.hidden, "rows", None, None), constrain(student.head, "vocab", None)
     counts = next_tokens(taught.batch).weights != 0
     behind = _places(taught, counts)
-    known = jax.lax.stop_gradient(teacher._replace(head=constrain(teacher.head, "vocab", None)))
+    fixed = jax.lax.stop_gradient((teacher.hidden, constrain(teacher.head, "vocab", None)))
+    known = teacher._replace(hidden=fixed[0], head=fixed[1])
 
     def visit(found: Array, index: Array, mask: Array) -> Array:
         take = lambda field, at: jnp.where(mask[..., None], jnp.take_along_axis(field, at[..., None], axis=1), 0)
@@ -116,9 +117,10 @@ def _places(taught: Taught, counts: Array) -> Array:
 
 @dataclass(frozen=True)
 class Distillation(Objective):
-    """τ² KL(p ‖ q), the mean over tokens, of the teacher p and the student q at temperature τ (Hinton et al. 2015, arXiv
-    1503.02531, sec. 2: the factor keeps the gradient's size). Its inputs are `Taught`, and it is given the teacher, a
-    `Network`.
+    """τ² KL(p ‖ q), the mean over tokens, of teacher p and student q at temperature τ; its inputs are `Taught`.
+
+    It is given the teacher, a `Network`. The factor keeps the gradient's size (Hinton et al. 2015, arXiv 1503.02531,
+    section 2).
 
     temperature  τ
     """
@@ -152,6 +154,6 @@ class Distillation(Objective):
         teacher = Predictions(
             given(inputs.teacher).hidden, output_embedding(given.base), given.model.config.final_softcap
         )
-        kl = counted_kl(student, inputs, jax.lax.stop_gradient(teacher), self.temperature)
+        kl = counted_kl(student, inputs, teacher, self.temperature)
         summed = jnp.sum(kl)
         return Summed(self.temperature**2 * summed, {"teacher_kl": Mean(summed, self.total(inputs))})

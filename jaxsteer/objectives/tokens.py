@@ -182,7 +182,7 @@ def fold_targets(
 
 def total_weight(batch: Batch) -> Array:
     """Σ |weight| over the targets of a batch [..., T]: the divisor of a summed loss. Scalar fp32."""
-    flat = Batch(*(field.reshape(-1, field.shape[-1]) for field in batch))
+    flat = jax.tree.map(lambda field: field.reshape(-1, field.shape[-1]), batch)
     return jnp.sum(jnp.abs(next_tokens(flat).weights))
 
 

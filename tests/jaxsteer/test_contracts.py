@@ -116,7 +116,7 @@ def test_packed_padded_single(name, tiny_config, tiny_base):
     # Alone and without padding: examples 0 and 1 have the same length, to compile once.
     batch, where = layouts(tiny_config.vocab_size)["right"]
     for i in (0, 1):
-        alone = Batch(*(np.asarray(field)[i : i + 1, where[i][1]] for field in batch))
+        alone = jax.tree.map(lambda field, i=i: np.asarray(field)[i : i + 1, where[i][1]], batch)
         out = jax.tree.map(np.asarray, see(make_batch(alone.tokens, None, alone.weights)))
         got = out.hidden[0], out.taps["block"][:, 0], out.taps["attn.heads"][:, 0]
         close(got, seen["right"][i], 1e-5)

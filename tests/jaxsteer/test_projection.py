@@ -34,7 +34,7 @@ from jaxsteer import (
 )
 from jaxsteer.interventions import LoReFT, PiSSA
 from jaxsteer.orthogonality import Orthogonality
-from jaxsteer.types import Batch, Positions
+from jaxsteer.types import Positions
 
 PROJECTION = Orthogonality("projection")
 
@@ -220,7 +220,7 @@ def test_training_keeps_lora_and_steering_apart(state):
 
 def test_projection_with_accumulated_microbatches_is_that_of_one_batch():
     _, state, _, _, batch = start()
-    micro = Batch(*(field.reshape(2, 2, -1) for field in batch))
+    micro = jax.tree.map(lambda field: field.reshape(2, 2, -1), batch)
     for (got, _), (want, _) in zip(train(state, micro), train(state, batch), strict=True):
         close(got.params, want.params, 1e-6)
 

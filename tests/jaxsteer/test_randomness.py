@@ -12,7 +12,6 @@ from tiny import DRAW, all_methods, fast_jit, identical, random_steering, run, s
 
 from jaxsteer import Model, Params, Slot, init_state, param_labels, partition, train_step
 from jaxsteer.interventions import FixedVector
-from jaxsteer.types import Batch
 
 pytestmark = pytest.mark.xdist_group("randomness")  # the tests share compiled programs
 
@@ -66,7 +65,7 @@ def test_microbatches_and_steps_draw_their_own(tiny_config, tiny_base):
     step = fast_jit(partial(train_step, model=model, tx=tx))
     state = init_state(trained, tx, jax.random.key(0))
     rows = supervised_batch(tiny_config.vocab_size)
-    twice = Batch(*(jnp.stack([field, field]) for field in rows))
+    twice = jax.tree.map(lambda field: jnp.stack([field, field]), rows)
     after, once = step(state, rows, frozen)
     assert abs(step(state, twice, frozen)[1].loss - once.loss) > 1e-5
     assert abs(step(after, rows, frozen)[1].loss - once.loss) > 1e-5

@@ -32,7 +32,6 @@ from jaxsteer import (
     train_step,
 )
 from jaxsteer.steering import steering_shapes
-from jaxsteer.types import Batch
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def test_accumulated_microbatches_are_one_big_batch(tiny_config, tiny_base):
     plan = (Slot("s", Penalised(rank=2), ("block",)),)
     model, steering = Model(tiny_config, plan), random_steering(plan, tiny_config)
     big = uneven(tiny_config.vocab_size)
-    micro = Batch(*(field.reshape(4, 2, 9) for field in big))
+    micro = jax.tree.map(lambda field: field.reshape(4, 2, 9), big)
     state, frozen, step = start(model, tiny_base, steering, optax.sgd(1.0))
     (one, metrics), (four, accumulated) = step(state, big, frozen), step(state, micro, frozen)
     moved = lambda new: jax.tree.map(np.subtract, new.params, state.params)

@@ -30,8 +30,8 @@ class PreferenceLoss:
     margin: float = 0.0
     """Least difference of the scaled log-probabilities that is aimed at; simpo only, where 1 is usual."""
     bidirectional: bool = False
-    """Train the steering for both signs of its strength, so that -1 does the opposite (BiPO); sigmoid only, and only for
-    a plan of activation methods."""
+    """Train the steering for both signs of its strength, so that -1 does the opposite (BiPO); sigmoid only, and for
+    plans of activation methods only."""
     desirable_weight: float = 1.0
     """Weight of desirable answers; kto only."""
     undesirable_weight: float = 1.0

@@ -1,5 +1,6 @@
 """Properties of packing and encoding that hold for any examples."""
 
+import jax
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,7 +75,7 @@ def test_a_row_is_its_examples_one_after_another(source, step):
         weights = np.concatenate([example.weights for example in examples])
         assert np.array_equal(batch.completion[r, :total], completion & later)
         assert np.array_equal(batch.weights[r, :total], np.where(later, weights, 0))
-        assert not any(field[r, total:].any() for field in batch)
+        assert not any(field[r, total:].any() for field in jax.tree.leaves(batch))
 
 
 @FEW

@@ -106,7 +106,7 @@ def test_rows_hold_their_examples_exactly():
     for step in range(source.steps(1)):
         batch, members = source.batch(step), source.row_members(step)
         assert [f.dtype for f in batch] == [np.int32] * 4 + [np.bool_, np.float32]
-        assert all(f.shape == (4, 64) for f in batch)
+        assert all(f.shape == (4, 64) for f in jax.tree.leaves(batch))
         for r, row in enumerate(members):
             at = 0
             for segment, i in enumerate(row, 1):
@@ -118,7 +118,7 @@ def test_rows_hold_their_examples_exactly():
                 assert np.array_equal(batch.completion[r, span], e.completion)
                 assert np.array_equal(batch.weights[r, span], e.weights)
                 at += len(e)
-            assert not any(f[r, at:].any() for f in batch)  # padding is zeros
+            assert not any(f[r, at:].any() for f in jax.tree.leaves(batch))  # padding is zeros
 
 
 def test_counts():
