@@ -155,11 +155,11 @@ def within(store: TokenStore, encoding: Encoding, begins: int) -> tuple[TokenSto
         named(cut),
         *(int(np.count_nonzero(notes & bit)) for bit in (1, 2, 4)),
     )
-    _check_kept(report, encoding.on_long)
+    check_kept(report, encoding.on_long)
     return kept, report
 
 
-def _check_kept(report: Report, on_long: OnLong) -> None:
+def check_kept(report: Report, on_long: OnLong) -> None:
     """Raise ValueError for examples that are too long and may not be dropped, or if none is left."""
     long = too_long_text(report, report.too_long)
     if report.too_long and on_long == "error":

@@ -12,11 +12,13 @@ from typing import Any, get_args
 
 from jaxsteer.plans import did_you_mean
 from train.data import Keys, ListOps, Split
+from train.data.preference_rows import PreferenceKeys
 from train.tasks.held_out import HeldOutTask
 from train.tasks.hub import HubTask
 from train.tasks.jsonl import JsonlTask
 from train.tasks.listops import ListOpsTask
 from train.tasks.mixture import MixtureTask, PlainTask
+from train.tasks.preference import PairedTask, PreferenceTask
 from train.tasks.protocols import AnswerFormat, AnyTask, typed_template
 from train.tasks.records import TASKS
 from train.tasks.table import TableTask
@@ -31,6 +33,8 @@ __all__ = [
     "JsonlTask",
     "ListOpsTask",
     "MixtureTask",
+    "PairedTask",
+    "PreferenceTask",
     "Split",
     "TableTask",
     "Task",
@@ -40,7 +44,7 @@ __all__ = [
     "typed_template",
 ]
 
-Task = PlainTask | MixtureTask
+Task = PlainTask | MixtureTask | PreferenceTask | PairedTask
 """The kinds of task that a config can have. Functions that work with any task take an `AnyTask`."""
 
 KINDS: dict[str, type] = {kind.__name__: kind for kind in get_args(Task)}
@@ -53,6 +57,8 @@ def on_file(task: Task, path: str) -> Task:
     The file has the format of the task's data: the columns of a named task or a table, else JSON Lines. That of a
     mixture is JSON Lines, unless all its parts are of one kind: then it has the format of the first.
     """
+    if isinstance(task, PairedTask):
+        return on_file(task.of, path)
     if isinstance(task, MixtureTask) and len(set(map(type, task.parts))) == 1:
         return on_file(task.parts[0], path)
     if isinstance(task, ListOpsTask | MixtureTask):
@@ -71,6 +77,8 @@ def on_file(task: Task, path: str) -> Task:
 def task_to_json(task: Task) -> dict[str, Any]:
     """A task as plain JSON values; `task_from_json` reads it back."""
     data = {"type": type(task).__name__, **asdict(task)}
+    if isinstance(task, PairedTask):
+        data["of"] = task_to_json(task.of)
     if isinstance(task, MixtureTask):
         data["parts"] = [task_to_json(part) for part in task.parts]
     if isinstance(task, ListOpsTask) and task.data is None:
@@ -95,6 +103,10 @@ def task_from_json(data: dict[str, Any]) -> Task:
             settings["problems"] = ListOps(**{**problems, "operations": tuple(problems["operations"])})
         if kind is JsonlTask:
             settings["keys"] = Keys(**settings["keys"])
+        if kind is PreferenceTask:
+            settings["keys"] = PreferenceKeys(**settings["keys"])
+        if kind is PairedTask:
+            settings["of"] = _part_from_json(settings["of"])
         if kind is TableTask:
             settings["choices"] = tuple(settings["choices"])
         if kind is MixtureTask:
@@ -114,6 +126,6 @@ def _part_from_json(data: dict[str, Any]) -> PlainTask:
     if not isinstance(data, dict):
         raise ValueError(f"a part of a mixture must be an object, got {data!r}")
     part = task_from_json(data)
-    if isinstance(part, MixtureTask):
-        raise ValueError("a part of a mixture cannot be a mixture")
+    if isinstance(part, MixtureTask | PreferenceTask | PairedTask):
+        raise ValueError(f"a {data.get('type')} cannot be a part of another task")
     return part

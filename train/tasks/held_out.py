@@ -11,7 +11,7 @@ import numpy as np
 from train.data import Example, Split
 from train.data.loading import load, scan
 from train.data.records import Recipe
-from train.tasks.protocols import TrainingTask
+from train.tasks.protocols import PairTask, TrainingTask
 from train.tasks.record import SEED
 from train.tasks.scoring import Rule
 
@@ -68,13 +68,27 @@ class HeldOutTask:
                 f"--validation-share {self.share}: the task has validation examples already; leave the option out, or "
                 "leave out the task's"
             )
-        whole = self.task.recipe("train")
+        return self._divided(split, self.task.recipe("train"))
+
+    def rejected(self, split: Split) -> Recipe:
+        """The answers that are not wanted, of a task of pairs, in the order of `recipe`."""
+        assert isinstance(self.task, PairTask)
+        if split == "test" and (own := self.task.rejected("test")).parts:
+            return own
+        return self._divided(split, self.task.rejected("train"))
+
+    def _divided(self, split: Split, whole: Recipe) -> Recipe:
+        """The training examples of a task that a split gets."""
 
         def choose(counts: Sequence[int]) -> np.ndarray:
-            index, held = whole.index(counts), _held(self, tuple(part.records.key for part in whole.parts))
+            index, held = whole.index(counts), _held(self, _keys(self.task))
             return index[held] if split != "train" else np.delete(index, held)
 
         return Recipe(whole.parts, choose)
+
+
+def _keys(task: TrainingTask) -> tuple[str, ...]:
+    return tuple(part.records.key for part in task.recipe("train").parts)
 
 
 @lru_cache(maxsize=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from train.data import Example, Split
 from train.data.records import Recipe
@@ -46,6 +46,15 @@ class TrainingTask(AnyTask, Protocol):
 
     def recipe(self, split: Split) -> Recipe:
         """The examples that `load` gives, read when they are needed."""
+        ...
+
+
+@runtime_checkable
+class PairTask(TrainingTask, Protocol):
+    """A task with answers that are not wanted, besides those that `recipe` gives."""
+
+    def rejected(self, split: Split) -> Recipe:
+        """The answers that are not wanted; where they come in pairs, in the order of `recipe`."""
         ...
 
 

@@ -34,6 +34,7 @@ class RowRecords:
     count     what to count of the rows, for `notes`
     notes     (tally, number of rows) -> what a reader of the data should know
     missing   what to say if there are no rows
+    wanted    which rows become examples; the others are not counted
     """
 
     rows: RowSource
@@ -44,6 +45,7 @@ class RowRecords:
     count: Callable[[Rows], Tally] = lambda rows: Tally()
     notes: Callable[[Tally, int], Sequence[str]] = lambda tally, rows: ()
     missing: str = ""
+    wanted: Callable[[Row], bool] = lambda row: True
 
     @cached_property
     def key(self) -> str:
@@ -61,10 +63,9 @@ class RowRecords:
         Raises:
             ValueError: naming the row: it is not an example.
         """
-        rows = self.rows.read(start, stop)
-        made = {
-            number: _made(row, lambda row: self.make(*row), self.on_empty) for number, row in enumerate(rows, start)
-        }
+        numbered = {number: row for number, row in enumerate(self.rows.read(start, stop), start) if self.wanted(row[1])}
+        rows = list(numbered.values())
+        made = {number: _made(row, lambda row: self.make(*row), self.on_empty) for number, row in numbered.items()}
         kept = {number: example for number, example in made.items() if example is not None}
         weighed = sum(example.weight != 0 for example in kept.values())
         counts = Counter(rows=len(rows), dropped=len(rows) - len(kept), weighed=weighed)

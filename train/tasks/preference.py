@@ -1,0 +1,214 @@
+"""Preferences as a task: your own pairs, or right and wrong answers to the questions of another task."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from train.data import Example, Split, Turn
+from train.data.fields import EmptyText
+from train.data.loading import load
+from train.data.preference_rows import (
+    EXPECTED,
+    PreferenceKeys,
+    PreferenceReading,
+    Side,
+    answer_example,
+    sides_of,
+)
+from train.data.records import Part, Read, Recipe, Records, Tally, code_digest
+from train.tasks.listops import ListOpsTask
+from train.tasks.mixture import PlainTask
+from train.tasks.protocols import typed_template
+from train.tasks.row_records import OnEmpty, RowRecords, check_on_empty
+from train.tasks.rows import read_jsonl_files
+from train.tasks.scoring import Rule, check_max_new_tokens, score
+
+
+@dataclass(frozen=True)
+class PreferenceTask:
+    """Your own preferences as JSON Lines: pairs of answers, or answers with a label.
+
+    docs/preferences.md shows the kinds of line.
+    """
+
+    train: str
+    """File of training examples; or a folder of .jsonl files, or a pattern such as shards/*.jsonl."""
+    validation: str | None = None
+    """File of validation examples; None = no evaluation during training."""
+    test: str | None = None
+    """File of test examples; None = the validation examples."""
+    keys: PreferenceKeys = field(default_factory=PreferenceKeys)
+    """JSON keys of a line."""
+    template: str = "{prompt}"
+    """Text around a prompt; must contain {prompt}."""
+    chat: bool = False
+    """Use the model's chat template; required for conversations."""
+    rule: Rule = "exact"
+    """Rule that extracts the answer from an output, see docs/tasks.md."""
+    max_new_tokens: int = 64
+    """Maximum number of tokens in an answer."""
+    on_empty: OnEmpty = "error"
+    """What to do with lines that lack a text, or whose two answers are the same: stop with an error, or drop and count
+    them."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that no file could suit."""
+        check_on_empty(self.on_empty)
+        check_max_new_tokens(self.max_new_tokens)
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template: got {self.template!r}, it must contain {{prompt}}")
+
+    def load(self, split: Split) -> list[Example]:
+        """The wanted answers of a split; empty if it has no file.
+
+        Raises:
+            ValueError: naming file and line: a line that is no preference.
+        """
+        return load(self.recipe(split))
+
+    def recipe(self, split: Split) -> Recipe:
+        """The wanted answers of a split, read when they are needed."""
+        return self._side(split, "chosen")
+
+    def rejected(self, split: Split) -> Recipe:
+        """The answers that are not wanted: of pairs, in the order of `recipe`."""
+        return self._side(split, "rejected")
+
+    def _side(self, split: Split, side: Side) -> Recipe:
+        path = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}[split]
+        if path is None:
+            return Recipe(())
+        reading = PreferenceReading(self.keys, self.template, self.chat)
+        records = RowRecords(
+            read_jsonl_files(path),
+            lambda source, row: answer_example(row, source, reading, side),
+            f"{path} ({side} answers)",
+            self.on_empty,
+            repr((reading, side)),
+            missing=f"{path}: no preferences; expected one JSON object per line, e.g. {EXPECTED}",
+            wanted=lambda row: side in sides_of(row, self.keys),
+        )
+        return Recipe((Part(records),))
+
+
+@dataclass(frozen=True)
+class PairedTask:
+    """Pairs of the right answer and a wrong one to the questions of another task.
+
+    Where a question has choices, the wrong answer is another choice; else the number in the right answer is replaced by
+    another one. Which one depends on the question and the seed alone.
+    """
+
+    of: PlainTask = field(default_factory=ListOpsTask)
+    """The task; its answers must be choices or contain a number."""
+    seed: int = 0
+    """Random seed of the wrong answers."""
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts go through the model's chat template."""
+        return self.of.chat
+
+    @property
+    def rule(self) -> Rule:
+        """Rule that extracts the answer from an output."""
+        return self.of.rule
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Maximum number of tokens in an answer."""
+        return self.of.max_new_tokens
+
+    @property
+    def template(self) -> str:
+        """Text around a prompt that a user types."""
+        return self.of.template
+
+    @property
+    def typed_template(self) -> str:
+        """Text around a prompt that a user types, as the task knows it from its data."""
+        return typed_template(self.of)
+
+    def load(self, split: Split) -> list[Example]:
+        """The right answers of a split."""
+        return self.of.load(split)
+
+    def recipe(self, split: Split) -> Recipe:
+        """The right answers of a split, read when they are needed."""
+        return self.of.recipe(split)
+
+    def rejected(self, split: Split) -> Recipe:
+        """The wrong answers of a split, in the order of `recipe`."""
+        right = self.of.recipe(split)
+        make = lambda example: wrong_answer(example, self.rule, self.seed)
+        parts = tuple(Part(Remade(records, make, f"wrong {self.seed}"), prefix) for records, prefix in right.parts)
+        return Recipe(parts, right.choose)
+
+
+@dataclass(frozen=True)
+class Remade:
+    """Records whose examples are made into others.
+
+    records  the others
+    make     example -> example; raises ValueError
+    name     says what `make` depends on
+    """
+
+    records: Records
+    make: Callable[[Example], Example]
+    name: str
+
+    @property
+    def key(self) -> str:
+        """sha256 of the records' key, the name and the code."""
+        return hashlib.sha256("\n".join((self.records.key, self.name, code_digest())).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.records)
+
+    def read(self, start: int, stop: int) -> Read:
+        """The examples of some rows, made into others."""
+        read = self.records.read(start, stop)
+        return read._replace(examples=[self.make(example) for example in read.examples])
+
+    def conclude(self, tally: Tally) -> None:
+        """As the records'."""
+        self.records.conclude(tally)
+
+
+def wrong_answer(example: Example, rule: Rule, seed: int) -> Example:
+    """The example with a wrong answer in place of its last turn.
+
+    Args:
+        example: with its right answer.
+        rule: reads an answer from a text.
+        seed: of the choice among wrong answers.
+
+    Raises:
+        ValueError: naming the source: its answer is no choice, and has no number.
+    """
+    text, gold = example.turns[-1].text, example.gold
+    draw = random.Random(f"{seed} {[turn.text for turn in example.turns]}")
+    if len(example.choices) > 1:
+        others = [choice for choice in example.choices if gold is None or not score(choice, gold, rule)]
+        if others:
+            return _ending(example, draw.choice(others))
+    numbers = list(re.finditer(r"\d+", text))
+    if not numbers:
+        raise EmptyText(f"{example.source}: no wrong answer can be made: it has no choices, and no number in {text!r}")
+    last = numbers[-1]
+    digits = len(last.group())
+    low = 10 ** (digits - 1) if digits > 1 else 0
+    other = draw.choice([n for n in range(low, min(10**digits, low + 1000)) if n != int(last.group())])
+    return _ending(example, text[: last.start()] + str(other) + text[last.end() :])
+
+
+def _ending(example: Example, text: str) -> Example:
+    """The example with another text as its last turn."""
+    last = Turn(example.turns[-1].role, text)
+    return replace(example, turns=(*example.turns[:-1], last), answer=example.gold)
