@@ -18,6 +18,7 @@ from train.devices import interrupts
 COMMANDS = {
     "quickstart": "steer SmolLM2-135M on a CPU: before, training, after",
     "sft": "train steering, LoRA or the whole model on prompts and completions",
+    "dpo": "train on preferences: DPO, IPO, SimPO, BiPO, KTO",
     "lofit": "train LoFiT's two stages: choose attention heads, then steer them",
     "generate": "answer prompts, with a steering file or without",
     "chat": "talk to a steered model in the terminal",

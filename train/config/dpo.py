@@ -60,9 +60,14 @@ class PreferenceLoss:
         return self.kind != "simpo"
 
     @property
+    def scale(self) -> float:
+        """The value of beta."""
+        return _BETA[self.kind] if self.beta is None else self.beta
+
+    @property
     def objective(self) -> Objective:
         """The loss as a function."""
-        beta = _BETA[self.kind] if self.beta is None else self.beta
+        beta = self.scale
         if self.kind == "kto":
             return Kto(beta, self.desirable_weight, self.undesirable_weight)
         return Preference(

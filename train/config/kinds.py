@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from train.config.dpo import DpoConfig
 from train.config.run import TrainConfig
 from train.plain import from_plain, to_plain
 
 PROGRAM = "program"
 
-KINDS: dict[str, type[TrainConfig]] = {kind.program: kind for kind in (TrainConfig,)}
+KINDS: dict[str, type[TrainConfig]] = {kind.program: kind for kind in (TrainConfig, DpoConfig)}
 """The settings of each command that trains, by its name."""
 
 

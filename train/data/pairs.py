@@ -89,6 +89,17 @@ class PairSource:
         """Number of tokens that count, in all answers."""
         return int(self._starts[-1])
 
+    @property
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """The number of tokens that count of each chosen, and of each rejected answer."""
+        counts = np.diff(self._starts)
+        return counts[::2], counts[1::2]
+
+    def sums(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The sum over the tokens of each chosen, and of each rejected answer, of a table [counted]."""
+        both = np.add.reduceat(table.astype(np.float64), self._starts[:-1])
+        return both[::2], both[1::2]
+
     def steps(self, epochs: float) -> int:
         """Number of batches in this many epochs; the last batch may extend into the next epoch."""
         return self.order.steps(epochs)
@@ -163,9 +174,17 @@ def trunks_of(chosen: TokenStore, rejected: TokenStore) -> np.ndarray:
     return np.array([shared_length(pair) for pair in zip(chosen, rejected, strict=True)], np.int32)
 
 
+class FittingPairs(NamedTuple):
+    """The pairs that fit a row, and statistics of all."""
+
+    chosen: TokenStore
+    rejected: TokenStore
+    report: Report
+
+
 def fitting_pairs(
     chosen: TokenStore, rejected: TokenStore, limit: int, on_long: OnLong, *, shared: bool
-) -> tuple[TokenStore, TokenStore, Report]:
+) -> FittingPairs:
     """The pairs that fit a row, and statistics of all.
 
     Args:
@@ -178,16 +197,9 @@ def fitting_pairs(
         ValueError: chosen and rejected answers that are no pairs, answers that are equal as tokens, pairs that are too
             long, or none that is left.
     """
-    if len(chosen) != len(rejected):
-        raise ValueError(
-            f"{', '.join(chosen.files or rejected.files)}: has {len(chosen):,} wanted and {len(rejected):,} unwanted "
-            "answers, which are no pairs; answers that are judged one by one are for --preference.kind kto"
-        )
     if on_long == "cut":
         raise ValueError("--on-long cut: pairs cannot be cut; use --on-long drop")
-    for i, (a, b) in enumerate(zip(chosen, rejected, strict=True)):
-        if np.array_equal(a.ids, b.ids):
-            raise ValueError(f"{chosen.source(i)}: the chosen and the rejected answer have the same tokens")
+    _check_pairs(chosen, rejected)
     lengths = chosen.lengths + rejected.lengths - (trunks_of(chosen, rejected) if shared else 0)
     over = lengths > limit
     named = tuple((chosen.source(i), int(lengths[i])) for i in np.flatnonzero(over).tolist())
@@ -197,4 +209,17 @@ def fitting_pairs(
     supervised = sum(side.supervised() for side in sides) if len(kept) else 0
     report = Report(len(chosen), tokens, supervised, int(lengths.max()), limit, named)
     check_kept(report, on_long)
-    return sides[0], sides[1], report
+    return FittingPairs(sides[0], sides[1], report)
+
+
+def _check_pairs(chosen: TokenStore, rejected: TokenStore) -> None:
+    """Refuse answers that are no pairs, or equal as tokens."""
+    paired = len(chosen) == len(rejected)
+    if not paired or any(chosen.source(i) != rejected.source(i) for i in range(len(chosen))):
+        raise ValueError(
+            f"{', '.join(chosen.files or rejected.files)}: has {len(chosen):,} wanted and {len(rejected):,} unwanted "
+            "answers, which are no pairs; answers that are judged one by one are for --preference.kind kto"
+        )
+    for i, (a, b) in enumerate(zip(chosen, rejected, strict=True)):
+        if np.array_equal(a.ids, b.ids):
+            raise ValueError(f"{chosen.source(i)}: the chosen and the rejected answer have the same tokens")

@@ -172,14 +172,14 @@ def make_program(
         orthogonality=orthogonality,
         labels=labels,
         mesh=mesh,
-        attention=_kernel(config, model_config, base, mesh, platform),
+        attention=kernel_of(config, model_config, base, mesh, platform),
         base=base,
         skip_nonfinite=config.nonfinite == "skip",
         objective=config.loss,
     )
 
 
-def _kernel(
+def kernel_of(
     config: TrainConfig, model_config: ModelConfig, base: PyTree, mesh: Mesh | None, platform: str | None
 ) -> tuple[Kernel, str]:
     """The attention kernel that a run uses, and why."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from jaxsteer.params import Params
 from jaxsteer.plans import plan_to_json
 from jaxsteer.types import Array, Batch, PyTree, Steering
 from train.data import StepSource
+from train.data.pairs import Located
 from train.devices import interrupts
 from train.devices.processes import fetch, is_first, on_first
 from train.display.console import progress
@@ -30,13 +31,6 @@ from train.run.training import Training
 
 SAVED_EVERY = 20
 """Batches between two notes of how far the table is."""
-
-
-class Located(NamedTuple):
-    """A batch, numpy [B, T], and where its tokens are in the table: int64 [B, T], -1 for those that do not count."""
-
-    batch: Batch
-    places: np.ndarray
 
 
 class ReferredSource(StepSource, Protocol):
@@ -81,7 +75,7 @@ def reference_table(training: Training, source: ReferredSource, run: RunFolder) 
     if done < needed:
         with progress(needed, "Reference", start=done) as bar:
             for step in range(done, needed):
-                found = [_scored(training, reference, located) for located in source.located(step)]
+                found = _scored(training, reference, source, step)
                 if is_first():
                     _keep(file, found)
                     if (step + 1) % SAVED_EVERY == 0 or step + 1 == needed:
@@ -114,19 +108,41 @@ def _opened(file: Path, note: Path, identity: dict[str, Any], counted: int) -> i
     return 0
 
 
-def _scored(training: Training, reference: Params, located: Located) -> tuple[np.ndarray, np.ndarray]:
-    """The places of a batch's tokens, and their log-probabilities by the reference."""
+Scored = tuple[np.ndarray, np.ndarray]
+"""Places in a table, int64 [n], and the log-probabilities there, fp32 [n]."""
+
+
+def score_table(training: Training, source: ReferredSource, params: Params) -> np.ndarray:
+    """log p(token) by a model, for every token that counts of a source: fp32 [counted], in memory.
+
+    Args:
+        training: how the model is computed.
+        source: of the tokens.
+        params: what `Evaluator` takes for the model.
+    """
+    table = np.zeros(source.counted, np.float32)
+    for step in range(source.steps(1.0)):
+        for places, values in _scored(training, params, source, step):
+            table[places] = values
+    return table
+
+
+def _scored(training: Training, params: Params, source: ReferredSource, step: int) -> list[Scored]:
+    """The tokens of a step that count."""
     program, rows = training.program, training.config.microbatch
-    base = training.loaded.base
-    steering = reference.steering if program.mesh is None else program.placement.copies(reference.steering)
-    found = []
+    base = training.loaded.base if params.base is None else params.base
     with program.on_mesh():
-        for first in range(0, len(located.places), rows):
-            micro = jax.tree.map(lambda field, at=first: field[at : at + rows], located.batch)
-            placed = program.placement.batch(micro)
-            found.append(fetch(log_probabilities(program.model, base, steering, placed)))
-    counts = located.places >= 0
-    return located.places[counts], np.concatenate(found)[counts]
+        steering = params.steering if program.mesh is None else program.placement.copies(params.steering)
+        scored = []
+        for batch, places in source.located(step):
+            found = []
+            for first in range(0, len(places), rows):
+                micro = jax.tree.map(lambda field, at=first: field[at : at + rows], batch)
+                placed = program.placement.batch(micro)
+                found.append(fetch(log_probabilities(program.model, base, steering, placed)))
+            counts = places >= 0
+            scored.append((places[counts], np.concatenate(found)[counts]))
+    return scored
 
 
 @partial(jax.jit, static_argnums=0)
@@ -135,7 +151,7 @@ def log_probabilities(model: Model, base: PyTree, steering: Steering, batch: Bat
     return policy_log_probabilities(model, base, steering, batch)
 
 
-def _keep(file: Path, found: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+def _keep(file: Path, found: Sequence[Scored]) -> None:
     table = np.memmap(file, np.float32, mode="r+")
     for places, values in found:
         table[places] = values

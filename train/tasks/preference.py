@@ -89,7 +89,7 @@ class PreferenceTask:
             f"{path} ({side} answers)",
             self.on_empty,
             repr((reading, side)),
-            missing=f"{path}: no preferences; expected one JSON object per line, e.g. {EXPECTED}",
+            missing=f"{path}: no {side} answers; expected one JSON object per line, e.g. {EXPECTED}",
             wanted=lambda row: side in sides_of(row, self.keys),
         )
         return Recipe((Part(records),))
