@@ -157,7 +157,7 @@ def forward(
             slot or shape, adapters that are not stacked, or a batch whose fields do not all have one shape [B, T].
     """
     config, plan = model.config, model.plan
-    shapes = {name: field.shape for name, field in batch._asdict().items()}
+    shapes = {name: field.shape for name, field in batch._asdict().items() if field is not None}
     if batch.tokens.ndim != 2 or len(set(shapes.values())) > 1:
         raise ValueError(f"forward: a batch needs [B, T] arrays of one shape, got {shapes}")
     for site in capture:

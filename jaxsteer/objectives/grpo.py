@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.transformer import Model
-from jaxsteer.objectives.objective import Mean, Objective, Summed, policy_log_probabilities
+from jaxsteer.objectives.objective import Objective, Summed, mean_over, policy_log_probabilities
 from jaxsteer.objectives.tokens import by_segment
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
@@ -144,7 +144,7 @@ class Grpo(Objective):
         towards = jnp.where(counted, inputs.reference.astype(policy.dtype) - policy, 0)
         divergence = jnp.exp(towards) - towards - 1
         losses = -gain if self.beta == 0 else self.beta * divergence - gain
-        mean = lambda values: Mean(jnp.sum(jnp.where(counted, values, 0)), jnp.sum(counted))
+        mean = lambda values: mean_over(values, counted)
         facts = {
             "clip_share": mean(clipped * advantages < ratio * advantages),
             "ratio": mean(ratio),

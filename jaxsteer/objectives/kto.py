@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsteer.models.transformer import Model
-from jaxsteer.objectives.objective import Mean, Objective, Summed, policy_log_probabilities
+from jaxsteer.objectives.objective import Mean, Objective, Summed, mean_over, policy_log_probabilities
 from jaxsteer.objectives.tokens import by_segment
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
@@ -79,9 +79,9 @@ class Kto(Objective):
             batch, reference = micro
             policy = policy_log_probabilities(model, base, steering, batch)
             ratios, exists = _log_ratios(policy, reference, batch)
-            return Mean(sums.total + jnp.sum(ratios, dtype=jnp.float32), sums.count + jnp.sum(exists)), None
+            return jax.tree.map(jnp.add, sums, mean_over(ratios, exists)), None
 
-        zeros = Mean(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+        zeros = Mean(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
         sums, _ = jax.lax.scan(visit, zeros, (inputs.mismatched, inputs.mismatched_reference))
         point = jnp.maximum(sums.total / jnp.maximum(sums.count, 1), 0)
         return inputs._replace(point=jnp.broadcast_to(jax.lax.stop_gradient(point), inputs.point.shape))
@@ -104,10 +104,9 @@ class Kto(Objective):
         point = inputs.point[:, :1].astype(ratios.dtype)
         weight = jnp.where(sign > 0, self.desirable_weight, self.undesirable_weight).astype(ratios.dtype)
         losses = weight * jax.nn.sigmoid(-sign * self.beta * (ratios - point))
-        over = lambda values, mask: Mean(jnp.sum(jnp.where(mask, values, 0)), jnp.sum(mask))
         facts = {
-            "desirable_reward": over(self.beta * ratios, exists & (sign > 0)),
-            "undesirable_reward": over(self.beta * ratios, exists & (sign < 0)),
-            "reference_point": over(jnp.broadcast_to(point, ratios.shape), exists),
+            "desirable_reward": mean_over(self.beta * ratios, exists & (sign > 0)),
+            "undesirable_reward": mean_over(self.beta * ratios, exists & (sign < 0)),
+            "reference_point": mean_over(jnp.broadcast_to(point, ratios.shape), exists),
         }
         return Summed(jnp.sum(jnp.where(exists, losses, 0)), facts)

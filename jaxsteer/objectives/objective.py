@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsteer.models.transformer import Model, forward, output_embedding
@@ -21,6 +22,11 @@ class Mean(NamedTuple):
 
     total: Array
     count: Array
+
+
+def mean_over(values: Array, mask: Array) -> Mean:
+    """The mean of values (numbers or booleans) where a mask of their shape is true."""
+    return Mean(jnp.sum(jnp.where(mask, values.astype(jnp.float32), 0)), jnp.sum(mask.astype(jnp.float32)))
 
 
 class Summed(NamedTuple):

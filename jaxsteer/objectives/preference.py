@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsteer.models.transformer import Model
-from jaxsteer.objectives.objective import Mean, Objective, Summed, policy_log_probabilities
+from jaxsteer.objectives.objective import Objective, Summed, mean_over, policy_log_probabilities
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 PairLoss = Literal["sigmoid", "ipo", "simpo"]
@@ -140,7 +140,7 @@ class Preference(Objective):
 def _summed(losses: Array, margins: Array, sums: _PairSums) -> Summed:
     """The sum over the pairs that exist."""
     mask = sums.exists
-    over = lambda values: Mean(jnp.sum(jnp.where(mask, values, 0)), jnp.sum(mask))
+    over = lambda values: mean_over(values, mask)
     facts = {
         "pair_accuracy": over(margins > 0),
         "margin": over(margins),
