@@ -151,7 +151,7 @@ def train_step(
         supervised=total_weight(batch),
         tokens=jnp.sum(batch.segments > 0).astype(jnp.float32),
         overlap=joint_overlap(model.plan, whole.steering, orthogonality, write_scales(model.config, whole.base)),
-        facts={name: fact.total / jnp.maximum(fact.count, 1e-6) for name, fact in sums.facts.items()},
+        facts={name: fact.total / jnp.maximum(fact.number, 1e-6) for name, fact in sums.facts.items()},
     )
     return TrainState(params, opt_state, state.step + 1, state.key), metrics
 

@@ -52,7 +52,7 @@ class Span(NamedTuple):
 
     def cut(self, part: slice) -> Span:
         """Some of the queries or keys of one row."""
-        return Span(*(None if field is None else field[part] for field in self))
+        return jax.tree.map(lambda field: field[part], self)
 
 
 class Scores(NamedTuple):

@@ -83,7 +83,7 @@ class Kto(Objective):
 
         zeros = Mean(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
         sums, _ = jax.lax.scan(visit, zeros, (inputs.mismatched, inputs.mismatched_reference))
-        point = jnp.maximum(sums.total / jnp.maximum(sums.count, 1), 0)
+        point = jnp.maximum(sums.total / jnp.maximum(sums.number, 1), 0)
         return inputs._replace(point=jnp.broadcast_to(jax.lax.stop_gradient(point), inputs.point.shape))
 
     def __call__(

@@ -18,10 +18,10 @@ every leaf."""
 
 
 class Mean(NamedTuple):
-    """A fact to log, as sums that add up over microbatches: total / count."""
+    """A fact to log, as sums that add up over microbatches: total / number."""
 
     total: Array
-    count: Array
+    number: Array
 
 
 def mean_over(values: Array, mask: Array) -> Mean:

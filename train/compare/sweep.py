@@ -163,7 +163,7 @@ class SweepProgram:
         self.many = len(trainings) > 1
         self._config, self._trainings = config, trainings
         # Runs with the same seed see the same batches, which are then not copied for each run.
-        same_data = len({training.data.seed for training in trainings}) == 1
+        same_data = len({training.config.seed for training in trainings}) == 1
         program = first.program
         shared = (program.model, config.optim, config.freeze, first.steps, program.orthogonality)
         self._shared = _Shared(*shared, self.many, same_data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -51,7 +51,7 @@ def described(results: Mapping[str, float]) -> str:
     return text
 
 
-def changes(stages: list[Mapping[str, float]]) -> dict[str, str]:
+def changes(stages: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """What became of the figures that all of some evaluations have, as text by their titles."""
     return {
         figure.title: " -> ".join(figure.text(stage[name]) for stage in stages)

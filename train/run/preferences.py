@@ -24,7 +24,7 @@ from train.data.tokenised import tokenised
 from train.display.console import say
 from train.run.algorithm import Algorithm, Feed, Measure, Prefetched
 from train.run.folder import RunFolder
-from train.run.program import kernel_of
+from train.run.program import kernel_of, mesh_of
 from train.run.reference import ReferredSource, reference_of, reference_table, score_table
 from train.run.training import RunData, Training, encoding_of, tokenising
 from train.run.validation import task_of
@@ -138,7 +138,7 @@ def shares_prompts(config: DpoConfig, model: LoadedModel) -> bool:
     """Whether the prompt of a pair is computed once: as asked, where the attention kernel can."""
     if not config.share_prompts:
         return False
-    kernel, _ = kernel_of(config, model.config, model.base)
+    kernel, _ = kernel_of(config, model.config, model.base, mesh_of(config))
     refusal = sharing_refusal(kernel, split_sequence=config.mesh.split_sequence)
     if refusal:
         say(f"Note: the prompt of a pair is computed for both answers: {refusal}", stderr=False)

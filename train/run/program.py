@@ -180,7 +180,11 @@ def make_program(
 
 
 def kernel_of(
-    config: TrainConfig, model_config: ModelConfig, base: PyTree, mesh: Mesh | None, platform: str | None
+    config: TrainConfig,
+    model_config: ModelConfig,
+    base: PyTree,
+    mesh: Mesh | None = None,
+    platform: str | None = None,
 ) -> tuple[Kernel, str]:
     """The attention kernel that a run uses, and why."""
     if config.attention != "auto":

@@ -195,6 +195,7 @@ class RunData(NamedTuple):
 
     def ordered_by(self, seed: int) -> RunData:
         """The same examples in another order."""
+        assert isinstance(self.source, DataSource)
         return RunData(replace(self.source, seed=seed), self.report)
 
 

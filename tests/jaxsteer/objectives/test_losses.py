@@ -167,7 +167,9 @@ def test_kto(steered, tiny_base, made):
         for t, s in zip(texts, signs, strict=True)
     ]
     np.testing.assert_allclose(loss, np.mean(want), rtol=1e-5)
-    np.testing.assert_allclose(facts["reference_point"].total / facts["reference_point"].count, z, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        facts["reference_point"].total / facts["reference_point"].number, z, rtol=1e-4, atol=1e-6
+    )
     fixed = inputs._replace(point=jnp.full(own.tokens.shape, z, jnp.float32))
     held = fast_jit(jax.grad(lambda tree: objective(model, tiny_base, tree, fixed, None, None, train=False).loss / 10))
     close(grads, held(steering), 1e-4)  # the reference point has no gradient
@@ -277,7 +279,7 @@ def test_distillation(steered, tiny_base, tiny_config, temperature):
         p, q = np.asarray(distributions(teacher.steering, other)), np.asarray(distributions(steering, text))
         kls += (np.exp(p) * (p - q)).sum(axis=-1).tolist()
     np.testing.assert_allclose(loss, temperature**2 * np.mean(kls), rtol=1e-4)
-    assert int(facts["teacher_kl"].count) == len(kls)
+    assert int(facts["teacher_kl"].number) == len(kls)
     directional(objective, model, tiny_base, steering, inputs, grads, teacher)
 
 
