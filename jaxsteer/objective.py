@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -151,6 +152,12 @@ def chunk_width(rows: int, length: int) -> int:
     return min(length, max(1, chunk_tokens * row_shards() // rows))
 
 
+def _joined(field: Array) -> Array:
+    """[B, T, ...] with the rows of each device as one, [R, B / R · T, ...]: some rows have more targets than others."""
+    parts = math.gcd(len(field), row_shards())
+    return field.reshape(parts, -1, *field.shape[2:])
+
+
 def fold_targets(
     add: Callable[[Carry, Array, Array, Targets], Carry], carry: Carry, hidden: Array, head: Array, targets: Targets
 ) -> Carry:
@@ -167,14 +174,15 @@ def fold_targets(
     Returns:
         The final carry.
     """
-    B, T, D = hidden.shape
-    hidden = constrain(hidden, "rows", None, None)
+    hidden = _joined(constrain(hidden, "rows", None, None))
     head = constrain(head, "vocab", None)  # gathered once, not for every chunk
-    width = chunk_width(B, T)
+    targets = Targets(*map(_joined, targets))
+    R, T, D = hidden.shape
+    width = chunk_width(R, T)
 
     def visit(carry: Carry, index: Array, mask: Array) -> Carry:
         h = jnp.take_along_axis(hidden, index[..., None], axis=1)
-        h = jnp.where(mask[..., None], h, 0).reshape(B * width, D)  # 0 · NaN would be NaN
+        h = jnp.where(mask[..., None], h, 0).reshape(R * width, D)  # 0 · NaN would be NaN
         tokens, weights = (jnp.take_along_axis(field, index, axis=1) for field in targets)
         return add(carry, h, head, Targets(tokens.reshape(-1), jnp.where(mask, weights, 0).reshape(-1)))
 
