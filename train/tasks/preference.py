@@ -235,10 +235,11 @@ def wrong_answer(example: Example, rule: Rule, seed: int) -> Example:
 
 def _other_number(digits: str, draw: random.Random) -> str:
     """Another number of as many digits."""
-    low = 10 ** (len(digits) - 1) if len(digits) > 1 else 0
-    last = min(10 * max(low, 1), low + 1000) - 1
-    other = draw.randint(low, last - (low <= int(digits) <= last))
-    return str(other + (low <= int(digits) <= other))
+    other = digits
+    while other == digits:
+        first = draw.choice("0123456789" if len(digits) == 1 else "123456789")
+        other = first + "".join(draw.choices("0123456789", k=len(digits) - 1))
+    return other
 
 
 def _ending(example: Example, text: str) -> Example:
