@@ -61,7 +61,7 @@ class Answers(NamedTuple):
 
 
 def sides_of(row: Row, keys: PreferenceKeys) -> tuple[Side, ...]:
-    """Which answers a row has, by its keys; none if its weight is 0. A malformed row has both, and fails as it is read."""
+    """Which answers a row has, by its keys; none if its weight is 0. A malformed row has both: reading it fails."""
     with suppress(ValueError):
         if as_weight(row.get(keys.weight), keys.weight) == 0:
             return ()

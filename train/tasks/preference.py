@@ -28,7 +28,6 @@ from train.tasks.row_records import OnEmpty, RowRecords, check_on_empty
 from train.tasks.rows import read_jsonl_files
 from train.tasks.scoring import Rule, check_max_new_tokens, score
 
-
 _NONE: dict[Side, str] = {
     "chosen": "no chosen answer, and none whose label is true",
     "rejected": "no rejected answer, and none whose label is false: there is nothing to tell the others from",
@@ -222,14 +221,16 @@ def wrong_answer(example: Example, rule: Rule, seed: int) -> Example:
     right = [choice for choice in example.choices if score(choice, gold, rule)]
     if others := [choice for choice in example.choices if choice not in right]:
         shown = next((choice for choice in right if text.endswith(choice)), text)
-        return _ending(example, text.removesuffix(shown) + draw.choice(others))
+        other = draw.choice(others)
+        changed = text.removesuffix(shown) + other
+        return _ending(example, other if score(changed, gold, rule) else changed)  # the reasoning may tell the answer
     for number in reversed(list(re.finditer(r"\d+", text))):
         changed = text[: number.start()] + _other_number(number.group(), draw) + text[number.end() :]
         if not score(changed, gold, rule):
             return _ending(example, changed)
     raise ValueError(
-        f"{example.source}: no wrong answer can be made: it has no choices, and no number in {show(text)} that the rule "
-        f"{rule!r} reads; use a PreferenceTask with answers of your own"
+        f"{example.source}: no wrong answer can be made: it has no choices, and no number in {show(text)} that the "
+        f"rule {rule!r} reads; use a PreferenceTask with answers of your own"
     )
 
 

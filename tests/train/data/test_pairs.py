@@ -24,8 +24,8 @@ def texts(count, seed, prompts=0):
     return [(letters(asked, 12), letters(lengths, 9)) for _ in range(count)]
 
 
-def pairs(layout=Layout(2, 64, 3), **settings):
-    return PairSource(store(texts(17, 1)), store(texts(17, 2)), layout, **settings)
+def pairs(**settings):
+    return PairSource(store(texts(17, 1)), store(texts(17, 2)), Layout(2, 64, 3), **settings)
 
 
 def answers(batch, table):
@@ -63,7 +63,8 @@ def test_shared_prompts_take_less_room():
     shared, whole = pairs(shared=True), pairs(shared=False)
     saved = sum(example.prompt_length - 1 for example in shared.chosen)
     assert int(whole.order.lengths.sum()) - int(shared.order.lengths.sum()) == saved
-    assert whole.batch(0).batch.trunks is None and shared.batch(0).batch.trunks.any()
+    assert whole.batch(0).batch.trunks is None
+    assert shared.batch(0).batch.trunks.any()
 
 
 def test_prompts_whose_tokens_differ_are_not_shared():
@@ -98,7 +99,8 @@ def test_the_table_of_the_reference(shared):
         assert found == expected
         assert not inputs.reference[inputs.batch.weights == 0].any()
     wanted, unwanted = source.sums(table)
-    assert wanted[3] == table[starts[6] : starts[7]].sum() and unwanted[3] == table[starts[7] : starts[8]].sum()
+    assert wanted[3] == table[starts[6] : starts[7]].sum()
+    assert unwanted[3] == table[starts[7] : starts[8]].sum()
 
 
 @pytest.mark.parametrize("make", [pairs, lambda: judged()])
@@ -128,7 +130,8 @@ def test_pairs_that_do_not_fit():
     assert [kept.chosen.source(0), kept.report.too_long] == ["f:1", (("f:2", length),)]
     assert kept.report.tokens == len(chosen[0]) + len(rejected[0])
     shared = fitting_pairs(chosen, rejected, length - 1, "error", shared=True)  # with the prompt once, both fit
-    assert len(shared.chosen) == 2 and shared.report.too_long == ()
+    assert len(shared.chosen) == 2
+    assert shared.report.too_long == ()
     with pytest.raises(ValueError, match=r"1 of 2 examples longer than .*f:2"):
         fitting_pairs(chosen, rejected, length - 1, "error", shared=False)
     with pytest.raises(ValueError, match="no example is left"):
@@ -139,7 +142,7 @@ def test_pairs_that_do_not_fit():
 
 def test_answers_that_are_no_pairs():
     some = store([("a", "b"), ("c", "d")])
-    with pytest.raises(ValueError, match="2 wanted and 1 unwanted answers, which are no pairs.*kto"):
+    with pytest.raises(ValueError, match=r"2 wanted and 1 unwanted answers, which are no pairs.*kto"):
         fitting_pairs(some, store([("a", "x")]), 64, "error", shared=True)
     with pytest.raises(ValueError, match="which are no pairs"):
         fitting_pairs(some, store([("a", "x"), ("c", "y")], "g"), 64, "error", shared=True)
@@ -147,15 +150,16 @@ def test_answers_that_are_no_pairs():
         fitting_pairs(some, store([("a", "x"), ("c", "d")]), 64, "error", shared=True)
 
 
-def judged(layout=Layout(2, 40, 3)):
-    return JudgedSource(store(texts(12, 1, 5), "w"), store(texts(9, 2, 6), "u"), layout)
+def judged():
+    return JudgedSource(store(texts(12, 1, 5), "w"), store(texts(9, 2, 6), "u"), Layout(2, 40, 3))
 
 
 def test_mismatched_answers():
     first, second = store([("ab", "xyz"), ("cdefg", "u")])
     made = mismatched(first, second)
     assert made.ids.tolist() == [*first.ids[:2], *second.ids[5:]]
-    assert made.weights.tolist() == [0, 0, 1, 1] and made.prompt_length == 2
+    assert made.weights.tolist() == [0, 0, 1, 1]
+    assert made.prompt_length == 2
     source = judged()
     sides = [*source.desirable, *source.undesirable]
     inputs = source.batch(0)

@@ -185,7 +185,7 @@ def test_json_and_files(task, tmp_path):
         assert task_from_json(json.loads(json.dumps(task_to_json(each)))) == each
     assert on_file(made, "o.jsonl").test == "o.jsonl"
     assert on_file(PairedTask(JsonlTask("a.jsonl")), "o.jsonl").test == "o.jsonl"
-    with pytest.raises(ValueError, match="cannot be a part of another task"):
+    with pytest.raises(ValueError, match=r"a PreferenceTask cannot be .* nor can pairs be made of it"):
         task_from_json({"type": "PairedTask", "of": task_to_json(made), "seed": 0})
     with pytest.raises(ValueError, match=r"must contain \{prompt\}"):
         PreferenceTask("a.jsonl", template="Q")
@@ -203,6 +203,7 @@ CHOICES = ("Answer: A.", "Answer: B.", "Answer: C.")
         ("5 and 5 are 10\nAnswer: 1,500", "1500", (), "number", r"5 and 5 are 10\nAnswer: 1,\d{3}"),
         ("Answer: B.", "B", CHOICES, "label", r"Answer: [AC]\."),
         ("7 * 3 = 21.\nAnswer: B.", "B", CHOICES, "label", r"7 \* 3 = 21\.\nAnswer: [AC]\."),
+        ("Answer: B, so\nAnswer: B.", "B", CHOICES, "label", r"Answer: [AC]\."),
         ("-20000000000", "-20000000000", (), "exact", r"-[1-9]\d{10}"),
     ],
 )
@@ -219,7 +220,7 @@ def test_wrong_answers_are_wrong(text, gold, choices, rule, pattern):
 
 
 def test_questions_without_a_wrong_answer():
-    with pytest.raises(ValueError, match="f:1: no wrong answer can be made.*'Paris'"):
+    with pytest.raises(ValueError, match=r"f:1: no wrong answer can be made.*'Paris'"):
         wrong_answer(Example.of("q", "Paris", "f:1"), "exact", 0)
     with pytest.raises(ValueError, match="f:1: has no answer"):
         right_answer(Example((Turn("text", "a 5"),), "f:1"))
@@ -242,4 +243,5 @@ def test_pairs_of_listops_and_of_conversations(tmp_path):
     chats = PairedTask(JsonlTask(str(tmp_path / "c.jsonl"), chat=True, rule="number"))
     right, wrong = (load(side("train"))[0] for side in (chats.recipe, chats.rejected))
     assert right.turn_weights == wrong.turn_weights == (1.0, 0.0, 1.0, 1.0)
-    assert right.turns[:3] == wrong.turns[:3] and right.turns[3] != wrong.turns[3]
+    assert right.turns[:3] == wrong.turns[:3]
+    assert right.turns[3] != wrong.turns[3]
