@@ -172,7 +172,7 @@ def test_held_out_answers_share_no_prompt(task):
     }
     assert all(len(side) for sides in asked.values() for side in sides)
     assert not set.union(*asked["train"]) & set.union(*asked["validation"])
-    assert all({"q32", "q36"} & asked[split][1] for split in asked)  # prompts with unwanted answers alone are shared out
+    assert all({"q32", "q36"} & asked[split][1] for split in asked)  # prompts with unwanted answers alone
     assert len(set.union(*asked["train"], *asked["validation"])) == 32  # q0 to q29, q32, q36
     pairs = HeldOutTask(task([{**PAIR, "prompt": f"q{i}"} for i in range(20)]), 0.2)
     for split in ("train", "validation"):
