@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tiny import close, fast_jit, naive_loss
 
-from jaxsteer import make_batch, objective
+from jaxsteer import make_batch
+from jaxsteer.objectives import tokens
 from jaxsteer.objectives.supervised import cross_entropy
 from jaxsteer.objectives.tokens import Targets, next_tokens, scan_counted, token_nll, total_weight
 
@@ -17,8 +18,8 @@ B, T, D, V = 2, 20, 6, 37
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Five positions of each row at a time, so that T = 20 is four chunks and 18 does not divide."""
-    monkeypatch.setattr(objective, "CPU_CHUNK_TOKENS", 10)
-    monkeypatch.setattr(objective, "CHUNK_TOKENS", 10)
+    monkeypatch.setattr(tokens, "CPU_CHUNK_TOKENS", 10)
+    monkeypatch.setattr(tokens, "CHUNK_TOKENS", 10)
 
 
 def problem(T=T, share=0.5, seed=0):
@@ -106,7 +107,7 @@ def test_chunks_without_supervision_are_not_computed(counts, chunks, monkeypatch
         jax.debug.callback(lambda: visits.append(1))
         return token_nll(*args)
 
-    monkeypatch.setattr(objective, "token_nll", counted)
+    monkeypatch.setattr(tokens, "token_nll", counted)
     got = jax.jit(lambda h: cross_entropy(h, head, targets))(hidden)
     jax.effects_barrier()
     assert len(visits) == chunks
