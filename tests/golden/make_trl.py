@@ -4,7 +4,8 @@
 
 writes trl.npz into FOLDER. The policy is `tiny_llama` with the LoRA of `reference.npz` at the down projections alone;
 the reference is `tiny_llama`. Each trainer is built as anybody builds it and is asked for its loss of one batch of
-token ids that are drawn here; its data set and its reward function are never used. Needs trl, transformers, peft, torch.
+token ids that are drawn here; its data set and its reward function are never used. Needs trl, transformers, peft and
+torch.
 """
 
 import sys
@@ -23,7 +24,13 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 HERE = Path(__file__).parent
 VOCABULARY = 97
 PROMPTS = (4, 3, 6, 5)
-ANSWERS = {"chosen": (3, 5, 1, 4), "rejected": (4, 2, 6, 4), "level": (3, 5, 1, 4)}
+LEVEL = 3
+ANSWERS = {
+    "chosen": (3, 5, 1, 4),
+    "rejected": (4, 2, 6, 4),
+    "level_chosen": (LEVEL,) * 4,
+    "level_rejected": (LEVEL,) * 4,
+}
 LONGEST = 8
 BETA, SIMPO_BETA, SIMPO_MARGIN = 0.3, 2.0, 0.5
 DESIRABLE_WEIGHT, UNDESIRABLE_WEIGHT = 1.5, 0.5
@@ -89,10 +96,10 @@ def padded(sequences, width, *, left=False):
 
 
 def dpo(out, prompts, answers):
-    """IPO is of answers of one length: TRL's log-probabilities are means, and sums in the paper."""
-    for case, other in (("sigmoid", "rejected"), ("ipo", "level")):
+    """IPO's answers are of one length: TRL takes the mean over tokens where the paper has a sum."""
+    for case, kind in (("sigmoid", ""), ("ipo", "level_")):
         trainer = trainer_of(DPOTrainer, DPOConfig, loss_type=[case], beta=BETA)
-        fields = right_padded(prompts * 2, answers["chosen"] + answers[other])
+        fields = right_padded(prompts * 2, answers[f"{kind}chosen"] + answers[f"{kind}rejected"])
         inputs = dict(zip(("input_ids", "attention_mask", "completion_mask"), fields, strict=True))
         record(out, case, trainer, trainer.compute_loss(trainer.model, inputs))
 
@@ -109,32 +116,29 @@ def simpo(out, prompts, answers):
 
 
 def kto(out, prompts, answers):
-    """The chosen answers are desirable, the others are not. Each prompt has the next one's answer as the mismatched
-    one, and the one after next's in a second case: one reference point is above 0, one is not."""
+    """The chosen answers are desirable, the others are not; each prompt has the next answer as its mismatched one. In
+    the second case the LoRA has the other sign: one reference point is above 0, the other is not."""
     both = answers["chosen"] + answers["rejected"]
-    for case, shift in (("kto", 1), ("kto_other", 2)):
-        trainer = trainer_of(
-            KTOTrainer,
-            KTOConfig,
-            beta=BETA,
-            desirable_weight=DESIRABLE_WEIGHT,
-            undesirable_weight=UNDESIRABLE_WEIGHT,
-        )
-        inputs = {"label": torch.tensor([True] * len(prompts) + [False] * len(prompts))}
-        for prefix, own in (("", both), ("KL_", both[shift:] + both[:shift])):
-            fields = right_padded(prompts * 2, own)
-            names = (f"{prefix}{name}" for name in ("input_ids", "attention_mask", "completion_mask"))
-            inputs |= dict(zip(names, fields, strict=True))
+    weights = {"desirable_weight": DESIRABLE_WEIGHT, "undesirable_weight": UNDESIRABLE_WEIGHT}
+    inputs = {"label": torch.tensor([True] * len(prompts) + [False] * len(prompts))}
+    for prefix, own in (("", both), ("KL_", both[1:] + both[:1])):
+        names = (f"{prefix}{name}" for name in ("input_ids", "attention_mask", "completion_mask"))
+        inputs |= dict(zip(names, right_padded(prompts * 2, own), strict=True))
+    for case, sign in (("kto", 1), ("kto_turned", -1)):
+        trainer = trainer_of(KTOTrainer, KTOConfig, beta=BETA, **weights)
+        for name, parameter in trained(trainer).items():
+            parameter.data.mul_(sign if "lora_B" in name else 1)
         record(out, case, trainer, trainer.compute_loss(trainer.model, inputs))
         out[f"{case}/point"] = np.float32(trainer._metrics["eval"]["kl"][0])
 
 
 def grpo(out, prompts, answers):
-    """The policy that sampled is the policy with some noise in its log-probabilities, so that some are clipped."""
+    """The policy that sampled is the policy with noise in its log-probabilities, so that ratios are clipped on both
+    sides. TRL would weight the KL by the ratio, which the paper does not."""
     ids, mask = padded(prompts * 2, max(PROMPTS), left=True)
     answer_ids, answer_mask = padded(answers["chosen"] + answers["rejected"], LONGEST)
     out["advantages"] = np.random.default_rng(1).standard_normal(len(ids)).astype(np.float32)
-    noise = np.random.default_rng(2).normal(0, 0.1, answer_ids.shape).astype(np.float32)
+    noise = np.random.default_rng(2).normal(0, 0.2, answer_ids.shape).astype(np.float32)
     for case in ("grpo", "dapo", "dr_grpo"):
         trainer = trainer_of(
             GRPOTrainer,
@@ -143,6 +147,7 @@ def grpo(out, prompts, answers):
             beta=GRPO_BETA,
             epsilon=CLIP_LOW,
             epsilon_high=CLIP_HIGH,
+            use_bias_correction_kl=False,
             num_generations=2,
             max_completion_length=LONGEST,
         )
@@ -162,7 +167,8 @@ def grpo(out, prompts, answers):
             "num_items_in_batch": answer_mask.sum(),
         }
         record(out, case, trainer, trainer.compute_loss(trainer.model, inputs))
-        out[f"{case}/clipped"] = np.float32(trainer._metrics["eval"]["clip_ratio/region_mean"][0])
+        clipped = {side: trainer._metrics["eval"][f"clip_ratio/{side}_mean"][0] for side in ("low", "high")}
+        out[f"{case}/clipped"] = np.array(list(clipped.values()), np.float32)
         out["old"] = old.numpy()
 
 
