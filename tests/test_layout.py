@@ -37,7 +37,11 @@ RANKS = {
     "train.serving": 15,
     "train.cli": 15,
     **dict.fromkeys(
-        (f"train.{name}" for name in ("sft", "dpo", "evaluate", "generate", "inspect", "robustness", "convert")), 16
+        (
+            f"train.{name}"
+            for name in ("sft", "dpo", "grpo", "evaluate", "generate", "inspect", "robustness", "convert")
+        ),
+        16,
     ),
     **dict.fromkeys((f"train.{name}" for name in ("chat", "compare", "plan", "report", "serve", "theory")), 16),
     "train.bench": 17,  # measures the other commands too

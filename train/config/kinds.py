@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.config.dpo import DpoConfig
+from train.config.grpo import GrpoConfig
 from train.config.run import TrainConfig
 from train.plain import from_plain, to_plain
 
 PROGRAM = "program"
 
-KINDS: dict[str, type[TrainConfig]] = {kind.program: kind for kind in (TrainConfig, DpoConfig)}
+KINDS: dict[str, type[TrainConfig]] = {kind.program: kind for kind in (TrainConfig, DpoConfig, GrpoConfig)}
 """The settings of each command that trains, by its name."""
 
 

@@ -145,10 +145,10 @@ def _scored(training: Training, params: Params, source: ReferredSource, step: in
     return scored
 
 
-@partial(jax.jit, static_argnums=0)
-def log_probabilities(model: Model, base: PyTree, steering: Steering, batch: Batch) -> Array:
+@partial(jax.jit, static_argnums=(0, 4))
+def log_probabilities(model: Model, base: PyTree, steering: Steering, batch: Batch, temperature: float = 1.0) -> Array:
     """`policy_log_probabilities` of a model in use, compiled."""
-    return policy_log_probabilities(model, base, steering, batch)
+    return policy_log_probabilities(model, base, steering, batch, temperature=temperature)
 
 
 def _keep(file: Path, found: Sequence[Scored]) -> None:
