@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsteer.models.transformer import Model, Network, forward, logits_of, output_embedding
@@ -126,7 +127,7 @@ def kl_at(student: Predictions, teacher: Predictions, counts: Array, places: Arr
         at = jnp.where(mask, index, T)  # an index past the end is dropped
         return found.at[row, at].add(kl.astype(found.dtype), mode="drop")
 
-    zeros = jnp.zeros((B, T), jnp.promote_types(hidden.dtype, jnp.float32))
+    zeros = jnp.zeros((B, T), np.promote_types(hidden.dtype, np.float32))
     return scan_counted(visit, zeros, counts, chunk_width(B, T))
 
 
