@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsteer.models.transformer import Model, Network, forward, logits_of, output_embedding
 from jaxsteer.objectives.objective import Mean, Objective, Summed
-from jaxsteer.objectives.tokens import chunk_width, next_tokens, scan_counted
+from jaxsteer.objectives.tokens import chunk_width, counted_tokens, next_tokens, scan_counted
 from jaxsteer.sharding import constrain
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
@@ -22,7 +23,7 @@ class Taught(NamedTuple):
 
     batch    the student's rows [B, T]; tokens count whose weight is not 0
     teacher  the teacher's rows [B, T'], with other prompts perhaps: the i-th token that counts in a row is the i-th one
-             of the student's row
+             of the student's row. Where a row has not as many of them as the student's, its loss is NaN
     """
 
     batch: Batch
@@ -44,6 +45,11 @@ class Predictions(NamedTuple):
     def log_probabilities(self, temperature: float = 1.0) -> Array:
         """[..., V], natural logarithm."""
         return jax.nn.log_softmax(logits_of(self.hidden, self.head, self.softcap) / temperature)
+
+
+def predictions(network: Network, batch: Batch) -> Predictions:
+    """A network's predictions on a batch, hidden [B, T, D]."""
+    return Predictions(network(batch).hidden, output_embedding(network.base), network.model.config.final_softcap)
 
 
 def kl_between(teacher: Array, student: Array) -> Array:
@@ -86,33 +92,53 @@ def counted_kl(student: Predictions, taught: Taught, teacher: Predictions, tempe
         temperature: what both logits are divided by.
 
     Returns:
-        [B, T]; 0 at tokens that do not count. No [B, T, V] array exists, nor is one kept for the backward pass.
+        [B, T]; 0 at tokens that do not count, NaN in rows where the teacher's do not correspond.
     """
-    (B, T), row = taught.batch.tokens.shape, jnp.arange(taught.batch.tokens.shape[0])[:, None]
-    hidden, head = constrain(student.hidden, "rows", None, None), constrain(student.head, "vocab", None)
     counts = next_tokens(taught.batch).weights != 0
-    behind = _places(taught, counts)
+    places, alike = _places(taught, counts)
+    kl = jnp.where(counts & ~alike, jnp.nan, kl_at(student, teacher, counts, places, temperature))
+    return jnp.pad(kl[:, :-1], ((0, 0), (1, 0)))  # from the position that predicts to the token
+
+
+def kl_at(student: Predictions, teacher: Predictions, counts: Array, places: Array, temperature: float = 1.0) -> Array:
+    """KL(teacher ‖ student) at some positions, differentiable in the student.
+
+    Args:
+        student: hidden [B, T, D].
+        teacher: hidden [B, T', D'], over the same vocabulary; it has no gradient.
+        counts: the student's positions that count, bool [B, T].
+        places: the teacher's position for each of the student's, int32 [B, T].
+        temperature: what both logits are divided by.
+
+    Returns:
+        [B, T] in nats, 0 where none counts. No [B, T, V] array exists, nor is one kept for the backward pass.
+    """
+    (B, T), row = counts.shape, jnp.arange(counts.shape[0])[:, None]
+    hidden, head = constrain(student.hidden, "rows", None, None), constrain(student.head, "vocab", None)
     fixed = jax.lax.stop_gradient((teacher.hidden, constrain(teacher.head, "vocab", None)))
     known = teacher._replace(hidden=fixed[0], head=fixed[1])
 
     def visit(found: Array, index: Array, mask: Array) -> Array:
         take = lambda field, at: jnp.where(mask[..., None], jnp.take_along_axis(field, at[..., None], axis=1), 0)
         own = take(hidden, index).reshape(-1, hidden.shape[-1])
-        theirs = take(known.hidden, jnp.take_along_axis(behind, index, axis=1)).reshape(-1, known.hidden.shape[-1])
+        theirs = take(known.hidden, jnp.take_along_axis(places, index, axis=1)).reshape(-1, known.hidden.shape[-1])
         target = known._replace(hidden=theirs).log_probabilities(temperature)
         kl = _token_kl(own, head, target, student.softcap, temperature).reshape(index.shape)
-        at = jnp.where(mask, index + 1, T)  # an index past the end is dropped
+        at = jnp.where(mask, index, T)  # an index past the end is dropped
         return found.at[row, at].add(kl.astype(found.dtype), mode="drop")
 
-    zeros = jnp.zeros((B, T), jnp.promote_types(hidden.dtype, jnp.float32))
+    zeros = jnp.zeros((B, T), np.promote_types(hidden.dtype, np.float32))
     return scan_counted(visit, zeros, counts, chunk_width(B, T))
 
 
-def _places(taught: Taught, counts: Array) -> Array:
-    """For each position of the student that predicts a token which counts, that of the teacher: int32 [B, T]."""
-    order = jnp.argsort(~(next_tokens(taught.teacher).weights != 0), axis=1, stable=True)
+def _places(taught: Taught, counts: Array) -> tuple[Array, Array]:
+    """For each position of the student that predicts a token which counts, that of the teacher, int32 [B, T]; and for
+    each row whether there are as many of them, bool [B, 1]."""
+    theirs = next_tokens(taught.teacher).weights != 0
+    order = jnp.argsort(~theirs, axis=1, stable=True)
     rank = jnp.clip(jnp.cumsum(counts, axis=1) - 1, 0, order.shape[1] - 1)
-    return jnp.take_along_axis(order, rank, axis=1)
+    number = lambda mask: jnp.sum(mask, axis=1, keepdims=True)
+    return jnp.take_along_axis(order, rank, axis=1), number(theirs) == number(counts)
 
 
 @dataclass(frozen=True)
@@ -134,8 +160,7 @@ class Distillation(Objective):
 
     def total(self, inputs: Taught) -> Array:
         """The number of tokens."""
-        flat = jax.tree.map(lambda field: field.reshape(-1, field.shape[-1]), inputs.batch)
-        return jnp.sum(next_tokens(flat).weights != 0).astype(jnp.float32)
+        return jnp.sum(counted_tokens(inputs.batch)).astype(jnp.float32)
 
     def __call__(
         self,
@@ -151,9 +176,6 @@ class Distillation(Objective):
         """The loss summed over the tokens of a microbatch; facts are means over tokens."""
         hidden = forward(model, base, steering, inputs.batch, key=key, train=train).hidden
         student = Predictions(hidden, output_embedding(base), model.config.final_softcap)
-        teacher = Predictions(
-            given(inputs.teacher).hidden, output_embedding(given.base), given.model.config.final_softcap
-        )
-        kl = counted_kl(student, inputs, teacher, self.temperature)
+        kl = counted_kl(student, inputs, predictions(given, inputs.teacher), self.temperature)
         summed = jnp.sum(kl)
         return Summed(self.temperature**2 * summed, {"teacher_kl": Mean(summed, self.total(inputs))})

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsteer.models.transformer import Model
 from jaxsteer.objectives.objective import Objective, Summed, mean_over, policy_log_probabilities
-from jaxsteer.objectives.tokens import by_segment
+from jaxsteer.objectives.tokens import by_segment, counted_tokens
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 Average = Literal["tokens", "answers", "constant"]
@@ -134,7 +134,7 @@ class Grpo(Objective):
         train: bool,
     ) -> Summed:
         """The loss summed over the tokens of a microbatch; facts are means over tokens."""
-        batch, counted = inputs.batch, inputs.batch.weights != 0
+        batch, counted = inputs.batch, counted_tokens(inputs.batch)
         policy = policy_log_probabilities(model, base, steering, batch, key, train=train, temperature=self.temperature)
         old = jax.lax.stop_gradient(policy) if self.on_policy else inputs.old.astype(policy.dtype)
         ratio = jnp.exp(jnp.where(counted, policy - old, 0))
@@ -158,5 +158,5 @@ class Grpo(Objective):
         """The factor of each token's loss, [B, T]: one over its answer's length, or 1."""
         if self.average != "answers":
             return jnp.ones(batch.tokens.shape)
-        lengths = by_segment((batch.weights != 0).astype(jnp.float32), batch)
+        lengths = by_segment(counted_tokens(batch).astype(jnp.float32), batch)
         return 1 / jnp.maximum(jnp.take_along_axis(lengths, batch.segments, axis=1), 1)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxsteer.models.transformer import Model
 from jaxsteer.objectives.objective import Mean, Objective, Summed, mean_over, policy_log_probabilities
-from jaxsteer.objectives.tokens import by_segment
+from jaxsteer.objectives.tokens import by_segment, counted_tokens
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 
@@ -18,7 +18,8 @@ class Judged(NamedTuple):
     """Judged answers, and mismatched ones, from which the reference point is estimated. [B, T] each.
 
     batch                 the answers, each a segment; tokens count whose weight is not 0
-    desirable             fp32, +1 in desirable answers, −1 in undesirable ones, 0 elsewhere
+    desirable             fp32, +1 in desirable answers, −1 in undesirable ones, 0 elsewhere; an answer of zeros is left
+                          out of loss and total
     reference             fp32, log-probability of each token that counts by the reference
     mismatched            the prompts, each with the answer to another one: rows of their own length
     mismatched_reference  fp32, the reference's log-probabilities of those
@@ -35,9 +36,14 @@ class Judged(NamedTuple):
 
 def _log_ratios(policy: Array, reference: Array, batch: Batch) -> tuple[Array, Array]:
     """(log π(y|x) − log π_ref(y|x) of each segment, whether any of its tokens counts), [..., T + 1]."""
-    counted = batch.weights != 0
+    counted = counted_tokens(batch)
     ratios = by_segment(jnp.where(counted, policy - reference.astype(policy.dtype), 0), batch)
     return ratios, by_segment(counted.astype(jnp.float32), batch) > 0
+
+
+def _signs(inputs: Judged) -> Array:
+    """+1 for each desirable answer, −1 for each undesirable one, 0 for no answer: fp32 [B, T + 1]."""
+    return jnp.sign(by_segment(jnp.where(counted_tokens(inputs.batch), inputs.desirable, 0), inputs.batch))
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,7 @@ class Kto(Objective):
 
     def total(self, inputs: Judged) -> Array:
         """The number of answers."""
-        flat = jax.tree.map(lambda field: field.reshape(-1, field.shape[-1]), inputs.batch)
-        return jnp.sum(by_segment((flat.weights != 0).astype(jnp.float32), flat) > 0).astype(jnp.float32)
+        return jnp.sum(jnp.abs(_signs(jax.tree.map(lambda field: field.reshape(-1, field.shape[-1]), inputs))))
 
     def prepare(self, model: Model, base: PyTree, steering: Steering, inputs: Judged, given: PyTree) -> Judged:
         """The inputs [M, B, T] with the reference point, from a forward pass over the mismatched answers."""
@@ -99,14 +104,14 @@ class Kto(Objective):
     ) -> Summed:
         """The loss summed over the answers of a microbatch; facts are means over answers."""
         policy = policy_log_probabilities(model, base, steering, inputs.batch, key, train=train)
-        ratios, exists = _log_ratios(policy, inputs.reference, inputs.batch)
-        sign = jnp.sign(by_segment(inputs.desirable, inputs.batch)).astype(ratios.dtype)
+        ratios, _ = _log_ratios(policy, inputs.reference, inputs.batch)
+        sign = _signs(inputs).astype(ratios.dtype)
         point = inputs.point[:, :1].astype(ratios.dtype)
         weight = jnp.where(sign > 0, self.desirable_weight, self.undesirable_weight).astype(ratios.dtype)
         losses = weight * jax.nn.sigmoid(-sign * self.beta * (ratios - point))
         facts = {
-            "desirable_reward": mean_over(self.beta * ratios, exists & (sign > 0)),
-            "undesirable_reward": mean_over(self.beta * ratios, exists & (sign < 0)),
-            "reference_point": mean_over(jnp.broadcast_to(point, ratios.shape), exists),
+            "desirable_reward": mean_over(self.beta * ratios, sign > 0),
+            "undesirable_reward": mean_over(self.beta * ratios, sign < 0),
+            "reference_point": mean_over(jnp.broadcast_to(point, ratios.shape), sign != 0),
         }
-        return Summed(jnp.sum(jnp.where(exists, losses, 0)), facts)
+        return Summed(jnp.sum(jnp.where(sign != 0, losses, 0)), facts)

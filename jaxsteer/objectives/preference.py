@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxsteer.models.transformer import Model
 from jaxsteer.objectives.objective import Objective, Summed, mean_over, policy_log_probabilities
+from jaxsteer.objectives.tokens import counted_tokens
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 PairLoss = Literal["sigmoid", "ipo", "simpo"]
@@ -21,7 +22,8 @@ PairLoss = Literal["sigmoid", "ipo", "simpo"]
 class Pairs(NamedTuple):
     """Pairs of answers; both of a pair are in one row. [B, T] each.
 
-    batch      the answers, each a segment; tokens count whose weight is not 0
+    batch      the answers, each a segment; tokens count whose weight is not 0. A pair with an answer in which none
+               counts is left out of loss and total
     pair       int32, the number of the token's pair in its row, from 1; 0 = none
     sign       fp32, +1 in a chosen answer, −1 in a rejected one, 0 elsewhere
     reference  fp32, log-probability of each token that counts by the reference
@@ -47,18 +49,20 @@ class _PairSums(NamedTuple):
     exists: Array
 
 
+def _over_answers(values: Array, inputs: Pairs) -> Array:
+    """Sums of values [B, T] over the tokens of each pair that count: [2, B, T + 1], the chosen answers first."""
+    counted = counted_tokens(inputs.batch) & (inputs.pair > 0)
+    rows = jnp.arange(counted.shape[0])[:, None]
+    zeros = jnp.zeros((counted.shape[0], counted.shape[1] + 1), values.dtype)
+    side = lambda own: zeros.at[rows, inputs.pair].add(jnp.where(counted & own, values, 0))
+    return jnp.stack([side(inputs.sign > 0), side(inputs.sign < 0)])
+
+
 def _by_pair(inputs: Pairs, policy: Array) -> _PairSums:
     """Sum a [B, T] array of log-probabilities, and the reference's, over the answers of each pair."""
-    counted = (inputs.batch.weights != 0) & (inputs.pair > 0)
-    rows = jnp.arange(counted.shape[0])[:, None]
-    zeros = jnp.zeros((counted.shape[0], counted.shape[1] + 1), policy.dtype)
-
-    def summed(values: Array) -> Array:
-        side = lambda own: zeros.at[rows, inputs.pair].add(jnp.where(counted & own, values.astype(zeros.dtype), 0))
-        return jnp.stack([side(inputs.sign > 0), side(inputs.sign < 0)])
-
-    lengths = summed(jnp.ones_like(policy))
-    return _PairSums(summed(policy), summed(inputs.reference), lengths, jnp.all(lengths > 0, axis=0))
+    lengths = _over_answers(jnp.ones_like(policy), inputs)
+    reference = _over_answers(inputs.reference.astype(policy.dtype), inputs)
+    return _PairSums(_over_answers(policy, inputs), reference, lengths, jnp.all(lengths > 0, axis=0))
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,15 @@ class Preference(Objective):
             raise ValueError(f"beta must be above 0, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must be from 0 to below 0.5, got {self.label_smoothing}")
+        for name, owner in (("label_smoothing", "sigmoid"), ("bidirectional", "sigmoid"), ("margin", "simpo")):
+            if getattr(self, name) and self.loss != owner:
+                raise ValueError(f"{name} is a setting of the {owner} loss, not of {self.loss}")
 
     def total(self, inputs: Pairs) -> Array:
-        """The number of pairs: each row counts its highest pair number."""
-        return jnp.sum(jnp.max(inputs.pair, axis=-1)).astype(jnp.float32)
+        """The number of pairs."""
+        flat = jax.tree.map(lambda field: field.reshape(-1, field.shape[-1]), inputs)
+        lengths = _over_answers(jnp.ones(flat.pair.shape, jnp.float32), flat)
+        return jnp.sum(jnp.all(lengths > 0, axis=0).astype(jnp.float32))
 
     def __call__(
         self,

@@ -39,6 +39,12 @@ def predicts_completion(batch: Batch) -> Array:
     return _continues(batch) & _ahead(batch.completion)
 
 
+def counted_tokens(batch: Batch) -> Array:
+    """Whether a token counts: its weight is not 0, and a token of the same example precedes it. bool [..., T]."""
+    before = jnp.roll(batch.segments, 1, axis=-1).at[..., 0].set(0)
+    return (batch.weights != 0) & (batch.segments == before) & (batch.segments > 0)
+
+
 def _ahead(field: Array) -> Array:
     return jnp.pad(field[:, 1:], ((0, 0), (0, 1)))
 
@@ -48,32 +54,37 @@ def _continues(batch: Batch) -> Array:
     return (_ahead(batch.segments) == batch.segments) & (batch.segments > 0)
 
 
-def _nll(hidden: Array, head: Array, tokens: Array, softcap: float | None) -> Array:
-    logits = logits_of(hidden, head, softcap)
+def _nll(hidden: Array, head: Array, tokens: Array, softcap: float | None, temperature: float) -> Array:
+    logits = logits_of(hidden, head, softcap) / temperature
     return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
 
 
-def _nll_and_slope(hidden: Array, head: Array, tokens: Array, softcap: float | None) -> tuple[Array, Array]:
+def _nll_and_slope(
+    hidden: Array, head: Array, tokens: Array, softcap: float | None, temperature: float
+) -> tuple[Array, Array]:
     """The NLL [M] and its gradient with respect to `hidden` [M, D], from one computation of the logits.
 
-    The gradient is Σ_v p_v head_v − head_token. With soft-capped logits c · tanh(z / c), each head_v is multiplied by
-    the cap's derivative, 1 − (logit / c)².
+    The gradient is (Σ_v p_v head_v − head_token) / temperature. With soft-capped logits c · tanh(z / c), each head_v is
+    multiplied by the cap's derivative, 1 − (logit / c)².
     """
-    logits = logits_of(hidden, head, softcap)
+    hot = logits_of(hidden, head, softcap)
+    logits = hot / temperature
     highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     unnormalised = jnp.exp(logits - highest)
     norm = jnp.sum(unnormalised, axis=-1, keepdims=True)
     target = jnp.take(head, tokens, axis=0)
     at_target = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     if softcap is not None:
-        unnormalised *= 1 - jnp.square(logits / softcap)
-        target = target * (1 - jnp.square(at_target / softcap)).astype(target.dtype)
+        unnormalised *= 1 - jnp.square(hot / softcap)
+        target = target * (1 - jnp.square(temperature * at_target / softcap)).astype(target.dtype)
     mean = jnp.einsum("mv,vd->md", unnormalised.astype(head.dtype), head, preferred_element_type=logits.dtype) / norm
-    return (jnp.log(norm) + highest - at_target)[:, 0], mean - target.astype(mean.dtype)
+    return (jnp.log(norm) + highest - at_target)[:, 0], (mean - target.astype(mean.dtype)) / temperature
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def token_nll(hidden: Array, head: Array, tokens: Array, softcap: float | None = None) -> Array:
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def token_nll(
+    hidden: Array, head: Array, tokens: Array, softcap: float | None = None, temperature: float = 1.0
+) -> Array:
     """−log p(token | hidden) for each of M positions.
 
     The gradient with respect to `hidden` is computed in the forward pass, while the logits exist, so the backward pass
@@ -84,23 +95,25 @@ def token_nll(hidden: Array, head: Array, tokens: Array, softcap: float | None =
         head: output embedding [V, D].
         tokens: int [M], the targets.
         softcap: logit soft-cap, see `jaxsteer.models.transformer.logits_of`.
+        temperature: what logits are divided by.
 
     Returns:
         [M] in nats, at least fp32.
     """
-    return _nll(hidden, head, tokens, softcap)
+    return _nll(hidden, head, tokens, softcap, temperature)
 
 
 @partial(token_nll.defjvp, symbolic_zeros=True)
-def _token_nll_jvp(softcap: float | None, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _token_nll_jvp(softcap: float | None, temperature: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     hidden, head, tokens = primals
     hidden_dot, head_dot, _ = tangents
-    nll, slope = _nll_and_slope(hidden, head, tokens, softcap)
+    nll, slope = _nll_and_slope(hidden, head, tokens, softcap, temperature)
     out = jnp.zeros_like(nll)
     if type(hidden_dot) is not SymbolicZero:
         out += jnp.einsum("md,md->m", slope, hidden_dot.astype(slope.dtype))
     if type(head_dot) is not SymbolicZero:  # the head is trained: recompute its logits
-        out += jax.jvp(jax.checkpoint(lambda w: _nll(hidden, w, tokens, softcap)), (head,), (head_dot,))[1]
+        of_head = lambda w: _nll(hidden, w, tokens, softcap, temperature)
+        out += jax.jvp(jax.checkpoint(of_head), (head,), (head_dot,))[1]
     return nll, out
 
 
@@ -208,14 +221,9 @@ def token_log_probabilities(
 
     Returns:
         [B, T], natural logarithm, at least fp32. No logits are kept for the backward pass.
-
-    Raises:
-        ValueError: a temperature other than 1 for a model that caps its logits.
     """
-    if temperature != 1.0 and softcap is not None:
-        raise ValueError(f"temperature {temperature}: a model that caps its logits has only temperature 1 here")
     whole = hidden.shape[:2]
-    hidden = _joined(constrain(hidden, "rows", None, None) / jnp.asarray(temperature, hidden.dtype))
+    hidden = _joined(constrain(hidden, "rows", None, None))
     head = constrain(head, "vocab", None)  # gathered once, not for every chunk
     targets = Targets(*map(_joined, next_tokens(batch)))
     R, T, D = hidden.shape
@@ -224,7 +232,8 @@ def token_log_probabilities(
     def visit(found: Array, index: Array, mask: Array) -> Array:
         h = jnp.take_along_axis(hidden, index[..., None], axis=1)
         h = jnp.where(mask[..., None], h, 0).reshape(-1, D)  # 0 · NaN would be NaN
-        nll = token_nll(h, head, jnp.take_along_axis(targets.tokens, index, axis=1).reshape(-1), softcap)
+        tokens = jnp.take_along_axis(targets.tokens, index, axis=1).reshape(-1)
+        nll = token_nll(h, head, tokens, softcap, temperature)
         at = jnp.where(mask, index, T)  # an index past the end is dropped
         return found.at[row, at].add(-nll.reshape(at.shape), mode="drop")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.transformer import Model, Network, logits_of, output_embedding
+from jaxsteer.objectives.distillation import kl_between
 from jaxsteer.objectives.tokens import by_segment, next_tokens, predicts_completion, scan_counted
 from jaxsteer.theory.oracle import check_comparable
 from jaxsteer.types import Array, Batch, PyTree, Steering
@@ -130,8 +131,7 @@ def compare_hidden(
 
 def kl_divergence(logits: Array, other: Array) -> Array:
     """KL(p ‖ q) = Σ_v p_v (log p_v − log q_v), nats, of the distributions given by two logits [..., V] -> [...]."""
-    log_p, log_q = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return kl_between(jax.nn.log_softmax(logits), jax.nn.log_softmax(other))
 
 
 def _head(network: Network) -> tuple[PyTree, float | None]:

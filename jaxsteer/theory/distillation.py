@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxsteer.models.transformer import Network
-from jaxsteer.theory.compare import Where, compare_hidden, means, measure
+from jaxsteer.objectives.distillation import kl_at, predictions
+from jaxsteer.theory.compare import Where, counted_predictions, means, measure
 from jaxsteer.theory.oracle import check_comparable
 from jaxsteer.types import Array, Batch, Steering
 
@@ -88,12 +89,12 @@ def _descend(
     where: Where,
 ) -> tuple[Steering, optax.OptState, Array]:
     """One step of Adam on the moves q; also the KL before it."""
-    tuned_hidden = tuned(batch).hidden
+    target, counted = predictions(tuned, batch), counted_predictions(batch, where)
+    places = jnp.broadcast_to(jnp.arange(counted.shape[1]), counted.shape)
 
     def mean_kl(moves: Steering) -> Array:
-        other = _moved(network, moves)
-        result = compare_hidden(tuned_hidden, tuned, other(batch).hidden, other, batch, where)
-        return jnp.sum(result.kl) / jnp.maximum(jnp.sum(result.counted), 1)
+        kl = kl_at(predictions(_moved(network, moves), batch), target, counted, places)
+        return jnp.sum(kl) / jnp.maximum(jnp.sum(counted), 1).astype(kl.dtype)
 
     kl, gradient = jax.value_and_grad(mean_kl)(moves)
     with jax.numpy_dtype_promotion("standard"):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from answers import Text, alone, groups, in_rows, log_sigmoid
 from jax.flatten_util import ravel_pytree
-from tiny import close, fast_jit, random_steering, slot_of
+from tiny import close, fast_jit, random_steering, run, slot_of
 
 from jaxsteer import Model
 from jaxsteer.groups import Group, stack_groups
-from jaxsteer.models.transformer import Network, forward, logits_of, output_embedding
+from jaxsteer.models.transformer import Network, logits_of, output_embedding
 from jaxsteer.objectives import (
     Distillation,
     Grpo,
@@ -270,8 +270,8 @@ def test_distillation(steered, tiny_base, tiny_config, temperature):
     (loss, facts), grads = with_gradient(objective)(model, tiny_base, steering, inputs, teacher)
 
     def distributions(tree, text):
-        batch = stack_groups([[Group((text,))]], len(text.ids), trunks=False).batch
-        hidden = forward(model, tiny_base, tree, batch).hidden[0, len(text.prompt) - 1 : -1]
+        batch = stack_groups([[Group((text,))]], 24, trunks=False).batch
+        hidden = run(model, tiny_base, tree, batch).hidden[0, len(text.prompt) - 1 : len(text.ids) - 1]
         return jax.nn.log_softmax(logits_of(hidden, output_embedding(tiny_base)) / temperature)
 
     kls = []

@@ -8,7 +8,7 @@ import pytest
 from tiny import close, fast_jit, naive_loss
 
 from jaxsteer import make_batch
-from jaxsteer.objectives import tokens
+from jaxsteer.objectives import supervised, tokens
 from jaxsteer.objectives.supervised import cross_entropy
 from jaxsteer.objectives.tokens import Targets, next_tokens, scan_counted, token_nll, total_weight
 
@@ -64,6 +64,22 @@ def test_token_nll_is_the_log_softmax():
     close(got, -logp[jnp.arange(T), targets.tokens[0]], 1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_temperature(softcap):
+    """Values and gradients in both arguments; a soft-cap comes before the temperature."""
+    hidden, head, targets = problem()
+    hidden, ids = hidden[0], targets.tokens[0]
+
+    def naive(hidden, head):
+        logits = hidden @ head.T
+        capped = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        return -jnp.sum(jax.nn.log_softmax(capped / 0.6)[jnp.arange(T), ids])
+
+    ours = lambda hidden, head: jnp.sum(token_nll(hidden, head, ids, softcap, 0.6))
+    both = lambda f: fast_jit(jax.value_and_grad(f, (0, 1)))(hidden, head)
+    close(both(ours), both(naive), 2e-5)
+
+
 def test_nothing_supervised_is_zero():
     hidden, head, targets = problem(share=0.0)
     value, grads = fast_jit(jax.value_and_grad(cross_entropy, (0, 1)))(hidden, head, targets)
@@ -107,7 +123,7 @@ def test_chunks_without_supervision_are_not_computed(counts, chunks, monkeypatch
         jax.debug.callback(lambda: visits.append(1))
         return token_nll(*args)
 
-    monkeypatch.setattr(tokens, "token_nll", counted)
+    monkeypatch.setattr(supervised, "token_nll", counted)
     got = jax.jit(lambda h: cross_entropy(h, head, targets))(hidden)
     jax.effects_barrier()
     assert len(visits) == chunks
