@@ -77,13 +77,22 @@ def set_allocator(name: str) -> None:
     """Start this process again with the allocator that suits a command, which glibc reads from the environment.
 
     Without kept memory the system gives and takes back a training step's temporaries, page by page: 5 to 25 % of its
-    time on a CPU. glibc keeps the memory of the main thread, in which JAX allocates unless it dispatches to another. A
-    user's own GLIBC_TUNABLES are left alone.
+    time on a CPU. A user's own GLIBC_TUNABLES are left alone.
     """
-    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = HUGE_PAGES if name in SERVERS else KEPT_MEMORY
         os.execv(sys.executable, sys.orig_argv)
+
+
+def compute_in_the_calling_thread(name: str) -> None:
+    """Have a CPU compute in the thread that asks for it: glibc keeps the memory of the main thread alone.
+
+    JAX reads this setting from no environment variable, and only before it looks for devices.
+    """
+    if name not in SERVERS:
+        import jax
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def main() -> None:
@@ -110,6 +119,7 @@ def main() -> None:
     set_allocator(name)
     sys.argv = [f"jaxsteer {name}", *arguments]
     with interrupts.handling():  # importing JAX takes seconds, in which Ctrl-C must end quietly too
+        compute_in_the_calling_thread(name)
         runpy.run_module(f"train.{name}", run_name="__main__", alter_sys=True)
 
 

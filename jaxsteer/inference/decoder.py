@@ -347,7 +347,7 @@ class Decoder:
         read = self._reader.together(self._network, requests, layout, size)
         if len(tickets) == 1 or not np.asarray(read.progress.failed)[: len(tickets)].any():
             return [(read, tickets)]
-        alone = layout._replace(size=1, rows=[[0], *([] for _ in layout.rows[1:])])
+        alone = layout._replace(size=1, rows=[[0], *([] for _ in layout.rows[1:])], same=())
         together = partial(self._reader.together, self._network, layout=alone, size=size)
         return [(together([request]), [ticket]) for request, ticket in zip(requests, tickets, strict=True)]
 

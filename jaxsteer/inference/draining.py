@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 
 from jaxsteer.batches import bucket_length
-from jaxsteer.inference.layouts import PrefillLayout, half_of, next_prefill
+from jaxsteer.inference.layouts import PrefillLayout, half_of, next_prefill, repeated
 from jaxsteer.inference.rows import Sizes
 from jaxsteer.inference.scheduling import Limits
 from jaxsteer.inference.sizes import Need, longest_ring
+from jaxsteer.inference.table import Ticket
 
 FIRST_RING = 128
 """Slots for generated tokens of each row to start with, doubled as answers reach them."""
@@ -62,12 +63,17 @@ class Draining:
         """Half as many rows, or 0 where that is not possible, or not worth a program of its own for the steps left."""
         return half_of(rows) if need.left >= HALVING_STEPS else 0
 
-    def fewest(self, waiting: Sequence[Sized], rows: int) -> int:
+    def fewest(self, waiting: Sequence[Ticket], rows: int) -> int:
         """The number of free rows, out of all, that is enough to read some of the waiting prompts."""
-        return next_prefill(waiting, rows).size
+        return next_prefill(waiting, rows, same=_repeated(waiting)).size
 
-    def layout(self, waiting: Sequence[Sized], rows: int, free: int) -> PrefillLayout | None:
-        """Which of the waiting prompts to read now; None while too few rows are free."""
+    def layout(self, waiting: Sequence[Ticket], rows: int, free: int) -> PrefillLayout | None:
+        """Which of the waiting prompts to read now, one that several requests have once; None while too few rows are
+        free."""
         if free < self.fewest(waiting, rows):
             return None
-        return next_prefill(waiting, rows, free, many=self._by_layer)
+        return next_prefill(waiting, rows, free, many=self._by_layer, same=_repeated(waiting))
+
+
+def _repeated(waiting: Sequence[Ticket]) -> tuple[int, ...]:
+    return repeated(ticket.request for ticket in waiting)

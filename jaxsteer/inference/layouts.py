@@ -36,11 +36,16 @@ MIN_ROWS = 8
 
 
 class PrefillLayout(NamedTuple):
-    """The first `size` waiting requests, and which of them share each row of a prefill of `width` columns."""
+    """The first `size` waiting requests, and which of them share each row of a prefill of `width` columns.
+
+    same  for each request, the one whose prompt is read for it: itself, or an earlier one with the same prompt, which
+          is then in no row; () = each itself
+    """
 
     size: int
     rows: list[list[int]]
     width: int
+    same: tuple[int, ...] = ()
 
 
 def half_of(rows: int) -> int:
@@ -49,7 +54,21 @@ def half_of(rows: int) -> int:
     return half if half >= MIN_ROWS and half % row_shards() == 0 else 0
 
 
-def next_prefill(waiting: Iterable[Sized], rows: int, limit: int | None = None, *, many: bool = False) -> PrefillLayout:
+def repeated(requests: Iterable[Request]) -> tuple[int, ...]:
+    """For each request, the first one with the same prompt (the same object), strengths and adapter."""
+    first: dict[Any, int] = {}
+    asked = ((id(each.prompt), tuple(sorted(each.strength.items())), each.adapter) for each in requests)
+    return tuple(first.setdefault(key, i) for i, key in enumerate(asked))
+
+
+def next_prefill(
+    waiting: Iterable[Sized],
+    rows: int,
+    limit: int | None = None,
+    *,
+    many: bool = False,
+    same: Sequence[int] = (),
+) -> PrefillLayout:
     """Choose the waiting requests to prefill next, in order.
 
     Args:
@@ -57,17 +76,26 @@ def next_prefill(waiting: Iterable[Sized], rows: int, limit: int | None = None, 
         rows: number of rows that decode.
         limit: maximum number of requests, by default a share of the rows.
         many: double the rows of the prefill while the requests fill them, up to MANY_TOKENS.
+        same: from `repeated`, of the waiting requests; () = no two have the same prompt.
     """
     shards = row_shards()
     prefill_rows = -(-max(1, rows // PREFILL_SHARE) // shards) * shards
     limit = -(-rows // ADMIT_SHARE) if limit is None else limit
-    lengths = [len(prompt) for prompt in islice(waiting, limit)]
+    whole = [len(prompt) for prompt in islice(waiting, limit)]
+    own = [i for i in range(len(whole)) if not same or same[i] == i]
+    lengths = [whole[i] for i in own]
     longest = max(max(lengths), min(sum(lengths), MANY_LENGTH) if many else 0)
     width = bucket_length(longest, PREFILL_LENGTH)
     packed = pack(lengths, width)
     while many and len(packed) > prefill_rows and 2 * prefill_rows * width <= MANY_TOKENS:
         prefill_rows *= 2
-    return _first_rows(lengths, prefill_rows, width)
+    layout = _first_rows(lengths, prefill_rows, width)
+    if len(own) == len(whole):
+        return layout
+    # Requests up to the first whose prompt has no room.
+    read = set(own[: layout.size])
+    size = next((i for i in range(len(whole)) if same[i] not in read), len(whole))
+    return PrefillLayout(size, [[own[i] for i in row] for row in layout.rows], width, tuple(same[:size]))
 
 
 def _first_rows(lengths: Sequence[int], rows: int, width: int) -> PrefillLayout:
@@ -178,6 +206,8 @@ def make_admission(
         for i in members:
             source[i], start[i], length[i] = number, column, len(requests[i])
             column += len(requests[i])
+    for i, other in enumerate(layout.same):
+        source[i], start[i], length[i] = source[other], start[other], length[other]
     fields: Any = (source, start, length, start + length - 1, _settings(requests, size, stop_width, slots))
     return Admission(*fields)  # numpy on the host
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -163,6 +164,12 @@ def chunk_width(rows: int, length: int) -> int:
     return min(length, max(1, chunk_tokens * row_shards() // rows))
 
 
+def _joined(field: Array) -> Array:
+    """[B, T, ...] with the rows of each device as one, [R, B / R · T, ...]: some rows have more targets than others."""
+    parts = math.gcd(len(field), row_shards())
+    return field.reshape(parts, -1, *field.shape[2:])
+
+
 def fold_targets(
     add: Callable[[Carry, Array, Array, Targets], Carry], carry: Carry, hidden: Array, head: Array, targets: Targets
 ) -> Carry:
@@ -179,14 +186,15 @@ def fold_targets(
     Returns:
         The final carry.
     """
-    B, T, D = hidden.shape
-    hidden = constrain(hidden, "rows", None, None)
+    hidden = _joined(constrain(hidden, "rows", None, None))
     head = constrain(head, "vocab", None)  # gathered once, not for every chunk
-    width = chunk_width(B, T)
+    targets = Targets(*map(_joined, targets))
+    R, T, D = hidden.shape
+    width = chunk_width(R, T)
 
     def visit(carry: Carry, index: Array, mask: Array) -> Carry:
         h = jnp.take_along_axis(hidden, index[..., None], axis=1)
-        h = jnp.where(mask[..., None], h, 0).reshape(B * width, D)  # 0 · NaN would be NaN
+        h = jnp.where(mask[..., None], h, 0).reshape(R * width, D)  # 0 · NaN would be NaN
         tokens, weights = (jnp.take_along_axis(field, index, axis=1) for field in targets)
         return add(carry, h, head, Targets(tokens.reshape(-1), jnp.where(mask, weights, 0).reshape(-1)))
 
@@ -214,21 +222,24 @@ def token_log_probabilities(
     Returns:
         [B, T], natural logarithm, at least fp32. No logits are kept for the backward pass.
     """
-    B, T, D = hidden.shape
-    hidden = constrain(hidden, "rows", None, None)
+    whole = hidden.shape[:2]
+    hidden = _joined(constrain(hidden, "rows", None, None))
     head = constrain(head, "vocab", None)  # gathered once, not for every chunk
-    targets, row = next_tokens(batch), jnp.arange(B)[:, None]
+    targets = Targets(*map(_joined, next_tokens(batch)))
+    R, T, D = hidden.shape
+    row = jnp.arange(R)[:, None]
 
     def visit(found: Array, index: Array, mask: Array) -> Array:
         h = jnp.take_along_axis(hidden, index[..., None], axis=1)
         h = jnp.where(mask[..., None], h, 0).reshape(-1, D)  # 0 · NaN would be NaN
         tokens = jnp.take_along_axis(targets.tokens, index, axis=1).reshape(-1)
         nll = token_nll(h, head, tokens, softcap, temperature)
-        at = jnp.where(mask, index + 1, T)  # an index past the end is dropped
+        at = jnp.where(mask, index, T)  # an index past the end is dropped
         return found.at[row, at].add(-nll.reshape(at.shape), mode="drop")
 
-    zeros = jnp.zeros((B, T), np.promote_types(hidden.dtype, np.float32))
-    return scan_counted(visit, zeros, targets.weights != 0, chunk_width(B, T))
+    zeros = jnp.zeros((R, T), np.promote_types(hidden.dtype, np.float32))
+    found = scan_counted(visit, zeros, targets.weights != 0, chunk_width(R, T)).reshape(whole)
+    return jnp.pad(found[:, :-1], ((0, 0), (1, 0)))  # from the position that predicts a token to the token
 
 
 def by_segment(values: Array, batch: Batch) -> Array:

@@ -16,12 +16,14 @@ import train.peers as peers
 from jaxsteer.flops import step_flops
 from jaxsteer.models.transformer import Model
 from jaxsteer.plans import parse_plan
+from train.base_models import describe
 from train.bench.against import command, contest, fresh, page, texts
 from train.bench.against.arena import MARGIN, AgainstBench
 from train.bench.against.bound import Needed, Roof, decoding_needs, training_needs
 from train.bench.against.contest import Contest, Part, Side, hold, parts_of
 from train.bench.against.decoding import compare
 from train.bench.against.rows import ROWS, chosen
+from train.bench.against.training import work_of
 from train.data import TokenizedExample
 from train.peers import converse
 
@@ -134,6 +136,22 @@ def test_decoding_in_batches_reads_the_weights_less_often():
 
 def prompts(count):
     return [TokenizedExample(np.arange(3), np.zeros(3, bool), 3, f"q{n}") for n in range(count)]
+
+
+def test_our_rows_have_the_length_that_costs_least_and_theirs_are_padded(tiny_folder):
+    model = describe(str(tiny_folder), "float32")
+    model = replace(model, config=replace(model.config, max_length=1024))
+    examples = [TokenizedExample(np.full(40, i), np.ones(40, bool), 1, f"q{i}") for i in range(64)]
+    arena = SimpleNamespace(
+        config=AgainstBench(batch_size=8, sequence_length=64), loaded=model, training_examples=lambda kind: examples
+    )
+    work = work_of(arena, "gsm8k", 2)
+    rows, length = work.source.batch_size, work.source.sequence_length
+    assert length > 64  # of which 24 would be padding
+    assert 8 * 64 - length < rows * length <= 8 * 64
+    padded, packed = work.asked("padded"), work.asked("packed")
+    assert (padded["rows"], padded["length"], packed["length"]) == (8, 64, length)
+    assert padded["steps"] == packed["steps"]
 
 
 def test_answers_may_differ_only_where_rounding_decides():

@@ -21,8 +21,9 @@ from train.data.store import TokenStore
 class JudgedSource:
     """Training batches of judged answers, with the mismatched ones that the reference point is estimated from.
 
-    The answer that is mismatched to prompt i is that of answer i + 1 in the data. In each row, mismatched answers that
-    do not fit are left out.
+    The answer that is mismatched to prompt i is that of example i + 1, where the desirable ones come first and the last
+    is followed by the first. Each row has room for its answers and for its mismatched ones, so that every epoch has the
+    same of them; those longer than a row are left out.
 
     desirable, undesirable  the answers, each of at most `layout.sequence_length` tokens
     layout  how rows are made of answers
@@ -37,6 +38,7 @@ class JudgedSource:
     """Which answers are in each row, the desirable ones first."""
     _starts: np.ndarray = field(init=False, repr=False)  # where each answer begins in the table
     _mismatched: np.ndarray = field(init=False, repr=False)  # and each mismatched one
+    _fits: np.ndarray = field(init=False, repr=False)  # whether a mismatched one is no longer than a row
 
     def __post_init__(self) -> None:
         """Lay out the rows.
@@ -50,7 +52,12 @@ class JudgedSource:
             raise ValueError(f"{files}: all answers are {kind}; there is nothing to tell them from")
         counts = np.concatenate([counted(self.desirable), counted(self.undesirable)])
         ends = np.append(0, np.cumsum(np.concatenate([counts, np.roll(counts, -1)])))
-        object.__setattr__(self, "order", self.layout.order(np.concatenate([s.lengths for s in self._sides])))
+        lengths = np.concatenate([side.lengths for side in self._sides])
+        begins = np.concatenate([_begins(side) for side in self._sides])
+        other = begins + np.roll(lengths - begins, -1)
+        fits = other <= self.layout.sequence_length
+        object.__setattr__(self, "order", self.layout.order(np.where(fits, np.maximum(lengths, other), lengths)))
+        object.__setattr__(self, "_fits", fits)
         object.__setattr__(self, "_starts", ends[: len(counts) + 1])
         object.__setattr__(self, "_mismatched", ends[len(counts) :])
 
@@ -71,7 +78,8 @@ class JudgedSource:
     @property
     def fill(self) -> float:
         """Fraction of an epoch's tokens that are not padding, 0 to 1."""
-        return self.order.fill
+        tokens = sum(int(side.lengths.sum(dtype=np.int64)) for side in self._sides)
+        return tokens / (self.order.rows_per_epoch * self.layout.sequence_length)
 
     @property
     def counted(self) -> int:
@@ -127,23 +135,15 @@ class JudgedSource:
         """The batch of the answers, and that of the mismatched ones."""
         length = self.layout.sequence_length
         own = stack_rows([[self._example(i) for i in row.tolist()] for row in members], length)
-        fitting = [self._fitting(row.tolist()) for row in members]
-        other = stack_rows([[example for _, example in row] for row in fitting], length)
-        numbers = [np.array([i for i, _ in row], np.int64) for row in fitting]
+        numbers = [row[self._fits[row]] for row in members]
+        other = stack_rows([[self._mismatch(i) for i in row.tolist()] for row in numbers], length)
         return [
             Located(own, places_of(own, members, self._starts)),
             Located(other, places_of(other, numbers, self._mismatched)),
         ]
 
-    def _fitting(self, row: Sequence[int]) -> list[tuple[int, TokenizedExample]]:
-        """The mismatched answers of a row that fit it, with their numbers."""
-        found, left = [], self.layout.sequence_length
-        for i in row:
-            example = mismatched(self._example(i), self._example((i + 1) % (len(self._starts) - 1)))
-            if len(example) <= left:
-                found.append((i, example))
-                left -= len(example)
-        return found
+    def _mismatch(self, number: int) -> TokenizedExample:
+        return mismatched(self._example(number), self._example((number + 1) % len(self._fits)))
 
     def _reference(self, located: Located) -> np.ndarray:
         values = np.zeros(located.places.shape, np.float32)
@@ -151,6 +151,11 @@ class JudgedSource:
             counts = located.places >= 0
             values[counts] = self.table[located.places[counts]]
         return values
+
+
+def _begins(store: TokenStore) -> np.ndarray:
+    """Where the first target of each example is, int64 [n]."""
+    return np.array([np.argmax(example.weights != 0) for example in store], np.int64)
 
 
 def mismatched(asked: TokenizedExample, answered: TokenizedExample) -> TokenizedExample:

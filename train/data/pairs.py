@@ -1,4 +1,4 @@
-"""Training data that are preferences: pairs of answers in one row, or answers judged one by one."""
+"""Training data that are pairs of answers to one prompt, each pair in one row."""
 
 from __future__ import annotations
 
@@ -207,7 +207,9 @@ def fitting_pairs(
     sides = [replace(store, chosen=store.chosen[kept]) for store in (chosen, rejected)]
     tokens = int(lengths[kept].sum(dtype=np.int64))
     supervised = sum(side.supervised() for side in sides) if len(kept) else 0
-    report = Report(len(chosen), tokens, supervised, int(lengths.max()), limit, named)
+    notes = chosen.take(lambda part: part.notes) | rejected.take(lambda part: part.notes)
+    begun, ended, straddled = (int(np.count_nonzero(notes & bit)) for bit in (1, 2, 4))
+    report = Report(len(chosen), tokens, supervised, int(lengths.max()), limit, named, (), begun, ended, straddled)
     check_kept(report, on_long)
     return FittingPairs(sides[0], sides[1], report)
 

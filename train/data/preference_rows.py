@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from train.data.conversations import read_conversation, string
@@ -60,9 +61,12 @@ class Answers(NamedTuple):
 
 
 def sides_of(row: Row, keys: PreferenceKeys) -> tuple[Side, ...]:
-    """Which answers a row has, by its keys."""
-    if keys.label in row and keys.chosen not in row:
-        return ("chosen",) if row[keys.label] else ("rejected",)
+    """Which answers a row has, by its keys; none if its weight is 0. A malformed row has both: reading it fails."""
+    with suppress(ValueError):
+        if as_weight(row.get(keys.weight), keys.weight) == 0:
+            return ()
+        if keys.label in row and keys.chosen not in row:
+            return ("chosen",) if _label(row, keys) else ("rejected",)
     return ("chosen", "rejected")
 
 
@@ -70,8 +74,8 @@ def read_answers(row: Row, source: str, reading: PreferenceReading) -> Answers:
     """The answers of a row.
 
     Raises:
-        ValueError: naming the source: not such a row, or two conversations that differ before their last message.
-            EmptyText: a text is missing, or both answers are the same.
+        ValueError: naming the source: not such a row.
+            EmptyText: a text is missing, both answers are the same, or they differ before their last message.
     """
     keys = reading.keys
     with located(source):
@@ -82,7 +86,7 @@ def read_answers(row: Row, source: str, reading: PreferenceReading) -> Answers:
             _answered(row.get(keys.prompt), _needed(row, key), key, reading) for key in (keys.chosen, keys.rejected)
         )
         if chosen[:-1] != rejected[:-1]:
-            raise ValueError(
+            raise EmptyText(
                 f"{keys.chosen!r} and {keys.rejected!r} differ before their last message; a pair is two answers to one "
                 "prompt"
             )
@@ -102,11 +106,14 @@ def answer_example(row: Row, source: str, reading: PreferenceReading, side: Side
         weight = as_weight(row.get(reading.keys.weight), reading.keys.weight)
         if weight not in (0.0, 1.0):
             raise ValueError(f"{reading.keys.weight!r} is {weight:g}; preferences have the weights 0 and 1 only")
-        if not weight:
-            raise EmptyText(f"{reading.keys.weight!r} is 0")
-    earlier = any(turn.supervised for turn in turns[:-1])
-    weights = (*(0.0 if turn.supervised else 1.0 for turn in turns[:-1]), 1.0) if earlier else ()
-    return Example(turns, source, turn_weights=weights)
+    return last_turn_counts(Example(turns, source))
+
+
+def last_turn_counts(example: Example) -> Example:
+    """The example with targets in its last turn alone; earlier replies stay in it, flagged as such."""
+    if not any(turn.supervised for turn in example.turns[:-1]):
+        return example
+    return replace(example, turn_weights=(*(0.0 if t.supervised else 1.0 for t in example.turns[:-1]), 1.0))
 
 
 def _needed(row: Row, key: str) -> Any:
@@ -139,11 +146,15 @@ def _conversation(prompt: Any, answer: Any, key: str, reading: PreferenceReading
         raise ValueError("conversations need the model's chat template: give --task.chat")
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
-    whole = isinstance(answer, list) and bool(answer) and _role(answer[0]) != "assistant"
-    if isinstance(prompt, list):
-        messages = answer if whole and answer[: len(prompt)] == prompt else [*prompt, *answer]
-    elif whole:
+    if not isinstance(answer, list):
+        raise ValueError(f"{key!r} must be a text or a list of messages, got {show(answer)}")
+    whole = bool(answer) and _role(answer[0]) not in ("assistant", "gpt", "chatgpt")
+    if whole and isinstance(prompt, list) and answer[: len(prompt)] != prompt:
+        raise ValueError(f"{key!r} is a whole conversation, but does not begin with {reading.keys.prompt!r}")
+    if whole:
         messages = answer
+    elif isinstance(prompt, list):
+        messages = [*prompt, *answer]
     else:
         asked = string(prompt, reading.keys.prompt)
         messages = [{"role": "user", "content": reading.template.replace("{prompt}", asked)}, *answer]
@@ -162,6 +173,8 @@ def _transcript(text: str, key: str, reading: PreferenceReading) -> tuple[Turn, 
             f"no key {reading.keys.prompt!r}, and {key!r} is not a transcript of {_HUMAN!r} and {_ASSISTANT!r}; "
             f"expected {EXPECTED}"
         )
+    if _HUMAN in answer:
+        raise EmptyText(f"{key!r} ends with the human; the last message must be the assistant's")
     if not answer.strip():
         raise EmptyText(f"{key!r} ends with an empty answer")
     if not reading.chat:

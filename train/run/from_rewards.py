@@ -102,9 +102,9 @@ def _check_long(config: GrpoConfig, long: Sequence[tuple[str, int]], room: int) 
     if long and config.on_long == "error":
         source, length = long[0]
         raise ValueError(
-            f"{source}: a prompt of {length} tokens leaves no room for an answer of {config.task.max_new_tokens} in a row "
-            f"of {config.sequence_length} (at most {room}); {len(long):,} prompts are too long. Raise --sequence-length, "
-            "or drop them with --on-long drop"
+            f"{source}: a prompt of {length} tokens leaves no room for an answer of {config.task.max_new_tokens} in a "
+            f"row of {config.sequence_length} (at most {room}); {len(long):,} prompts are too long. Raise "
+            "--sequence-length, or drop them with --on-long drop"
         )
     if long and config.on_long == "cut":
         raise ValueError("--on-long cut: prompts of rollouts cannot be cut; use --on-long drop")

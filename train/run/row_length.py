@@ -16,7 +16,7 @@ from train.run.program import make_program, mesh_of
 from train.run.training import read_tokens
 
 MULTIPLE = 64
-"""Row lengths that are considered: its multiples."""
+"""Tokens between the row lengths that are considered."""
 
 SAMPLE = 20_000
 """Examples whose packing tells the padding, at most; they are drawn at random."""
@@ -37,12 +37,32 @@ def with_row_length(config: TrainConfig, model: LoadedModel) -> TrainConfig:
     """
     if config.sequence_length:
         return config
-    context = model.config.max_length
     store, _ = read_tokens(config, model, None)
     supervised = store.supervised() / store.lengths.sum(dtype=np.int64)
-    lengths = np.random.default_rng(config.seed).permutation(np.minimum(store.lengths, context))[:SAMPLE]
+    lengths = np.random.default_rng(config.seed).permutation(np.minimum(store.lengths, model.config.max_length))
+    least = -(-int(lengths.max()) // MULTIPLE) * MULTIPLE
+    chosen, fill = best_row_length(config, model, lengths[:SAMPLE], supervised, least)
+    say(f"Rows have {chosen:,} tokens: {100 * fill:.1f} % of them are not padding (--sequence-length {chosen})")
+    return replace(config, sequence_length=chosen)
+
+
+def best_row_length(
+    config: TrainConfig, model: LoadedModel, lengths: np.ndarray, supervised: float, least: int
+) -> tuple[int, float]:
+    """The row length with the fewest floating-point operations for each token that is not padding.
+
+    Args:
+        config, model: the run, whatever its row length.
+        lengths: tokens of each example, shuffled; none more than `least` or the model's context.
+        supervised: share of the tokens that are targets.
+        least: the shortest row; longer ones have `MULTIPLE` more each.
+
+    Returns:
+        The length, and the share of its tokens that are not padding.
+    """
     best, chosen, fullest = float("inf"), 0, 0.0
-    for length in range(-(-int(lengths.max()) // MULTIPLE) * MULTIPLE, context + MULTIPLE, MULTIPLE):
+    context = model.config.max_length
+    for length in range(least, context + MULTIPLE, MULTIPLE):
         length = min(length, context)
         fill = _fill(lengths, length, config.pack)
         cost = _cost(config, model, length, fill, supervised)
@@ -50,8 +70,7 @@ def with_row_length(config: TrainConfig, model: LoadedModel) -> TrainConfig:
             best, chosen, fullest = cost, length, fill
         if not config.pack or _cost(config, model, length, 1.0, supervised) > best:
             break  # even full rows of this length, or a longer one, cost more
-    say(f"Rows have {chosen:,} tokens: {100 * fullest:.1f} % of them are not padding (--sequence-length {chosen})")
-    return replace(config, sequence_length=chosen)
+    return chosen, fullest
 
 
 def _fill(lengths: np.ndarray, length: int, pack: bool) -> float:

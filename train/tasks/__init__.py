@@ -127,5 +127,5 @@ def _part_from_json(data: dict[str, Any]) -> PlainTask:
         raise ValueError(f"a part of a mixture must be an object, got {data!r}")
     part = task_from_json(data)
     if isinstance(part, MixtureTask | PreferenceTask | PairedTask):
-        raise ValueError(f"a {data.get('type')} cannot be a part of another task")
+        raise ValueError(f"a {data.get('type')} cannot be a part of a mixture, nor can pairs be made of it")
     return part

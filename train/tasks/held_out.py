@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,35 +68,68 @@ class HeldOutTask:
                 f"--validation-share {self.share}: the task has validation examples already; leave the option out, or "
                 "leave out the task's"
             )
-        return self._divided(split, self.task.recipe("train"))
+        return _divided(split, self.task.recipe("train"), lambda: _held(self, _keys(self.task.recipe("train"))))
 
     def rejected(self, split: Split) -> Recipe:
-        """The answers that are not wanted, of a task of pairs, in the order of `recipe`."""
+        """The answers that are not wanted; of a task of pairs, in the order of `recipe`. No prompt is divided."""
         assert isinstance(self.task, PairTask)
         if split == "test" and (own := self.task.rejected("test")).parts:
             return own
-        return self._divided(split, self.task.rejected("train"))
-
-    def _divided(self, split: Split, whole: Recipe) -> Recipe:
-        """The training examples of a task that a split gets."""
-
-        def choose(counts: Sequence[int]) -> np.ndarray:
-            index, held = whole.index(counts), _held(self, _keys(self.task))
-            return index[held] if split != "train" else np.delete(index, held)
-
-        return Recipe(whole.parts, choose)
+        whole = self.task.rejected("train")
+        keys = _keys(self.task.recipe("train")) + _keys(whole)
+        return _divided(split, whole, lambda: _held_unwanted(self, keys))
 
 
-def _keys(task: TrainingTask) -> tuple[str, ...]:
-    return tuple(part.records.key for part in task.recipe("train").parts)
+def _divided(split: Split, whole: Recipe, find: Callable[[], np.ndarray]) -> Recipe:
+    """The training examples of a task that a split gets; `find` gives the numbers of those held out."""
+
+    def choose(counts: Sequence[int]) -> np.ndarray:
+        index, held = whole.index(counts), find()
+        return index[held] if split != "train" else np.delete(index, held)
+
+    return Recipe(whole.parts, choose)
+
+
+def _keys(recipe: Recipe) -> tuple[str, ...]:
+    return tuple(part.records.key for part in recipe.parts)
+
+
+def _asked(recipe: Recipe) -> np.ndarray:
+    """What each example of a recipe asks, uint64 [n]."""
+    asked = [scan(part.records).asks for part in recipe.parts]
+    return np.concatenate([np.empty(0, np.uint64), *asked])[recipe.index([len(some) for some in asked])]
 
 
 @lru_cache(maxsize=4)
 def _held(task: HeldOutTask, keys: tuple[str, ...]) -> np.ndarray:
     """Which of a task's training examples are held out; `keys` are those of its records."""
-    whole, share = task.task.recipe("train"), task.share
-    asked = [scan(part.records).asks for part in whole.parts]
-    hashes = np.concatenate([np.empty(0, np.uint64), *asked])[whole.index([len(some) for some in asked])]
+    hashes = _asked(task.task.recipe("train"))
+    held, total = _drawn(hashes, task.share), len(hashes)
+    if not 0 < len(held) < total:
+        raise ValueError(
+            f"--validation-share {task.share}: {total} training examples, {len(np.unique(hashes))} of them different, "
+            "are too few to hold some out"
+        )
+    return held
+
+
+@lru_cache(maxsize=4)
+def _held_unwanted(task: HeldOutTask, keys: tuple[str, ...]) -> np.ndarray:
+    """Which of the unwanted answers are held out: those to the prompts held out, and a share of those to others.
+
+    Where the answers are pairs, these are the partners of the wanted ones held out.
+    """
+    assert isinstance(task.task, PairTask)
+    wanted, unwanted = _asked(task.task.recipe("train")), _asked(task.task.rejected("train"))
+    held = _held(task, keys[: len(task.task.recipe("train").parts)])
+    if np.array_equal(wanted, unwanted):
+        return held
+    own = np.flatnonzero(~np.isin(unwanted, wanted))
+    return np.union1d(np.flatnonzero(np.isin(unwanted, wanted[held])), own[_drawn(unwanted[own], task.share)])
+
+
+def _drawn(hashes: np.ndarray, share: float) -> np.ndarray:
+    """The numbers of a share of the examples that ask this, int [m]; those that ask the same stay together."""
     total, wanted = len(hashes), max(1, round(share * len(hashes)))
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     group = np.argsort(np.argsort(first))[group]  # numbered in the order in which they appear
@@ -106,9 +139,4 @@ def _held(task: HeldOutTask, keys: tuple[str, ...]) -> np.ndarray:
         if len(held) >= wanted:
             break
         held += members[number].tolist()
-    if not 0 < len(held) < total:
-        raise ValueError(
-            f"--validation-share {share}: {total} training examples, {len(members)} of them different, are too few to "
-            "hold some out"
-        )
-    return np.array(held)
+    return np.array(held, np.int64)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from train.data import Example, Split, Turn
-from train.data.fields import EmptyText
+from train.data.fields import show
 from train.data.loading import load
 from train.data.preference_rows import (
     EXPECTED,
@@ -17,6 +17,7 @@ from train.data.preference_rows import (
     PreferenceReading,
     Side,
     answer_example,
+    last_turn_counts,
     sides_of,
 )
 from train.data.records import Part, Read, Recipe, Records, Tally, code_digest
@@ -27,12 +28,17 @@ from train.tasks.row_records import OnEmpty, RowRecords, check_on_empty
 from train.tasks.rows import read_jsonl_files
 from train.tasks.scoring import Rule, check_max_new_tokens, score
 
+_NONE: dict[Side, str] = {
+    "chosen": "no chosen answer, and none whose label is true",
+    "rejected": "no rejected answer, and none whose label is false: there is nothing to tell the others from",
+}
+
 
 @dataclass(frozen=True)
 class PreferenceTask:
     """Your own preferences as JSON Lines: pairs of answers, or answers with a label.
 
-    docs/preferences.md shows the kinds of line.
+    docs/preference_data.md shows the kinds of line.
     """
 
     train: str
@@ -52,8 +58,8 @@ class PreferenceTask:
     max_new_tokens: int = 64
     """Maximum number of tokens in an answer."""
     on_empty: OnEmpty = "error"
-    """What to do with lines that lack a text, or whose two answers are the same: stop with an error, or drop and count
-    them."""
+    """What to do with lines that lack a text, or whose two answers are the same or answer different prompts: stop with
+    an error, or drop and count them."""
 
     def __post_init__(self) -> None:
         """Reject settings that no file could suit."""
@@ -89,8 +95,9 @@ class PreferenceTask:
             f"{path} ({side} answers)",
             self.on_empty,
             repr((reading, side)),
-            missing=f"{path}: no {side} answers; expected one JSON object per line, e.g. {EXPECTED}",
+            missing=f"{path}: {_NONE[side]}; expected one JSON object per line, e.g. {EXPECTED}",
             wanted=lambda row: side in sides_of(row, self.keys),
+            fault="an empty or missing text, or no pair of different answers to one prompt",
         )
         return Recipe((Part(records),))
 
@@ -135,18 +142,22 @@ class PairedTask:
 
     def load(self, split: Split) -> list[Example]:
         """The right answers of a split."""
-        return self.of.load(split)
+        return load(self.recipe(split))
 
     def recipe(self, split: Split) -> Recipe:
         """The right answers of a split, read when they are needed."""
-        return self.of.recipe(split)
+        return self._remade(split, right_answer, "right")
 
     def rejected(self, split: Split) -> Recipe:
         """The wrong answers of a split, in the order of `recipe`."""
-        right = self.of.recipe(split)
-        make = lambda example: wrong_answer(example, self.rule, self.seed)
-        parts = tuple(Part(Remade(records, make, f"wrong {self.seed}"), prefix) for records, prefix in right.parts)
-        return Recipe(parts, right.choose)
+        return self._remade(
+            split, lambda example: wrong_answer(right_answer(example), self.rule, self.seed), f"wrong {self.seed}"
+        )
+
+    def _remade(self, split: Split, make: Callable[[Example], Example], name: str) -> Recipe:
+        recipe = self.of.recipe(split)
+        parts = tuple(Part(Remade(records, make, name), prefix) for records, prefix in recipe.parts)
+        return Recipe(parts, recipe.choose)
 
 
 @dataclass(frozen=True)
@@ -181,8 +192,21 @@ class Remade:
         self.records.conclude(tally)
 
 
+def right_answer(example: Example) -> Example:
+    """The example as the better half of a pair: only its last turn counts.
+
+    Raises:
+        ValueError: naming the source: it has no answer, or a weight of its own, which a pair cannot have.
+    """
+    if not (example.turns and example.turns[-1].supervised):
+        raise ValueError(f"{example.source}: has no answer; pairs are made of right answers")
+    if example.weight != 1 or example.turn_weights:
+        raise ValueError(f"{example.source}: has a weight other than 1; pairs have none")
+    return last_turn_counts(example)
+
+
 def wrong_answer(example: Example, rule: Rule, seed: int) -> Example:
-    """The example with a wrong answer in place of its last turn.
+    """The example with a wrong answer in its last turn.
 
     Args:
         example: with its right answer.
@@ -190,25 +214,36 @@ def wrong_answer(example: Example, rule: Rule, seed: int) -> Example:
         seed: of the choice among wrong answers.
 
     Raises:
-        ValueError: naming the source: its answer is no choice, and has no number.
+        ValueError: naming the source: it has neither choices nor a number that its answer is read from.
     """
-    text, gold = example.turns[-1].text, example.gold
+    text, gold = example.turns[-1].text, example.gold or ""
     draw = random.Random(f"{seed} {[turn.text for turn in example.turns]}")
-    if len(example.choices) > 1:
-        others = [choice for choice in example.choices if gold is None or not score(choice, gold, rule)]
-        if others:
-            return _ending(example, draw.choice(others))
-    numbers = list(re.finditer(r"\d+", text))
-    if not numbers:
-        raise EmptyText(f"{example.source}: no wrong answer can be made: it has no choices, and no number in {text!r}")
-    last = numbers[-1]
-    digits = len(last.group())
-    low = 10 ** (digits - 1) if digits > 1 else 0
-    other = draw.choice([n for n in range(low, min(10**digits, low + 1000)) if n != int(last.group())])
-    return _ending(example, text[: last.start()] + str(other) + text[last.end() :])
+    right = [choice for choice in example.choices if score(choice, gold, rule)]
+    if others := [choice for choice in example.choices if choice not in right]:
+        shown = next((choice for choice in right if text.endswith(choice)), text)
+        other = draw.choice(others)
+        changed = text.removesuffix(shown) + other
+        return _ending(example, other if score(changed, gold, rule) else changed)  # the reasoning may tell the answer
+    for number in reversed(list(re.finditer(r"\d+", text))):
+        changed = text[: number.start()] + _other_number(number.group(), draw) + text[number.end() :]
+        if not score(changed, gold, rule):
+            return _ending(example, changed)
+    raise ValueError(
+        f"{example.source}: no wrong answer can be made: it has no choices, and no number in {show(text)} that the "
+        f"rule {rule!r} reads; use a PreferenceTask with answers of your own"
+    )
+
+
+def _other_number(digits: str, draw: random.Random) -> str:
+    """Another number of as many digits."""
+    other = digits
+    while other == digits:
+        first = draw.choice("0123456789" if len(digits) == 1 else "123456789")
+        other = first + "".join(draw.choices("0123456789", k=len(digits) - 1))
+    return other
 
 
 def _ending(example: Example, text: str) -> Example:
-    """The example with another text as its last turn."""
+    """The example with another text as its last turn; its gold answer stays."""
     last = Turn(example.turns[-1].role, text)
     return replace(example, turns=(*example.turns[:-1], last), answer=example.gold)

@@ -35,6 +35,7 @@ class RowRecords:
     notes     (tally, number of rows) -> what a reader of the data should know
     missing   what to say if there are no rows
     wanted    which rows become examples; the others are not counted
+    fault     what the rows that are dropped have
     """
 
     rows: RowSource
@@ -46,6 +47,7 @@ class RowRecords:
     notes: Callable[[Tally, int], Sequence[str]] = lambda tally, rows: ()
     missing: str = ""
     wanted: Callable[[Row], bool] = lambda row: True
+    fault: str = "an empty or missing text"
 
     @cached_property
     def key(self) -> str:
@@ -80,7 +82,7 @@ class RowRecords:
         rows, dropped, weighed = (tally.counts[name] for name in ("rows", "dropped", "weighed"))
         if not rows:
             raise ValueError(self.missing or f"{self.rows.name}: no rows")
-        _check_dropped(dropped, rows, self.label)
+        _check_dropped(dropped, rows, self.label, self.fault)
         for note in self.notes(tally, rows):
             say_once(note)
         if not weighed:
@@ -124,8 +126,8 @@ def _made(item: Item, make: Callable[[Item], Made], on_empty: OnEmpty) -> Made |
         return None
 
 
-def _check_dropped(dropped: int, rows: int, label: str) -> None:
+def _check_dropped(dropped: int, rows: int, label: str, fault: str = "an empty or missing text") -> None:
     if dropped:
-        say(f"{label}: dropped {dropped:,} of {rows:,} rows with an empty or missing text")
+        say(f"{label}: dropped {dropped:,} of {rows:,} rows with {fault}")
     if rows and dropped == rows:
-        raise ValueError(f"{label}: every row has an empty or missing text")
+        raise ValueError(f"{label}: every row has {fault}")

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 
 from train.bench.against.arena import Arena
 from train.bench.against.contest import Better, Contest, Part, Side
-from train.bench.against.training import RATE, TrainingRow, work_of
+from train.bench.against.training import RATE, TrainingRow, source_of, work_of
 from train.devices.programs import started
 from train.peers import Conversation, temporary_folder
 
@@ -47,22 +47,23 @@ def train_afresh(arena: Arena, row: TrainingRow, steps: int, cache: Path) -> Pro
     with temporary_folder("jaxsteer-fresh-") as temporary:
         folder = Path(temporary)
         arena.data[row.data].write(folder / "train.jsonl")
+        command = _command(arena, row, folder)
         environment = {**os.environ, "JAXSTEER_CACHE": str(cache)}
         with (folder / "said").open("wb") as said:
             began = time.perf_counter()
-            with started(_command(arena, row, folder), "jaxsteer sft", said, None, environment, said) as process:
+            with started(command, "jaxsteer sft", said, None, environment, said) as process:
                 seconds = _wait(process, folder, steps, began)
                 return Progress(seconds, _peak(process.pid))
 
 
 def _command(arena: Arena, row: TrainingRow, folder: Path) -> list[str]:
     """The command that trains as the row says, and evaluates nothing."""
-    config = arena.config
+    source = source_of(arena, row.data)
     options = {
         "task.train": folder / "train.jsonl",
         "model": arena.launch.folder,
-        "batch-size": config.batch_size,
-        "sequence-length": config.sequence_length,
+        "batch-size": source.batch_size,
+        "sequence-length": source.sequence_length,
         "on-long": "drop",
         "steps": 1000,
         "optim.lr": RATE,

@@ -29,6 +29,7 @@ from train.data import DataSource, TokenizedExample
 from train.devices.placement import SINGLE
 from train.peers import Conversation, temporary_folder
 from train.run.program import make_program
+from train.run.row_length import best_row_length
 
 RATE = 1e-4
 """Learning rate of both sides."""
@@ -47,10 +48,12 @@ class Work(NamedTuple):
 
     steps   our batches: for each step its rows, each a list of examples
     source  what they are from
+    padded  rows of a padded batch, and the length of each
     """
 
     steps: list[list[list[TokenizedExample]]]
     source: DataSource
+    padded: tuple[int, int]
 
     @property
     def examples(self) -> list[TokenizedExample]:
@@ -62,10 +65,13 @@ class Work(NamedTuple):
 
         A batch that is grouped by length has as many examples as ours has on average.
         """
-        mean = -(-len(self.examples) // len(self.steps))
-        rows = mean if collate == "grouped" else self.source.batch_size
+        rows, length = self.padded
+        if collate == "grouped":
+            rows = -(-len(self.examples) // len(self.steps))
+        if collate == "packed":
+            length = self.source.sequence_length
         told = [[[_told(example) for example in row] for row in step] for step in self.steps[:steps]]
-        return {"collate": collate, "rows": rows, "length": self.source.sequence_length, "steps": told}
+        return {"collate": collate, "rows": rows, "length": length, "steps": told}
 
 
 def _told(example: TokenizedExample) -> dict[str, list[int]]:
@@ -75,10 +81,24 @@ def _told(example: TokenizedExample) -> dict[str, list[int]]:
 
 def work_of(arena: Arena, kind: str, steps: int) -> Work:
     """The examples of our first few batches."""
-    config = arena.config
-    source = DataSource(arena.training_examples(kind), config.batch_size, config.sequence_length)
+    source = source_of(arena, kind)
     members = [source.row_members(step) for step in range(steps)]
-    return Work([[[source.examples[i] for i in row] for row in step] for step in members], source)
+    batches = [[[source.examples[i] for i in row] for row in step] for step in members]
+    return Work(batches, source, (arena.config.batch_size, arena.config.sequence_length))
+
+
+def source_of(arena: Arena, kind: str) -> DataSource:
+    """Our batches: as many tokens as a padded batch has, in rows of the length that costs least.
+
+    `jaxsteer sft --sequence-length 0` chooses it in the same way.
+    """
+    config, examples = arena.config, arena.training_examples(kind)
+    lengths = np.random.default_rng(0).permutation([len(example) for example in examples])
+    supervised = sum(np.count_nonzero(example.weights) for example in examples) / lengths.sum()
+    run = TrainConfig(batch_size=config.batch_size, mesh=SINGLE)
+    length, _ = best_row_length(run, arena.loaded, lengths, supervised, config.sequence_length)
+    rows = max(1, config.batch_size * config.sequence_length // length)
+    return DataSource(examples, rows, length)
 
 
 class Trainer:
