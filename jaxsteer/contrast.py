@@ -1,7 +1,7 @@
 """Fixed steering from pairs of texts, without training: directions between two sides in the residual stream.
 
-The two texts of a pair differ in one concept. With h⁺ᵢ, h⁻ᵢ what is read of the stream after a block, dᵢ = h⁺ᵢ − h⁻ᵢ and
-d̄ their mean, a direction of that layer is
+The two texts of a pair differ in one concept. With h⁺ᵢ, h⁻ᵢ what is read of the stream after a block, dᵢ = h⁺ᵢ − h⁻ᵢ
+and d̄ their mean, a direction of that layer is
 
     mean        v = d̄                                   difference of means (CAA: Panickssery et al. 2023)
     pca         v = ‖d̄‖ · ±u, u the first principal component of the dᵢ − d̄
