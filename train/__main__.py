@@ -20,6 +20,7 @@ COMMANDS = {
     "sft": "train steering, LoRA or the whole model on prompts and completions",
     "dpo": "train on preferences: DPO, IPO, SimPO, BiPO, KTO",
     "grpo": "train on rewards of the model's own answers",
+    "contrast": "make a steering vector of pairs of texts, without training",
     "lofit": "train LoFiT's two stages: choose attention heads, then steer them",
     "generate": "answer prompts, with a steering file or without",
     "chat": "talk to a steered model in the terminal",
