@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxsteer.batches import bucket_length, pack, stack_rows
 from jaxsteer.contrast import Reading, read_stream
-from jaxsteer.inference.scores import score_tokens
-from jaxsteer.models.transformer import Network
+from jaxsteer.models.transformer import Network, forward, output_embedding
+from jaxsteer.objectives.tokens import token_log_probabilities
 from jaxsteer.types import Array, Batch
 from train.data import TokenizedExample
 
@@ -35,16 +36,12 @@ class Rows:
         """Pack texts into rows about as long as two of the longest."""
         length = bucket_length(min(2 * max(map(len, examples)), sum(map(len, examples))))
         rows = pack([len(example) for example in examples], length)
+        size = batch_rows(len(rows), batch_size)
         places = np.zeros((len(examples), 3), np.int64)
         for r, row in enumerate(rows):
             for s, i in enumerate(row):
-                places[i] = r // batch_size, r % batch_size, s
-        rows += [[]] * (-len(rows) % batch_size)
-        filled = [[examples[i] for i in row] for row in rows]
-        starts = range(0, len(rows), batch_size)
-        batches = tuple(
-            jax.tree.map(jnp.asarray, stack_rows(filled[start : start + batch_size], length)) for start in starts
-        )
+                places[i] = r // size, r % size, s
+        batches = in_batches([[examples[i] for i in row] for row in rows], length, size)
         return cls(batches, places, max(map(len, rows)))
 
     def streams(self, network: Network, reading: Reading) -> Array:
@@ -59,9 +56,29 @@ class Rows:
         """The mean log-probability of the tokens of each text that count, nats, float64 [n]."""
         means = []
         for batch in self.batches:
-            scores = score_tokens(network.model, network.base, network.steering, batch, strength=strength)
-            means.append(_means(np.asarray(scores.log_probability, np.float64), batch, self.texts))
+            scores = np.asarray(_log_probabilities(network, batch, strength), np.float64)
+            means.append(_means(scores, batch, self.texts))
         return np.stack(means)[tuple(self.places.T)]
+
+
+def batch_rows(rows: int, most: int) -> int:
+    """Rows of a batch: as few batches of at most `most` rows as possible, as equal as possible."""
+    return -(-rows // -(-rows // most))
+
+
+def in_batches(rows: Sequence[Sequence[TokenizedExample]], length: int, size: int) -> tuple[Batch, ...]:
+    """Rows in batches [size, length] on the device; the last is filled up with empty rows."""
+    filled = [*rows, *([[]] * (-len(rows) % size))]
+    stacked = (stack_rows(filled[start : start + size], length) for start in range(0, len(filled), size))
+    return tuple(jax.tree.map(jnp.asarray, batch) for batch in stacked)
+
+
+@jax.jit
+def _log_probabilities(network: Network, batch: Batch, strength: Mapping[str, ArrayLike] | None) -> Array:
+    """Of the tokens that count, at the tokens themselves, fp32 [B, T]."""
+    hidden = forward(network.model, network.base, network.steering, batch, strength=strength).hidden
+    head, softcap = output_embedding(network.base), network.model.config.final_softcap
+    return token_log_probabilities(hidden, head, batch, softcap)
 
 
 def _means(values: np.ndarray, batch: Batch, texts: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsteer.batches import bucket_length, stack_rows
+from jaxsteer.batches import bucket_length
 from jaxsteer.contrast import Directions
 from jaxsteer.interventions.fixed import FixedVector
 from jaxsteer.models.transformer import Model, Network, forward
@@ -20,7 +20,7 @@ from jaxsteer.theory.compare import compare_hidden
 from jaxsteer.types import Array, Batch, Positions, Slot
 from train.contrast.answers import Answered, Answering
 from train.contrast.pairs import Sides
-from train.contrast.rows import Rows
+from train.contrast.rows import Rows, batch_rows, in_batches
 from train.data import TokenizedExample
 from train.evaluation.statistics import Estimate, crossed_interval
 
@@ -124,11 +124,8 @@ class Sweep:
     @cached_property
     def _neutral(self) -> list[tuple[Batch, Array]]:
         """Batches of the neutral texts, with the untouched model's hidden states."""
-        rows, length = self.batch_size, bucket_length(max(map(len, self.neutral)))
-        filled = [[text] for text in self.neutral]
-        filled += [[]] * (-len(filled) % rows)
-        stacked = [stack_rows(filled[start : start + rows], length) for start in range(0, len(filled), rows)]
-        batches = [jax.tree.map(jnp.asarray, batch) for batch in stacked]
+        length, size = bucket_length(max(map(len, self.neutral))), batch_rows(len(self.neutral), self.batch_size)
+        batches = in_batches([[text] for text in self.neutral], length, size)
         return [(batch, _hidden(self.network, batch)) for batch in batches]
 
 
