@@ -36,8 +36,8 @@ class ContrastConfig:
     reading: Reading = "last"
     """What of a side counts: its last token, or the mean of all its tokens; of an answer's tokens if it is one."""
     layers: tuple[int, ...] = ()
-    """Layers to try, from 0; by default eight between a fifth and four fifths of the depth."""
-    strengths: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+    """Layers to try, from 0; by default six between a fifth and four fifths of the depth."""
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)
     """Strengths to try; 1 adds the mean difference of the two sides."""
     positions: Literal["all", "prompt", "completion"] = "all"
     """Which tokens are steered."""
@@ -107,7 +107,7 @@ class ContrastConfig:
         """
         if not self.layers:
             low, high = math.floor(0.2 * count), max(math.floor(0.2 * count), math.ceil(0.8 * count) - 1)
-            tried = min(8, high - low + 1)
+            tried = min(6, high - low + 1)
             return tuple(low + round(i * (high - low) / max(1, tried - 1)) for i in range(tried))
         if wrong := [layer for layer in self.layers if not 0 <= layer < count]:
             raise ValueError(f"--layers {wrong[0]}: the model's layers are 0 to {count - 1}")
