@@ -73,7 +73,11 @@ def search(config: ContrastConfig, measured: Sweep, layers: Sequence[int], apart
     best(leading, before)
     if measured.answering.scorer is None:
         leading = measured.with_answers(leading)
-    effect = f"score by {config.scorer}" if config.scorer else "Δ log-probability difference, nats/token"
+    effect = (
+        f"score by {config.scorer}"
+        if config.scorer
+        else "log-probability of the positive sides beside the negative ones, nats per token"
+    )
     return Outcome(before, cells, leading, best(leading, before), apart, effect, config.max_kl)
 
 

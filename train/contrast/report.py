@@ -77,25 +77,29 @@ def _estimate(estimate: Estimate) -> dict[str, float] | None:
 
 def print_outcome(outcome: Outcome) -> None:
     """Print the best strength of each layer, the dial of the chosen one, and a few answers."""
-    out = get_console()
-    columns = ("layer", "told apart", "strength", outcome.effect, "KL, nats/token", "fluency, nats/token", "repetition")
-    table = Table(title=f"Best strength of each layer with KL up to {outcome.max_kl:g}", title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
+    title = (
+        f"Best strength of each layer with KL up to {outcome.max_kl:g}\neffect: {outcome.effect} (± 95 %)\n"
+        "KL, fluency: nats per token"
+    )
+    table = _table(title, ("layer", "told apart", "strength", "effect", "KL", "fluency", "repetition"))
     table.add_row("untouched", "", "", *_figures(outcome.before))
     for cell in outcome.leading:
         mark = " *" if cell.layer == outcome.chosen.layer else ""
         apart = f"{100 * outcome.apart[cell.layer]:.0f} %"
         table.add_row(f"{cell.layer}{mark}", apart, f"{cell.strength:g}", *_figures(cell))
-    out.print(table)
-    dial = Table(title=f"The dial at layer {outcome.chosen.layer}", title_justify="left")
-    for column in columns[2:5]:
-        dial.add_column(column, justify="right")
+    dial = _table(f"The dial at layer {outcome.chosen.layer}", ("strength", "effect", "KL"))
     for cell in outcome.cells:
         if cell.layer == outcome.chosen.layer:
             mark = " *" if cell.strength == outcome.chosen.strength else ""
             dial.add_row(f"{cell.strength:g}{mark}", *_figures(cell)[:2])
-    out.print(dial)
+    get_console().print(table, dial)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def _figures(cell: Cell) -> tuple[str, str, str, str]:
@@ -107,7 +111,7 @@ def _figures(cell: Cell) -> tuple[str, str, str, str]:
 def _interval(estimate: Estimate) -> str:
     if not math.isfinite(estimate.mean):
         return "not finite"
-    return f"{estimate.mean:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})"
+    return f"{estimate.mean:+.3f} ± {estimate.high - estimate.mean:.3f}"
 
 
 def print_answers(prompts: Sequence[str], outcome: Outcome, shown: int = 3) -> None:
