@@ -65,8 +65,8 @@ def read_material(config: ContrastConfig, described: LoadedModel) -> Material:
     deciding = [held[i] for i in parts.validation.tolist()]
     asked = _asked(config, deciding, tokenizer, encoding) or _beginnings(neutral, tokenizer)
     texts = _texts(config, validation, tokenizer, encoding)
-    for each in asked[: config.answers]:
-        check_length(described.config, len(each.tokens) + config.max_new_tokens, each.tokens.source)
+    for one in asked[: config.answers]:
+        check_length(described.config, len(one.tokens) + config.max_new_tokens, one.tokens.source)
     for _, each in texts:
         check_length(described.config, len(each), each.source)
     stop = stop_tokens(tokenizer, encoding)
