@@ -3,8 +3,8 @@
 Above each block of commands is a comment that readers do not see: `<!-- run -->`; `<!-- run: A -> B; C -> D -->`, with
 texts to replace before it is run; or `<!-- not run: REASON -->`. A page's blocks run in order, in one folder that has
 a tiny model (`tiny`), configs for it (`tiny_listops.py`; `tiny_arc.py`, a named task whose questions list choices),
-data (`my.jsonl`, `held_out.jsonl`, `pairs.jsonl`), a task for the lm-evaluation-harness (`letters.yaml`) and finished, evaluated runs:
-`runs/quickstart` of the first config, `runs/x`, `runs/y` and so on of the second.
+data (`my.jsonl`, `held_out.jsonl`, `pairs.jsonl`), a task for the lm-evaluation-harness (`letters.yaml`) and finished,
+evaluated runs: `runs/quickstart` of the first config, `runs/x`, `runs/y` and so on of the second.
 """
 
 import json
