@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxsteer.io import LoadedModel, Tokenizer
+from jaxsteer.models.config import check_length
 from train.contrast.answers import Answering, Asked, Scorer
 from train.contrast.pairs import Pair, Sides, divide, encode_pairs, read_pairs
 from train.contrast.settings import ContrastConfig
@@ -55,12 +56,16 @@ def read_material(config: ContrastConfig, described: LoadedModel) -> Material:
     train, validation = (encode_pairs(some, tokenizer, encoding, described.config) for some in (pairs, deciding))
     neutral = neutral_examples(read_neutral(config.neutral), tokenizer)
     asked = _asked(config, deciding, tokenizer, encoding) or _beginnings(neutral, tokenizer)
+    texts = _texts(config, validation, tokenizer, encoding)
+    for each in asked[: config.answers]:
+        check_length(described.config, len(each.tokens) + config.max_new_tokens, each.tokens.source)
+    for _, each in texts:
+        check_length(described.config, len(each), each.source)
     stop = stop_tokens(tokenizer, encoding)
     scorer = Scorer(config.scorer, imported(config.scorer, "--scorer")) if config.scorer else None
     answering = Answering(asked[: config.answers], tokenizer, stop, config.max_new_tokens, scorer)
     files = {"pairs": config.pairs, "validation": config.validation, "prompts": config.prompts}
     digests = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items() if file}
-    texts = _texts(config, validation, tokenizer, encoding)
     return Material(train, validation, neutral, answering, texts, encoding, digests)
 
 

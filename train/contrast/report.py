@@ -49,6 +49,11 @@ class Outcome:
     effect: str
     max_kl: float
 
+    def shows(self, cell: Cell) -> bool:
+        """Whether a cell has the effect that titles name: a scorer is not asked beyond `max_kl`."""
+        scored = self.before.answered is not None and self.before.answered.score is not None
+        return cell.finite and (not scored or (cell.answered is not None and cell.answered.score is not None))
+
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON values; figures that are not finite are null."""
         return {
@@ -91,7 +96,8 @@ def print_outcome(outcome: Outcome) -> None:
     for cell in outcome.cells:
         if cell.layer == outcome.chosen.layer:
             mark = " *" if cell.strength == outcome.chosen.strength else ""
-            dial.add_row(f"{cell.strength:g}{mark}", *_figures(cell)[:2])
+            effect, kl = _figures(cell)[:2]
+            dial.add_row(f"{cell.strength:g}{mark}", effect if outcome.shows(cell) or not cell.finite else "-", kl)
     get_console().print(table, dial)
 
 
@@ -129,7 +135,7 @@ def print_answers(prompts: Sequence[str], outcome: Outcome, shown: int = 3) -> N
 
 def plot_outcome(path: Path, outcome: Outcome, title: str) -> None:
     """Plot the effect against the cost, a line for each layer, with the most that a cell may cost."""
-    cells = [cell for cell in outcome.cells if cell.finite]
+    cells = [cell for cell in outcome.cells if outcome.shows(cell)]
     effects = [cell.effect.mean for cell in cells]
     series: dict[str, tuple[Any, Any]] = {
         f"layer {layer}": tuple(
