@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxsteer.interventions.fixed import FixedVector
 from jaxsteer.models.transformer import Model, forward
+from jaxsteer.orthogonality import HIGHEST
 from jaxsteer.types import ALL, Array, Batch, Plan, Positions, PyTree, Slot, Steering
 
 Direction = Literal["mean", "pca", "pca_pairs"]
@@ -57,7 +58,10 @@ def read_stream(model: Model, base: PyTree, batch: Batch, texts: int, reading: R
     """
     taps = forward(Model(model.config, attention=model.attention), base, {}, batch, capture=("block",)).taps["block"]
     read = _read_tokens(batch, texts, reading)
-    sums = jnp.einsum("lbtd,bst->lbsd", taps, read.astype(taps.dtype), preferred_element_type=jnp.float32)
+    # By default accelerators round fp32 operands to TF32 or bf16, but the sides differ by little of a large stream.
+    sums = jnp.einsum(
+        "lbtd,bst->lbsd", taps, read.astype(taps.dtype), precision=HIGHEST, preferred_element_type=jnp.float32
+    )
     return sums / jnp.maximum(jnp.sum(read, axis=-1), 1).astype(jnp.float32)[None, ..., None]
 
 
@@ -101,7 +105,7 @@ def contrast_directions(positive: Array, negative: Array, direction: Direction =
         raise ValueError(f"no direction {direction!r}: use mean, pca or pca_pairs")
     varied = differences - mean[:, None] if direction == "pca" else differences
     component = jax.lax.map(_first_component, varied)  # a layer at a time, for the memory of the decomposition
-    along = jnp.einsum("ld,ld->l", component, mean)
+    along = jnp.sum(component * mean, axis=-1)
     length = jnp.linalg.norm(mean, axis=-1)
     return Directions(jnp.where(along < 0, -length, length)[:, None] * component, centres)
 
