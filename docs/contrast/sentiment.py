@@ -65,11 +65,11 @@ class Subject:
         steering = jax.tree.map(lambda leaf: strength * leaf, network.steering)
         return float(jnp.mean(kl_from_base(network.model, network.base, steering, batch)))
 
-    def fluency(self, prompts: list[TokenizedExample], answers: list[np.ndarray]) -> float:
-        """Mean log-probability of the answers' tokens under the untouched model, nats."""
+    def fluency(self, answers: list[np.ndarray]) -> float:
+        """Mean log-probability of the answers' tokens by the untouched model without a system prompt, nats."""
         given = [i for i in range(FLUENCY_PROMPTS) if len(answers[i])]
         scored = score_continuations(
-            self.base.model, self.base.base, {}, [prompts[i] for i in given], [[answers[i]] for i in given]
+            self.base.model, self.base.base, {}, [self.prompts[i] for i in given], [[answers[i]] for i in given]
         )
         scores = [score for _, (score,) in scored]
         return sum(score.log_probability for score in scores) / sum(score.tokens for score in scores)
@@ -116,10 +116,13 @@ def measure(subject: Subject, network: Network, prompts: list[TokenizedExample],
     answers = subject.answers(network, prompts, strength)
     texts = [subject.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     scores = {name: crossed_interval([[score(text) for text in texts]]) for name, score in scorers().items()}
+    kl = 0.0 if prompts is subject.prompts else None  # the neutral texts have no system prompt
+    if network.model.plan:
+        kl = subject.kl(network, strength)
     return {
         **{name: estimate._asdict() for name, estimate in scores.items()},
-        "kl": subject.kl(network, strength) if network.model.plan else 0.0,
-        "fluency": subject.fluency(prompts, answers),
+        "kl": kl,
+        "fluency": subject.fluency(answers),
         "repetition": repetition(answers),
         "examples": texts[::42],
     }
@@ -158,7 +161,8 @@ def row_of(name: str, row: dict) -> str:
     """A line of the table."""
     score = lambda found: f"{found['mean']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
     figures = (score(row["vader"]), score(row["vader_without_words_of_pairs"]))
-    return "| " + " | ".join((name, *figures, *(f"{row[key]:.2f}" for key in ("kl", "fluency", "repetition")))) + " |"
+    number = lambda value: "-" if value is None else f"{value:.2f}"
+    return "| " + " | ".join((name, *figures, *(number(row[key]) for key in ("kl", "fluency", "repetition")))) + " |"
 
 
 if __name__ == "__main__":
