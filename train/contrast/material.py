@@ -59,8 +59,8 @@ def read_material(config: ContrastConfig, described: LoadedModel) -> Material:
     texts = _texts(config, validation, tokenizer, encoding)
     for each in asked[: config.answers]:
         check_length(described.config, len(each.tokens) + config.max_new_tokens, each.tokens.source)
-    for _, each in texts:
-        check_length(described.config, len(each), each.source)
+    for _, text in texts:
+        check_length(described.config, len(text), text.source)
     stop = stop_tokens(tokenizer, encoding)
     scorer = Scorer(config.scorer, imported(config.scorer, "--scorer")) if config.scorer else None
     answering = Answering(asked[: config.answers], tokenizer, stop, config.max_new_tokens, scorer)
