@@ -39,7 +39,7 @@ RANKS = {
     **dict.fromkeys(
         (
             f"train.{name}"
-            for name in ("sft", "dpo", "grpo", "evaluate", "generate", "inspect", "robustness", "convert")
+            for name in ("sft", "dpo", "grpo", "distill", "evaluate", "generate", "inspect", "robustness", "convert")
         ),
         16,
     ),

@@ -19,6 +19,7 @@ COMMANDS = {
     "quickstart": "steer SmolLM2-135M on a CPU: before, training, after",
     "sft": "train steering, LoRA or the whole model on prompts and completions",
     "dpo": "train on preferences: DPO, IPO, SimPO, BiPO, KTO",
+    "distill": "train on a teacher's predictions: the same model with a longer prompt, or another",
     "grpo": "train on rewards of the model's own answers",
     "contrast": "make a steering vector of pairs of texts, without training",
     "lofit": "train LoFiT's two stages: choose attention heads, then steer them",
