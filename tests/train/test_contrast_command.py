@@ -233,6 +233,16 @@ def test_bad_input_is_refused(folder, options, tmp_path, capsys, rows, arguments
     assert not (tmp_path / "out" / "steering.safetensors").exists()
 
 
+def test_pairs_that_both_make_and_decide_are_told(folder, options, tmp_path, capsys):
+    """The budget ends the run after the note."""
+    limits = [*options, "--max-kl", 1e-9]
+    run([folder / "held.jsonl", "--validation", folder / "held.jsonl", "--out", tmp_path, *limits], fails=True)
+    assert "4 of 4 pairs are in" in " ".join(capsys.readouterr().err.split())
+    write(tmp_path / "few.jsonl", PAIRS[:3])
+    run([tmp_path / "few.jsonl", "--out", tmp_path / "out", *limits], fails=True)
+    assert "3 pairs are too few to hold any out" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_folder_with_something_else_is_not_written_to(folder, options, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     run([folder / "pairs.jsonl", "--out", tmp_path, *options], fails=True)

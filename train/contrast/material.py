@@ -12,7 +12,7 @@ import numpy as np
 from jaxsteer.io import LoadedModel, Tokenizer
 from jaxsteer.models.config import check_length
 from train.contrast.answers import Answering, Asked, Scorer
-from train.contrast.pairs import Divided, Pair, Sides, divide, encode_pairs, read_pairs
+from train.contrast.pairs import Pair, Sides, divide, encode_pairs, read_pairs
 from train.contrast.settings import ContrastConfig
 from train.data import Encoding, Example, TokenizedExample, encode_prompts, stop_tokens
 from train.data.preference_rows import PreferenceReading
@@ -52,29 +52,37 @@ def read_material(config: ContrastConfig, described: LoadedModel) -> Material:
     tokenizer = described.require_tokenizer()
     encoding = Encoding(chat=config.chat).dated(tokenizer)
     reading = PreferenceReading(template=config.template, chat=config.chat)
-    pairs = read_pairs(config.pairs, reading)
-    held = read_pairs(config.validation, reading) if config.validation else []
-    parts = Divided(np.arange(len(pairs)), np.arange(len(held)))
-    if not held:
-        parts, held = divide(len(pairs), config.validation_share, config.seed), pairs
-        if len(pairs) < 4:
-            say(f"note: {config.pairs}: {len(pairs)} pairs are too few to hold any out; they decide themselves")
-    encode = lambda some: encode_pairs(some, tokenizer, encoding, described.config)
-    train, validation = encode(pairs).some(parts.train), encode(held).some(parts.validation)
+    pairs, deciding = _pairs(config, reading)
+    train, validation = (encode_pairs(some, tokenizer, encoding, described.config) for some in (pairs, deciding))
     neutral = neutral_examples(read_neutral(config.neutral), tokenizer)
-    deciding = [held[i] for i in parts.validation.tolist()]
     asked = _asked(config, deciding, tokenizer, encoding) or _beginnings(neutral, tokenizer)
     texts = _texts(config, validation, tokenizer, encoding)
-    for one in asked[: config.answers]:
-        check_length(described.config, len(one.tokens) + config.max_new_tokens, one.tokens.source)
-    for _, each in texts:
-        check_length(described.config, len(each), each.source)
+    for each in asked[: config.answers]:
+        check_length(described.config, len(each.tokens) + config.max_new_tokens, each.tokens.source)
+    for _, text in texts:
+        check_length(described.config, len(text), text.source)
     stop = stop_tokens(tokenizer, encoding)
     scorer = Scorer(config.scorer, imported(config.scorer, "--scorer")) if config.scorer else None
     answering = Answering(asked[: config.answers], tokenizer, stop, config.max_new_tokens, scorer)
     files = {"pairs": config.pairs, "validation": config.validation, "prompts": config.prompts}
     digests = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items() if file}
     return Material(train, validation, neutral, answering, texts, encoding, digests)
+
+
+def _pairs(config: ContrastConfig, reading: PreferenceReading) -> tuple[list[Pair], list[Pair]]:
+    """The pairs that a vector is made of, and those that decide; says where they are not apart."""
+    pairs = read_pairs(config.pairs, reading)
+    if config.validation is not None:
+        deciding = read_pairs(config.validation, reading)
+        known = {pair.turns for pair in pairs}
+        if common := sum(pair.turns in known for pair in deciding):
+            say(f"note: {config.validation}: {common} of {len(deciding)} pairs are in {config.pairs} too")
+        return pairs, deciding
+    if len(pairs) < 4:
+        say(f"note: {config.pairs}: {len(pairs)} pairs are too few to hold any out; they decide themselves")
+    parts = divide(len(pairs), config.validation_share, config.seed)
+    made, held = ([pairs[i] for i in part.tolist()] for part in parts)
+    return made, held
 
 
 def _asked(config: ContrastConfig, pairs: Sequence[Pair], tokenizer: Tokenizer, encoding: Encoding) -> list[Asked]:

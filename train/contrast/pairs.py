@@ -38,6 +38,11 @@ class Pair:
     answers: bool
 
     @property
+    def turns(self) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+        """What both sides say."""
+        return self.positive.turns, self.negative.turns
+
+    @property
     def question(self) -> Example | None:
         """The prompt, if the sides are two answers to it."""
         same = self.positive.turns[:-1] == self.negative.turns[:-1]
@@ -107,10 +112,6 @@ class Sides(NamedTuple):
 
     positive: list[TokenizedExample]
     negative: list[TokenizedExample]
-
-    def some(self, numbers: np.ndarray) -> Sides:
-        """Some of the pairs, by their numbers."""
-        return Sides(*([side[i] for i in numbers.tolist()] for side in self))
 
 
 def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, encoding: Encoding, config: ModelConfig) -> Sides:
