@@ -40,7 +40,7 @@ def settings(tiny_folder, tiny_data):
         teacher=Teacher(shots=3),
         model=str(tiny_folder),
         plan=("nonlinear(rank=4) @ block",),
-        optim=OptimConfig(lr=1e-2),
+        optim=OptimConfig(lr=5e-2),
         steps=12,
         batch_size=4,
         sequence_length=32,
@@ -81,11 +81,10 @@ def kl(config, params=None, split="validation"):
 
 
 @SHARED
-def test_a_run_comes_nearer_to_its_teacher(finished):
+def test_a_run_comes_nearer_to_its_teacher(settings, finished):
     run = finished.run
     rows = read_metrics(run.metrics)
-    by_step = {row["step"]: row["validation_teacher_kl" if "validation_teacher_kl" in row else "teacher_kl"]
-               for row in rows if "validation_loss" in row}  # fmt: skip
+    by_step = {row["step"]: row["teacher_kl"] for row in rows if "validation_loss" in row}
     assert list(by_step) == [0, 6, 12]
     assert by_step[12] < 0.7 * by_step[0]
     test = json.loads(run.summary.read_text())["test"]
@@ -93,14 +92,8 @@ def test_a_run_comes_nearer_to_its_teacher(finished):
     answers = [json.loads(line) for line in run.answers_teacher.read_text().splitlines()]
     assert len(answers) == 8
     assert test["before"]["teacher_accuracy"] == np.mean([answer["correct"] for answer in answers])
-    shots = "".join(f"{turns[0].text}{turns[1].text}\n" for turns in (shot.turns for shot in shots_of(finished_config(run))))
+    shots = "".join("".join(turn.text for turn in shot.turns) + "\n" for shot in shots_of(settings))
     assert answers[0]["prompt"] == f"{shots}a>"
-
-
-def finished_config(run):
-    from train.config.kinds import parse_run
-
-    return parse_run(json.loads(run.config.read_text()), str(run.config))
 
 
 def distributions(model, base, steering, text, count):
@@ -108,7 +101,9 @@ def distributions(model, base, steering, text, count):
     ids = np.array(tiny_tokenizer()(text)["input_ids"] + [0])[None]
     positions = np.arange(ids.size)[None]
     ones = np.ones_like(ids)
-    batch = Batch(ids, ones, positions, ones * (ids.size - count), positions >= ids.size - count, np.ones(ids.shape, np.float32))
+    batch = Batch(
+        ids, ones, positions, ones * (ids.size - count), positions >= ids.size - count, np.ones(ids.shape, np.float32)
+    )
     hidden = forward(model, base, steering, jax.tree.map(jnp.asarray, batch)).hidden[0, -count - 1 : -1]
     return np.asarray(jax.nn.log_softmax(logits_of(hidden, output_embedding(base))), np.float64)
 
@@ -120,7 +115,9 @@ def test_the_figure_is_that_of_two_passes(config, finished, text_file, pack):
     config = replace(config, pack=pack, teacher=Teacher(shots=3, context=text_file, separator=" "))
     training, steering = parts(config), load_steering(finished.run.steering).steering
     base, model = training.loaded.base, training.program.model
-    before = Path(text_file).read_text() + "".join("".join(t.text for t in shot.turns) + " " for shot in shots_of(config))
+    before = Path(text_file).read_text() + "".join(
+        "".join(t.text for t in shot.turns) + " " for shot in shots_of(config)
+    )
     found = []
     for example in config.task.load("validation")[:8]:
         text = "".join(turn.text for turn in example.turns)
@@ -145,7 +142,9 @@ def test_a_killed_run_resumes_with_the_same_bits(config, finished, monkeypatch):
         train(config, algorithm=FromTeacher())
     monkeypatch.undo()
     resumed = train(replace(config, resume=True), algorithm=FromTeacher())
-    pairs = zip(*(jax.tree.leaves(load_steering(run.steering).steering) for run in (finished.run, resumed.run)), strict=True)
+    pairs = zip(
+        *(jax.tree.leaves(load_steering(run.steering).steering) for run in (finished.run, resumed.run)), strict=True
+    )
     for one, other in pairs:
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     losses = lambda run: [row["loss"] for row in read_metrics(run.metrics) if "loss" in row]
@@ -170,7 +169,7 @@ def test_the_steering_of_the_teacher_must_stay_what_it_was(config, finished, tmp
     train(config, algorithm=FromTeacher())
     again = replace(config, start_from=str(finished.run.folder), teacher=Teacher(shots=1), out=config.out + "-other")
     copy.write_bytes(train(again, algorithm=FromTeacher()).run.steering.read_bytes())
-    with pytest.raises(ValueError, match="has changed|had .* examples"):
+    with pytest.raises(ValueError, match=r"its training data .* had 88 examples"):
         train(replace(config, resume=True), algorithm=FromTeacher())
 
 
@@ -235,7 +234,7 @@ def test_a_chat_teacher_reads_a_system_message_and_worked_examples(config):
     before = turn("system", "Go on.") + turn("user", prompt) + turn("assistant", completion)
     assert decode(source.teacher[0].ids) == before + decode(own.ids)
     assert source.teacher[0].weights.sum() == own.weights.sum()
-    assert source.context >= len(before)
+    assert source.context >= len(model.require_tokenizer()(before)["input_ids"])
     inputs = source.batch(0)
     assert inputs.teacher.tokens.shape == (4, source.context + 96)
     counted = lambda batch: [batch.tokens[r][batch.weights[r] != 0].tolist() for r in range(4)]
@@ -266,7 +265,7 @@ def test_an_example_of_an_evaluation_that_does_not_fit_stops_the_run_at_once(con
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "the teacher would be the student itself"),
+        (["--teacher.shots", "0"], "the teacher would be the student itself"),
         (["--teacher.shots", "-1"], "must be at least 0"),
         (["--teacher.shots", "100"], "there are 100 training examples in all"),
         (["--teacher.context", "nowhere.txt"], "--teacher.context nowhere.txt: no such file"),
@@ -286,12 +285,21 @@ def test_what_no_teacher_can_be_is_told_in_a_sentence(config, options, said, mon
     assert "Traceback" not in told
 
 
+CONFIG = """
+from train.config.distill import DistillConfig, Teacher
+from train.tasks import JsonlTask
+
+def config():
+    return DistillConfig(task=JsonlTask({data!r}), model={model!r}, teacher=Teacher(shots=1), steps=2, batch_size=2,
+                         sequence_length=32, test_examples=0, out={out!r})
+"""
+
+
 def run(config, options, monkeypatch):
     """The command, on the tiny model."""
-    data = config.task.train
-    words = ["jsonl", "--task.train", data, "--model", config.model, "--out", config.out, "--teacher.shots", "0"]
-    sizes = ["--steps", "2", "--batch-size", "2", "--sequence-length", "32", "--test-examples", "0"]
-    monkeypatch.setattr(sys, "argv", ["distill", *words, *sizes, *options])
+    file = Path(config.out).with_name("config.py")
+    file.write_text(CONFIG.format(data=config.task.train, model=config.model, out=config.out))
+    monkeypatch.setattr(sys, "argv", ["distill", str(file), *options])
     run_main(main)
 
 
