@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,9 +41,11 @@ class WeightedReward:
         except Exception as error:  # the function is a user's
             raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
         try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{where}: gave {show(value)}, need a number") from None
+            number = float(value) if not isinstance(value, str) else None
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is None:
+            raise ValueError(f"{where}: gave {repr(value)[:60]}, need a number")
         if not math.isfinite(number):
             raise ValueError(f"{where}: gave {number}, need a finite number")
         return number
@@ -100,10 +103,10 @@ def _parse(text: str, rule: Rule) -> WeightedReward:
 
 def _imported(name: str) -> Reward:
     where, _, function = name.rpartition(":")
+    if where.endswith(".py") and not Path(where).is_file():
+        raise ValueError(f"--rewards {name}: no such file {where}")
     try:
         module = _module_of(where)
-    except FileNotFoundError:
-        raise ValueError(f"--rewards {name}: no such file {where}") from None
     except Exception as error:  # whatever the file does when it is imported
         raise ValueError(f"--rewards {name}: {where} cannot be imported ({type(error).__name__}: {error})") from None
     found = getattr(module, function, None)
@@ -119,6 +122,7 @@ def _module_of(where: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 
