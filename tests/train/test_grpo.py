@@ -7,21 +7,25 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 import yaml
 
+from jaxsteer.batches import stack_rows
 from jaxsteer.io import load_steering
 from jaxsteer.objectives import group_advantages
 from jaxsteer.objectives.objective import policy_log_probabilities
 from jaxsteer.optim import OptimConfig
-from jaxsteer.types import Batch
-from train.cli import load_config_file, run_main, to_plain
+from train import grpo
+from train.cli import load_config_file, run_main
 from train.config.grpo import GrpoConfig, PolicyLoss
+from train.plain import to_plain
 from train.report.page import make_page
 from train.run import from_rewards
+from train.run.folder import RunFolder
 from train.run.from_rewards import FromRewards, RolloutFeed, told_of
 from train.run.loop import train
 from train.run.metrics import read_metrics
@@ -57,8 +61,8 @@ def settings(tiny_folder, tiny_data, own):
     return GrpoConfig(
         task=JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=4),
         model=str(tiny_folder),
-        plan=("nonlinear(rank=4) @ block",),
-        optim=OptimConfig(lr=3e-2, schedule="constant", warmup=0),
+        plan=("fixed @ block",),
+        optim=OptimConfig(lr=1e-1, schedule="constant", warmup=0),
         rewards=(f"{own}:early",),
         steps=6,
         prompts=4,
@@ -91,8 +95,6 @@ def training(config):
 
 
 def feed_of(training, tmp_path):
-    from train.run.folder import RunFolder
-
     folder = RunFolder(tmp_path / "fed")
     folder.folder.mkdir(exist_ok=True)
     return RolloutFeed(training, folder, range(training.steps))
@@ -139,7 +141,7 @@ def test_the_report_shows_rollouts(finished):
 
 def test_its_folder_is_evaluated(finished, monkeypatch, capsys, tiny_data):
     said = command(
-        monkeypatch, capsys, finished.run.folder, "--data", tiny_data, "--limit", 4, module="train.evaluate"
+        monkeypatch, capsys, finished.run.folder, "--data", tiny_data, "--examples", 4, module="train.evaluate"
     )
     assert "accuracy" in said
 
@@ -190,6 +192,15 @@ def test_a_start_that_is_gone_is_not_replaced_by_another_reference(config, finis
 # ---- rollouts
 
 
+class Single(NamedTuple):
+    """An answer in a row of its own, as `jaxsteer.batches.Tokens`."""
+
+    ids: np.ndarray
+    completion: np.ndarray
+    weights: np.ndarray
+    prompt_length: int
+
+
 def test_rollouts_are_a_function_of_seed_step_and_parameters(training, tmp_path):
     params = training.answering(training.state)
     with feed_of(training, tmp_path) as feed:
@@ -216,11 +227,10 @@ def answered(training, rewards, *, ended=True):
     ]
 
 
-@pytest.mark.parametrize("average", ["tokens", "answers", "constant"])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("average", "shared"), [("tokens", True), ("answers", False), ("constant", True)])
 def test_the_packed_loss_is_that_of_the_answers_one_by_one(training, average, shared):
     config = replace(training.config, policy=PolicyLoss(average=average))
-    rewards = [[0.0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1], [2, 0, 1, 0.5]]
+    rewards = [[0.0, 1, 1], [1, 1, 1], [2, 0, 0.5]]
     sampled = answered(training, rewards)
     objective = config.loss
     learned = learned_groups(sampled, training.data.prompts, config, shared=shared)
@@ -235,9 +245,7 @@ def test_the_packed_loss_is_that_of_the_answers_one_by_one(training, average, sh
     gradient = jax.jit(
         jax.grad(
             lambda steering: sum(
-                objective(
-                    model, base, steering, jax.tree.map(lambda f, m=m: f[m], packed), None, None, train=True
-                ).loss
+                objective(model, base, steering, jax.tree.map(lambda f, m=m: f[m], packed), None, None, train=True).loss
                 for m in range(len(packed.advantages))
             )
         )
@@ -254,27 +262,20 @@ def test_the_packed_loss_is_that_of_the_answers_one_by_one(training, average, sh
     def one_by_one(steering):
         summed = 0.0
         for prompt, tokens, advantage in rows:
-            ids = np.concatenate([prompt.ids, tokens])
-            batch = single(ids, len(prompt), prompt.prompt_length)
-            chosen = policy_log_probabilities(model, base, steering, batch)[0, len(prompt) :]
+            ids, answer = np.concatenate([prompt.ids, tokens]), np.arange(len(prompt) + len(tokens)) >= len(prompt)
+            own = Single(ids, answer, answer.astype(np.float32), len(prompt))
+            batch = stack_rows([[own]], len(ids))
+            chosen = policy_log_probabilities(model, base, steering, batch).sum()
             share = 1 / len(tokens) if average == "answers" else 1.0
-            summed -= float(advantage) * share * (chosen - jax.lax.stop_gradient(chosen) + 1).sum()
+            summed -= float(advantage) * share * (chosen - jax.lax.stop_gradient(chosen) + len(tokens))
         return summed
 
-    expected, slope = jax.value_and_grad(one_by_one)(steering)
+    expected, slope = jax.jit(jax.value_and_grad(one_by_one))(steering)
     np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-5)
-    divisors = {"tokens": sum(kept), "answers": 16, "constant": 16 * 5}
+    divisors = {"tokens": sum(kept), "answers": 9, "constant": 9 * 5}
     assert objective.divisor(np.array(kept)) == divisors[average]
-
-
-def single(ids, asked, prompt_length):
-    """An answer in a row of its own."""
-    from jaxsteer.batches import stack_examples
-    from train.run.rollouts import _Continued  # noqa: F401
-
-    raise NotImplementedError
 
 
 def test_groups_of_equal_rewards_change_nothing(config, own):
@@ -358,15 +359,24 @@ def test_a_reward_that_fails_ends_the_run_with_the_example(config, own):
         train(replace(config, rewards=(f"{own}:fails_later",)), algorithm=FromRewards())
 
 
-def test_settings_come_out_as_yaml_and_go_in_again(config, tmp_path):
+@pytest.fixture
+def file(config, tmp_path):
+    """The settings as a file."""
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(to_plain(config)))
-    assert load_config_file(file, GrpoConfig) == config
+    file.write_text(yaml.safe_dump({"program": "grpo"} | to_plain(replace(config, steps=2))))
+    return file
 
 
-def test_commands(config, tmp_path, monkeypatch, capsys):
-    file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(to_plain(replace(config, steps=2))))
+def test_settings_come_out_as_yaml_and_go_in_again(config, file, monkeypatch, capsys):
+    assert load_config_file(file, GrpoConfig) == replace(config, steps=2)
+    monkeypatch.setattr(sys, "argv", ["train.grpo", str(file), "--print-config"])
+    with pytest.raises(SystemExit):
+        run_main(grpo.main)
+    file.write_text(capsys.readouterr().out)
+    assert load_config_file(file, GrpoConfig) == replace(config, steps=2)
+
+
+def test_commands(config, file, tmp_path, monkeypatch, capsys):
     said = command(monkeypatch, capsys, file, "--dry-run")
     assert "100 examples" in said
     assert "0 supervised" not in said

@@ -182,7 +182,9 @@ class RolloutFeed(Feed):
         host = microbatches_of(learned, config, shared=self._shared)
         round_number = step // config.updates
         shown = config.show_rollouts > 0 and round_number % config.show_rollouts == 0
-        known = {"old": None if config.updates == 1 and (config.policy.beta or not shown) else self._scored(host, params)}
+        known = {
+            "old": None if config.updates == 1 and (config.policy.beta or not shown) else self._scored(host, params)
+        }
         known["reference"] = self._scored(host, self._reference) if config.policy.beta or shown else None
         if shown and learned and not config.policy.beta:  # else the loss tells it
             counted = np.asarray(host.batch.weights) != 0
