@@ -1,205 +1,391 @@
-"""GRPO end to end on a tiny model: it learns a reward, resumes exactly, and says what is wrong."""
+"""Learning from rewards on a tiny model: rollouts, their rows and loss, resuming, and what is refused."""
 
+import importlib
 import json
+import shutil
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+import yaml
 
+from jaxsteer.batches import stack_rows
 from jaxsteer.io import load_steering
+from jaxsteer.objectives import group_advantages
+from jaxsteer.objectives.objective import policy_log_probabilities
 from jaxsteer.optim import OptimConfig
-from train.config import parse_run, plain_run
+from train import grpo
+from train.cli import load_config_file, run_main
 from train.config.grpo import GrpoConfig, PolicyLoss
-from train.run import from_rewards, loop
+from train.plain import to_plain
+from train.report.page import make_page
+from train.run import from_rewards
 from train.run.folder import RunFolder
-from train.run.from_rewards import FromRewards, told_of
+from train.run.from_rewards import FromRewards, RolloutFeed, told_of
+from train.run.loop import train
 from train.run.metrics import read_metrics
-from train.run.rollouts import PromptSource, Sampled, learned_groups, microbatches_of
+from train.run.rollouts import Sampled, learned_groups, microbatches_of
+from train.run.start import load_training, prepare
 from train.tasks import JsonlTask
+from train.tasks.rewards import parse_rewards
 
-pytestmark = pytest.mark.xdist_group("grpo")
+OWN = """
+def early(example, answer):
+    return sum(character < "a" for character in answer) / 4
+
+def fails_later(example, answer):
+    if example.source.endswith(":1"):
+        return 0.0
+    raise RuntimeError("no sense in " + example.source)
+
+def same(example, answer):
+    return 1.0
+"""
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_folder, tiny_data, tmp_path_factory):
-    """Two-token answers to letters, rewarded for small bytes: about a third of them at first.
+def own(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rewards") / "own.py"
+    file.write_text(OWN)
+    return str(file)
 
-    The base trains too: steering alone cannot move the flat predictions of random weights far.
-    """
-    rewards = tmp_path_factory.mktemp("rewards") / "rewards.py"
-    rewards.write_text("def early(example, answer):\n    return float(bool(answer) and ord(answer[0]) < 90)\n")
+
+@pytest.fixture(scope="module")
+def settings(tiny_folder, tiny_data, own):
+    """What the runs have in common, so that they share compiled programs."""
     return GrpoConfig(
-        task=JsonlTask(str(tiny_data), max_new_tokens=2),
+        task=JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=4),
         model=str(tiny_folder),
-        plan=("nonlinear(rank=4) @ block",),
-        train_base=True,
-        optim=OptimConfig(lr=0.1, schedule="constant", warmup=0),
-        rewards=(f"{rewards}:early",),
+        plan=("fixed @ block",),
+        optim=OptimConfig(lr=1e-1, schedule="constant", warmup=0),
+        rewards=(f"{own}:early",),
+        steps=6,
         prompts=4,
-        group=8,
-        steps=8,
+        group=4,
         batch_size=2,
         sequence_length=32,
         test_examples=0,
-        eval_batch_size=32,
-        checkpoint_every=4,
+        validation_examples=4,
+        eval_batch_size=8,
         show_rollouts=2,
+        checkpoint_every=2,
     )
 
 
-def run(config, out):
-    return loop.train(replace(config, out=str(out)), algorithm=FromRewards())
+@pytest.fixture
+def config(settings, tmp_path):
+    return replace(settings, out=str(tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory):
-    out = tmp_path_factory.mktemp("grpo") / "run"
-    run(settings, out)
-    return RunFolder(out)
+    """A whole run, for tests that only read it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return train(replace(settings, evaluate_every=6, out=str(out)), algorithm=FromRewards())
 
 
-def rows_of(folder):
-    return [row for row in read_metrics(folder.metrics) if "reward" in row]
+@pytest.fixture
+def training(config):
+    return load_training(prepare(config, None, {}, FromRewards()))
 
 
-def steering(folder):
-    return jax.tree.leaves(load_steering(folder.steering).steering)
+def feed_of(training, tmp_path):
+    folder = RunFolder(tmp_path / "fed")
+    folder.folder.mkdir(exist_ok=True)
+    return RolloutFeed(training, folder, range(training.steps))
 
 
-def test_it_learns_and_tells(finished, settings):
-    rows = rows_of(finished)
-    rewards = [row["reward"] for row in rows]
-    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.2
-    told = {"reward_spread", "answer_length", "truncated", "equal_groups", "entropy", "sampling_seconds", "clip_share"}
-    assert told <= set(rows[0])
-    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
-    assert rows[2]["kl"] > 0
-    shown = read_metrics(finished.folder / "rollouts.jsonl")
-    assert sorted({row["step"] for row in shown}) == [1, 3, 5, 7]
-    assert len(shown[0]["answers"]) == len(shown[0]["rewards"]) == settings.group
-    FromRewards().draw(finished)
-    assert (finished.folder / "grpo.png").stat().st_size > 10_000
+def command(monkeypatch, capsys, *arguments, module="train.grpo", fails=False):
+    """What a command prints."""
+    monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) if fails else nullcontext():
+        run_main(importlib.import_module(module).main)
+    printed = capsys.readouterr()
+    return printed.err if fails else printed.out
+
+
+def leaves(path):
+    return jax.tree.leaves(load_steering(path).steering)
+
+
+# ---- a run
+
+
+def test_a_run_learns_its_reward_and_leaves_what_it_promises(finished):
+    rows = [row for row in read_metrics(finished.run.metrics) if "reward" in row]
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    names = {"reward_spread", "answer_length", "truncated", "equal_groups", "entropy", "sampling_seconds", "clip_share"}
+    assert all(names <= set(row) for row in rows)
+    assert ["kl" in row for row in rows] == [True, False] * 3
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)  # of the start to itself
+    assert rows[-2]["kl"] > 0.01
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.15
+    table = read_metrics(finished.run.folder / "rollouts.jsonl")
+    assert [row["step"] for row in table] == [1] * 4 + [3] * 4 + [5] * 4
+    assert all(len(row["answers"]) == len(row["rewards"]) == 4 for row in table)
+    assert (finished.run.folder / "grpo.png").stat().st_size > 5_000
+
+
+def test_the_report_shows_rollouts(finished):
+    page = make_page([str(finished.run.folder)], 10)
+    for title in ("Reward", "Length of answers", "Entropy", "KL to the reference"):
+        assert f">{title}" in page
+    assert 'class="problem"' not in page
+
+
+def test_its_folder_is_evaluated(finished, monkeypatch, capsys, tiny_data):
+    said = command(
+        monkeypatch, capsys, finished.run.folder, "--data", tiny_data, "--examples", 4, module="train.evaluate"
+    )
+    assert "accuracy" in said
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-def test_a_run_resumes_with_the_same_bits(settings, tmp_path, monkeypatch, updates):
-    config = replace(settings, updates=updates, policy=PolicyLoss(beta=0.1))
-    run(config, tmp_path / "whole")
-
-    collect, calls = from_rewards.RolloutFeed._collect, []
+def test_a_resumed_run_ends_with_the_same_bits(config, updates, monkeypatch):
+    config = replace(config, updates=updates, steps=4)
+    whole = train(config, algorithm=FromRewards()).run
+    again = replace(config, out=config.out + "_again", resume=False)
+    sample = from_rewards.Sampler.sample
 
     def killed(self, step, params):
-        if step == 6:
+        if step == 2:
             raise KeyboardInterrupt
-        calls.append(step)
-        return collect(self, step, params)
+        return sample(self, step, params)
 
-    monkeypatch.setattr(from_rewards.RolloutFeed, "_collect", killed)
+    monkeypatch.setattr(from_rewards.Sampler, "sample", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "stopped")
-    monkeypatch.setattr(from_rewards.RolloutFeed, "_collect", collect)
-    assert calls == list(range(0, 6, updates))
-    run(replace(config, resume=True), tmp_path / "stopped")
-    whole, stopped = (RunFolder(tmp_path / name) for name in ("whole", "stopped"))
-    for one, other in zip(steering(whole), steering(stopped), strict=True):
-        np.testing.assert_array_equal(one, other)
-    tables = [read_metrics(folder.folder / "rollouts.jsonl") for folder in (whole, stopped)]
-    assert tables[0] == tables[1]
+        train(again, algorithm=FromRewards())
+    monkeypatch.undo()
+    resumed = train(replace(again, resume=True), algorithm=FromRewards()).run
+    for ours, theirs in zip(leaves(whole.steering), leaves(resumed.steering), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    table = lambda run: (run.folder / "rollouts.jsonl").read_text()
+    assert table(whole) == table(resumed)
+    assert len(set(table(resumed).splitlines())) == len(table(resumed).splitlines())
 
 
-def test_settings_come_back(settings, finished):
-    stored = json.loads(finished.config.read_text())
-    assert stored["program"] == "grpo"
-    assert parse_run(stored, "here").rewards == settings.rewards
-    assert parse_run(plain_run(settings), "here") == settings
+def test_a_start_is_the_reference_through_all_steps(config, finished):
+    config = replace(config, start_from=str(finished.run.folder), plan=(), policy=PolicyLoss(beta=0.1), steps=3)
+    run = train(config, algorithm=FromRewards()).run
+    rows = [row for row in read_metrics(run.metrics) if "reward" in row]
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert all(row["kl"] > 1e-5 for row in rows[1:])
 
 
-def sampled(number, rewards, lengths=(2, 1, 2, 1), ended=True):
-    tokens = [np.arange(3, 3 + n, dtype=np.int32) for n in lengths]
-    nothing = np.zeros(0, np.float32)
-    return [Sampled(number, t, "x", (r,), r, ended, nothing) for t, r in zip(tokens, rewards, strict=True)]
+def test_a_start_that_is_gone_is_not_replaced_by_another_reference(config, finished, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(finished.run.folder, start)
+    config = replace(config, start_from=str(start), plan=(), steps=2)
+    train(config, algorithm=FromRewards())
+    shutil.rmtree(start)
+    more = replace(config, resume=True, extend=True, steps=4)
+    with pytest.raises(ValueError, match="it is the reference of the run"):
+        train(more, algorithm=FromRewards())
 
 
-class Prompt(SimpleNamespace):
-    def __len__(self):
-        return len(self.ids)
+# ---- rollouts
 
 
-def prompt(*ids):
-    return Prompt(ids=np.array(ids), completion=np.zeros(len(ids), bool), prompt_length=len(ids), source="q")
+class Single(NamedTuple):
+    """An answer in a row of its own, as `jaxsteer.batches.Tokens`."""
+
+    ids: np.ndarray
+    completion: np.ndarray
+    weights: np.ndarray
+    prompt_length: int
 
 
-def test_rows_hold_what_changes_something(settings):
-    prompts = [prompt(*range(3, 3 + n)) for n in (4, 5)]
-    answers = [sampled(0, (1, 0, 0, 1)), sampled(1, (1, 1, 1, 1))]
-    for shared in (True, False):
-        (learned,) = learned_groups(answers, prompts, settings, shared=shared)
-        assert learned.group.shared == (3 if shared else 0)
-        assert learned.advantages == pytest.approx([0.866, -0.866, -0.866, 0.866], abs=1e-3)
-        rows = microbatches_of([learned], settings, shared=shared)
-        assert rows.batch.tokens.shape == (1, 2, 32)
-        counted = rows.batch.weights != 0
-        assert counted.sum() == 6
-        assert np.all((rows.advantages != 0) == counted)
-    short = replace(settings, sequence_length=6)
-    pieces = learned_groups(answers, prompts, short, shared=True)
-    assert [len(piece.advantages) for piece in pieces] == [1, 1, 1, 1]
-    left_out = replace(settings, keep_truncated=False)
-    assert learned_groups([sampled(0, (1, 0, 0, 1), ended=False)], prompts, left_out, shared=True) == []
-    assert microbatches_of([], settings, shared=True).batch.tokens.shape == (1, 2, 32)
+def test_rollouts_are_a_function_of_seed_step_and_parameters(training, tmp_path):
+    params = training.answering(training.state)
+    with feed_of(training, tmp_path) as feed:
+        sampler = feed._sampler
+        first, second, again = (sampler.sample(step, params) for step in (0, 1, 0))
+    texts = lambda groups: [[answer.tokens.tolist() for answer in group] for group in groups]
+    assert texts(first) == texts(again)
+    assert texts(first) != texts(second)
+    assert len({str(answer) for answer in texts(first)[0]}) > 1
+    for group in first:
+        assert len({answer.number for answer in group}) == 1
+        for answer in group:
+            assert 1 <= len(answer.tokens) <= 5
+            assert answer.ended == (answer.tokens[-1] == training.data.end)
+
+
+def answered(training, rewards, *, ended=True):
+    """Groups of made-up answers of different lengths with these rewards [Q, G]."""
+    draw = np.random.default_rng(0)
+    text = lambda size: draw.integers(97, 122, size).astype(np.int32)
+    return [
+        [Sampled(q, text(1 + (q + g) % 4), "", (r,), r, ended, np.zeros(1, np.float32)) for g, r in enumerate(row)]
+        for q, row in enumerate(rewards)
+    ]
+
+
+@pytest.mark.parametrize(("average", "shared"), [("tokens", True), ("answers", False), ("constant", True)])
+def test_the_packed_loss_is_that_of_the_answers_one_by_one(training, average, shared):
+    config = replace(training.config, policy=PolicyLoss(average=average))
+    rewards = [[0.0, 1, 1], [1, 1, 1], [2, 0, 0.5]]
+    sampled = answered(training, rewards)
+    objective = config.loss
+    learned = learned_groups(sampled, training.data.prompts, config, shared=shared)
+    packed = microbatches_of(learned, config, shared=shared)
+    params, model = training.answering(training.state), training.program.model
+    steering = jax.tree.map(lambda leaf: leaf + 0.01, params.steering)
+    base = training.loaded.base
+
+    loss = jax.jit(lambda rows: objective(model, base, steering, rows, None, None, train=True).loss)
+    total = sum(loss(jax.tree.map(lambda f, m=m: f[m], packed)) for m in range(len(packed.advantages)))
+
+    gradient = jax.jit(
+        jax.grad(
+            lambda steering: sum(
+                objective(model, base, steering, jax.tree.map(lambda f, m=m: f[m], packed), None, None, train=True).loss
+                for m in range(len(packed.advantages))
+            )
+        )
+    )(steering)
+
+    advantages = group_advantages(np.array(rewards), "std")
+    rows, kept = [], []
+    for group, own in zip(sampled, advantages, strict=True):
+        for answer, advantage in zip(group, own, strict=True):
+            prompt = training.data.prompts[answer.number]
+            rows.append((prompt, answer.tokens, advantage))
+            kept.append(len(answer.tokens))
+
+    def one_by_one(steering):
+        summed = 0.0
+        for prompt, tokens, advantage in rows:
+            ids, answer = np.concatenate([prompt.ids, tokens]), np.arange(len(prompt) + len(tokens)) >= len(prompt)
+            own = Single(ids, answer, answer.astype(np.float32), len(prompt))
+            batch = stack_rows([[own]], len(ids))
+            chosen = policy_log_probabilities(model, base, steering, batch).sum()
+            share = 1 / len(tokens) if average == "answers" else 1.0
+            summed -= float(advantage) * share * (chosen - jax.lax.stop_gradient(chosen) + len(tokens))
+        return summed
+
+    expected, slope = jax.jit(jax.value_and_grad(one_by_one))(steering)
+    np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(slope), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-5)
+    divisors = {"tokens": sum(kept), "answers": 9, "constant": 9 * 5}
+    assert objective.divisor(np.array(kept)) == divisors[average]
+
+
+def test_groups_of_equal_rewards_change_nothing(config, own):
+    config = replace(config, rewards=(f"{own}:same",), steps=2)
+    run = train(config, algorithm=FromRewards()).run
+    rows = [row for row in read_metrics(run.metrics) if "reward" in row]
+    assert [(row["reward"], row["equal_groups"], row["grad_norm"]) for row in rows] == [(1.0, 1.0, 0.0)] * 2
+    assert all(np.isfinite(row["loss"]) for row in rows)
+
+
+def test_truncated_answers_can_be_left_out(training, tmp_path, monkeypatch):
+    config = replace(training.config, keep_truncated=False)
+    short = answered(training, [[0.0, 1, 1, 0], [0, 0, 0, 1]])
+    long = answered(training, [[0.0, 1, 1, 0], [0, 0, 0, 1]], ended=False)
+    mixed = [[*short[0][:2], *long[0][2:]], long[1]]
+    learned = learned_groups(mixed, training.data.prompts, config, shared=True)
+    assert [len(each.advantages) for each in learned] == [2]
+    own = replace(training, config=config)
+    with feed_of(own, tmp_path) as feed:
+        monkeypatch.setattr(feed._sampler, "sample", lambda step, params: mixed)
+        inputs = feed.take(0, own.state)
+        assert float(inputs.divisor.sum()) == sum(len(answer.tokens) for answer in short[0][:2])
+        monkeypatch.setattr(feed._sampler, "sample", lambda step, params: long)
+        state, metrics = own.step(own.state, feed.take(1, own.state))
+    assert float(metrics.grad_norm) == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params.steering))
+
+
+def test_few_shapes_are_compiled(training):
+    shapes = set()
+    for count in range(1, 60):
+        groups = answered(training, [[0.0, 1, 1, 0]] * count)
+        learned = learned_groups(groups, training.data.prompts, training.config, shared=True)
+        shapes.add(microbatches_of(learned, training.config, shared=True).advantages.shape)
+    assert len(shapes) <= 8
 
 
 def test_what_is_told_of_rollouts():
-    rewards = (SimpleNamespace(name="a"), SimpleNamespace(name="b"))
-    answers = [s._replace(rewards=(s.reward, 1.0)) for s in sampled(0, (1, 0, 0, 1))]
-    found = told_of([answers], rewards)
-    assert (found["reward"], found["reward_spread"], found["answer_length"]) == (0.5, 0.5, 1.5)
-    assert (found["reward_a"], found["reward_b"], found["equal_groups"], found["truncated"]) == (0.5, 1.0, 0, 0)
+    answer = lambda reward, tokens, ended: Sampled(
+        0, np.zeros(tokens, np.int32), "", (reward, 1.0), reward + 0.5, ended, np.full(tokens, -2.0, np.float32)
+    )
+    told = told_of(
+        [[answer(0, 1, True), answer(1, 3, False)], [answer(1, 2, True)] * 2],
+        parse_rewards(["exact", "0.5*format"], "number"),
+    )
+    assert told == {
+        "reward": 1.25, "reward_spread": 0.25, "reward_exact": 0.75, "reward_format": 1.0, "answer_length": 2.0,
+        "truncated": 0.25, "equal_groups": 0.5, "entropy": 2.0,
+    }  # fmt: skip
+
+
+# ---- settings
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changed", "message"),
     [
-        ({"group": 1}, "--group must be at least 2"),
-        ({"temperature": 0.0}, "greedy answers are all the same"),
-        ({"updates": 3}, "--checkpoint-every must be a multiple of --updates 3"),
-        ({"grad_accumulation": 2}, "--grad-accumulation 2: rollouts are divided"),
+        ({"group": 1}, "--group must be at least 2, got 1"),
         ({"prompts": 0}, "--prompts must be at least 1"),
+        ({"updates": 0}, "--updates must be at least 1"),
+        ({"temperature": 0.0}, "--temperature must be above 0"),
+        ({"show_rollouts": -1}, "--show-rollouts must be at least 0"),
+        ({"grad_accumulation": 2}, "--grad-accumulation 2: rollouts are divided"),
+        ({"updates": 4}, "--steps must be a multiple of --updates 4, got 6"),
+        ({"updates": 3}, "--checkpoint-every must be a multiple of --updates 3, got 2"),
     ],
 )
-def test_settings_that_no_run_could_have(settings, changes, said):
-    with pytest.raises(ValueError, match=said):
-        replace(settings, **changes)
+def test_settings_that_no_run_could_have(settings, changed, message):
+    with pytest.raises(ValueError, match=message):
+        replace(settings, **changed)
 
 
-@pytest.mark.parametrize(
-    ("reward", "said"),
-    [
-        ("return float('nan')", r"reward .*: .*letters.jsonl:1, answer 'b': gave nan, need a finite number"),
-        ("raise KeyError('x')", r"reward .*letters.jsonl:1, answer 'b': KeyError: 'x'"),
-        ("return 'good'", "gave 'good', need a number"),
-    ],
-)
-def test_rewards_that_fail_are_named_before_weights_are_read(settings, tmp_path, monkeypatch, reward, said):
-    file = tmp_path / "bad.py"
-    file.write_text(f"def f(example, answer):\n    {reward}\n")
-    monkeypatch.setattr(loop, "load_training", lambda *rest: pytest.fail("weights were read"))
-    with pytest.raises(ValueError, match=said):
-        run(replace(settings, rewards=(f"{file}:f",)), tmp_path / "run")
+def test_policies_that_no_loss_has():
+    for wrong in ({"scale": "x"}, {"average": "x"}, {"clip_low": 1.5}, {"beta": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            PolicyLoss(**wrong)
 
 
-def test_prompts_that_leave_no_room(settings, tmp_path):
-    data = tmp_path / "long.jsonl"
-    data.write_text(json.dumps({"prompt": "x" * 40, "completion": "y"}) + "\n")
-    with pytest.raises(ValueError, match=r"long.jsonl:1: a prompt of 40 tokens leaves no room for an answer of 2"):
-        run(replace(settings, task=JsonlTask(str(data), max_new_tokens=2)), tmp_path / "run")
+def test_a_reward_that_fails_ends_the_run_with_the_example(config, own):
+    with pytest.raises(ValueError, match=r"own.py:fails_later: .*letters\.jsonl:\d+.*RuntimeError: no sense in"):
+        train(replace(config, rewards=(f"{own}:fails_later",)), algorithm=FromRewards())
 
 
-def test_the_order_of_questions_is_a_function_of_the_seed(settings):
-    prompts = [prompt(3, 4) for _ in range(10)]
-    source = PromptSource([], prompts, 0, replace(settings, updates=2, checkpoint_every=4), [])
-    assert source.asked(0).tolist() == source.asked(1).tolist() != source.asked(2).tolist()
-    assert sorted(np.concatenate([source.asked(step) for step in range(0, 10, 2)]).tolist()) == sorted([*range(10)] * 2)
-    assert source.steps(1.0) == 6
+@pytest.fixture
+def file(config, tmp_path):
+    """The settings as a file."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"program": "grpo"} | to_plain(replace(config, steps=2))))
+    return file
+
+
+def test_settings_come_out_as_yaml_and_go_in_again(config, file, monkeypatch, capsys):
+    assert load_config_file(file, GrpoConfig) == replace(config, steps=2)
+    monkeypatch.setattr(sys, "argv", ["train.grpo", str(file), "--print-config"])
+    with pytest.raises(SystemExit):
+        run_main(grpo.main)
+    file.write_text(capsys.readouterr().out)
+    assert load_config_file(file, GrpoConfig) == replace(config, steps=2)
+
+
+def test_commands(config, file, tmp_path, monkeypatch, capsys):
+    said = command(monkeypatch, capsys, file, "--dry-run")
+    assert "100 examples" in said
+    assert "0 supervised" not in said
+    assert "nan" not in said
+    assert not Path(config.out).exists()
+    assert "reward" in command(monkeypatch, capsys, file)
+    command(monkeypatch, capsys, "--resume", "--extend", "--steps", 4, "--out", config.out)
+    rows = read_metrics(Path(config.out) / "metrics.jsonl")
+    assert [row["step"] for row in rows if "reward" in row] == [1, 2, 3, 4]
+    assert json.loads((Path(config.out) / "summary.json").read_text())["step"] == 4
+    wrong = command(monkeypatch, capsys, file, "--rewards", "exakt", "--out", tmp_path / "x", fails=True)
+    assert wrong.startswith("error: --rewards exakt: no such reward")

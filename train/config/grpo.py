@@ -58,7 +58,7 @@ class GrpoConfig(TrainConfig):
     temperature: float = 1.0
     """Temperature at which answers are sampled, and of the policy that is trained."""
     updates: int = 1
-    """Updates of the parameters for each batch of rollouts. Checkpoints and evaluations fall on multiples of it."""
+    """Updates of the parameters for each batch of rollouts. Steps, checkpoints and evaluations are multiples of it."""
     keep_truncated: bool = True
     """Learn from answers that reached the maximum number of tokens; else they are left out of the loss."""
     policy: PolicyLoss = PolicyLoss()  # frozen
@@ -94,8 +94,8 @@ class GrpoConfig(TrainConfig):
                 f"--grad-accumulation {self.grad_accumulation}: rollouts are divided into microbatches of --batch-size "
                 "rows anyway; leave it out"
             )
-        for name in ("checkpoint_every", "evaluate_every"):
-            if getattr(self, name) % self.updates:
+        for name in ("steps", "checkpoint_every", "evaluate_every"):
+            if (getattr(self, name) or 0) % self.updates:
                 option = "--" + name.replace("_", "-")
                 raise ValueError(f"{option} must be a multiple of --updates {self.updates}, got {getattr(self, name)}")
 

@@ -100,7 +100,8 @@ class Report:
 
     def __str__(self) -> str:
         """A one-line summary that names the first few examples dropped or cut."""
-        text = f"{self.kept:,} examples, {self.tokens:,} tokens ({self.supervised:,} supervised)"
+        text = f"{self.kept:,} examples, {self.tokens:,} tokens"
+        text += f" ({self.supervised:,} supervised)" if self.supervised else ""
         text += f"; dropped {too_long_text(self, self.too_long)}" if self.too_long else ""
         text += f"; cut the prompts of {too_long_text(self, self.cut)}" if self.cut else ""
         if self.begun:

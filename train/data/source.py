@@ -23,7 +23,7 @@ class StepSource(Protocol):
 
     @property
     def fill(self) -> float:
-        """Fraction of an epoch's tokens that are not padding, 0 to 1."""
+        """Fraction of an epoch's tokens that are not padding, 0 to 1; NaN if it is not known before training."""
         ...
 
     def steps(self, epochs: float) -> int:

@@ -33,6 +33,7 @@ class Curve(NamedTuple):
     log, percent  see `Chart`
     warm          whether first steps, which compile, are left out
     often_zero    whether there is no chart where all values are 0
+    sparse        whether only some steps have a value
     """
 
     title: str
@@ -44,6 +45,7 @@ class Curve(NamedTuple):
     percent: bool = False
     warm: bool = False
     often_zero: bool = False
+    sparse: bool = False
 
 
 def _clip(record: Record) -> Level | None:
@@ -51,7 +53,24 @@ def _clip(record: Record) -> Level | None:
     return Level(clip, f"clipped to {clip:g}") if isinstance(clip, int | float) and clip else None
 
 
+def _of(name: str) -> Callable[[dict[str, Any]], float]:
+    return lambda row: number(row.get(name))
+
+
+ROLLOUTS = (
+    Curve("Reward", "mean over the answers of a batch of rollouts", _of("reward")),
+    Curve("Spread of rewards", "standard deviation within a group, the mean", _of("reward_spread")),
+    Curve("Length of answers", "tokens, the end included", _of("answer_length")),
+    Curve("Truncated answers", "share of the answers", _of("truncated"), percent=True, often_zero=True),
+    Curve("Groups of equal rewards", "share, from which nothing is learned", _of("equal_groups"), percent=True),
+    Curve("Entropy", "estimate, nats per token, at temperature 1", _of("entropy")),
+    Curve("KL to the reference", "estimate, nats per token", _of("kl"), sparse=True),
+    Curve("Clipped tokens", "share of the tokens", _of("clip_share"), percent=True, often_zero=True),
+)
+"""Of runs that learn from rewards of their own answers."""
+
 CURVES = (
+    *ROLLOUTS,
     Curve("Loss", "nats per token", lambda row: number(row.get("loss")), "validation_loss"),
     Curve("Accuracy on validation examples", "bars: 95 % intervals", validation="accuracy", percent=True),
     Curve("Tokens right on validation examples", "of the reference", validation="token_accuracy", percent=True),
@@ -104,6 +123,8 @@ def _chart(curve: Curve, records: Sequence[Record]) -> Chart | None:
 def _series(curve: Curve, record: Record, color: int, alone: bool) -> Iterator[Series]:
     """The series of a run: alone, each step and smoothed; beside others, one line under the run's name."""
     rows = [row for row in record.steps if not (curve.warm and _compiled(row, record))]
+    if curve.of is not None and curve.sparse:
+        rows = [row for row in rows if np.isfinite(curve.of(row))]
     if curve.of is not None and rows:
         x = np.array([row["step"] for row in rows], float)
         y = np.array([curve.of(row) for row in rows], float)

@@ -103,6 +103,9 @@ class Algorithm:
     metric: ClassVar[Metric | None] = None
     """What `--select-by auto` stands for; None for what fits the task."""
 
+    refers: ClassVar[bool] = False
+    """Whether steps compare the model with what training started from, which a resumed run needs too then."""
+
     def read_data(self, config: TrainConfig, model: LoadedModel) -> RunData:
         """Read and tokenise the training data. Of the model, only config and tokenizer may be used.
 

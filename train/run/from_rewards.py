@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.groups import sharing_refusal
@@ -40,6 +41,8 @@ SHOWN_ANSWERS = 3
 @dataclass(frozen=True)
 class FromRewards(Algorithm):
     """Learns from rewards of its own answers (GRPO)."""
+
+    refers: ClassVar[bool] = True
 
     def read_data(self, config: TrainConfig, model: LoadedModel) -> RunData:
         """Read the questions, and try the rewards on the first one.
@@ -133,12 +136,16 @@ class RolloutFeed(Feed):
         assert isinstance(training.config, GrpoConfig)
         self._training, self._config = training, training.config
         self._rewards: tuple[WeightedReward, ...] = parse_rewards(self._config.rewards, self._config.task.rule)
-        self._sampler, self._reference = Sampler(training, self._rewards), reference_of(training)
+        self._sampler = Sampler(training, self._rewards)
+        reference = reference_of(training)  # copied: the first step donates what training starts from
+        self._reference = reference._replace(steering=jax.tree.map(jnp.copy, reference.steering))
         kernel, _ = kernel_of(self._config, training.loaded.config, training.loaded.base, mesh_of(self._config))
         refusal = sharing_refusal(kernel, split_sequence=self._config.mesh.split_sequence)
         self._shared = self._config.share_prompts and not refusal
         if refusal and self._config.share_prompts:
             say(f"Note: the prompt of a group is computed for each answer: {refusal}", stderr=False)
+        if self._config.train_base:
+            say("Note: the pretrained base is held besides the trained one, as the reference", stderr=False)
         self._collected: _Collected | None = None
         self._writer = MetricsWriter(_table_of(run), resume_from=left.start + 1)
 
@@ -175,10 +182,11 @@ class RolloutFeed(Feed):
         host = microbatches_of(learned, config, shared=self._shared)
         round_number = step // config.updates
         shown = config.show_rollouts > 0 and round_number % config.show_rollouts == 0
-        old = self._scored(host, params) if config.updates > 1 or shown else host.old
+        watched = shown and not config.policy.beta  # else the loss tells the KL
+        old = self._scored(host, params) if config.updates > 1 or watched else host.old
         reference = self._scored(host, self._reference) if config.policy.beta or shown else host.reference
         counted = np.asarray(host.batch.weights) != 0
-        if shown and counted.any():
+        if watched and counted.any():
             facts["kl"] = float((np.asarray(old) - np.asarray(reference))[counted].mean())
         objective = self._training.program.objective
         assert isinstance(objective, Grpo)

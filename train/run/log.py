@@ -124,7 +124,9 @@ def _shown(values: Mapping[str, Any], rates: Mapping[str, float]) -> dict[str, f
     """What the progress bar shows of a step."""
     overlap = {"overlap": float(np.mean(values["overlap"]))} if "overlap" in values else {}
     shown = {name: rate for name, rate in rates.items() if name != "step_seconds"}
-    return {"loss": values["loss"], "grad_norm": values["grad_norm"], **overlap, **shown}
+    # The loss of rollouts is about 0 whatever is learned: advantages add up to 0.
+    names = ("reward", "answer_length") if "reward" in values else ("loss",)
+    return {name: values[name] for name in (*names, "grad_norm")} | overlap | shown
 
 
 def described_answer(answer: ScoredAnswer, before: str | None) -> str:

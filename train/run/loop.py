@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -207,13 +208,15 @@ def _print_run(config: TrainConfig, training: Training) -> None:
         sharding["mesh"] = f"{sizes}{idle}"
     if mesh is not None or kernel != "rows":
         sharding["attention"] = f"{kernel}: {reason}"
+    fill = training.data.fill
+    filling = "" if math.isnan(fill) else f"; rows {100 * fill:.1f} % real tokens"
     print_facts(
         {
             "device": device_summary(),
             **sharding,
             "model": f"{config.model}, {training.total:,} parameters",
             "training": f"{', '.join(config.plan) or 'the base'}: {training.trainable:,} parameters",
-            "data": f"{training.report}; rows {100 * training.data.fill:.1f} % real tokens",
+            "data": f"{training.report}{filling}",
         }
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -52,15 +53,16 @@ def print_preview(prepared: Prepared) -> None:
 def _data_facts(prepared: Prepared) -> dict[str, str]:
     config, source, report = prepared.config, prepared.data.source, prepared.data.report
     every = report.tokens / report.kept
-    rows = source.batch_size * prepared.steps
+    known, rows = not math.isnan(source.fill), source.batch_size * prepared.steps
+    real = f"about {round(rows * config.sequence_length * source.fill):,} tokens in all" if known else ""
     facts = {
         "data": str(report),
         "examples": f"{every:,.1f} tokens on average, {report.longest:,} at most; a row has {config.sequence_length:,}",
         "batch": f"{config.batch_size} rows of {config.sequence_length:,} tokens"
         + (f", {config.microbatch} at a time" if config.grad_accumulation > 1 else "")
-        + f"; {100 * source.fill:.1f} % of them real",
-        "steps": f"{prepared.steps:,}, {prepared.steps / source.steps(1.0):.4g} passes over the data; "
-        f"about {round(rows * config.sequence_length * source.fill):,} tokens in all",
+        + (f"; {100 * source.fill:.1f} % of them real" if known else ""),
+        "steps": f"{prepared.steps:,}, {prepared.steps / source.steps(1.0):.4g} passes over the data"
+        + (f"; {real}" if known else ""),
     }
     splits: tuple[Split, ...] = ("validation", "test")
     for split in splits:

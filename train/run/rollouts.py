@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -59,8 +60,8 @@ class PromptSource:
 
     @property
     def fill(self) -> float:
-        """Every row is asked."""
-        return 1.0
+        """Not known before there are answers."""
+        return math.nan
 
     def steps(self, epochs: float) -> int:
         """Number of updates in this many passes over the questions."""

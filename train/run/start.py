@@ -222,10 +222,12 @@ def check_start(prepared: Prepared, done: int) -> None:
         done: number of steps that are done.
 
     Raises:
-        ValueError: nothing is done, and the file to start from is gone or has changed.
+        ValueError: the file to start from is gone or has changed, and nothing is done, or it is the reference.
     """
-    if done == 0 and prepared.config.start_from is not None and prepared.start is None:
+    needed = done == 0 or prepared.algorithm.refers
+    if needed and prepared.config.start_from is not None and prepared.start is None:
+        why = "it is the reference of the run" if done else "the run has saved nothing yet"
         raise ValueError(
-            f"--start-from {prepared.config.start_from}: is gone, or another than when this run was started, which has "
-            "saved nothing yet; put it back, or use another --out"
+            f"--start-from {prepared.config.start_from}: is gone, or another than when this run was started, and {why}; "
+            "put it back, or use another --out"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,9 +54,11 @@ def finite_number(function: Callable[[], Any], where: str) -> float:
     except Exception as error:  # the function is a user's
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: gave {show(value)}, need a number") from None
+        number = float(value) if not isinstance(value, str) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None:
+        raise ValueError(f"{where}: gave {repr(value)[:60]}, need a number")
     if not math.isfinite(number):
         raise ValueError(f"{where}: gave {number}, need a finite number")
     return number
@@ -122,10 +125,10 @@ def imported(name: str, option: str) -> Callable[..., Any]:
         ValueError: it cannot be imported.
     """
     where, _, function = name.rpartition(":")
+    if where.endswith(".py") and not Path(where).is_file():
+        raise ValueError(f"{option} {name}: no such file {where}")
     try:
         module = _module_of(where)
-    except FileNotFoundError:
-        raise ValueError(f"{option} {name}: no such file {where}") from None
     except Exception as error:  # whatever the file does when it is imported
         raise ValueError(f"{option} {name}: {where} cannot be imported ({type(error).__name__}: {error})") from None
     found = getattr(module, function, None)
@@ -141,6 +144,7 @@ def _module_of(where: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 
