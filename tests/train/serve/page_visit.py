@@ -128,7 +128,7 @@ class Visit:
         ]
 
     def strength(self, dial, value):
-        """Move a dial as a hand does: the page hears that it moves, and that it came to rest."""
+        """Set a dial; the page gets the events of a drag and of its end (input, change)."""
         self.page.get_by_role("slider", name=dial, exact=True).fill(f"{value}")
 
     def again(self):
