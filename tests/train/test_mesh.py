@@ -33,7 +33,8 @@ RUN = """
 import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-from train.config import MeshConfig, TrainConfig
+from train.config import TrainConfig
+from train.devices.placement import MeshConfig
 from train.run.loop import train
 from train.tasks import JsonlTask
 folder, data, out = sys.argv[1:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from train.config.distill import DistillConfig
 from train.config.dpo import DpoConfig
 from train.config.grpo import GrpoConfig
 from train.config.run import TrainConfig
@@ -12,7 +13,9 @@ from train.plain import from_plain, to_plain
 
 PROGRAM = "program"
 
-KINDS: dict[str, type[TrainConfig]] = {kind.program: kind for kind in (TrainConfig, DpoConfig, GrpoConfig)}
+KINDS: dict[str, type[TrainConfig]] = {
+    kind.program: kind for kind in (TrainConfig, DpoConfig, GrpoConfig, DistillConfig)
+}
 """The settings of each command that trains, by its name."""
 
 

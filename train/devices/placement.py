@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsteer.io.stored import Place
 from jaxsteer.sharding import MeshShape, base_sharding, batch_sharding, default_shape, make_mesh, slices_of
-from jaxsteer.types import Array, Batch, PyTree
+from jaxsteer.types import Array, PyTree
+
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class Placement:
         spans = [index[0].indices(rows) for index in indices.values() if index is not None]
         return range(min(start for start, *_ in spans), max(stop for _, stop, _ in spans))
 
-    def batch(self, batch: Batch, rows: int | None = None, first: int = 0) -> Batch:
-        """Place a batch's rows on their devices.
+    def batch(self, batch: B, rows: int | None = None, first: int = 0) -> B:
+        """Place the rows of a batch, or of what an objective takes around one, on their devices.
 
         Args:
             batch: numpy fields [B, T], or [M, B, T] with M microbatches.

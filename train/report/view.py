@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from train.config import program_of
 from train.display.plan_rows import PlanRow, plan_rows
 from train.report.chart import Drawing
 from train.report.curves import curves_of
@@ -58,7 +59,7 @@ class View:
     updates     how large the updates are
     settings    all of them
     starts, uses  commands that started it, and that use what it trained
-    yaml        its settings as a config file
+    yaml        its settings as a config file, of which `program` is the command
     problems    sentences on what is missing or damaged
     """
 
@@ -81,6 +82,7 @@ class View:
     starts: list[str]
     uses: list[str]
     yaml: str
+    program: str
     problems: list[str]
 
 
@@ -118,6 +120,7 @@ def view_of(record: Record, examples: int) -> View:
         starts=attempt(record.run.starts, lambda: starts_of(record)) or [],
         uses=attempt("the commands", lambda: uses_of(record)) or [],
         yaml=attempt(record.run.config, lambda: as_yaml(config)) or "",
+        program=program_of(config),
         problems=list(dict.fromkeys(record.problems)),
     )
 

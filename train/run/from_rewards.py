@@ -175,18 +175,17 @@ class RolloutFeed(Feed):
         host = microbatches_of(learned, config, shared=self._shared)
         round_number = step // config.updates
         shown = config.show_rollouts > 0 and round_number % config.show_rollouts == 0
-        known = {"old": None if config.updates == 1 and not shown else self._scored(host, params)}
-        known["reference"] = self._scored(host, self._reference) if config.policy.beta or shown else None
-        if shown and learned:
-            counted = np.asarray(host.batch.weights) != 0
-            facts["kl"] = float((known["old"] - known["reference"])[counted].mean())
+        old = self._scored(host, params) if config.updates > 1 or shown else host.old
+        reference = self._scored(host, self._reference) if config.policy.beta or shown else host.reference
+        counted = np.asarray(host.batch.weights) != 0
+        if shown and counted.any():
+            facts["kl"] = float((np.asarray(old) - np.asarray(reference))[counted].mean())
         objective = self._training.program.objective
         assert isinstance(objective, Grpo)
         lengths = np.array([len(s.tokens) for group in sampled for s in group if s.ended or config.keep_truncated])
         divisor = np.zeros_like(host.advantages)
         divisor.flat[0] = objective.divisor(lengths)
-        filled = {name: value for name, value in known.items() if value is not None}
-        inputs = self._placed(host._replace(divisor=divisor, **filled))  # type: ignore[arg-type]
+        inputs = self._placed(host._replace(divisor=divisor, old=old, reference=reference))  # type: ignore[arg-type]
         lines = self._shown(step, sampled) if shown else ()
         return _Collected(inputs, facts, lines)
 

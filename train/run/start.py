@@ -138,8 +138,12 @@ def _start_of(config: TrainConfig, stored: Mapping[str, Any] | None, inputs: Map
     return start if inputs.get("start_from", {}).get("sha256") == _digest(start.path) else None
 
 
-def read_start(source: str) -> SteeringFile:
+def read_start(source: str, option: str = "--start-from") -> SteeringFile:
     """The steering that a run starts from: a file, or that of a run's folder.
+
+    Args:
+        source: the file or the folder.
+        option: that names it, for error messages.
 
     Raises:
         ValueError: there is none, or it cannot be read.
@@ -148,9 +152,9 @@ def read_start(source: str) -> SteeringFile:
     if path.is_dir():
         path = RunFolder(path).steering
         if not path.exists():
-            raise ValueError(f"--start-from {source}: no finished run of a plan (it has no {path.name})")
+            raise ValueError(f"{option} {source}: no finished run of a plan (it has no {path.name})")
     if not path.is_file():
-        raise ValueError(f"--start-from {source}: no such file or folder")
+        raise ValueError(f"{option} {source}: no such file or folder")
     return load_steering(path)
 
 

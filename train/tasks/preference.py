@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Callable
@@ -20,10 +19,11 @@ from train.data.preference_rows import (
     last_turn_counts,
     sides_of,
 )
-from train.data.records import Part, Read, Recipe, Records, Tally, code_digest
+from train.data.records import Part, Recipe
 from train.tasks.listops import ListOpsTask
 from train.tasks.mixture import PlainTask
 from train.tasks.protocols import typed_template
+from train.tasks.remade import Remade
 from train.tasks.row_records import OnEmpty, RowRecords, check_on_empty
 from train.tasks.rows import read_jsonl_files
 from train.tasks.scoring import Rule, check_max_new_tokens, score
@@ -158,38 +158,6 @@ class PairedTask:
         recipe = self.of.recipe(split)
         parts = tuple(Part(Remade(records, make, name), prefix) for records, prefix in recipe.parts)
         return Recipe(parts, recipe.choose)
-
-
-@dataclass(frozen=True)
-class Remade:
-    """Records whose examples are made into others.
-
-    records  the others
-    make     example -> example; raises ValueError
-    name     says what `make` depends on
-    """
-
-    records: Records
-    make: Callable[[Example], Example]
-    name: str
-
-    @property
-    def key(self) -> str:
-        """sha256 of the records' key, the name and the code."""
-        return hashlib.sha256("\n".join((self.records.key, self.name, code_digest())).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.records)
-
-    def read(self, start: int, stop: int) -> Read:
-        """The examples of some rows, made into others."""
-        read = self.records.read(start, stop)
-        return read._replace(examples=[self.make(example) for example in read.examples])
-
-    def conclude(self, tally: Tally) -> None:
-        """As the records'."""
-        self.records.conclude(tally)
 
 
 def right_answer(example: Example) -> Example:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from answers import Text, groups, in_rows
-from tiny import all_methods, close, fast_jit, random_steering, slot_of
+from tiny import all_methods, close, fast_jit, layouts, random_steering, slot_of
 
 from jaxsteer import METHODS, Model, Params, init_state, param_labels, partition, train_step
 from jaxsteer.groups import Group
@@ -25,8 +25,9 @@ from jaxsteer.objectives import (
     Taught,
     counted_kl,
 )
-from jaxsteer.objectives.distillation import Predictions
+from jaxsteer.objectives.distillation import Predictions, kl_at, predictions
 from jaxsteer.objectives.tokens import token_log_probabilities
+from jaxsteer.theory.compare import compare_networks, counted_predictions
 from jaxsteer.types import Batch
 
 OBJECTIVES = {
@@ -216,6 +217,19 @@ def test_a_teacher_with_other_tokens_is_nan(inputs, joint, tiny_base):
     last = jnp.argmax(jnp.where(taught.teacher.weights[0] != 0, jnp.arange(LENGTH), -1))
     short = taught._replace(teacher=taught.teacher._replace(weights=taught.teacher.weights.at[0, last].set(0)))
     assert np.isnan(evaluate(OBJECTIVES["distillation"], joint[0], tiny_base, joint[1], short)[0])
+
+
+@pytest.mark.parametrize("where", ["answers", "all"])
+def test_the_divergence_is_that_of_comparisons(where, joint, tiny_base, tiny_config):
+    """Values, and gradients in the student, at the positions themselves."""
+    (model, steering), batch = joint, layouts(tiny_config.vocab_size)["packed"][0]
+    plain, counts = Network(Model(model.config), tiny_base, {}), counted_predictions(batch, where)
+    places = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+    student = lambda tree: Network(model, tiny_base, tree)
+    compared = lambda tree: compare_networks(plain, student(tree), batch, where).kl
+    ours = lambda tree: kl_at(predictions(student(tree), batch), predictions(plain, batch), counts, places)
+    both = lambda f: fast_jit(lambda tree: (f(tree), jax.grad(lambda tree: jnp.sum(f(tree)))(tree)))(steering)
+    close(both(ours), both(compared), 1e-5)
 
 
 def test_the_logits_of_all_positions_never_exist():

@@ -105,7 +105,7 @@ def test_rows_hold_their_examples_exactly():
     source = DataSource(examples, 4, 64, seed=2)
     for step in range(source.steps(1)):
         batch, members = source.batch(step), source.row_members(step)
-        assert [f.dtype for f in batch] == [np.int32] * 4 + [np.bool_, np.float32]
+        assert [f.dtype for f in jax.tree.leaves(batch)] == [np.int32] * 4 + [np.bool_, np.float32]
         assert all(f.shape == (4, 64) for f in jax.tree.leaves(batch))
         for r, row in enumerate(members):
             at = 0
