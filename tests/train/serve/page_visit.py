@@ -16,10 +16,10 @@ from tiny_tokenizer import tiny_tokenizer
 from jaxsteer.io import save_hf, save_steering
 from jaxsteer.models.transformer import init_base
 from train.serve.app import make_app
-from train.serving.engine import Engine, EngineSettings
+from train.serving.engine import CLIENTS, Engine, EngineSettings
 from train.serving.models import open_roster
 
-SIZES = EngineSettings(rows=4, max_prompt=384, max_new_tokens=128, chunk=2, queue=8)
+SIZES = EngineSettings(replace(CLIENTS, rows=4, max_prompt=384, max_new_tokens=128, chunk=2), queue=8)
 CONFIG = replace(TINY, max_length=512)
 PLAN = (
     slot_of("linear", CONFIG, slot="up", sites=("block",)),

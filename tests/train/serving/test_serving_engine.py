@@ -29,7 +29,7 @@ def test_each_client_gets_what_it_would_get_alone(engine, alone):
     for (name, number, strength), listening in zip(asked, heard, strict=True):
         assert listening.tokens() == alone(name, number, strength)
         assert listening.heard[-1].finished == "length"
-        assert all(len(event.tokens) <= SETTINGS.chunk + 1 for event in listening.heard)
+        assert all(len(event.tokens) <= SETTINGS.limits.chunk + 1 for event in listening.heard)
     assert len({tuple(alone(name, 0)) for name in ("tiny", "a", "b")}) == 3
     stats = engine.stats()
     assert (stats.submitted, stats.finished, stats.active, stats.waiting) == (13, 13, 0, 0)

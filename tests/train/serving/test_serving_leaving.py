@@ -64,7 +64,7 @@ def test_a_deadline_counts_for_those_who_wait_and_for_those_who_are_answered(wai
 
 
 def test_a_full_queue_says_when_to_come_back(roster):
-    engine = Engine(roster, replace(SETTINGS, rows=1, queue=2))
+    engine = Engine(roster, replace(SETTINGS, limits=replace(SETTINGS.limits, rows=1), queue=2))
     heard = [ask(engine, number)[1] for number in range(3)]
     with pytest.raises(Busy) as refused:
         ask(engine, 3)
