@@ -166,7 +166,7 @@ class RolloutFeed(Feed):
         return self._collected.facts
 
     def notes(self, done: int) -> Sequence[str]:
-        """A few answers, every so many batches of rollouts."""
+        """A few answers, every `show_rollouts` batches of rollouts."""
         assert self._collected is not None
         return self._collected.notes if (done - 1) % self._config.updates == 0 else ()
 
