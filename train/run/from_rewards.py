@@ -184,7 +184,7 @@ class RolloutFeed(Feed):
         shown = config.show_rollouts > 0 and round_number % config.show_rollouts == 0
         watched = shown and not config.policy.beta  # else the loss tells the KL
         old = self._scored(host, params) if config.updates > 1 or watched else host.old
-        reference = self._scored(host, self._reference) if config.policy.beta or shown else host.reference
+        reference = self._scored(host, self._reference) if config.policy.beta or watched else host.reference
         counted = np.asarray(host.batch.weights) != 0
         if watched and counted.any():
             facts["kl"] = float((np.asarray(old) - np.asarray(reference))[counted].mean())
