@@ -105,7 +105,7 @@ def _not_installed(error: ImportError) -> str | None:
     return f"the package {name} is not installed; install it with: pip install {wanted}"
 
 
-def _not_computed(error: RuntimeError) -> str | None:
+def _not_computed(error: Exception) -> str | None:
     """JAX's errors about the machine: memory, a backend that is not there, processes that have died."""
     text = str(error)
     first = text.strip().partition("\n")[0]

@@ -67,7 +67,8 @@ class Listener:
         try:
             self.socket.listen()  # here, because uvloop does not report that it fails
         except OSError as error:
-            raise _no_address(*self.socket.getsockname()[:2], error) from None
+            host, port, *_ = self.socket.getsockname()
+            raise _no_address(host, port, error) from None
 
 
 _PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)

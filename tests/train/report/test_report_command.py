@@ -28,8 +28,8 @@ def test_a_run_that_only_has_a_report_can_start_over(run, monkeypatch):
     [
         ([], "which run"),
         (["nowhere"], "nowhere: no such folder"),
-        (["."], "not a run"),
-        (["PARENT"], r"holds runs but is none itself; give some of .*/"),
+        (["EMPTY"], "not a run"),
+        (["."], "holds runs but is none itself; give some of letters"),
         (["RUN", "RUN"], "given twice"),
         (["RUN", "--out", "x.txt"], r"ends in \.html"),
         (["RUN", "--out", "no/x.html"], "there is no folder no"),
@@ -38,7 +38,8 @@ def test_a_run_that_only_has_a_report_can_start_over(run, monkeypatch):
 )
 def test_what_cannot_be_reported(run, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
-    places = {"RUN": str(run.folder), "PARENT": str(run.folder.parent)}
+    (empty := tmp_path / "empty").mkdir()
+    places = {"RUN": str(run.folder), "EMPTY": str(empty)}
     monkeypatch.setattr("sys.argv", ["report", *(places.get(each, each) for each in arguments)])
     with pytest.raises(ValueError, match=message):
         program.main()
