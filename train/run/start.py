@@ -228,6 +228,6 @@ def check_start(prepared: Prepared, done: int) -> None:
     if needed and prepared.config.start_from is not None and prepared.start is None:
         why = "it is the reference of the run" if done else "the run has saved nothing yet"
         raise ValueError(
-            f"--start-from {prepared.config.start_from}: is gone, or another than when this run was started, and {why}; "
-            "put it back, or use another --out"
+            f"--start-from {prepared.config.start_from}: is gone, or another than when this run was started, and "
+            f"{why}; put it back, or use another --out"
         )
