@@ -117,19 +117,27 @@ def leaves(path):
 # ---- a run
 
 
-def test_a_run_learns_its_reward_and_leaves_what_it_promises(finished):
+def test_a_run_leaves_what_it_promises(finished):
     rows = [row for row in read_metrics(finished.run.metrics) if "reward" in row]
     assert [row["step"] for row in rows] == list(range(1, 7))
     names = {"reward_spread", "answer_length", "truncated", "equal_groups", "entropy", "sampling_seconds", "clip_share"}
     assert all(names <= set(row) for row in rows)
     assert ["kl" in row for row in rows] == [True, False] * 3
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)  # of the start to itself
-    assert rows[-2]["kl"] > 0.01
-    assert rows[-1]["reward"] > rows[0]["reward"] + 0.15
+    assert rows[-2]["kl"] > 1e-3
     table = read_metrics(finished.run.folder / "rollouts.jsonl")
     assert [row["step"] for row in table] == [1] * 4 + [3] * 4 + [5] * 4
     assert all(len(row["answers"]) == len(row["rewards"]) == 4 for row in table)
     assert (finished.run.folder / "grpo.png").stat().st_size > 5_000
+
+
+def test_a_model_learns_a_simple_reward_in_few_steps(config, capsys):
+    """The whole of it: the head of this random model keeps all answers nearly as likely as each other."""
+    config = replace(config, train_base=True, plan=(), optim=OptimConfig(lr=2e-2, schedule="constant", warmup=0))
+    run = train(config, algorithm=FromRewards()).run
+    rewards = [row["reward"] for row in read_metrics(run.metrics) if "reward" in row]
+    assert rewards[-1] > rewards[0] + 0.3
+    assert "the pretrained base is held besides the trained one" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_report_shows_rollouts(finished):
