@@ -124,6 +124,13 @@ def test_the_recipe_for_answering(run, quickstart, capsys):
     assert capsys.readouterr().out == shown.loaded.tokenizer.decode(tokens) + "\n"
 
 
+def test_the_directions_of_pairs(run, tiny_model):
+    shown = run("docs/contrast.md", "Directions")
+    assert shown.directions.vectors.shape == (3, 32)
+    assert shown.steering["contrast"]["block"]["v"].shape == (1, 32)
+    assert shown.plan[0].layers == (1,)
+
+
 @pytest.mark.slow
 def test_the_recipe_for_merging(run, tiny_model):
     shown = run("docs/recipes.md", "Merge steering into the weights")

@@ -3,8 +3,8 @@
 Above each block of commands is a comment that readers do not see: `<!-- run -->`; `<!-- run: A -> B; C -> D -->`, with
 texts to replace before it is run; or `<!-- not run: REASON -->`. A page's blocks run in order, in one folder that has
 a tiny model (`tiny`), configs for it (`tiny_listops.py`; `tiny_arc.py`, a named task whose questions list choices),
-data (`my.jsonl`, `held_out.jsonl`), a task for the lm-evaluation-harness (`letters.yaml`) and finished, evaluated runs:
-`runs/quickstart` of the first config, `runs/x`, `runs/y` and so on of the second.
+data (`my.jsonl`, `held_out.jsonl`, `pairs.jsonl`), a task for the lm-evaluation-harness (`letters.yaml`) and finished,
+evaluated runs: `runs/quickstart` of the first config, `runs/x`, `runs/y` and so on of the second.
 """
 
 import json
@@ -151,6 +151,8 @@ def stocked(tmp_path_factory, environment):
     write("arc.jsonl", [{"question": asked, "choices": listed, "answerKey": "B"} for asked, listed in questions * 2])
     for name in ("my.jsonl", "held_out.jsonl"):
         write(name, [{"prompt": f"{chr(97 + i)}>", "completion": chr(98 + i)} for i in range(8)])
+    # A random model with a tied head repeats the letter that its stream is moved towards.
+    write("pairs.jsonl", [{"prompt": f"{letter}?", "chosen": "aaaa", "rejected": "zzz"} for letter in "bcdefghijk"])
     write("prompts.jsonl", [{"prompt": "[MAX 2 7 ]"}, {"messages": [{"role": "user", "content": "Who are you?"}]}])
     (folder / "letter.txt").write_text("Dear reader,\n\nwho are you?\n")
     (folder / ".venv/bin").mkdir(parents=True)

@@ -43,7 +43,9 @@ RANKS = {
         ),
         16,
     ),
-    **dict.fromkeys((f"train.{name}" for name in ("chat", "compare", "plan", "report", "serve", "theory")), 16),
+    **dict.fromkeys(
+        (f"train.{name}" for name in ("chat", "compare", "contrast", "plan", "report", "serve", "theory")), 16
+    ),
     "train.bench": 17,  # measures the other commands too
     "train.lofit": 17,
     "train.quickstart": 17,

@@ -21,6 +21,7 @@ COMMANDS = {
     "dpo": "train on preferences: DPO, IPO, SimPO, BiPO, KTO",
     "distill": "train on a teacher's predictions: the same model with a longer prompt, or another",
     "grpo": "train on rewards of the model's own answers",
+    "contrast": "make a steering vector of pairs of texts, without training",
     "lofit": "train LoFiT's two stages: choose attention heads, then steer them",
     "generate": "answer prompts, with a steering file or without",
     "chat": "talk to a steered model in the terminal",

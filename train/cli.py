@@ -154,7 +154,7 @@ def from_command_line(program: str, description: str, kind: type[T], argv: list[
         argv.remove("--print-config")
     default = _of_resumed(kind, argv)
     if argv and not argv[0].startswith("-"):
-        default, argv = _with_run(kind, load_config_file(argv[0], _run_kind(kind))), argv[1:]
+        default, argv = _with_run(kind, _settings_for(kind, argv[0])), argv[1:]
     settings = tyro.cli(
         tyro.conf.AvoidSubcommands[kind],  # type: ignore[valid-type, misc]
         prog=f"python -m train.{program} [CONFIG]",
@@ -183,6 +183,15 @@ def _run_kind(kind: type[Any]) -> type[TrainConfig]:
     return kind if issubclass(kind, TrainConfig) else typing.get_type_hints(kind)["run"]
 
 
+def _settings_for(kind: type[Any], name: str) -> TrainConfig:
+    """The settings of a run in a config file, which must be those of this command: another would learn otherwise."""
+    wanted = _run_kind(kind)
+    settings = load_config_file(name, wanted)
+    if settings.program != wanted.program:
+        raise ValueError(f"{name}: holds the settings of jaxsteer {settings.program}, not of jaxsteer {wanted.program}")
+    return settings
+
+
 def _with_run(kind: type[T], run: TrainConfig) -> T:
     """A command's settings around those of a run."""
     return run if issubclass(kind, TrainConfig) else kind(run=run)  # type: ignore[call-arg, return-value]
@@ -206,7 +215,7 @@ def _of_resumed(kind: type[T], argv: Sequence[str]) -> T:
     if "run" in data:
         return from_plain(kind, data, str(file))
     stored = parse_run(data, str(file))
-    if not isinstance(stored, _run_kind(kind)):
+    if stored.program != _run_kind(kind).program:
         raise ValueError(f"{out}: is a run of jaxsteer {stored.program}; resume it with that command")
     return _with_run(kind, stored)
 

@@ -5,14 +5,19 @@ Evaluates a real model on ListOps, trains the paper's post-block steering for it
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import tyro
 
 from train.base_models import describe
 from train.cli import load_config_file, run_main
 from train.config import TrainConfig
+from train.display.console import say
+from train.run.folder import RunFolder
 from train.run.loop import train
 from train.run.result import print_result
 
@@ -37,6 +42,8 @@ def main() -> None:
     result = train(config)
     if result is not None:
         print_result(result)
+    elif RunFolder(Path(settings.out)).config.exists():
+        say(f"That is:\n  {shlex.join([sys.executable, '-m', 'train.sft', '--resume', '--out', settings.out])}")
 
 
 if __name__ == "__main__":

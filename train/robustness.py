@@ -12,7 +12,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal
 
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -26,19 +25,17 @@ from jaxsteer.types import Plan, Steering
 from train.base_models import check_base, find_base, load_steered, read_steered, steered
 from train.cli import find_task, load_config_file, run_main
 from train.config import TrainConfig
-from train.data import Encoding, Example, TokenizedExample, stack_rows
-from train.data.text_files import read_text
+from train.data import Encoding, Example, stack_rows
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, fetch, is_first, join
 from train.evaluation.answers import By, Normalise, ScoredAnswer, accuracy_of, summarise
 from train.evaluation.evaluator import Evaluator
+from train.evaluation.neutral import LENGTH, NEUTRAL, neutral_examples, read_neutral
 from train.evaluation.statistics import Estimate, crossed_interval
 from train.tasks import AnyTask, Split
 from train.tasks.perturb import Kind, perturbed
 from train.tasks.scoring import percent
-
-NEUTRAL = Path(__file__).with_name("neutral.txt")
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ ExampleSets = dict[str, tuple[AnyTask, list[Example]]]
 """Task and examples of each column of the table."""
 
 
-def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *, length: int = 128) -> Estimate:
+def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *, length: int = LENGTH) -> Estimate:
     """KL(base ‖ steered) over texts, nats per token, with its 95 % interval.
 
     The second half of each text counts as completion, as if the first had been the prompt, and is what is measured, so
@@ -122,14 +119,7 @@ def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *
     Raises:
         ValueError: fewer than 2 texts of at least 4 tokens.
     """
-    tokenised = []
-    for number, text in enumerate(texts, 1):
-        ids = np.asarray(evaluator.loaded.require_tokenizer()(text)["input_ids"][:length], np.int32)
-        half = len(ids) // 2
-        if len(ids) >= 4:
-            tokenised.append(TokenizedExample(ids, np.arange(len(ids)) >= half, half, f"neutral text {number}"))
-    if len(tokenised) < 2:
-        raise ValueError(f"neutral text: need at least 2 texts of 4 tokens or more, one per line; got {len(tokenised)}")
+    tokenised = neutral_examples(texts, evaluator.loaded.require_tokenizer(), length)
     place, rows, kls = evaluator.placement, 8, []
     with place.on_mesh():
         params = place.copies(steering)
@@ -173,7 +163,7 @@ def measure(
         sets: from `example_sets`.
         dates: the day that a chat template is to print for a method, where it is not today.
     """
-    texts = [line for line in read_text(config.neutral).splitlines() if line.strip()]
+    texts = read_neutral(config.neutral)
     lines = []
     for name, (plan, steering) in methods.items():
         folder = Path(config.out) / name

@@ -12,7 +12,7 @@ import pytest
 from jaxsteer import init_steering, parse_plan
 from jaxsteer.io import load_config, load_model, load_steering, sample_weights, save_hf, save_steering
 from train import evaluate
-from train.base_models import load_steered, read_steered
+from train.base_models import load_steered, read_steered, resolve_model
 from train.config import TrainConfig
 from train.evaluation.answers import ScoredAnswer, write_answers
 from train.evaluation.evaluator import Evaluator
@@ -68,7 +68,9 @@ def test_a_folder_without_steering_says_what_to_give(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, full / "model")
     for folder in (unfinished, full):
         folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text("{}")
+        (folder / "config.json").write_text('{"plan": []}')
+    (other := tmp_path / "other").mkdir()
+    (other / "config.json").write_text('{"model_type": "llama"}')
     (stages / "shift").mkdir(parents=True)
     (stages / "shift" / "steering.safetensors").touch()
     for folder, words in {
@@ -77,10 +79,17 @@ def test_a_folder_without_steering_says_what_to_give(tiny_folder, tmp_path):
         tiny_folder: f"a model, not a run; to use it without steering: none --model {tiny_folder}",
         stages: f"give one of {stages / 'shift'}",
         tmp_path: "no steering.safetensors there",
+        other: "no steering.safetensors there",
         tmp_path / "typo": "no such file",
     }.items():
         with pytest.raises(ValueError, match=re.escape(words)):
             read_steered(str(folder))
+
+
+def test_a_run_is_no_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"plan": [], "model": "tiny"}')
+    with pytest.raises(ValueError, match="a run, not a model; give it as steering"):
+        resolve_model(str(tmp_path))
 
 
 def test_another_kind_of_file_is_no_damaged_steering(tiny_data):

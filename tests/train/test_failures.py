@@ -55,6 +55,7 @@ def nested():
             raising(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")),
             "out of memory on the device .*--sequence-length",
         ),
+        (raising(ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")), "out of memory on the device"),
         (raising(RuntimeError("Unable to initialize backend 'tpu': no")), "JAX_PLATFORMS"),
         (raising(jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset by peer")), "another process of this run"),
         (lambda: __import__("no_such_package"), "no_such_package is not installed; .* pip install no_such_package"),

@@ -198,6 +198,20 @@ def test_a_quickstart_that_cannot_start_keeps_the_earlier_one(tmp_path, monkeypa
     assert earlier.read_text() == "kept"
 
 
+def test_a_stopped_quickstart_says_how_it_goes_on(tiny_folder, tmp_path, monkeypatch, capsys):
+    """`jaxsteer quickstart` begins anew, so that the command is another one."""
+
+    def stop(config):
+        Path(config.out).mkdir()
+        (Path(config.out) / "config.json").write_text("{}")
+
+    monkeypatch.setattr(quickstart, "train", stop)
+    out = tmp_path / "my run"
+    monkeypatch.setattr(sys, "argv", ["train.quickstart", "--model", str(tiny_folder), "--out", str(out)])
+    quickstart.main()
+    assert f"-m train.sft --resume --out '{out}'" in capsys.readouterr().err
+
+
 # ---- the same run, or another on purpose
 
 

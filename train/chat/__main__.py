@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Annotated, Literal
@@ -32,7 +32,7 @@ from train.data.prompts import check_unicode
 from train.devices.machine import enable_compilation_cache
 from train.display.console import get_console
 from train.evaluation.strength import parse_strength
-from train.serving.engine import Engine, EngineSettings
+from train.serving.engine import CLIENTS, Engine, EngineSettings
 from train.serving.models import open_roster, parse_sources
 
 CONTEXT, LONGEST = 4096, 1024
@@ -140,15 +140,11 @@ def prepare(config: ChatConfig) -> Start:
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,
     )
-    sizes = EngineSettings(
-        rows=2,
-        max_prompt=context - 1,
-        max_new_tokens=longest,
-        chunk=CHUNK,
-        prefix_tokens=context,
-        warm=False,  # one person waits for the programs of one size rather than for those of all
+    limits = replace(
+        CLIENTS, rows=2, max_prompt=context - 1, max_new_tokens=longest, chunk=CHUNK, prefix_tokens=context
     )
-    return Start(sources, settings, sizes, context)
+    # One person waits for the programs of one size rather than for those of all.
+    return Start(sources, settings, EngineSettings(limits, warm=False), context)
 
 
 def _mode(config: ChatConfig, file: SteeringFile | None) -> Mode | None:

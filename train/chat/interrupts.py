@@ -19,7 +19,7 @@ class CtrlC:
     def handled(self) -> Iterator[None]:
         """Raise KeyboardInterrupt at Ctrl-C while the block runs, or do what `calling` says.
 
-        Computations are on the engine's thread, so that the exception cannot disturb any.
+        The model computes on other threads, so that the exception cannot disturb it.
         """
         before = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:

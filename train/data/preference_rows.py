@@ -14,7 +14,7 @@ from train.data.fields import EmptyText, as_weight, located, show
 Row = Mapping[str, Any]
 
 Side = Literal["chosen", "rejected"]
-"""Of a judged answer: whether it is desirable (chosen) or not."""
+"""Which of a pair an answer is; chosen also means desirable where an answer is judged alone."""
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 

@@ -25,12 +25,14 @@ class TaughtSource:
     student, teacher  the examples, one by one
     layout   how rows are made
     shared   write what all of the teacher's examples begin with once in each row, see `jaxsteer.groups`
+    by       what the teacher is besides what it reads, for the digest
     """
 
     student: TokenStore
     teacher: TokenStore
     layout: Layout
     shared: bool = True
+    by: str = ""
     context: int = field(init=False)
     """Tokens that all of the teacher's examples begin with, if they are shared."""
     order: RowOrder = field(init=False, repr=False)
@@ -86,8 +88,8 @@ class TaughtSource:
         return stack_groups(rows, self.context + self.layout.sequence_length, trunks=self.context > 0).batch
 
     def digest(self) -> str:
-        """sha256, in hexadecimal, of all that student and teacher see."""
-        return hashlib.sha256(f"{self.student.digest()} {self.teacher.digest()}".encode()).hexdigest()
+        """sha256, in hexadecimal, of all that student and teacher see, and of what the teacher is."""
+        return hashlib.sha256(f"{self.student.digest()} {self.teacher.digest()} {self.by}".encode()).hexdigest()
 
     @property
     def files(self) -> list[str]:

@@ -54,6 +54,14 @@ def peak_memory_bytes() -> int:
     return _peak_resident_bytes()
 
 
+def memory_bytes() -> int:
+    """Memory of a local device, in bytes; that of the machine on a CPU."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
+    if jax.default_backend() != "cpu" and min(limits) > 0:
+        return min(limits)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def matmul_peak_flops(dtype: jnp.dtype | type = jnp.float32) -> float:
     """The highest measured matmul rate of one device, in FLOP/s: an upper bound for a run.
 

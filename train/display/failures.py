@@ -71,7 +71,7 @@ def sentence_of(error: Exception) -> str | None:
         return "the input is nested too deeply to be read"
     if isinstance(error, MemoryError):
         return f"out of memory{': ' if str(error) else ''}{error}. {_LESS_MEMORY}"
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) or str(error).startswith("RESOURCE_EXHAUSTED: Out of memory"):
         return _not_computed(error)
     if isinstance(error, (ValueError, FloatingPointError)) or package in _HUB:
         return str(error) or type(error).__name__

@@ -148,6 +148,8 @@ def _runs_in(folder: Path) -> list[Path]:
     if not folder.exists():
         raise ValueError(f"{folder}: no such folder; give that of a run, such as runs/quickstart")
     if not RunFolder(folder).config.is_file():
+        if inside := sorted(str(each) for each in folder.glob("*/") if RunFolder(each).config.is_file()):
+            raise ValueError(f"{folder}: holds runs but is none itself; give some of {', '.join(inside)}")
         raise ValueError(f"{folder}: not a run (it has no config.json); give a folder of `jaxsteer sft`")
     settings = read_json(RunFolder(folder).config)
     if "run" in settings:

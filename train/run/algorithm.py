@@ -17,6 +17,7 @@ from train.config import TrainConfig
 from train.data import Split
 from train.run.folder import RunFolder
 from train.run.prefetch import Prefetch
+from train.run.program import Program
 from train.run.training import RunData, Training, read_data
 from train.tasks.scoring import Metric
 
@@ -115,6 +116,16 @@ class Algorithm:
 
     def given(self, training: Training) -> PyTree:
         """Arrays, placed, that the objective is given besides its inputs; None if there are none."""
+        return None
+
+    def given_shapes(self, config: TrainConfig, model: LoadedModel, program: Program) -> PyTree:
+        """The shapes of what `given` returns, `jax.ShapeDtypeStruct`s, for a step that is compiled without weights.
+
+        Args:
+            config: the run.
+            model: its base model without weights.
+            program: from shapes.
+        """
         return None
 
     def feed(self, training: Training, run: RunFolder, left: range) -> AbstractContextManager[Feed]:

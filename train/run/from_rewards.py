@@ -166,7 +166,7 @@ class RolloutFeed(Feed):
         return self._collected.facts
 
     def notes(self, done: int) -> Sequence[str]:
-        """A few answers, every so many batches of rollouts."""
+        """A few answers, every `show_rollouts` batches of rollouts."""
         assert self._collected is not None
         return self._collected.notes if (done - 1) % self._config.updates == 0 else ()
 
@@ -182,20 +182,18 @@ class RolloutFeed(Feed):
         host = microbatches_of(learned, config, shared=self._shared)
         round_number = step // config.updates
         shown = config.show_rollouts > 0 and round_number % config.show_rollouts == 0
-        known = {
-            "old": None if config.updates == 1 and (config.policy.beta or not shown) else self._scored(host, params)
-        }
-        known["reference"] = self._scored(host, self._reference) if config.policy.beta or shown else None
-        if shown and learned and not config.policy.beta:  # else the loss tells it
-            counted = np.asarray(host.batch.weights) != 0
-            facts["kl"] = float((known["old"] - known["reference"])[counted].mean())
+        watched = shown and not config.policy.beta  # else the loss tells the KL
+        old = self._scored(host, params) if config.updates > 1 or watched else host.old
+        reference = self._scored(host, self._reference) if config.policy.beta or watched else host.reference
+        counted = np.asarray(host.batch.weights) != 0
+        if watched and counted.any():
+            facts["kl"] = float((np.asarray(old) - np.asarray(reference))[counted].mean())
         objective = self._training.program.objective
         assert isinstance(objective, Grpo)
         lengths = np.array([len(s.tokens) for group in sampled for s in group if s.ended or config.keep_truncated])
         divisor = np.zeros_like(host.advantages)
         divisor.flat[0] = objective.divisor(lengths)
-        filled = {name: value for name, value in known.items() if value is not None}
-        inputs = self._placed(host._replace(divisor=divisor, **filled))  # type: ignore[arg-type]
+        inputs = self._placed(host._replace(divisor=divisor, old=old, reference=reference))  # type: ignore[arg-type]
         lines = self._shown(step, sampled) if shown else ()
         return _Collected(inputs, facts, lines)
 

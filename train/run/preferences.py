@@ -70,6 +70,8 @@ def _check(config: DpoConfig, model: LoadedModel) -> None:
         raise ValueError(f"--preference.bidirectional: {weights} updates weights; use activation methods only")
     if config.preference.bidirectional and config.train_base:
         raise ValueError("--preference.bidirectional: a trained base has no other direction; leave out --train-base")
+    if config.loss_on != "completion":
+        raise ValueError(f"--loss-on {config.loss_on}: preferences are about answers; leave the option out")
     task = task_of(config)
     inner = config.task
     if not (isinstance(task, PairTask) and isinstance(inner, PairTask)):

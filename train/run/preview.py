@@ -117,8 +117,9 @@ def _compiled_memory(prepared: Prepared, program: Program) -> int | None:
     rows, place = config.microbatch, program.placement
     own = place.own_rows(rows)
     batch = place.batch(step_batch(config, prepared.data.source, 0, own), rows, own.start)
+    given = prepared.algorithm.given_shapes(config, prepared.model, program)
     with program.on_mesh(), enough_memory(config, "step"):
-        memory = program.jitted.lower(state, batch, frozen).compile().memory_analysis()
+        memory = program.jitted.lower(state, batch, frozen, given).compile().memory_analysis()
     if memory is None:
         return None
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

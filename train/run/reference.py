@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.io.files import read_json, write_json
@@ -54,7 +55,8 @@ def reference_of(training: Training) -> Params:
     """What `Evaluator` takes for the reference: the steering that the run starts from, on the pretrained base."""
     if training.config.start_from is None:
         return training.untouched()
-    return Params(None, training.params(training.state).steering)
+    # The first step donates its state.
+    return Params(None, jax.tree.map(jnp.copy, training.params(training.state).steering))
 
 
 def reference_table(training: Training, source: ReferredSource, run: RunFolder) -> np.ndarray:

@@ -198,7 +198,7 @@ class _Continued:
 
     @property
     def weights(self) -> np.ndarray:
-        return np.repeat(np.float32([0, 1]), [len(self.prompt), len(self.answer)])
+        return np.repeat(np.array([0, 1], np.float32), [len(self.prompt), len(self.answer)])
 
     @property
     def prompt_length(self) -> int:

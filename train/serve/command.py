@@ -11,19 +11,23 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+import jax
 import tyro
 
-from train.devices.machine import enable_compilation_cache
+from jaxsteer.io import compute_dtype
+from jaxsteer.models.config import ModelConfig
+from jaxsteer.models.transformer import init_cache
+from train.devices.machine import enable_compilation_cache, memory_bytes
 from train.display.console import Bar, print_facts, progress
 from train.serve.app import make_app
 from train.serve.listener import Listener, serve
 from train.serve.protocol import MAX_STRENGTH
 from train.serve.security import LOCAL_NAMES, check_exposed, is_loopback
 from train.serve.service import ServeSettings
-from train.serving.engine import Engine, EngineSettings
+from train.serving.engine import CLIENTS, Engine, EngineSettings
 from train.serving.models import Roster, open_roster, parse_sources
 
 KEY = "JAXSTEER_API_KEY"
@@ -102,13 +106,14 @@ class ServeConfig:
     @property
     def sizes(self) -> EngineSettings:
         """Sizes of the engine."""
-        return EngineSettings(
+        limits = replace(
+            CLIENTS,
             rows=self.rows,
             max_prompt=self.max_prompt,
             max_new_tokens=self.max_new_tokens,
-            queue=self.queue,
             prefix_tokens=self.prefix_tokens,
         )
+        return EngineSettings(limits, queue=self.queue)
 
     @property
     def settings(self) -> ServeSettings:
@@ -135,6 +140,7 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxsteer").setLevel(logging.INFO)
     roster = _open(config, sources)
+    check_memory(config, roster.loaded.config)
     engine = Engine(roster, config.sizes)
     print_facts(_facts(config, roster, engine, listener))
     _start(engine)
@@ -150,6 +156,24 @@ def _open(config: ServeConfig, sources: Mapping[str, str]) -> Roster:
         folders=config.adapter_folders,
         other_base=config.other_base,
     )
+
+
+def check_memory(config: ServeConfig, model: ModelConfig) -> None:
+    """Refuse more rows than there is memory for, before programs are compiled for them.
+
+    Raises:
+        ValueError: keys and values of all rows would not fit into the whole memory.
+    """
+    answer = min(config.max_new_tokens, model.max_length)
+    token = jax.eval_shape(lambda: init_cache(model, 1, 1, compute_dtype(config.dtype)))
+    bytes_of_token = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(token))
+    needed, there = config.rows * (config.max_prompt + answer) * bytes_of_token, memory_bytes()
+    if needed > there:
+        raise ValueError(
+            f"{config.rows:,} answers at a time, with {config.max_prompt:,} tokens of prompt and {answer:,} of answer: "
+            f"their keys and values would take {needed / 1e9:,.1f} GB, but there are {there / 1e9:,.1f} GB; lower "
+            "--rows, --max-prompt or --max-new-tokens"
+        )
 
 
 def _start(engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import socket
 import threading
@@ -40,7 +41,7 @@ class Listener:
 
     @classmethod
     def bind(cls, host: str, port: int) -> Listener:
-        """Take an address.
+        """Take an address, also from servers that are still compiling.
 
         Raises:
             ValueError: it is not to be had.
@@ -48,14 +49,38 @@ class Listener:
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             bound = socket.socket(family, kind, protocol)
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may linger
             bound.bind(address)
-        except OSError as error:
-            raise ValueError(
-                f"--host {host} --port {port}: {error.strerror or error}; give another port, or 0 for any that is free"
-            ) from None
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # or another could bind before `listen`
+        except (OSError, UnicodeError) as error:
+            raise _no_address(host, port, error) from None
         name = f"[{host}]" if family == socket.AF_INET6 else host
         return cls(bound, f"http://{name}:{bound.getsockname()[1]}")
+
+    def listen(self) -> None:
+        """Let clients connect.
+
+        Raises:
+            ValueError: another program listens there by now.
+        """
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # for the server that comes after this one
+        try:
+            self.socket.listen()  # here, because uvloop does not report that it fails
+        except OSError as error:
+            raise _no_address(*self.socket.getsockname()[:2], error) from None
+
+
+_PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)
+
+
+def _no_address(host: str, port: int, error: OSError | UnicodeError) -> ValueError:
+    """The error for an address that cannot be had, with what to give instead."""
+    if not isinstance(error, OSError) or error.errno not in _PORT_ERRORS:
+        remedy = "give an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
+    else:
+        remedy = "give another port, or 0 for any that is free"
+    said = (error.strerror if isinstance(error, OSError) else None) or error
+    return ValueError(f"--host {host} --port {port}: {said}; {remedy}")
 
 
 class _Server(uvicorn.Server):
@@ -131,6 +156,7 @@ def serve(app: ASGIApp, engine: Engine, listener: Listener) -> None:
     A second Ctrl-C ends the process at once.
 
     Raises:
+        ValueError: another program listens at the address.
         KeyboardInterrupt: it was told by Ctrl-C.
     """
     server = make_server(app)
@@ -154,6 +180,7 @@ def serve(app: ASGIApp, engine: Engine, listener: Listener) -> None:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     threading.Thread(target=announce, name="announce", daemon=True).start()
     try:
+        listener.listen()
         server.run(sockets=[listener.socket])
     finally:
         engine.close()

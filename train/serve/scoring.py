@@ -27,7 +27,8 @@ from train.serving.text import Decode, pieces
 SHORTEST = 64
 """Rows have a `bucket_length` of at least this, each of which is compiled once."""
 MAX_TOKENS = 2048
-"""Texts scored at a time, in tokens, since nothing is decoded meanwhile; a single one may be longer."""
+"""Tokens scored in one call of `Engine.run`, which bounds its memory and how long other calls wait; a single text may
+be longer."""
 
 
 async def score_prompts(
@@ -94,7 +95,7 @@ def _score(
     served: Served,
     strength: Mapping[str, float],
 ) -> list[TokenScores]:
-    """The scores of each text's tokens, in numpy, in the order of the rows; on the engine's thread."""
+    """The scores of each text's tokens, in numpy, in the order of the rows; for `Engine.run`."""
     steered = steering_arguments(network, adapters, served, strength, len(rows))
     batch = to_device(stack_rows(rows, width))
     found = jax.device_get(score_tokens(network.model, network.base, network.steering, batch, top=TOP, **steered))

@@ -126,7 +126,7 @@ class Service:
         Raises:
             ApiError: 400.
         """
-        most = self.engine.settings.rows + self.engine.settings.queue
+        most = self.engine.limits.rows + self.engine.settings.queue
         if count > most:
             message = f"'n' times the number of prompts must be at most {most} (--rows and --queue), got {count}"
             raise bad_request(message, "n", "invalid_value")

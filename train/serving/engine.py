@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from jaxsteer.adapters import Adapters
@@ -45,49 +45,27 @@ __all__ = [
 T = TypeVar("T")
 
 
+CLIENTS = Limits(max_prompt=1024, max_new_tokens=512, rows=32, chunk=8, prefill_chunk=512, general=True)
+"""Limits of a decoder for clients who come and go: a cancelled job has left its row within 8 tokens."""
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """Sizes of an engine.
 
-    rows            jobs decoded at a time
-    max_prompt      maximum number of tokens in a prompt
-    max_new_tokens  maximum number of tokens in an answer; at most the model's context
-    chunk           maximum number of tokens of a job between two events, after which a cancelled one has left its row
-    queue           jobs that may wait for a row, and calls of `Engine.run` that may wait
-    prefill_chunk   prompts with more tokens are read that many at a time, so that other jobs go on
-    prefix_tokens   maximum number of prompt tokens whose keys and values are kept, for prompts that begin alike
-    warm            compile all programs before the first job; otherwise each when a job first needs it
+    limits  of its decoder; `max_new_tokens` is lowered to the model's context
+    queue   jobs that may wait for a row, and calls of `Engine.run` that may wait
+    warm    compile all programs before the first job; otherwise each when a job first needs it
     """
 
-    rows: int = 32
-    max_prompt: int = 1024
-    max_new_tokens: int = 512
-    chunk: int = 8
+    limits: Limits = CLIENTS
     queue: int = 256
-    prefill_chunk: int = 512
-    prefix_tokens: int = 0
     warm: bool = True
 
     def __post_init__(self) -> None:
-        """Reject a queue that there cannot be; `Limits` rejects the rest."""
+        """Reject a queue that there cannot be."""
         if self.queue < 0:
             raise ValueError(f"queue must be at least 0, got {self.queue}")
-
-    def limits(self, context: int) -> Limits:
-        """The sizes of a decoder whose model has a context of `context` tokens.
-
-        Raises:
-            ValueError: a size that there cannot be.
-        """
-        return Limits(
-            max_prompt=self.max_prompt,
-            max_new_tokens=min(self.max_new_tokens, context),
-            rows=self.rows,
-            chunk=self.chunk,
-            prefill_chunk=self.prefill_chunk,
-            prefix_tokens=self.prefix_tokens,
-            general=True,
-        )
 
 
 class EngineStats(NamedTuple):
@@ -127,15 +105,13 @@ class Engine:
     Args:
         roster: the base model and its adapters.
         settings: sizes.
-
-    Raises:
-        ValueError: a size that there cannot be, see `Limits`.
     """
 
     def __init__(self, roster: Roster, settings: EngineSettings | None = None) -> None:
         self.roster, self.settings = roster, settings or EngineSettings()
-        self._limits = self.settings.limits(roster.loaded.config.max_length)
-        self._ledger = Ledger(self.settings.rows, self.settings.queue)
+        limits, context = self.settings.limits, roster.loaded.config.max_length
+        self._limits = replace(limits, max_new_tokens=min(limits.max_new_tokens, context))
+        self._ledger = Ledger(limits.rows, self.settings.queue)
         self._worker = Worker(roster, self._limits, self._ledger)
         self._thread = threading.Thread(target=self._worker.serve, name="engine", daemon=True)
         self._door = threading.Lock()  # after `close`, no message follows the last one

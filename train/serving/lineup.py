@@ -31,8 +31,8 @@ class Served:
     adapter  for `Request.adapter`: the adapter's name in the stacked tree, which no other ever gets; None for the base
              model
     plan     of the adapter alone; () for the base model
-    slots    the common plan's slot for each of the plan's, by name. They change when adapters are stacked anew: code on
-             the engine's thread asks the adapters it is given, `adapters.slot_names(served.plan)`
+    slots    the common plan's slot for each of the plan's, by name. They change when adapters are stacked anew: work
+             for `Engine.run` asks the adapters that it is given, `adapters.slot_names(served.plan)`
     notes    of the training: template, chat, date, max_new_tokens, ...
     path     of the steering file; None for the base model
     created  Unix time in seconds at which it was loaded

@@ -121,8 +121,7 @@ class Roster:
         if name in self.lineup.served:
             what = "the base model's" if name == self._base.name else "taken; unload that adapter first"
             raise Refused(f"adapter {name!r}: the name is {what}, or choose another")
-        if not name or len(name) > MAX_NAME or not name.isprintable() or name != name.strip():
-            raise Refused(f"adapter {name!r:.120}: not a name; use 1 to {MAX_NAME} printable characters")
+        check_spelling(name)
 
     def _allowed(self, path: str) -> Path:
         """The file or folder that a path stands for, inside an allowed folder."""
@@ -283,6 +282,16 @@ def _check_options(file: SteeringFile, base: BaseOptions) -> None:
         )
 
 
+def check_spelling(name: str) -> None:
+    """Refuse a name that no client could type.
+
+    Raises:
+        Refused: with what a name is.
+    """
+    if not name or len(name) > MAX_NAME or not name.isprintable() or name != name.strip():
+        raise Refused(f"adapter {name!r:.120}: not a name; use 1 to {MAX_NAME} printable characters")
+
+
 def parse_sources(texts: Sequence[str]) -> dict[str, str]:
     """Steering as typed on a command line: PATH or NAME=PATH each, or only the word "none".
 
@@ -291,7 +300,7 @@ def parse_sources(texts: Sequence[str]) -> dict[str, str]:
         file's name without its ending.
 
     Raises:
-        ValueError: a name that is given twice, or "none" beside others.
+        ValueError: a name that is given twice or that no client could type, or "none" beside others.
     """
     if list(texts) == ["none"]:
         return {}
@@ -304,6 +313,7 @@ def parse_sources(texts: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"{text}: the base model is served anyway; leave out the word none")
         if name in sources:
             raise ValueError(f"{text}: two adapters would be named {name!r}; give each a name of its own: NAME={path}")
+        check_spelling(name)
         sources[name] = path
     return sources
 

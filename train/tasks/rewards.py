@@ -36,19 +36,32 @@ class WeightedReward:
             ValueError: naming the example: the function raises an error, or gives something else than a finite number.
         """
         where = f"reward {self.name}: {example.source}, answer {show(answer)}"
-        try:
-            value = self.function(example, answer)
-        except Exception as error:  # the function is a user's
-            raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-        try:
-            number = float(value) if not isinstance(value, str) else None
-        except (TypeError, ValueError, OverflowError):
-            number = None
-        if number is None:
-            raise ValueError(f"{where}: gave {repr(value)[:60]}, need a number")
-        if not math.isfinite(number):
-            raise ValueError(f"{where}: gave {number}, need a finite number")
-        return number
+        return finite_number(lambda: self.function(example, answer), where)
+
+
+def finite_number(function: Callable[[], Any], where: str) -> float:
+    """What a user's function gives.
+
+    Args:
+        function: to call.
+        where: which function, and of what, for error messages.
+
+    Raises:
+        ValueError: beginning with `where`: it raises an error, or gives something else than a finite number.
+    """
+    try:
+        value = function()
+    except Exception as error:  # the function is a user's
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
+    try:
+        number = float(value) if not isinstance(value, str) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None:
+        raise ValueError(f"{where}: gave {repr(value)[:60]}, need a number")
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: gave {number}, need a finite number")
+    return number
 
 
 def _matches(example: Example, answer: str, rule: Rule) -> float:
@@ -98,20 +111,29 @@ def _parse(text: str, rule: Rule) -> WeightedReward:
     if ":" not in name:
         hint = did_you_mean(name, named)
         raise ValueError(f"--rewards {text}: no such reward{hint}; use {', '.join(named)}, or FILE.py:FUNCTION")
-    return WeightedReward(name, weight, _imported(name))
+    return WeightedReward(name, weight, imported(name, "--rewards"))
 
 
-def _imported(name: str) -> Reward:
+def imported(name: str, option: str) -> Callable[..., Any]:
+    """The function that FILE.py:FUNCTION or MODULE:FUNCTION names.
+
+    Args:
+        name: as typed.
+        option: how the user named it, for error messages.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
     where, _, function = name.rpartition(":")
     if where.endswith(".py") and not Path(where).is_file():
-        raise ValueError(f"--rewards {name}: no such file {where}")
+        raise ValueError(f"{option} {name}: no such file {where}")
     try:
         module = _module_of(where)
     except Exception as error:  # whatever the file does when it is imported
-        raise ValueError(f"--rewards {name}: {where} cannot be imported ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{option} {name}: {where} cannot be imported ({type(error).__name__}: {error})") from None
     found = getattr(module, function, None)
     if not callable(found):
-        raise ValueError(f"--rewards {name}: {where} has no function {function!r}")
+        raise ValueError(f"{option} {name}: {where} has no function {function!r}")
     return found
 
 

@@ -29,6 +29,7 @@ def test_a_run_that_only_has_a_report_can_start_over(run, monkeypatch):
         ([], "which run"),
         (["nowhere"], "nowhere: no such folder"),
         (["."], "not a run"),
+        (["PARENT"], r"holds runs but is none itself; give some of .*/"),
         (["RUN", "RUN"], "given twice"),
         (["RUN", "--out", "x.txt"], r"ends in \.html"),
         (["RUN", "--out", "no/x.html"], "there is no folder no"),
@@ -37,6 +38,7 @@ def test_a_run_that_only_has_a_report_can_start_over(run, monkeypatch):
 )
 def test_what_cannot_be_reported(run, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["report", *(str(run.folder) if each == "RUN" else each for each in arguments)])
+    places = {"RUN": str(run.folder), "PARENT": str(run.folder.parent)}
+    monkeypatch.setattr("sys.argv", ["report", *(places.get(each, each) for each in arguments)])
     with pytest.raises(ValueError, match=message):
         program.main()

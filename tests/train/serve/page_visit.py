@@ -16,10 +16,10 @@ from tiny_tokenizer import tiny_tokenizer
 from jaxsteer.io import save_hf, save_steering
 from jaxsteer.models.transformer import init_base
 from train.serve.app import make_app
-from train.serving.engine import Engine, EngineSettings
+from train.serving.engine import CLIENTS, Engine, EngineSettings
 from train.serving.models import open_roster
 
-SIZES = EngineSettings(rows=4, max_prompt=384, max_new_tokens=128, chunk=2, queue=8)
+SIZES = EngineSettings(replace(CLIENTS, rows=4, max_prompt=384, max_new_tokens=128, chunk=2), queue=8)
 CONFIG = replace(TINY, max_length=512)
 PLAN = (
     slot_of("linear", CONFIG, slot="up", sites=("block",)),
@@ -128,7 +128,7 @@ class Visit:
         ]
 
     def strength(self, dial, value):
-        """Move a dial as a hand does: the page hears that it moves, and that it came to rest."""
+        """Set a dial; the page gets the events of a drag and of its end (input, change)."""
         self.page.get_by_role("slider", name=dial, exact=True).fill(f"{value}")
 
     def again(self):

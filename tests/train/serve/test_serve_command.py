@@ -7,13 +7,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
+from tiny_model import TINY
 
 from train.display.failures import sentence_of
-from train.serve.command import KEY, ServeConfig
-from train.serve.listener import Listener
+from train.serve.command import KEY, ServeConfig, check_memory
+from train.serve.listener import Listener, serve
 from train.serve.security import check_exposed, is_loopback
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
         ({"host": "0.0.0.0"}, "an API key is needed; set JAXSTEER_API_KEY or give --api-key"),
         ({"host": "::"}, "an API key is needed"),
         ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid: not an address"),
+        ({"host": "a..b"}, "--host a..b: not an address"),
         ({"api_key": ""}, "--api-key must be"),
         ({"api_key": "two words"}, "--api-key must be"),
         ({"rows": 0}, "--rows must be at least 1, got 0"),
@@ -61,6 +64,44 @@ def test_an_address_that_is_taken():
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"--port {port}: .*; give another port, or 0 for any"):
             Listener.bind("127.0.0.1", port)
+
+
+def test_an_address_is_taken_from_the_start_and_free_at_the_end():
+    """A server that still compiles has its address; what is left of its connections keeps nobody out."""
+    first = Listener.bind("127.0.0.1", 0)
+    host, port = first.socket.getsockname()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"--port {port}: .*; give another port"):
+            Listener.bind(host, port)
+        first.listen()
+        with socket.create_connection((host, port)):
+            first.socket.accept()[0].close()  # the side that closes first keeps the connection for a while
+        first.socket.close()
+        first = Listener.bind(host, port)
+    first.socket.close()
+
+
+def test_a_program_that_listens_at_the_address_meanwhile():
+    listener = Listener.bind("127.0.0.1", 0)
+    listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as where the system lets both have it
+    with socket.create_server(listener.socket.getsockname()) as other:
+        with pytest.raises(ValueError, match=f"--port {other.getsockname()[1]}: .*; give another port"):
+            serve(None, SimpleNamespace(close=lambda *grace: None), listener)
+        assert listener.url.endswith(f":{other.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "a..b", "no.such.host.invalid"])
+def test_an_address_of_another_machine(host):
+    with pytest.raises(ValueError, match=rf"--host {host} --port 0: .*; give an address of this machine, such as"):
+        Listener.bind(host, 0)
+
+
+def test_rows_that_no_memory_has_room_for():
+    check_memory(ServeConfig(("none",)), TINY)
+    with pytest.raises(ValueError, match=r"1,000,000,000 answers at a time, with 1,024 .* GB; lower --rows"):
+        check_memory(ServeConfig(("none",), rows=10**9), TINY)
+    with pytest.raises(ValueError, match=r"100,000,000,000 tokens of prompt"):
+        check_memory(ServeConfig(("none",), max_prompt=10**11), TINY)
 
 
 def test_without_the_extra():

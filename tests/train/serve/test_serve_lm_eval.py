@@ -14,7 +14,7 @@ QUESTIONS = [("ab", ["cd", "xyz", "q"], 0), ("m", ["no", "n", "nop"], 1), ("hell
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """Of a folder: `letters` chooses an answer, `spoken` generates one, `read` has the likelihood of whole texts."""
+    """Three tasks: `letters` chooses an answer, `spoken` generates one, `read` has the likelihood of whole texts."""
     folder = tmp_path_factory.mktemp("tasks")
     data = folder / "task.jsonl"
     data.write_text("".join(json.dumps({"q": q, "c": c, "a": a}) + "\n" for q, c, a in QUESTIONS))

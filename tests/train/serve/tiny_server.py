@@ -3,14 +3,15 @@
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 from jaxsteer import LinearSteering, LoRA, Slot
 from train.serve.listener import Listener, make_server
 from train.serve.service import ServeSettings
-from train.serving.engine import EngineSettings
+from train.serving.engine import CLIENTS, EngineSettings
 
 PLAN = (Slot("lora", LoRA(rank=2), ("attn.q",)), Slot("post_block", LinearSteering(rank=2), ("block",)))
-SIZES = EngineSettings(rows=4, max_prompt=48, max_new_tokens=16, chunk=2, queue=8)
+SIZES = EngineSettings(replace(CLIENTS, rows=4, max_prompt=48, max_new_tokens=16, chunk=2), queue=8)
 GREEDY = {"model": "steered", "temperature": 0}
 ASK = [{"role": "user", "content": "ab"}]
 SETTINGS = ServeSettings(timeout=60.0, max_body=20_000, loading=True)

@@ -31,7 +31,7 @@ class Question:
         return [{"role": "user", "content": self.text}]
 
     def fields(self):
-        """Of the request's body."""
+        """The fields of the request's body."""
         body = {"model": self.model} | ({"messages": self.messages} if self.chat else {"prompt": self.text})
         if self.strength is None:
             return body

@@ -156,6 +156,8 @@ def test_sources(tmp_path, monkeypatch):
         parse_sources(["first=x", "runs/first"])
     with pytest.raises(ValueError, match="leave out the word none"):
         parse_sources(["runs/first", "none"])
+    with pytest.raises(ValueError, match="adapter '': not a name"):
+        parse_sources(["=runs/first"])
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from tiny_serving import SETTINGS
 
 from jaxsteer.inference import Request
 from train.data import TokenizedExample
-from train.serving.engine import Busy, Engine, EngineSettings, Timeout
+from train.serving.engine import Busy, Engine, Timeout
 from train.serving.models import Roster
 from train.serving.streams import events
 
@@ -119,7 +120,7 @@ def test_a_full_queue_is_known_before_anything_is_read(tiny_loaded):
             events(engine, request())
         await first.aclose()
 
-    engine = Engine(Roster(tiny_loaded, "tiny"), EngineSettings(rows=1, max_prompt=32, max_new_tokens=12, queue=0))
+    engine = Engine(Roster(tiny_loaded, "tiny"), replace(SETTINGS, limits=replace(SETTINGS.limits, rows=1), queue=0))
     with engine:
         asyncio.run(too_many(engine))
 

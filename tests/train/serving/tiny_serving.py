@@ -1,11 +1,13 @@
 """Sizes of the engines that tests serve with, and the plans of their adapters."""
 
+from dataclasses import replace
+
 from tiny import slot_of
 from tiny_model import TINY
 
-from train.serving.engine import EngineSettings
+from train.serving.engine import CLIENTS, EngineSettings
 
-SETTINGS = EngineSettings(rows=4, max_prompt=32, max_new_tokens=12, chunk=4, queue=100)
+SETTINGS = EngineSettings(replace(CLIENTS, rows=4, max_prompt=32, max_new_tokens=12, chunk=4), queue=100)
 
 
 def plans():
