@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def plot_outcome(path: Path, outcome: Outcome, title: str) -> None:
         for layer in dict.fromkeys(cell.layer for cell in cells)
     }
     series["_budget"] = ([outcome.max_kl] * 2, [min(effects), max(effects)])
-    panel = Panel(series, "KL on neutral text, nats per token", outcome.effect, log="x")
+    panel = Panel(series, "KL on neutral text, nats per token", textwrap.fill(outcome.effect, 32), log="x")
     plot_lines(path, [panel], title=title)
 
 
