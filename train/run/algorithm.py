@@ -103,9 +103,6 @@ class Algorithm:
     metric: ClassVar[Metric | None] = None
     """What `--select-by auto` stands for; None for what fits the task."""
 
-    refers: ClassVar[bool] = False
-    """Whether steps compare the model with what training started from, which a resumed run needs too then."""
-
     def read_data(self, config: TrainConfig, model: LoadedModel) -> RunData:
         """Read and tokenise the training data. Of the model, only config and tokenizer may be used.
 
@@ -113,6 +110,10 @@ class Algorithm:
             ValueError: settings or data that no such run could have.
         """
         return read_data(config, model)
+
+    def refers(self, config: TrainConfig) -> bool:
+        """Whether the steering that the run starts from is its reference too, so that a resumed run needs it."""
+        return False
 
     def given(self, training: Training) -> PyTree:
         """Arrays, placed, that the objective is given besides its inputs; None if there are none."""

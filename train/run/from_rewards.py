@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,9 @@ SHOWN_ANSWERS = 3
 class FromRewards(Algorithm):
     """Learns from rewards of its own answers (GRPO)."""
 
-    refers: ClassVar[bool] = True
+    def refers(self, config: TrainConfig) -> bool:
+        """The KL is that from the steering that the run starts from."""
+        return True
 
     def read_data(self, config: TrainConfig, model: LoadedModel) -> RunData:
         """Read the questions, and try the rewards on the first one.

@@ -38,6 +38,11 @@ class FromPreferences(Algorithm):
 
     metric: ClassVar[Metric | None] = "pair_accuracy"
 
+    def refers(self, config: TrainConfig) -> bool:
+        """All but SimPO compare with the reference."""
+        assert isinstance(config, DpoConfig)
+        return config.preference.needs_reference
+
     def read_data(self, config: TrainConfig, model: LoadedModel) -> RunData:
         """Read and tokenise the preferences.
 

@@ -224,7 +224,7 @@ def check_start(prepared: Prepared, done: int) -> None:
     Raises:
         ValueError: the file to start from is gone or has changed, and nothing is done, or it is the reference.
     """
-    needed = done == 0 or prepared.algorithm.refers
+    needed = done == 0 or prepared.algorithm.refers(prepared.config)
     if needed and prepared.config.start_from is not None and prepared.start is None:
         why = "it is the reference of the run" if done else "the run has saved nothing yet"
         raise ValueError(
