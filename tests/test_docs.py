@@ -21,7 +21,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.md"), *(ROOT / 
 PACKAGES = ("jaxsteer", "jaxsteer.io", "jaxsteer.inference", "jaxsteer.theory")
 API = ROOT / "docs" / "api"
 GCLOUD = {"--enable-hierarchical-namespace", "--uniform-bucket-level-access"}
-TAKE_CONFIG = ("sft", "lofit", "compare", "plan")
+TAKE_CONFIG = ("sft", "lofit", "compare", "plan", "dpo", "grpo", "distill")
+OWN_TASKS = ("sft", "lofit", "plan")
+"""Programs that the configs of `sft` are for."""
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*[\w]")
 PROGRAM = re.compile(
     r"(?:(?:\.venv/bin/)?python3? -m train[. ]|(?<![\w/.-])(?:\.venv/bin/)?jaxsteer )(\w+)(?![\w.])(.*)"
@@ -86,7 +88,7 @@ def options(program, arguments=()):
     else:
         start = ()
     texts = [help_of(program, *start)]
-    if takes_config and not start and program != "compare":
+    if program in OWN_TASKS and not start:
         texts += [help_of(program, task) for task in ("jsonl", "gsm8k_smollm2", "table")]  # each has its own --task.*
     return set(OPTION.findall(" ".join(texts)))
 
