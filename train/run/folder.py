@@ -113,11 +113,6 @@ class RunFolder:
         return self.folder / "answers_after.jsonl"
 
     @property
-    def answers_teacher(self) -> Path:
-        """Test answers of the teacher that a run learns from, JSON lines."""
-        return self.folder / "answers_teacher.jsonl"
-
-    @property
     def answers_during(self) -> Path:
         """Answers to a few validation questions at each evaluation, JSON lines."""
         return self.folder / "answers_during.jsonl"

@@ -85,7 +85,7 @@ def _taught_answers(training: Training) -> dict[str, float]:
     asked = [prompted(example, before) for example in own]
     evaluator = training.evaluator({}).steered_by(teacher.model)
     base = None if config.teacher.model is None else teacher.base  # None: the pretrained base of the student
-    path, params = RunFolder(Path(config.out)).answers_teacher, Params(base, teacher.steering)
+    path, params = RunFolder(Path(config.out)).folder / "answers_teacher.jsonl", Params(base, teacher.steering)
     result = accuracy_of(evaluator.answer(asked, params, path, title="Evaluating the teacher", reuse=True))
     low, high = result.interval
     say(
