@@ -1,4 +1,4 @@
-"""Your own questions and rewards: `jaxsteer grpo rewards --task.train my.jsonl --rewards mine.py:good`; docs/grpo.md."""
+"""Your own questions and rewards: `jaxsteer grpo rewards --task.train my.jsonl --rewards mine.py:good`."""
 
 from train.config.grpo import GrpoConfig
 from train.tasks import JsonlTask

@@ -89,7 +89,7 @@ def test_a_run_comes_nearer_to_its_teacher(settings, finished):
     assert by_step[12] < 0.7 * by_step[0]
     test = json.loads(run.summary.read_text())["test"]
     assert test["after"]["teacher_kl"] < 0.7 * test["before"]["teacher_kl"]
-    answers = [json.loads(line) for line in run.folder / "answers_teacher.jsonl".read_text().splitlines()]
+    answers = [json.loads(line) for line in (run.folder / "answers_teacher.jsonl").read_text().splitlines()]
     assert len(answers) == 8
     assert test["before"]["teacher_accuracy"] == np.mean([answer["correct"] for answer in answers])
     shots = "".join("".join(turn.text for turn in shot.turns) + "\n" for shot in shots_of(settings))
