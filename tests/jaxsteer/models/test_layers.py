@@ -129,7 +129,7 @@ def test_attention_to_cached_keys_against_loops():
     query = Span(np.array([[2, 2], [1, 1]]), np.array([[3, 4], [0, 1]]))
     key = Span(np.array([[1, 2, 2, 2, 2, 2], [0, 1, 1, 1, 0, 0]]), np.array([[0, 0, 1, 2, 3, 4], [0, 0, 1, 2, 0, 0]]))
     q, k, v = draw(0, 2, 2, 4, 8), draw(1, 2, 6, 2, 8), draw(2, 2, 6, 2, 8)
-    held = lambda s: CachedKeys(*(x[:, s].swapaxes(1, 2) for x in (k, v)), Span(*(f[:, s] for f in key)))
+    held = lambda s: CachedKeys(*(x[:, s].swapaxes(1, 2) for x in (k, v)), jax.tree.map(lambda f: f[:, s], key))
     for split in (0, 2, 6):  # some in the cache, the others new
         got = fast_jit(cached_attention)(q, query, held(slice(split)), held(slice(split, None)))
         np.testing.assert_allclose(got, naive_attention(q, k, v, query, key), **TOLERANCE)
