@@ -83,7 +83,8 @@ def test_accumulated_microbatches_are_one_big_batch(tiny_config, tiny_base):
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved(one)))
     for a, b in zip(jax.tree.leaves(moved(four)), jax.tree.leaves(moved(one)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * scale)
-    for name in metrics._fields:
+    assert metrics.facts == {}
+    for name in set(metrics._fields) - {"facts"}:
         np.testing.assert_allclose(getattr(accumulated, name), getattr(metrics, name), rtol=1e-6, err_msg=name)
 
     # The step is the plain gradient of mean loss + penalty, the penalty counted once.
