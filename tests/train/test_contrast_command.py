@@ -229,7 +229,7 @@ def test_bad_input_is_refused(folder, options, tmp_path, capsys, rows, arguments
     write(tmp_path / "bad.jsonl", rows)
     arguments = [str(word).replace("SCORER", str(folder / "scorer.py")) for word in arguments]
     run([tmp_path / "bad.jsonl", "--out", tmp_path / "out", *options, *arguments], fails=True)
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert "".join(message.split()) in "".join(capsys.readouterr().err.split())  # long paths are broken anywhere
     assert not (tmp_path / "out" / "steering.safetensors").exists()
 
 

@@ -38,7 +38,7 @@ SLOW = ("llama3_70b", "compare")
 FROZEN = [
     pytest.param(name, marks=pytest.mark.slow if name.startswith(SLOW) else ())
     for name, run in sorted(RUNS.items())
-    if not run.train_base
+    if not run.train_base and run.program == TrainConfig.program  # what others learn from is no batch
 ]
 
 

@@ -17,6 +17,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.xdist_group("serve_docs")  # a command may unload what the one before it has loaded
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(url, served_folder, command):
     names = {ADDRESS: url, '"mine"': '"steered"', "runs/late": str(served_folder / "other.safetensors")}

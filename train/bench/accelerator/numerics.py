@@ -28,9 +28,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "tokens": tuple(
         f"tests/jaxsteer/test_{name}.py" for name in ("positions", "properties", "scan", "adapters", "matmul")
     ),
-    "training": tuple(
-        f"tests/jaxsteer/test_{name}.py"
-        for name in ("derivatives", "objective", "training", "optim", "orthogonality", "projection", "randomness")
+    "training": (
+        "tests/jaxsteer/objectives",
+        *(
+            f"tests/jaxsteer/test_{name}.py"
+            for name in ("derivatives", "training", "optim", "orthogonality", "projection", "randomness", "groups")
+        ),
     ),
     "decoding": tuple(f"tests/jaxsteer/test_{name}.py" for name in ("generate", "decoder", "likelihood", "folding")),
     "theory": ("tests/jaxsteer/theory",),
