@@ -13,7 +13,7 @@ def config() -> GrpoConfig:
             ListOps(operations=("MAX", "MIN", "MED", "SM", "FIRST", "LAST"), max_length=10), max_new_tokens=3
         ),
         plan=("nonlinear(rank=8) @ block",),
-        optim=OptimConfig(lr=2e-3, schedule="constant", warmup=0.05),
+        optim=OptimConfig(lr=5e-4, schedule="constant", warmup=0.05),
         steps=100,
         prompts=32,
         group=8,
@@ -22,6 +22,7 @@ def config() -> GrpoConfig:
         evaluate_every=25,
         validation_examples=64,
         test_examples=512,
+        eval_batch_size=256,
         checkpoint_every=25,
         out="runs/grpo_listops",
     )
