@@ -89,6 +89,9 @@ def next_prefill(
     packed = pack(lengths, width)
     while many and len(packed) > prefill_rows and 2 * prefill_rows * width <= MANY_TOKENS:
         prefill_rows *= 2
+    # Prompts that several requests share need fewer rows; their number comes again, so the program is compiled once.
+    while len(own) < len(whole) and prefill_rows % (2 * shards) == 0 and 2 * len(packed) <= prefill_rows:
+        prefill_rows //= 2
     layout = _first_rows(lengths, prefill_rows, width)
     if len(own) == len(whole):
         return layout

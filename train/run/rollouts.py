@@ -141,10 +141,13 @@ class Sampler:
             ValueError: a reward that fails.
         """
         config = self._config
-        numbers = np.repeat(self._source.asked(step), config.group).tolist()
+        asked = self._source.asked(step).tolist()
+        # One object for a question's answers: the decoder reads a prompt once for all requests that share it.
+        prompts = {i: self._source.prompts[i] for i in asked}
+        numbers = [i for i in asked for _ in range(config.group)]
         sampling = Sampling(config.temperature)
         requests = [
-            Request(self._source.prompts[i], self._new, (self._source.end,), sampling, self._seed(step, place))
+            Request(prompts[i], self._new, (self._source.end,), sampling, self._seed(step, place))
             for place, i in enumerate(numbers)
         ]
         answers = self._answers(requests, params)
