@@ -21,13 +21,15 @@ from jaxsteer.types import Batch
 from train.cli import run_main
 from train.config import TrainConfig
 from train.config.distill import DistillConfig, Teacher
+from train.data import Example, Turn
 from train.distill import main
+from train.run import preview
 from train.run import training as setup
 from train.run.from_teacher import FromTeacher
 from train.run.loop import train
 from train.run.metrics import read_metrics
 from train.run.start import load_training, prepare
-from train.run.taught import read_taught, shots_of
+from train.run.taught import prompted, read_taught, shots_of
 from train.tasks import JsonlTask
 
 SHARED = pytest.mark.xdist_group("distill")  # the tests share a finished run
@@ -239,6 +241,29 @@ def test_a_chat_teacher_reads_a_system_message_and_worked_examples(config):
     assert inputs.teacher.tokens.shape == (4, source.context + 96)
     counted = lambda batch: [batch.tokens[r][batch.weights[r] != 0].tolist() for r in range(4)]
     assert counted(inputs.batch) == counted(inputs.teacher)
+
+
+def test_system_messages_come_first(config):
+    own = (Turn("system", "Be brief."), Turn("user", "q"), Turn("assistant", "a"))
+    shots = (Turn("user", "x"), Turn("assistant", "y"))
+    example = Example(own, "here")
+    roles = lambda before: [(turn.role, turn.text) for turn in prompted(example, before).turns]
+    answered = [("user", "x"), ("assistant", "y"), ("user", "q"), ("assistant", "a")]
+    assert roles(shots) == [("system", "Be brief."), *answered]
+    assert roles((Turn("system", "Go on."), *shots)) == [("system", "Go on.\n\nBe brief."), *answered]
+    assert prompted(example, shots).turn_weights == (1.0, 1.0, 0.0, 1.0, 1.0)
+
+
+def test_a_dry_run_counts_the_shared_base_once(config, tmp_path):
+    """A teacher on the student's own base needs less memory than one with a copy of it, by the size of the base."""
+    own = replace(config, out=str(tmp_path / "a"))
+    copied = replace(own, teacher=replace(config.teacher, model=config.model))
+    bytes_of = []
+    for each in (own, copied):
+        prepared = prepare(each, None, {}, FromTeacher())
+        bytes_of.append(preview._compiled_memory(prepared, prepared.program))
+    base = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(load_model(config.model).base))
+    assert bytes_of[1] - bytes_of[0] == base
 
 
 def test_completions_that_become_other_tokens_are_refused(config, tmp_path):

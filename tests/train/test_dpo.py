@@ -2,19 +2,25 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsteer.batches import stack_rows
 from jaxsteer.io import load_steering
+from jaxsteer.objectives.objective import policy_log_probabilities
 from jaxsteer.optim import OptimConfig
+from jaxsteer.params import Params
 from train.config import parse_run, plain_run
 from train.config.dpo import DpoConfig, PreferenceLoss
 from train.run import loop, reference
 from train.run.folder import RunFolder
 from train.run.metrics import read_metrics
 from train.run.preferences import FromPreferences
+from train.run.start import load_training, prepare
 from train.tasks import JsonlTask, PreferenceTask
 
 pytestmark = pytest.mark.xdist_group("dpo")
@@ -117,9 +123,61 @@ def test_sharing_prompts_changes_nothing_but_rounding(settings, finished, tmp_pa
     assert tokens[0] < tokens[1]
 
 
-def test_the_reference_is_what_training_starts_from(settings, finished, tmp_path):
-    started = run(replace(settings, start_from=str(finished.folder), steps=2, evaluate_every=0), tmp_path / "run")
-    assert losses(started)[0] == pytest.approx(np.log(2), abs=1e-6)
+def answer_log_probability(model, base, steering, example):
+    """log p of the tokens that count of an example in a row of its own."""
+    batch = stack_rows([[example]], len(example))
+    return float(policy_log_probabilities(model, base, steering, batch).sum())
+
+
+def test_a_start_is_the_reference_of_two_explicit_models(settings, finished, tmp_path):
+    """Each step's loss is that of the pairs one by one, by the present policy and by the file that it began with."""
+    file = load_steering(finished.steering)
+    config = replace(settings, start_from=str(finished.folder), steps=3, evaluate_every=0, test_examples=0)
+    config = replace(config, grad_accumulation=1, batch_size=2, out=str(tmp_path / "run"))
+    training = load_training(prepare(config, None, {}, FromPreferences()))
+    model, base, source = training.program.model, training.loaded.base, training.data
+    score = partial(answer_log_probability, model, base)
+    state, folder = training.state, RunFolder(tmp_path)
+    with FromPreferences().feed(training, folder, range(3)) as feed:
+        for step in range(3):
+            policy = jax.tree.map(jnp.copy, training.answering(state).steering)
+            margins = [
+                score(policy, source.chosen[i])
+                - score(file.steering, source.chosen[i])
+                - score(policy, source.rejected[i])
+                + score(file.steering, source.rejected[i])
+                for i in np.concatenate(source.order.members(step)).tolist()
+            ]
+            state, metrics = training.step(state, feed.take(step, state))
+            assert float(metrics.loss) == pytest.approx(np.mean(np.logaddexp(0, -np.array(margins))), rel=1e-4)
+            assert (step == 0) == (float(metrics.loss) == pytest.approx(np.log(2), abs=1e-6))
+
+
+def test_steering_that_a_caller_starts_from_is_the_reference(settings, finished, tmp_path):
+    config = replace(settings, steps=1, evaluate_every=0, test_examples=0, out=str(tmp_path / "run"))
+    loop.train(config, load_steering(finished.steering).steering, FromPreferences())
+    assert losses(RunFolder(tmp_path / "run"))[0] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_steering_that_works_in_both_directions(settings, tmp_path):
+    """BiPO: the margin of the same steering at strength -1 is the opposite in sign."""
+    loss = PreferenceLoss(beta=1.0, bidirectional=True)
+    config = replace(settings, preference=loss, plan=("fixed @ block",), grad_accumulation=1, steps=16, test_examples=0)
+    config = replace(config, evaluate_every=0, optim=OptimConfig(lr=5e-2), out=str(tmp_path / "run"))
+    steering = loop.train(config, algorithm=FromPreferences()).params.steering
+    training = load_training(prepare(replace(config, out=str(tmp_path / "other")), None, {}, FromPreferences()))
+    measure = FromPreferences().measure(replace(training, config=replace(config, evaluate_every=1)))
+    margin = lambda sign: measure("validation", Params(None, jax.tree.map(lambda x: sign * x, steering)))["margin"]
+    assert margin(1) > 0.05
+    assert margin(-1) < -0.05
+
+
+def test_pairs_of_an_evaluation_are_checked_before_weights_are_read(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "load_training", lambda *rest: pytest.fail("weights were read"))
+    path = tmp_path / "held_out.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "a"}) + "\n")
+    with pytest.raises(ValueError, match=r"held_out\.jsonl:1: .* are the same answer"):
+        run(replace(settings, task=replace(settings.task, test=str(path))), tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["ipo", "simpo", "kto"])

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from jaxsteer.batches import stack_rows
+from jaxsteer.inference import draining
 from jaxsteer.io import load_steering
 from jaxsteer.objectives import group_advantages
 from jaxsteer.objectives.objective import policy_log_probabilities
@@ -211,6 +212,16 @@ def test_a_start_that_is_gone_is_not_replaced_by_another_reference(config, finis
         train(more, algorithm=FromRewards())
 
 
+def test_rewards_that_change_are_not_gone_on_with(config, own, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(OWN)
+    config = replace(config, rewards=(f"{mine}:early",), steps=2)
+    train(config, algorithm=FromRewards())
+    mine.write_text(OWN.replace("/ 4", "/ 5"))
+    with pytest.raises(ValueError, match=r"its training data \(.*mine\.py\) had .* but others"):
+        train(replace(config, resume=True, extend=True, steps=4), algorithm=FromRewards())
+
+
 # ---- rollouts
 
 
@@ -223,7 +234,7 @@ class Single(NamedTuple):
     prompt_length: int
 
 
-def test_rollouts_are_a_function_of_seed_step_and_parameters(training, tmp_path):
+def test_rollouts_are_a_function_of_seed_step_and_parameters(training, tmp_path, monkeypatch):
     params = training.answering(training.state)
     with feed_of(training, tmp_path) as feed:
         sampler = feed._sampler
@@ -232,6 +243,11 @@ def test_rollouts_are_a_function_of_seed_step_and_parameters(training, tmp_path)
     assert texts(first) == texts(again)
     assert texts(first) != texts(second)
     assert len({str(answer) for answer in texts(first)[0]}) > 1
+    layouts = []
+    choose = draining.next_prefill
+    monkeypatch.setattr(draining, "next_prefill", lambda *a, **k: layouts.append(choose(*a, **k)) or layouts[-1])
+    sampler.sample(0, params)
+    assert all(sum(map(len, layout.rows)) < layout.size for layout in layouts)  # a question is read once
     for group in first:
         assert len({answer.number for answer in group}) == 1
         for answer in group:

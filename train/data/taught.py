@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,17 @@ from train.data.pairs import Layout
 from train.data.store import TokenStore
 
 
+class Origin(NamedTuple):
+    """What a teacher is besides what it reads: a digest, and the files or models that it is made of."""
+
+    digest: str = ""
+    files: tuple[str, ...] = ()
+
+
+OWN_BASE = Origin()
+"""A teacher that is the untouched student."""
+
+
 @dataclass(frozen=True, eq=False)
 class TaughtSource:
     """Training batches of rows as the student and as the teacher read them.
@@ -25,14 +37,14 @@ class TaughtSource:
     student, teacher  the examples, one by one
     layout   how rows are made
     shared   write what all of the teacher's examples begin with once in each row, see `jaxsteer.groups`
-    by       what the teacher is besides what it reads, for the digest
+    by       what the teacher is besides what it reads
     """
 
     student: TokenStore
     teacher: TokenStore
     layout: Layout
     shared: bool = True
-    by: str = ""
+    by: Origin = OWN_BASE
     context: int = field(init=False)
     """Tokens that all of the teacher's examples begin with, if they are shared."""
     order: RowOrder = field(init=False, repr=False)
@@ -89,12 +101,12 @@ class TaughtSource:
 
     def digest(self) -> str:
         """sha256, in hexadecimal, of all that student and teacher see, and of what the teacher is."""
-        return hashlib.sha256(f"{self.student.digest()} {self.teacher.digest()} {self.by}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.student.digest()} {self.teacher.digest()} {self.by.digest}".encode()).hexdigest()
 
     @property
     def files(self) -> list[str]:
-        """The files that the examples come from; the first few."""
-        return self.student.files
+        """The files that the examples come from, the first few, and the teacher's."""
+        return [*self.student.files, *self.by.files]
 
     def named(self, step: int) -> list[list[str]]:
         """The sources of the examples in each row of a step."""

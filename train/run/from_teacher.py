@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxsteer.io import LoadedModel, SteeringFile
+from jaxsteer.io import LoadedModel, SteeringFile, sample_weights
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.steering import count_parameters, steering_shapes
-from train.base_models import describe, load
+from train.base_models import describe, load, resolve_model
 from train.config import TrainConfig
 from train.config.distill import DistillConfig
-from train.data import Split
+from train.data.taught import Origin
 from train.display.console import say
 from train.run.algorithm import Algorithm, Measure
 from train.run.program import Program
@@ -23,7 +24,7 @@ from train.run.start import read_start
 from train.run.taught import read_taught
 from train.run.teacher_figures import TeacherFigures
 from train.run.training import RunData, Training
-from train.run.validation import task_of
+from train.run.validation import measured
 from train.tasks.scoring import Metric
 
 
@@ -44,7 +45,7 @@ class FromTeacher(Algorithm):
         reader = _check_teacher(config, model)
         for split in measured(config):
             read_taught(config, model, reader.config, split)
-        return read_taught(config, model, reader.config, "train", by=_identity(config))
+        return read_taught(config, model, reader.config, "train", by=_origin(config))
 
     def given(self, training: Training) -> Network:
         """The teacher, placed."""
@@ -79,15 +80,6 @@ class FromTeacher(Algorithm):
         return TeacherFigures(training)
 
 
-def measured(config: DistillConfig) -> list[Split]:
-    """The splits on which a run is evaluated."""
-    limits: dict[Split, int] = {
-        "validation": config.validation_examples if config.evaluate_every else 0,
-        "test": config.test_examples,
-    }
-    return [split for split, limit in limits.items() if limit and task_of(config).recipe(split).parts]
-
-
 def _check_teacher(config: DistillConfig, model: LoadedModel) -> LoadedModel:
     """The model that is the teacher's base, without its weights; raises ValueError if it cannot teach the student."""
     teacher, theirs = config.teacher, _described(config, model)
@@ -116,10 +108,17 @@ def _steering_of(config: DistillConfig) -> SteeringFile | None:
     return None if source is None else read_start(source, option="--teacher.steering")
 
 
-def _identity(config: DistillConfig) -> str:
-    """sha256 of the teacher's steering file; "" if it has none. Contexts and worked examples are in its tokens."""
-    file = _steering_of(config)
-    return "" if file is None else hashlib.sha256(file.path.read_bytes()).hexdigest()
+def _origin(config: DistillConfig) -> Origin:
+    """The teacher's steering file and its own base model; a model that is not on this machine goes by its name."""
+    file, name = _steering_of(config), config.teacher.model
+    digests, files = [], []
+    if file is not None:
+        digests.append(hashlib.sha256(file.path.read_bytes()).hexdigest())
+        files.append(str(file.path))
+    if name is not None and (place := Path(resolve_model(name))).exists():
+        digests.append(sample_weights(place).digest)
+        files.append(name)
+    return Origin(" ".join(digests), tuple(files))
 
 
 def _size(loaded: LoadedModel) -> str:

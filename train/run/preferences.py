@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from train.run.folder import RunFolder
 from train.run.program import kernel_of, mesh_of
 from train.run.reference import ReferredSource, reference_of, reference_table, score_table
 from train.run.training import RunData, Training, encoding_of, tokenising
-from train.run.validation import task_of
+from train.run.validation import measured, task_of
 from train.tasks.protocols import PairTask
 from train.tasks.scoring import Metric
 
@@ -51,6 +51,8 @@ class FromPreferences(Algorithm):
         """
         assert isinstance(config, DpoConfig)
         _check(config, model)
+        for split in measured(config):  # so that none of them stops the run when it has trained
+            read_evaluated(config, model, split)
         return read_preferences(config, model, "train")
 
     def feed(self, training: Training, run: RunFolder, left: range) -> AbstractContextManager[Feed]:
@@ -110,6 +112,13 @@ def read_preferences(config: DpoConfig, model: LoadedModel, split: Split, limit:
     return RunData(PairSource(kept.chosen, kept.rejected, layout, shared), kept.report)
 
 
+def read_evaluated(config: DpoConfig, model: LoadedModel, split: Split) -> RunData:
+    """The preferences of a split that a run is evaluated on; as `read_preferences`."""
+    limit = config.test_examples if split == "test" else config.validation_examples
+    rows = replace(config, batch_size=config.microbatch, grad_accumulation=1, on_long="drop")
+    return read_preferences(rows, model, split, limit)
+
+
 def _judged(config: DpoConfig, wanted: TokenStore, unwanted: TokenStore, layout: Layout) -> RunData:
     encoding = replace(encoding_of(config), max_length=config.sequence_length, on_long=config.on_long)
     sides = [within(store, encoding, store.begins) for store in (wanted, unwanted)]
@@ -165,15 +174,15 @@ class PairMeasure:
     def __init__(self, training: Training) -> None:
         assert isinstance(training.config, DpoConfig)
         self._training, self._config = training, training.config
-        self._reference = reference_of(training)
+        self._reference, self._splits = reference_of(training), measured(self._config)
         self._cache: dict[Split, tuple[PairSource | JudgedSource, np.ndarray]] = {}
 
     def __call__(self, split: Split, params: Params) -> dict[str, float]:
         """The figures of a model on a split; {} if it has no preferences."""
-        if not self._limit(split) or not task_of(self._config).recipe(split).parts:
+        if split not in self._splits:
             return {}
         if split not in self._cache:
-            source = self._source(split)
+            source: Any = read_evaluated(self._config, self._training.loaded, split).source
             self._cache[split] = source, score_table(self._training, source, self._reference)
         source, reference = self._cache[split]
         policy = score_table(self._training, source, params)
@@ -194,10 +203,3 @@ class PairMeasure:
     @property
     def _beta(self) -> float:
         return self._config.preference.scale
-
-    def _limit(self, split: Split) -> int:
-        return self._config.test_examples if split == "test" else self._config.validation_examples
-
-    def _source(self, split: Split) -> PairSource | JudgedSource:
-        rows = replace(self._config, batch_size=self._config.microbatch, grad_accumulation=1, on_long="drop")
-        return read_preferences(rows, self._training.loaded, split, self._limit(split)).source  # type: ignore[return-value]

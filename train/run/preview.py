@@ -122,8 +122,19 @@ def _compiled_memory(prepared: Prepared, program: Program) -> int | None:
         memory = program.jitted.lower(state, batch, frozen, given).compile().memory_analysis()
     if memory is None:
         return None
-    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if config.train_base:
+        shared = 0
+    else:  # what is given holds the base itself, not a copy
+        known = {id(leaf) for leaf in jax.tree.leaves(prepared.model.base)}
+        shared = sum(_bytes_of(leaf) for leaf in jax.tree.leaves(given) if id(leaf) in known)
+    arguments = memory.argument_size_in_bytes - shared + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return int(arguments + memory.temp_size_in_bytes)
+
+
+def _bytes_of(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array on each of the devices that it is split over."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * jax.numpy.dtype(leaf.dtype).itemsize
 
 
 def _size(tree: PyTree) -> str:

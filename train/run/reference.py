@@ -53,7 +53,7 @@ class ReferredSource(StepSource, Protocol):
 
 def reference_of(training: Training) -> Params:
     """What `Evaluator` takes for the reference: the steering that the run starts from, on the pretrained base."""
-    if training.config.start_from is None:
+    if not training.continues:
         return training.untouched()
     # The first step donates its state.
     return Params(None, jax.tree.map(jnp.copy, training.params(training.state).steering))

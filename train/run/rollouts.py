@@ -32,7 +32,8 @@ class PromptSource:
     prompts         their tokens
     end             token that ends an answer
     config          the run
-    files           where they come from
+    files           where they come from, and those of the rewards
+    by              what else decides the rewards, for the digest
     """
 
     examples_asked: Sequence[Example]
@@ -40,6 +41,7 @@ class PromptSource:
     end: int
     config: GrpoConfig
     files: list[str]
+    by: str = ""
     order: RowOrder = field(init=False, repr=False)
     """Which questions are in each batch of rollouts."""
 
@@ -77,9 +79,9 @@ class PromptSource:
         return rollouts_in([[] for _ in range(count)], self.config, shared=self.config.share_prompts)
 
     def digest(self) -> str:
-        """sha256, in hexadecimal, of the questions and their right answers."""
+        """sha256, in hexadecimal, of the questions, their right answers, and what else decides the rewards."""
         golds = hashlib.sha256(repr([example.gold for example in self.examples_asked]).encode()).hexdigest()
-        return hashlib.sha256(f"{digest_of(self.prompts)} {golds}".encode()).hexdigest()
+        return hashlib.sha256(f"{digest_of(self.prompts)} {golds} {self.by}".encode()).hexdigest()
 
     def named(self, step: int) -> list[list[str]]:
         """The sources of the questions of a step, one to a row."""

@@ -17,7 +17,7 @@ from train.data import Example, Split, Turn
 from train.data.pairs import Layout
 from train.data.records import Part, Recipe
 from train.data.store import within
-from train.data.taught import TaughtSource
+from train.data.taught import OWN_BASE, Origin, TaughtSource
 from train.data.text_files import read_text
 from train.data.tokenised import tokenised
 from train.run.program import kernel_of, mesh_of
@@ -27,7 +27,7 @@ from train.tasks.remade import Remade
 
 
 def read_taught(
-    config: DistillConfig, model: LoadedModel, reader: ModelConfig, split: Split, *, by: str = ""
+    config: DistillConfig, model: LoadedModel, reader: ModelConfig, split: Split, *, by: Origin = OWN_BASE
 ) -> RunData:
     """The examples of a split as student and teacher read them.
 
@@ -39,7 +39,7 @@ def read_taught(
         model: the student; its weights are not needed.
         reader: the teacher's config.
         split: train, validation or test.
-        by: what the teacher is besides what it reads, for the digest.
+        by: what the teacher is besides what it reads.
 
     Raises:
         ValueError: completions that are other tokens for the teacher, or an example that does not fit a row.
@@ -65,7 +65,8 @@ def read_taught(
     kernel, _ = kernel_of(config, model.config, model.base, mesh_of(config))
     refusal = sharing_refusal(kernel, split_sequence=config.mesh.split_sequence)
     layout = Layout(config.batch_size, config.sequence_length, config.seed, config.pack)
-    return RunData(TaughtSource(student, teacher, layout, not refusal and config.teacher.prompted, by), report)
+    shared = not refusal and config.teacher.prompted
+    return RunData(TaughtSource(student, teacher, layout, shared, by), report)
 
 
 def shots_of(config: DistillConfig) -> tuple[Example, ...]:
@@ -134,8 +135,10 @@ def prompted(example: Example, before: tuple[Turn, ...]) -> Example:
             raise ValueError(f"{example.source}: has no prompt, before which the teacher could read more")
         return replace(example, turns=(Turn(first.role, before[0].text + first.text), *rest))
     own = example.turns
-    if before[0].role == "system" and own[0].role == "system":
-        before, own = (Turn("system", f"{before[0].text}\n\n{own[0].text}"), *before[1:]), own[1:]
+    if own[0].role == "system":  # comes first in a chat, after the teacher's own
+        teachers = [turn.text for turn in before if turn.role == "system"]
+        system = Turn("system", "\n\n".join([*teachers, own[0].text]))
+        before, own = (system, *(turn for turn in before if turn.role != "system")), own[1:]
     weights = example.turn_weights or (1.0,) * len(example.turns)
     quiet = tuple(0.0 if turn.supervised else 1.0 for turn in before)
     return replace(example, turns=(*before, *own), turn_weights=(*quiet, *weights[len(weights) - len(own) :]))

@@ -45,6 +45,7 @@ class Training:
     steps      number of updates
     trainable, total  number of trained parameters, and of all base parameters
     given      what the objective is given besides its inputs
+    continues  whether it starts from given steering, rather than from that of the seed
     """
 
     config: TrainConfig
@@ -58,6 +59,7 @@ class Training:
     trainable: int
     total: int
     given: PyTree = None
+    continues: bool = False
 
     def starting_from(self, steering: Steering) -> Training:
         """The same run with other initial steering, constants included."""
@@ -69,7 +71,7 @@ class Training:
         still = [name for name, tree in params.steering.items() if not jax.tree.leaves(tree)]
         trainable = count_parameters(params.base) + count_trained(self.program.model.plan, steering, still)
         state, frozen = self.program.begin(params, self.state.key), self.program.place_frozen(put(self.frozen))
-        return replace(self, state=state, frozen=frozen, trainable=trainable)
+        return replace(self, state=state, frozen=frozen, trainable=trainable, continues=True)
 
     def step(self, state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
         """One update. The state given is donated: use the one returned."""

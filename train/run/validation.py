@@ -94,3 +94,12 @@ def _is_set(config: TrainConfig, name: str) -> bool:
     """Whether a setting is not at its default."""
     default: Any = next(field.default for field in fields(config) if field.name == name)
     return getattr(config, name) != default
+
+
+def measured(config: TrainConfig) -> list[Split]:
+    """The splits on which a run is evaluated."""
+    limits: dict[Split, int] = {
+        "validation": config.validation_examples if config.evaluate_every else 0,
+        "test": config.test_examples,
+    }
+    return [split for split, limit in limits.items() if limit and task_of(config).recipe(split).parts]

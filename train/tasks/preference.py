@@ -25,7 +25,7 @@ from train.tasks.mixture import PlainTask
 from train.tasks.protocols import typed_template
 from train.tasks.remade import Remade
 from train.tasks.row_records import OnEmpty, RowRecords, check_on_empty
-from train.tasks.rows import read_jsonl_files
+from train.tasks.rows import read_hub, read_records
 from train.tasks.scoring import Rule, check_max_new_tokens, score
 
 _NONE: dict[Side, str] = {
@@ -36,19 +36,24 @@ _NONE: dict[Side, str] = {
 
 @dataclass(frozen=True)
 class PreferenceTask:
-    """Your own preferences as JSON Lines: pairs of answers, or answers with a label.
+    """Preferences (.jsonl, .parquet, or a hub data set): pairs of answers, or answers with a label.
 
-    docs/preference_data.md shows the kinds of line.
+    docs/preference_data.md shows the kinds of row.
     """
 
-    train: str
-    """File of training examples; or a folder of .jsonl files, or a pattern such as shards/*.jsonl."""
+    train: str = "train"
+    """File of training examples, a folder of them, or a pattern such as shards/*.parquet; with data, a split of that
+    data set, e.g. train_prefs."""
     validation: str | None = None
-    """File of validation examples; None = no evaluation during training."""
+    """Validation examples, in the same form; None = no evaluation during training."""
     test: str | None = None
-    """File of test examples; None = the validation examples."""
+    """Test examples, in the same form; None = the validation examples."""
+    data: str | None = None
+    """Id of a hub data set; None = train, validation and test are local files."""
+    subset: str | None = None
+    """Configuration of the hub data set."""
     keys: PreferenceKeys = field(default_factory=PreferenceKeys)
-    """JSON keys of a line."""
+    """Keys (columns) of a row."""
     template: str = "{prompt}"
     """Text around a prompt; must contain {prompt}."""
     chat: bool = False
@@ -58,7 +63,7 @@ class PreferenceTask:
     max_new_tokens: int = 64
     """Maximum number of tokens in an answer."""
     on_empty: OnEmpty = "error"
-    """What to do with lines that lack a text, or whose two answers are the same or answer different prompts: stop with
+    """What to do with rows that lack a text, or whose two answers are the same or answer different prompts: stop with
     an error, or drop and count them."""
 
     def __post_init__(self) -> None:
@@ -85,17 +90,18 @@ class PreferenceTask:
         return self._side(split, "rejected")
 
     def _side(self, split: Split, side: Side) -> Recipe:
-        path = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}[split]
-        if path is None:
+        name = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}[split]
+        if name is None:
             return Recipe(())
+        place = name if self.data is None else f"{self.data} {name}"
         reading = PreferenceReading(self.keys, self.template, self.chat)
         records = RowRecords(
-            read_jsonl_files(path),
+            read_records(name) if self.data is None else read_hub(self.data, name, subset=self.subset),
             lambda source, row: answer_example(row, source, reading, side),
-            f"{path} ({side} answers)",
+            f"{place} ({side} answers)",
             self.on_empty,
             repr((reading, side)),
-            missing=f"{path}: {_NONE[side]}; expected one JSON object per line, e.g. {EXPECTED}",
+            missing=f"{place}: {_NONE[side]}; expected rows such as {EXPECTED}",
             wanted=lambda row: side in sides_of(row, self.keys),
             fault="an empty or missing text, or no pair of different answers to one prompt",
         )

@@ -137,6 +137,12 @@ def imported(name: str, option: str) -> Callable[..., Any]:
     return found
 
 
+def reward_files(rewards: Sequence[WeightedReward]) -> list[str]:
+    """The files of rewards that are FILE.py:FUNCTION."""
+    places = (reward.name.rpartition(":")[0] for reward in rewards)
+    return list(dict.fromkeys(place for place in places if place.endswith(".py")))
+
+
 def _module_of(where: str) -> Any:
     if not where.endswith(".py"):
         return importlib.import_module(where)

@@ -26,6 +26,8 @@ from train.tasks.row_sources import (
 _NAN = ("NaN", "nan")  # as pandas and NumPy write missing numbers into .csv files
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+RECORDS = (".jsonl", ".parquet")
+"""Files whose values may be lists and objects."""
 
 
 def is_local(data: str) -> bool:
@@ -98,6 +100,12 @@ def read_file(path: str | Path) -> RowSource:
 def read_jsonl_files(path: str | Path) -> RowSource:
     """The lines of a JSON Lines file of any name, or of those that a folder or a pattern stands for."""
     parts = [JsonlRows(each) for each in files_of(path, (".jsonl",))]
+    return parts[0] if len(parts) == 1 else JoinedRows(parts)
+
+
+def read_records(path: str | Path) -> RowSource:
+    """Rows that may hold conversations: Parquet by its suffix, else JSON Lines; one file, a folder or a pattern."""
+    parts = [_open_file(each) if each.suffix == ".parquet" else JsonlRows(each) for each in files_of(path, RECORDS)]
     return parts[0] if len(parts) == 1 else JoinedRows(parts)
 
 

@@ -3,13 +3,25 @@
 import json
 import re
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from train.data import Example, ListOps, Turn
 from train.data.loading import load
-from train.tasks import JsonlTask, ListOpsTask, PairedTask, PreferenceTask, on_file, task_from_json, task_to_json
+from train.tasks import (
+    JsonlTask,
+    ListOpsTask,
+    PairedTask,
+    PreferenceTask,
+    on_file,
+    preference,
+    task_from_json,
+    task_to_json,
+)
 from train.tasks.held_out import HeldOutTask
 from train.tasks.preference import right_answer, wrong_answer
+from train.tasks.rows import read_records
 from train.tasks.scoring import score
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -79,6 +91,19 @@ REPLY = {"prompt": said("x", "y", "p"), "chosen": said("", "a")[1:], "rejected":
 )
 def test_kinds_of_line(task, line, chat, expected):
     assert both(task([line], chat=chat)) == expected
+
+
+def test_parquet_and_the_hub(task, tmp_path, monkeypatch):
+    lines = [REPLY, {"prompt": said("p"), "chosen": said("", "c")[1:], "rejected": said("", "d")[1:]}]
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), path)
+    assert both(PreferenceTask(str(path), chat=True)) == both(task(lines, chat=True))
+    asked = []
+    monkeypatch.setattr(preference, "read_hub", lambda *name, **more: asked.append((name, more)) or read_records(path))
+    hub = PreferenceTask("train_prefs", data="org/prefs", subset="en", chat=True)
+    assert both(hub) == both(task(lines, chat=True))
+    assert asked == [(("org/prefs", "train_prefs"), {"subset": "en"})] * 2
+    assert hub.recipe("validation").parts == ()
 
 
 def test_only_the_last_turn_counts(task):
