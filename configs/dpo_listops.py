@@ -16,7 +16,7 @@ def config() -> DpoConfig:
         batch_size=4,
         sequence_length=256,
         evaluate_every=15,
-        validation_examples=64,
+        validation_examples=256,
         test_examples=512,
         checkpoint_every=30,
         out="runs/dpo_listops",

@@ -1,28 +1,28 @@
 """GRPO on ListOps: post-block steering of SmolLM2-135M-Instruct, rewarded for the right digit."""
 
 from jaxsteer.optim import OptimConfig
-from train.config.grpo import GrpoConfig
+from train.config.grpo import GrpoConfig, PolicyLoss
 from train.data import ListOps
 from train.tasks import ListOpsTask
 
 
 def config() -> GrpoConfig:
+    problems = ListOps(operations=("MAX", "MIN", "MED", "SM", "FIRST", "LAST"), max_length=10)
     return GrpoConfig(
         model="smollm2-135m-instruct",
-        task=ListOpsTask(
-            ListOps(operations=("MAX", "MIN", "MED", "SM", "FIRST", "LAST"), max_length=10), max_new_tokens=3
-        ),
+        task=ListOpsTask(problems, max_new_tokens=1),  # an answer is one digit
         plan=("nonlinear(rank=8) @ block",),
-        optim=OptimConfig(lr=5e-4, schedule="constant", warmup=0.05),
-        steps=100,
-        prompts=32,
-        group=8,
-        batch_size=2,
+        optim=OptimConfig(lr=2e-3, schedule="cosine", warmup=0.05),
+        policy=PolicyLoss(beta=0.05),  # without it, all answers soon are the first digit
+        steps=50,
+        prompts=64,
+        group=16,
+        batch_size=4,
         sequence_length=256,
-        evaluate_every=25,
-        validation_examples=64,
+        evaluate_every=10,
+        validation_examples=256,
         test_examples=512,
         eval_batch_size=256,
-        checkpoint_every=25,
+        checkpoint_every=10,
         out="runs/grpo_listops",
     )

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxsteer.optim import OptimConfig
@@ -12,8 +13,9 @@ from train.compare import __main__ as command
 from train.compare import report
 from train.compare import runs as compare_runs
 from train.compare.__main__ import compare
-from train.compare.config import CompareConfig, Entry, LoFiT, Method
-from train.compare.records import Timing, read_record
+from train.compare.config import CompareConfig, Contrast, Entry, LoFiT, Method
+from train.compare.contrasts import contrast_table, judge
+from train.compare.records import MethodResult, Timing, read_record
 from train.compare.runs import Comparison, search
 from train.compare.timing import measure
 from train.config import TrainConfig
@@ -43,6 +45,7 @@ def config(tiny_folder, tiny_data, tmp_path):
             Entry("LoFiT", Method(("lofit @ attn.heads",)), lr=1e-2, lofit=LoFiT(heads=3)),
             Entry("joint", Method(JOINT, orthogonality=Orthogonality("penalty")), 1e-2, 1e-3),
         ),
+        contrasts=(Contrast("joint adaptation", "joint", ("post-block", "LoFiT")),),
         extensions=0,
         seeds=2,
         out=str(tmp_path / "comparison"),
@@ -110,6 +113,9 @@ def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch
     assert (folder / "results.png").stat().st_size > 10_000
     assert [path.name for path in folder.glob("overlap_*.png")] == ["overlap_joint.png"]
     assert by_name["joint"]["chance_overlap"] == 2 / 32
+    (contrast,) = data["contrasts"]
+    assert contrast["second"] in ("post-block", "LoFiT")
+    assert "| joint adaptation: joint minus " in table
     gap = data["differences"]["post-block"]["joint"]["mean"]
     assert gap == pytest.approx(by_name["post-block"]["test"]["mean"] - by_name["joint"]["test"]["mean"])
 
@@ -176,9 +182,46 @@ def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
         ({"rates": 2}, "rates must be odd"),
         ({"factor": 1.0}, "factor above 1"),
         ({"base": TrainConfig(evaluate_every=5, patience=2)}, "base.evaluate_every has no effect here"),
+        ({"margin": 0.0}, "--margin must be between 0 and 1"),
+        (
+            {"contrasts": (Contrast("q", "joint", ("LoRA",)),)},
+            "contrast 'q': no entry 'LoRA'; there are full fine-tuning",
+        ),
+        ({"contrasts": (Contrast("q", "joint", ()),)}, "contrast 'q': nothing to compare 'joint' with"),
         ({"entries": (Entry("a b", Method((POST_BLOCK,)), 1.0), Entry("A_B", Method((POST_BLOCK,)), 1.0))}, "'a_b'"),
     ],
 )
 def test_impossible_comparisons_are_refused(changes, message, config):
     with pytest.raises(ValueError, match=message):
         replace(config, **changes)
+
+
+def result_of(name, test, validation=0.5):
+    """A method with these test scores [seeds, examples]."""
+    entry = Entry(name, Method((POST_BLOCK,)), 1.0)
+    records = [{"test": row.astype(int).tolist(), "validation": [validation]} for row in test]
+    return MethodResult(entry, 0, [], records, {})
+
+
+def test_contrasts_are_judged():
+    draw = np.random.default_rng(0)
+    chance = lambda share: draw.random((6, 2000)) < share
+    good = chance(0.7)
+    results = [
+        result_of("good", good),
+        result_of("same", good ^ (draw.random(good.shape) < 0.002)),
+        result_of("bad", chance(0.6), validation=0.1),
+        result_of("vague", np.repeat(draw.random((6, 1)) < 0.5, 2000, axis=1), validation=0.9),
+    ]
+    asked = [
+        ("a", "good", ("bad",)),
+        ("b", "bad", ("good",)),
+        ("c", "good", ("same",)),
+        ("d", "good", ("bad", "vague")),
+    ]
+    rows = judge([Contrast(*each) for each in asked], results, margin=0.01)
+    assert [row["verdict"] for row in rows] == ["higher", "lower", "equal", "open"]
+    assert rows[3]["second"] == "vague"  # the best by validation
+    assert rows[0]["difference"]["mean"] == pytest.approx(results[0].test.mean() - results[2].test.mean())
+    assert rows[0]["detectable"] < 0.04 < rows[3]["detectable"]
+    assert "| a: good minus bad | +" in contrast_table(rows, 0.01)

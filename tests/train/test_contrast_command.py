@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 
@@ -136,13 +137,13 @@ def test_the_strongest_effect_is_chosen(figures):
 
 def test_what_is_shown_and_noted(made, figures):
     assert {path.name for path in made.iterdir()} == {
-        *("steering.safetensors", "contrast.json", "contrast.png", "tokens_1.png", "tokens_2.png")
+        *("steering.safetensors", "contrast.json", "contrast.png", "tokens_1.png", "tokens_2.png", "sweep.jsonl")
     }
     assert len(figures["chosen"]["answers"]) == 2
     notes = load_steering(made / "steering.safetensors").notes
     (step,) = notes["provenance"]
     assert (step["by"], step["chosen"]["layer"]) == ("contrast", figures["chosen"]["layer"])
-    assert set(step["data"]) == {"pairs", "validation"}
+    assert set(step["data"]) == {"pairs", "validation", "neutral"}
 
 
 def test_the_file_is_a_start_for_training(made, tiny_data, tiny_folder, tmp_path, monkeypatch, capsys):
@@ -150,6 +151,29 @@ def test_the_file_is_a_start_for_training(made, tiny_data, tiny_folder, tmp_path
     monkeypatch.setattr(sys, "argv", ["sft", "jsonl", "--start-from", str(made), "--dry-run", *map(str, data)])
     run_main(importlib.import_module("train.sft").main)
     assert "contrast" in capsys.readouterr().out
+
+
+def test_what_was_measured_is_not_measured_again(made, folder, options, tmp_path, monkeypatch):
+    """After an interruption, and with another budget; other settings begin anew."""
+    shutil.copytree(made, tmp_path / "out")
+    command = [folder / "pairs.jsonl", "--validation", folder / "held.jsonl", "--out", tmp_path / "out", *options]
+    lines = (made / "sweep.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out" / "sweep.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    done = []
+    measure, answer = sweep.Sweep.measure, sweep.Sweep.with_answers
+    monkeypatch.setattr(sweep.Sweep, "measure", lambda self, *cell: done.append(cell) or measure(self, *cell))
+    run(command)
+    assert done == [(1, 0.5), (1, 20.0)]
+    assert (
+        json.loads((tmp_path / "out" / "contrast.json").read_text())["cells"]
+        == json.loads((made / "contrast.json").read_text())["cells"]
+    )
+    monkeypatch.setattr(sweep.Sweep, "with_answers", lambda self, cells: pytest.fail("answered again"))
+    run([*command, "--max-kl", 40])
+    assert len(done) == 2
+    monkeypatch.setattr(sweep.Sweep, "with_answers", answer)
+    run([*command, "--positions", "completion", "--layers", 0])
+    assert done[2:] == [(0, 0.5), (0, 20.0)]
 
 
 def cell(layer, strength, kl, effect):

@@ -2,10 +2,8 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -123,12 +121,6 @@ def test_sharing_prompts_changes_nothing_but_rounding(settings, finished, tmp_pa
     assert tokens[0] < tokens[1]
 
 
-def answer_log_probability(model, base, steering, example):
-    """log p of the tokens that count of an example in a row of its own."""
-    batch = stack_rows([[example]], len(example))
-    return float(policy_log_probabilities(model, base, steering, batch).sum())
-
-
 def test_a_start_is_the_reference_of_two_explicit_models(settings, finished, tmp_path):
     """Each step's loss is that of the pairs one by one, by the present policy and by the file that it began with."""
     file = load_steering(finished.steering)
@@ -136,20 +128,17 @@ def test_a_start_is_the_reference_of_two_explicit_models(settings, finished, tmp
     config = replace(config, grad_accumulation=1, batch_size=2, out=str(tmp_path / "run"))
     training = load_training(prepare(config, None, {}, FromPreferences()))
     model, base, source = training.program.model, training.loaded.base, training.data
-    score = partial(answer_log_probability, model, base)
+    score = jax.jit(lambda steering, rows: policy_log_probabilities(model, base, steering, rows).sum(axis=1))
+    alone = lambda side, numbers: stack_rows([[side[i]] for i in numbers], 8)  # unpacked
     state, folder = training.state, RunFolder(tmp_path)
     with FromPreferences().feed(training, folder, range(3)) as feed:
         for step in range(3):
-            policy = jax.tree.map(jnp.copy, training.answering(state).steering)
-            margins = [
-                score(policy, source.chosen[i])
-                - score(file.steering, source.chosen[i])
-                - score(policy, source.rejected[i])
-                + score(file.steering, source.rejected[i])
-                for i in np.concatenate(source.order.members(step)).tolist()
-            ]
+            policy, numbers = training.answering(state).steering, np.concatenate(source.order.members(step)).tolist()
+            sides = [alone(side, numbers + [0] * (16 - len(numbers))) for side in (source.chosen, source.rejected)]
+            gained, lost = (np.asarray(score(policy, rows) - score(file.steering, rows)) for rows in sides)
+            margins = (gained - lost)[: len(numbers)]
             state, metrics = training.step(state, feed.take(step, state))
-            assert float(metrics.loss) == pytest.approx(np.mean(np.logaddexp(0, -np.array(margins))), rel=1e-4)
+            assert float(metrics.loss) == pytest.approx(np.mean(np.logaddexp(0, -margins)), rel=1e-4)
             assert (step == 0) == (float(metrics.loss) == pytest.approx(np.log(2), abs=1e-6))
 
 

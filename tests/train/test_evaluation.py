@@ -22,8 +22,9 @@ from jaxsteer.io import load_model, save_steering
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import forward, logits_of, output_embedding
 from train import evaluate
-from train.data import Encoding, Example, encode, stack_rows
+from train.data import Encoding, Example, TokenizedExample, encode, stack_rows
 from train.devices.placement import SINGLE, place_on
+from train.evaluation import evaluator as evaluating
 from train.evaluation.answers import (
     Prompts,
     ScoredAnswer,
@@ -34,6 +35,7 @@ from train.evaluation.answers import (
 )
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.journal import FileJournal, MemoryJournal
+from train.evaluation.loss import predicted_tokens
 from train.robustness import RobustnessConfig, divergence, example_sets, measure, read_methods, table_of
 from train.tasks import JsonlTask
 
@@ -120,6 +122,37 @@ def test_a_split_is_read_and_tokenised_once(loaded, steered, tiny_data, monkeypa
 
 
 loss_of = jax.jit(mean_loss, static_argnums=0)
+
+
+def test_predicted_tokens_are_the_greedy_ones(loaded, steered):
+    """Packed rows whose completions are greedy up to some token, against forward passes one by one."""
+    plan, steering = steered
+    model, draw = Model(loaded.config, plan), np.random.default_rng(0)
+    head, examples, expected = output_embedding(loaded.base), [], []
+    step = jax.jit(lambda batch: forward(model, loaded.base, steering, batch).hidden @ head.T)
+    for wrong in (None, 2, 0, None, 1):
+        example = TokenizedExample(draw.integers(97, 122, 9).astype(np.int32), np.arange(9) >= 5, 5, "")
+        for place in range(5, 9):  # each depends on those before
+            likeliest = int(step(stack_rows([[example]], 9))[0, place - 1].argmax())
+            example.ids[place] = likeliest if place - 5 != wrong else (likeliest + 1) % 256
+        examples.append(example)
+        expected.append([place < 5 or place - 5 != wrong for place in range(9)])
+    packed = predicted_tokens(model, loaded.base, steering, stack_rows([examples[:3], examples[3:]], 30))
+    found = np.asarray(packed)
+    np.testing.assert_array_equal(found[0], [*np.concatenate(expected[:3]), *[True] * 3])
+    np.testing.assert_array_equal(found[1], [*np.concatenate(expected[3:]), *[True] * 12])
+
+
+def test_examples_are_found_in_packed_rows(loaded, steered, tiny_data, monkeypatch):
+    even = lambda model, base, steering, batch, strength: (batch.tokens % 2 == 0) | (batch.weights == 0)
+    monkeypatch.setattr(evaluating, "predicted_tokens", even)
+    task = JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=4)
+    plan, steering = steered
+    asking = evaluator_of(loaded, plan, task=task, loss_shape=(4, 32))
+    encoded, _ = encode(task.load("validation"), loaded.require_tokenizer(), Encoding())
+    expected = [bool((example.ids[example.weights != 0] % 2 == 0).all()) for example in encoded]
+    assert asking.predicted("validation", Params(None, steering)) == expected
+    assert len(set(expected)) == 2
 
 
 def test_the_validation_loss_is_that_of_training(loaded, steered, tiny_data):

@@ -135,6 +135,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (finished.run.folder / "grpo.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_a_model_learns_a_simple_reward_in_few_steps(settings, own, tmp_path, capsys):
     """The base trains: steering alone cannot move the flat predictions of random weights far."""
     config = replace(
@@ -169,7 +170,7 @@ def test_its_folder_is_evaluated(finished, monkeypatch, capsys, tiny_data):
     assert "accuracy" in said
 
 
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("updates", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_ends_with_the_same_bits(config, updates, monkeypatch):
     config = replace(config, updates=updates, steps=4)
     whole = train(config, algorithm=FromRewards()).run
@@ -297,16 +298,17 @@ def test_the_packed_loss_is_that_of_the_answers_one_by_one(training, average, sh
             rows.append((prompt, answer.tokens, advantage))
             kept.append(len(answer.tokens))
 
+    def alone(prompt, tokens):
+        ids, answer = np.concatenate([prompt.ids, tokens]), np.arange(len(prompt) + len(tokens)) >= len(prompt)
+        return Single(ids, answer, answer.astype(np.float32), len(prompt))
+
+    batch = stack_rows([[alone(prompt, tokens)] for prompt, tokens, _ in rows], 16)
+    lengths, own = np.array(kept), np.array([float(advantage) for *_, advantage in rows])
+    share = own / lengths if average == "answers" else own
+
     def one_by_one(steering):
-        summed = 0.0
-        for prompt, tokens, advantage in rows:
-            ids, answer = np.concatenate([prompt.ids, tokens]), np.arange(len(prompt) + len(tokens)) >= len(prompt)
-            own = Single(ids, answer, answer.astype(np.float32), len(prompt))
-            batch = stack_rows([[own]], len(ids))
-            chosen = policy_log_probabilities(model, base, steering, batch).sum()
-            share = 1 / len(tokens) if average == "answers" else 1.0
-            summed -= float(advantage) * share * (chosen - jax.lax.stop_gradient(chosen) + len(tokens))
-        return summed
+        chosen = policy_log_probabilities(model, base, steering, batch).sum(axis=1)
+        return -(share * (chosen - jax.lax.stop_gradient(chosen) + lengths)).sum()
 
     expected, slope = jax.jit(jax.value_and_grad(one_by_one))(steering)
     np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-5)

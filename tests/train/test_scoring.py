@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from train.evaluation.statistics import crossed_interval
+from train.evaluation.statistics import crossed, crossed_interval, holm
 from train.tasks.scoring import Accuracy, accuracy, extract, interval, score
 
 
@@ -192,5 +192,28 @@ def test_crossed_interval_covers_the_truth(seed_spread, example_spread):
 
 @pytest.mark.parametrize("scores", [[], [[1]], [[1, 0], [1]]])
 def test_crossed_interval_needs_scores(scores):
-    with pytest.raises(ValueError, match="crossed_interval"):
+    with pytest.raises(ValueError, match="crossed: need scores"):
         crossed_interval(scores)
+
+
+def test_tests_of_one_seed_are_those_of_its_examples():
+    draws = np.random.default_rng(1).normal(0.1, 1.0, 50)
+    one, student = crossed([draws]), scipy.stats.ttest_1samp
+    assert one.p_differs() == pytest.approx(student(draws, 0).pvalue)
+    sides = student(draws, -0.5, alternative="greater").pvalue, student(draws, 0.5, alternative="less").pvalue
+    assert one.p_within(0.5) == pytest.approx(max(sides))
+    rejected = scipy.stats.t.ppf(0.975, 49)
+    power = scipy.stats.nct.sf(rejected, 49, one.detectable(0.8) / one.error)
+    assert power == pytest.approx(0.8, abs=0.01)
+
+
+def test_scores_without_spread_decide():
+    same, more = crossed([[0.0] * 4] * 2), crossed([[0.5] * 4] * 2)
+    assert (same.p_differs(), same.p_within(0.01)) == (1.0, 0.0)
+    assert (more.p_differs(), more.p_within(0.01)) == (0.0, 1.0)
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []

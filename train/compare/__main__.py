@@ -8,6 +8,7 @@ interrupted comparison again and it continues. Writes results.json, a table (res
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def _compare(config: CompareConfig, run: RunFolder, loaded: LoadedModel) -> Resu
         counter = _Counter(bar)
         comparison = Comparison(config, loaded, counter.add)
         for number, entry in enumerate(config.entries, 1):
+            if (hours := counter.hours_left(planned * len(config.entries))) is not None:
+                bar.note(f"{entry.name}: {number} of {len(config.entries)}, about {hours:.1f} hours left")
             best, tried = search(comparison, entry, bar.note)
             comparison.finish(entry, [(best, seed) for seed in range(config.seeds)])
             runs.append((best, tried, [comparison.tested(entry, best, seed) for seed in range(config.seeds)]))
@@ -114,11 +117,18 @@ class _Counter:
     """Training steps done, over all runs; runs finished earlier are counted when their method is."""
 
     def __init__(self, bar: Bar) -> None:
-        self._bar, self._done = bar, 0
+        self._bar, self._done, self._taken, self._began = bar, 0, 0, time.monotonic()
 
     def add(self, steps: int) -> None:
         self._done += steps
+        self._taken += steps
         self._bar.update(self._done)
+
+    def hours_left(self, planned: int) -> float | None:
+        """Hours for the rest of so many steps at the pace so far, answering included; None before any was taken."""
+        if not self._taken:
+            return None
+        return (planned - self._done) * (time.monotonic() - self._began) / self._taken / 3600
 
     def at_least(self, steps: int) -> None:
         self._done = max(self._done, steps)

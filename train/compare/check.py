@@ -60,6 +60,7 @@ def evaluator_of(config: CompareConfig, loaded: LoadedModel) -> Evaluator:
         placement=Placement(None),
         eval_batch_size=base.eval_batch_size,
         limits={"validation": base.validation_examples, "test": base.test_examples},
+        loss_shape=(8, base.sequence_length),
         encoding=encoding_of(base),
     )
 

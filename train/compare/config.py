@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -53,6 +54,18 @@ class Entry:
         return "".join(c if c.isalnum() else "_" for c in self.name.lower()).strip("_")
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """The accuracy of a method minus that of another, named before any is measured."""
+
+    name: str
+    """What it asks."""
+    first: str
+    """Name of an entry."""
+    second: tuple[str, ...]
+    """Names of entries; of several, the one with the best validation accuracy."""
+
+
 IGNORED = (
     "mesh",
     "distributed",
@@ -79,8 +92,16 @@ class CompareConfig:
     """What all methods share: model, task, budget, optimizer."""
     entries: tyro.conf.Suppress[tuple[Entry, ...]] = ()
     """The methods to compare, given in the config file."""
+    contrasts: tyro.conf.Suppress[tuple[Contrast, ...]] = ()
+    """The planned contrasts between them, for whose number p-values are corrected; given in the config file."""
+    margin: float = 0.01
+    """Largest difference in accuracy that counts as none, in the test that two methods are equal."""
     factor: float = 3.0
     """Ratio of neighbouring learning rates in the grid."""
+    scoring: Literal["answers", "predictions"] = "answers"
+    """How accuracy is measured. answers: generated, and read by the task's rule. predictions: whether each token of the
+    right answer, its end included, is the likeliest given those before, in one pass over packed rows; the same as
+    generated answers that must be exactly right."""
     rates: int = 3
     """Number of learning rates in the first grid: odd, with the method's own in the middle."""
     extensions: int = 3
@@ -104,6 +125,16 @@ class CompareConfig:
         slugs = [entry.slug for entry in self.entries]
         if repeated := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
             raise ValueError(f"comparison: two entries have the name {repeated[0]!r}; rename one")
+        if not 0 < self.margin < 1:
+            raise ValueError(f"--margin must be between 0 and 1, got {self.margin:g}")
+        self._check_contrasts([entry.name for entry in self.entries])
+
+    def _check_contrasts(self, names: Sequence[str]) -> None:
+        for contrast in self.contrasts:
+            if not contrast.second:
+                raise ValueError(f"contrast {contrast.name!r}: nothing to compare {contrast.first!r} with")
+            if unknown := [name for name in (contrast.first, *contrast.second) if name not in names]:
+                raise ValueError(f"contrast {contrast.name!r}: no entry {unknown[0]!r}; there are {', '.join(names)}")
 
     @property
     def exponents(self) -> list[int]:
@@ -127,7 +158,8 @@ class CompareConfig:
         base = self.base.to_json()
         for name in _method_fields(Method(())):
             del base[name]
-        return {"base": base, "factor": self.factor}
+        scoring = {} if self.scoring == "answers" else {"scoring": self.scoring}
+        return {"base": base, "factor": self.factor} | scoring
 
 
 def _method_fields(method: Method) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NotRequired, TypedDict, TypeVar, cast
+from typing import Literal, NotRequired, TypedDict, TypeVar, cast
 
 import numpy as np
 
@@ -103,6 +103,33 @@ class MethodRow(Timing):
     chance_overlap: float | None
 
 
+Verdict = Literal["higher", "lower", "equal", "open"]
+"""What a contrast shows.
+
+higher, lower  a difference: its p-value, corrected for the number of contrasts, is below 5 %
+equal          no difference is shown, and one as large as the margin is excluded, with a corrected p-value too
+open           neither
+"""
+
+
+class ContrastRow(TypedDict):
+    """A planned contrast.
+
+    p, p_equal  of the tests that the methods differ, and that they differ by less than the margin; both corrected for
+                the number of contrasts (Holm)
+    detectable  the smallest true difference that 80 % of such comparisons would find, before correction
+    """
+
+    contrast: str
+    first: str
+    second: str
+    difference: Interval
+    p: float
+    p_equal: float
+    detectable: float
+    verdict: Verdict
+
+
 class Results(TypedDict):
     """results.json; `files` lists what the report wrote, and is not in the file."""
 
@@ -116,6 +143,8 @@ class Results(TypedDict):
     untouched: Interval
     methods: list[MethodRow]
     differences: dict[str, dict[str, Interval]]
+    contrasts: list[ContrastRow]
+    margin: float
     files: NotRequired[list[str]]
 
 
@@ -140,6 +169,11 @@ class MethodResult:
         answers = [record["test"] for record in self.seeds]
         assert None not in answers
         return np.array(answers)
+
+    @property
+    def validation(self) -> np.ndarray:
+        """Which validation answers are right, 1 or 0: [seeds, examples]."""
+        return np.array([record["validation"] for record in self.seeds])
 
     @property
     def at_edge(self) -> bool:

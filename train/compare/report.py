@@ -12,6 +12,7 @@ from jaxsteer.io import LoadedModel
 from jaxsteer.io.files import replacing, write_json
 from jaxsteer.steering import count_parameters
 from train.compare.config import CompareConfig
+from train.compare.contrasts import contrast_table, judge
 from train.compare.records import Interval, MethodResult, MethodRow, Results
 from train.devices.machine import device_summary
 from train.display.plots import plot_comparison, plot_overlap
@@ -146,10 +147,14 @@ def write_report(
         "untouched": base,
         "methods": rows,
         "differences": differences(results),
+        "contrasts": judge(config.contrasts, results, config.margin),
+        "margin": config.margin,
     }
     write_json(folder / "results.json", data)
     with replacing(folder / "results.md") as file:
         file.write(f"{table(rows)}\n\nThe untouched model: {_percent(base)} %.\n".encode())
+        if data["contrasts"]:
+            file.write(f"\n{contrast_table(data['contrasts'], config.margin)}\n".encode())
     points = [(r["method"], r["trainable"], r["test"]["mean"], r["test"]["low"], r["test"]["high"]) for r in rows]
     title = f"{config.base.model}: accuracy by method"
     plot_comparison(folder / "results.png", points, base=base["mean"], title=title)

@@ -121,8 +121,10 @@ class Comparison:
 
     def answer(self, split: Split, plan: Plan, params: Params) -> list[int]:
         """Which answers to a split's questions are correct, 1 or 0."""
-        model = Model(self.loaded.config, plan)
-        return [int(answer.correct) for answer in self.evaluator.steered_by(model).answer(split, params)]
+        evaluator = self.evaluator.steered_by(Model(self.loaded.config, plan))
+        if self.config.scoring == "predictions":
+            return list(map(int, evaluator.predicted(split, params)))
+        return [int(answer.correct) for answer in evaluator.answer(split, params)]
 
     def tested(self, entry: Entry, exponent: int, seed: int) -> RunRecord:
         """The record of a finished run, with its test answers."""

@@ -3,7 +3,8 @@
 A direction from the negative to the positive sides is taken at every layer; layer and strength are picked on held-out
 pairs: the strongest effect that moves the model's predictions on neutral text by at most --max-kl. The result is an
 ordinary steering file. Also written: all figures (contrast.json), effect against cost (contrast.png), and the
-projections of tokens (tokens_1.png, ...).
+projections of tokens (tokens_1.png, ...). What has been measured is kept (sweep.jsonl): the same command goes on after
+an interruption, and does not measure again for another --max-kl.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from jaxsteer.models.transformer import Model, Network
 from jaxsteer.types import Array, Positions
 from train.base_models import describe, load
 from train.cli import run_main
+from train.contrast.kept import KeptCells
 from train.contrast.material import Material, read_material
 from train.contrast.pairs import Sides
 from train.contrast.report import Outcome, Projecting, plot_outcome, print_answers, print_outcome
 from train.contrast.rows import Rows
-from train.contrast.settings import ContrastConfig
-from train.contrast.sweep import Cell, Sweep, affordable, best, gain_of, sweep
+from train.contrast.settings import SWEEP, ContrastConfig
+from train.contrast.sweep import Cell, Sweep, affordable, best, gain_of
 from train.devices.machine import enable_compilation_cache
 from train.display.console import print_facts, progress
 
@@ -54,7 +56,9 @@ def find_directions(config: ContrastConfig, network: Network, material: Material
     return directions, np.asarray(told_apart(directions, *read(material.validation)))
 
 
-def search(config: ContrastConfig, measured: Sweep, layers: Sequence[int], apart: np.ndarray) -> Outcome:
+def search(
+    config: ContrastConfig, measured: Sweep, kept: KeptCells, layers: Sequence[int], apart: np.ndarray
+) -> Outcome:
     """Sweep the dial, and choose.
 
     Raises:
@@ -62,17 +66,17 @@ def search(config: ContrastConfig, measured: Sweep, layers: Sequence[int], apart
     """
     before = measured.untouched()
     with progress(len(layers) * len(set(config.strengths)), "Sweeping") as bar:
-        cells = sweep(measured, layers, config.strengths, bar.update)
+        cells = kept.sweep(measured, layers, config.strengths, bar.update)
     within = affordable(cells, config.max_kl)
     if measured.answering.scorer is not None:
-        within = measured.with_answers(within)
+        within = kept.with_answers(measured, within)
         done = {(cell.layer, cell.strength): cell for cell in within}
         cells = [done.get((cell.layer, cell.strength), cell) for cell in cells]
     by_layer = [[cell for cell in within if cell.layer == layer] for layer in layers]
     leading = [max(some, key=lambda cell: gain_of(cell, before)) for some in by_layer if some]
     best(leading, before)
     if measured.answering.scorer is None:
-        leading = measured.with_answers(leading)
+        leading = kept.with_answers(measured, leading)
     effect = (
         f"score by {config.scorer}"
         if config.scorer
@@ -121,7 +125,8 @@ def main() -> None:
         network, directions, Positions(config.positions), material.validation, material.neutral, material.answering,
         config.batch_size,
     )  # fmt: skip
-    outcome = search(config, measured, layers, apart)
+    kept = KeptCells(Path(config.out) / SWEEP, measured.digest())
+    outcome = search(config, measured, kept, layers, apart)
     path = save(config, loaded, directions, outcome, notes_of(config, material, outcome.chosen, outcome.effect))
     print_outcome(outcome)
     print_answers([asked.text for asked in material.answering.asked], outcome)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +80,14 @@ class Answering:
     stop: tuple[int, ...]
     max_new_tokens: int
     scorer: Scorer | None = None
+
+    @property
+    def by(self) -> str:
+        """The scorer's name, with the digest of its file."""
+        if self.scorer is None:
+            return ""
+        file = Path(self.scorer.name.rpartition(":")[0])
+        return self.scorer.name + (hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "")
 
     def answer(self, network: Network, slot: str, strengths: Sequence[float]) -> list[Answered]:
         """Answer every prompt greedily at each strength of a slot; 0 of a network without one is the network itself."""

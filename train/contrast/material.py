@@ -64,7 +64,12 @@ def read_material(config: ContrastConfig, described: LoadedModel) -> Material:
     stop = stop_tokens(tokenizer, encoding)
     scorer = Scorer(config.scorer, imported(config.scorer, "--scorer")) if config.scorer else None
     answering = Answering(asked[: config.answers], tokenizer, stop, config.max_new_tokens, scorer)
-    files = {"pairs": config.pairs, "validation": config.validation, "prompts": config.prompts}
+    files = {
+        "pairs": config.pairs,
+        "validation": config.validation,
+        "prompts": config.prompts,
+        "neutral": config.neutral,
+    }
     digests = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items() if file}
     return Material(train, validation, neutral, answering, texts, encoding, digests)
 

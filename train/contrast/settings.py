@@ -12,6 +12,9 @@ import tyro
 from jaxsteer.contrast import Direction, Reading
 from train.evaluation.neutral import NEUTRAL
 
+SWEEP = "sweep.jsonl"
+"""File of what was measured, in the folder of a run."""
+
 
 @dataclass(frozen=True)
 class ContrastConfig:
@@ -96,7 +99,7 @@ class ContrastConfig:
     def _check_out(self, out: Path) -> None:
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: a file, but a folder is needed")
-        if out.is_dir() and any(out.iterdir()) and not (out / "contrast.json").is_file():
+        if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in ("contrast.json", SWEEP)):
             raise ValueError(f"--out {out}: neither empty nor of an earlier jaxsteer contrast; give another folder")
 
     def layers_to_try(self, count: int) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from train.contrast.answers import Answered, Answering
 from train.contrast.pairs import Sides
 from train.contrast.rows import Rows, batch_rows, in_batches
 from train.data import TokenizedExample
+from train.data.examples import digest_of
+from train.evaluation.journal import hash_tree
 from train.evaluation.statistics import Estimate, crossed_interval
 
 SLOT = "contrast"
@@ -86,6 +89,13 @@ class Sweep:
         chosen = jnp.zeros_like(vectors).at[layer].set(vectors[layer])
         return Network(self._model, self.network.base, {SLOT: {"block": {"v": chosen}}})
 
+    def digest(self) -> str:
+        """sha256 of all that cells depend on besides their layer and strength."""
+        asked = [each.tokens for each in self.answering.asked]
+        texts = [digest_of(some) for some in (*self.sides, self.neutral, asked)]
+        parts = (hash_tree(self.directions), self.positions, texts, self.answering.max_new_tokens, self.answering.by)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
     def untouched(self) -> Cell:
         """The untouched model, with its answers."""
         nothing = Estimate(0.0, 0.0, 0.0)
@@ -148,18 +158,6 @@ def _estimate(values: np.ndarray) -> Estimate:
     if not np.isfinite(values).all():
         return Estimate(float("nan"), float("nan"), float("nan"))
     return crossed_interval([values.tolist()])
-
-
-def sweep(
-    measured: Sweep, layers: Sequence[int], strengths: Sequence[float], advance: Callable[[int], None]
-) -> list[Cell]:
-    """All cells, by layer and strength; `advance` is called with the number of those that are done."""
-    cells = []
-    for layer in layers:
-        for strength in sorted(set(strengths)):
-            cells.append(measured.measure(layer, strength))
-            advance(len(cells))
-    return cells
 
 
 def affordable(cells: Sequence[Cell], max_kl: float) -> list[Cell]:

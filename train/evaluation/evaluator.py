@@ -26,6 +26,7 @@ from jaxsteer.types import Batch, PyTree, Steering
 from train.data import Encoding, Example, encode
 from train.devices import interrupts
 from train.devices.placement import Placement
+from train.devices.processes import fetch
 from train.display.console import progress
 from train.evaluation.answers import (
     By,
@@ -38,7 +39,7 @@ from train.evaluation.answers import (
     make_prompts,
 )
 from train.evaluation.journal import FileJournal, MemoryJournal, hash_prompts, hash_tree
-from train.evaluation.loss import Loss, loss_sums, total_loss
+from train.evaluation.loss import Loss, loss_sums, predicted_tokens, total_loss
 from train.tasks import AnyTask, Split
 from train.tasks.scoring import Metric
 
@@ -53,6 +54,13 @@ class Validation(NamedTuple):
 
     results: dict[str, float]
     answers: list[ScoredAnswer]
+
+
+class _Packed(NamedTuple):
+    """Batches of a shape, the last filled up with empty rows, and the numbers of the examples in each row."""
+
+    batches: list[Batch]
+    members: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -196,12 +204,28 @@ class Evaluator:
         Raises:
             ValueError: no supervised tokens, or an example with more tokens than the model has positions.
         """
-        batches = self._once(f"batches of {split}", lambda: self._batches(split))
         base, steering = self._base(params), self._placed(params.steering)
         with self.placement.on_mesh():
-            placed = (self.placement.batch(batch) for batch in batches)
+            placed = (self.placement.batch(batch) for batch in self._batches(split).batches)
             sums = [jax.device_get(loss_sums(self.model, base, steering, batch, self.strength)) for batch in placed]
         return total_loss(sums, f"{split} examples")
+
+    def predicted(self, split: Split, params: Params) -> list[bool]:
+        """Whether each example's completion is what greedy decoding would give, its end included.
+
+        One forward pass over packed rows: a completion is, if each of its tokens is the likeliest given those before.
+        """
+        packed, found = self._batches(split), []
+        base, steering = self._base(params), self._placed(params.steering)
+        with self.placement.on_mesh():
+            for batch in packed.batches:
+                placed = self.placement.batch(batch)
+                found.append(fetch(predicted_tokens(self.model, base, steering, placed, self.strength)))
+        rows = np.concatenate(found)
+        segments = np.concatenate([np.asarray(batch.segments) for batch in packed.batches])
+        members = {i: (r, s) for r, row in enumerate(packed.members) for s, i in enumerate(row, start=1)}
+        places = (members[i] for i in range(len(members)))
+        return [bool(rows[r][segments[r] == s].all()) for r, s in places]
 
     def generate(
         self,
@@ -324,8 +348,11 @@ class Evaluator:
         empty = Prompts((), (), (), self.task.rule, self.task.max_new_tokens)
         return self._once(f"prompts of {split}", lambda: self.prompts(examples) if examples else empty)
 
-    def _batches(self, split: Split) -> list[Batch]:
-        """A split's examples, packed into batches of `loss_shape`; the last is filled up with empty rows."""
+    def _batches(self, split: Split) -> _Packed:
+        """A split's examples with their completions."""
+        return self._once(f"batches of {split}", lambda: self._pack(split))
+
+    def _pack(self, split: Split) -> _Packed:
         rows, length = self.loss_shape
         encoding = replace(self._encoding, max_length=None)
         examples, _ = encode(self.examples(split), self.loaded.require_tokenizer(), encoding)
@@ -335,7 +362,8 @@ class Evaluator:
         packed = pack([len(example) for example in examples], length)
         packed += [[] for _ in range(-len(packed) % rows)]
         members = [[examples[i] for i in row] for row in packed]
-        return [stack_rows(members[start : start + rows], length) for start in range(0, len(members), rows)]
+        starts = range(0, len(members), rows)
+        return _Packed([stack_rows(members[start : start + rows], length) for start in starts], packed)
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._cache:

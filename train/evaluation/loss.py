@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxsteer.models.transformer import Model, forward, logits_of, output_embedding
-from jaxsteer.objectives.tokens import Targets, fold_targets, next_tokens
+from jaxsteer.objectives.tokens import Targets, chunk_width, fold_targets, next_tokens, scan_counted
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 
@@ -69,6 +69,24 @@ def loss_sums(
 
     zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
     return fold_targets(add, Sums(zero, zero, none, none), hidden, output_embedding(base), next_tokens(batch))
+
+
+@partial(jax.jit, static_argnums=0)
+def predicted_tokens(
+    model: Model, base: PyTree, steering: Steering, batch: Batch, strength: Mapping[str, ArrayLike] | None = None
+) -> Array:
+    """Whether each token is the most likely one given those before it, bool [B, T]; true where none is supervised."""
+    hidden, head = forward(model, base, steering, batch, strength=strength).hidden, output_embedding(base)
+    B, T, D = hidden.shape
+    following, row = next_tokens(batch), jnp.arange(B)[:, None]
+
+    def visit(right: Array, index: Array, mask: Array) -> Array:
+        h = jnp.take_along_axis(hidden, index[..., None], axis=1).reshape(-1, D)
+        likeliest = jnp.argmax(logits_of(h, head, model.config.final_softcap), axis=-1).reshape(index.shape)
+        found = likeliest == jnp.take_along_axis(following.tokens, index, axis=1)
+        return right.at[row, jnp.where(mask, index + 1, T)].set(found, mode="drop")
+
+    return scan_counted(visit, jnp.ones((B, T), bool), following.weights != 0, chunk_width(B, T))
 
 
 def total_loss(batches: Iterable[Sums], what: str) -> Loss:

@@ -144,8 +144,42 @@ class Estimate(NamedTuple):
     high: float
 
 
-def crossed_interval(scores: Sequence[Sequence[float]]) -> Estimate:
-    """Mean of scores [seeds, examples] and its 95 % interval over new seeds and new examples.
+class Crossed(NamedTuple):
+    """A mean over seeds and examples, with its standard error and Satterthwaite's degrees of freedom."""
+
+    mean: float
+    error: float
+    freedom: float
+
+    def interval(self) -> Estimate:
+        """The mean with its 95 % interval."""
+        half = float(scipy.stats.t.ppf(0.975, self.freedom)) * self.error
+        return Estimate(self.mean, self.mean - half, self.mean + half)
+
+    def p_above(self, value: float) -> float:
+        """p-value of the one-sided test that the mean is above a value."""
+        if not self.error:
+            return 0.0 if self.mean > value else 1.0
+        return float(scipy.stats.t.sf((self.mean - value) / self.error, self.freedom))
+
+    def p_differs(self) -> float:
+        """p-value of the two-sided test that the mean is not 0."""
+        above = self.p_above(0.0)
+        return min(1.0, 2 * min(above, 1 - above)) if self.error else float(self.mean == 0)
+
+    def p_within(self, margin: float) -> float:
+        """p-value of the equivalence test that the mean is between −margin and margin: two one-sided tests."""
+        mirrored = self._replace(mean=-self.mean)
+        return max(self.p_above(-margin), mirrored.p_above(-margin))
+
+    def detectable(self, power: float = 0.8) -> float:
+        """The smallest true mean that a two-sided test at 5 % finds with this probability, given the standard error."""
+        quantiles = scipy.stats.t.ppf([0.975, power], self.freedom)
+        return float(quantiles.sum()) * self.error
+
+
+def crossed(scores: Sequence[Sequence[float]]) -> Crossed:
+    """Mean of scores [seeds, examples] with its error over new seeds and new examples.
 
     Two-way random effects without replication: Var(mean) = (MS_seeds + MS_examples - MS_rest) / (S n), at least the
     larger of its two parts alone, with Satterthwaite's degrees of freedom. One seed: over the examples only. Scores may
@@ -155,26 +189,36 @@ def crossed_interval(scores: Sequence[Sequence[float]]) -> Estimate:
         ValueError: no seeds, fewer than 2 examples, or rows of different lengths.
     """
     if not len(scores) or len({len(row) for row in scores}) != 1 or len(scores[0]) < 2:
-        raise ValueError("crossed_interval: need scores [seeds, examples], at least 1 and 2, rows of one length")
+        raise ValueError("crossed: need scores [seeds, examples], at least 1 and 2, rows of one length")
     x = np.asarray(scores, float)
     seeds, n = x.shape
     mean = float(x.mean())
     examples_ms = seeds * float(x.mean(axis=0).var(ddof=1))
     if seeds == 1:
-        variance, freedom = examples_ms / n, n - 1.0
-    else:
-        seeds_ms = n * float(x.mean(axis=1).var(ddof=1))
-        rest = x - x.mean(axis=0, keepdims=True) - x.mean(axis=1, keepdims=True) + mean
-        rest_df = (seeds - 1) * (n - 1)
-        rest_ms = float((rest**2).sum()) / rest_df
-        parts = [(seeds_ms, seeds - 1), (examples_ms, n - 1), (rest_ms, rest_df)]
-        total = seeds_ms + examples_ms - rest_ms
-        # The difference of estimates can fall below what one source alone gives: then that source is the estimate.
-        larger = max(parts[:2])
-        if total <= larger[0]:
-            total, parts = larger[0], [larger]
-        variance = total / (seeds * n)
-        spread = sum(ms**2 / df for ms, df in parts)
-        freedom = total**2 / spread if spread else 1.0
-    half = float(scipy.stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
-    return Estimate(mean, mean - half, mean + half)
+        return Crossed(mean, math.sqrt(examples_ms / n), n - 1.0)
+    seeds_ms = n * float(x.mean(axis=1).var(ddof=1))
+    rest = x - x.mean(axis=0, keepdims=True) - x.mean(axis=1, keepdims=True) + mean
+    rest_df = (seeds - 1) * (n - 1)
+    rest_ms = float((rest**2).sum()) / rest_df
+    parts = [(seeds_ms, seeds - 1), (examples_ms, n - 1), (rest_ms, rest_df)]
+    total = seeds_ms + examples_ms - rest_ms
+    # The difference of estimates can fall below what one source alone gives: then that source is the estimate.
+    larger = max(parts[:2])
+    if total <= larger[0]:
+        total, parts = larger[0], [larger]
+    spread = sum(ms**2 / df for ms, df in parts)
+    return Crossed(mean, math.sqrt(total / (seeds * n)), total**2 / spread if spread else 1.0)
+
+
+def crossed_interval(scores: Sequence[Sequence[float]]) -> Estimate:
+    """Mean of scores [seeds, examples] and its 95 % interval over new seeds and new examples, see `crossed`."""
+    return crossed(scores).interval()
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values corrected for their number, so that any is below 5 % by chance in 5 % of cases at most (Holm 1979)."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        adjusted[i] = largest
+    return adjusted
