@@ -2,6 +2,7 @@
 
 from jaxsteer.objectives.distillation import Distillation, Taught, counted_kl
 from jaxsteer.objectives.grpo import Grpo, Rollouts, group_advantages
+from jaxsteer.objectives.keeping import Keeping, Kept
 from jaxsteer.objectives.kto import Judged, Kto
 from jaxsteer.objectives.objective import Mean, Objective, Summed, batch_of, policy_log_probabilities
 from jaxsteer.objectives.preference import Pairs, Preference
@@ -19,6 +20,8 @@ __all__ = [
     "Distillation",
     "Grpo",
     "Judged",
+    "Keeping",
+    "Kept",
     "Kto",
     "LossFunction",
     "Mean",

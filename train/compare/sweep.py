@@ -18,13 +18,16 @@ from jax.stages import Compiled
 
 from jaxsteer.io import LoadedModel
 from jaxsteer.models.transformer import Model, write_scales
+from jaxsteer.objectives import Objective
+from jaxsteer.objectives.objective import Inputs
 from jaxsteer.optim import Group, OptimConfig, make_optimizer
 from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.params import Params, combine, param_labels
 from jaxsteer.training import Metrics, TrainState, train_step
-from jaxsteer.types import Array, Batch, PyTree, Steering
+from jaxsteer.types import Array, PyTree, Steering
 from train.config import TrainConfig
 from train.devices.placement import SINGLE
+from train.run.algorithm import SFT
 from train.run.prefetch import Prefetch
 from train.run.training import Training, make_training, read_data, step_batch
 
@@ -119,6 +122,7 @@ class _Shared(NamedTuple):
     """
 
     model: Model
+    objective: Objective
     optim: OptimConfig
     freeze: tuple[str, ...]
     steps: int
@@ -129,17 +133,17 @@ class _Shared(NamedTuple):
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _sweep_step(
-    shared: _Shared, state: TrainState, batch: Batch, frozen: Params, factors: Array
+    shared: _Shared, state: TrainState, batch: Inputs, frozen: Params, factors: Array, given: PyTree
 ) -> tuple[TrainState, Metrics]:
     """One update of every run -> (state, metrics)."""
     if not shared.many:
-        return _step(shared, state, batch, frozen, factors)
-    axes = (0, None if shared.same_data else 0, Params(None, 0), 0)  # type: ignore[arg-type]  # axes
-    return jax.vmap(partial(_step, shared), in_axes=axes)(state, batch, frozen, factors)
+        return _step(shared, state, batch, frozen, factors, given)
+    axes = (0, None if shared.same_data else 0, Params(None, 0), 0, None)  # type: ignore[arg-type]  # axes
+    return jax.vmap(partial(_step, shared), in_axes=axes)(state, batch, frozen, factors, given)
 
 
 def _step(
-    shared: _Shared, state: TrainState, batch: Batch, frozen: Params, factor: Array
+    shared: _Shared, state: TrainState, batch: Inputs, frozen: Params, factor: Array, given: PyTree
 ) -> tuple[TrainState, Metrics]:
     """One update of one run."""
     model, optim = shared.model, shared.optim
@@ -148,7 +152,9 @@ def _step(
     peaks: dict[Group, Array] = {group: optim.peak(group) * factor for group in get_args(Group)}
     scales = partial(write_scales, model.config)
     tx = make_optimizer(optim, labels, shared.steps, model.plan, shared.orthogonality, peaks, scales)
-    return train_step(state, batch, frozen, model=model, tx=tx, orthogonality=shared.orthogonality)
+    return train_step(
+        state, batch, frozen, given, model=model, tx=tx, orthogonality=shared.orthogonality, objective=shared.objective
+    )
 
 
 class SweepProgram:
@@ -165,7 +171,8 @@ class SweepProgram:
         # Runs with the same seed see the same batches, which are then not copied for each run.
         same_data = len({training.config.seed for training in trainings}) == 1
         program = first.program
-        shared = (program.model, config.optim, config.freeze, first.steps, program.orthogonality)
+        self._given = SFT.given(first)
+        shared = (program.model, config.loss, config.optim, config.freeze, first.steps, program.orthogonality)
         self._shared = _Shared(*shared, self.many, same_data)
         self._factors = jnp.array(factors, jnp.float32)
         if self.many:
@@ -177,20 +184,25 @@ class SweepProgram:
             self._factors = self._factors[0]
             self.state, self.frozen = first.state, first.frozen
 
-    def step(self, state: TrainState, batch: Batch, frozen: Params) -> tuple[TrainState, Metrics]:
+    def step(self, state: TrainState, batch: Inputs, frozen: Params) -> tuple[TrainState, Metrics]:
         """One update of every run -> (state, metrics). The state given is donated: use the one returned."""
-        return _sweep_step(self._shared, state, batch, frozen, self._factors)
+        return _sweep_step(self._shared, state, batch, frozen, self._factors, self._given)
 
-    def compile(self, state: TrainState, batch: Batch, frozen: Params) -> Compiled:
-        """The compiled step for arguments of these shapes: takes state, batch, frozen and `factors`."""
-        return _sweep_step.lower(self._shared, state, batch, frozen, self._factors).compile()
+    def compile(self, state: TrainState, batch: Inputs, frozen: Params) -> Compiled:
+        """The compiled step for arguments of these shapes: takes state, batch, frozen, `factors` and `given`."""
+        return _sweep_step.lower(self._shared, state, batch, frozen, self._factors, self._given).compile()
+
+    @property
+    def given(self) -> PyTree:
+        """What the objective is given besides its inputs."""
+        return self._given
 
     @property
     def factors(self) -> Array:
         """What multiplies the learning rates: fp32 [runs], or [] of a single run."""
         return self._factors
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> Inputs:
         """The batch of one step: one batch if all runs share it, otherwise a stack with one per run."""
         trainings = self._trainings[:1] if self._shared.same_data else self._trainings
         batches = [step_batch(self._config, training.data, step) for training in trainings]

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import jax
 
+from jaxsteer.objectives import batch_of
 from train.compare.records import Timing
 from train.compare.sweep import SweepProgram
+from train.run.memory import compiled_bytes
 from train.run.training import Training
 
 REPEATS = 3
@@ -38,25 +40,18 @@ def measure(trainings: Sequence[Training], repeats: int = REPEATS) -> Timing:
             batch = program.batch(0)
             start = time.perf_counter()
             states[count], _ = jax.block_until_ready(
-                compiled[count](states[count], batch, program.frozen, program.factors)
+                compiled[count](states[count], batch, program.frozen, program.factors, program.given)
             )
             if repeat:  # the first one touches the memory
                 seconds[count].append(time.perf_counter() - start)
     single = statistics.median(seconds[1])
-    bytes_of = {count: _step_bytes(compiled[count]) for count in counts}
+    base = None if config.train_base else programs[1].frozen.base
+    bytes_of = {count: compiled_bytes(compiled[count], base, programs[count].given) for count in counts}
     return {
-        "tokens_per_second": float((programs[1].batch(0).segments > 0).sum()) / single,
+        "tokens_per_second": float((batch_of(programs[1].batch(0)).segments > 0).sum()) / single,
         "step_bytes": bytes_of[1],
         "sweep_bytes": None if config.train_base else bytes_of[runs],
         "sweep_cost": None if config.train_base else statistics.median(seconds[runs]) / single,
         "sweep_runs": runs,
         "compile_seconds": compile_seconds,
     }
-
-
-def _step_bytes(compiled: jax.stages.Compiled) -> int:
-    """Memory that a compiled step needs: its arguments, results and temporaries."""
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return int(arguments + memory.temp_size_in_bytes)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from jaxsteer.models.attention import Kernel
 from jaxsteer.models.transformer import Remat
-from jaxsteer.objectives import SUPERVISED, Objective
+from jaxsteer.objectives import SUPERVISED, Keeping, Objective
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
 from train.data import LossOn, OnLong
@@ -39,6 +39,28 @@ def operational(default: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class KeepConfig:
+    """Neutral text on which predictions are to stay those of the pretrained model."""
+
+    weight: float = 0.0
+    """Weight in the loss of KL(pretrained ‖ trained) on neutral text, the mean over its tokens in nats; 0: not
+    computed."""
+    texts: str | None = None
+    """Text file with one neutral text per line. Other texts than those that side effects are measured on."""
+    length: int = 64
+    """Maximum number of tokens of a text, of which the second half counts; each row of a batch has a text beside it."""
+
+    def __post_init__(self) -> None:
+        """Reject a weight without texts, and texts too short to have halves."""
+        if self.weight < 0:
+            raise ValueError(f"--keep.weight must be at least 0, got {self.weight:g}")
+        if self.weight and self.texts is None:
+            raise ValueError(f"--keep.weight {self.weight:g} needs neutral text: --keep.texts FILE, one in each line")
+        if self.length < 4:
+            raise ValueError(f"--keep.length must be at least 4, got {self.length}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
 
@@ -63,6 +85,8 @@ class TrainConfig:
     """Optimizer: learning rates, schedules, clipping."""
     orthogonality: Orthogonality = field(default_factory=Orthogonality)
     """How LoRA and steering are kept orthogonal when the plan has both (joint adaptation)."""
+    keep: KeepConfig = KeepConfig()  # frozen
+    """Hold predictions on neutral text where they were, against side effects."""
     steps: int | None = changeable(None)
     """Number of optimizer updates; overrides `epochs`."""
     epochs: float = changeable(1.0)
@@ -152,6 +176,8 @@ class TrainConfig:
         for name in ("sequence_length", "validation_examples", "test_examples", "evaluate_every", "show_answers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
+        if self.keep.weight and self.program != TrainConfig.program:
+            raise ValueError(f"--keep.weight is for jaxsteer sft; jaxsteer {self.program} does not compute it")
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"--validation-share must be from 0 to below 1, got {self.validation_share}")
         if self.quantise != "none" and self.train_base:
@@ -192,7 +218,7 @@ class TrainConfig:
     @property
     def loss(self) -> Objective:
         """What a step minimises."""
-        return SUPERVISED
+        return Keeping(SUPERVISED, self.keep.weight) if self.keep.weight else SUPERVISED
 
     def to_json(self) -> dict[str, Any]:
         """The settings that define the run, for config.json: all but the operational ones."""

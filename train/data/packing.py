@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -140,6 +140,10 @@ class DataSource:
         order = RowOrder(lengths, self.batch_size, self.sequence_length, self.seed, self.pack)
         object.__setattr__(self, "store", store)
         object.__setattr__(self, "order", order)
+
+    def ordered_by(self, seed: int) -> DataSource:
+        """The same examples in another order."""
+        return replace(self, seed=seed)
 
     @property
     def rows_per_epoch(self) -> int:

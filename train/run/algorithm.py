@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Protocol
 
 from jaxsteer.io import LoadedModel
+from jaxsteer.models.transformer import Model, Network
 from jaxsteer.objectives.objective import Inputs
 from jaxsteer.params import Params
 from jaxsteer.training import TrainState
@@ -117,7 +118,7 @@ class Algorithm:
 
     def given(self, training: Training) -> PyTree:
         """Arrays, placed, that the objective is given besides its inputs; None if there are none."""
-        return None
+        return untouched_network(training.config, training.loaded, training.program)
 
     def given_shapes(self, config: TrainConfig, model: LoadedModel, program: Program) -> PyTree:
         """The shapes of what `given` returns, `jax.ShapeDtypeStruct`s, for a step that is compiled without weights.
@@ -127,7 +128,7 @@ class Algorithm:
             model: its base model without weights.
             program: from shapes.
         """
-        return None
+        return untouched_network(config, model, program)
 
     def feed(self, training: Training, run: RunFolder, left: range) -> AbstractContextManager[Feed]:
         """What the steps that are left learn from.
@@ -145,6 +146,13 @@ class Algorithm:
 
     def draw(self, run: RunFolder) -> None:
         """Draw plots of a finished run besides the usual ones, from its files."""
+
+
+def untouched_network(config: TrainConfig, loaded: LoadedModel, program: Program) -> Network | None:
+    """The pretrained model, where predictions on neutral text are to stay what they were."""
+    if not config.keep.weight:
+        return None
+    return Network(Model(loaded.config, (), attention=program.model.attention), loaded.base, {})
 
 
 SFT = Algorithm()

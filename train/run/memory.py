@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
+from jaxsteer.types import PyTree
 from train.config import TrainConfig
 
 What = Literal["step", "evaluation"]
@@ -54,3 +56,29 @@ def _asked(message: str) -> str:
     return (
         re.sub(r"\b(\d{6,}) bytes", lambda match: f"{int(match[1]) / 1e9:,.2f} GB", line)[:200] or "RESOURCE_EXHAUSTED"
     )
+
+
+def compiled_bytes(compiled: jax.stages.Compiled, base: PyTree, given: PyTree) -> int | None:
+    """Memory that a compiled step needs on each device: arguments, results and temporaries.
+
+    Args:
+        compiled: the step.
+        base: the frozen base among its arguments, arrays or shapes; None if it trains.
+        given: what its objective is given; the leaves that are the base's own are counted once.
+
+    Returns:
+        Bytes; None if the compiler does not say.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    known = {id(leaf) for leaf in jax.tree.leaves(base)}
+    again = sum(_bytes_of(leaf) for leaf in jax.tree.leaves(given) if id(leaf) in known)
+    arguments = memory.argument_size_in_bytes - again + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return int(arguments + memory.temp_size_in_bytes)
+
+
+def _bytes_of(leaf: Any) -> int:
+    """Bytes of an array, or of its shape, on each of the devices that it is split over."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * jax.numpy.dtype(leaf.dtype).itemsize

@@ -17,7 +17,7 @@ from jaxsteer.steering import count_parameters, steering_shapes
 from jaxsteer.types import PyTree
 from train.data import Split, TokenizedExample
 from train.display.console import get_console, print_facts
-from train.run.memory import enough_memory
+from train.run.memory import compiled_bytes, enough_memory
 from train.run.program import Program
 from train.run.start import Prepared
 from train.run.training import step_batch
@@ -119,22 +119,8 @@ def _compiled_memory(prepared: Prepared, program: Program) -> int | None:
     batch = place.batch(step_batch(config, prepared.data.source, 0, own), rows, own.start)
     given = prepared.algorithm.given_shapes(config, prepared.model, program)
     with program.on_mesh(), enough_memory(config, "step"):
-        memory = program.jitted.lower(state, batch, frozen, given).compile().memory_analysis()
-    if memory is None:
-        return None
-    if config.train_base:
-        shared = 0
-    else:  # what is given holds the base itself, not a copy
-        known = {id(leaf) for leaf in jax.tree.leaves(prepared.model.base)}
-        shared = sum(_bytes_of(leaf) for leaf in jax.tree.leaves(given) if id(leaf) in known)
-    arguments = memory.argument_size_in_bytes - shared + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return int(arguments + memory.temp_size_in_bytes)
-
-
-def _bytes_of(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array on each of the devices that it is split over."""
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * jax.numpy.dtype(leaf.dtype).itemsize
+        compiled = program.jitted.lower(state, batch, frozen, given).compile()
+    return compiled_bytes(compiled, None if config.train_base else prepared.model.base, given)
 
 
 def _size(tree: PyTree) -> str:

@@ -16,6 +16,7 @@ from jaxsteer.io import LoadedModel, cache_folder
 from jaxsteer.io.load import require_tokenizer
 from jaxsteer.io.stored import Place
 from jaxsteer.models.attention import causal_share
+from jaxsteer.models.config import check_length
 from jaxsteer.objectives.objective import Inputs
 from jaxsteer.params import Params, combine, partition
 from jaxsteer.steering import count_parameters, count_trained, init_steering
@@ -24,9 +25,11 @@ from jaxsteer.types import PyTree, Steering
 from train.base_models import load, resolve_model
 from train.config import TrainConfig
 from train.data import DataSource, Encoding, Report, StepSource, TokenStore
+from train.data.kept import KeptSource
 from train.data.tokenised import tokenised
 from train.display.console import progress
 from train.evaluation.evaluator import Evaluator
+from train.evaluation.neutral import neutral_examples, read_neutral
 from train.run.program import Program, make_program, mesh_of
 from train.run.validation import Splits, task_of
 
@@ -197,19 +200,26 @@ class RunData(NamedTuple):
 
     def ordered_by(self, seed: int) -> RunData:
         """The same examples in another order."""
-        assert isinstance(self.source, DataSource)
-        return RunData(replace(self.source, seed=seed), self.report)
+        assert isinstance(self.source, DataSource | KeptSource)
+        return RunData(self.source.ordered_by(seed), self.report)
 
 
 def read_data(config: TrainConfig, loaded: LoadedModel) -> RunData:
     """Read and tokenise a run's training data. Of the model, only config and tokenizer are used.
 
     Raises:
-        ValueError: no data, or an example longer than a row.
+        ValueError: no data, an example longer than a row, or no neutral text where it is to be kept.
     """
     positions = loaded.config.max_length if loaded.config.learned_positions else config.sequence_length
     store, report = read_tokens(config, loaded, min(config.sequence_length, positions))
-    return RunData(DataSource(store, config.batch_size, config.sequence_length, config.seed, config.pack), report)
+    source = DataSource(store, config.batch_size, config.sequence_length, config.seed, config.pack)
+    if not config.keep.weight:
+        return RunData(source, report)
+    assert config.keep.texts is not None
+    check_length(loaded.config, config.keep.length, "--keep.length")
+    texts = read_neutral(config.keep.texts)
+    neutral = neutral_examples(texts, loaded.require_tokenizer(), config.keep.length)
+    return RunData(KeptSource(source, neutral, config.keep.length), report)
 
 
 def read_tokens(config: TrainConfig, loaded: LoadedModel, limit: int | None) -> tuple[TokenStore, Report]:

@@ -18,12 +18,15 @@ from jaxsteer.objectives import (
     Distillation,
     Grpo,
     Judged,
+    Keeping,
+    Kept,
     Kto,
     Pairs,
     Preference,
     Rollouts,
     Taught,
     counted_kl,
+    mean_loss,
 )
 from jaxsteer.objectives.distillation import Predictions, kl_at, predictions
 from jaxsteer.objectives.tokens import token_log_probabilities
@@ -40,6 +43,7 @@ OBJECTIVES = {
     "answers": Grpo(beta=0.2, average="answers"),
     "constant": Grpo(average="constant", max_tokens=4),
     "distillation": Distillation(2.0),
+    "keeping": Keeping(weight=0.7),
 }
 ROWS, LENGTH = 4, 64
 
@@ -61,13 +65,14 @@ def inputs(tiny_config):
         Kto: Judged(own.batch, sign, scores(own.batch), away, scores(away), np.zeros_like(sign)),
         Grpo: Rollouts(own.batch, 0.7 * sign, scores(own.batch), scores(own.batch), divisor),
         Distillation: Taught(own.batch, own.batch),
+        Keeping: Kept(own.batch, away),
     }
     return {kind: jax.tree.map(jnp.asarray, each) for kind, each in found.items()}
 
 
 def given_to(objective, model, base):
-    """The model without its plan, for distillation."""
-    return Network(Model(model.config), base, {}) if isinstance(objective, Distillation) else None
+    """The model without its plan, for distillation and for keeping what it was."""
+    return Network(Model(model.config), base, {}) if isinstance(objective, Distillation | Keeping) else None
 
 
 def step(objective, model, base, steering, inputs):
@@ -217,6 +222,21 @@ def test_a_teacher_with_other_tokens_is_nan(inputs, joint, tiny_base):
     last = jnp.argmax(jnp.where(taught.teacher.weights[0] != 0, jnp.arange(LENGTH), -1))
     short = taught._replace(teacher=taught.teacher._replace(weights=taught.teacher.weights.at[0, last].set(0)))
     assert np.isnan(evaluate(OBJECTIVES["distillation"], joint[0], tiny_base, joint[1], short)[0])
+
+
+def test_keeping_adds_the_mean_divergence_on_neutral_text(inputs, joint, tiny_base):
+    (model, steering), kept = joint, inputs[Keeping]
+    loss, slope, total = evaluate(OBJECTIVES["keeping"], model, tiny_base, steering, kept)
+
+    def expected(steering):
+        networks = Network(model, tiny_base, steering), Network(Model(model.config), tiny_base, {})
+        after, before = (predictions(network, kept.neutral) for network in networks)
+        kl = counted_kl(after, Taught(kept.neutral, kept.neutral), before)
+        return mean_loss(model, tiny_base, steering, kept.batch) + 0.7 * kl.sum() / (kept.neutral.weights != 0).sum()
+
+    close(
+        (loss / total, jax.tree.map(lambda g: g / total, slope)), fast_jit(jax.value_and_grad(expected))(steering), 1e-5
+    )
 
 
 @pytest.mark.parametrize("where", ["answers", "all"])
