@@ -23,9 +23,6 @@ def config() -> CompareConfig:
     problems = ListOps(
         operations=("MAX", "MIN", "MED", "SM", "FIRST", "LAST"),
         max_length=8,
-        train=3000,
-        validation=500,
-        test=2000,
         style="compact",
     )
     return CompareConfig(
@@ -33,8 +30,9 @@ def config() -> CompareConfig:
             model="smollm2-135m-instruct",
             task=ListOpsTask(problems),
             optim=OptimConfig(schedule="cosine", warmup=0.05),
+            steps=154,  # of about 19 problems, twice as many as in compare_listops
             batch_size=2,
-            sequence_length=96,  # about 19 problems per step; twice the steps of compare_listops
+            sequence_length=96,
             validation_examples=500,
             test_examples=2000,
         ),

@@ -25,6 +25,7 @@ from train.config import TrainConfig
 from train.config.distill import DistillConfig, Teacher
 from train.data import Example, Turn
 from train.distill import main
+from train.report.page import make_page
 from train.run import preview
 from train.run import training as setup
 from train.run.from_teacher import FromTeacher
@@ -98,6 +99,14 @@ def test_a_run_comes_nearer_to_its_teacher(settings, finished):
     assert test["before"]["teacher_accuracy"] == np.mean([answer["correct"] for answer in answers])
     shots = "".join("".join(turn.text for turn in shot.turns) + "\n" for shot in shots_of(settings))
     assert answers[0]["prompt"] == f"{shots}a>"
+
+
+@SHARED
+def test_the_report_shows_the_teacher(finished):
+    page = make_page([str(finished.run.folder)], 10)
+    assert ">KL from the teacher" in page
+    assert "test KL from the teacher" in page
+    assert 'class="problem"' not in page
 
 
 def distributions(model, base, steering, text, count):

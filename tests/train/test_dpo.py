@@ -1,6 +1,8 @@
 """Learning from preferences end to end on a tiny model."""
 
+import importlib
 import json
+import sys
 from dataclasses import replace
 
 import jax
@@ -12,12 +14,14 @@ from jaxsteer.io import load_steering
 from jaxsteer.objectives.objective import policy_log_probabilities
 from jaxsteer.optim import OptimConfig
 from jaxsteer.params import Params
+from train.cli import run_main
 from train.config import parse_run, plain_run
 from train.config.dpo import DpoConfig, PreferenceLoss
+from train.report.page import make_page
 from train.run import loop, reference
 from train.run.folder import RunFolder
 from train.run.metrics import read_metrics
-from train.run.preferences import FromPreferences
+from train.run.preferences import FromPreferences, PairMeasure
 from train.run.start import load_training, prepare
 from train.tasks import JsonlTask, PreferenceTask
 
@@ -88,6 +92,42 @@ def test_it_learns_from_the_reference_on(finished, settings):
     assert (stored["program"], stored["select_by"]) == ("dpo", "auto")
     assert parse_run(stored, "here").preference == settings.preference
     assert parse_run(plain_run(settings), "here") == settings
+
+
+def test_the_report_shows_pairs(finished):
+    page = make_page([str(finished.folder)], 10)
+    for title in ("Pairs right", "Margin", "Chosen answers", "Loss of the objective", "Loss of reference completions"):
+        assert f">{title}" in page
+    assert "test pairs right" in page
+    assert 'class="problem"' not in page
+
+
+def test_pairs_decide_when_a_run_ends(settings, tmp_path, monkeypatch):
+    """The best of its evaluations is kept."""
+    rates, seen = iter([0.5, 0.9, 0.6, 0.7]), []
+
+    def measured(self, split, params):
+        seen.append(jax.device_get(params.steering))
+        return {"pair_accuracy": next(rates)}
+
+    monkeypatch.setattr(PairMeasure, "__call__", measured)
+    folder = run(replace(settings, evaluate_every=2, patience=2, test_examples=0), tmp_path / "run")
+    assert len(losses(folder)) == 6
+    for kept, best in zip(leaves(folder), jax.tree.leaves(seen[1]), strict=True):
+        np.testing.assert_array_equal(kept, best)
+
+
+def test_its_folder_is_evaluated_and_a_dry_run_writes_nothing(finished, settings, pairs, tmp_path, monkeypatch, capsys):
+    command = lambda module, *words: (
+        monkeypatch.setattr(sys, "argv", [module, *map(str, words)]),
+        run_main(importlib.import_module(f"train.{module}").main),
+        capsys.readouterr().out,
+    )[-1]
+    assert "accuracy" in command("evaluate", finished.folder, "--data", pairs, "--examples", 4)
+    sizes = ("--model", settings.model, "--sequence-length", 32, "--batch-size", 2, "--steps", 2)
+    said = command("dpo", "preferences", "--task.train", pairs, *sizes, "--out", tmp_path / "none", "--dry-run")
+    assert "Nothing was trained" in said
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_reference_is_computed_once(settings, finished, tmp_path, monkeypatch):

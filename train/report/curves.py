@@ -11,6 +11,7 @@ import matplotlib.image
 import numpy as np
 
 from jaxsteer.orthogonality import Orthogonality, chance_overlap, joint_layers
+from train.config import KINDS, program_of
 from train.display.plots import smooth
 from train.report.chart import COLORS, Chart, Drawing, Heat, Level, Series, draw, is_drawable
 from train.report.record import Record
@@ -34,6 +35,7 @@ class Curve(NamedTuple):
     warm          whether first steps, which compile, are left out
     often_zero    whether there is no chart where all values are 0
     sparse        whether only some steps have a value
+    programs      the commands of whose runs it is drawn; () = all
     """
 
     title: str
@@ -46,6 +48,7 @@ class Curve(NamedTuple):
     warm: bool = False
     often_zero: bool = False
     sparse: bool = False
+    programs: tuple[str, ...] = ()
 
 
 def _clip(record: Record) -> Level | None:
@@ -69,9 +72,26 @@ ROLLOUTS = (
 )
 """Of runs that learn from rewards of their own answers."""
 
+PREFERENCES = (
+    Curve("Pairs right", "share whose margin is above 0", _of("pair_accuracy"), "pair_accuracy", percent=True),
+    Curve("Margin", "scaled by beta, the mean over pairs", _of("margin"), "margin"),
+    Curve("Chosen answers", "log-probability, nats per answer", _of("chosen_log_probability")),
+    Curve("Rejected answers", "log-probability, nats per answer", _of("rejected_log_probability")),
+)
+"""Of runs that learn from preferences."""
+
+IMITATING = ("sft",)
+"""Commands whose loss is that of the reference completions."""
+OTHERS = tuple(name for name in KINDS if name not in IMITATING)
+
 CURVES = (
     *ROLLOUTS,
-    Curve("Loss", "nats per token", lambda row: number(row.get("loss")), "validation_loss"),
+    *PREFERENCES,
+    Curve("KL from the teacher", "nats per token", _of("teacher_kl"), "teacher_kl"),
+    Curve("Loss", "nats per token", _of("loss"), "validation_loss", programs=IMITATING),
+    Curve("Loss of the objective", "what is minimised", _of("loss"), programs=OTHERS),
+    Curve("Loss of reference completions", "nats per token", validation="validation_loss", programs=OTHERS),
+    Curve("KL on neutral text", "from the pretrained model, nats per token", _of("neutral_kl")),
     Curve("Accuracy on validation examples", "bars: 95 % intervals", validation="accuracy", percent=True),
     Curve("Tokens right on validation examples", "of the reference", validation="token_accuracy", percent=True),
     Curve("Gradient norm", "before clipping", lambda row: number(row.get("grad_norm")), level=_clip, log=True),
@@ -122,6 +142,8 @@ def _chart(curve: Curve, records: Sequence[Record]) -> Chart | None:
 
 def _series(curve: Curve, record: Record, color: int, alone: bool) -> Iterator[Series]:
     """The series of a run: alone, each step and smoothed; beside others, one line under the run's name."""
+    if curve.programs and program_of(record.config) not in curve.programs:
+        return
     rows = [row for row in record.steps if not (curve.warm and _compiled(row, record))]
     if curve.of is not None and curve.sparse:
         rows = [row for row in rows if np.isfinite(curve.of(row))]

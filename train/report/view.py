@@ -230,6 +230,10 @@ _FIGURES = {
     "perplexity": ("perplexity", lambda value: f"{value:.4g}"),
     "token_accuracy": ("tokens right", share),
     "accuracy": ("accuracy", share),
+    "pair_accuracy": ("pairs right", share),
+    "pair_ranking": ("pairs of which the chosen answer is likelier", share),
+    "margin": ("margin", lambda value: f"{value:.3f}"),
+    "teacher_kl": ("KL from the teacher", lambda value: f"{value:.4f}"),
 }
 
 
