@@ -17,6 +17,7 @@ from train.devices import interrupts
 
 COMMANDS = {
     "quickstart": "steer SmolLM2-135M on a CPU: before, training, after",
+    "create": "write a new model with random weights, to pretrain",
     "sft": "train steering, LoRA or the whole model on prompts and completions",
     "dpo": "train on preferences: DPO, IPO, SimPO, BiPO, KTO",
     "distill": "train on a teacher's predictions: the same model with a longer prompt, or another",
