@@ -52,8 +52,9 @@ class Keeping(Objective):
         """Weights for the texts with which the summed KL, divided by `total`, is λ times its mean over all."""
         batch = self.objective.prepare(model, base, steering, inputs.batch, None)
         counted = counted_tokens(inputs.neutral)
-        share = self.weight * self.total(inputs) / jnp.maximum(jnp.sum(counted), 1)
-        return Kept(batch, inputs.neutral._replace(weights=jnp.where(counted, share, 0).astype(jnp.float32)))
+        number = jnp.sum(counted.astype(jnp.float32))
+        share = self.weight * self.total(inputs).astype(jnp.float32) / jnp.maximum(number, 1)
+        return Kept(batch, inputs.neutral._replace(weights=jnp.where(counted, share, 0)))
 
     def __call__(
         self,
@@ -71,6 +72,6 @@ class Keeping(Objective):
         hidden = forward(model, base, steering, inputs.neutral, key=key, train=train).hidden
         after = Predictions(hidden, output_embedding(base), model.config.final_softcap)
         kl = counted_kl(after, Taught(inputs.neutral, inputs.neutral), predictions(given, inputs.neutral))
-        fact = Mean(jnp.sum(kl), jnp.sum(counted_tokens(inputs.neutral)).astype(jnp.float32))
+        fact = Mean(jnp.sum(kl), jnp.sum(counted_tokens(inputs.neutral).astype(jnp.float32)))
         weighted = jnp.vdot(inputs.neutral.weights.astype(kl.dtype), kl)
         return Summed(learned.loss + weighted.astype(learned.loss.dtype), learned.facts | {"neutral_kl": fact})

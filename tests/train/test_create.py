@@ -37,18 +37,13 @@ def test_a_model_is_written_that_loads(tmp_path, monkeypatch, capsys):
     assert "parameters" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         create(monkeypatch, tmp_path / "new", *SIZES)
-    assert "there is something already" in capsys.readouterr().err
+    assert "there is something already" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_seed_decides(tmp_path, monkeypatch):
-    words = ("--width", "16", "--heads", "2", "--layers", "1")
-    for seed in (0, 0, 1):
-        name = f"{seed}{len(list(tmp_path.iterdir()))}"
-        create(monkeypatch, tmp_path / name, *words, "--seed", seed)
-    first, again, other = (
-        load_model(tmp_path / name).base["embed"]["embedding"] for name in sorted(p.name for p in tmp_path.iterdir())
-    )
-    np.testing.assert_array_equal(first, again)
+    for seed in (0, 1):
+        create(monkeypatch, tmp_path / str(seed), "--width", 16, "--heads", 2, "--layers", 1, "--seed", seed)
+    first, other = (load_model(tmp_path / str(seed)).base["embed"]["embedding"] for seed in (0, 1))
     assert not np.array_equal(first, other)
 
 

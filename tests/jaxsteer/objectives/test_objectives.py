@@ -232,7 +232,10 @@ def test_keeping_adds_the_mean_divergence_on_neutral_text(inputs, joint, tiny_ba
         networks = Network(model, tiny_base, steering), Network(Model(model.config), tiny_base, {})
         after, before = (predictions(network, kept.neutral) for network in networks)
         kl = counted_kl(after, Taught(kept.neutral, kept.neutral), before)
-        return mean_loss(model, tiny_base, steering, kept.batch) + 0.7 * kl.sum() / (kept.neutral.weights != 0).sum()
+        return (
+            mean_loss(model, tiny_base, steering, kept.batch)
+            + 0.7 * kl.sum() / (kept.neutral.weights != 0).astype(jnp.float32).sum()
+        )
 
     close(
         (loss / total, jax.tree.map(lambda g: g / total, slope)), fast_jit(jax.value_and_grad(expected))(steering), 1e-5
