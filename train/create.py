@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -106,7 +106,7 @@ def main() -> None:
     """Write the model, and print what it is."""
     config = tyro.cli(CreateConfig, prog="jaxsteer create", description=__doc__)
     config.check()
-    tokenizer = byte_tokenizer() if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    tokenizer: Any = byte_tokenizer() if config.tokenizer is None else load_tokenizer(config.tokenizer)
     sizes = config.model_config(len(tokenizer))
     base = jax.jit(init_base, static_argnums=0)(sizes, jax.random.key(config.seed))
     save_hf(config.folder, sizes, base, "llama", tokenizer)

@@ -20,6 +20,7 @@ from jaxsteer.theory.compare import kl_from_base
 from train.cli import run_main
 from train.contrast import sweep
 from train.contrast.answers import repetition
+from train.contrast.kept import KeptCells
 from train.contrast.pairs import divide, encode_pairs, read_pair
 from train.contrast.settings import ContrastConfig
 from train.data import Encoding
@@ -160,7 +161,7 @@ def test_what_was_measured_is_not_measured_again(made, folder, options, tmp_path
     lines = (made / "sweep.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "out" / "sweep.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
     done = []
-    measure, answer = sweep.Sweep.measure, sweep.Sweep.with_answers
+    measure = sweep.Sweep.measure
     monkeypatch.setattr(sweep.Sweep, "measure", lambda self, *cell: done.append(cell) or measure(self, *cell))
     run(command)
     assert done == [(1, 0.5), (1, 20.0)]
@@ -171,9 +172,8 @@ def test_what_was_measured_is_not_measured_again(made, folder, options, tmp_path
     monkeypatch.setattr(sweep.Sweep, "with_answers", lambda self, cells: pytest.fail("answered again"))
     run([*command, "--max-kl", 40])
     assert len(done) == 2
-    monkeypatch.setattr(sweep.Sweep, "with_answers", answer)
-    run([*command, "--positions", "completion", "--layers", 0])
-    assert done[2:] == [(0, 0.5), (0, 20.0)]
+    KeptCells(tmp_path / "out" / "sweep.jsonl", "of other settings")
+    assert (tmp_path / "out" / "sweep.jsonl").read_text() == '{"of": "of other settings"}\n'
 
 
 def cell(layer, strength, kl, effect):

@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from tiny_model import TINY
 from tiny_tokenizer import tiny_tokenizer
 
 from jaxsteer import Model, forward
-from jaxsteer.io import load_model, load_steering, save_hf
+from jaxsteer.io import load_model, load_steering, save_hf, save_steering
 from jaxsteer.models.transformer import init_base, logits_of, output_embedding
 from jaxsteer.optim import OptimConfig
 from jaxsteer.params import Params
@@ -180,9 +178,9 @@ def test_the_steering_of_the_teacher_must_stay_what_it_was(config, finished, tmp
     copy.write_bytes(finished.run.steering.read_bytes())
     config = replace(config, teacher=Teacher(steering=str(copy)), steps=1, evaluate_every=0, test_examples=0)
     train(config, algorithm=FromTeacher())
-    with safe_open(copy, "np") as file:
-        tensors, metadata = {name: 2 * file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    save_file(tensors, copy, metadata)
+    file = load_steering(copy)
+    stronger = jax.tree.map(lambda leaf: 2 * leaf, file.steering)
+    save_steering(copy, stronger, file.plan, model_name=file.model_name, config=TINY, sample=file.sample)
     with pytest.raises(ValueError, match=r"its training data .* had 100 examples"):
         train(replace(config, resume=True, extend=True, steps=2), algorithm=FromTeacher())
 

@@ -303,7 +303,7 @@ def test_the_packed_loss_is_that_of_the_answers_one_by_one(training, average, sh
         return Single(ids, answer, answer.astype(np.float32), len(prompt))
 
     batch = stack_rows([[alone(prompt, tokens)] for prompt, tokens, _ in rows], 16)
-    lengths, own = np.array(kept), np.array([float(advantage) for *_, advantage in rows])
+    lengths, own = np.float32(kept), np.float32([advantage for *_, advantage in rows])
     share = own / lengths if average == "answers" else own
 
     def one_by_one(steering):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from train.compare.config import Contrast
-from train.compare.records import ContrastRow, Interval, MethodResult, Verdict
+from train.compare.records import ContrastRow, MethodResult, Verdict, interval_of
 from train.evaluation.statistics import Crossed, crossed, holm
 
 LEVEL = 0.05
@@ -34,7 +34,7 @@ def judge(contrasts: Sequence[Contrast], results: Sequence[MethodResult], margin
                 "contrast": contrast.name,
                 "first": contrast.first,
                 "second": second.entry.name,
-                "difference": Interval(**each.interval()._asdict()),
+                "difference": interval_of(each.interval()),
                 "p": p,
                 "p_equal": p_equal,
                 "detectable": each.detectable(),

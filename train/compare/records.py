@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxsteer.io.files import read_json
 from train.compare.config import Entry
+from train.evaluation.statistics import Estimate
 
 
 class RunRecord(TypedDict):
@@ -81,6 +82,11 @@ class Interval(TypedDict):
     mean: float
     low: float
     high: float
+
+
+def interval_of(estimate: Estimate) -> Interval:
+    """An estimate as JSON has it."""
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
 
 
 class MethodRow(Timing):

@@ -13,7 +13,7 @@ from jaxsteer.io.files import replacing, write_json
 from jaxsteer.steering import count_parameters
 from train.compare.config import CompareConfig
 from train.compare.contrasts import contrast_table, judge
-from train.compare.records import Interval, MethodResult, MethodRow, Results
+from train.compare.records import Interval, MethodResult, MethodRow, Results, interval_of
 from train.devices.machine import device_summary
 from train.display.plots import plot_comparison, plot_overlap
 from train.evaluation.statistics import Estimate, crossed_interval
@@ -48,17 +48,13 @@ def _row(result: MethodResult, first: MethodResult | None, factor: float) -> Met
         "at_edge": result.at_edge,
         "test": _share(crossed_interval(test.tolist())),
         "test_by_seed": test.mean(axis=1).tolist(),
-        "minus_first": None if first is None else _interval(crossed_interval(test - first.test)),
+        "minus_first": None if first is None else interval_of(crossed_interval(test - first.test)),
         "final_loss": [float(np.mean(record["losses"][-10:])) for record in seeds],
         "overlap": None if overlap is None else float(np.mean(overlap)),
         "largest_overlap": None if overlap is None else float(np.max(overlap)),
         "chance_overlap": None if overlap is None else seeds[0]["chance_overlap"],
         **result.timing,
     }
-
-
-def _interval(estimate: Estimate) -> Interval:
-    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
 
 
 def _share(estimate: Estimate) -> Interval:
@@ -70,7 +66,7 @@ def differences(results: Sequence[MethodResult]) -> dict[str, dict[str, Interval
     """Accuracy of each method minus that of each later one, on the same test examples: [method][other]."""
     return {
         result.entry.name: {
-            other.entry.name: _interval(crossed_interval(result.test - other.test)) for other in results[i + 1 :]
+            other.entry.name: interval_of(crossed_interval(result.test - other.test)) for other in results[i + 1 :]
         }
         for i, result in enumerate(results)
     }
@@ -134,7 +130,7 @@ def write_report(
         What results.json holds, and the paths of all files.
     """
     rows = summarise(results, config.factor)
-    base = _interval(crossed_interval([untouched]))
+    base = interval_of(crossed_interval([untouched]))
     first = results[0].seeds[0]
     data: Results = {
         "model": config.base.model,

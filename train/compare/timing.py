@@ -46,7 +46,11 @@ def measure(trainings: Sequence[Training], repeats: int = REPEATS) -> Timing:
                 seconds[count].append(time.perf_counter() - start)
     single = statistics.median(seconds[1])
     base = None if config.train_base else programs[1].frozen.base
-    bytes_of = {count: compiled_bytes(compiled[count], base, programs[count].given) for count in counts}
+    bytes_of = {}
+    for count in counts:
+        needed = compiled_bytes(compiled[count], base, programs[count].given)
+        assert needed is not None
+        bytes_of[count] = needed
     return {
         "tokens_per_second": float((batch_of(programs[1].batch(0)).segments > 0).sum()) / single,
         "step_bytes": bytes_of[1],

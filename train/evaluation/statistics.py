@@ -178,7 +178,7 @@ class Crossed(NamedTuple):
         return float(quantiles.sum()) * self.error
 
 
-def crossed(scores: Sequence[Sequence[float]]) -> Crossed:
+def crossed(scores: Sequence[Sequence[float]] | np.ndarray) -> Crossed:
     """Mean of scores [seeds, examples] with its error over new seeds and new examples.
 
     Two-way random effects without replication: Var(mean) = (MS_seeds + MS_examples - MS_rest) / (S n), at least the

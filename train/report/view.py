@@ -201,14 +201,24 @@ def _tiles(record: Record) -> Iterator[Tile]:
         yield Tile("test accuracy", share(summary.after.value), before)
     for split, stages in summary.losses.items():
         if "after" in stages and (split == "test" or not summary.after):
-            before = f"from {stages['before']['loss']:.4g} before" if "before" in stages else ""
-            yield Tile(f"{split} loss", f"{stages['after']['loss']:.4g}", before)
+            yield from _leading(split, stages)
     total = f"{small_share(summary.share)} of the model's {_total(record)}"
     yield Tile("trained parameters", count(summary.trainable), total)
     waited = f"{duration(summary.waited)} of it waiting for data" if summary.waited > 0.01 * summary.seconds else ""
     yield Tile("training time", duration(summary.seconds), waited or f"{record.done:,} steps")
     yield Tile("speed", f"{summary.speed:,.0f}", "tokens per second")
     yield Tile("peak memory", size(summary.memory))
+
+
+def _leading(split: str, stages: Mapping[str, Mapping[str, float]]) -> Iterator[Tile]:
+    """The figure that a split is judged by: its loss, or what its command measures instead."""
+    four = lambda value: f"{value:.4g}"
+    shown = {"loss": four, "pair_accuracy": share, "teacher_kl": four}
+    name = next((name for name in shown if name in stages["after"]), None)
+    if name is not None:
+        after, before = (stages.get(stage, {}).get(name) for stage in ("after", "before"))
+        was = "" if before is None else f"from {shown[name](before)} before"
+        yield Tile(f"{split} {_FIGURES[name][0]}", shown[name](after), was)
 
 
 def _total(record: Record) -> str:
