@@ -26,7 +26,7 @@ class KeptCells:
     def __init__(self, path: Path, identity: str) -> None:
         self._path, self._found = path, dict[tuple[int, float], Cell]()
         head = json.dumps({"of": identity})
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         for line in lines[1:] if lines[:1] == [head] else []:
             try:
                 self._note(_from_json(json.loads(line)))
