@@ -39,7 +39,18 @@ RANKS = {
     **dict.fromkeys(
         (
             f"train.{name}"
-            for name in ("sft", "dpo", "grpo", "distill", "evaluate", "generate", "inspect", "robustness", "convert")
+            for name in (
+                "sft",
+                "dpo",
+                "grpo",
+                "distill",
+                "evaluate",
+                "generate",
+                "inspect",
+                "robustness",
+                "convert",
+                "create",
+            )
         ),
         16,
     ),

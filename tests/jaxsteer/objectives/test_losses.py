@@ -126,7 +126,8 @@ def test_policy_equal_to_the_reference(steered, tiny_base, made, name, want):
     model, steering = steered
     inputs = as_pairs(made, 2, 56, model, tiny_base, steering)
     loss, facts = value(LOSSES[name], model, tiny_base, steering, inputs)
-    np.testing.assert_allclose(loss, want, rtol=1e-6)
+    # Sums of fp32 log-probabilities from two programs agree to about 1e-5, as the margin below.
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
     assert float(facts["margin"].total) == pytest.approx(0, abs=1e-5)
 
 
