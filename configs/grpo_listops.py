@@ -13,7 +13,7 @@ def config() -> GrpoConfig:
         task=ListOpsTask(problems, max_new_tokens=1),  # an answer is one digit
         plan=("nonlinear(rank=8) @ block",),
         optim=OptimConfig(lr=2e-3, schedule="cosine", warmup=0.05),
-        policy=PolicyLoss(beta=0.05),  # without it, all answers soon are the first digit
+        policy=PolicyLoss(beta=0.05),  # against a collapse onto the first digit
         steps=40,
         prompts=64,
         group=16,

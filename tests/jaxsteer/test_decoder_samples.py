@@ -41,6 +41,8 @@ def test_prompts_are_read_once(asked):
     assert (layout.size, layout.rows[0]) == (15, [0, 5, 10])
     read = prefill_batch(shared, layout)
     assert np.count_nonzero(read.segments) == sum(len(shared[i]) for i in (0, 5, 10))
+    many = next_prefill(shared, 256, 15, many=True, same=repeated(shared))
+    assert (len(many.rows), many.rows[0]) == (1, [0, 5, 10])  # as few rows as three prompts need, not as fifteen
     admission = make_admission(shared, layout, 16, stop_width=1)
     assert admission.start[:5].tolist() == [0] * 5
     assert admission.start[5:10].tolist() == [len(shared[0])] * 5

@@ -155,6 +155,14 @@ def test_examples_are_found_in_packed_rows(loaded, steered, tiny_data, monkeypat
     assert len(set(expected)) == 2
 
 
+def test_an_example_whose_completion_does_not_count_is_not_right(loaded, steered):
+    plan, steering = steered
+    unanswered = [Example.of("ab", "c", "first"), replace(Example.of("ab", "c", "second"), weight=0.0)]
+    asking = evaluator_of(loaded, plan, loss_shape=(2, 32)).knowing({"validation": unanswered})
+    with pytest.raises(ValueError, match="second: has no completion that counts"):
+        asking.predicted("validation", Params(None, steering))
+
+
 def test_the_validation_loss_is_that_of_training(loaded, steered, tiny_data):
     """Packed rows, several batches, the last of them not full; a base of one's own counts."""
     plan, steering = steered

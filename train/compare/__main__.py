@@ -125,7 +125,7 @@ class _Counter:
         self._bar.update(self._done)
 
     def hours_left(self, planned: int) -> float | None:
-        """Hours for the rest of so many steps at the pace so far, answering included; None before any was taken."""
+        """Estimated hours until `planned` steps are done, evaluation included; None before the first step."""
         if not self._taken:
             return None
         return (planned - self._done) * (time.monotonic() - self._began) / self._taken / 3600

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,8 @@ from jaxsteer.models.transformer import Network
 from train.data import TokenizedExample
 from train.data.fields import show
 from train.evaluation.statistics import Estimate, crossed_interval
-from train.tasks.rewards import finite_number
+from train.tasks.rewards import code_files, finite_number
+from train.tasks.row_sources import digest_of_file
 
 WINDOW = 3
 """Tokens in a row that count as repeated if the answer had them before."""
@@ -86,8 +86,8 @@ class Answering:
         """The scorer's name, with the digest of its file."""
         if self.scorer is None:
             return ""
-        file = Path(self.scorer.name.rpartition(":")[0])
-        return self.scorer.name + (hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "")
+        name = self.scorer.name
+        return " ".join([name, *(digest_of_file(Path(file)) for file in code_files([name]))])
 
     def answer(self, network: Network, slot: str, strengths: Sequence[float]) -> list[Answered]:
         """Answer every prompt greedily at each strength of a slot; 0 of a network without one is the network itself."""

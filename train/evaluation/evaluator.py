@@ -214,6 +214,9 @@ class Evaluator:
         """Whether each example's completion is what greedy decoding would give, its end included.
 
         One forward pass over packed rows: a completion is, if each of its tokens is the likeliest given those before.
+
+        Raises:
+            ValueError: naming an example without a completion that counts: its weights are 0.
         """
         packed, found = self._batches(split), []
         base, steering = self._base(params), self._placed(params.steering)
@@ -221,11 +224,18 @@ class Evaluator:
             for batch in packed.batches:
                 placed = self.placement.batch(batch)
                 found.append(fetch(predicted_tokens(self.model, base, steering, placed, self.strength)))
-        rows = np.concatenate(found)
-        segments = np.concatenate([np.asarray(batch.segments) for batch in packed.batches])
-        members = {i: (r, s) for r, row in enumerate(packed.members) for s, i in enumerate(row, start=1)}
-        places = (members[i] for i in range(len(members)))
-        return [bool(rows[r][segments[r] == s].all()) for r, s in places]
+        right, segments, weights = map(
+            np.concatenate,
+            (found, [batch.segments for batch in packed.batches], [batch.weights for batch in packed.batches]),
+        )
+        results: dict[int, bool] = {}
+        for r, row in enumerate(packed.members):
+            for segment, i in enumerate(row, start=1):
+                own = (segments[r] == segment) & (weights[r] != 0)
+                if not own.any():
+                    raise ValueError(f"{self.examples(split)[i].source}: has no completion that counts")
+                results[i] = bool(right[r][own].all())
+        return [results[i] for i in range(len(results))]
 
     def generate(
         self,

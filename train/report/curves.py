@@ -70,7 +70,7 @@ ROLLOUTS = (
     Curve("KL to the reference", "estimate, nats per token", _of("kl"), sparse=True),
     Curve("Clipped tokens", "share of the tokens", _of("clip_share"), percent=True, often_zero=True),
 )
-"""Of runs that learn from rewards of their own answers."""
+"""Charts for GRPO runs."""
 
 PREFERENCES = (
     Curve("Pairs right", "share whose margin is above 0", _of("pair_accuracy"), "pair_accuracy", percent=True),
@@ -78,7 +78,7 @@ PREFERENCES = (
     Curve("Chosen answers", "log-probability, nats per answer", _of("chosen_log_probability")),
     Curve("Rejected answers", "log-probability, nats per answer", _of("rejected_log_probability")),
 )
-"""Of runs that learn from preferences."""
+"""Charts for preference runs."""
 
 IMITATING = ("sft",)
 """Commands whose loss is that of the reference completions."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -33,7 +32,8 @@ from train.run.reference import log_probabilities, reference_of
 from train.run.rollouts import PromptSource, Sampled, Sampler, learned_groups, microbatches_of
 from train.run.training import RunData, Training, encoding_of
 from train.run.validation import task_of
-from train.tasks.rewards import WeightedReward, check_rewards, parse_rewards, reward_files
+from train.tasks.rewards import WeightedReward, check_rewards, code_files, parse_rewards
+from train.tasks.row_sources import digest_of_file
 
 SHOWN_ANSWERS = 3
 """Answers to a question that are shown."""
@@ -68,8 +68,8 @@ class FromRewards(Algorithm):
         kept = [i for i, fit in enumerate(fits) if fit]
         some, asked = [prompts[i] for i in kept], [examples[i] for i in kept]
         files = list(dict.fromkeys(example.source.rpartition(":")[0] for example in asked))[:8]
-        own = reward_files(rewards)
-        by = " ".join(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in own)
+        own = code_files([reward.name for reward in rewards])
+        by = " ".join(digest_of_file(Path(file)) for file in own)
         # The end that training data have: where a chat ends turns with a token of its own, that one.
         source = PromptSource(asked, some, stop_tokens(tokenizer, encoding)[-1], config, files + own, by)
         report = Report(len(examples), sum(map(len, some)), 0, max(map(len, prompts)), room, long)

@@ -137,9 +137,9 @@ def imported(name: str, option: str) -> Callable[..., Any]:
     return found
 
 
-def reward_files(rewards: Sequence[WeightedReward]) -> list[str]:
-    """The files of rewards that are FILE.py:FUNCTION."""
-    places = (reward.name.rpartition(":")[0] for reward in rewards)
+def code_files(names: Sequence[str]) -> list[str]:
+    """The files of those names that are FILE.py:FUNCTION."""
+    places = (name.rpartition(":")[0] for name in names)
     return list(dict.fromkeys(place for place in places if place.endswith(".py")))
 
 
