@@ -20,18 +20,18 @@ from jaxsteer.io import SteeringFile
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.params import Params
-from jaxsteer.theory.compare import kl_from_base
 from jaxsteer.types import Plan, Steering
 from train.base_models import check_base, find_base, load_steered, read_steered, steered
 from train.cli import find_task, load_config_file, run_main
 from train.config import TrainConfig
-from train.data import Encoding, Example, stack_rows
+from train.data import Encoding, Example
 from train.devices.machine import enable_compilation_cache
 from train.devices.placement import MeshConfig, place_on
-from train.devices.processes import DistributedConfig, fetch, is_first, join
+from train.devices.processes import DistributedConfig, is_first, join
 from train.evaluation.answers import By, Normalise, ScoredAnswer, accuracy_of, summarise
+from train.evaluation.divergence import divergences
 from train.evaluation.evaluator import Evaluator
-from train.evaluation.neutral import LENGTH, NEUTRAL, neutral_examples, read_neutral
+from train.evaluation.neutral import NEUTRAL, read_neutral
 from train.evaluation.statistics import Estimate, crossed_interval
 from train.tasks import AnyTask, Split
 from train.tasks.perturb import Kind, perturbed
@@ -104,33 +104,6 @@ ExampleSets = dict[str, tuple[AnyTask, list[Example]]]
 """Task and examples of each column of the table."""
 
 
-def divergence(evaluator: Evaluator, steering: Steering, texts: Sequence[str], *, length: int = LENGTH) -> Estimate:
-    """KL(base ‖ steered) over texts, nats per token, with its 95 % interval.
-
-    The second half of each text counts as completion, as if the first had been the prompt, and is what is measured, so
-    steering of prompts and of answers both show.
-
-    Args:
-        evaluator: with the steered model.
-        steering: of its plan.
-        texts: at least 2.
-        length: maximum number of tokens of a text.
-
-    Raises:
-        ValueError: fewer than 2 texts of at least 4 tokens.
-    """
-    tokenised = neutral_examples(texts, evaluator.loaded.require_tokenizer(), length)
-    place, rows, kls = evaluator.placement, 8, []
-    with place.on_mesh():
-        params = place.copies(steering)
-        for start in range(0, len(tokenised), rows):
-            some = tokenised[start : start + rows]
-            batch = stack_rows([*([each] for each in some), *([] for _ in range(rows - len(some)))], length)
-            kl = fetch(kl_from_base(evaluator.model, evaluator.loaded.base, params, place.batch(batch)))
-            kls += [float(value) for value in kl[: len(some)]]
-    return crossed_interval([kls])
-
-
 def example_sets(config: RobustnessConfig, task: AnyTask, transferred: AnyTask | None) -> ExampleSets:
     """Each column's task and examples: as trained, under each perturbation, transferred.
 
@@ -174,7 +147,8 @@ def measure(
             path, title = folder / f"{kind.replace(' ', '_')}.jsonl", f"{name}, {kind}"
             of_task = replace(of_method, task=task, encoding=Encoding(chat=task.chat, date=dates.get(name)))
             answers[kind] = of_task.answer(examples, Params(None, steering), path, title=title, reuse=True)
-        lines.append(Row(name, answers, divergence(of_method, steering, texts)))
+        moved = crossed_interval([divergences(of_method, Params(None, steering), texts)])
+        lines.append(Row(name, answers, moved))
     return lines
 
 

@@ -171,7 +171,7 @@ def _totals(tuned: Network, network: Network, batch: Batch, where: Where) -> Tot
 
 
 @partial(jax.jit, static_argnames="model")
-def kl_from_base(model: Model, base: PyTree, steering: Steering, batch: Batch) -> Array:
+def kl_from_base(model: Model, base: PyTree, steering: Steering, batch: Batch, trained: PyTree | None = None) -> Array:
     """KL(p ‖ q) for each row, p the next-token distribution of the model without its plan, q with it.
 
     Args:
@@ -179,10 +179,11 @@ def kl_from_base(model: Model, base: PyTree, steering: Steering, batch: Batch) -
         base: weights.
         steering: the plan's tree.
         batch: [B, T]; only positions that predict a completion token count.
+        trained: weights that q has instead of `base`.
 
     Returns:
         The mean over each row's positions, nats, fp32 [B]; 0 for a row without any.
     """
     plain = Network(Model(config=model.config, attention=model.attention), base, {})
-    result = compare_networks(plain, Network(model, base, steering), batch)
+    result = compare_networks(plain, Network(model, base if trained is None else trained, steering), batch)
     return jnp.sum(result.kl, axis=1) / jnp.maximum(jnp.sum(result.counted, axis=1), 1.0)

@@ -9,6 +9,7 @@ import pytest
 
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
+from jaxsteer.params import Params
 from train.compare import __main__ as command
 from train.compare import report
 from train.compare import runs as compare_runs
@@ -19,6 +20,8 @@ from train.compare.records import MethodResult, Timing, read_record
 from train.compare.runs import Comparison, search
 from train.compare.timing import measure
 from train.config import TrainConfig
+from train.evaluation.neutral import NEUTRAL
+from train.run.training import load_base_model
 from train.tasks import JsonlTask
 
 POST_BLOCK = "nonlinear(rank=2) @ block"
@@ -41,11 +44,12 @@ def config(tiny_folder, tiny_data, tmp_path):
         ),
         entries=(
             Entry("full fine-tuning", Method((), train_base=True), lr=1e-4),
-            Entry("post-block", Method((POST_BLOCK,)), lr=1e-2),
+            Entry("post-block", Method((POST_BLOCK,), train_examples=5), lr=1e-2),
             Entry("LoFiT", Method(("lofit @ attn.heads",)), lr=1e-2, lofit=LoFiT(heads=3)),
             Entry("joint", Method(JOINT, orthogonality=Orthogonality("penalty")), 1e-2, 1e-3),
         ),
         contrasts=(Contrast("joint adaptation", "joint", ("post-block", "LoFiT")),),
+        neutral=str(NEUTRAL),
         extensions=0,
         seeds=2,
         out=str(tmp_path / "comparison"),
@@ -107,10 +111,14 @@ def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch
         assert row["step_bytes"] > 1e5
         assert (row["sweep_cost"] is None) == (row["method"] == "full fine-tuning")
         assert (row["overlap"] is None) == (row["method"] != "joint")
+        assert row["kl"]["low"] < row["kl"]["mean"]
+    assert by_name["post-block"]["examples"] == 5
+    assert by_name["joint"]["examples"] > 5
     assert by_name["joint"]["weights_lr"] == pytest.approx(by_name["joint"]["lr"] / 10)
     table = (folder / "results.md").read_text()
     assert all(f"| {name} |" in table for name in names)
-    assert (folder / "results.png").stat().st_size > 10_000
+    assert all((folder / name).stat().st_size > 10_000 for name in ("results.png", "results_kl.png"))
+    assert "| training examples |" in table
     assert [path.name for path in folder.glob("overlap_*.png")] == ["overlap_joint.png"]
     assert by_name["joint"]["chance_overlap"] == 2 / 32
     (contrast,) = data["contrasts"]
@@ -124,6 +132,20 @@ def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch
     changed = (replace(config.entries[0], lr=2e-4), *config.entries[1:])
     with pytest.raises(ValueError, match="other settings of 'full fine-tuning'"):
         compare(replace(config, entries=changed))
+
+
+def test_predictions_stand_beside_decoded_answers(config, monkeypatch):
+    config = replace(config, scoring="predictions", decoded=3, neutral=None)
+    comparison = Comparison(config, load_base_model(config.base), lambda steps: None)
+    untouched = ((), Params(None, {}))
+    assert comparison.measured(*untouched, 1)["decoded"] is None
+    measured = comparison.measured(*untouched, 0)
+    assert measured["kl"] is None
+    assert (len(measured["test"]), len(measured["decoded"])) == (8, 3)
+    monkeypatch.setattr(comparison, "answer", lambda split, plan, params: [1, 0, 1, 0])
+    monkeypatch.setattr(comparison, "decoded", lambda plan, params: [1, 1, 0])
+    result = MethodResult(config.entries[1], 0, [], [comparison.measured(*untouched, 0)], {})
+    assert result.decoded == {"examples": 3, "predicted": 2 / 3, "decoded": 2 / 3, "agree": 1 / 3}
 
 
 class Fake:
@@ -152,7 +174,7 @@ def test_what_a_file_of_a_comparison_lacks_is_named(config, tmp_path, monkeypatc
     path = comparison.path(config.entries[0], 0, 0)
     path.parent.mkdir()
     path.write_text('{"exponent": 0}')
-    with pytest.raises(ValueError, match=r"seed0\.json: incomplete: has no entry, factor, seed"):
+    with pytest.raises(ValueError, match=r"seed0\.json: incomplete: has no test, kl, decoded, entry, factor, seed"):
         comparison.record(config.entries[0], 0, 0)
     (Path(config.out) / "config.json").write_text('{"seed": 0}')
     with pytest.raises(ValueError, match=r"config\.json: not the settings of a comparison"):
@@ -183,6 +205,7 @@ def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
         ({"factor": 1.0}, "factor above 1"),
         ({"base": TrainConfig(evaluate_every=5, patience=2)}, "base.evaluate_every has no effect here"),
         ({"margin": 0.0}, "--margin must be between 0 and 1"),
+        ({"decoded": 5}, "--decoded 5: needs --scoring predictions"),
         (
             {"contrasts": (Contrast("q", "joint", ("LoRA",)),)},
             "contrast 'q': no entry 'LoRA'; there are full fine-tuning",

@@ -33,10 +33,11 @@ from train.evaluation.answers import (
     read_answers,
     summarise,
 )
+from train.evaluation.divergence import divergences
 from train.evaluation.evaluator import Evaluator
 from train.evaluation.journal import FileJournal, MemoryJournal
 from train.evaluation.loss import predicted_tokens
-from train.robustness import RobustnessConfig, divergence, example_sets, measure, read_methods, table_of
+from train.robustness import RobustnessConfig, example_sets, measure, read_methods, table_of
 from train.tasks import JsonlTask
 
 ROOT = Path(__file__).parents[2]
@@ -366,14 +367,14 @@ def test_the_table_of_robustness(loaded, steered, steering_file, tmp_path):
     assert one[1] != one[2] or lines[1].answers["as trained"] != lines[1].answers["casing"]
     assert summarise(lines[1].answers["transferred"]) == summarise(lines[1].answers["as trained"])
     with pytest.raises(ValueError, match="at least 2 texts"):
-        divergence(evaluator_of(loaded, steered[0]), steered[1], ["one text only"])
+        divergences(evaluator_of(loaded, steered[0]), Params(None, steered[1]), ["one text only"])
     with pytest.raises(ValueError, match="different name"):
         read_methods(replace(config, names=("base",)))
 
 
 def test_robustness_asks_on_the_day_that_each_method_was_trained_for(loaded, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr("train.robustness.divergence", lambda *_: None)
+    monkeypatch.setattr("train.robustness.divergences", lambda *_: [0.0, 0.0])
     monkeypatch.setattr(Evaluator, "answer", lambda self, *_, **__: asked.append(self.encoding.date))
     methods = {"base": ((), {}), "one": ((), {})}
     config = RobustnessConfig(("x",), out=str(tmp_path))

@@ -10,7 +10,8 @@ from jaxsteer.models.transformer import Model
 from train.compare.config import CompareConfig, Entry
 from train.devices.placement import SINGLE, Placement
 from train.evaluation.evaluator import Evaluator
-from train.run.inputs import data_inputs, example_inputs
+from train.evaluation.neutral import neutral_examples, read_neutral
+from train.run.inputs import data_inputs, example_inputs, text_inputs
 from train.run.lofit import check_heads, split_steps
 from train.run.program import make_program
 from train.run.start import SCHEDULE_STEPS
@@ -43,6 +44,9 @@ def check_comparison(config: CompareConfig, model: LoadedModel) -> tuple[dict[st
         if not examples:
             raise ValueError(f"the task has no {split} examples; a comparison needs training, validation and test")
         inputs[split] = example_inputs(examples)
+    if config.neutral is not None:
+        neutral_examples(texts := read_neutral(config.neutral), model.require_tokenizer())
+        inputs["neutral"] = text_inputs(config.neutral, texts)
     data = read_data(config.base, model)
     steps = config.base.steps or data.source.steps(config.base.epochs)
     if any(entry.lofit is not None for entry in config.entries):

@@ -11,6 +11,7 @@ import tyro
 
 from jaxsteer.orthogonality import Orthogonality
 from train.config import TrainConfig
+from train.config.run import KeepConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Method:
     """Train the base model's weights too."""
     orthogonality: Orthogonality = field(default_factory=Orthogonality)
     """How LoRA and steering are kept orthogonal, in a plan that has both."""
+    keep: KeepConfig = field(default_factory=KeepConfig)
+    """Hold predictions on neutral text where they were."""
+    train_examples: int = 0
+    """Number of training examples to use; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Entry:
     """The same for LoRA or the base model. The grid multiplies both."""
     lofit: LoFiT | None = None
     """Train in LoFiT's two stages; None = in one."""
+    series: str | None = None
+    """Entries with the same series are points of one line in the plots."""
 
     @property
     def slug(self) -> str:
@@ -65,6 +72,8 @@ class Contrast:
     second: tuple[str, ...]
     """Names of entries; of several, the one with the best validation accuracy."""
 
+
+Axis = Literal["parameters", "examples"]
 
 IGNORED = (
     "mesh",
@@ -94,6 +103,11 @@ class CompareConfig:
     """The methods to compare, given in the config file."""
     contrasts: tyro.conf.Suppress[tuple[Contrast, ...]] = ()
     """The planned contrasts between them, for whose number p-values are corrected; given in the config file."""
+    axis: Axis = "parameters"
+    """What the plot has accuracy against: the number of trainable parameters, or of training examples."""
+    neutral: str | None = None
+    """Text file with one neutral text per line: how far each method moves the predictions there is measured and plotted
+    too. None: it is not."""
     margin: float = 0.01
     """Largest difference in accuracy that counts as none, in the test that two methods are equal."""
     factor: float = 3.0
@@ -102,6 +116,9 @@ class CompareConfig:
     """How accuracy is measured. answers: generated, and read by the task's rule. predictions: whether each token of the
     right answer, its end included, is the likeliest given those before, in one pass over packed rows; the same as
     generated answers that must be exactly right."""
+    decoded: int = 0
+    """With scoring predictions: number of test examples that the first seed of each method answers by decoding too, to
+    show how the two agree."""
     rates: int = 3
     """Number of learning rates in the first grid: odd, with the method's own in the middle."""
     extensions: int = 3
@@ -127,6 +144,8 @@ class CompareConfig:
             raise ValueError(f"comparison: two entries have the name {repeated[0]!r}; rename one")
         if not 0 < self.margin < 1:
             raise ValueError(f"--margin must be between 0 and 1, got {self.margin:g}")
+        if self.decoded < 0 or (self.decoded and self.scoring != "predictions"):
+            raise ValueError(f"--decoded {self.decoded}: needs --scoring predictions, and at least 0")
         self._check_contrasts([entry.name for entry in self.entries])
 
     def _check_contrasts(self, names: Sequence[str]) -> None:
@@ -158,8 +177,9 @@ class CompareConfig:
         base = self.base.to_json()
         for name in _method_fields(Method(())):
             del base[name]
-        scoring = {} if self.scoring == "answers" else {"scoring": self.scoring}
-        return {"base": base, "factor": self.factor} | scoring
+        chosen: dict[str, str] = {} if self.scoring == "answers" else {"scoring": self.scoring}
+        chosen |= {} if self.neutral is None else {"neutral": self.neutral}
+        return {"base": base, "factor": self.factor} | chosen
 
 
 def _method_fields(method: Method) -> dict[str, Any]:

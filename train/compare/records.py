@@ -13,7 +13,23 @@ from train.compare.config import Entry
 from train.evaluation.statistics import Estimate
 
 
-class RunRecord(TypedDict):
+class Measured(TypedDict):
+    """What is measured of the runs that count, and None of those that only chose the learning rate.
+
+    test     which test answers are right, 1 or 0
+    kl       KL(base ‖ trained) of each neutral text, nats per token; None too if there are no such texts
+    decoded  which decoded answers to the first test questions are right by the task's rule, 1 or 0; of the first seed
+    """
+
+    test: list[int] | None
+    kl: list[float] | None
+    decoded: list[int] | None
+
+
+NOT_MEASURED: Measured = {"test": None, "kl": None, "decoded": None}
+
+
+class RunRecord(Measured):
     """One finished run: runs/SLUG/rate±N_seedN.json."""
 
     entry: dict[str, object]
@@ -21,13 +37,13 @@ class RunRecord(TypedDict):
     factor: float
     seed: int
     trainable: int
+    examples: int
     steps: int
     losses: list[float]
     overlap: list[list[float]]
     chance_overlap: float
     diverged: bool
     validation: list[int]
-    test: list[int] | None
 
 
 class Untouched(TypedDict):
@@ -89,6 +105,19 @@ def interval_of(estimate: Estimate) -> Interval:
     return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
 
 
+class Agreement(TypedDict):
+    """How predictions of the right answers relate to decoded answers, on the first test examples with the first seed.
+
+    predicted, decoded  shares that are right
+    agree               share on which both are right or both wrong
+    """
+
+    examples: int
+    predicted: float
+    decoded: float
+    agree: float
+
+
 class MethodRow(Timing):
     """A row of the table of results."""
 
@@ -104,6 +133,9 @@ class MethodRow(Timing):
     test_by_seed: list[float]
     minus_first: Interval | None
     final_loss: list[float]
+    examples: int
+    kl: Interval | None
+    decoded: Agreement | None
     overlap: float | None
     largest_overlap: float | None
     chance_overlap: float | None
@@ -180,6 +212,27 @@ class MethodResult:
     def validation(self) -> np.ndarray:
         """Which validation answers are right, 1 or 0: [seeds, examples]."""
         return np.array([record["validation"] for record in self.seeds])
+
+    @property
+    def kl(self) -> np.ndarray | None:
+        """How far each neutral text's predictions moved, nats per token: [seeds, texts]; None if not measured."""
+        kl = [record["kl"] for record in self.seeds]
+        return None if None in kl else np.array(kl)
+
+    @property
+    def decoded(self) -> Agreement | None:
+        """Predictions beside decoded answers; None if nothing was decoded."""
+        first = self.seeds[0]
+        if first["decoded"] is None:
+            return None
+        decoded = np.array(first["decoded"])
+        predicted = self.test[0][: len(decoded)]
+        return {
+            "examples": len(decoded),
+            "predicted": float(predicted.mean()),
+            "decoded": float(decoded.mean()),
+            "agree": float((predicted == decoded).mean()),
+        }
 
     @property
     def at_edge(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,9 +14,9 @@ from jaxsteer.io.files import replacing, write_json
 from jaxsteer.steering import count_parameters
 from train.compare.config import CompareConfig
 from train.compare.contrasts import contrast_table, judge
-from train.compare.records import Interval, MethodResult, MethodRow, Results, interval_of
+from train.compare.records import Agreement, Interval, MethodResult, MethodRow, Results, interval_of
 from train.devices.machine import device_summary
-from train.display.plots import plot_comparison, plot_overlap
+from train.display.plots import Measured, plot_comparison, plot_overlap
 from train.evaluation.statistics import Estimate, crossed_interval
 
 
@@ -50,6 +51,9 @@ def _row(result: MethodResult, first: MethodResult | None, factor: float) -> Met
         "test_by_seed": test.mean(axis=1).tolist(),
         "minus_first": None if first is None else interval_of(crossed_interval(test - first.test)),
         "final_loss": [float(np.mean(record["losses"][-10:])) for record in seeds],
+        "examples": seeds[0]["examples"],
+        "kl": None if (kl := result.kl) is None else interval_of(crossed_interval(kl.tolist())),
+        "decoded": result.decoded,
         "overlap": None if overlap is None else float(np.mean(overlap)),
         "largest_overlap": None if overlap is None else float(np.max(overlap)),
         "chance_overlap": None if overlap is None else seeds[0]["chance_overlap"],
@@ -86,6 +90,10 @@ def table(rows: Sequence[MethodRow]) -> str:
         f"cost of {rows[0]['sweep_runs']} runs as one program",
         "overlap Ω",
     ]
+    with_kl, by_examples = any(row["kl"] for row in rows), len({row["examples"] for row in rows}) > 1
+    decoded = any(row["decoded"] for row in rows)
+    head += ["KL on neutral text, nats per token (95 %)"] * with_kl + ["training examples"] * by_examples
+    head += ["decoded beside predicted, %"] * decoded
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         rates = f"{row['lr']:.2g}" + (f", LoRA {row['weights_lr']:.2g}" if row["weights_lr"] is not None else "")
@@ -101,6 +109,8 @@ def table(rows: Sequence[MethodRow]) -> str:
             "not merged" if row["sweep_cost"] is None else f"{row['sweep_cost']:.2f} runs",
             "" if row["overlap"] is None else f"{row['overlap']:.2g}",
         ]
+        cells += [_nats(row["kl"])] * with_kl + [f"{row['examples']:,}"] * by_examples
+        cells += [_beside(row["decoded"])] * decoded
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -108,6 +118,20 @@ def table(rows: Sequence[MethodRow]) -> str:
 def _percent(interval: Interval, signed: bool = False) -> str:
     mean, low, high = (100 * share for share in (interval["mean"], interval["low"], interval["high"]))
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})" if signed else f"{mean:.1f} ({low:.1f} to {high:.1f})"
+
+
+def _nats(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return f"{interval['mean']:.3g} ({max(0.0, interval['low']):.3g} to {interval['high']:.3g})"
+
+
+def _beside(agreement: Agreement | None) -> str:
+    if agreement is None:
+        return ""
+    percent = lambda share: f"{100 * share:.1f}"
+    both = f"{percent(agreement['decoded'])}, {percent(agreement['predicted'])}"
+    return f"{both} of {agreement['examples']}; agree on {percent(agreement['agree'])}"
 
 
 def write_report(
@@ -151,12 +175,28 @@ def write_report(
         file.write(f"{table(rows)}\n\nThe untouched model: {_percent(base)} %.\n".encode())
         if data["contrasts"]:
             file.write(f"\n{contrast_table(data['contrasts'], config.margin)}\n".encode())
-    points = [(r["method"], r["trainable"], r["test"]["mean"], r["test"]["low"], r["test"]["high"]) for r in rows]
-    title = f"{config.base.model}: accuracy by method"
-    plot_comparison(folder / "results.png", points, base=base["mean"], title=title)
-    files = [folder / f"results.{suffix}" for suffix in ("json", "md", "png")]
-    files += _plot_overlaps(folder, results)
+    files = [folder / "results.json", folder / "results.md"]
+    files += [*_plot_accuracies(folder, config, rows, base["mean"]), *_plot_overlaps(folder, results)]
     return {**data, "files": [str(path) for path in files]}
+
+
+def _plot_accuracies(folder: Path, config: CompareConfig, rows: Sequence[MethodRow], base: float) -> list[Path]:
+    """Plot accuracy against size, and against what it costs on neutral text if that was measured; returns the paths."""
+    axes: dict[str, tuple[str, Callable[[MethodRow], float]]] = {
+        "parameters": ("trainable parameters", lambda row: row["trainable"]),
+        "examples": ("training examples", lambda row: row["examples"]),
+    }
+    drawn = {"results.png": axes[config.axis]}
+    if all(row["kl"] is not None for row in rows):
+        drawn["results_kl.png"] = ("KL on neutral text, nats per token", lambda row: row["kl"]["mean"])  # type: ignore[index]  # not None
+    for name, (xlabel, x) in drawn.items():
+        series: dict[str, list[Measured]] = defaultdict(list)
+        for entry, row in zip(config.entries, rows, strict=True):
+            test = row["test"]
+            series[entry.series or entry.name].append((x(row), test["mean"], test["low"], test["high"]))
+        title = f"{Path(config.base.model).name}: accuracy by method"
+        plot_comparison(folder / name, series, xlabel=xlabel, base=base, title=title)
+    return [folder / name for name in drawn]
 
 
 def _plot_overlaps(folder: Path, results: Sequence[MethodResult]) -> list[Path]:

@@ -16,9 +16,11 @@ from jaxsteer.params import Params
 from jaxsteer.types import Plan, Steering
 from train.compare.check import evaluator_of
 from train.compare.config import CompareConfig, Entry
-from train.compare.records import RunRecord, Untouched, read_record
+from train.compare.records import NOT_MEASURED, Measured, RunRecord, Untouched, read_record
 from train.compare.sweep import Run, Trained, train_runs
 from train.config import TrainConfig
+from train.evaluation.divergence import divergences
+from train.evaluation.neutral import read_neutral
 from train.run.lofit import lofit
 from train.run.result import notes_of
 from train.tasks import Split
@@ -37,6 +39,7 @@ class Comparison:
         self.config, self.loaded, self.advance = config, loaded, advance
         self.folder = Path(config.out) / "runs"
         self.evaluator = evaluator_of(config, loaded)
+        self.texts = None if config.neutral is None else read_neutral(config.neutral)
 
     def path(self, entry: Entry, exponent: int, seed: int) -> Path:
         """The record of one run."""
@@ -108,6 +111,7 @@ class Comparison:
             "factor": self.config.factor**exponent,
             "seed": seed,
             "trainable": training.trainable,
+            "examples": len(training.data.examples),
             "steps": self.config.steps,
             "losses": [float(loss) for loss in trained.losses],
             "overlap": trained.overlap.tolist(),
@@ -115,7 +119,7 @@ class Comparison:
             "diverged": trained.diverged,
             "validation": self.answer("validation", plan, answering),
             # A trained base is not saved, so its test answers are made now; the search does not read them.
-            "test": self.answer("test", plan, answering) if trains_base else None,
+            **(self.measured(plan, answering, seed) if trains_base else NOT_MEASURED),
         }
         write_json(path, record)
 
@@ -126,15 +130,37 @@ class Comparison:
             return list(map(int, evaluator.predicted(split, params)))
         return [int(answer.correct) for answer in evaluator.answer(split, params)]
 
+    def moved(self, plan: Plan, params: Params) -> list[float] | None:
+        """KL(base ‖ trained) of each neutral text, nats per token; None if the comparison has none."""
+        if self.texts is None:
+            return None
+        return divergences(self.evaluator.steered_by(Model(self.loaded.config, plan)), params, self.texts)
+
+    def measured(self, plan: Plan, params: Params, seed: int) -> Measured:
+        """What is measured of a run that counts."""
+        return {
+            "test": self.answer("test", plan, params),
+            "kl": self.moved(plan, params),
+            "decoded": self.decoded(plan, params) if seed == 0 else None,
+        }
+
+    def decoded(self, plan: Plan, params: Params) -> list[int] | None:
+        """Which decoded answers to the first test questions are right, 1 or 0; None if none are to be decoded."""
+        if not self.config.decoded:
+            return None
+        evaluator = self.evaluator.steered_by(Model(self.loaded.config, plan))
+        questions = evaluator.examples("test")[: self.config.decoded]
+        return [int(answer.correct) for answer in evaluator.answer(questions, params)]
+
     def tested(self, entry: Entry, exponent: int, seed: int) -> RunRecord:
-        """The record of a finished run, with its test answers."""
+        """The record of a finished run, with what is measured of those that count."""
         record, path = self.record(entry, exponent, seed), self.path(entry, exponent, seed)
         assert record is not None
         if record["test"] is None:
             saved = load_steering(path.with_suffix(".safetensors"))
             saved.check(self.loaded.config)
             saved.check_weights(self.loaded.sample)
-            record["test"] = self.answer("test", saved.plan, Params(None, saved.steering))
+            record |= self.measured(saved.plan, Params(None, saved.steering), seed)
             write_json(path, record)
         return record
 

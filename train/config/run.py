@@ -132,6 +132,9 @@ class TrainConfig:
     else accuracy if answers can be right or wrong, and validation_loss for free text."""
     patience: int = operational(0)
     """Stop after this many consecutive evaluations without improvement, and keep the best checkpoint. 0: never."""
+    train_examples: int = 0
+    """Number of training examples to use, a random sample that does not depend on the seed: a larger one contains every
+    smaller one. 0: all."""
     validation_share: float = 0.0
     """Share of the training examples to hold out as validation examples, for a task that has none."""
     show_answers: int = operational(3)
@@ -173,11 +176,21 @@ class TrainConfig:
         for name in ("batch_size", "grad_accumulation", "eval_batch_size", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("sequence_length", "validation_examples", "test_examples", "evaluate_every", "show_answers"):
+        for name in (
+            "sequence_length",
+            "train_examples",
+            "validation_examples",
+            "test_examples",
+            "evaluate_every",
+            "show_answers",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
-        if self.keep.weight and self.program != TrainConfig.program:
-            raise ValueError(f"--keep.weight is for jaxsteer sft; jaxsteer {self.program} does not compute it")
+        if self.program != TrainConfig.program:
+            if self.keep.weight:
+                raise ValueError(f"--keep.weight is for jaxsteer sft; jaxsteer {self.program} does not compute it")
+            if self.train_examples:
+                raise ValueError(f"--train-examples is for jaxsteer sft; jaxsteer {self.program} uses all examples")
         if not 0 <= self.validation_share < 1:
             raise ValueError(f"--validation-share must be from 0 to below 1, got {self.validation_share}")
         if self.quantise != "none" and self.train_base:

@@ -140,6 +140,21 @@ class Recipe:
         return np.arange(total, dtype=dtype) if self.choose is None else self.choose(counts).astype(dtype)
 
 
+def sampled(recipe: Recipe, count: int) -> Recipe:
+    """A random sample of a recipe's examples, in their order; a larger one contains every smaller one.
+
+    Args:
+        recipe: the examples.
+        count: how many; 0 or more than there are: all.
+    """
+
+    def choose(counts: Sequence[int]) -> np.ndarray:
+        index = recipe.index(counts)
+        return index[np.sort(np.random.default_rng(0).permutation(len(index))[:count])]
+
+    return Recipe(recipe.parts, choose) if count else recipe
+
+
 @cache
 def code_digest() -> str:
     """sha256 of the code that turns rows into tokens, and the versions of the libraries that it calls.

@@ -203,40 +203,50 @@ def plot_overlap(
     _save(figure, path)
 
 
+Measured = tuple[float, float, float, float]
+"""x, and a share from 0 to 1 with its interval: value, low, high."""
+
+
 def plot_comparison(
-    path: str | Path, points: Sequence[tuple[str, int, float, float, float]], *, base: float | None, title: str = ""
+    path: str | Path,
+    series: Mapping[str, Sequence[Measured]],
+    *,
+    xlabel: str,
+    base: float | None,
+    title: str = "",
 ) -> None:
-    """Plot accuracy against the number of trainable parameters, on a logarithmic axis.
+    """Plot accuracy against something, on a logarithmic axis: a series of one point with a bar, others with a band.
 
     Args:
         path: of the PNG; its folder must exist.
-        points: (method, parameters, accuracy, low, high), shares from 0 to 1.
+        series: label -> its points, in any order.
+        xlabel: what x is.
         base: accuracy of the untouched model, drawn as a line; None = no line.
         title: above the figure.
 
     Raises:
         ValueError: no points.
     """
-    if not points:
+    if not series:
         raise ValueError(f"{path}: nothing to draw, no method has finished")
     figure, (axis,) = _figure(1, title, height=5.0, ratios=(1,))
-    for index, (name, parameters, rate, low, high) in enumerate(points):
-        axis.errorbar(
-            [parameters],
-            [rate],
-            yerr=[[max(0.0, rate - low)], [max(0.0, high - rate)]],
-            color=_COLORS[index % len(_COLORS)],
-            marker=_MARKERS[(index + index // len(_COLORS)) % len(_MARKERS)],
-            markersize=7,
-            capsize=3,
-            linestyle="none",
-            label=name,
-        )
+    for index, (name, points) in enumerate(series.items()):
+        x, rate, low, high = np.array(sorted(points), dtype=float).T
+        color = _COLORS[index % len(_COLORS)]
+        marker = _MARKERS[(index + index // len(_COLORS)) % len(_MARKERS)]
+        if len(x) == 1:
+            bar = np.maximum(0.0, [rate - low, high - rate])
+            axis.errorbar(
+                x, rate, yerr=bar, color=color, marker=marker, markersize=7, capsize=3, linestyle="none", label=name
+            )
+        else:
+            axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+            axis.plot(x, rate, color=color, marker=marker, markersize=6, linewidth=1.8, label=name)
     if base is not None:
         axis.axhline(base, color=_GREY, linestyle="--", linewidth=1.2, label="untouched model")
     axis.set_xscale("log")
-    axis.set_xlabel("trainable parameters")
-    axis.set_ylabel("accuracy (bars: 95 % interval)")
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("accuracy (bars and bands: 95 % intervals)")
     axis.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     axis.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)

@@ -38,10 +38,22 @@ def example_inputs(examples: Sequence[Example]) -> dict[str, Any]:
     }
 
 
+def text_inputs(path: str, texts: Sequence[str]) -> dict[str, Any]:
+    """The texts of a file as inputs.json records them."""
+    digest = hashlib.sha256(json.dumps(list(texts)).encode())
+    return {"sha256": digest.hexdigest(), "examples": len(texts), "sources": [path]}
+
+
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What of the data has changed, a phrase for each; [] if nothing has, or it is not known what there was."""
     phrases = []
-    for name, what in (("train", "training data"), ("validation", "validation examples"), ("test", "test examples")):
+    kinds = {
+        "train": "training data",
+        "validation": "validation examples",
+        "test": "test examples",
+        "neutral": "neutral texts",
+    }
+    for name, what in kinds.items():
         old, new = before.get(name), now.get(name)
         if old and new and old["sha256"] != new["sha256"]:
             files = ", ".join(dict.fromkeys([*old["sources"], *new["sources"]]))

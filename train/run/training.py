@@ -26,6 +26,7 @@ from train.base_models import load, resolve_model
 from train.config import TrainConfig
 from train.data import DataSource, Encoding, Report, StepSource, TokenStore
 from train.data.kept import KeptSource
+from train.data.records import sampled
 from train.data.tokenised import tokenised
 from train.display.console import progress
 from train.evaluation.evaluator import Evaluator
@@ -229,7 +230,7 @@ def read_tokens(config: TrainConfig, loaded: LoadedModel, limit: int | None) -> 
         ValueError: no data, or an example over the limit that may not be dropped.
     """
     encoding = replace(encoding_of(config), max_length=limit, on_long=config.on_long)
-    recipe, folder = task_of(config).recipe("train"), cache_folder() / "tokens"
+    recipe, folder = sampled(task_of(config).recipe("train"), config.train_examples), cache_folder() / "tokens"
     return tokenised(recipe, loaded.require_tokenizer(), encoding, folder, tokenising)
 
 
