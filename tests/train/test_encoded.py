@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))
 from tiny_tokenizer import CHATML, tiny_tokenizer
 
 from train.data import DataSource, Encoding, Example, digest_of, encode, shards
-from train.data.records import Listed, Part, Recipe
+from train.data.records import Listed, Part, Recipe, sampled
 from train.data.shard_file import read
 from train.data.tokenised import tokenised
 from train.run.training import tokenising
@@ -113,6 +113,19 @@ def test_another_length_or_another_choice_finds_the_same_files(cache, calls):
     store, _ = tokenised(recipe(EXAMPLES, EXAMPLES[:1], choose=backwards), tiny_tokenizer(), PLAIN, cache)
     assert [each.source for each in store] == ["f:1", *(each.source for each in EXAMPLES[::-1])]
     assert sum(calls) == 6
+
+
+def test_a_sample_contains_the_smaller_ones(cache):
+    whole, _ = tokenised(recipe(), tiny_tokenizer(), PLAIN, cache)
+
+    def names(count):
+        return [each.source for each in tokenised(sampled(recipe(), count), tiny_tokenizer(), PLAIN, cache)[0]]
+
+    few, more, everything = names(2), names(len(whole) - 1), [each.source for each in whole]
+    assert (len(few), len(more)) == (2, len(whole) - 1)
+    assert set(few) < set(more) < set(everything)
+    assert few == [name for name in everything if name in few]  # in the data's order
+    assert names(0) == names(len(whole) + 1) == everything
 
 
 def test_batches_do_not_depend_on_where_the_examples_are(cache):

@@ -104,6 +104,8 @@ def test_settings_that_keep_nothing(settings, said):
 def test_what_cannot_be_kept(config, tmp_path):
     with pytest.raises(ValueError, match=r"--keep\.weight is for jaxsteer sft; jaxsteer dpo"):
         DpoConfig(keep=config.keep)
+    with pytest.raises(ValueError, match="--train-examples is for jaxsteer sft; jaxsteer dpo"):
+        DpoConfig(train_examples=10)
     (tmp_path / "short.txt").write_text("a\nb\n")
     short = replace(config.keep, texts=str(tmp_path / "short.txt"))
     with pytest.raises(ValueError, match="need at least 2 texts of 4 tokens or more"):
