@@ -11,7 +11,7 @@ SMALL = (LORA, "nonlinear(rank=4) @ block")
 
 
 def entries(weight: float) -> tuple[Entry, ...]:
-    keep = KeepConfig(weight, "runs/pretrain_listops/keep.txt", length=16) if weight else KeepConfig()
+    keep = KeepConfig(weight, "runs/pretrain_listops/keep.txt", length=24) if weight else KeepConfig()
     made = lambda name, plan, lr, weights_lr=None: Entry(
         f"{name}, {weight:g}", Method(plan, keep=keep), lr, weights_lr, series=name
     )
