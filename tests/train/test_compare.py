@@ -129,6 +129,8 @@ def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch
 
     with pytest.raises(ValueError, match=r"holds a run with other settings.*batch_size"):
         compare(replace(config, base=replace(config.base, batch_size=4)))
+    drawn = replace(config.entries[1], series="steering")  # how it is drawn is no part of a run
+    assert Comparison(config, load_base_model(config.base), lambda steps: None).record(drawn, 0, 0) is not None
     changed = (replace(config.entries[0], lr=2e-4), *config.entries[1:])
     with pytest.raises(ValueError, match="other settings of 'full fine-tuning'"):
         compare(replace(config, entries=changed))

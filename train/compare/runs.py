@@ -166,8 +166,8 @@ class Comparison:
 
 
 def _as_json(entry: Entry) -> dict[str, object]:
-    """An entry as it is read back from a JSON file."""
-    return json.loads(json.dumps(dataclasses.asdict(entry)))
+    """What an entry's runs depend on, as it is read back from a JSON file."""
+    return json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(entry, series=None))))
 
 
 def validation_rate(record: RunRecord) -> float:
