@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from small import small
+from common_small import small
 
 from train.compare.config import CompareConfig, Entry, Method
 

@@ -1,6 +1,6 @@
 """What it costs to keep predictions on neutral text: accuracy and KL by the weight of the penalty in the loss."""
 
-from small import small
+from common_small import small
 
 from train.compare.config import CompareConfig, Entry, Method
 from train.config.run import KeepConfig

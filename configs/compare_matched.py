@@ -1,6 +1,6 @@
 """The paper's claims on ListOps, decided by planned contrasts between methods with matched numbers of parameters."""
 
-from matched import CONTRASTS, ENTRIES
+from common_matched import CONTRASTS, ENTRIES
 
 from jaxsteer.optim import OptimConfig
 from train.compare.config import CompareConfig

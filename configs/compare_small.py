@@ -1,7 +1,7 @@
 """The comparison at matched parameters on a second base model, small enough for twenty seeds."""
 
-from matched import CONTRASTS, ENTRIES
-from small import small
+from common_matched import CONTRASTS, ENTRIES
+from common_small import small
 
 from train.compare.config import CompareConfig
 

@@ -42,7 +42,7 @@ def find_config_file(name: str | Path) -> Path:
     Raises:
         ValueError: there is neither such a file nor such a name.
     """
-    shipped = {path.stem: path for path in CONFIGS.glob("*.py") if path.stem != "common"}
+    shipped = {path.stem: path for path in CONFIGS.glob("*.py") if not path.stem.startswith("common")}
     path = Path(name)
     if path.is_file():
         return path

@@ -32,7 +32,7 @@ def runs(path):
     return {"": load_config_file(path, TrainConfig)}
 
 
-FILES = sorted(path for path in CONFIGS.glob("*.py") if path.stem != "common")
+FILES = sorted(path for path in CONFIGS.glob("*.py") if not path.stem.startswith("common"))
 RUNS = {f"{path.stem} {name}".strip(): run for path in FILES for name, run in runs(path).items()}
 SLOW = ("llama3_70b", "compare")
 FROZEN = [
