@@ -39,6 +39,7 @@ FROZEN = [
     pytest.param(name, marks=pytest.mark.slow if name.startswith(SLOW) else ())
     for name, run in sorted(RUNS.items())
     if not run.train_base and run.program == TrainConfig.program  # what others learn from is no batch
+    if not run.model.startswith("runs/")  # a model that is trained first
 ]
 
 
