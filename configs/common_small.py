@@ -19,7 +19,7 @@ def small(out: str, entries: Sequence[Entry], contrasts: Sequence[Contrast] = ()
             model="runs/pretrain_listops/model",
             task=ListOpsTask(problems),
             optim=OptimConfig(schedule="cosine", warmup=0.05),
-            steps=600,
+            steps=1200,
             batch_size=4,
             sequence_length=128,
             validation_examples=500,
