@@ -20,6 +20,7 @@ from train.compare.records import MethodResult, Timing, read_record
 from train.compare.runs import Comparison, search
 from train.compare.timing import measure
 from train.config import TrainConfig
+from train.config.run import KeepConfig
 from train.evaluation.neutral import NEUTRAL
 from train.run.training import load_base_model
 from train.tasks import JsonlTask
@@ -206,6 +207,11 @@ def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
         ({"rates": 2}, "rates must be odd"),
         ({"factor": 1.0}, "factor above 1"),
         ({"base": TrainConfig(evaluate_every=5, patience=2)}, "base.evaluate_every has no effect here"),
+        (
+            {"base": TrainConfig(plan=("lora(rank=2) @ mlp.down",))},
+            "base.plan has no effect here; each method has its own",
+        ),
+        ({"base": TrainConfig(train_examples=5)}, "base.train_examples has no effect here"),
         ({"margin": 0.0}, "--margin must be between 0 and 1"),
         ({"decoded": 5}, "--decoded 5: needs --scoring predictions"),
         (
@@ -219,6 +225,15 @@ def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
 def test_impossible_comparisons_are_refused(changes, message, config):
     with pytest.raises(ValueError, match=message):
         replace(config, **changes)
+
+
+def test_what_a_method_keeps_is_read_before_the_weights(config, monkeypatch):
+    monkeypatch.setattr(command, "load_base_model", None)
+    kept = Entry("kept", Method((POST_BLOCK,), keep=KeepConfig(1.0, "nowhere.txt", 16)), lr=1e-2)
+    with pytest.raises(ValueError, match=r"nowhere\.txt"):
+        compare(replace(config, entries=(kept,), contrasts=()))
+    with pytest.raises(ValueError, match=r"nothing\.txt"):
+        compare(replace(config, neutral="nothing.txt"))
 
 
 def result_of(name, test, validation=0.5):

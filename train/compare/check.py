@@ -47,6 +47,12 @@ def check_comparison(config: CompareConfig, model: LoadedModel) -> tuple[dict[st
     if config.neutral is not None:
         neutral_examples(texts := read_neutral(config.neutral), model.require_tokenizer())
         inputs["neutral"] = text_inputs(config.neutral, texts)
+    kept = [config.train_config(entry) for entry in config.entries if entry.method.keep.weight]
+    for own in kept:
+        read_data(own, model)
+    if kept:
+        paths = sorted({str(own.keep.texts) for own in kept})
+        inputs["keep"] = text_inputs(", ".join(paths), [text for path in paths for text in read_neutral(path)])
     data = read_data(config.base, model)
     steps = config.base.steps or data.source.steps(config.base.epochs)
     if any(entry.lofit is not None for entry in config.entries):

@@ -139,6 +139,9 @@ class CompareConfig:
             raise ValueError(
                 f"comparison: base.{ignored[0]} has no effect here; leave it and {', '.join(IGNORED)} at their defaults"
             )
+        own = {name: getattr(self.base, name) for name in _method_fields(Method(()))}
+        if given := [name for name, value in own.items() if value != getattr(TrainConfig(), name)]:
+            raise ValueError(f"comparison: base.{given[0]} has no effect here; each method has its own {given[0]}")
         slugs = [entry.slug for entry in self.entries]
         if repeated := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
             raise ValueError(f"comparison: two entries have the name {repeated[0]!r}; rename one")

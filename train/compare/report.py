@@ -16,7 +16,7 @@ from train.compare.config import CompareConfig
 from train.compare.contrasts import contrast_table, judge
 from train.compare.records import Agreement, Interval, MethodResult, MethodRow, Results, interval_of
 from train.devices.machine import device_summary
-from train.display.plots import Measured, plot_comparison, plot_overlap
+from train.display.plots import Point, plot_comparison, plot_overlap
 from train.evaluation.statistics import Estimate, crossed_interval
 
 
@@ -188,15 +188,20 @@ def _plot_accuracies(folder: Path, config: CompareConfig, rows: Sequence[MethodR
     }
     drawn = {"results.png": axes[config.axis]}
     if all(row["kl"] is not None for row in rows):
-        drawn["results_kl.png"] = ("KL on neutral text, nats per token", lambda row: row["kl"]["mean"])  # type: ignore[index]  # not None
+        drawn["results_kl.png"] = ("KL on neutral text, nats per token", _kl)
     for name, (xlabel, x) in drawn.items():
-        series: dict[str, list[Measured]] = defaultdict(list)
+        series: dict[str, list[Point]] = defaultdict(list)
         for entry, row in zip(config.entries, rows, strict=True):
             test = row["test"]
             series[entry.series or entry.name].append((x(row), test["mean"], test["low"], test["high"]))
         title = f"{Path(config.base.model).name}: accuracy by method"
         plot_comparison(folder / name, series, xlabel=xlabel, base=base, title=title)
     return [folder / name for name in drawn]
+
+
+def _kl(row: MethodRow) -> float:
+    assert row["kl"] is not None
+    return row["kl"]["mean"]
 
 
 def _plot_overlaps(folder: Path, results: Sequence[MethodResult]) -> list[Path]:

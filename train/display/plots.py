@@ -203,13 +203,13 @@ def plot_overlap(
     _save(figure, path)
 
 
-Measured = tuple[float, float, float, float]
+Point = tuple[float, float, float, float]
 """x, and a share from 0 to 1 with its interval: value, low, high."""
 
 
 def plot_comparison(
     path: str | Path,
-    series: Mapping[str, Sequence[Measured]],
+    series: Mapping[str, Sequence[Point]],
     *,
     xlabel: str,
     base: float | None,

@@ -52,6 +52,7 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         "validation": "validation examples",
         "test": "test examples",
         "neutral": "neutral texts",
+        "keep": "texts of a penalty",
     }
     for name, what in kinds.items():
         old, new = before.get(name), now.get(name)
