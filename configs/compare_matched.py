@@ -29,6 +29,7 @@ def config() -> CompareConfig:
         entries=ENTRIES,
         contrasts=CONTRASTS,
         scoring="predictions",
+        decoded=500,
         seeds=8,
         out="runs/compare_matched",
     )

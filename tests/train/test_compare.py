@@ -81,8 +81,16 @@ def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch
         return original(run_config, loaded, runs, **rest)
 
     monkeypatch.setattr(compare_runs, "train_runs", counting)
-    with pytest.raises(KeyboardInterrupt):
-        compare(config)
+    with monkeypatch.context() as patch:
+        for plot in ("plot_comparison", "plot_overlap"):
+            patch.setattr(report, plot, lambda *data, **labels: None)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config)
+    so_far = json.loads((Path(config.out) / "results.json").read_text())
+    assert [row["method"] for row in so_far["methods"]] == ["full fine-tuning", "post-block"]
+    assert so_far["unfinished"] == ["LoFiT", "joint"]
+    assert not so_far["contrasts"]
+    assert "Not finished: LoFiT, joint." in (Path(config.out) / "results.md").read_text()
     stop_at.clear()
     trained.clear()
     results = compare(config)
@@ -232,6 +240,8 @@ def test_what_a_method_keeps_is_read_before_the_weights(config, monkeypatch):
     kept = Entry("kept", Method((POST_BLOCK,), keep=KeepConfig(1.0, "nowhere.txt", 16)), lr=1e-2)
     with pytest.raises(ValueError, match=r"nowhere\.txt"):
         compare(replace(config, entries=(kept,), contrasts=()))
+    with pytest.raises(ValueError, match="nothing to compare: give a config file"):
+        compare(replace(config, entries=(), contrasts=()))
     with pytest.raises(ValueError, match=r"nothing\.txt"):
         compare(replace(config, neutral="nothing.txt"))
 
@@ -262,6 +272,8 @@ def test_contrasts_are_judged():
     rows = judge([Contrast(*each) for each in asked], results, margin=0.01)
     assert [row["verdict"] for row in rows] == ["higher", "lower", "equal", "open"]
     assert rows[3]["second"] == "vague"  # the best by validation
+    (early,) = judge([Contrast(*asked[2]), Contrast("e", "good", ("to come",))], results, margin=0.01)
+    assert early["p_equal"] == pytest.approx(rows[2]["p_equal"] * 2 / 4)  # corrected for both; above for four
     assert rows[0]["difference"]["mean"] == pytest.approx(results[0].test.mean() - results[2].test.mean())
     assert rows[0]["detectable"] < 0.04 < rows[3]["detectable"]
     assert "| a: good minus bad | +" in contrast_table(rows, 0.01)

@@ -2,7 +2,8 @@
 
 For each method, search a grid of learning rates on the validation split, extend the grid while the best rate is at its
 edge, train further seeds at the best rate, and report accuracy on the test split. Finished runs are kept: start an
-interrupted comparison again and it continues. Writes results.json, a table (results.md) and a plot (results.png).
+interrupted comparison again and it continues. After each method, results.json, a table (results.md) and a plot
+(results.png) are written anew.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from train.base_models import describe
 from train.cli import load_config_file, print_settings, run_main
 from train.compare.check import check_comparison
 from train.compare.config import CompareConfig, Entry
-from train.compare.records import MethodResult, Results, RunRecord, Timing, read_record
+from train.compare.records import MethodResult, Results, Timing, read_record
 from train.compare.report import write_report
 from train.compare.runs import Comparison, search
 from train.compare.timing import measure
@@ -38,8 +39,11 @@ def compare(config: CompareConfig) -> Results:
     """Run a comparison, or continue it, and return what results.json holds.
 
     Raises:
-        ValueError: settings that cannot be compared, or a folder that holds another comparison, or one on other data.
+        ValueError: no methods, settings that cannot be compared, or a folder that holds another comparison, or one on
+            other data.
     """
+    if not config.entries:
+        raise ValueError("nothing to compare: give a config file first, e.g. configs/compare_listops.py")
     enable_compilation_cache()
     run = RunFolder(Path(config.out))
     with locked(config.out), starting(run):
@@ -85,22 +89,21 @@ def _compare(config: CompareConfig, run: RunFolder, loaded: LoadedModel) -> Resu
         }
     )
     planned = config.steps * (config.rates + config.seeds - 1)
-    runs: list[tuple[int, list[RunRecord], list[RunRecord]]] = []
+    results: list[MethodResult] = []
     with progress(planned * len(config.entries), "Comparing") as bar:
         counter = _Counter(bar)
         comparison = Comparison(config, loaded, counter.add)
+        untouched = comparison.untouched()
         for number, entry in enumerate(config.entries, 1):
             if (hours := counter.hours_left(planned * len(config.entries))) is not None:
                 bar.note(f"{entry.name}: {number} of {len(config.entries)}, about {hours:.1f} hours left")
             best, tried = search(comparison, entry, bar.note)
             comparison.finish(entry, [(best, seed) for seed in range(config.seeds)])
-            runs.append((best, tried, [comparison.tested(entry, best, seed) for seed in range(config.seeds)]))
+            seeds = [comparison.tested(entry, best, seed) for seed in range(config.seeds)]
+            results.append(MethodResult(entry, best, tried, seeds, _timing(comparison, entry)))
+            report = write_report(run.folder, config, results, loaded, untouched)
             counter.at_least(number * planned)
-    results = [
-        MethodResult(entry, best, tried, seeds, _timing(comparison, entry))
-        for entry, (best, tried, seeds) in zip(config.entries, runs, strict=True)
-    ]
-    return write_report(run.folder, config, results, loaded, comparison.untouched())
+    return report
 
 
 def _timing(comparison: Comparison, entry: Entry) -> Timing:
@@ -151,8 +154,6 @@ def main() -> None:
     )
     if print_only:
         print_settings(config)
-    if not config.entries:
-        raise ValueError("nothing to compare: give a config file first, e.g. configs/compare_listops.py")
     results = compare(config)
     Console().print(
         (Path(config.out) / "results.md").read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True

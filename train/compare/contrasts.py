@@ -14,21 +14,23 @@ LEVEL = 0.05
 
 
 def judge(contrasts: Sequence[Contrast], results: Sequence[MethodResult], margin: float) -> list[ContrastRow]:
-    """What each contrast shows.
+    """What each contrast shows whose methods have finished.
 
     Args:
         contrasts: all that were planned, which the p-values are corrected for.
-        results: of all methods.
+        results: of the methods that have finished.
         margin: the largest difference in accuracy that counts as none, 0 to 1.
     """
     by_name = {result.entry.name: result for result in results}
-    pairs = [(by_name[contrast.first], _best(contrast.second, by_name)) for contrast in contrasts]
+    ready = [contrast for contrast in contrasts if {contrast.first, *contrast.second} <= by_name.keys()]
+    pairs = [(by_name[contrast.first], _best(contrast.second, by_name)) for contrast in ready]
     found = [crossed(_paired(first, second)) for first, second in pairs]
+    pending = [1.0] * (len(contrasts) - len(ready))  # those to come count in the correction
     differs, equal = (
-        holm([test(each) for each in found]) for test in (Crossed.p_differs, lambda c: c.p_within(margin))
+        holm([*map(test, found), *pending])[: len(ready)] for test in (Crossed.p_differs, lambda c: c.p_within(margin))
     )
     rows: list[ContrastRow] = []
-    for contrast, (_, second), each, p, p_equal in zip(contrasts, pairs, found, differs, equal, strict=True):
+    for contrast, (_, second), each, p, p_equal in zip(ready, pairs, found, differs, equal, strict=True):
         rows.append(
             {
                 "contrast": contrast.name,

@@ -169,7 +169,12 @@ class ContrastRow(TypedDict):
 
 
 class Results(TypedDict):
-    """results.json; `files` lists what the report wrote, and is not in the file."""
+    """results.json.
+
+    methods     those that have finished
+    unfinished  names of the others
+    files       what the report wrote; not in the file
+    """
 
     model: str
     parameters: int
@@ -180,6 +185,7 @@ class Results(TypedDict):
     settings: dict[str, object]
     untouched: Interval
     methods: list[MethodRow]
+    unfinished: list[str]
     differences: dict[str, dict[str, Interval]]
     contrasts: list[ContrastRow]
     margin: float

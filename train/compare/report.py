@@ -146,7 +146,7 @@ def write_report(
     Args:
         folder: of the comparison.
         config: the comparison.
-        results: of all methods.
+        results: of the methods that have finished, in the order of the config.
         loaded: the base model.
         untouched: which test answers of the base model are right, 1 or 0.
 
@@ -166,6 +166,7 @@ def write_report(
         "settings": config.to_json()["base"],
         "untouched": base,
         "methods": rows,
+        "unfinished": [entry.name for entry in config.entries[len(results) :]],
         "differences": differences(results),
         "contrasts": judge(config.contrasts, results, config.margin),
         "margin": config.margin,
@@ -173,6 +174,8 @@ def write_report(
     write_json(folder / "results.json", data)
     with replacing(folder / "results.md") as file:
         file.write(f"{table(rows)}\n\nThe untouched model: {_percent(base)} %.\n".encode())
+        if data["unfinished"]:
+            file.write(f"\nNot finished: {', '.join(data['unfinished'])}.\n".encode())
         if data["contrasts"]:
             file.write(f"\n{contrast_table(data['contrasts'], config.margin)}\n".encode())
     files = [folder / "results.json", folder / "results.md"]
@@ -191,7 +194,7 @@ def _plot_accuracies(folder: Path, config: CompareConfig, rows: Sequence[MethodR
         drawn["results_kl.png"] = ("KL on neutral text, nats per token", _kl)
     for name, (xlabel, x) in drawn.items():
         series: dict[str, list[Point]] = defaultdict(list)
-        for entry, row in zip(config.entries, rows, strict=True):
+        for entry, row in zip(config.entries[: len(rows)], rows, strict=True):
             test = row["test"]
             series[entry.series or entry.name].append((x(row), test["mean"], test["low"], test["high"]))
         title = f"{Path(config.base.model).name}: accuracy by method"
