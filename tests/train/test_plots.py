@@ -84,7 +84,7 @@ def test_no_display_and_no_global_figure_state():
 def test_overlap_and_comparison(tmp_path):
     plot_overlap(tmp_path / "overlap.png", range(1, 21), np.linspace(0, 0.1, 60).reshape(20, 3), chance=0.014)
     points = {f"method {i}": [(10**i, 0.1 * i, 0.1 * i - 0.05, 0.1 * i + 0.05)] for i in range(1, 9)}
-    points["ranks"] = [(100, 0.4, 0.3, 0.5), (10, 0.3, 0.2, 0.4)]
+    points["ranks"] = [(10, 0.3, 0.2, 0.4), (100, 0.4, 0.3, 0.5)]
     plot_comparison(tmp_path / "methods.png", points, xlabel="parameters", base=0.15, title="methods")
     assert min(size(tmp_path / "overlap.png")) > 500
     assert min(size(tmp_path / "methods.png")) > 500

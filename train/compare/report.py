@@ -198,7 +198,8 @@ def _plot_accuracies(folder: Path, config: CompareConfig, rows: Sequence[MethodR
             test = row["test"]
             series[entry.series or entry.name].append((x(row), test["mean"], test["low"], test["high"]))
         title = f"{Path(config.base.model).name}: accuracy by method"
-        plot_comparison(folder / name, series, xlabel=xlabel, base=base, title=title)
+        exact = name == "results.png"
+        plot_comparison(folder / name, series, xlabel=xlabel, base=base, bands=exact, title=title)
     return [folder / name for name in drawn]
 
 

@@ -213,14 +213,16 @@ def plot_comparison(
     *,
     xlabel: str,
     base: float | None,
+    bands: bool = True,
     title: str = "",
 ) -> None:
-    """Plot accuracy against something, on a logarithmic axis: a series of one point with a bar, others with a band.
+    """Plot accuracy against something, on a logarithmic axis: the points of a series are joined by a line.
 
     Args:
         path: of the PNG; its folder must exist.
-        series: label -> its points, in any order.
+        series: label -> its points, in the order of the line.
         xlabel: what x is.
+        bands: draw the intervals of several points as a band, for x that is exact; else each as a bar.
         base: accuracy of the untouched model, drawn as a line; None = no line.
         title: above the figure.
 
@@ -231,17 +233,15 @@ def plot_comparison(
         raise ValueError(f"{path}: nothing to draw, no method has finished")
     figure, (axis,) = _figure(1, title, height=5.0, ratios=(1,))
     for index, (name, points) in enumerate(series.items()):
-        x, rate, low, high = np.array(sorted(points), dtype=float).T
+        x, rate, low, high = np.array(points, dtype=float).T
         color = _COLORS[index % len(_COLORS)]
         marker = _MARKERS[(index + index // len(_COLORS)) % len(_MARKERS)]
-        if len(x) == 1:
-            bar = np.maximum(0.0, [rate - low, high - rate])
-            axis.errorbar(
-                x, rate, yerr=bar, color=color, marker=marker, markersize=7, capsize=3, linestyle="none", label=name
-            )
-        else:
+        if bands and len(x) > 1:
             axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
             axis.plot(x, rate, color=color, marker=marker, markersize=6, linewidth=1.8, label=name)
+        else:
+            bar = np.maximum(0.0, [rate - low, high - rate])
+            axis.errorbar(x, rate, yerr=bar, color=color, marker=marker, markersize=7, capsize=3, label=name)
     if base is not None:
         axis.axhline(base, color=_GREY, linestyle="--", linewidth=1.2, label="untouched model")
     axis.set_xscale("log")
