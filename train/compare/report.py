@@ -197,7 +197,7 @@ def _plot_accuracies(folder: Path, config: CompareConfig, rows: Sequence[MethodR
         for entry, row in zip(config.entries[: len(rows)], rows, strict=True):
             test = row["test"]
             series[entry.series or entry.name].append((x(row), test["mean"], test["low"], test["high"]))
-        title = f"{Path(config.base.model).name}: accuracy by method"
+        title = f"{config.base.model}: accuracy by method"
         exact = name == "results.png"
         plot_comparison(folder / name, series, xlabel=xlabel, base=base, bands=exact, title=title)
     return [folder / name for name in drawn]
