@@ -180,8 +180,8 @@ class CompareConfig:
         base = self.base.to_json()
         for name in _method_fields(Method(())):
             del base[name]
-        chosen: dict[str, str] = {} if self.scoring == "answers" else {"scoring": self.scoring}
-        chosen |= {} if self.neutral is None else {"neutral": self.neutral}
+        measured = {name: getattr(self, name) for name in ("scoring", "neutral", "decoded")}
+        chosen = {name: value for name, value in measured.items() if value != getattr(CompareConfig, name)}
         return {"base": base, "factor": self.factor} | chosen
 
 
