@@ -115,7 +115,9 @@ def test_cheap_checks_come_before_the_weights(config, tiny_data, tmp_path, weigh
 )
 def test_a_comparison_checks_before_the_weights(config, tiny_data, tmp_path, weights, changes, message):
     task = JsonlTask(str(tiny_data), validation=str(tiny_data))
-    base = replace(config, task=task, test_examples=changes.get("test_examples", 4), out=TrainConfig.out)
+    base = replace(
+        config, task=task, plan=TrainConfig.plan, test_examples=changes.get("test_examples", 4), out=TrainConfig.out
+    )
     entries = changes.get("entries", (Entry("one", Method(("fixed @ block",)), 1e-2),))
     with pytest.raises(ValueError, match=message):
         comparison.compare(CompareConfig(base=base, entries=entries, out=config.out))
@@ -124,7 +126,8 @@ def test_a_comparison_checks_before_the_weights(config, tiny_data, tmp_path, wei
 
 def test_a_comparison_notices_other_data(config, tiny_data, tmp_path, monkeypatch):
     data = Path(shutil.copy(tiny_data, tmp_path / "data.jsonl"))
-    base = replace(config, task=JsonlTask(str(data), validation=str(data)), test_examples=4, out=TrainConfig.out)
+    task = JsonlTask(str(data), validation=str(data))
+    base = replace(config, task=task, plan=TrainConfig.plan, test_examples=4, out=TrainConfig.out)
     settings = CompareConfig(base=base, entries=(Entry("one", Method(("fixed @ block",)), 1e-2),), out=config.out)
 
     def stopped(config):
