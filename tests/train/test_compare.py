@@ -116,9 +116,9 @@ def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch
     for row in data["methods"]:
         assert len(row["validation"]) == 3
         assert row["test"]["low"] <= row["test"]["mean"] <= row["test"]["high"]
-        assert row["tokens_per_second"] > 0
-        assert row["step_bytes"] > 1e5
-        assert (row["sweep_cost"] is None) == (row["method"] == "full fine-tuning")
+        assert row["timing"]["tokens_per_second"] > 0
+        assert row["timing"]["step_bytes"] > 1e5
+        assert (row["timing"]["sweep_cost"] is None) == (row["method"] == "full fine-tuning")
         assert (row["overlap"] is None) == (row["method"] != "joint")
         assert row["kl"]["low"] < row["kl"]["mean"]
     assert by_name["post-block"]["examples"] == 5
@@ -155,7 +155,7 @@ def test_predictions_stand_beside_decoded_answers(config, monkeypatch):
     assert (len(measured["test"]), len(measured["decoded"])) == (8, 3)
     monkeypatch.setattr(comparison, "answer", lambda split, plan, params: [1, 0, 1, 0])
     monkeypatch.setattr(comparison, "decoded", lambda plan, params: [1, 1, 0])
-    result = MethodResult(config.entries[1], 0, [], [comparison.measured(*untouched, 0)], {})
+    result = MethodResult(config.entries[1], 0, [], [comparison.measured(*untouched, 0)], None)
     assert result.decoded == {"examples": 3, "predicted": 2 / 3, "decoded": 2 / 3, "agree": 1 / 3}
 
 
@@ -220,6 +220,7 @@ def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
             "base.plan has no effect here; each method has its own",
         ),
         ({"base": TrainConfig(train_examples=5)}, "base.train_examples has no effect here"),
+        ({"workers": 0}, "--workers must be at least 1"),
         ({"margin": 0.0}, "--margin must be between 0 and 1"),
         ({"decoded": 5}, "--decoded 5: needs --scoring predictions"),
         (
@@ -250,7 +251,7 @@ def result_of(name, test, validation=0.5):
     """A method with these test scores [seeds, examples]."""
     entry = Entry(name, Method((POST_BLOCK,)), 1.0)
     records = [{"test": row.astype(int).tolist(), "validation": [validation]} for row in test]
-    return MethodResult(entry, 0, [], records, {})
+    return MethodResult(entry, 0, [], records, None)
 
 
 def test_contrasts_are_judged():

@@ -3,7 +3,7 @@
 For each method, search a grid of learning rates on the validation split, extend the grid while the best rate is at its
 edge, train further seeds at the best rate, and report accuracy on the test split. Finished runs are kept: start an
 interrupted comparison again and it continues. After each method, results.json, a table (results.md) and a plot
-(results.png) are written anew.
+(results.png) are written anew; what a step of each costs is timed last, when nothing else runs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from train.compare.check import check_comparison
 from train.compare.config import CompareConfig, Entry
 from train.compare.records import MethodResult, Results, Timing, read_record
 from train.compare.report import write_report
-from train.compare.runs import Comparison, search
+from train.compare.runs import Comparison
 from train.compare.timing import measure
+from train.compare.workers import cores_of_workers, working
 from train.devices.machine import device_summary, enable_compilation_cache
 from train.devices.placement import SINGLE
 from train.display.console import Bar, print_facts, progress
@@ -44,6 +45,8 @@ def compare(config: CompareConfig) -> Results:
     """
     if not config.entries:
         raise ValueError("nothing to compare: give a config file first, e.g. configs/compare_listops.py")
+    if config.workers > 1:
+        cores_of_workers(config.workers)
     enable_compilation_cache()
     run = RunFolder(Path(config.out))
     with locked(config.out), starting(run):
@@ -93,23 +96,28 @@ def _compare(config: CompareConfig, run: RunFolder, loaded: LoadedModel) -> Resu
     with progress(planned * len(config.entries), "Comparing") as bar:
         counter = _Counter(bar)
         comparison = Comparison(config, loaded, counter.add)
-        untouched = comparison.untouched()
-        for number, entry in enumerate(config.entries, 1):
-            if (hours := counter.hours_left(planned * len(config.entries))) is not None:
-                bar.note(f"{entry.name}: {number} of {len(config.entries)}, about {hours:.1f} hours left")
-            best, tried = search(comparison, entry, bar.note)
-            comparison.finish(entry, [(best, seed) for seed in range(config.seeds)])
-            seeds = [comparison.tested(entry, best, seed) for seed in range(config.seeds)]
-            results.append(MethodResult(entry, best, tried, seeds, _timing(comparison, entry)))
-            report = write_report(run.folder, config, results, loaded, untouched)
-            counter.at_least(number * planned)
+        with working(config, counter.add) as until_finished:
+            untouched = comparison.untouched()
+            for number, entry in enumerate(config.entries, 1):
+                if (hours := counter.hours_left(planned * len(config.entries))) is not None:
+                    bar.note(f"{entry.name}: {number} of {len(config.entries)}, about {hours:.1f} hours left")
+                until_finished(entry)
+                runs = comparison.runs_of(entry, bar.note)
+                results.append(MethodResult(entry, *runs, _timing(comparison, entry, measuring=False)))
+                report = write_report(run.folder, config, results, loaded, untouched)
+                counter.at_least(number * planned)
+    if config.timings and any(result.timing is None for result in results):
+        timed = [replace(result, timing=_timing(comparison, result.entry, measuring=True)) for result in results]
+        report = write_report(run.folder, config, timed, loaded, untouched)
     return report
 
 
-def _timing(comparison: Comparison, entry: Entry) -> Timing:
-    """A method's timing, from its file or measured now."""
+def _timing(comparison: Comparison, entry: Entry, *, measuring: bool) -> Timing | None:
+    """A method's timing from its file; if there is none, it is measured now or None."""
     config, path = comparison.config, comparison.folder / entry.slug / "timing.json"
     if not path.exists():
+        if not measuring:
+            return None
         Console().print(f"Timing {entry.name}")
         training = make_training(replace(config.train_config(entry), mesh=SINGLE), comparison.loaded)
         write_json(path, measure([training] * config.rates))

@@ -125,6 +125,11 @@ class CompareConfig:
     """Maximum number of learning rates to add, one at a time, while the best is at the grid's edge."""
     seeds: int = 3
     """Number of runs, with different seeds, at the best learning rate."""
+    timings: bool = True
+    """After all runs, measure the time and memory of a step of each method."""
+    workers: int = 1
+    """Number of processes that make the runs, each of one method at a time, with an equal share of the CPU's cores. For
+    a small model several are faster than one. Results may differ in the last digits."""
     out: str = "runs/compare"
     """Output folder."""
 
@@ -145,6 +150,8 @@ class CompareConfig:
         slugs = [entry.slug for entry in self.entries]
         if repeated := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
             raise ValueError(f"comparison: two entries have the name {repeated[0]!r}; rename one")
+        if self.workers < 1:
+            raise ValueError(f"--workers must be at least 1, got {self.workers}")
         if not 0 < self.margin < 1:
             raise ValueError(f"--margin must be between 0 and 1, got {self.margin:g}")
         if self.decoded < 0 or (self.decoded and self.scoring != "predictions"):

@@ -118,8 +118,8 @@ class Agreement(TypedDict):
     agree: float
 
 
-class MethodRow(Timing):
-    """A row of the table of results."""
+class MethodRow(TypedDict):
+    """A row of the table of results. `timing` is None before it is measured."""
 
     method: str
     plan: list[str]
@@ -139,6 +139,7 @@ class MethodRow(Timing):
     overlap: float | None
     largest_overlap: float | None
     chance_overlap: float | None
+    timing: Timing | None
 
 
 Verdict = Literal["higher", "lower", "equal", "open"]
@@ -199,13 +200,14 @@ class MethodResult:
     best    the best learning rate, as a power of the grid's factor
     tried   a record for each learning rate, with one seed
     seeds   a record for each seed at the best learning rate, with test answers
+    timing  what a step costs; None before it is measured
     """
 
     entry: Entry
     best: int
     tried: list[RunRecord]
     seeds: list[RunRecord]
-    timing: Timing
+    timing: Timing | None
 
     @property
     def test(self) -> np.ndarray:

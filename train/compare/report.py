@@ -14,7 +14,7 @@ from jaxsteer.io.files import replacing, write_json
 from jaxsteer.steering import count_parameters
 from train.compare.config import CompareConfig
 from train.compare.contrasts import contrast_table, judge
-from train.compare.records import Agreement, Interval, MethodResult, MethodRow, Results, interval_of
+from train.compare.records import Agreement, Interval, MethodResult, MethodRow, Results, Timing, interval_of
 from train.devices.machine import device_summary
 from train.display.plots import Point, plot_comparison, plot_overlap
 from train.evaluation.statistics import Estimate, crossed_interval
@@ -57,7 +57,7 @@ def _row(result: MethodResult, first: MethodResult | None, factor: float) -> Met
         "overlap": None if overlap is None else float(np.mean(overlap)),
         "largest_overlap": None if overlap is None else float(np.max(overlap)),
         "chance_overlap": None if overlap is None else seeds[0]["chance_overlap"],
-        **result.timing,
+        "timing": result.timing,
     }
 
 
@@ -85,11 +85,10 @@ def table(rows: Sequence[MethodRow]) -> str:
         "trainable parameters",
         "learning rate",
         "steps",
-        "tokens/s",
-        "memory per step, GB",
-        f"cost of {rows[0]['sweep_runs']} runs as one program",
-        "overlap Ω",
     ]
+    timed = [row["timing"]["sweep_runs"] for row in rows if row["timing"]]
+    head += ["tokens/s", "memory per step, GB", f"cost of {timed[0]} runs as one program"] if timed else []
+    head += ["overlap Ω"]
     with_kl, by_examples = any(row["kl"] for row in rows), len({row["examples"] for row in rows}) > 1
     decoded = any(row["decoded"] for row in rows)
     head += ["KL on neutral text, nats per token (95 %)"] * with_kl + ["training examples"] * by_examples
@@ -104,15 +103,20 @@ def table(rows: Sequence[MethodRow]) -> str:
             f"{row['trainable']:,}",
             rates + (" (edge)" if row["at_edge"] else ""),
             str(row["steps"]),
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['step_bytes'] / 1e9:.2f}",
-            "not merged" if row["sweep_cost"] is None else f"{row['sweep_cost']:.2f} runs",
+            *(_costs(row["timing"]) if timed else ()),
             "" if row["overlap"] is None else f"{row['overlap']:.2g}",
         ]
         cells += [_nats(row["kl"])] * with_kl + [f"{row['examples']:,}"] * by_examples
         cells += [_beside(row["decoded"])] * decoded
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _costs(timing: Timing | None) -> tuple[str, str, str]:
+    if timing is None:
+        return "", "", ""
+    sweep = "not merged" if timing["sweep_cost"] is None else f"{timing['sweep_cost']:.2f} runs"
+    return f"{timing['tokens_per_second']:,.0f}", f"{timing['step_bytes'] / 1e9:.2f}", sweep
 
 
 def _percent(interval: Interval, signed: bool = False) -> str:

@@ -152,6 +152,20 @@ class Comparison:
         questions = evaluator.examples("test")[: self.config.decoded]
         return [int(answer.correct) for answer in evaluator.answer(questions, params)]
 
+    def runs_of(self, entry: Entry, note: Callable[[str], None]) -> tuple[int, list[RunRecord], list[RunRecord]]:
+        """Make all runs of a method that have not finished.
+
+        Args:
+            entry: the method.
+            note: called with a line of text on each grid of learning rates.
+
+        Returns:
+            The best learning rate as a power of the grid's factor, a record for each rate tried, and one for each seed.
+        """
+        best, tried = search(self, entry, note)
+        self.finish(entry, [(best, seed) for seed in range(self.config.seeds)])
+        return best, tried, [self.tested(entry, best, seed) for seed in range(self.config.seeds)]
+
     def tested(self, entry: Entry, exponent: int, seed: int) -> RunRecord:
         """The record of a finished run, with what is measured of those that count."""
         record, path = self.record(entry, exponent, seed), self.path(entry, exponent, seed)

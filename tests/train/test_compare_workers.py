@@ -1,0 +1,92 @@
+"""A comparison whose runs are made by several processes."""
+
+import json
+import os
+import queue
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from jaxsteer.optim import OptimConfig
+from train.compare import workers
+from train.compare.__main__ import compare
+from train.compare.config import CompareConfig, Entry, Method
+from train.compare.workers import cores_of_workers, working
+from train.config import TrainConfig
+from train.tasks import JsonlTask
+
+
+@pytest.fixture
+def config(tiny_folder, tiny_data, tmp_path):
+    return CompareConfig(
+        base=TrainConfig(
+            task=JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=2),
+            model=str(tiny_folder),
+            optim=OptimConfig(schedule="cosine"),
+            steps=2,
+            batch_size=2,
+            sequence_length=32,
+            validation_examples=6,
+            test_examples=8,
+        ),
+        entries=tuple(Entry(site, Method((f"fixed @ {site}",)), lr=1e-2) for site in ("block", "mlp", "attn")),
+        scoring="predictions",
+        extensions=0,
+        seeds=2,
+        timings=False,
+        out=str(tmp_path / "comparison"),
+    )
+
+
+def test_cores_are_dealt_out(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5, 7}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: None, raising=False)
+    assert cores_of_workers(2) == [{0, 2, 7}, {1, 5}]
+    with pytest.raises(ValueError, match="--workers 6: there are 5 cores"):
+        cores_of_workers(6)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ValueError, match="--workers 2: workers share the cores of a CPU, and this is a tpu"):
+        cores_of_workers(2)
+
+
+def test_one_worker_is_this_process(config):
+    with working(config, lambda steps: None) as until_finished:
+        until_finished(config.entries[0])
+
+
+def test_the_end_of_a_worker_is_an_error(monkeypatch):
+    events = queue.Queue()
+    events.put(workers._Failure("no such file", expected=True))
+    events.put(workers._Failure("in a worker: KeyError", expected=False))
+    alive, killed = SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=-9)
+    with pytest.raises(ValueError, match="no such file"):
+        workers._next_event(events, [alive])
+    with pytest.raises(RuntimeError, match="KeyError"):
+        workers._next_event(events, [alive])
+    with pytest.raises(ValueError, match="status -9, perhaps for want of memory; finished runs are kept"):
+        workers._next_event(events, [alive, killed])
+
+
+@pytest.mark.slow
+def test_several_processes_make_the_runs(config, capfd):
+    several = compare(replace(config, workers=2))
+    folder = Path(config.out)
+    assert len(list(folder.glob("runs/*/rate*_seed*.json"))) == 3 * (3 + 1)
+    assert "tokens/s" not in (folder / "results.md").read_text()
+    assert all(row["timing"] is None for row in several["methods"])
+    printed = capfd.readouterr().out
+    assert "block: validation accuracy by learning rate" in printed
+    assert "Comparing  24/24" in printed
+    alone = compare(replace(config, out=str(folder.parent / "alone")))
+    for row, other in zip(several["methods"], alone["methods"], strict=True):
+        assert row["final_loss"] == pytest.approx(other["final_loss"], rel=1e-4)
+    # What a worker cannot do is said by the command; what had finished is kept.
+    shutil.rmtree(folder / "runs" / "mlp")
+    record = folder / "runs" / "attn" / "rate+0_seed1.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"entry": {}}))
+    with pytest.raises(ValueError, match="made with other settings of 'attn'"):
+        compare(replace(config, workers=2))

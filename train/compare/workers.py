@@ -1,0 +1,159 @@
+"""Worker processes of a comparison: each makes all runs of one method after another, on its share of the CPU's cores.
+
+One process with many threads leaves cores idle between the small matrix products of a small model; several processes
+with few threads do not.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
+from typing import Any
+
+import jax
+
+from train.compare.config import CompareConfig, Entry
+from train.compare.runs import Comparison
+from train.devices.machine import enable_compilation_cache
+from train.run.training import load_base_model
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error in a worker; `expected` ones are sentences for the user."""
+
+    text: str
+    expected: bool
+
+
+def cores_of_workers(workers: int) -> list[set[int]]:
+    """The cores of each worker: all that this process may use, dealt out in turn; empty sets where it cannot tell.
+
+    Raises:
+        ValueError: workers on an accelerator, or more than there are cores.
+    """
+    if jax.default_backend() != "cpu":
+        raise ValueError(
+            f"--workers {workers}: workers share the cores of a CPU, and this is a {jax.default_backend()}; leave it "
+            "at 1: the runs of a method already train together there"
+        )
+    can_pin = hasattr(os, "sched_setaffinity")  # Linux
+    cores = sorted(os.sched_getaffinity(0)) if can_pin else list(range(os.cpu_count() or 1))
+    if workers > len(cores):
+        raise ValueError(f"--workers {workers}: there are {len(cores)} cores, and each worker needs one")
+    return [set(cores[worker::workers]) if can_pin else set() for worker in range(workers)]
+
+
+@contextmanager
+def working(config: CompareConfig, advance: Callable[[int], None]) -> Iterator[Callable[[Entry], None]]:
+    """Let worker processes make the runs of all methods, in the order of the config, while the block runs.
+
+    Args:
+        config: the comparison, with the number of steps filled in; with one worker, there are no processes.
+        advance: called with the number of training steps done since the last call, over all workers.
+
+    Yields:
+        A function that returns when all runs of a method have been made, or are to be made by this process.
+
+    Raises:
+        ValueError: more workers than cores, or workers on an accelerator; from the function, an error of a worker.
+    """
+    if config.workers == 1:
+        yield lambda entry: None
+        return
+    context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
+    entries, events = context.Queue(), context.Queue()
+    shares = cores_of_workers(config.workers)[: max(1, len(config.entries))]
+    processes = [context.Process(target=_work, args=(config, cores, entries, events)) for cores in shares]
+    try:
+        for process in processes:
+            _start(process)
+        for entry in (*config.entries, *[None] * len(processes)):
+            entries.put(entry)
+        finished: set[str] = set()
+
+        def until_finished(entry: Entry) -> None:
+            while entry.name not in finished:
+                match _next_event(events, processes):
+                    case int() as steps:
+                        advance(steps)
+                    case str() as name:
+                        finished.add(name)
+
+        yield until_finished
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()  # harmless where it has ended; a run that has not finished is made again
+
+
+def _start(process: BaseProcess) -> None:
+    """Start a worker.
+
+    Raises:
+        ValueError: the settings cannot be sent to it.
+    """
+    try:
+        process.start()
+    except (AttributeError, TypeError, multiprocessing.ProcessError, ValueError) as error:
+        raise ValueError(f"--workers: the settings cannot be sent to another process ({error}); use 1") from None
+
+
+def _next_event(events: Queue[Any], processes: Sequence[BaseProcess]) -> int | str:
+    """The next thing that a worker says: steps done, or the name of a method that has finished.
+
+    Raises:
+        ValueError: an error that the user can fix, or a worker that the system ended.
+        RuntimeError: a bug, with the worker's traceback.
+    """
+    while True:
+        if ended := [process for process in processes if process.exitcode]:
+            raise ValueError(
+                f"a worker ended with status {ended[0].exitcode}, perhaps for want of memory; finished runs are kept: "
+                "the same command with fewer --workers continues"
+            )
+        try:
+            event = events.get(timeout=1.0)
+        except queue.Empty:
+            continue
+        if isinstance(event, _Failure):
+            raise (ValueError if event.expected else RuntimeError)(event.text)
+        return event
+
+
+def _work(config: CompareConfig, cores: set[int], entries: Queue[Entry | None], events: Queue[Any]) -> None:
+    """Make runs until there is no other method: what a worker process does."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is the parent's to explain
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if cores:
+        os.sched_setaffinity(0, cores)  # JAX makes its threads later, one for each core
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # progress is shown by the parent
+    try:
+        enable_compilation_cache()
+        comparison = Comparison(config, load_base_model(config.base), events.put)
+        while (entry := entries.get()) is not None:
+            comparison.runs_of(entry, lambda note: None)
+            events.put(entry.name)
+    except (ValueError, OSError) as error:
+        events.put(_Failure(str(error), expected=True))
+    except Exception:
+        events.put(_Failure(f"in a worker:\n{traceback.format_exc()}", expected=False))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
