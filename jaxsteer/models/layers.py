@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxsteer.matmul import matmul
 from jaxsteer.models.attention import CachedKeys, Kernel, Scores, Span, attend_columns, attention, cached_attention
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.quantise import dequantised
@@ -220,7 +221,7 @@ class Projection(nn.Module):
         scale = self.get_variable("params", "scale") if self.has_variable("params", "scale") else None
 
         def product() -> Array:
-            y = jnp.einsum("btd,df->btf", x, kernel.astype(x.dtype))
+            y = matmul(x, kernel.astype(x.dtype))
             if scale is not None:
                 y = y * over_last_axis(scale.astype(y.dtype), y.ndim)
             return y if bias is None else y + over_last_axis(bias, y.ndim)

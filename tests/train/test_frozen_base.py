@@ -50,11 +50,8 @@ def weight_gradients(config):
     config = replace(config, **SMALL)
     program = make_program(config, model_config, base, steps=10)
     found = product_shapes(lower_training(program, config).as_text(), over=LARGEST_RANK)
-    assert (
-        SMALL["batch_size"],
-        SMALL["sequence_length"],
-        model_config.width,
-    ) in found  # the text is what it is taken for
+    tokens = SMALL["batch_size"] * SMALL["sequence_length"]
+    assert (tokens, model_config.width) in found  # the text is what it is taken for
     matrices = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape[-2:]
         for path, leaf in jax.tree_util.tree_leaves_with_path(base)
