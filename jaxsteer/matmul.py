@@ -32,10 +32,10 @@ def matmul(a: Array, b: Array, dtype: DTypeLike | None = None) -> Array:
         [..., M, N].
     """
     dtype = jnp.dtype(jnp.promote_types(a.dtype, b.dtype) if dtype is None else dtype)
+    if current_platform() != "cpu":  # where leading axes may be split over devices, and are kept apart
+        return _product(a, b, dtype=dtype)
     if a.ndim > 2 and b.ndim == 2:
         return matmul(a.reshape(-1, a.shape[-1]), b, dtype).reshape(*a.shape[:-1], b.shape[-1])
-    if current_platform() != "cpu":
-        return _product(a, b, dtype=dtype)
     out: Array = _matmul.bind(a, b, dtype=dtype)
     return out
 

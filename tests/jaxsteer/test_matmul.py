@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny import close
 
+from jaxsteer import matmul as module
 from jaxsteer.matmul import matmul
 
 
@@ -72,3 +73,10 @@ def test_the_large_operand_is_never_transposed_for_the_gradient_of_a_narrow_one(
     text = jax.jit(jax.grad(lambda b, z: jnp.sum(matmul(z, b) ** 2))).lower(b, z).as_text()
     transposed = [line.split("->")[-1].strip() for line in text.splitlines() if "stablehlo.transpose" in line]
     assert transposed == ["tensor<4x64xf32>"]
+
+
+def test_axes_that_a_mesh_may_split_are_kept_apart(monkeypatch):
+    monkeypatch.setattr(module, "current_platform", lambda: "tpu")
+    text = str(jax.make_jaxpr(matmul)(*arrays((2, 8, 4), (4, 96))))
+    assert "dot_general" in text
+    assert "reshape" not in text
