@@ -138,7 +138,7 @@ def _work(config: CompareConfig, cores: set[int], entries: Queue[Entry | None], 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if cores:
         os.sched_setaffinity(0, cores)  # JAX makes its threads later, one for each core
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # progress is shown by the parent
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # the parent shows progress
     try:
         enable_compilation_cache()
         comparison = Comparison(config, load_base_model(config.base), events.put)
