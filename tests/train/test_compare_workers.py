@@ -1,8 +1,8 @@
 """A comparison whose runs are made by several processes."""
 
 import json
+import multiprocessing
 import os
-import queue
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -58,17 +58,20 @@ def test_one_worker_is_this_process(config):
         until_finished(config.entries[0])
 
 
-def test_the_end_of_a_worker_is_an_error(monkeypatch):
-    events = queue.Queue()
-    events.put(workers._Failure("no such file", expected=True))
-    events.put(workers._Failure("in a worker: KeyError", expected=False))
-    alive, killed = SimpleNamespace(exitcode=None), SimpleNamespace(exitcode=-9)
+def test_the_end_of_a_worker_is_an_error():
+    ours, theirs = multiprocessing.Pipe()
+    worker = workers._Worker(SimpleNamespace(exitcode=-9, join=lambda: None), ours)
+    theirs.send(3)
+    theirs.send(workers._Failure("no such file", expected=True))
+    theirs.send(workers._Failure("in a worker: KeyError", expected=False))
+    theirs.close()
+    assert worker.receive() == 3
     with pytest.raises(ValueError, match="no such file"):
-        workers._next_event(events, [alive])
+        worker.receive()
     with pytest.raises(RuntimeError, match="KeyError"):
-        workers._next_event(events, [alive])
+        worker.receive()
     with pytest.raises(ValueError, match="status -9, perhaps for want of memory; finished runs are kept"):
-        workers._next_event(events, [alive, killed])
+        worker.receive()
 
 
 @pytest.mark.slow

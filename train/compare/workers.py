@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import queue
+import pickle
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.queues import Queue
-from typing import Any
+from typing import cast
 
 import jax
 
@@ -55,6 +54,38 @@ def cores_of_workers(workers: int) -> list[set[int]]:
     return [set(cores[worker::workers]) if can_pin else set() for worker in range(workers)]
 
 
+@dataclass(frozen=True)
+class _Worker:
+    """A process, and the pipe to it: methods go there; steps done, names of finished methods and errors come back."""
+
+    process: BaseProcess
+    pipe: Connection
+
+    def give(self, entry: Entry | None) -> None:
+        """Have it make the runs of a method, or end."""
+        with suppress(BrokenPipeError):  # that it has ended is found by `receive`
+            self.pipe.send(entry)
+
+    def receive(self) -> int | str:
+        """The number of steps done since the last time, or the name of a method that has finished.
+
+        Raises:
+            ValueError: an error that the user can fix, or the system ended the process.
+            RuntimeError: a bug, with the worker's traceback.
+        """
+        try:
+            said = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise ValueError(
+                f"a worker ended with status {self.process.exitcode}, perhaps for want of memory; finished runs are "
+                "kept: the same command with fewer --workers continues"
+            ) from None
+        if isinstance(said, _Failure):
+            raise (ValueError if said.expected else RuntimeError)(said.text)
+        return cast("int | str", said)
+
+
 @contextmanager
 def working(config: CompareConfig, advance: Callable[[int], None]) -> Iterator[Callable[[Entry], None]]:
     """Let worker processes make the runs of all methods, in the order of the config, while the block runs.
@@ -72,68 +103,56 @@ def working(config: CompareConfig, advance: Callable[[int], None]) -> Iterator[C
     if config.workers == 1:
         yield lambda entry: None
         return
-    context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
-    entries, events = context.Queue(), context.Queue()
-    shares = cores_of_workers(config.workers)[: max(1, len(config.entries))]
-    processes = [context.Process(target=_work, args=(config, cores, entries, events)) for cores in shares]
-    try:
-        for process in processes:
-            _start(process)
-        for entry in (*config.entries, *[None] * len(processes)):
-            entries.put(entry)
-        finished: set[str] = set()
+    shares = cores_of_workers(config.workers)[: len(config.entries)]
+    entries = iter(config.entries)
+    workers: list[_Worker] = []
+    busy: list[_Worker] = []
+    finished: set[str] = set()
 
-        def until_finished(entry: Entry) -> None:
-            while entry.name not in finished:
-                match _next_event(events, processes):
+    def until_finished(entry: Entry) -> None:
+        while entry.name not in finished:
+            ready = wait([worker.pipe for worker in busy])
+            for worker in [each for each in busy if each.pipe in ready]:
+                match worker.receive():
                     case int() as steps:
                         advance(steps)
-                    case str() as name:
+                    case name:
                         finished.add(name)
+                        following = next(entries, None)
+                        worker.give(following)
+                        if following is None:
+                            busy.remove(worker)
 
+    try:
+        for cores in shares:
+            workers.append(_start(config, cores))
+            workers[-1].give(next(entries))
+        busy += workers
         yield until_finished
     finally:
-        for process in processes:
-            if process.pid is not None:
-                process.terminate()  # harmless where it has ended; a run that has not finished is made again
+        for worker in workers:
+            worker.process.terminate()  # harmless where it has ended; a run that has not finished is made again
 
 
-def _start(process: BaseProcess) -> None:
+def _start(config: CompareConfig, cores: set[int]) -> _Worker:
     """Start a worker.
 
     Raises:
         ValueError: the settings cannot be sent to it.
     """
+    context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(config, cores, theirs))
     try:
         process.start()
-    except (AttributeError, TypeError, multiprocessing.ProcessError, ValueError) as error:
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise ValueError(f"--workers: the settings cannot be sent to another process ({error}); use 1") from None
+    theirs.close()  # so that its end is noticed here
+    return _Worker(process, ours)
 
 
-def _next_event(events: Queue[Any], processes: Sequence[BaseProcess]) -> int | str:
-    """The next thing that a worker says: steps done, or the name of a method that has finished.
-
-    Raises:
-        ValueError: an error that the user can fix, or a worker that the system ended.
-        RuntimeError: a bug, with the worker's traceback.
-    """
-    while True:
-        if ended := [process for process in processes if process.exitcode]:
-            raise ValueError(
-                f"a worker ended with status {ended[0].exitcode}, perhaps for want of memory; finished runs are kept: "
-                "the same command with fewer --workers continues"
-            )
-        try:
-            event = events.get(timeout=1.0)
-        except queue.Empty:
-            continue
-        if isinstance(event, _Failure):
-            raise (ValueError if event.expected else RuntimeError)(event.text)
-        return event
-
-
-def _work(config: CompareConfig, cores: set[int], entries: Queue[Entry | None], events: Queue[Any]) -> None:
-    """Make runs until there is no other method: what a worker process does."""
+def _work(config: CompareConfig, cores: set[int], pipe: Connection) -> None:
+    """Make the runs of methods until there is no other: what a worker process does."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is the parent's to explain
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if cores:
@@ -141,14 +160,14 @@ def _work(config: CompareConfig, cores: set[int], entries: Queue[Entry | None], 
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # the parent shows progress
     try:
         enable_compilation_cache()
-        comparison = Comparison(config, load_base_model(config.base), events.put)
-        while (entry := entries.get()) is not None:
+        comparison = Comparison(config, load_base_model(config.base), pipe.send)
+        while (entry := pipe.recv()) is not None:
             comparison.runs_of(entry, lambda note: None)
-            events.put(entry.name)
+            pipe.send(entry.name)
     except (ValueError, OSError) as error:
-        events.put(_Failure(str(error), expected=True))
+        pipe.send(_Failure(str(error), expected=True))
     except Exception:
-        events.put(_Failure(f"in a worker:\n{traceback.format_exc()}", expected=False))
+        pipe.send(_Failure(f"in a worker:\n{traceback.format_exc()}", expected=False))
 
 
 def _end_with_parent() -> None:
