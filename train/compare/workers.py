@@ -63,7 +63,7 @@ class _Worker:
 
     def give(self, entry: Entry | None) -> None:
         """Have it make the runs of a method, or end."""
-        with suppress(BrokenPipeError):  # that it has ended is found by `receive`
+        with suppress(ConnectionError):  # that it has ended is found by `receive`
             self.pipe.send(entry)
 
     def receive(self) -> int | str:
@@ -75,7 +75,7 @@ class _Worker:
         """
         try:
             said = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.process.join()
             raise ValueError(
                 f"a worker ended with status {self.process.exitcode}, perhaps for want of memory; finished runs are "
