@@ -50,7 +50,7 @@ def cores_of_workers(workers: int) -> list[set[int]]:
     can_pin = hasattr(os, "sched_setaffinity")  # Linux
     cores = sorted(os.sched_getaffinity(0)) if can_pin else list(range(os.cpu_count() or 1))
     if workers > len(cores):
-        raise ValueError(f"--workers {workers}: there are {len(cores)} cores, and each worker needs one")
+        raise ValueError(f"--workers {workers}: more than the CPU cores that this process may use ({len(cores)})")
     return [set(cores[worker::workers]) if can_pin else set() for worker in range(workers)]
 
 
