@@ -9,8 +9,12 @@ import pytest
 
 from jaxsteer.io import save_hf
 from jaxsteer.models.transformer import init_base
+from jaxsteer.optim import OptimConfig
+from train.compare.config import CompareConfig
+from train.config import TrainConfig
 from train.devices.machine import enable_compilation_cache
 from train.run import result
+from train.tasks import JsonlTask
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from tiny_model import TINY
@@ -35,6 +39,23 @@ def tiny_data(tmp_path_factory):
     rows = [{"prompt": f"{chr(97 + i % 25)}>", "completion": chr(98 + i % 25)} for i in range(100)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def tiny_comparison(tiny_folder, tiny_data, tmp_path):
+    """A comparison on them, as yet without methods."""
+    base = TrainConfig(
+        task=JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=2),
+        model=str(tiny_folder),
+        optim=OptimConfig(schedule="cosine"),
+        steps=3,
+        batch_size=2,
+        sequence_length=32,
+        validation_examples=6,
+        test_examples=8,
+        eval_batch_size=8,
+    )
+    return CompareConfig(base=base, extensions=0, seeds=2, out=str(tmp_path / "comparison"))
 
 
 @pytest.fixture(autouse=True)

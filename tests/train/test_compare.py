@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.params import Params
 from train.compare import __main__ as command
 from train.compare import report
 from train.compare import runs as compare_runs
 from train.compare.__main__ import compare
-from train.compare.config import CompareConfig, Contrast, Entry, LoFiT, Method
+from train.compare.config import Contrast, Entry, LoFiT, Method
 from train.compare.contrasts import contrast_table, judge
 from train.compare.records import MethodResult, Timing, read_record
 from train.compare.runs import Comparison, search
@@ -23,26 +22,15 @@ from train.config import TrainConfig
 from train.config.run import KeepConfig
 from train.evaluation.neutral import NEUTRAL
 from train.run.training import load_base_model
-from train.tasks import JsonlTask
 
 POST_BLOCK = "nonlinear(rank=2) @ block"
 JOINT = ("lora(rank=2) @ mlp.down", POST_BLOCK)
 
 
 @pytest.fixture
-def config(tiny_folder, tiny_data, tmp_path):
-    return CompareConfig(
-        base=TrainConfig(
-            task=JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=2),
-            model=str(tiny_folder),
-            optim=OptimConfig(schedule="cosine"),
-            steps=3,
-            batch_size=2,
-            sequence_length=32,
-            validation_examples=6,
-            test_examples=8,
-            eval_batch_size=8,
-        ),
+def config(tiny_comparison):
+    return replace(
+        tiny_comparison,
         entries=(
             Entry("full fine-tuning", Method((), train_base=True), lr=1e-4),
             Entry("post-block", Method((POST_BLOCK,), train_examples=5), lr=1e-2),
@@ -51,9 +39,6 @@ def config(tiny_folder, tiny_data, tmp_path):
         ),
         contrasts=(Contrast("joint adaptation", "joint", ("post-block", "LoFiT")),),
         neutral=str(NEUTRAL),
-        extensions=0,
-        seeds=2,
-        out=str(tmp_path / "comparison"),
     )
 
 

@@ -11,35 +11,16 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxsteer.optim import OptimConfig
 from train.compare import workers
 from train.compare.__main__ import compare
-from train.compare.config import CompareConfig, Entry, Method
+from train.compare.config import Entry, Method
 from train.compare.workers import cores_of_workers, working
-from train.config import TrainConfig
-from train.tasks import JsonlTask
 
 
 @pytest.fixture
-def config(tiny_folder, tiny_data, tmp_path):
-    return CompareConfig(
-        base=TrainConfig(
-            task=JsonlTask(str(tiny_data), validation=str(tiny_data), max_new_tokens=2),
-            model=str(tiny_folder),
-            optim=OptimConfig(schedule="cosine"),
-            steps=2,
-            batch_size=2,
-            sequence_length=32,
-            validation_examples=6,
-            test_examples=8,
-        ),
-        entries=tuple(Entry(site, Method((f"fixed @ {site}",)), lr=1e-2) for site in ("block", "mlp", "attn")),
-        scoring="predictions",
-        extensions=0,
-        seeds=2,
-        timings=False,
-        out=str(tmp_path / "comparison"),
-    )
+def config(tiny_comparison):
+    entries = tuple(Entry(site, Method((f"fixed @ {site}",)), lr=1e-2) for site in ("block", "mlp", "attn"))
+    return replace(tiny_comparison, entries=entries, scoring="predictions", timings=False)
 
 
 def test_cores_are_dealt_out(monkeypatch):
@@ -83,7 +64,7 @@ def test_several_processes_make_the_runs(config, capfd):
     assert all(row["timing"] is None for row in several["methods"])
     printed = capfd.readouterr().out
     assert "block: validation accuracy by learning rate" in printed
-    assert "Comparing  24/24" in printed
+    assert "Comparing  36/36" in printed
     alone = compare(replace(config, out=str(folder.parent / "alone")))
     for row, other in zip(several["methods"], alone["methods"], strict=True):
         assert row["final_loss"] == pytest.approx(other["final_loss"], rel=1e-4)
