@@ -1,5 +1,7 @@
 """The product whose gradients a CPU computes fast: the same numbers as JAX's own, in every transformation."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from tiny import close
 
 from jaxsteer import matmul as module
 from jaxsteer.matmul import matmul
+from jaxsteer.models.layers import Projection
 
 
 def arrays(*shapes):
@@ -80,3 +83,13 @@ def test_axes_that_a_mesh_may_split_are_kept_apart(monkeypatch):
     text = str(jax.make_jaxpr(matmul)(*arrays((2, 8, 4), (4, 96))))
     assert "dot_general" in text
     assert "reshape" not in text
+
+
+@pytest.mark.cpu
+def test_the_models_projections_are_such_products():
+    layer, steer = Projection(6, bias=False, site="mlp.up"), SimpleNamespace(projection=lambda *rest: rest[-1]())
+    (x,) = arrays((2, 5, 4))
+    weights = layer.init(jax.random.key(0), x, steer)
+    text = str(jax.make_jaxpr(lambda weights: layer.apply(weights, x, steer))(weights))
+    assert " matmul[" in text
+    assert "dot_general" not in text
