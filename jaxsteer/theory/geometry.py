@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxsteer.interventions import LinearSteering, LoRA, NonlinearSteering
@@ -33,14 +32,16 @@ def effective_rank(values: Array) -> Array:
     energy = values**2
     whole = jnp.sum(energy, axis=-1, keepdims=True)
     share = energy / jnp.where(whole > 0, whole, 1)
-    entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
+    # Not xlogy: its gradient at a share of 0 is NaN.
+    entropy = -jnp.sum(share * jnp.log(jnp.where(share > 0, share, 1)), axis=-1)
     return jnp.where(whole[..., 0] > 0, jnp.exp(entropy), 0)
 
 
 def captured(values: Array) -> Array:
     """The share of the energy in the first 1, 2, ... of descending singular values: [..., R] -> [..., R]."""
     energy = jnp.cumsum(values**2, axis=-1)
-    return energy / jnp.maximum(energy[..., -1:], jnp.finfo(energy.dtype).tiny)
+    whole = energy[..., -1:]
+    return energy / jnp.where(whole > 0, whole, 1)
 
 
 def directions_for(values: Array, share: float = 0.9) -> Array:
@@ -105,7 +106,8 @@ def principal_angles(one: Array, other: Array) -> Array:
     """Principal angles between two subspaces, radians, ascending: [..., R, D] and [..., S, D] -> [..., min(R, S)].
 
     Computed from sines where they are small and from cosines elsewhere, so that small angles keep their precision
-    (Björck & Golub 1973). Rows must be linearly independent.
+    (Björck & Golub 1973). Rows must be linearly independent. An angle has no gradient at 0, where it is |θ|; what is
+    returned there is finite.
     """
     a, b = (_orthonormal(rows) for rows in ((one, other) if one.shape[-2] >= other.shape[-2] else (other, one)))
     inner = jnp.einsum("...rd,...sd->...rs", a, b, precision=HIGHEST)
@@ -113,12 +115,19 @@ def principal_angles(one: Array, other: Array) -> Array:
     apart = b - jnp.einsum("...rs,...rd->...sd", inner, a, precision=HIGHEST)
     sines = jnp.linalg.svd(apart, compute_uv=False)[..., ::-1]
     small = cosines**2 > 0.5
-    return jnp.where(small, jnp.arcsin(jnp.clip(sines, 0, 1)), jnp.arccos(jnp.clip(cosines, 0, 1)))
+    # The branch that is not taken gets 0: its slope at 1 is infinite, and 0 · ∞ would make the gradient NaN.
+    sines, cosines = jnp.where(small, sines, 0), jnp.where(small, 0, cosines)
+    return jnp.where(small, jnp.arcsin(sines), jnp.arccos(cosines))
 
 
 def subspace_overlap(one: Array, other: Array) -> Array:
-    """Mean cos² of the principal angles, in [0, 1], [...]; `chance` is its expectation for random subspaces."""
-    return jnp.mean(jnp.cos(principal_angles(one, other)) ** 2, axis=-1)
+    """Mean cos² of the principal angles, in [0, 1], [...]; `chance` is its expectation for random subspaces.
+
+    ‖A Bᵀ‖² / min(R, S) for orthonormal rows A and B: smooth everywhere, unlike the angles. Rows must be linearly
+    independent.
+    """
+    inner = jnp.einsum("...rd,...sd->...rs", _orthonormal(one), _orthonormal(other), precision=HIGHEST)
+    return jnp.clip(jnp.sum(inner**2, axis=(-2, -1)) / min(inner.shape[-2:]), 0, 1)
 
 
 def chance(one: Array, other: Array) -> float:

@@ -1,16 +1,25 @@
 """Spectra and angles, against SciPy's and NumPy's of the whole matrices."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from jax.test_util import check_grads
 from tiny import all_methods, close, random_steering
 
 from jaxsteer import LoRA, NonlinearSteering, Slot
 from jaxsteer.theory import geometry
 
 DRAW = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def same_draws(monkeypatch):
+    """A test's numbers do not depend on which tests ran before it."""
+    monkeypatch.setattr(sys.modules[__name__], "DRAW", np.random.default_rng(0))
 
 
 def rows(*shape):
@@ -87,8 +96,36 @@ def test_what_methods_say_they_read_and_write(tiny_config):
         geometry.method_directions(plan, steering, "both")
 
 
-def test_it_differentiates():
-    """Towards another span the angles shrink."""
-    a, b = rows(2, 10), rows(2, 10)
-    grad = jax.grad(lambda x: geometry.subspace_overlap(x, b))(a)
-    assert geometry.subspace_overlap(a + 0.1 * grad, b) > geometry.subspace_overlap(a, b)
+AXES = np.eye(8, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [(AXES[:2], AXES[2:4]), (AXES[:2], AXES[:2]), (AXES[:2], AXES[1:3]), (AXES[:3], AXES[1:3])],
+    ids=["orthogonal", "equal", "one shared", "inside"],
+)
+def test_gradients_are_finite_at_right_angles_and_at_none(a, b):
+    for measure in (geometry.subspace_overlap, lambda x, y: jnp.sum(geometry.principal_angles(x, y))):
+        for arg in (0, 1):
+            assert jnp.isfinite(jax.grad(measure, arg)(a, b)).all()
+
+
+def test_gradient_of_the_overlap_is_its_slope():
+    a, b = rows(2, 10), rows(3, 10)
+    check_grads(lambda a, b: geometry.subspace_overlap(a, b), (a, b), order=1, modes=("fwd", "rev"), rtol=1e-2)
+
+
+def test_gradient_of_an_angle_is_its_slope():
+    """Two lines in a plane, one on either side of the change from sines to cosines."""
+    turned = lambda angle: geometry.principal_angles(
+        AXES[:1], jnp.stack([jnp.cos(angle), jnp.sin(angle)])[None] @ AXES[:2]
+    )[0]
+    for angle in (0.3, 1.2):
+        close(jax.grad(turned)(angle), 1.0, 1e-4)
+
+
+@pytest.mark.parametrize("values", [[2.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+def test_gradients_of_a_spectrum_are_finite_where_values_are_zero(values):
+    values = jnp.array(values)
+    for measure in (geometry.effective_rank, lambda values: jnp.sum(geometry.captured(values))):
+        assert jnp.isfinite(jax.grad(measure)(values)).all()
