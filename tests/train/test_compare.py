@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from train.compare.config import Contrast, Entry, LoFiT, Method
 from train.compare.contrasts import contrast_table, judge
 from train.compare.records import MethodResult, Timing, read_record
 from train.compare.runs import Comparison, search
+from train.compare.sweep import Run
 from train.compare.timing import measure
 from train.config import TrainConfig
 from train.config.run import KeepConfig
@@ -43,7 +45,7 @@ def config(tiny_comparison):
 
 
 def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch):
-    original, trained, stop_at = compare_runs.train_runs, [], [5]
+    original, trained, stop_at = compare_runs.train_runs, [], [7]
     timings, bases = {}, []
 
     def measure_once(trainings):
@@ -59,10 +61,10 @@ def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch
         if len(trained) in stop_at:  # in the middle of LoFiT
             raise KeyboardInterrupt
         trained.append((run_config.plan, len(runs)))
-        if run_config.train_base:  # one run after another, each of them compiled: one is enough here
+        if run_config.train_base:  # one run after another: one is enough here
             if not bases:
-                bases.extend(original(run_config, loaded, runs[:1], **rest))
-            return bases * len(runs)
+                bases.extend(original(run_config, loaded, runs, **rest))
+            return bases
         return original(run_config, loaded, runs, **rest)
 
     monkeypatch.setattr(compare_runs, "train_runs", counting)
@@ -230,6 +232,64 @@ def test_what_a_method_keeps_is_read_before_the_weights(config, monkeypatch):
         compare(replace(config, entries=(), contrasts=()))
     with pytest.raises(ValueError, match=r"nothing\.txt"):
         compare(replace(config, neutral="nothing.txt"))
+
+
+class Counted(Comparison):
+    """A comparison whose runs take no time."""
+
+    def __init__(self, config):
+        self.config, self.together, self.records = config, [], {}
+
+    def record(self, entry, *run):
+        return self.records.get(run)
+
+    def train(self, entry, config, runs):
+        self.together.append(len(runs))
+        return runs
+
+    def keep(self, entry, exponent, seed, trained):
+        assert trained == Run(self.config.factor**exponent, seed)
+        self.records[exponent, seed] = (exponent, seed)
+
+
+def test_no_more_runs_train_together_than_asked(config):
+    asked = [(0, seed) for seed in range(5)]
+    for limit, groups in ((None, [5]), (2, [2, 2, 1]), (9, [5])):
+        counted = Counted(replace(config, together=limit))
+        assert counted.finish(config.entries[1], asked) == asked
+        assert counted.together == groups
+        counted.finish(config.entries[1], [*asked, (1, 0)])
+        assert counted.together == [*groups, 1]
+        counted.finish(config.entries[0], [(1, 1), (1, 2)])  # full fine-tuning
+        assert counted.together[-2:] == [1, 1]
+    with pytest.raises(ValueError, match="--together must be at least 1, got 0"):
+        replace(config, together=0)
+
+
+def test_too_little_memory_for_runs_together_is_advice(config, monkeypatch):
+    def full(*runs, **rest):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8000000000 bytes.")
+
+    counted = Counted(config)
+    counted.train = full
+    runs = [(0, seed) for seed in range(4)]
+    with pytest.raises(ValueError, match=r"4 runs train together .*--together 2.*8\.00 GB"):
+        counted.finish(config.entries[1], runs)
+    with pytest.raises(ValueError, match="--grad-accumulation"):
+        counted.finish(config.entries[1], runs[:1])
+
+
+def test_costs_of_single_runs_have_no_column_for_several():
+    result = result_of("one", np.ones((2, 8), bool))
+    rest = {"trainable": 1, "steps": 1, "losses": [1.0], "examples": 1, "overlap": [], "kl": None, "decoded": None}
+    seeds = [record | rest | {"exponent": 0, "factor": 1.0, "diverged": False} for record in result.seeds]
+    costs = {"tokens_per_second": 1.0, "step_bytes": 1, "sweep_cost": None, "sweep_bytes": None, "compile_seconds": []}
+    for runs, column in ((1, "overlap Ω"), (3, "cost of 3 runs as one program")):
+        timing = Timing(**costs, sweep_runs=runs)
+        rows = report.summarise([replace(result, tried=seeds, seeds=seeds, timing=timing)], 3.0)
+        head, _, row = report.table(rows).splitlines()
+        assert f"| memory per step, GB | {column} |" in head
+        assert head.count("|") == row.count("|")
 
 
 def result_of(name, test, validation=0.5):

@@ -57,7 +57,7 @@ def test_the_end_of_a_worker_is_an_error():
 
 @pytest.mark.slow
 def test_several_processes_make_the_runs(config, capfd):
-    several = compare(replace(config, workers=2))
+    several = compare(replace(config, workers=2, together=2))
     folder = Path(config.out)
     assert len(list(folder.glob("runs/*/rate*_seed*.json"))) == 3 * (3 + 1)
     assert "tokens/s" not in (folder / "results.md").read_text()

@@ -63,9 +63,9 @@ def test_runs_together_equal_the_runs_alone(config, loaded):
     assert len({float(alone.losses[-1]) for alone in references.values()}) == 3
 
 
-def test_runs_that_train_the_base_run_one_after_another(config, loaded):
+def test_a_run_that_trains_the_base_is_alone(config, loaded):
     config = replace(config, plan=(), train_base=True, orthogonality=Orthogonality("none"), steps=2)
-    first, second = train_runs(config, loaded, [Run(0.01), Run(1.0)])
+    (first,), (second,) = (train_runs(config, loaded, [Run(factor)]) for factor in (0.01, 1.0))
     assert first.losses[0] == pytest.approx(second.losses[0])
     assert first.losses[1] != second.losses[1]
     assert not first.diverged

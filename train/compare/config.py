@@ -125,6 +125,10 @@ class CompareConfig:
     """Maximum number of learning rates to add, one at a time, while the best is at the grid's edge."""
     seeds: int = 3
     """Number of runs, with different seeds, at the best learning rate."""
+    together: int | None = None
+    """Maximum number of runs of one method that train together, as one program. Fewer need less memory, and a
+    comparison that is stopped loses less. None: all of a method's learning rates, then all of its seeds. In full
+    fine-tuning, where they have no weights in common, always one."""
     timings: bool = True
     """After all runs, measure the time and memory of a step of each method."""
     workers: int = 1
@@ -150,6 +154,8 @@ class CompareConfig:
         slugs = [entry.slug for entry in self.entries]
         if repeated := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
             raise ValueError(f"comparison: two entries have the name {repeated[0]!r}; rename one")
+        if self.together is not None and self.together < 1:
+            raise ValueError(f"--together must be at least 1, got {self.together}")
         if self.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {self.workers}")
         if not 0 < self.margin < 1:

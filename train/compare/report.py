@@ -86,9 +86,10 @@ def table(rows: Sequence[MethodRow]) -> str:
         "learning rate",
         "steps",
     ]
-    timed = [row["timing"]["sweep_runs"] for row in rows if row["timing"]]
-    head += ["tokens/s", "memory per step, GB", f"cost of {timed[0]} runs as one program"] if timed else []
-    head += ["overlap Ω"]
+    together = max((row["timing"]["sweep_runs"] for row in rows if row["timing"]), default=0)
+    costs = ["tokens/s", "memory per step, GB"] if together else []
+    costs += [f"cost of {together} runs as one program"] if together > 1 else []
+    head += [*costs, "overlap Ω"]
     with_kl, by_examples = any(row["kl"] for row in rows), len({row["examples"] for row in rows}) > 1
     decoded = any(row["decoded"] for row in rows)
     head += ["KL on neutral text, nats per token (95 %)"] * with_kl + ["training examples"] * by_examples
@@ -103,7 +104,7 @@ def table(rows: Sequence[MethodRow]) -> str:
             f"{row['trainable']:,}",
             rates + (" (edge)" if row["at_edge"] else ""),
             str(row["steps"]),
-            *(_costs(row["timing"]) if timed else ()),
+            *_costs(row["timing"])[: len(costs)],
             "" if row["overlap"] is None else f"{row['overlap']:.2g}",
         ]
         cells += [_nats(row["kl"])] * with_kl + [f"{row['examples']:,}"] * by_examples

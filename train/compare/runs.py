@@ -22,6 +22,7 @@ from train.config import TrainConfig
 from train.evaluation.divergence import divergences
 from train.evaluation.neutral import read_neutral
 from train.run.lofit import lofit
+from train.run.memory import enough_memory
 from train.run.result import notes_of
 from train.tasks import Split
 
@@ -64,10 +65,14 @@ class Comparison:
     def finish(self, entry: Entry, runs: Sequence[tuple[int, int]]) -> list[RunRecord]:
         """The records of runs (exponent, seed), after training and answering those that have not finished."""
         missing = [run for run in runs if self.record(entry, *run) is None]
-        if missing:
-            config = self.config.train_config(entry)
-            settings = [Run(self.config.factor**exponent, seed) for exponent, seed in missing]
-            for (exponent, seed), trained in zip(missing, self.train(entry, config, settings), strict=True):
+        config = self.config.train_config(entry)
+        size = 1 if config.train_base else self.config.together or len(runs)
+        for start in range(0, len(missing), size):
+            group = missing[start : start + size]
+            settings = [Run(self.config.factor**exponent, seed) for exponent, seed in group]
+            with enough_memory(config, "step", runs=len(group)):
+                done = self.train(entry, config, settings)
+            for (exponent, seed), trained in zip(group, done, strict=True):
                 self.keep(entry, exponent, seed, trained)
         return [self.record(entry, *run) for run in runs]  # type: ignore[misc]
 

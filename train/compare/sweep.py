@@ -69,24 +69,19 @@ def train_runs(
     initial: Sequence[Steering] | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Trained]:
-    """Train several runs of one config together, or one after another if the base itself trains.
+    """Train several runs of one config together.
 
     Args:
         config: what the runs have in common.
         loaded: the base model.
-        runs: what differs between them.
+        runs: what differs between them; one if the base itself trains, of which each run would have its own.
         initial: steering to start from, one tree per run; by default it is drawn from the run's seed.
         advance: called after every step with the number of runs that took it.
 
     Returns:
         The runs, in order.
     """
-    if config.train_base and len(runs) > 1:  # K copies of the base would share no product
-        starts = [None] * len(runs) if initial is None else [[steering] for steering in initial]
-        return [
-            train_runs(config, loaded, [run], initial=start, advance=advance)[0]
-            for run, start in zip(runs, starts, strict=True)
-        ]
+    assert len(runs) == 1 or not config.train_base
     data = read_data(config, loaded)
     trainings = [
         make_training(replace(config, seed=run.seed, mesh=SINGLE), loaded, data=data.ordered_by(run.seed))

@@ -25,7 +25,8 @@ def measure(trainings: Sequence[Training], repeats: int = REPEATS) -> Timing:
         repeats: number of timed pairs of steps; the medians are reported.
     """
     config, runs = trainings[0].config, len(trainings)
-    counts = (1,) if config.train_base else (1, runs)
+    merged = runs > 1 and not config.train_base
+    counts = (1, runs) if merged else (1,)
     programs = {count: SweepProgram(config, trainings[:count], [1.0] * count) for count in counts}
     compiled, states = {}, {}
     seconds: dict[int, list[float]] = {count: [] for count in counts}
@@ -54,8 +55,8 @@ def measure(trainings: Sequence[Training], repeats: int = REPEATS) -> Timing:
     return {
         "tokens_per_second": float((batch_of(programs[1].batch(0)).segments > 0).sum()) / single,
         "step_bytes": bytes_of[1],
-        "sweep_bytes": None if config.train_base else bytes_of[runs],
-        "sweep_cost": None if config.train_base else statistics.median(seconds[runs]) / single,
+        "sweep_bytes": bytes_of[runs] if merged else None,
+        "sweep_cost": statistics.median(seconds[runs]) / single if merged else None,
         "sweep_runs": runs,
         "compile_seconds": compile_seconds,
     }

@@ -17,8 +17,13 @@ What = Literal["step", "evaluation"]
 
 
 @contextmanager
-def enough_memory(config: TrainConfig, what: What) -> Iterator[None]:
+def enough_memory(config: TrainConfig, what: What, *, runs: int = 1) -> Iterator[None]:
     """Turn the runtime's RESOURCE_EXHAUSTED into advice.
+
+    Args:
+        config: of the run.
+        what: what is computed.
+        runs: number of runs of a comparison that train together.
 
     Raises:
         ValueError: the devices ran out of memory.
@@ -28,10 +33,12 @@ def enough_memory(config: TrainConfig, what: What) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(f"out of memory: {_advice(config, what)} ({_asked(str(error))})") from error
+        raise ValueError(f"out of memory: {_advice(config, what, runs)} ({_asked(str(error))})") from error
 
 
-def _advice(config: TrainConfig, what: What) -> str:
+def _advice(config: TrainConfig, what: What, runs: int) -> str:
+    if runs > 1:
+        return f"{runs} runs train together as one program; {runs // 2} at a time need less (--together {runs // 2})"
     plan = "`jaxsteer plan` estimates what fits"
     if what == "evaluation":
         return (
