@@ -10,22 +10,22 @@ from tiny import close, fast_jit, layouts, random_steering, run, slot_of
 
 from jaxsteer import LoRA, Model, Slot, fold_weights
 from jaxsteer.io import load_model
+from jaxsteer.models.config import projections_of
 from jaxsteer.models.families import FAMILIES
 from jaxsteer.models.transformer import Network, logits_of, output_embedding
 from jaxsteer.theory.oracle import Replay, block_inputs, blocks_on, oracle_steering, replayed
-from jaxsteer.types import PROJECTIONS
 
-LORA = (Slot("l", LoRA(rank=2), PROJECTIONS),)
 shifts_of = fast_jit(oracle_steering, static_argnames=("layers", "site"))
 outputs = fast_jit(lambda network, batch, capture=("block",): network(batch, capture), static_argnums=2)
 
 
 def fine_tuned(config, base, *, merged=True, seed=1):
     """The base with a LoRA that moves its logits a lot, merged or not."""
-    steering = random_steering(LORA, config, seed, scale=0.1)
+    plan = (Slot("l", LoRA(rank=2), projections_of(config)),)
+    steering = random_steering(plan, config, seed, scale=0.1)
     if not merged:
-        return Network(Model(config, LORA), base, steering)
-    return Network(Model(config), fold_weights(LORA, base, steering)[0], {})
+        return Network(Model(config, plan), base, steering)
+    return Network(Model(config), fold_weights(plan, base, steering)[0], {})
 
 
 def logits(network, out):
