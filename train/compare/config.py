@@ -183,6 +183,10 @@ class CompareConfig:
         assert self.base.steps is not None
         return self.base.steps
 
+    def merged(self, entry: Entry, runs: int) -> int:
+        """How many of a method's runs train as one program: one in full fine-tuning, whose weights none share."""
+        return 1 if entry.method.train_base else min(runs, self.together or runs)
+
     def train_config(self, entry: Entry) -> TrainConfig:
         """The settings of one method's runs, at the middle of the grid."""
         optim = replace(self.base.optim, lr=entry.lr, weights_lr=entry.weights_lr)

@@ -58,7 +58,7 @@ class Timing(TypedDict):
     tokens_per_second  of a single run; padding is not counted
     step_bytes         memory that the compiled step of a single run needs: weights, state and temporaries
     sweep_cost         seconds per step of a sweep over those of a single run (K runs one after another cost K); None
-                       if the base trains or K is 1, because such runs are not merged
+                       if K is 1, as in full fine-tuning, whose runs are not merged
     sweep_bytes        as step_bytes, of the sweep's step; None likewise
     sweep_runs         K, the runs of that sweep
     compile_seconds    for the step of a single run, then of the sweep

@@ -65,8 +65,7 @@ class Comparison:
     def finish(self, entry: Entry, runs: Sequence[tuple[int, int]]) -> list[RunRecord]:
         """The records of runs (exponent, seed), after training and answering those that have not finished."""
         missing = [run for run in runs if self.record(entry, *run) is None]
-        config = self.config.train_config(entry)
-        size = 1 if config.train_base else self.config.together or len(runs)
+        config, size = self.config.train_config(entry), self.config.merged(entry, len(runs))
         for start in range(0, len(missing), size):
             group = missing[start : start + size]
             settings = [Run(self.config.factor**exponent, seed) for exponent, seed in group]

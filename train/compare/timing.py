@@ -25,7 +25,7 @@ def measure(trainings: Sequence[Training], repeats: int = REPEATS) -> Timing:
         repeats: number of timed pairs of steps; the medians are reported.
     """
     config, runs = trainings[0].config, len(trainings)
-    merged = runs > 1 and not config.train_base
+    merged = runs > 1
     counts = (1, runs) if merged else (1,)
     programs = {count: SweepProgram(config, trainings[:count], [1.0] * count) for count in counts}
     compiled, states = {}, {}
