@@ -266,6 +266,16 @@ def test_no_more_runs_train_together_than_asked(config):
         replace(config, together=0)
 
 
+def test_methods_with_the_same_training_examples_share_them(config, monkeypatch):
+    read, original = [], compare_runs.read_data
+    monkeypatch.setattr(compare_runs, "read_data", lambda *given: read.append(given) or original(*given))
+    comparison = Comparison(config, load_base_model(config.base), lambda steps: None)
+    full, few, _, joint = config.entries
+    assert comparison.data(full) is comparison.data(joint)
+    assert len(comparison.data(few).source.examples) == 5 < len(comparison.data(full).source.examples)
+    assert len(read) == 2
+
+
 def test_too_little_memory_for_runs_together_is_advice(config, monkeypatch):
     def full(*runs, **rest):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8000000000 bytes.")

@@ -19,11 +19,13 @@ from train.compare.config import CompareConfig, Entry
 from train.compare.records import NOT_MEASURED, Measured, RunRecord, Untouched, read_record
 from train.compare.sweep import Run, Trained, train_runs
 from train.config import TrainConfig
+from train.config.run import KeepConfig
 from train.evaluation.divergence import divergences
 from train.evaluation.neutral import read_neutral
 from train.run.lofit import lofit
 from train.run.memory import enough_memory
 from train.run.result import notes_of
+from train.run.training import RunData, read_data
 from train.tasks import Split
 
 
@@ -41,6 +43,7 @@ class Comparison:
         self.folder = Path(config.out) / "runs"
         self.evaluator = evaluator_of(config, loaded)
         self.texts = None if config.neutral is None else read_neutral(config.neutral)
+        self._data: dict[tuple[int, KeepConfig], RunData] = {}
 
     def path(self, entry: Entry, exponent: int, seed: int) -> Path:
         """The record of one run."""
@@ -79,11 +82,18 @@ class Comparison:
         """Train runs of one entry together, in one stage or in LoFiT's two."""
 
         def fit(stage: str, config: TrainConfig, initial: Sequence[Steering] | None) -> Sequence[Trained]:
-            return train_runs(config, self.loaded, runs, initial=initial, advance=self.advance)
+            return train_runs(config, self.loaded, runs, data=self.data(entry), initial=initial, advance=self.advance)
 
         if entry.lofit is not None:
             return lofit(fit, config, self.config.steps, heads=entry.lofit.heads)
         return fit("", config, None)
+
+    def data(self, entry: Entry) -> RunData:
+        """The training examples of a method, read once for all runs that have the same."""
+        key = entry.method.train_examples, entry.method.keep
+        if key not in self._data:
+            self._data[key] = read_data(self.config.train_config(entry), self.loaded)
+        return self._data[key]
 
     def untouched(self) -> list[int]:
         """Which test answers of the base model are right, 1 or 0; recorded like a run."""

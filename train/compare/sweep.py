@@ -29,7 +29,7 @@ from train.config import TrainConfig
 from train.devices.placement import SINGLE
 from train.run.algorithm import SFT
 from train.run.prefetch import Prefetch
-from train.run.training import Training, make_training, read_data, step_batch
+from train.run.training import RunData, Training, make_training, read_data, step_batch
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def train_runs(
     loaded: LoadedModel,
     runs: Sequence[Run],
     *,
+    data: RunData | None = None,
     initial: Sequence[Steering] | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> list[Trained]:
@@ -75,6 +76,7 @@ def train_runs(
         config: what the runs have in common.
         loaded: the base model.
         runs: what differs between them; one if the base itself trains, of which each run would have its own.
+        data: the training examples; by default they are read.
         initial: steering to start from, one tree per run; by default it is drawn from the run's seed.
         advance: called after every step with the number of runs that took it.
 
@@ -82,7 +84,7 @@ def train_runs(
         The runs, in order.
     """
     assert len(runs) == 1 or not config.train_base
-    data = read_data(config, loaded)
+    data = read_data(config, loaded) if data is None else data
     trainings = [
         make_training(replace(config, seed=run.seed, mesh=SINGLE), loaded, data=data.ordered_by(run.seed))
         for run in runs
