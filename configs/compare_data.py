@@ -17,7 +17,7 @@ def entries(count: int) -> tuple[Entry, ...]:
     )
     return (
         made("post-block r 8", (STEERING,), 5e-3),
-        made("LoRA r 1", (LORA,), 6e-3),
+        made("LoRA r 1", (LORA,), 2e-3),
         made("joint 1 + 4", SMALL, 5e-3, 2e-3),
         made("full fine-tuning", (), 9e-4, train_base=True),
     )
