@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from train.display import plots
 from train.display.plots import plot_by_layer, plot_comparison, plot_overlap, plot_training, smooth
 
 ROOT = Path(__file__).parents[2]
@@ -92,3 +93,19 @@ def test_overlap_and_comparison(tmp_path):
         plot_overlap(tmp_path / "none.png", [], np.zeros((0, 3)), chance=0.1)
     with pytest.raises(ValueError, match="nothing to draw"):
         plot_comparison(tmp_path / "none.png", {}, xlabel="parameters", base=None)
+
+
+def test_logarithmic_axes_have_plain_numbers(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+
+    def labels(values, *, exact):
+        points = {"method": [(x, 0.5, 0.4, 0.6) for x in values]}
+        plot_comparison("unused.png", points, xlabel="x", base=None, bands=exact)
+        figures[-1].canvas.draw()
+        axis = figures[-1].axes[0].xaxis
+        return [text.get_text() for text in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))]
+
+    assert labels((50, 150, 5000), exact=True) == ["50", "150", "5,000"]
+    assert {"1,000", "10,000", "100,000"} < set(labels((1024, 8192, 8224, 837_120), exact=True))
+    assert {"0.6", "1", "2"} < set(labels((0.62, 1.04, 2.11), exact=False))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish; markers distinguish the lines in grey too.
@@ -244,12 +245,30 @@ def plot_comparison(
             axis.errorbar(x, rate, yerr=bar, color=color, marker=marker, markersize=7, capsize=3, label=name)
     if base is not None:
         axis.axhline(base, color=_GREY, linestyle="--", linewidth=1.2, label="untouched model")
-    axis.set_xscale("log")
+    _logarithmic(axis, {point[0] for points in series.values() for point in points} if bands else ())
     axis.set_xlabel(xlabel)
     axis.set_ylabel("accuracy (bars and bands: 95 % intervals)")
     axis.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     axis.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)
+
+
+class _PlainNumbers(LogFormatter):
+    """Labels those ticks that there is room for, as `LogFormatter` does, without exponents."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:,.10g}" if super().__call__(x, pos) else ""
+
+
+def _logarithmic(axis: Axes, exact: Iterable[float]) -> None:
+    """Make x logarithmic, with plain numbers: the exact values of x if they are few and far enough apart."""
+    axis.set_xscale("log")
+    ordered = sorted(exact)
+    if 0 < len(ordered) <= 8 and all(high >= 1.5 * low for low, high in itertools.pairwise(ordered)):
+        axis.set_xticks(ordered)
+        axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_minor_formatter(_PlainNumbers())
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -343,7 +362,7 @@ def _figure(
         axis.margins(x=0.02)
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("#999999")
-        axis.tick_params(labelsize=10, colors=_GREY)
+        axis.tick_params(which="both", labelsize=10, colors=_GREY)
         axis.xaxis.label.set(fontsize=11, color=_INK)
         axis.yaxis.label.set(fontsize=11, color=_INK)
     return figure, axes
