@@ -1,12 +1,15 @@
 """A comparison end to end on a tiny model: what it writes, how it resumes, and how it picks learning rates."""
 
+import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from jaxsteer.orthogonality import Orthogonality
 from jaxsteer.params import Params
@@ -22,6 +25,7 @@ from train.compare.sweep import Run
 from train.compare.timing import measure
 from train.config import TrainConfig
 from train.config.run import KeepConfig
+from train.display.console import progress
 from train.evaluation.neutral import NEUTRAL
 from train.run.training import load_base_model
 
@@ -274,6 +278,23 @@ def test_methods_with_the_same_training_examples_share_them(config, monkeypatch)
     assert comparison.data(full) is comparison.data(joint)
     assert len(comparison.data(few).source.examples) == 5 < len(comparison.data(full).source.examples)
     assert len(read) == 2
+
+
+def test_the_steps_to_come_follow_the_grids(config):
+    stream = io.StringIO()
+    config = replace(config, base=replace(config.base, steps=10))  # planned are four runs of each of four methods
+    with progress(160, "Comparing", every_seconds=1e9, console=Console(file=stream)) as bar:
+        counter = command._Counter(bar, config)
+        assert counter.hours_left() is None
+        for _ in range(6):  # two more learning rates than planned
+            counter.add(10)
+        counter.finish(60)
+        assert counter.hours_left() > 0
+        counter.finish(40)  # made before
+        counter.finish(40)
+        for _ in range(45):
+            counter.add(1)
+    assert re.findall(r"\d+/\d+", stream.getvalue()) == ["10/160", "180/180", "185/190"]
 
 
 def test_too_little_memory_for_runs_together_is_advice(config, monkeypatch):

@@ -91,21 +91,20 @@ def _compare(config: CompareConfig, run: RunFolder, loaded: LoadedModel) -> Resu
             "budget": f"{config.steps} steps per run, {base.batch_size} rows of {base.sequence_length} tokens per step",
         }
     )
-    planned = config.steps * (config.rates + config.seeds - 1)
     results: list[MethodResult] = []
-    with progress(planned * len(config.entries), "Comparing") as bar:
-        counter = _Counter(bar)
+    with progress(config.planned_steps * len(config.entries), "Comparing") as bar:
+        counter = _Counter(bar, config)
         comparison = Comparison(config, loaded, counter.add)
         with working(config, counter.add) as until_finished:
             untouched = comparison.untouched()
             for number, entry in enumerate(config.entries, 1):
-                if (hours := counter.hours_left(planned * len(config.entries))) is not None:
+                if (hours := counter.hours_left()) is not None:
                     bar.note(f"{entry.name}: {number} of {len(config.entries)}, about {hours:.1f} hours left")
                 until_finished(entry)
                 runs = comparison.runs_of(entry, bar.note)
                 results.append(MethodResult(entry, *runs, _timing(comparison, entry, measuring=False)))
                 report = write_report(run.folder, config, results, loaded, untouched)
-                counter.at_least(number * planned)
+                counter.finish(config.steps * results[-1].runs)
     if config.timings and any(result.timing is None for result in results):
         timed = [replace(result, timing=_timing(comparison, result.entry, measuring=True)) for result in results]
         report = write_report(run.folder, config, timed, loaded, untouched)
@@ -125,24 +124,43 @@ def _timing(comparison: Comparison, entry: Entry, *, measuring: bool) -> Timing 
 
 
 class _Counter:
-    """Training steps done, over all runs; runs finished earlier are counted when their method is."""
+    """Training steps over all runs: how many are done, and an estimate of how many there will be, as grids may grow.
 
-    def __init__(self, bar: Bar) -> None:
-        self._bar, self._done, self._taken, self._began = bar, 0, 0, time.monotonic()
+    Runs that were made before are counted when their method has finished.
+    """
+
+    def __init__(self, bar: Bar, config: CompareConfig) -> None:
+        self._bar, self._run = bar, config.steps
+        self._planned, self._methods = config.planned_steps, len(config.entries)
+        self._finished = self._done = self._taken = 0
+        self._began = time.monotonic()
+
+    @property
+    def _total(self) -> int:
+        """The steps of finished methods and those planned for the others; at least those of the runs begun."""
+        return max(self._finished + self._methods * self._planned, -(-self._done // self._run) * self._run)
 
     def add(self, steps: int) -> None:
+        """Steps have been done."""
         self._done += steps
         self._taken += steps
-        self._bar.update(self._done)
+        self._show()
 
-    def hours_left(self, planned: int) -> float | None:
-        """Estimated hours until `planned` steps are done, evaluation included; None before the first step."""
+    def finish(self, steps: int) -> None:
+        """A method has finished, after that many steps over all its runs."""
+        self._methods -= 1
+        self._finished += steps
+        self._done = max(self._done, self._finished)
+        self._show()
+
+    def hours_left(self) -> float | None:
+        """Estimated hours until all steps are done, evaluation included; None before the first step."""
         if not self._taken:
             return None
-        return (planned - self._done) * (time.monotonic() - self._began) / self._taken / 3600
+        return (self._total - self._done) * (time.monotonic() - self._began) / self._taken / 3600
 
-    def at_least(self, steps: int) -> None:
-        self._done = max(self._done, steps)
+    def _show(self) -> None:
+        self._bar.expect(self._total)
         self._bar.update(self._done)
 
 

@@ -183,6 +183,11 @@ class CompareConfig:
         assert self.base.steps is not None
         return self.base.steps
 
+    @property
+    def planned_steps(self) -> int:
+        """Updates of all runs of a method whose grid does not grow."""
+        return self.steps * (self.rates + self.seeds - 1)
+
     def merged(self, entry: Entry, runs: int) -> int:
         """How many of a method's runs train as one program: one in full fine-tuning, whose weights none share."""
         return 1 if entry.method.train_base else min(runs, self.together or runs)

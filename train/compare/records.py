@@ -210,6 +210,11 @@ class MethodResult:
     timing: Timing | None
 
     @property
+    def runs(self) -> int:
+        """How many runs there are; that of the best rate with the first seed is in both lists."""
+        return len(self.tried) + len(self.seeds) - 1
+
+    @property
     def test(self) -> np.ndarray:
         """Which test answers are right, 1 or 0: [seeds, examples]."""
         answers = [record["test"] for record in self.seeds]

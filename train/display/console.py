@@ -79,6 +79,12 @@ class Bar:
         else:
             self._pending = text
 
+    def expect(self, total: int) -> None:
+        """Change the number of steps, where it was an estimate."""
+        self._total = total
+        if self._live is not None:
+            self._live.update(self._task, total=total)
+
     def note(self, text: str) -> None:
         """Print a separate line above the bar."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
