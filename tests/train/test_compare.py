@@ -292,8 +292,10 @@ def test_the_steps_to_come_follow_the_grids(config):
         assert counter.hours_left() > 0
         counter.finish(40)  # made before
         counter.finish(40)
+        assert bar.seconds_left() is None  # those that were made before say nothing of the speed
         for _ in range(45):
             counter.add(1)
+        assert bar.seconds_left() < 60
     assert re.findall(r"\d+/\d+", stream.getvalue()) == ["10/160", "180/180", "185/190"]
 
 

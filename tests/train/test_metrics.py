@@ -171,6 +171,18 @@ def test_time_left_forgets_compilation_and_the_distant_past():
         assert bar.seconds_left() == pytest.approx(800.0)
 
 
+def test_steps_that_were_made_before_say_nothing_of_the_speed():
+    clock = Clock()
+    with progress(1000, "train", console=Console(file=io.StringIO()), clock=clock) as bar:
+        for done in (200, 400):
+            clock.now += 0.1
+            bar.skip(done)
+        for step in range(401, 405):
+            clock.now += 10.0
+            bar.update(step)
+        assert bar.seconds_left() == pytest.approx(5960.0)
+
+
 def test_hours_other_facts_and_notes():
     out, clock = io.StringIO(), Clock()
     with progress(10_000, "train", console=Console(file=out), every_seconds=0.0, clock=clock) as bar:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,14 +145,15 @@ class _Counter:
         """Steps have been done."""
         self._done += steps
         self._taken += steps
-        self._show()
+        self._show(self._bar.update)
 
     def finish(self, steps: int) -> None:
         """A method has finished, after that many steps over all its runs."""
         self._methods -= 1
         self._finished += steps
+        made_before = self._finished > self._done
         self._done = max(self._done, self._finished)
-        self._show()
+        self._show(self._bar.skip if made_before else self._bar.update)
 
     def hours_left(self) -> float | None:
         """Estimated hours until all steps are done, evaluation included; None before the first step."""
@@ -159,9 +161,9 @@ class _Counter:
             return None
         return (self._total - self._done) * (time.monotonic() - self._began) / self._taken / 3600
 
-    def _show(self) -> None:
+    def _show(self, move: Callable[[int], None]) -> None:
         self._bar.expect(self._total)
-        self._bar.update(self._done)
+        move(self._done)
 
 
 def main() -> None:

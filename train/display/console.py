@@ -79,6 +79,11 @@ class Bar:
         else:
             self._pending = text
 
+    def skip(self, step: int) -> None:
+        """Show that `step` steps are done, some of them without work now: the speed is averaged over later ones only."""
+        self._seen.clear()
+        self.update(step)
+
     def expect(self, total: int) -> None:
         """Change the number of steps, where it was an estimate."""
         self._total = total
