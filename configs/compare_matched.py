@@ -6,6 +6,7 @@ from jaxsteer.optim import OptimConfig
 from train.compare.config import CompareConfig
 from train.config import TrainConfig
 from train.data import ListOps
+from train.evaluation.neutral import NEUTRAL
 from train.tasks import ListOpsTask
 
 
@@ -28,6 +29,7 @@ def config() -> CompareConfig:
         ),
         entries=ENTRIES,
         contrasts=CONTRASTS,
+        neutral=str(NEUTRAL),
         scoring="predictions",
         decoded=500,
         seeds=8,

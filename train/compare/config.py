@@ -107,7 +107,7 @@ class CompareConfig:
     """What the plot has accuracy against: the number of trainable parameters, or of training examples."""
     neutral: str | None = None
     """Text file with one neutral text per line: how far each method moves the predictions there is measured and plotted
-    too. None: it is not."""
+    too. It can be added to a comparison that has been made, except for full fine-tuning. None: it is not measured."""
     margin: float = 0.01
     """Largest difference in accuracy that counts as none, in the test that two methods are equal."""
     factor: float = 3.0
@@ -198,11 +198,11 @@ class CompareConfig:
         return replace(self.base, optim=optim, **_method_fields(entry.method))
 
     def to_json(self) -> dict[str, Any]:
-        """What finished runs depend on, for config.json. Not the entries: more of them may be added later."""
+        """What finished runs depend on, for config.json. Not entries or neutral texts, which may be added later."""
         base = self.base.to_json()
         for name in _method_fields(Method(())):
             del base[name]
-        measured = {name: getattr(self, name) for name in ("scoring", "neutral", "decoded")}
+        measured = {name: getattr(self, name) for name in ("scoring", "decoded")}
         chosen = {name: value for name, value in measured.items() if value != getattr(CompareConfig, name)}
         return {"base": base, "factor": self.factor} | chosen
 

@@ -178,18 +178,33 @@ class Comparison:
         """
         best, tried = search(self, entry, note)
         self.finish(entry, [(best, seed) for seed in range(self.config.seeds)])
-        return best, tried, [self.tested(entry, best, seed) for seed in range(self.config.seeds)]
+        seeds = [self.tested(entry, best, seed) for seed in range(self.config.seeds)]
+        if self.texts is not None and any(record["kl"] is None for record in seeds):
+            note(
+                f"{entry.name}: no KL on neutral text: its runs were made without --neutral, and full fine-tuning "
+                f"keeps no weights to measure it afterwards. To train them again, delete {self.folder / entry.slug}"
+            )
+        return best, tried, seeds
 
     def tested(self, entry: Entry, exponent: int, seed: int) -> RunRecord:
-        """The record of a finished run, with what is measured of those that count."""
+        """The record of a finished run, with what is measured of those that count.
+
+        Neutral texts may have been added since; what the base's training moved there cannot be measured afterwards.
+        """
         record, path = self.record(entry, exponent, seed), self.path(entry, exponent, seed)
         assert record is not None
+        unmoved = record["kl"] is None and self.texts is not None and not entry.method.train_base
+        if record["test"] is not None and not unmoved:
+            return record
+        saved = load_steering(path.with_suffix(".safetensors"))
+        saved.check(self.loaded.config)
+        saved.check_weights(self.loaded.sample)
+        plan, params = saved.plan, Params(None, saved.steering)
         if record["test"] is None:
-            saved = load_steering(path.with_suffix(".safetensors"))
-            saved.check(self.loaded.config)
-            saved.check_weights(self.loaded.sample)
-            record |= self.measured(saved.plan, Params(None, saved.steering), seed)
-            write_json(path, record)
+            record |= self.measured(plan, params, seed)
+        else:
+            record["kl"] = self.moved(plan, params)
+        write_json(path, record)
         return record
 
 

@@ -181,7 +181,7 @@ def open_run(
         changed = changes_of(files.read_json(run.config), settings)
         if changed_data(before, inputs):
             changed += changes_of({"data": before}, {"data": inputs})
-        if run.inputs.exists() and not changed:
+        if run.inputs.exists() and not changed and inputs.keys() <= before.keys():
             return run
     else:
         _clear(run, keep_answers=run.config.exists() and same(files.read_json(run.config), settings))
