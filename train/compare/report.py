@@ -190,27 +190,27 @@ def write_report(
 
 def _plot_accuracies(folder: Path, config: CompareConfig, rows: Sequence[MethodRow], base: float) -> list[Path]:
     """Plot accuracy against size, and against what it costs on neutral text if that was measured; returns the paths."""
-    axes: dict[str, tuple[str, Callable[[MethodRow], float]]] = {
+    axes: dict[str, tuple[str, Callable[[MethodRow], float | None]]] = {
         "parameters": ("trainable parameters", lambda row: row["trainable"]),
         "examples": ("training examples", lambda row: row["examples"]),
     }
     drawn = {"results.png": axes[config.axis]}
-    if all(row["kl"] is not None for row in rows):
+    if any(row["kl"] for row in rows):
         drawn["results_kl.png"] = ("KL on neutral text, nats per token", _kl)
     for name, (xlabel, x) in drawn.items():
         series: dict[str, list[Point]] = defaultdict(list)
         for entry, row in zip(config.entries[: len(rows)], rows, strict=True):
             test = row["test"]
-            series[entry.series or entry.name].append((x(row), test["mean"], test["low"], test["high"]))
+            if (at := x(row)) is not None:
+                series[entry.series or entry.name].append((at, test["mean"], test["low"], test["high"]))
         title = f"{config.base.model}: accuracy by method"
         exact = name == "results.png"
         plot_comparison(folder / name, series, xlabel=xlabel, base=base, bands=exact, title=title)
     return [folder / name for name in drawn]
 
 
-def _kl(row: MethodRow) -> float:
-    assert row["kl"] is not None
-    return row["kl"]["mean"]
+def _kl(row: MethodRow) -> float | None:
+    return row["kl"] and row["kl"]["mean"]
 
 
 def _plot_overlaps(folder: Path, results: Sequence[MethodResult]) -> list[Path]:

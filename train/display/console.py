@@ -80,7 +80,7 @@ class Bar:
             self._pending = text
 
     def skip(self, step: int) -> None:
-        """Show that `step` steps are done, some of them without work now: the speed is averaged over later ones only."""
+        """Show that `step` steps are done, some of them made before: the speed is that of later ones."""
         self._seen.clear()
         self.update(step)
 
