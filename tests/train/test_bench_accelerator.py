@@ -250,7 +250,7 @@ def test_budgets_are_those_of_the_shipped_configs():
     config = AcceleratorBench(model="model.gguf", gsm8k="gsm8k_{split}.jsonl")
     gsm8k = budgets.comparison("gsm8k", config)
     assert (gsm8k.base.epochs, gsm8k.base.task.data, gsm8k.seeds) == (3, "gsm8k_{split}.jsonl", 5)
-    assert [entry.name for entry in gsm8k.entries] == list(config.methods)
+    assert [entry.name for entry in gsm8k.chosen] == list(config.methods)
     assert budgets.comparison("listops", config).base.task.problems.train == 1500
     with pytest.raises(ValueError, match="no method 'magic'; known are full fine-tuning, LoRA"):
         budgets.comparison("listops", replace(config, methods=("magic",)))

@@ -17,6 +17,7 @@ from train.compare import __main__ as command
 from train.compare import report
 from train.compare import runs as compare_runs
 from train.compare.__main__ import compare
+from train.compare.check import check_comparison
 from train.compare.config import Contrast, Entry, LoFiT, Method
 from train.compare.contrasts import contrast_table, judge
 from train.compare.records import MethodResult, Timing, read_record
@@ -27,6 +28,7 @@ from train.config import TrainConfig
 from train.config.run import KeepConfig
 from train.display.console import progress
 from train.evaluation.neutral import NEUTRAL
+from train.run.inputs import changed_data
 from train.run.training import load_base_model
 
 POST_BLOCK = "nonlinear(rank=2) @ block"
@@ -105,8 +107,10 @@ def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         for plot in ("plot_comparison", "plot_overlap"):  # their files are there
             patch.setattr(report, plot, lambda *data, **labels: None)
+        (row,) = compare(replace(config, methods=("post-block",)))["methods"]
         again = compare(config)
     assert not trained
+    assert row == again["methods"][1] | {"minus_first": None}
     assert again == {**results, "methods": [results["methods"][0] | {"kl": None}, *results["methods"][1:]]}
     assert "full fine-tuning: no KL on neutral text" in capsys.readouterr().out
     assert "neutral" in json.loads((Path(config.out) / "inputs.json").read_text())
@@ -234,6 +238,7 @@ def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
             {"contrasts": (Contrast("q", "joint", ("LoRA",)),)},
             "contrast 'q': no entry 'LoRA'; there are full fine-tuning",
         ),
+        ({"methods": ("LoRA",)}, "--methods: there is no method 'LoRA'; known are full fine-tuning, post-block"),
         ({"contrasts": (Contrast("q", "joint", ()),)}, "contrast 'q': nothing to compare 'joint' with"),
         ({"entries": (Entry("a b", Method((POST_BLOCK,)), 1.0), Entry("A_B", Method((POST_BLOCK,)), 1.0))}, "'a_b'"),
     ],
@@ -252,6 +257,24 @@ def test_what_a_method_keeps_is_read_before_the_weights(config, monkeypatch):
         compare(replace(config, entries=(), contrasts=()))
     with pytest.raises(ValueError, match=r"nothing\.txt"):
         compare(replace(config, neutral="nothing.txt"))
+
+
+def test_texts_of_a_penalty_must_not_change_between_parts_of_a_comparison(config, tmp_path):
+    """Each file counts by itself, so that a part with fewer methods is no other comparison."""
+    texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    entries = []
+    for path in texts:
+        path.write_text("a b c d e f g\nh i j k l m n\n")
+        entries.append(Entry(path.stem, Method((POST_BLOCK,), keep=KeepConfig(1.0, str(path), 16)), lr=1e-2))
+    config = replace(config, entries=tuple(entries), contrasts=())
+    model = load_base_model(config.base)
+    before, _ = check_comparison(config, model)
+    few = replace(config, methods=("two",))
+    assert not changed_data(before, check_comparison(few, model)[0])
+    texts[1].write_text("a b c d e f g\nh i j k l m o\n")
+    (phrase,) = changed_data(before, check_comparison(few, model)[0])
+    assert "texts of a penalty" in phrase
+    assert "two.txt" in phrase
 
 
 class Counted(Comparison):

@@ -88,19 +88,19 @@ def _compare(config: CompareConfig, run: RunFolder, loaded: LoadedModel) -> Resu
     print_facts(
         {
             "device": device_summary(),
-            "methods": ", ".join(entry.name for entry in config.entries),
+            "methods": ", ".join(entry.name for entry in config.chosen),
             "budget": f"{config.steps} steps per run, {base.batch_size} rows of {base.sequence_length} tokens per step",
         }
     )
     results: list[MethodResult] = []
-    with progress(config.planned_steps * len(config.entries), "Comparing") as bar:
+    with progress(config.planned_steps * len(config.chosen), "Comparing") as bar:
         counter = _Counter(bar, config)
         comparison = Comparison(config, loaded, counter.add)
         with working(config, counter.add) as until_finished:
             untouched = comparison.untouched()
-            for number, entry in enumerate(config.entries, 1):
+            for number, entry in enumerate(config.chosen, 1):
                 if (hours := counter.hours_left()) is not None:
-                    bar.note(f"{entry.name}: {number} of {len(config.entries)}, about {hours:.1f} hours left")
+                    bar.note(f"{entry.name}: {number} of {len(config.chosen)}, about {hours:.1f} hours left")
                 until_finished(entry)
                 runs = comparison.runs_of(entry, bar.note)
                 results.append(MethodResult(entry, *runs, _timing(comparison, entry, measuring=False)))
@@ -132,7 +132,7 @@ class _Counter:
 
     def __init__(self, bar: Bar, config: CompareConfig) -> None:
         self._bar, self._run = bar, config.steps
-        self._planned, self._methods = config.planned_steps, len(config.entries)
+        self._planned, self._methods = config.planned_steps, len(config.chosen)
         self._finished = self._done = self._taken = 0
         self._began = time.monotonic()
 

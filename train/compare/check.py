@@ -33,7 +33,7 @@ def check_comparison(config: CompareConfig, model: LoadedModel) -> tuple[dict[st
     Raises:
         ValueError: a plan that does not fit the model, or data that no comparison could have.
     """
-    for entry in config.entries:
+    for entry in config.chosen:
         _check_entry(config, entry, model)
     evaluator = evaluator_of(config, model)
     inputs = {}
@@ -47,15 +47,14 @@ def check_comparison(config: CompareConfig, model: LoadedModel) -> tuple[dict[st
     if config.neutral is not None:
         neutral_examples(texts := read_neutral(config.neutral), model.require_tokenizer())
         inputs["neutral"] = text_inputs(config.neutral, texts)
-    kept = [config.train_config(entry) for entry in config.entries if entry.method.keep.weight]
+    kept = [config.train_config(entry) for entry in config.chosen if entry.method.keep.weight]
     for own in kept:
         read_data(own, model)
-    if kept:
-        paths = sorted({str(own.keep.texts) for own in kept})
-        inputs["keep"] = text_inputs(", ".join(paths), [text for path in paths for text in read_neutral(path)])
+    for path in sorted({str(own.keep.texts) for own in kept}):
+        inputs[f"keep {path}"] = text_inputs(path, read_neutral(path))
     data = read_data(config.base, model)
     steps = config.base.steps or data.source.steps(config.base.epochs)
-    if any(entry.lofit is not None for entry in config.entries):
+    if any(entry.lofit is not None for entry in config.chosen):
         split_steps(steps)
     return {"train": data_inputs(*data), **inputs}, steps
 

@@ -103,6 +103,9 @@ class CompareConfig:
     """The methods to compare, given in the config file."""
     contrasts: tyro.conf.Suppress[tuple[Contrast, ...]] = ()
     """The planned contrasts between them, for whose number p-values are corrected; given in the config file."""
+    methods: tuple[str, ...] = ()
+    """Names of the methods to run and report, in the order of the config file. Contrasts with the others count in the
+    correction all the same. None given: all methods."""
     axis: Axis = "parameters"
     """What the plot has accuracy against: the number of trainable parameters, or of training examples."""
     neutral: str | None = None
@@ -162,14 +165,21 @@ class CompareConfig:
             raise ValueError(f"--margin must be between 0 and 1, got {self.margin:g}")
         if self.decoded < 0 or (self.decoded and self.scoring != "predictions"):
             raise ValueError(f"--decoded {self.decoded}: needs --scoring predictions, and at least 0")
-        self._check_contrasts([entry.name for entry in self.entries])
+        self._check_names([entry.name for entry in self.entries])
 
-    def _check_contrasts(self, names: Sequence[str]) -> None:
+    def _check_names(self, names: Sequence[str]) -> None:
+        if self.entries and (unknown := [name for name in self.methods if name not in names]):
+            raise ValueError(f"--methods: there is no method {unknown[0]!r}; known are {', '.join(names)}")
         for contrast in self.contrasts:
             if not contrast.second:
                 raise ValueError(f"contrast {contrast.name!r}: nothing to compare {contrast.first!r} with")
             if unknown := [name for name in (contrast.first, *contrast.second) if name not in names]:
                 raise ValueError(f"contrast {contrast.name!r}: no entry {unknown[0]!r}; there are {', '.join(names)}")
+
+    @property
+    def chosen(self) -> tuple[Entry, ...]:
+        """The methods to run."""
+        return tuple(entry for entry in self.entries if not self.methods or entry.name in self.methods)
 
     @property
     def exponents(self) -> list[int]:

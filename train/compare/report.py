@@ -171,7 +171,7 @@ def write_report(
         "settings": config.to_json()["base"],
         "untouched": base,
         "methods": rows,
-        "unfinished": [entry.name for entry in config.entries[len(results) :]],
+        "unfinished": [entry.name for entry in config.chosen[len(results) :]],
         "differences": differences(results),
         "contrasts": judge(config.contrasts, results, config.margin),
         "margin": config.margin,
@@ -199,7 +199,7 @@ def _plot_accuracies(folder: Path, config: CompareConfig, rows: Sequence[MethodR
         drawn["results_kl.png"] = ("KL on neutral text, nats per token", _kl)
     for name, (xlabel, x) in drawn.items():
         series: dict[str, list[Point]] = defaultdict(list)
-        for entry, row in zip(config.entries[: len(rows)], rows, strict=True):
+        for entry, row in zip(config.chosen[: len(rows)], rows, strict=True):
             test = row["test"]
             if (at := x(row)) is not None:
                 series[entry.series or entry.name].append((at, test["mean"], test["low"], test["high"]))

@@ -103,8 +103,8 @@ def working(config: CompareConfig, advance: Callable[[int], None]) -> Iterator[C
     if config.workers == 1:
         yield lambda entry: None
         return
-    shares = cores_of_workers(config.workers)[: len(config.entries)]
-    entries = iter(config.entries)
+    shares = cores_of_workers(config.workers)[: len(config.chosen)]
+    entries = iter(config.chosen)
     workers: list[_Worker] = []
     busy: list[_Worker] = []
     finished: set[str] = set()

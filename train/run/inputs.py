@@ -46,7 +46,6 @@ def text_inputs(path: str, texts: Sequence[str]) -> dict[str, Any]:
 
 def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What of the data has changed, a phrase for each; [] if nothing has, or it is not known what there was."""
-    phrases = []
     kinds = {
         "train": "training data",
         "validation": "validation examples",
@@ -54,9 +53,10 @@ def changed_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         "neutral": "neutral texts",
         "keep": "texts of a penalty",
     }
-    for name, what in kinds.items():
-        old, new = before.get(name), now.get(name)
-        if old and new and old["sha256"] != new["sha256"]:
+    phrases = []
+    for name, new in now.items():
+        old, what = before.get(name), kinds.get(name.partition(" ")[0])  # "keep texts.txt": one of several
+        if old and new and what and old["sha256"] != new["sha256"]:
             files = ", ".join(dict.fromkeys([*old["sources"], *new["sources"]]))
             phrases.append(f"its {what} ({files}) had {_size(old)} and now {_has(old, new)}")
     return phrases
