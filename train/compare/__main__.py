@@ -134,7 +134,7 @@ class _Counter:
         self._bar, self._run = bar, config.steps
         self._planned, self._methods = config.planned_steps, len(config.chosen)
         self._finished = self._done = self._taken = 0
-        self._began = time.monotonic()
+        self._began: float | None = None
 
     @property
     def _total(self) -> int:
@@ -144,7 +144,10 @@ class _Counter:
     def add(self, steps: int) -> None:
         """Steps have been done."""
         self._done += steps
-        self._taken += steps
+        if self._began is None:  # what comes before the first step, such as compilation, comes once
+            self._began = time.monotonic()
+        else:
+            self._taken += steps
         self._show(self._bar.update)
 
     def finish(self, steps: int) -> None:
@@ -156,8 +159,8 @@ class _Counter:
         self._show(self._bar.skip if made_before else self._bar.update)
 
     def hours_left(self) -> float | None:
-        """Estimated hours until all steps are done, evaluation included; None before the first step."""
-        if not self._taken:
+        """Estimated hours until all steps are done, evaluation included; None before the second step."""
+        if self._began is None or not self._taken:
             return None
         return (self._total - self._done) * (time.monotonic() - self._began) / self._taken / 3600
 
