@@ -109,3 +109,16 @@ def test_logarithmic_axes_have_plain_numbers(monkeypatch):
     assert labels((50, 150, 5000), exact=True) == ["50", "150", "5,000"]
     assert {"1,000", "10,000", "100,000"} < set(labels((1024, 8192, 8224, 837_120), exact=True))
     assert {"0.6", "1", "2"} < set(labels((0.62, 1.04, 2.11), exact=False))
+
+
+@pytest.mark.parametrize(("base", "drawn"), [(0.45, True), (0.0, False), (0.95, False)])
+def test_a_base_model_far_away_does_not_squeeze_the_methods(base, drawn, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plot_comparison("unused.png", {"method": [(10, 0.5, 0.4, 0.6)]}, xlabel="x", base=base)
+    (axis,) = figures[0].axes
+    low, high = axis.get_ylim()
+    assert (low < base < high) == drawn
+    assert high - low < 0.3
+    said = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert ("untouched model" if drawn else f"untouched model: {100 * base:.1f} %") in said

@@ -224,7 +224,7 @@ def plot_comparison(
         series: label -> its points, in the order of the line.
         xlabel: what x is.
         bands: draw the intervals of several points as a band, for x that is exact; else each as a bar.
-        base: accuracy of the untouched model, drawn as a line; None = no line.
+        base: accuracy of the untouched model, drawn as a line unless it is far from all points; None = no line.
         title: above the figure.
 
     Raises:
@@ -244,13 +244,23 @@ def plot_comparison(
             bar = np.maximum(0.0, [rate - low, high - rate])
             axis.errorbar(x, rate, yerr=bar, color=color, marker=marker, markersize=7, capsize=3, label=name)
     if base is not None:
-        axis.axhline(base, color=_GREY, linestyle="--", linewidth=1.2, label="untouched model")
+        _draw_base(axis, base)
     _logarithmic(axis, {point[0] for points in series.values() for point in points} if bands else ())
     axis.set_xlabel(xlabel)
     axis.set_ylabel("accuracy (bars and bands: 95 % intervals)")
     axis.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     axis.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)
+
+
+def _draw_base(axis: Axes, base: float) -> None:
+    """Draw a line at `base`, or only name it if the points would then fill less than half of the height."""
+    low, high = axis.get_ylim()
+    far = max(low - base, base - high) > high - low
+    label = f"untouched model: {100 * base:.1f} %" if far else "untouched model"
+    axis.axhline(base, color=_GREY, linestyle="--", linewidth=1.2, label=label)
+    if far:
+        axis.set_ylim(low, high)
 
 
 class _PlainNumbers(LogFormatter):
