@@ -252,7 +252,7 @@ def test_budgets_are_those_of_the_shipped_configs():
     assert (gsm8k.base.epochs, gsm8k.base.task.data, gsm8k.seeds) == (3, "gsm8k_{split}.jsonl", 5)
     assert [entry.name for entry in gsm8k.chosen] == list(config.methods)
     assert budgets.comparison("listops", config).base.task.problems.train == 1500
-    with pytest.raises(ValueError, match="no method 'magic'; known are full fine-tuning, LoRA"):
+    with pytest.raises(ValueError, match="no method 'magic'; known are full fine-tuning; LoRA; "):
         budgets.comparison("listops", replace(config, methods=("magic",)))
     gpu = Device("gpu", "an H100", 0, {})
     missing = {row.name: runner.unmet(row, gpu, config) for row in budgets.rows(config, [])}

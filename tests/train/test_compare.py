@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -94,7 +95,7 @@ def test_a_comparison_writes_its_table_and_resumes(config, tmp_path, monkeypatch
     assert [row["method"] for row in so_far["methods"]] == ["full fine-tuning", "post-block"]
     assert so_far["unfinished"] == ["LoFiT", "joint"]
     assert not so_far["contrasts"]
-    assert "Not finished: LoFiT, joint." in (Path(config.out) / "results.md").read_text()
+    assert "Not finished: LoFiT; joint." in (Path(config.out) / "results.md").read_text()
     stop_at.clear()
     trained.clear()
     results = compare(config)
@@ -238,7 +239,7 @@ def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
             {"contrasts": (Contrast("q", "joint", ("LoRA",)),)},
             "contrast 'q': no entry 'LoRA'; there are full fine-tuning",
         ),
-        ({"methods": ("LoRA",)}, "--methods: there is no method 'LoRA'; known are full fine-tuning, post-block"),
+        ({"methods": ("LoRA",)}, "no method 'LoRA'; known are full fine-tuning; post-block; LoFiT; joint"),
         ({"contrasts": (Contrast("q", "joint", ()),)}, "contrast 'q': nothing to compare 'joint' with"),
         ({"entries": (Entry("a b", Method((POST_BLOCK,)), 1.0), Entry("A_B", Method((POST_BLOCK,)), 1.0))}, "'a_b'"),
     ],
@@ -319,22 +320,24 @@ def test_methods_with_the_same_training_examples_share_them(config, monkeypatch)
     assert len(read) == 2
 
 
-def test_the_steps_to_come_follow_the_grids(config):
-    stream = io.StringIO()
+def test_the_steps_to_come_follow_the_grids(config, monkeypatch):
+    stream, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     config = replace(config, base=replace(config.base, steps=10))  # planned are four runs of each of four methods
     with progress(160, "Comparing", every_seconds=1e9, console=Console(file=stream)) as bar:
         counter = command._Counter(bar, config)
+        clock[0] += 3600.0  # a restart reads and measures what was made before
         assert counter.hours_left() is None
         for _ in range(6):  # two more learning rates than planned
             counter.add(10)
+            clock[0] += 36.0
         counter.finish(60)
-        assert counter.hours_left() > 0
+        assert counter.hours_left() == pytest.approx(120 * 6 * 36.0 / 50 / 3600)
         counter.finish(40)  # made before
         counter.finish(40)
         assert bar.seconds_left() is None  # those that were made before say nothing of the speed
         for _ in range(45):
             counter.add(1)
-        assert bar.seconds_left() < 60
     assert re.findall(r"\d+/\d+", stream.getvalue()) == ["10/160", "180/180", "185/190"]
 
 

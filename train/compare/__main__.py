@@ -88,7 +88,7 @@ def _compare(config: CompareConfig, run: RunFolder, loaded: LoadedModel) -> Resu
     print_facts(
         {
             "device": device_summary(),
-            "methods": ", ".join(entry.name for entry in config.chosen),
+            "methods": "; ".join(entry.name for entry in config.chosen),
             "budget": f"{config.steps} steps per run, {base.batch_size} rows of {base.sequence_length} tokens per step",
         }
     )

@@ -169,12 +169,12 @@ class CompareConfig:
 
     def _check_names(self, names: Sequence[str]) -> None:
         if self.entries and (unknown := [name for name in self.methods if name not in names]):
-            raise ValueError(f"--methods: there is no method {unknown[0]!r}; known are {', '.join(names)}")
+            raise ValueError(f"--methods: there is no method {unknown[0]!r}; known are {'; '.join(names)}")
         for contrast in self.contrasts:
             if not contrast.second:
                 raise ValueError(f"contrast {contrast.name!r}: nothing to compare {contrast.first!r} with")
             if unknown := [name for name in (contrast.first, *contrast.second) if name not in names]:
-                raise ValueError(f"contrast {contrast.name!r}: no entry {unknown[0]!r}; there are {', '.join(names)}")
+                raise ValueError(f"contrast {contrast.name!r}: no entry {unknown[0]!r}; there are {'; '.join(names)}")
 
     @property
     def chosen(self) -> tuple[Entry, ...]:

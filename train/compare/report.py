@@ -180,7 +180,7 @@ def write_report(
     with replacing(folder / "results.md") as file:
         file.write(f"{table(rows)}\n\nThe untouched model: {_percent(base)} %.\n".encode())
         if data["unfinished"]:
-            file.write(f"\nNot finished: {', '.join(data['unfinished'])}.\n".encode())
+            file.write(f"\nNot finished: {'; '.join(data['unfinished'])}.\n".encode())
         if data["contrasts"]:
             file.write(f"\n{contrast_table(data['contrasts'], config.margin)}\n".encode())
     files = [folder / "results.json", folder / "results.md"]

@@ -193,8 +193,8 @@ class Comparison:
         """
         record, path = self.record(entry, exponent, seed), self.path(entry, exponent, seed)
         assert record is not None
-        unmoved = record["kl"] is None and self.texts is not None and not entry.method.train_base
-        if record["test"] is not None and not unmoved:
+        lacks_kl = record["kl"] is None and self.texts is not None and not entry.method.train_base
+        if record["test"] is not None and not lacks_kl:
             return record
         saved = load_steering(path.with_suffix(".safetensors"))
         saved.check(self.loaded.config)
