@@ -22,7 +22,7 @@ from train.compare.check import check_comparison
 from train.compare.config import Contrast, Entry, LoFiT, Method
 from train.compare.contrasts import contrast_table, judge
 from train.compare.records import MethodResult, Timing, read_record
-from train.compare.runs import Comparison, search
+from train.compare.runs import Comparison
 from train.compare.sweep import Run
 from train.compare.timing import measure
 from train.config import TrainConfig
@@ -171,16 +171,6 @@ def test_predictions_stand_beside_decoded_answers(config, monkeypatch):
     assert result.decoded == {"examples": 3, "predicted": 2 / 3, "decoded": 2 / 3, "agree": 1 / 3}
 
 
-class Fake:
-    """A comparison whose validation accuracy is a function of the learning rate's exponent."""
-
-    def __init__(self, config, rate):
-        self.config, self.rate = config, rate
-
-    def finish(self, entry, runs):
-        return [{"diverged": self.rate(e) is None, "validation": [self.rate(e) or 0]} for e, _ in runs]
-
-
 def test_what_a_file_of_a_comparison_lacks_is_named(config, tmp_path, monkeypatch):
     monkeypatch.setattr(compare_runs, "evaluator_of", lambda *_: None)
     file = tmp_path / "timing.json"
@@ -205,26 +195,10 @@ def test_what_a_file_of_a_comparison_lacks_is_named(config, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("rate", "best", "tried"),
-    [
-        (lambda e: 1 - abs(e) / 10, 0, 3),
-        (lambda e: 1 - abs(e - 2) / 10, 2, 5),
-        (lambda e: 1 - abs(e + 1) / 10, -1, 4),
-        (lambda e: e / 10, 4, 6),  # ever better: at the edge after all extensions
-        (lambda e: None if e > 0 else 1 + e / 10, 0, 3),  # too high a rate diverges
-        (lambda e: 0.5, 0, 3),
-    ],
-)
-def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, config):
-    fake = Fake(replace(config, extensions=3), rate)
-    exponent, records = search(fake, config.entries[1], lambda text: None)
-    assert (exponent, len(records)) == (best, tried)
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rates": 2}, "rates must be odd"),
+        ({"extensions": -1}, "--extensions must be at least 0"),
         ({"factor": 1.0}, "factor above 1"),
         ({"base": TrainConfig(evaluate_every=5, patience=2)}, "base.evaluate_every has no effect here"),
         (

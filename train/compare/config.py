@@ -123,9 +123,11 @@ class CompareConfig:
     """With scoring predictions: number of test examples that the first seed of each method answers by decoding too, to
     show how the two agree."""
     rates: int = 3
-    """Number of learning rates in the first grid: odd, with the method's own in the middle."""
+    """Number of learning rates in the first grid: odd, with the method's own in the middle. 1: each method's own rate,
+    without a search."""
     extensions: int = 3
-    """Maximum number of learning rates to add, one at a time, while the best is at the grid's edge."""
+    """Maximum number of learning rates to add, one at a time, while the best is at the grid's edge. A single rate has
+    no edge."""
     seeds: int = 3
     """Number of runs, with different seeds, at the best learning rate."""
     together: int | None = None
@@ -142,11 +144,13 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         """Reject settings that no comparison could have."""
-        if self.rates < 3 or self.rates % 2 == 0 or self.seeds < 1 or not self.factor > 1:
+        if self.rates < 1 or self.rates % 2 == 0 or self.seeds < 1 or not self.factor > 1:
             raise ValueError(
-                f"comparison: rates must be odd and at least 3, seeds at least 1, factor above 1; got {self.rates}, "
+                f"comparison: rates must be odd (1, 3, 5, …), seeds at least 1, factor above 1; got {self.rates}, "
                 f"{self.seeds}, {self.factor}"
             )
+        if self.extensions < 0:
+            raise ValueError(f"--extensions must be at least 0, got {self.extensions}")
         if ignored := [name for name in IGNORED if getattr(self.base, name) != getattr(TrainConfig(), name)]:
             raise ValueError(
                 f"comparison: base.{ignored[0]} has no effect here; leave it and {', '.join(IGNORED)} at their defaults"
@@ -186,6 +190,11 @@ class CompareConfig:
         """The first grid: powers of `factor` that multiply an entry's learning rates."""
         half = self.rates // 2
         return list(range(-half, half + 1))
+
+    @property
+    def most_rates(self) -> int:
+        """Number of learning rates at which a grid stops growing."""
+        return self.rates + self.extensions if self.rates > 1 else 1
 
     @property
     def steps(self) -> int:

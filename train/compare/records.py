@@ -249,9 +249,9 @@ class MethodResult:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best learning rate is at an edge of the grid."""
+        """Whether the best learning rate is at an edge of the grid; a single one was not searched for."""
         exponents = [record["exponent"] for record in self.tried]
-        return self.best in (min(exponents), max(exponents))
+        return len(exponents) > 1 and self.best in (min(exponents), max(exponents))
 
     @property
     def final_overlap(self) -> np.ndarray | None:

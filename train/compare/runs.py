@@ -252,7 +252,7 @@ def search(comparison: Runs, entry: Entry, note: Callable[[str], None]) -> tuple
         percent = lambda share: "diverged" if share < 0 else f"{100 * share:.1f} %"
         by_rate = ", ".join(f"{config.factor**e * entry.lr:.2g}: {percent(accuracy[e])}" for e in grid)
         note(f"{entry.name}: validation accuracy by learning rate: {by_rate}")
-        if grid[0] < best < grid[-1] or len(grid) == config.rates + config.extensions:
+        if grid[0] < best < grid[-1] or len(grid) == config.most_rates:
             break
         grid = [grid[0] - 1, *grid] if best == grid[0] else [*grid, grid[-1] + 1]
         records = comparison.finish(entry, [(exponent, 0) for exponent in grid])
