@@ -13,6 +13,7 @@ import optax
 
 from jaxsteer.orthogonality import HIGHEST, NO_SCALES, Orthogonality, Scales, project_orthogonal
 from jaxsteer.params import Params
+from jaxsteer.ranges import Fraction, NonNegative, Positive, check_ranges
 from jaxsteer.steering import with_leaf
 from jaxsteer.types import Array, Plan, PyTree
 
@@ -25,41 +26,32 @@ Rate = float | Array
 class OptimConfig:
     """AdamW with warmup and a schedule, for two groups of parameters: weights and activations."""
 
-    lr: float = 9e-4
+    lr: Positive = 9e-4
     """Peak learning rate of the steering (activation) parameters, and of weight parameters unless weights_lr is set."""
-    weights_lr: float | None = None
+    weights_lr: Positive | None = None
     """Peak learning rate of weight parameters (LoRA; the base in full fine-tuning). None: same as lr."""
     schedule: Schedule = "linear"
     """Learning rate after warmup: constant, or linear or cosine decay to 0 at the last step."""
-    warmup: float = 0.03
+    warmup: Fraction = 0.03
     """Fraction of the steps used for linear warmup from 0."""
     weights_schedule: Schedule | None = None
     """Schedule of the weight parameters. None: same as schedule."""
-    weights_warmup: float | None = None
+    weights_warmup: Fraction | None = None
     """Warmup fraction of the weight parameters. None: same as warmup."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled weight decay (AdamW), applied to both groups."""
-    b1: float = 0.9
+    b1: Fraction = 0.9
     """Decay rate of Adam's first moment."""
-    b2: float = 0.999
+    b2: Fraction = 0.999
     """Decay rate of Adam's second moment."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the square root of Adam's second moment."""
-    clip: float | None = 1.0
+    clip: Positive | None = 1.0
     """Clip the gradient to this global norm, taken over both groups. None: no clipping."""
 
     def __post_init__(self) -> None:
         """Reject invalid settings."""
-        for name in ("lr", "weights_lr"):
-            rate = getattr(self, name)
-            if rate is not None and not rate > 0:
-                raise ValueError(f"optim.{name}: the learning rate must be above 0, got {rate}")
-        for name in ("warmup", "weights_warmup"):
-            share = getattr(self, name)
-            if share is not None and not 0 <= share < 1:
-                raise ValueError(f"optim.{name}: a fraction of the steps, at least 0 and below 1; got {share}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"optim.clip must be above 0, or None for no clipping; got {self.clip}")
+        check_ranges(self, "optim.")
         for name in ("schedule", "weights_schedule"):
             kind = getattr(self, name)
             if kind not in get_args(Schedule) and not (name == "weights_schedule" and kind is None):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxsteer.params import Params, combine
+from jaxsteer.ranges import Count, Positive, check_ranges
 from jaxsteer.steering import with_leaf
 from jaxsteer.types import Array, Plan, PyTree, Slot, Steering
 
@@ -40,7 +41,7 @@ class Orthogonality:
     mode: Literal["auto", "none", "penalty", "projection"] = "auto"
     """penalty: add a term to the loss; projection: remove LoRA's directions from the steering after each update; auto:
     penalty if the plan has both LoRA and steering of the residual stream, otherwise none."""
-    strength: float = 3.0
+    strength: Positive = 3.0
     """Weight of the penalty, which is summed over layers."""
     normalised: bool = False
     """Penalise the overlap Ω, which ignores the steering's norm, instead of tr(S P Sᵀ)."""
@@ -50,7 +51,7 @@ class Orthogonality:
     """Projections whose LoRA is considered: mlp.down, attn.o, or both."""
     through_lora: bool = False
     """Let the penalty's gradient reach LoRA too. It grows as 1/‖B‖ near B = 0."""
-    every: int = 1
+    every: Count = 1
     """Number of updates between projections."""
 
     def __post_init__(self) -> None:
@@ -63,10 +64,7 @@ class Orthogonality:
             raise ValueError(
                 f"orthogonality.sites must be one or more of {', '.join(WRITERS)}; got {self.sites or 'none'}"
             )
-        if not self.strength > 0 or self.every < 1:
-            raise ValueError(
-                f"orthogonality: strength must be above 0 and every at least 1; got {self.strength}, {self.every}"
-            )
+        check_ranges(self, "orthogonality.")
 
     def resolve(self, plan: Plan) -> Orthogonality:
         """Replace `auto` by the mode that it means for a plan, and check that the plan has something to constrain.

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from jaxsteer.io import load_tokenizer, save_hf
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import init_base
+from jaxsteer.ranges import Count, Seed, check_ranges
 from jaxsteer.steering import count_parameters
 from train.cli import run_main
-from train.config import option
 from train.display.console import print_facts
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -35,23 +35,23 @@ class CreateConfig:
 
     folder: Annotated[str, tyro.conf.Positional]
     """Folder for the model, in Hugging Face's format; it must not exist, or be empty."""
-    layers: int = 6
+    layers: Count = 6
     """Number of blocks."""
-    width: int = 256
+    width: Count = 256
     """Width of the residual stream; a multiple of the heads."""
-    heads: int = 4
+    heads: Count = 4
     """Number of attention heads."""
-    kv_heads: int | None = None
+    kv_heads: Count | None = None
     """Number of heads of keys and values, which must divide the heads; None: as many."""
-    mlp_width: int | None = None
+    mlp_width: Count | None = None
     """Width of the MLP; None: 8/3 of the residual stream's, rounded up to a multiple of 32."""
-    max_length: int = 1024
+    max_length: Count = 1024
     """Maximum number of tokens of a text."""
     tie_head: bool = True
     """Use the embedding as the output's too."""
     tokenizer: str | None = None
     """Folder or Hugging Face id to take the tokenizer from; None: one token for each byte, with ChatML messages."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed of the weights."""
 
     def check(self) -> None:
@@ -60,17 +60,13 @@ class CreateConfig:
         Raises:
             ValueError: names the option.
         """
-        for name in ("layers", "width", "heads", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"--width {self.width}: must be a multiple of {2 * self.heads}, twice the number of --heads"
             )
-        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+        if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"--kv-heads {self.kv_heads}: must divide --heads {self.heads}")
-        if self.mlp_width is not None and self.mlp_width < 1:
-            raise ValueError(f"--mlp-width must be at least 1, got {self.mlp_width}")
         place = Path(self.folder)
         if place.exists() and not (place.is_dir() and not any(place.iterdir())):
             raise ValueError(f"{self.folder}: there is something already; give another folder")

@@ -21,6 +21,7 @@ from rich.table import Table
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.params import Params
+from jaxsteer.ranges import Count, Seed, check_ranges
 from jaxsteer.steering import keep_kind
 from jaxsteer.types import Kind, Plan, Steering
 from train.base_models import load_steered, read_steered, steered
@@ -62,11 +63,11 @@ class EvaluateConfig:
     """Split of the task to evaluate."""
     perturb: Perturbation | None = None
     """Perturb the questions: typos, another casing, a paraphrase, or the choices in another order."""
-    perturb_seed: int = 0
+    perturb_seed: Seed = 0
     """Random seed for the perturbation."""
-    examples: int = 512
+    examples: Count = 512
     """Maximum number of examples."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Prompts answered at a time."""
     by: By = "generation"
     """Let the model generate its answer, or take the most likely of the example's choices."""
@@ -90,9 +91,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Reject settings that evaluate nothing."""
-        for name in ("examples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
 
 
 def part_of(plan: Plan, steering: Steering, part: Part) -> Steering:

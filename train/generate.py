@@ -23,6 +23,7 @@ from jaxsteer.io import SteeringFile
 from jaxsteer.models.config import beyond_context, check_new_tokens
 from jaxsteer.models.transformer import Model
 from jaxsteer.params import Params
+from jaxsteer.ranges import Count, Natural, NonNegative, Range, Seed, check_ranges
 from train.base_models import load_steered, read_steered, steered
 from train.cli import run_main
 from train.data import Encoding, Example
@@ -71,17 +72,17 @@ class GenerateConfig:
     """Apply the model's chat template; by default as in training, and for prompts that are conversations."""
     compare: bool = False
     """Also print the unsteered model's answer."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     """Maximum number of tokens to generate; by default as in training, else 64."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Prompts answered at a time."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """Sampling temperature; 0: greedy decoding."""
-    top_k: int = 0
+    top_k: Natural = 0
     """Sample from the k most likely tokens only; 0: all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0
     """Sample from the smallest set of most likely tokens whose probabilities add up to this."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for sampling."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How weights and prompts are sharded over devices."""
@@ -96,11 +97,7 @@ class GenerateConfig:
         Raises:
             ValueError: names the option.
         """
-        for name in ("max_new_tokens", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
+        check_ranges(self)
         if self.prompts and self.input is not None:
             raise ValueError("give prompts, or --input with a file of them, not both")
         if self.output is not None:

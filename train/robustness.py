@@ -20,6 +20,7 @@ from jaxsteer.io import SteeringFile
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Model
 from jaxsteer.params import Params
+from jaxsteer.ranges import Count, Seed, check_ranges
 from jaxsteer.types import Plan, Steering
 from train.base_models import check_base, find_base, load_steered, read_steered, steered
 from train.cli import find_task, load_config_file, run_main
@@ -60,9 +61,9 @@ class RobustnessConfig:
     """Kinds of perturbation: typos, casing, paraphrase, choices."""
     split: Split = "test"
     """Split of the tasks to evaluate."""
-    examples: int = 512
+    examples: Count = 512
     """Maximum number of examples per task and perturbation."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Prompts answered at a time."""
     by: By = "generation"
     """Let the model generate its answer, or take the most likely of the example's choices."""
@@ -70,7 +71,7 @@ class RobustnessConfig:
     """What to divide the log-likelihood of a choice by: nothing, its number of tokens, or its number of characters."""
     neutral: str = str(NEUTRAL)
     """Text file with one neutral text per line; by default twenty short ones on everyday matters."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for the perturbations."""
     out: str = "runs/robustness"
     """Folder for the answers and the table."""
@@ -83,9 +84,7 @@ class RobustnessConfig:
 
     def __post_init__(self) -> None:
         """Reject settings that evaluate nothing."""
-        for name in ("examples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

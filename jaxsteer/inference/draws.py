@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.transformer import Network, capped, logits_of, output_embedding
+from jaxsteer.ranges import Natural, NonNegative, Range, check_ranges
 from jaxsteer.sharding import current_mesh, current_platform
 from jaxsteer.types import Array, PyTree
 
@@ -28,17 +29,13 @@ class Sampling:
     top_p        nucleus sampling: the smallest set of most likely tokens with at least this total probability; 1 = all
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: NonNegative = 0.0
+    top_k: Natural = 0
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0
 
     def __post_init__(self) -> None:
         """Reject settings that define no distribution."""
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"sampling: temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p} is not possible; "
-                "temperature and top_k must be at least 0, and top_p above 0 and at most 1"
-            )
+        check_ranges(self, "sampling: ")
 
 
 GREEDY = Sampling()

@@ -199,7 +199,7 @@ def test_what_a_file_of_a_comparison_lacks_is_named(config, tmp_path, monkeypatc
     [
         ({"rates": 2}, "rates must be odd"),
         ({"extensions": -1}, "--extensions must be at least 0"),
-        ({"factor": 1.0}, "factor above 1"),
+        ({"factor": 1.0}, "--factor must be above 1"),
         ({"base": TrainConfig(evaluate_every=5, patience=2)}, "base.evaluate_every has no effect here"),
         (
             {"base": TrainConfig(plan=("lora(rank=2) @ mlp.down",))},
@@ -207,7 +207,7 @@ def test_what_a_file_of_a_comparison_lacks_is_named(config, tmp_path, monkeypatc
         ),
         ({"base": TrainConfig(train_examples=5)}, "base.train_examples has no effect here"),
         ({"workers": 0}, "--workers must be at least 1"),
-        ({"margin": 0.0}, "--margin must be between 0 and 1"),
+        ({"margin": 0.0}, "--margin must be above 0 and below 1"),
         ({"decoded": 5}, "--decoded 5: needs --scoring predictions"),
         (
             {"contrasts": (Contrast("q", "joint", ("LoRA",)),)},

@@ -45,5 +45,5 @@ def test_settings_that_no_run_could_have(changed, message):
 
 def test_policies_that_no_loss_has():
     for wrong in ({"scale": "x"}, {"average": "x"}, {"clip_low": 1.5}, {"beta": -1}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        with pytest.raises(ValueError, match=next(iter(wrong)).replace("_", "-")):
             PolicyLoss(**wrong)

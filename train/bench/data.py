@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxsteer.io import cache_folder
 from jaxsteer.io.files import replacing
+from jaxsteer.ranges import Count, check_ranges
 from train.base_models import describe
 from train.data import DataSource, Encoding
 from train.data.text_files import json_lines
@@ -38,21 +39,25 @@ class DataBench:
     """JSON Lines file with the columns of a named task."""
     task: str = "gsm8k"
     """The named task that reads it."""
-    examples: int | None = None
+    examples: Count | None = None
     """Number of examples: write a file of this many lines first, which repeats the given one with other digits. By
     default the file as it is."""
     folder: str = "."
     """Where such a file is written; one that is there is used again."""
     model: str = "smollm2-135m-instruct"
     """Base model whose tokenizer is used."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Rows per batch."""
-    sequence_length: int = 1024
+    sequence_length: Count = 1024
     """Tokens per row; longer examples are dropped."""
-    batches: int = 100
+    batches: Count = 100
     """Number of batches that are timed, from all over the first pass."""
     json: str | None = None
     """File to write the figures to."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that nothing can be measured with."""
+        check_ranges(self)
 
 
 def bench_data(config: DataBench) -> dict[str, float]:

@@ -18,6 +18,7 @@ from jaxsteer.io import LoadedModel
 from jaxsteer.models.by_layer import layers_to_decode
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.plans import parse_plan
+from jaxsteer.ranges import Count, check_ranges
 from jaxsteer.steering import init_steering
 from jaxsteer.types import Array, Batch, Plan, Steering
 from train.base_models import check_plan, load
@@ -32,20 +33,24 @@ class DecodeBench:
     """Local folder, .gguf file or Hugging Face id of the base model, or smollm2-135m-instruct."""
     plan: tuple[str, ...] = ("nonlinear(rank=8) @ block",)
     """Steering plan: what is steered at which sites."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Number of prompts decoded at a time."""
-    prompt: int = 32
+    prompt: Count = 32
     """Length of each prompt in tokens."""
-    new_tokens: int = 64
+    new_tokens: Count = 64
     """Number of tokens to generate per prompt."""
-    adapters: int = 1
+    adapters: Count = 1
     """Number of adapters among which the prompts are dealt out, in turn; from 2 on compared with one, too."""
-    repeats: int = 7
+    repeats: Count = 7
     """Number of interleaved pairs of runs; the medians are reported."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     json: str | None = None
     """Write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that nothing can be measured with."""
+        check_ranges(self)
 
 
 STOPS = (-1,)

@@ -18,6 +18,7 @@ from jaxsteer.io.load import require_tokenizer
 from jaxsteer.io.tokenizer import Tokenizer
 from jaxsteer.models.transformer import Model, Network
 from jaxsteer.plans import parse_plan
+from jaxsteer.ranges import Count, check_ranges
 from jaxsteer.steering import init_steering
 from train.base_models import check_plan, load, resolve_model
 from train.data import Example, TokenizedExample, encode_prompts, stop_tokens
@@ -38,18 +39,22 @@ class EvalBench:
     """A JSONL file with prompts; by default random tokens, as long as GSM8K's questions."""
     prompt: str = "question"
     """Field of the JSONL file that holds the prompt."""
-    examples: int = 192
+    examples: Count = 192
     """Maximum number of prompts answered in batches."""
-    alone: int = 8
+    alone: Count = 8
     """Number of these prompts, of evenly spread lengths, that are also answered one at a time."""
-    batch_size: int = 96
+    batch_size: Count = 96
     """Number of prompts decoded at a time."""
-    new_tokens: int = 100
+    new_tokens: Count = 100
     """Maximum number of tokens in an answer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     json: str | None = None
     """Write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that nothing can be measured with."""
+        check_ranges(self)
 
 
 class _Run:

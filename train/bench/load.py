@@ -22,6 +22,7 @@ import numpy as np
 from jaxsteer.io import load_base, save_hf
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import init_base
+from jaxsteer.ranges import Count, Positive, check_ranges
 from train.devices.machine import peak_memory_bytes
 from train.devices.placement import MeshConfig, place_on
 from train.devices.processes import DistributedConfig, join
@@ -33,18 +34,22 @@ class LoadBench:
 
     model: str | None = None
     """Local folder or .gguf file; by default a Llama with random bf16 weights is made, and deleted afterwards."""
-    gigabytes: float = 2.0
+    gigabytes: Positive = 2.0
     """Size of that Llama."""
     folder: str | None = None
     """Folder to make it in; by default the system's temporary folder."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the loaded weights."""
-    devices: tuple[int, ...] = (1, 2, 8)
+    devices: tuple[Count, ...] = (1, 2, 8)
     """Numbers of devices of one process to split the weights over, each measured."""
-    processes: tuple[int, ...] = (2, 4)
+    processes: tuple[Count, ...] = (2, 4)
     """Numbers of processes with one device each to split the weights over, each measured."""
     json: str | None = None
     """Write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that nothing can be measured with."""
+        check_ranges(self)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 from jaxsteer.inference import Decoder, Limits, Request, generate_all
 from jaxsteer.io import LoadedModel, SteeringFile
 from jaxsteer.models.transformer import Model
+from jaxsteer.ranges import Count, check_ranges
 from train.base_models import load_steered
 from train.bench.eval import questions
 from train.devices.programs import started
@@ -47,15 +48,15 @@ class ServeBench:
     url: str | None = None
     """Address of a server that runs already, such as http://127.0.0.1:8000, which serves the steering under its name;
     by default one is started for the measurement."""
-    clients: tuple[int, ...] = (1, 8, 32)
+    clients: tuple[Count, ...] = (1, 8, 32)
     """Numbers of clients, each of which asks for one answer after the other; all are measured."""
-    prompts: int = 4
+    prompts: Count = 4
     """Prompts of each client; at least 16 are asked."""
     data: str | None = None
     """A JSONL file with prompts; by default random tokens, as long as GSM8K's questions."""
     prompt: str = "question"
     """Field of the JSONL file that holds the prompt."""
-    new_tokens: int = 64
+    new_tokens: Count = 64
     """Maximum number of tokens in an answer."""
     compare: bool = True
     """Also answer the same prompts in this process by `generate_all`, before and after."""
@@ -63,6 +64,10 @@ class ServeBench:
     """Data type of the weights and the compute; auto: float32 on CPU, bfloat16 on accelerators."""
     json: str | None = None
     """Write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that nothing can be measured with."""
+        check_ranges(self)
 
 
 class _Answered(NamedTuple):

@@ -20,6 +20,7 @@ from jaxsteer.models.transformer import Remat
 from jaxsteer.objectives.supervised import supervised_loss
 from jaxsteer.objectives.tokens import next_tokens
 from jaxsteer.params import Params, partition
+from jaxsteer.ranges import Count, check_ranges
 from jaxsteer.steering import init_steering
 from jaxsteer.training import init_state
 from jaxsteer.types import Batch
@@ -42,15 +43,15 @@ class TrainBench:
     """Steering plan: what is steered at which sites."""
     train_base: bool = False
     """Full fine-tuning: train the base weights too."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Number of packed rows per batch."""
-    sequence_length: int = 256
+    sequence_length: Count = 256
     """Length of each row in tokens."""
     data: str = "dense"
     """dense (random tokens, a loss at every position), listops, or a JSONL file of prompts and completions."""
     keys: Keys = field(default_factory=Keys)
     """Field names in the JSONL file."""
-    steps: int = 5
+    steps: Count = 5
     """Number of steps to time; the medians are reported."""
     remat: Remat = "selective"
     """What the backward pass recomputes instead of storing it."""
@@ -60,6 +61,10 @@ class TrainBench:
     """Quantise the projections of the frozen base to int8."""
     json: str | None = None
     """Write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that nothing can be measured with."""
+        check_ranges(self)
 
 
 class _Step(NamedTuple):

@@ -20,6 +20,7 @@ from jaxsteer.inference.draws import Sampling
 from jaxsteer.io import SteeringFile, load_config
 from jaxsteer.io.provenance import BaseOptions
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.ranges import Count, Natural, NonNegative, Range, Seed, check_ranges
 from train.base_models import describe, find_base, read_steered, resolve_model
 from train.chat.answers import Talker
 from train.chat.commands import Chat
@@ -60,17 +61,17 @@ class ChatConfig:
     template that the adapter was trained with; auto: as the adapter was trained."""
     system: str | None = None
     """System message of the conversation."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     """Maximum number of tokens of an answer; by default 256 in a chat, and as in training for a completion."""
-    context: int | None = None
+    context: Annotated[int, Range(2)] | None = None
     """Maximum number of tokens of a conversation; by default the model's context, but at most 4,096."""
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """Sampling temperature; 0: greedy decoding."""
-    top_k: int = 0
+    top_k: Natural = 0
     """Sample from the k most likely tokens only; 0: all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0
     """Sample from the smallest set of most likely tokens whose probabilities add up to this."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for sampling."""
     show_shift: bool = False
     """After each answer, show it coloured by how far steering moved each token."""
@@ -83,11 +84,7 @@ class ChatConfig:
         Raises:
             ValueError: names the option.
         """
-        for name, least in (("max_new_tokens", 1), ("context", 2)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-        if not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"--seed must be from 0 to 2**32 - 1, got {self.seed}")
+        check_ranges(self)
         if self.system is not None:
             check_unicode(self.system, "--system")
             if self.mode == "completion":

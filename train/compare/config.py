@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from jaxsteer.orthogonality import Orthogonality
+from jaxsteer.ranges import Count, Inside, Natural, Positive, Range, check_ranges
 from train.config import TrainConfig
 from train.config.run import KeepConfig
 
@@ -26,16 +27,24 @@ class Method:
     """How LoRA and steering are kept orthogonal, in a plan that has both."""
     keep: KeepConfig = field(default_factory=KeepConfig)
     """Hold predictions on neutral text where they were."""
-    train_examples: int = 0
+    train_examples: Natural = 0
     """Number of training examples to use; 0: all."""
+
+    def __post_init__(self) -> None:
+        """Reject a negative number of examples."""
+        check_ranges(self, "method: ")
 
 
 @dataclass(frozen=True)
 class LoFiT:
     """Train in LoFiT's two stages, which share the steps of one run."""
 
-    heads: int = 32
+    heads: Count = 32
     """Number of attention heads that the second stage shifts."""
+
+    def __post_init__(self) -> None:
+        """Reject no heads."""
+        check_ranges(self, "lofit: ")
 
 
 @dataclass(frozen=True)
@@ -46,14 +55,18 @@ class Entry:
     """Name in the table."""
     method: Method
     """How to train."""
-    lr: float
+    lr: Positive
     """Learning rate in the middle of the grid, of steering (and of all that trains, unless weights_lr is given)."""
-    weights_lr: float | None = None
+    weights_lr: Positive | None = None
     """The same for LoRA or the base model. The grid multiplies both."""
     lofit: LoFiT | None = None
     """Train in LoFiT's two stages; None = in one."""
     series: str | None = None
     """Entries with the same series are points of one line in the plots."""
+
+    def __post_init__(self) -> None:
+        """Reject rates that nothing learns with."""
+        check_ranges(self, f"entry {self.name!r}: ")
 
     @property
     def slug(self) -> str:
@@ -111,32 +124,32 @@ class CompareConfig:
     neutral: str | None = None
     """Text file with one neutral text per line: how far each method moves the predictions there is measured and plotted
     too. It can be added to a comparison that has been made, except for full fine-tuning. None: it is not measured."""
-    margin: float = 0.01
+    margin: Inside = 0.01
     """Largest difference in accuracy that counts as none, in the test that two methods are equal."""
-    factor: float = 3.0
+    factor: Annotated[float, Range(1, open_low=True)] = 3.0
     """Ratio of neighbouring learning rates in the grid."""
     scoring: Literal["answers", "predictions"] = "answers"
     """How accuracy is measured. answers: generated, and read by the task's rule. predictions: whether each token of the
     right answer, its end included, is the likeliest given those before, in one pass over packed rows; the same as
     generated answers that must be exactly right."""
-    decoded: int = 0
+    decoded: Natural = 0
     """With scoring predictions: number of test examples that the first seed of each method answers by decoding too, to
     show how the two agree."""
-    rates: int = 3
+    rates: Count = 3
     """Number of learning rates in the first grid: odd, with the method's own in the middle. 1: each method's own rate,
     without a search."""
-    extensions: int = 3
+    extensions: Natural = 3
     """Maximum number of learning rates to add, one at a time, while the best is at the grid's edge. A single rate has
     no edge."""
-    seeds: int = 3
+    seeds: Count = 3
     """Number of runs, with different seeds, at the best learning rate."""
-    together: int | None = None
+    together: Count | None = None
     """Maximum number of runs of one method that train together, as one program. Fewer need less memory, and a
     comparison that is stopped loses less. None: all of a method's learning rates, then all of its seeds. In full
     fine-tuning, where they have no weights in common, always one."""
     timings: bool = True
     """After all runs, measure the time and memory of a step of each method."""
-    workers: int = 1
+    workers: Count = 1
     """Number of processes that make the runs, each of one method at a time, with an equal share of the CPU's cores. For
     a small model several are faster than one. Results may differ in the last digits."""
     out: str = "runs/compare"
@@ -144,13 +157,9 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         """Reject settings that no comparison could have."""
-        if self.rates < 1 or self.rates % 2 == 0 or self.seeds < 1 or not self.factor > 1:
-            raise ValueError(
-                f"comparison: rates must be odd (1, 3, 5, …), seeds at least 1, factor above 1; got {self.rates}, "
-                f"{self.seeds}, {self.factor}"
-            )
-        if self.extensions < 0:
-            raise ValueError(f"--extensions must be at least 0, got {self.extensions}")
+        check_ranges(self)
+        if self.rates % 2 == 0:
+            raise ValueError(f"--rates must be odd, with each method's own rate in the middle; got {self.rates}")
         if ignored := [name for name in IGNORED if getattr(self.base, name) != getattr(TrainConfig(), name)]:
             raise ValueError(
                 f"comparison: base.{ignored[0]} has no effect here; leave it and {', '.join(IGNORED)} at their defaults"
@@ -161,14 +170,8 @@ class CompareConfig:
         slugs = [entry.slug for entry in self.entries]
         if repeated := sorted({slug for slug in slugs if slugs.count(slug) > 1}):
             raise ValueError(f"comparison: two entries have the name {repeated[0]!r}; rename one")
-        if self.together is not None and self.together < 1:
-            raise ValueError(f"--together must be at least 1, got {self.together}")
-        if self.workers < 1:
-            raise ValueError(f"--workers must be at least 1, got {self.workers}")
-        if not 0 < self.margin < 1:
-            raise ValueError(f"--margin must be between 0 and 1, got {self.margin:g}")
-        if self.decoded < 0 or (self.decoded and self.scoring != "predictions"):
-            raise ValueError(f"--decoded {self.decoded}: needs --scoring predictions, and at least 0")
+        if self.decoded and self.scoring != "predictions":
+            raise ValueError(f"--decoded {self.decoded}: needs --scoring predictions")
         self._check_names([entry.name for entry in self.entries])
 
     def _check_names(self, names: Sequence[str]) -> None:

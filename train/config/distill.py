@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxsteer.objectives import Distillation, Objective
+from jaxsteer.ranges import Natural, Positive, check_ranges
 from train.config.run import TrainConfig, operational
 
 
@@ -17,7 +18,7 @@ class Teacher:
     """Text file that the teacher reads before each prompt (without --task.chat)."""
     system: str | None = None
     """System message that the teacher is given (with --task.chat)."""
-    shots: int = 0
+    shots: Natural = 0
     """Worked examples that the teacher reads before each prompt. They are taken out of the training examples."""
     separator: str = "\n"
     """Text between worked examples, and between them and the prompt (without --task.chat)."""
@@ -28,8 +29,7 @@ class Teacher:
 
     def __post_init__(self) -> None:
         """Reject a teacher that is the student, and settings that exclude each other."""
-        if self.shots < 0:
-            raise ValueError(f"--teacher.shots must be at least 0, got {self.shots}")
+        check_ranges(self, "--teacher.")
         if self.context is not None and self.system is not None:
             raise ValueError("--teacher.context is for plain prompts, --teacher.system for chats; give one of them")
 
@@ -47,7 +47,7 @@ class DistillConfig(TrainConfig):
 
     teacher: Teacher = Teacher(shots=8)  # frozen
     """Who is imitated."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Temperature of both distributions; above 1, unlikely tokens count more."""
     out: str = operational("runs/distill")
     """Folder for the run: config, metrics, checkpoints, steering file, plots."""
@@ -68,8 +68,6 @@ class DistillConfig(TrainConfig):
             raise ValueError("--teacher.context is for plain prompts; with --task.chat use --teacher.system")
         if self.loss_on != "completion":
             raise ValueError(f"--loss-on {self.loss_on}: the teacher reads other prompts; only completions are learned")
-        if not self.temperature > 0:
-            raise ValueError(f"--temperature must be above 0, got {self.temperature}")
 
     @property
     def loss(self) -> Objective:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from jaxsteer.objectives import Kto, Objective, Preference
 from jaxsteer.optim import OptimConfig
+from jaxsteer.ranges import Finite, NonNegative, Positive, Range, check_ranges
 from train.config.run import TrainConfig, changeable, operational
 from train.tasks import PairedTask, Task
 
@@ -23,26 +24,25 @@ class PreferenceLoss:
     kind: Kind = "sigmoid"
     """sigmoid: DPO. ipo: squared distance of the margin from 1 / (2 beta). simpo: mean log-probabilities and no
     reference. kto: answers judged one by one, without pairs."""
-    beta: float | None = None
+    beta: Positive | None = None
     """How strongly the model is held near the reference: small values let it move far. Default: 0.1, simpo 2."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(0, 0.5, open_high=True)] = 0.0
     """Share of the pairs that are taken to be the wrong way round, 0 to below 0.5 (conservative DPO); sigmoid only."""
-    margin: float = 0.0
+    margin: Finite = 0.0
     """Least difference of the scaled log-probabilities that is aimed at; simpo only, where 1 is usual."""
     bidirectional: bool = False
     """Train the steering for both signs of its strength, so that -1 does the opposite (BiPO); sigmoid only, and for
     plans of activation methods only."""
-    desirable_weight: float = 1.0
+    desirable_weight: NonNegative = 1.0
     """Weight of desirable answers; kto only."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: NonNegative = 1.0
     """Weight of undesirable answers; kto only."""
 
     def __post_init__(self) -> None:
         """Reject settings without effect, and values that no loss has."""
         if self.kind not in get_args(Kind):
             raise ValueError(f"--preference.kind {self.kind!r}: use {', '.join(get_args(Kind))}")
-        if self.beta is not None and not self.beta > 0:
-            raise ValueError(f"--preference.beta must be above 0, got {self.beta}")
+        check_ranges(self, "--preference.")
         own = {
             "label_smoothing": "sigmoid",
             "bidirectional": "sigmoid",
@@ -91,7 +91,7 @@ class DpoConfig(TrainConfig):
     """The loss."""
     share_prompts: bool = True
     """Compute the prompt of a pair once for both answers, where the attention kernel can."""
-    optim: OptimConfig = changeable(OptimConfig(lr=5e-4, schedule="cosine", warmup=0.1))  # noqa: RUF009  # frozen
+    optim: OptimConfig = changeable(OptimConfig(lr=5e-4, schedule="cosine", warmup=0.1))
     """Optimizer: learning rates, schedules, clipping."""
     out: str = operational("runs/dpo")
     """Folder for the run: config, metrics, checkpoints, steering file, plots."""

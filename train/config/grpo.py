@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import Annotated, ClassVar, get_args
 
 from jaxsteer.objectives import Grpo, Objective
 from jaxsteer.objectives.grpo import Average, Scale
 from jaxsteer.optim import OptimConfig
+from jaxsteer.ranges import Count, Inside, Natural, NonNegative, Positive, Range, check_ranges
 from train.config.run import TrainConfig, changeable, operational
 
 
@@ -15,11 +16,11 @@ from train.config.run import TrainConfig, changeable, operational
 class PolicyLoss:
     """How rewards become a loss. The defaults are DAPO's; GRPO's are clip-high 0.2, beta 0.04, average answers."""
 
-    clip_low: float = 0.2
+    clip_low: Inside = 0.2
     """How far the probability of a token may fall below the one it was sampled with, as a share, with --updates."""
-    clip_high: float = 0.28
+    clip_high: Positive = 0.28
     """How far it may rise above it."""
-    beta: float = 0.0
+    beta: NonNegative = 0.0
     """Weight of the KL to the reference: the steering that the run starts from, on the pretrained base. 0: none."""
     average: Average = "tokens"
     """What the loss is averaged over: all tokens alike, answers (a token of a long answer counts less), or a constant
@@ -31,6 +32,7 @@ class PolicyLoss:
         """Reject settings that no loss has."""
         if self.scale not in get_args(Scale):
             raise ValueError(f"--policy.scale {self.scale!r}: use {', '.join(get_args(Scale))}")
+        check_ranges(self, "--policy.")
         self.objective(1, 1.0, on_policy=True)
 
     def objective(self, max_tokens: int, temperature: float, *, on_policy: bool) -> Grpo:
@@ -51,13 +53,13 @@ class GrpoConfig(TrainConfig):
     """What answers are rewarded for, added up: exact (the right answer by the task's rule), number, label, format (the
     rule finds an answer), or FILE.py:FUNCTION, a function (example, answer) -> number; each with a factor if wanted,
     0.2*format."""
-    prompts: int = 16
+    prompts: Count = 16
     """Prompts that are answered for each batch of rollouts."""
-    group: int = 8
+    group: Annotated[int, Range(2)] = 8
     """Answers to each prompt, which are compared with each other; at least 2."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Temperature at which answers are sampled, and of the policy that is trained."""
-    updates: int = 1
+    updates: Count = 1
     """Updates of the parameters for each batch of rollouts. Steps, checkpoints and evaluations are multiples of it."""
     keep_truncated: bool = True
     """Learn from answers that reached the maximum number of tokens; else they are left out of the loss."""
@@ -65,11 +67,11 @@ class GrpoConfig(TrainConfig):
     """The loss."""
     share_prompts: bool = True
     """Compute the prompt of a group once for all its answers, where the attention kernel can."""
-    show_rollouts: int = operational(10)
+    show_rollouts: Natural = operational(10)
     """Batches of rollouts between two that are shown, with the KL to the reference; 0: none."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows computed at a time; a batch of rollouts takes as many times as its answers need."""
-    optim: OptimConfig = changeable(OptimConfig(lr=1e-3, schedule="constant", warmup=0.05))  # noqa: RUF009  # frozen
+    optim: OptimConfig = changeable(OptimConfig(lr=1e-3, schedule="constant", warmup=0.05))
     """Optimizer: learning rates, schedules, clipping."""
     out: str = operational("runs/grpo")
     """Folder for the run: config, metrics, checkpoints, steering file, plots."""
@@ -77,18 +79,6 @@ class GrpoConfig(TrainConfig):
     def __post_init__(self) -> None:
         """Reject settings that no run could have."""
         super().__post_init__()
-        if self.group < 2:
-            raise ValueError(
-                f"--group must be at least 2, got {self.group}: an answer's advantage is relative to the others of its "
-                "group"
-            )
-        for name in ("prompts", "updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise ValueError(f"--temperature must be above 0, got {self.temperature}: greedy answers are all the same")
-        if self.show_rollouts < 0:
-            raise ValueError(f"--show-rollouts must be at least 0, got {self.show_rollouts}")
         if self.grad_accumulation != 1:
             raise ValueError(
                 f"--grad-accumulation {self.grad_accumulation}: rollouts are divided into microbatches of --batch-size "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from jaxsteer.models.attention import Kernel
 from jaxsteer.models.transformer import Remat
 from jaxsteer.objectives import SUPERVISED, Keeping, Objective
 from jaxsteer.optim import OptimConfig
 from jaxsteer.orthogonality import Orthogonality
+from jaxsteer.ranges import Count, Fraction, Natural, NonNegative, Positive, Range, Seed, check_ranges
 from train.data import LossOn, OnLong
 from train.devices.placement import MeshConfig
 from train.devices.processes import DistributedConfig
@@ -42,22 +43,19 @@ def operational(default: Any) -> Any:
 class KeepConfig:
     """Neutral text on which predictions are to stay those of the pretrained model."""
 
-    weight: float = 0.0
+    weight: NonNegative = 0.0
     """Weight in the loss of KL(pretrained ‖ trained) on neutral text, the mean over its tokens in nats; 0: not
     computed."""
     texts: str | None = None
     """Text file with one neutral text per line. Other texts than those that side effects are measured on."""
-    length: int = 64
+    length: Annotated[int, Range(4)] = 64
     """Maximum number of tokens of a text, of which the second half counts; each row of a batch has a text beside it."""
 
     def __post_init__(self) -> None:
         """Reject a weight without texts, and texts too short to have halves."""
-        if self.weight < 0:
-            raise ValueError(f"--keep.weight must be at least 0, got {self.weight:g}")
+        check_ranges(self, "--keep.")
         if self.weight and self.texts is None:
             raise ValueError(f"--keep.weight {self.weight:g} needs neutral text: --keep.texts FILE, one in each line")
-        if self.length < 4:
-            raise ValueError(f"--keep.length must be at least 4, got {self.length}")
 
 
 @dataclass(frozen=True)
@@ -81,22 +79,22 @@ class TrainConfig:
     start_from: str | None = None
     """Steering file, or folder of a run, whose trained steering this run starts from; the optimizer starts afresh. Its
     plan is taken over if the config has none of its own (it is empty, or the default)."""
-    optim: OptimConfig = changeable(OptimConfig())  # noqa: RUF009
+    optim: OptimConfig = changeable(OptimConfig())
     """Optimizer: learning rates, schedules, clipping."""
     orthogonality: Orthogonality = field(default_factory=Orthogonality)
     """How LoRA and steering are kept orthogonal when the plan has both (joint adaptation)."""
     keep: KeepConfig = KeepConfig()  # frozen
     """Hold predictions on neutral text where they were, against side effects."""
-    steps: int | None = changeable(None)
+    steps: Count | None = changeable(None)
     """Number of optimizer updates; overrides `epochs`."""
-    epochs: float = changeable(1.0)
+    epochs: Positive = changeable(1.0)
     """Passes over the training examples, if `steps` is not given."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows per batch."""
-    sequence_length: int = 256
+    sequence_length: Natural = 256
     """Tokens per row; several examples are packed into one row. 0: chosen by the data, so that no example is too long,
     and padding and attention together cost least; the number is kept in the run's settings."""
-    grad_accumulation: int = 1
+    grad_accumulation: Count = 1
     """Microbatches per batch, computed one after another to save memory."""
     pack: bool = True
     """Pack several examples into a row; otherwise one example per row, padded."""
@@ -120,42 +118,42 @@ class TrainConfig:
     attention: Kernel = "auto"
     """Attention kernel; auto chooses by platform and shapes. rows, dense and chunked are XLA, cudnn is for NVIDIA GPUs,
     splash for TPUs."""
-    mesh: MeshConfig = operational(MeshConfig())  # noqa: RUF009
+    mesh: MeshConfig = operational(MeshConfig())
     """How the run is sharded over devices."""
-    distributed: DistributedConfig = operational(DistributedConfig())  # noqa: RUF009
+    distributed: DistributedConfig = operational(DistributedConfig())
     """How the processes of a multi-host run find each other."""
-    evaluate_every: int = changeable(0)
+    evaluate_every: Natural = changeable(0)
     """Steps between evaluations on the validation split; 0: none during training."""
-    select_by: Metric | Literal["auto"] = changeable("auto")  # noqa: RUF009
+    select_by: Metric | Literal["auto"] = changeable("auto")
     """What chooses the best checkpoint, and what early stopping looks at: accuracy (of generated answers),
     validation_loss (of the reference completions), or a figure that the command measures besides. auto: that figure, or
     else accuracy if answers can be right or wrong, and validation_loss for free text."""
-    patience: int = operational(0)
+    patience: Natural = operational(0)
     """Stop after this many consecutive evaluations without improvement, and keep the best checkpoint. 0: never."""
-    train_examples: int = 0
+    train_examples: Natural = 0
     """Number of training examples to use, a random sample that does not depend on the seed: a larger one contains every
     smaller one. 0: all."""
-    validation_share: float = 0.0
+    validation_share: Fraction = 0.0
     """Share of the training examples to hold out as validation examples, for a task that has none."""
-    show_answers: int = operational(3)
+    show_answers: Natural = operational(3)
     """Number of validation questions whose answers are printed at each evaluation; 0: none."""
-    validation_examples: int = changeable(128)
+    validation_examples: Natural = changeable(128)
     """Maximum number of validation examples."""
-    test_examples: int = changeable(512)
+    test_examples: Natural = changeable(512)
     """Maximum number of test examples, evaluated before and after training."""
-    eval_batch_size: int = changeable(64)
+    eval_batch_size: Count = changeable(64)
     """Prompts decoded at a time."""
-    checkpoint_every: int = changeable(50)
+    checkpoint_every: Count = changeable(50)
     """Steps between checkpoints; the last two and the best are kept."""
     nonfinite: Literal["stop", "skip"] = operational("stop")
     """What to do when a step's loss or gradient is not finite: stop, or skip its update and continue."""
-    max_skipped: int = operational(10)
+    max_skipped: Natural = operational(10)
     """Maximum number of skipped steps in the whole run, resumptions included; one more stops it."""
     track: tuple[Tracking, ...] = operational(())
     """Where to log besides metrics.jsonl: tensorboard (in the run's folder), wandb; each is an extra."""
     profile: str | None = operational(None)
     """Write a profiler trace of steps first:stop to the run's folder, counted from 1: 10:13 traces 10, 11 and 12."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for the initialisation and the data order."""
     out: str = operational("runs/sft")
     """Folder for the run: config, metrics, checkpoints, steering file, plots."""
@@ -173,39 +171,23 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Reject settings that no run could have."""
-        for name in ("batch_size", "grad_accumulation", "eval_batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
-        for name in (
-            "sequence_length",
-            "train_examples",
-            "validation_examples",
-            "test_examples",
-            "evaluate_every",
-            "show_answers",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{option(name)} must be at least 0, got {getattr(self, name)}")
+        check_ranges(self)
         if self.program != TrainConfig.program:
             if self.keep.weight:
                 raise ValueError(f"--keep.weight is for jaxsteer sft; jaxsteer {self.program} does not compute it")
             if self.train_examples:
                 raise ValueError(f"--train-examples is for jaxsteer sft; jaxsteer {self.program} uses all examples")
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"--validation-share must be from 0 to below 1, got {self.validation_share}")
         if self.quantise != "none" and self.train_base:
             raise ValueError("--quantise int8: an int8 base cannot be trained itself; leave out --train-base")
         if self.batch_size % self.grad_accumulation:
             raise ValueError(
                 f"--grad-accumulation ({self.grad_accumulation}) must divide --batch-size ({self.batch_size})"
             )
-        if self.patience < 0 or (self.patience and not (self.evaluate_every and self.validation_examples)):
+        if self.patience and not (self.evaluate_every and self.validation_examples):
             raise ValueError(
-                "--patience must be at least 0, and needs --evaluate-every and --validation-examples; got "
-                f"{self.patience}, {self.evaluate_every} and {self.validation_examples}"
+                f"--patience {self.patience}: needs --evaluate-every and --validation-examples; got "
+                f"{self.evaluate_every} and {self.validation_examples}"
             )
-        if self.max_skipped < 0:
-            raise ValueError(f"--max-skipped must be at least 0, got {self.max_skipped}")
         if self.date is not None:
             _check_date(self.date)
         if self.extend and not self.resume:
@@ -216,10 +198,6 @@ class TrainConfig:
                 "--checkpoints"
             )
         parse_steps(self.profile)
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"--steps must be at least 1, got {self.steps}")
-        if not self.epochs > 0:
-            raise ValueError(f"--epochs must be above 0, got {self.epochs}")
         if not self.plan and not self.train_base and self.start_from is None:
             raise ValueError("nothing to train: --plan is empty and --train-base is off")
 

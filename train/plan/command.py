@@ -11,6 +11,7 @@ from typing import Literal
 from rich.console import Console
 
 from jaxsteer.io.files import write_json
+from jaxsteer.ranges import Count, check_ranges
 from train.cli import Run, from_command_line
 from train.config import TrainConfig
 from train.plan.figures import Figures, figures_of
@@ -38,20 +39,24 @@ class FitCheckConfig:
     (v5litepod-16, v5p-128, v6e-16), or the GPUs of one node (h100:8, h200:8)."""
     topologies: str = ""
     """Compare several topologies, separated by commas: v5e:4x4,v6e:4x4,h100:8."""
-    slices: int = 1
+    slices: Count = 1
     """Number of slices of the topology, joined by the data-centre network."""
     programs: tuple[Literal["train", "decode"], ...] = ("train", "decode")
     """Compiled steps to check: the training step, decoding, or both."""
-    prompt_length: int = 512
+    prompt_length: Count = 512
     """Tokens per prompt in decoding, which is `eval_batch_size` prompts with `task.max_new_tokens` new tokens each."""
     search: bool = False
     """Search meshes, batch sizes and remat policies for the training step, and rank those that fit."""
-    best: int = 3
+    best: Count = 3
     """Number of settings that a search reports."""
     estimate: bool = False
     """Estimate only, without compiling; takes a second."""
     json: str | None = None
     """Write the figures to this file; "-" writes them to standard output instead of the tables."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that nothing can be checked with."""
+        check_ranges(self)
 
 
 def check_fit(config: FitCheckConfig) -> list[Figures]:

@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from jaxsteer.io.files import write_text
+from jaxsteer.ranges import Natural, check_ranges
 from train.cli import run_main
 from train.report.page import make_page
 
@@ -28,7 +29,7 @@ class ReportConfig:
     """Folders of runs, such as runs/quickstart; several are compared."""
     out: str | None = None
     """The HTML file; by default report.html in the run's folder, or here for several runs."""
-    examples: int = 50
+    examples: Natural = 50
     """Maximum number of test questions that are shown of each run."""
 
     def place(self) -> Path:
@@ -39,8 +40,7 @@ class ReportConfig:
         """
         if not self.runs:
             raise ValueError("which run? Give its folder: jaxsteer report runs/quickstart")
-        if self.examples < 0:
-            raise ValueError(f"--examples must be at least 0, got {self.examples}")
+        check_ranges(self)
         if self.out is None:
             one = Path(self.runs[0])
             return Path(NAME) if len(self.runs) > 1 else (one if one.is_dir() else one.parent) / NAME

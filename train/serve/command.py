@@ -20,6 +20,7 @@ import tyro
 from jaxsteer.io import compute_dtype
 from jaxsteer.models.config import ModelConfig
 from jaxsteer.models.transformer import init_cache
+from jaxsteer.ranges import Count, Natural, Positive, Range, check_ranges
 from train.devices.machine import enable_compilation_cache, memory_bytes
 from train.display.console import Bar, print_facts, progress
 from train.serve.app import make_app
@@ -47,31 +48,31 @@ class ServeConfig:
     """Steer a model of the same shape whose weights are not those that the steering was trained on."""
     host: str = "127.0.0.1"
     """Address to listen on; one that other machines can reach, such as 0.0.0.0, needs an API key."""
-    port: int = 8000
+    port: Annotated[int, Range(0, 65535)] = 8000
     """Port to listen on; 0: any that is free."""
     api_key: str | None = field(default=None, repr=False)
     """Key that requests must have as `Authorization: Bearer KEY`; by default that in JAXSTEER_API_KEY, which other
     users of this machine cannot see in the list of processes."""
-    rows: int = 32
+    rows: Count = 32
     """Answers generated at a time."""
-    max_prompt: int = 1024
+    max_prompt: Count = 1024
     """Maximum number of tokens in a prompt."""
-    max_new_tokens: int = 512
+    max_new_tokens: Count = 512
     """Maximum number of tokens in an answer, as far as the model's context allows."""
-    places: int = 8
+    places: Count = 8
     """Number of adapters that there is room for at a time."""
-    queue: int = 256
+    queue: Natural = 256
     """Answers that may wait; further requests get status 429."""
-    prefix_tokens: int = 4096
+    prefix_tokens: Natural = 4096
     """Maximum number of prompt tokens whose keys and values are kept, for prompts that begin alike."""
-    timeout: float = 300.0
+    timeout: Positive = 300.0
     """Seconds after which a request ends with an error, waiting or not."""
-    strength: float = 1.0
+    strength: Annotated[float, Range(-MAX_STRENGTH, MAX_STRENGTH)] = 1.0
     """Strength of the steering for requests that do not give one: 0 the base, 1 as trained, 2 twice the shift."""
     adapter_folders: tuple[str, ...] = ()
     """Folders from which steering files may be loaded while the server runs (POST /v1/load_lora_adapter); without any,
     none can be."""
-    max_body: int = 1 << 20
+    max_body: Count = 1 << 20
     """Maximum size of a request, in bytes."""
     log_requests: bool = False
     """Log prompts and answers. Otherwise only names of models, numbers of tokens and times are logged."""
@@ -89,18 +90,7 @@ class ServeConfig:
         Raises:
             ValueError: names the option.
         """
-        for name in ("rows", "max_prompt", "max_new_tokens", "places", "max_body"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        for name in ("queue", "prefix_tokens"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
-        if not 0 <= self.port < 1 << 16:
-            raise ValueError(f"--port must be from 0 to 65535, got {self.port}")
-        if not self.timeout > 0:
-            raise ValueError(f"--timeout must be above 0 seconds, got {self.timeout:g}")
-        if not abs(self.strength) <= MAX_STRENGTH:
-            raise ValueError(f"--strength must be from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}, got {self.strength:g}")
+        check_ranges(self)
         check_exposed(self.host, self.key)
 
     @property

@@ -11,6 +11,7 @@ import numpy as np
 from jaxsteer.io import derived_notes, load_steering, save_steering
 from jaxsteer.io.files import Json
 from jaxsteer.models.transformer import Network
+from jaxsteer.ranges import Count, Natural, NonNegative, Positive
 from jaxsteer.theory import FitSettings, Means, distill, to_lora, to_steering
 from jaxsteer.theory.conversion import Form
 from jaxsteer.types import Batch
@@ -34,19 +35,19 @@ class ConvertStudy(PairStudy):
 
     forms: tuple[Form, ...] = ("fixed", "linear", "affine", "nonlinear")
     """Forms of steering to fit: mean shift, linear, linear with a vector, nonlinear."""
-    rank: int = 8
+    rank: Count = 8
     """Rank of the steering, and of the LoRA made from it."""
-    ridge: float = 1e-5
+    ridge: NonNegative = 1e-5
     """Ridge penalty of the steering fits, as a share of the mean square of an input."""
-    lora_ridge: float = 1e-2
+    lora_ridge: NonNegative = 1e-2
     """Ridge penalty of the LoRA fits, whose inputs have more dimensions."""
-    prompts: int = 800
+    prompts: Count = 800
     """Number of training prompts to fit on; their answers are not used."""
-    distill_steps: int = 40
+    distill_steps: Natural = 40
     """Steps of distillation, starting from the last form; 0 = no distillation."""
-    distill_rows: int = 2
+    distill_rows: Count = 2
     """Rows per batch of distillation."""
-    distill_lr: float = 1e-4
+    distill_lr: Positive = 1e-4
     """Learning rate of distillation: the share of itself by which an entry moves in a step."""
     lora: bool = True
     """Also make a LoRA from the last form's steering."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.transformer import Network
+from jaxsteer.ranges import Count
 from jaxsteer.theory import oracle_steering, site_gradients
 from jaxsteer.theory.geometry import (
     Directions,
@@ -43,7 +44,7 @@ class GeometryStudy(PairStudy):
 
     steering: str | None = None
     """A file of post-block steering to compare with the fine-tuning (trained, or from the study `convert`)."""
-    rank: int = 8
+    rank: Count = 8
     """Number of directions of the oracle and of the gradient."""
     out: str = "runs/theory/geometry"
     """Output folder for the figures and geometry.json."""

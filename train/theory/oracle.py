@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.models.transformer import Network
+from jaxsteer.ranges import Count
 from jaxsteer.theory import Means, Totals, compare_networks, means, oracle_steering, replayed, totals
 from jaxsteer.theory.shares import SHARED_SITES, Stream, examples_of, share_intervals, site_shares
 from jaxsteer.types import Array, Batch
@@ -35,7 +36,7 @@ class OracleStudy(PairStudy):
     name = "oracle"
     title = "Oracle steering"
 
-    every: int = 3
+    every: Count = 3
     """Replay single blocks at every N-th layer, and at the last."""
     out: str = "runs/theory/oracle"
     """Output folder for the figures and oracle.json."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsteer.params import Params
+from jaxsteer.ranges import Count, Inside, Natural
 from jaxsteer.theory import Remainders, explained, first_order, higher_order, only_layer, reach, remainders
 from jaxsteer.theory.shifts import check_sites, log_slope
 from jaxsteer.types import Array, Batch
@@ -51,21 +52,21 @@ class OrdersStudy(Study):
     """Fine-tunings: steering files (*.safetensors), or folders of fully fine-tuned models."""
     sites: tuple[str, ...] = ("attn", "mlp.in", "mlp", "block")
     """Sites at which shifts are measured."""
-    order: int = 3
+    order: Count = 3
     """Highest order of the expansion; costs 2 ** order forward passes."""
     smallest: int = -12
     """Smallest scale of the update, as a power of 2."""
     largest: int = 2
     """Largest scale of the update, as a power of 2."""
-    level: float = 0.9
+    level: Inside = 0.9
     """Share explained, 1 - |shift - first order|² / |shift|², up to which an order is said to reach."""
-    local_every: int = 3
+    local_every: Natural = 3
     """Also measure each layer's own update, at every N-th layer, in float32; 0 = do not."""
-    batch_size: int = 2
+    batch_size: Count = 2
     """Rows per batch."""
-    sequence_length: int = 96
+    sequence_length: Count = 96
     """Tokens per row; several examples share one."""
-    batches: int = 1
+    batches: Count = 1
     """Number of batches to measure on; energies are summed over them."""
     dtype: Literal["float32", "float64"] = "float64"
     """Precision of the whole update's expansion. In float32, rounding hides the remainders of higher orders."""
@@ -143,10 +144,9 @@ class OrdersStudy(Study):
 
     def _check(self) -> None:
         check_sites(self.sites)
-        if self.order < 1 or not self.smallest < 0 < self.largest:
+        if not self.smallest < 0 < self.largest:
             raise ValueError(
-                f"orders: order must be at least 1, smallest below 0 and largest above; got order {self.order}, "
-                f"scales 2**{self.smallest} to 2**{self.largest}"
+                f"--smallest must be below 0 and --largest above; got scales 2**{self.smallest} to 2**{self.largest}"
             )
 
     @property

@@ -14,6 +14,7 @@ from jaxsteer.models.transformer import Network
 from jaxsteer.objectives.supervised import supervised_loss
 from jaxsteer.objectives.tokens import total_weight
 from jaxsteer.plans import parse_plan
+from jaxsteer.ranges import Count, NonNegative, Positive
 from jaxsteer.steering import init_steering
 from jaxsteer.theory import Promise, aligned_start, gradient_factors, promise
 from jaxsteer.theory.predict import STREAM_SITES
@@ -44,19 +45,19 @@ class PredictStudy(Study):
 
     plan: str = "nonlinear(rank=8) @ {site}"
     """Steering to train, with {site} in place of the site."""
-    lr: float = 5e-3
+    lr: Positive = 5e-3
     """Learning rate."""
-    batches: int = 4
+    batches: Count = 4
     """Number of training batches to take the gradients from."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows per batch of the gradients."""
-    steps: int = 20
+    steps: Count = 20
     """Steps of each training run."""
-    every: int = 5
+    every: Count = 5
     """Train at every N-th layer alone, and at the last."""
-    seeds: int = 1
+    seeds: Count = 1
     """Training runs from each start."""
-    ridge: float = 1e-3
+    ridge: NonNegative = 1e-3
     """Ridge penalty of the fits, see `jaxsteer.theory.predict.promise`."""
     out: str = "runs/theory/predict"
     """Output folder for the figures and predict.json."""

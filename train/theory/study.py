@@ -13,6 +13,7 @@ from rich.table import Table
 
 from jaxsteer.io.files import write_json
 from jaxsteer.models.transformer import Network
+from jaxsteer.ranges import Count, check_ranges
 from jaxsteer.types import Batch
 from train.display.console import Bar, get_console, progress
 from train.tasks import Split
@@ -35,10 +36,14 @@ class Study(ABC):
 
     config: str = "configs/theory.py"
     """Config file of the fine-tuning; names the base model and the task."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows per batch."""
     out: str
     """Output folder."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that nothing can be measured with."""
+        check_ranges(self)
 
     @abstractmethod
     def measure(self) -> Data:
@@ -76,9 +81,9 @@ class PairStudy(Study):
 
     tuned: str = "runs/theory/lora/steering.safetensors"
     """The fine-tuning: a steering file (*.safetensors), or the folder of a fully fine-tuned model."""
-    examples: int = 120
+    examples: Count = 120
     """Number of test examples to measure on."""
-    sequence_length: int = 96
+    sequence_length: Count = 96
     """Tokens per row; several examples share one."""
 
     splits: ClassVar[tuple[Split, ...]] = ("test",)

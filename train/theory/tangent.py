@@ -15,6 +15,7 @@ from jaxsteer.models.transformer import Model
 from jaxsteer.objectives.supervised import Supervised, supervised_loss
 from jaxsteer.objectives.tokens import total_weight
 from jaxsteer.params import Params, combine
+from jaxsteer.ranges import Count, Positive
 from jaxsteer.theory import explained, first_order, remainders, tangent_loss
 from jaxsteer.training import train_step
 from jaxsteer.types import Array, Batch
@@ -49,23 +50,21 @@ class TangentStudy(Study):
 
     plan: tuple[str, ...] = ()
     """Steering plan to train; default: the config's."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Learning rate; default: the config's."""
-    steps: int = 77
+    steps: Count = 77
     """Number of training steps."""
-    every: int = 7
+    every: Count = 7
     """Steps between measurements."""
-    batch_size: int = 4
+    batch_size: Count = 4
     """Rows of the held-out batch."""
-    sequence_length: int = 96
+    sequence_length: Count = 96
     """Tokens per row of the held-out batch."""
     out: str = "runs/theory/tangent"
     """Output folder for tangent.png and tangent.json."""
 
     def measure(self) -> Data:
         """Train both, and measure every few steps."""
-        if self.steps < 1 or self.every < 1:
-            raise ValueError(f"tangent: steps and every must be at least 1; got {self.steps} and {self.every}")
         base = read_base(self.config, plan=self.plan, splits=("test",))
         config = replace(base.config, steps=self.steps, plan=self.plan or base.config.plan)
         if self.lr is not None:

@@ -13,7 +13,7 @@ from jaxsteer.models.transformer import init_base
     ("arguments", "message"),
     [
         (("--strength", "post_blok=1"), "no slot 'post_blok' (did you mean post_block?)"),
-        (("--temperature", "-1"), "temperature=-1.0"),
+        (("--temperature", "-1"), "--temperature must be at least 0, got -1.0"),
         (("--seed", "-1"), "--seed must be from 0"),
         (("--max-new-tokens", "0"), "--max-new-tokens must be at least 1"),
         (("--max-new-tokens", "600"), "--max-new-tokens 600: more than fits into a context of 512 tokens"),

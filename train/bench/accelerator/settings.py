@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxsteer.models.config import ModelConfig
+from jaxsteer.ranges import Count, Positive, check_ranges
 from train.plan.model_configs import KNOWN_CONFIGS
 
 POST_BLOCK = ("nonlinear(rank=8) @ block",)
@@ -103,7 +104,7 @@ class AcceleratorBench:
 
     stage: str = ""
     """Stages to run, separated by commas; by default all. --list shows their names."""
-    time_limit: float | None = None
+    time_limit: Positive | None = None
     """Stop before this many seconds have passed; what has been measured is kept, and the next call goes on. No row is
     begun that is not expected to end in time."""
     json: str = "accelerator.json"
@@ -118,9 +119,9 @@ class AcceleratorBench:
     """Measure the rows again that failed (not those that ran out of memory)."""
     isolate: bool = True
     """Run each row in a process of its own: it gives its memory back, measures its own peak, and can be stopped."""
-    steps: int = 5
+    steps: Count = 5
     """Number of steps to time in each row; the medians are reported."""
-    pairs: int = 3
+    pairs: Count = 3
     """Number of times that peft and jaxsteer are measured in turn."""
     peer_python: str | None = None
     """The Python that has torch, transformers and peft; by default the one that runs this."""
@@ -132,10 +133,14 @@ class AcceleratorBench:
     """BoolQ for the stage budgets, likewise."""
     methods: tuple[str, ...] = ("LoRA", "post-block nonlinear", "joint, penalty")
     """Methods of the stage budgets, by their names in configs/compare_listops.py."""
-    seeds: int = 5
+    seeds: Count = 5
     """Seeds of each method in the stage budgets."""
     runs: str = "runs/accelerator"
     """Folder for the runs of the stage budgets, which go on where they stopped too."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that nothing can be measured with."""
+        check_ranges(self)
 
     @property
     def shapes(self) -> Shapes:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxsteer.io import LoadedModel, save_hf
+from jaxsteer.ranges import Count, check_ranges
 from train.base_models import load
 from train.bench.against.texts import KINDS, Data, read_texts
 from train.data import Encoding, TokenizedExample, encode, encode_prompts
@@ -39,9 +40,9 @@ class AgainstBench:
     """Python with torch, transformers and peft; by default that of .peers/hf, which `make peers` makes in a clone."""
     rows: tuple[str, ...] = ()
     """Names of rows, or of their groups: training, dense, decoding, evaluation, memory, start; by default all."""
-    pairs: int = 5
+    pairs: Count = 5
     """Number of rounds of both sides."""
-    steps: int = 3
+    steps: Count = 3
     """Training steps of ours in a round; the opponent trains on the same examples."""
     model: str = "smollm2-135m-instruct"
     """Local folder, .gguf file or Hugging Face id of a Llama, or smollm2-135m-instruct."""
@@ -49,13 +50,13 @@ class AgainstBench:
     """JSONL file of word problems such as GSM8K's; by default made up, with similar lengths."""
     boolq: str | None = None
     """JSONL file of questions such as BoolQ's; by default made up, with similar lengths."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Rows of a training batch."""
-    sequence_length: int = 256
+    sequence_length: Count = 256
     """Tokens of a row; longer examples are left out on both sides."""
-    new_tokens: int = 50
+    new_tokens: Count = 50
     """Tokens generated after each prompt; nothing ends an answer early."""
-    questions: int = 96
+    questions: Count = 96
     """Questions of the set that is evaluated."""
     json: str = "against.json"
     """File of the figures."""
@@ -68,9 +69,7 @@ class AgainstBench:
 
     def __post_init__(self) -> None:
         """Reject settings that nothing could be measured with."""
-        for name in ("pairs", "steps", "batch_size", "sequence_length", "new_tokens", "questions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
         if self.into and not self.table:
             raise ValueError("--into names the page for a table: give the file of the figures too, with --table")
 
