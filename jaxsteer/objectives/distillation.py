@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxsteer.models.transformer import Model, Network, forward, logits_of, output_embedding
 from jaxsteer.objectives.objective import Mean, Objective, Summed
 from jaxsteer.objectives.tokens import chunk_width, counted_tokens, next_tokens, scan_counted
+from jaxsteer.ranges import Positive, check_ranges
 from jaxsteer.sharding import constrain
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
@@ -151,12 +152,11 @@ class Distillation(Objective):
     temperature  τ
     """
 
-    temperature: float = 1.0
+    temperature: Positive = 1.0
 
     def __post_init__(self) -> None:
         """Reject a temperature that is none."""
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        check_ranges(self, "")
 
     def total(self, inputs: Taught) -> Array:
         """The number of tokens."""

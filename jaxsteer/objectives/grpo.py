@@ -12,6 +12,7 @@ import numpy as np
 from jaxsteer.models.transformer import Model
 from jaxsteer.objectives.objective import Objective, Summed, mean_over, policy_log_probabilities
 from jaxsteer.objectives.tokens import by_segment, counted_tokens
+from jaxsteer.ranges import Count, Inside, NonNegative, Positive, check_ranges
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 Average = Literal["tokens", "answers", "constant"]
@@ -84,28 +85,19 @@ class Grpo(Objective):
     temperature  at which the answers were sampled; all policies are those at this temperature
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    beta: float = 0.0
+    clip_low: Inside = 0.2
+    clip_high: Positive = 0.28
+    beta: NonNegative = 0.0
     average: Average = "tokens"
-    max_tokens: int = 1
+    max_tokens: Count = 1
     on_policy: bool = True
-    temperature: float = 1.0
+    temperature: Positive = 1.0
 
     def __post_init__(self) -> None:
         """Reject settings that no loss has."""
-        if not (0 < self.clip_low < 1 and self.clip_high > 0):
-            raise ValueError(
-                f"clip_low must be between 0 and 1 and clip_high above 0, got {self.clip_low} and {self.clip_high}"
-            )
-        if self.beta < 0:
-            raise ValueError(f"beta must be at least 0, got {self.beta}")
+        check_ranges(self, "")
         if self.average not in get_args(Average):
             raise ValueError(f"average {self.average!r}: use {', '.join(get_args(Average))}")
-        if self.max_tokens < 1 or not self.temperature > 0:
-            raise ValueError(
-                f"max_tokens must be at least 1 and temperature above 0, got {self.max_tokens} and {self.temperature}"
-            )
 
     def divisor(self, lengths: np.ndarray) -> float:
         """What the summed loss of a batch is divided by.

@@ -12,6 +12,7 @@ from jaxsteer.objectives.distillation import Predictions, Taught, counted_kl, pr
 from jaxsteer.objectives.objective import Mean, Objective, Summed
 from jaxsteer.objectives.supervised import SUPERVISED
 from jaxsteer.objectives.tokens import counted_tokens
+from jaxsteer.ranges import Positive, check_ranges
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 
@@ -37,12 +38,11 @@ class Keeping(Objective):
     """
 
     objective: Objective = SUPERVISED
-    weight: float = 1.0
+    weight: Positive = 1.0
 
     def __post_init__(self) -> None:
         """Reject a weight that asks for nothing, or for a change."""
-        if not self.weight > 0:
-            raise ValueError(f"weight must be above 0, got {self.weight}")
+        check_ranges(self, "")
 
     def total(self, inputs: Kept) -> Array:
         """That of the objective."""

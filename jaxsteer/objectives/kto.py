@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxsteer.models.transformer import Model
 from jaxsteer.objectives.objective import Mean, Objective, Summed, mean_over, policy_log_probabilities
 from jaxsteer.objectives.tokens import by_segment, counted_tokens
+from jaxsteer.ranges import NonNegative, Positive, check_ranges
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 
@@ -59,19 +60,13 @@ class Kto(Objective):
     undesirable_weight  λ₋
     """
 
-    beta: float = 0.1
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    beta: Positive = 0.1
+    desirable_weight: NonNegative = 1.0
+    undesirable_weight: NonNegative = 1.0
 
     def __post_init__(self) -> None:
         """Reject settings that no loss has."""
-        if not self.beta > 0:
-            raise ValueError(f"beta must be above 0, got {self.beta}")
-        if min(self.desirable_weight, self.undesirable_weight) < 0:
-            raise ValueError(
-                f"the weights of answers must be at least 0, got {self.desirable_weight} (desirable) and "
-                f"{self.undesirable_weight} (undesirable)"
-            )
+        check_ranges(self, "")
 
     def total(self, inputs: Judged) -> Array:
         """The number of answers."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxsteer.models.transformer import Model
 from jaxsteer.objectives.objective import Objective, Summed, mean_over, policy_log_probabilities
 from jaxsteer.objectives.tokens import counted_tokens
+from jaxsteer.ranges import Finite, Positive, Range, check_ranges
 from jaxsteer.types import Array, Batch, PyTree, Steering
 
 PairLoss = Literal["sigmoid", "ipo", "simpo"]
@@ -84,19 +85,16 @@ class Preference(Objective):
     """
 
     loss: PairLoss = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    margin: float = 0.0
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Range(0, 0.5, open_high=True)] = 0.0
+    margin: Finite = 0.0
     bidirectional: bool = False
 
     def __post_init__(self) -> None:
         """Reject settings that no loss has."""
         if self.loss not in get_args(PairLoss):
             raise ValueError(f"preference loss {self.loss!r}: use {', '.join(get_args(PairLoss))}")
-        if not self.beta > 0:
-            raise ValueError(f"beta must be above 0, got {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be from 0 to below 0.5, got {self.label_smoothing}")
+        check_ranges(self, "")
         for name, owner in (("label_smoothing", "sigmoid"), ("bidirectional", "sigmoid"), ("margin", "simpo")):
             if getattr(self, name) and self.loss != owner:
                 raise ValueError(f"{name} is a setting of the {owner} loss, not of {self.loss}")

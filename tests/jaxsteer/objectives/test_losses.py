@@ -296,7 +296,7 @@ def test_distillation(steered, tiny_base, tiny_config, temperature):
         (lambda: Preference(beta=0), "beta must be above 0"),
         (lambda: Preference(label_smoothing=0.5), "below 0.5"),
         (lambda: Kto(beta=-1), "beta must be above 0"),
-        (lambda: Kto(desirable_weight=-1), "at least 0"),
+        (lambda: Kto(desirable_weight=float("nan")), "desirable_weight must be at least 0"),
         (lambda: Grpo(clip_low=0), "clip_low"),
         (lambda: Grpo(average="rows"), "tokens, answers, constant"),
         (lambda: Distillation(0), "temperature must be above 0"),
