@@ -102,7 +102,7 @@ def test_bad_settings_are_refused(config, tuned, tmp_path):
         OrdersStudy(tuned=tuned, config=config, sites=("mlp.experts",)).run()
     with pytest.raises(ValueError, match=r"nowhere: no such fine-tuning"):
         OrdersStudy(tuned=(str(tmp_path / "nowhere"),), config=config).run()
-    with pytest.raises(ValueError, match=r"steps and every"):
+    with pytest.raises(ValueError, match=r"--every must be at least 1"):
         TangentStudy(config=config, every=0).run()
 
 
