@@ -1,4 +1,4 @@
-"""Which numbers a setting can have: written in its type, checked when the settings are made.
+"""Which numbers a setting can have: written in its type, checked before the settings are used.
 
 @dataclass(frozen=True)
 class Config:
@@ -35,7 +35,7 @@ class Range:
         """Whether a number is in it; NaN and infinity never are."""
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return math.isfinite(value) and above and below
+        return -math.inf < value < math.inf and above and below
 
     def __str__(self) -> str:
         """As in "must be at least 1"."""
@@ -74,7 +74,7 @@ def check_ranges(settings: object, prefix: str = "--") -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and number not in allowed:
                 shown = name.replace("_", "-") if prefix.startswith("--") else name
-                finite = " and finite" if math.isinf(number) and str(allowed) != "finite" else ""
+                finite = " and finite" if number == math.inf == allowed.high and allowed.low > -math.inf else ""
                 raise ValueError(f"{prefix}{shown} must be {allowed}{finite}, got {number}")
 
 

@@ -14,6 +14,7 @@ MAX_LINES = 400
 # A package may import from packages of lower rank, and from itself. Two packages of one rank never import each other.
 RANKS = {
     "jaxsteer.types": 0,
+    "jaxsteer.ranges": 0,
     "jaxsteer.batches": 1,
     "jaxsteer.sharding": 1,
     "jaxsteer.matmul": 2,

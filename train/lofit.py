@@ -15,6 +15,7 @@ from typing import NamedTuple
 from jaxsteer.io import load_config, load_steering, save_steering
 from jaxsteer.io.files import Json, read_json
 from jaxsteer.params import Params
+from jaxsteer.ranges import Count, Inside, check_ranges
 from jaxsteer.types import Steering
 from train.base_models import describe, resolve_model
 from train.cli import Run, from_command_line, run_main
@@ -35,10 +36,14 @@ class LofitConfig:
 
     run: Run[TrainConfig]
     """The settings of both stages; their steps (or epochs) are shared."""
-    heads: int = 32
+    heads: Count = 32
     """Number of attention heads, over all layers, that get a vector."""
-    share: float = SHARE
+    share: Inside = SHARE
     """Share of the steps for the first stage."""
+
+    def __post_init__(self) -> None:
+        """Reject no heads, and a stage without steps."""
+        check_ranges(self)
 
 
 class Scaled(NamedTuple):

@@ -37,6 +37,8 @@ class Settings:
         ({"shift": -math.inf}, "--shift must be finite, got -inf"),
         ({"rate": 0.0}, "--rate must be above 0, got 0.0"),
         ({"rate": math.inf}, "--rate must be above 0 and finite, got inf"),
+        ({"warmup": math.inf}, "--warmup must be from 0 to below 1, got inf"),
+        ({"port": 10**400}, f"--port must be from 0 to 65535, got {10**400}"),
         ({"decay": -1e-9}, "--decay must be at least 0, got -1e-09"),
         ({"warmup": 1.0}, "--warmup must be from 0 to below 1, got 1.0"),
         ({"share": 0.0}, "--share must be above 0 and at most 1, got 0.0"),
@@ -50,7 +52,7 @@ def test_a_number_out_of_range_is_named(given, message):
 
 def test_ends_that_are_not_open_are_allowed():
     Settings(1, 0, (), -3.5, 1e-9, 0.0, 0.0, 1.0, 65535)
-    Settings(warmup=0.999, port=0, rate=None)
+    Settings(10**400, warmup=0.999, port=0, rate=None)
 
 
 def test_names_in_a_file_keep_their_underscores():

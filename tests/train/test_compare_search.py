@@ -39,7 +39,9 @@ def test_the_grid_grows_until_its_best_is_inside(rate, best, tried, tiny_compari
 
 
 def test_a_single_rate_is_taken_as_it_is(tiny_comparison):
-    fake = Fake(replace(tiny_comparison, rates=1, extensions=3), lambda e: 0.5)
+    config = replace(tiny_comparison, rates=1, extensions=3, seeds=4)
+    assert config.timed_runs == 4
+    fake = Fake(config, lambda e: 0.5)
     exponent, records = search(fake, ENTRY, lambda text: None)
     assert (exponent, len(records)) == (0, 1)
     assert not MethodResult(ENTRY, exponent, [{"exponent": 0}], records, None).at_edge

@@ -120,7 +120,7 @@ def _timing(comparison: Comparison, entry: Entry, *, measuring: bool) -> Timing 
             return None
         Console().print(f"Timing {entry.name}")
         training = make_training(replace(config.train_config(entry), mesh=SINGLE), comparison.loaded)
-        write_json(path, measure([training] * config.merged(entry, config.rates)))
+        write_json(path, measure([training] * config.merged(entry, config.timed_runs)))
     return read_record(path, Timing)
 
 

@@ -43,7 +43,7 @@ class LoFiT:
     """Number of attention heads that the second stage shifts."""
 
     def __post_init__(self) -> None:
-        """Reject no heads."""
+        """Reject a number of heads below 1."""
         check_ranges(self, "lofit: ")
 
 
@@ -198,6 +198,11 @@ class CompareConfig:
     def most_rates(self) -> int:
         """Number of learning rates at which a grid stops growing."""
         return self.rates + self.extensions if self.rates > 1 else 1
+
+    @property
+    def timed_runs(self) -> int:
+        """Number of runs in the program whose cost is timed: those of the first grid, or all seeds without a search."""
+        return self.rates if self.rates > 1 else self.seeds
 
     @property
     def steps(self) -> int:

@@ -102,7 +102,7 @@ def table(rows: Sequence[MethodRow]) -> str:
             _percent(row["test"]),
             "" if row["minus_first"] is None else _percent(row["minus_first"], signed=True),
             f"{row['trainable']:,}",
-            rates + (" (edge)" if row["at_edge"] else ""),
+            rates + (" (edge)" if row["at_edge"] else " (given)" if len(row["validation"]) == 1 else ""),
             str(row["steps"]),
             *_costs(row["timing"])[: len(costs)],
             "" if row["overlap"] is None else f"{row['overlap']:.2g}",

@@ -8,7 +8,6 @@ from train.config.run import (
     changeable,
     changeable_settings,
     operational,
-    option,
     parse_steps,
 )
 
@@ -20,7 +19,6 @@ __all__ = [
     "changeable",
     "changeable_settings",
     "operational",
-    "option",
     "parse_run",
     "parse_steps",
     "plain_run",

@@ -228,11 +228,6 @@ def changeable_settings(kind: type[TrainConfig]) -> tuple[str, ...]:
     return tuple(each.name for each in dataclasses.fields(kind) if each.metadata.get("changeable"))
 
 
-def option(name: str) -> str:
-    """A setting's name as it is typed: batch_size is --batch-size."""
-    return "--" + name.replace("_", "-")
-
-
 def _check_date(text: str) -> None:
     try:
         date.fromisoformat(text)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxsteer.ranges import Count, check_ranges
 from jaxsteer.types import PyTree
 from train.devices import interrupts
 from train.devices.rendezvous import NOTICE_SECONDS, Patience, meet, party_of, split_address
@@ -42,14 +43,13 @@ class DistributedConfig:
     """Number of processes; default: JAX_NUM_PROCESSES."""
     process: int | None = None
     """Index of this process, from 0; default: JAX_PROCESS_ID."""
-    timeout: int = 300
+    timeout: Count = 300
     """Seconds to wait for the other processes at the start. Later, a process without a heartbeat for as long (100 s at
     most) is considered dead and the others stop."""
 
     def __post_init__(self) -> None:
         """Reject a timeout that no process could meet."""
-        if self.timeout < 1:
-            raise ValueError(f"--distributed.timeout {self.timeout}: need at least 1 second")
+        check_ranges(self, "--distributed.")
 
 
 class Coordination(TypedDict, total=False):
