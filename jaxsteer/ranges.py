@@ -49,13 +49,21 @@ class Range:
 
 
 Count = Annotated[int, Range(1)]
+"""How many there are of what must be there."""
 Natural = Annotated[int, Range(0)]
+"""A number of things that may be none."""
 Finite = Annotated[float, Range()]
+"""Any number but NaN and infinity."""
 Positive = Annotated[float, Range(0, open_low=True)]
+"""A number above 0."""
 NonNegative = Annotated[float, Range(0)]
+"""A number of at least 0."""
 Fraction = Annotated[float, Range(0, 1, open_high=True)]
+"""A share that may be none but not all."""
 Inside = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
+"""A share that is neither none nor all."""
 Seed = Annotated[int, Range(0, 2**32 - 1)]
+"""A random seed. `jax.random.key` keeps 32 bits of it: 2³² would be the seed 0."""
 
 
 def check_ranges(settings: object, prefix: str = "--") -> None:

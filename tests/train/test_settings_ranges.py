@@ -37,6 +37,7 @@ PARTS = {
     "Kto",
     "Grpo",
     "Distillation",
+    "Keeping",
 }
 FILES = {"PeftConfig", "ModelConfig"}  # what a file holds, which its reader checks
 
