@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -77,13 +76,6 @@ def label(voice: Voice, plan: Plan) -> str:
     return " ".join([voice.model, *(f"{name}={value:g}" for name, value in voice.strength.items())])
 
 
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("not finite")
-    return value
-
-
 def _sampled(name: str, read: Callable[[str], Any]) -> Callable[[Settings, str], Settings]:
     return lambda settings, text: replace(settings, sampling=replace(settings.sampling, **{name: read(text)}))
 
@@ -101,9 +93,9 @@ def _limited(settings: Settings, text: str) -> Settings:
 
 
 _NUMBERS: Mapping[str, tuple[Callable[[Settings, str], Settings], str]] = {
-    "temperature": (_sampled("temperature", _number), "a number of at least 0 (0: always the most likely token)"),
+    "temperature": (_sampled("temperature", float), "a number of at least 0 (0: always the most likely token)"),
     "top_k": (_sampled("top_k", int), "a whole number of at least 0 (0: all tokens)"),
-    "top_p": (_sampled("top_p", _number), "a number above 0 and at most 1 (1: all tokens)"),
+    "top_p": (_sampled("top_p", float), "a number above 0 and at most 1 (1: all tokens)"),
     "seed": (_seeded, "a whole number from 0 to 2**32 - 1"),
     "max": (_limited, "a whole number of at least 1"),
 }
